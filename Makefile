@@ -1,0 +1,29 @@
+# make demo        erase one style from the embedded model, export it, draw before and after (CPU, a few minutes)
+# make test        the default tests          make test-slow   the long ones          make lint   ruff
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+SLOW_TIMEOUT ?= 0
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m launch.demo --output=$(OUT) --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf out runs .cache build dist

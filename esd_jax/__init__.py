@@ -1,0 +1,26 @@
+"""Erase a concept from a Stable Diffusion checkpoint, and get the same checkpoint back without it.
+
+    import esd_jax
+
+    base = esd_jax.load("emoji")
+    erased = esd_jax.erase(base, "neon style")
+    images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
+    esd_jax.export(erased, "emoji-without-neon")
+"""
+
+import importlib
+from typing import Any
+
+__all__ = ["Pipeline", "erase", "export", "load", "sample"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The verbs bring JAX and Flax with them: only who uses one waits for that.
+    if name in __all__:
+        return getattr(importlib.import_module("esd_jax.pipeline" if name == "Pipeline" else "esd_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,60 @@
+"""The before/after picture: columns of prompts in captioned groups, the base above, the erased model below."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, GAP, GROUP_GAP, MARGIN, HEADER, CAPTION = 128, 6, 26, 72, 34, 40
+INK, FAINT = (30, 30, 35), (120, 120, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One prompt, and its image [height, width, 3] from each model at the same seed."""
+
+    caption: str
+    before: UInt8[np.ndarray, "height width 3"]
+    after: UInt8[np.ndarray, "height width 3"]
+
+
+def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
+    """Draws groups of columns side by side, each under its title."""
+    count = sum(len(columns) for _, columns in groups)
+    width = MARGIN + count * (CELL + GAP) + (len(groups) - 1) * GROUP_GAP + GAP
+    canvas = Image.new("RGB", (width, HEADER + 2 * (CELL + GAP) + CAPTION), "white")
+    draw = ImageDraw.Draw(canvas)
+    title, text = ImageFont.load_default(size=17), ImageFont.load_default(size=13)
+    for row, name in enumerate(("before", "after")):
+        draw.text((10, HEADER + row * (CELL + GAP) + CELL // 2), name, INK, text, anchor="lm")
+    x = MARGIN
+    for name, columns in groups:
+        draw.text((x, HEADER // 2), name, INK, title, anchor="lm")
+        for column in columns:
+            for row, image in enumerate((column.before, column.after)):
+                cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                canvas.paste(cell, (x, HEADER + row * (CELL + GAP)))
+                draw.rectangle(
+                    (x, HEADER + row * (CELL + GAP), x + CELL - 1, HEADER + row * (CELL + GAP) + CELL - 1),
+                    outline=(225, 225, 230),
+                )
+            for line, words in enumerate(_wrapped(column.caption, draw, text)):
+                y = HEADER + 2 * (CELL + GAP) + 8 + 15 * line
+                draw.text((x + CELL // 2, y), words, FAINT, text, anchor="mm")
+            x += CELL + GAP
+        x += GROUP_GAP
+    return canvas
+
+
+def _wrapped(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> list[str]:
+    """The caption on as many lines as the cell's width asks for."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font) > CELL:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

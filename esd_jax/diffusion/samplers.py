@@ -1,0 +1,169 @@
+"""Samplers: a network that denoises a little becomes images, in one compiled loop.
+
+`make_sampler` turns a checkpoint's schedule into a `Sampler`, tables and two pure functions; `run` is the loop. They
+reproduce the diffusers scheduler classes, from which a checkpoint's `scheduler_config.json` has its meaning.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from esd_jax.diffusion import solvers
+from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, SPACINGS, Schedule
+from esd_jax.diffusion.solvers import Carry, Sampler
+
+SAMPLERS = tuple(SAMPLER_OF_CLASS.values())
+__all__ = ["SAMPLERS", "Sampler", "default_sampler", "drop_first", "make_sampler", "run"]
+
+# Options of the diffusers classes that exist here in one setting only.
+_ONLY = {
+    "ddim": {"thresholding": False},
+    "pndm": {"skip_prk_steps": True},
+    "lms": {"use_exponential_sigmas": False, "use_beta_sigmas": False},
+    "euler": {
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+    },
+    "euler_ancestral": {},
+    "dpmpp_2m": {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "thresholding": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+    },
+}
+
+
+def default_sampler(schedule: Schedule) -> str:
+    """The sampler the checkpoint was published with."""
+    return SAMPLER_OF_CLASS[schedule.config["_class_name"]]
+
+
+def make_sampler(
+    schedule: Schedule,
+    name: str | None = None,
+    num_steps: int = 50,
+    *,
+    eta: float = 0.0,
+    karras: bool | None = None,
+    spacing: str | None = None,
+) -> Sampler:
+    """A sampler of `SAMPLERS` ("plms" is "pndm"; None is the checkpoint's own) on a grid of `num_steps`.
+
+    Options come from the schedule's config; a missing one takes the default of the diffusers class that belongs to
+    `name`, as `Class.from_config(config)` does there. `spacing` ("leading", "linspace", "trailing") and `karras`
+    (Euler, LMS and DPM-Solver++) override the config. `eta` is DDIM's: 0 is deterministic, 1 as noisy as DDPM. PNDM
+    makes `num_steps + 1` network calls. Raises `ValueError` for what is not implemented, and for a grid that leaves
+    the schedule or makes the sampler divide by zero.
+    """
+    name = "pndm" if name == "plms" else name or default_sampler(schedule)
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
+    if not 1 <= num_steps <= schedule.num_train_timesteps:
+        raise ValueError(f"num_steps must be in 1..{schedule.num_train_timesteps}, not {num_steps}")
+    if not 0 <= eta <= (1 if name == "ddim" else 0):
+        raise ValueError(f"eta must be in 0..1 for sampler 'ddim' and 0 for all others, not {eta} for {name!r}")
+    if karras and name not in ("euler", "lms", "dpmpp_2m"):
+        raise ValueError(f"sampler {name!r} has no Karras noise levels: use 'euler', 'lms' or 'dpmpp_2m'")
+    _check_options(schedule, name)
+    spacing = spacing or schedule.option("timestep_spacing", "leading" if name in ("ddim", "pndm") else "linspace")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown timestep spacing {spacing!r}: known are {', '.join(SPACINGS)}")
+    karras = schedule.option("use_karras_sigmas", False) if karras is None else karras
+
+    if name == "ddim":
+        return solvers.ddim(schedule, num_steps, spacing, eta)
+    if name == "pndm":
+        return solvers.pndm(schedule, num_steps, spacing)
+    if name == "euler_ancestral":
+        return solvers.euler_ancestral(schedule, num_steps, spacing)
+    build = {"lms": solvers.lms, "euler": solvers.euler, "dpmpp_2m": solvers.dpmpp_2m}[name]
+    return build(schedule, num_steps, spacing, karras)
+
+
+def drop_first(sampler: Sampler, n: int = 1) -> Sampler:
+    """A DDIM sampler without its `n` noisiest steps: pure noise is taken for the noise level of timesteps[n].
+
+    The 2023 ESD code samples so: of 981, 961, ..., 1 it drops 981 and makes 49 updates. Raises `ValueError` for the
+    other samplers, whose first x or history hangs on the first step.
+    """
+    if sampler.name != "ddim":
+        raise ValueError(f"only sampler 'ddim' can drop its first steps, not {sampler.name!r}")
+    if not 0 <= n < len(sampler.timesteps):
+        raise ValueError(f"cannot drop {n} of {len(sampler.timesteps)} steps")
+
+    def step(carry: Carry, i: Array, output: Array, noise: Array | None) -> Carry:
+        return sampler.step(carry, i + n, output, noise)
+
+    return replace(sampler, timesteps=sampler.timesteps[n:], input_scale=sampler.input_scale[n:], step=step)
+
+
+def run(
+    sampler: Sampler,
+    denoise: Callable[[Array, Array], Array],
+    x: Float[Array, "..."],
+    *,
+    start: ArrayLike = 0,
+    stop: ArrayLike | None = None,
+    step_noise: Callable[[Array], Array] | None = None,
+) -> Float[Array, "..."]:
+    """Steps `start` to `stop` (default: to the end) in one loop; a traced `stop` compiles once for all its values.
+
+    `x` is what stands before step `start`: at 0, unit Gaussian noise times `sampler.initial_scale`. It is kept in
+    float32 or wider. `denoise(x_scaled, t)` is called with the float32 scalar `t = timesteps[i]`. `step_noise(i)` is
+    unit Gaussian noise shaped like `x`, and needed if `sampler.stochastic`.
+
+    Returns x at the noise level of `timesteps[stop]`, to be multiplied by `input_scale[stop]` for the network; after
+    the last step, the image. Raises `ValueError` for a missing `step_noise`, for bounds that are known and outside the
+    grid, and for a sampler with a history that does not start at 0.
+    """
+    n = len(sampler.timesteps)
+    stop = n if stop is None else stop
+    bounds = [bound for bound in (0, start, stop, n) if not isinstance(bound, jax.core.Tracer)]
+    if sorted(bounds) != bounds:
+        raise ValueError(f"cannot run steps {start} to {stop} of {n}")
+    if sampler.stochastic and step_noise is None:
+        raise ValueError(f"sampler {sampler.name!r} is stochastic here: it needs step_noise")
+    x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    carry = sampler.init(x)
+    if len(carry) > 1 and (isinstance(start, jax.core.Tracer) or start != 0):
+        raise ValueError(f"sampler {sampler.name!r} needs the outputs of the steps before: it can only start at 0")
+    timesteps = jnp.asarray(sampler.timesteps, jnp.float32)
+    input_scale = jnp.asarray(sampler.input_scale, x.dtype)
+
+    def body(i: Array, carry: Carry) -> Carry:
+        output = denoise(carry[0] * input_scale[i], timesteps[i])
+        return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic else None)
+
+    return jax.lax.fori_loop(start, stop, body, carry)[0]
+
+
+def _check_options(schedule: Schedule, name: str) -> None:
+    """Refuse by name what the config asks of this sampler and is not implemented."""
+    needed = _ONLY[name]
+    found = {option: schedule.option(option, value) for option, value in needed.items()}
+    if name == "pndm" and schedule.config["_class_name"] == "PNDMScheduler":
+        found["skip_prk_steps"] = schedule.option("skip_prk_steps", False)  # its class default: Runge-Kutta steps first
+    for option, value in found.items():
+        if value != needed[option]:
+            raise ValueError(
+                f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): use another sampler"
+            )
+    if name == "dpmpp_2m":
+        if schedule.option("solver_type", "midpoint") not in ("midpoint", "heun"):
+            raise ValueError(
+                f"solver_type={schedule.option('solver_type', '')} is not implemented (only midpoint, heun)"
+            )
+        if str(schedule.option("variance_type", "")).startswith("learned"):
+            raise ValueError("variance_type=learned is not implemented: the network must predict one tensor")
+    if name in ("pndm", "euler_ancestral") and schedule.prediction_type == "sample":
+        raise ValueError(f"sampler {name!r} is not defined for prediction_type 'sample': choose another sampler")

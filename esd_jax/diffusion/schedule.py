@@ -1,0 +1,151 @@
+"""The noise schedule of a checkpoint: `scheduler_config.json` as arrays, and the algebra of one noise level.
+
+A network output becomes a pair `(x0, eps)` with `x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps` (DDPM, Ho et
+al. 2020, Eq. 4). Samplers see only the pair, so they need not know what the network predicts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+# The scheduler class a checkpoint was published with, and our name for its sampler.
+SAMPLER_OF_CLASS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "LMSDiscreteScheduler": "lms",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise schedule of a checkpoint, as `scheduler_config.json` describes it."""
+
+    config: Mapping[str, Any]  # the raw JSON: what export writes back
+    alpha_bar: np.ndarray  # float64 [num_train_timesteps], exactly 0 at the end under `rescale_betas_zero_snr`
+    prediction_type: str  # "epsilon" | "v_prediction" | "sample"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+        """Read a scheduler config; keys that are missing or null mean what the diffusers class means by them.
+
+        Raises `ValueError` for a class, beta schedule, prediction type or timestep spacing that is not known. Options
+        that only one sampler reads (`thresholding`, `solver_order`, ...) are judged by `make_sampler`, so that a
+        checkpoint whose own sampler is not implemented can still be sampled with another one.
+        """
+        class_name = config.get("_class_name")
+        _require("scheduler class", class_name, SAMPLER_OF_CLASS)
+        prediction_type = _option(config, "prediction_type", "epsilon")
+        _require("prediction_type", prediction_type, PREDICTION_TYPES)
+        _require("timestep_spacing", _option(config, "timestep_spacing", "leading"), SPACINGS)
+
+        alpha_bar = np.cumprod(1.0 - _betas(config))
+        if config.get("rescale_betas_zero_snr"):
+            if class_name in ("PNDMScheduler", "LMSDiscreteScheduler"):
+                raise ValueError(f"{class_name} has no option rescale_betas_zero_snr: use DDIMScheduler in the config")
+            alpha_bar = _rescale_zero_snr(alpha_bar)
+        alpha_bar.setflags(write=False)
+        return cls(config=config, alpha_bar=alpha_bar, prediction_type=prediction_type)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alpha_bar)
+
+    def option(self, name: str, default: Any) -> Any:
+        """The raw config value, or `default` where the key is missing or null."""
+        return _option(self.config, name, default)
+
+
+def to_x0_eps(
+    prediction_type: str, alpha_bar_t: ArrayLike, x: Float[Array, "..."], output: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Network output at `x` -> the clean image and the noise it implies, both shaped like `x`, float32 or wider.
+
+    `x` is at the variance-preserving scale (what the network is shown); `alpha_bar_t` is a scalar or broadcasts against
+    it. Only "epsilon" divides by sqrt(alpha_bar_t) and only "sample" by sqrt(1 - alpha_bar_t). "v_prediction",
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, Sec. 4), is a rotation of the pair and
+    stands any noise level, zero SNR included. Raises `ValueError` for an unknown `prediction_type`.
+    """
+    dtype = _float32_or_wider(x, output)
+    x, output, alpha_bar_t = (jnp.asarray(array, dtype) for array in (x, output, alpha_bar_t))
+    alpha, sigma = jnp.sqrt(alpha_bar_t), jnp.sqrt(1 - alpha_bar_t)
+    if prediction_type == "epsilon":
+        return (x - sigma * output) / alpha, output
+    if prediction_type == "v_prediction":
+        return alpha * x - sigma * output, alpha * output + sigma * x
+    if prediction_type == "sample":
+        return output, (x - alpha * output) / sigma
+    raise ValueError(f"unknown prediction_type {prediction_type!r}: known are {', '.join(PREDICTION_TYPES)}")
+
+
+def add_noise(
+    schedule: Schedule, x0: Float[Array, "batch ..."], noise: Float[Array, "batch ..."], t: ArrayLike
+) -> Float[Array, "batch ..."]:
+    """The forward process (DDPM Eq. 4): `x0` at noise level `t`, an integer scalar or [batch], possibly traced.
+
+    Raises `ValueError` for a `t` that is not an integer, or whose value is known and outside the schedule. (The gather
+    clamps a traced `t`: check its range where it is made.)
+    """
+    if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
+        raise ValueError(f"t must be an integer timestep, not {jnp.result_type(t)}")
+    last = schedule.num_train_timesteps - 1
+    if not isinstance(t, jax.core.Tracer) and (np.min(t) < 0 or np.max(t) > last):
+        raise ValueError(f"timestep {np.asarray(t)} is outside 0..{last}")
+    dtype = _float32_or_wider(x0, noise)
+    per_example = (-1, *[1] * (jnp.ndim(x0) - 1))
+    signal = jnp.asarray(np.sqrt(schedule.alpha_bar), dtype)[t].reshape(per_example)
+    spread = jnp.asarray(np.sqrt(1 - schedule.alpha_bar), dtype)[t].reshape(per_example)
+    return signal * x0 + spread * noise
+
+
+def _betas(config: Mapping[str, Any]) -> np.ndarray:
+    """float64 [num_train_timesteps]: the variance added at each training timestep."""
+    num = _option(config, "num_train_timesteps", 1000)
+    start, end = _option(config, "beta_start", 0.0001), _option(config, "beta_end", 0.02)
+    kind = _option(config, "beta_schedule", "linear")
+    trained = _option(config, "trained_betas", None)
+    if trained is not None:
+        betas = np.asarray(trained, np.float64)
+        if betas.shape != (num,):
+            raise ValueError(f"trained_betas has shape {betas.shape}, but num_train_timesteps is {num}")
+    elif kind == "linear":
+        betas = np.linspace(start, end, num)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, num) ** 2
+    elif kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Eq. 17
+        cosine = np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
+    else:
+        raise ValueError(f"beta_schedule {kind!r} is not known: linear, scaled_linear and squaredcos_cap_v2 are")
+    if not (np.all(betas > 0) and np.all(betas <= 1)):
+        raise ValueError(f"betas must be above 0 and at most 1, but reach from {betas.min()} to {betas.max()}")
+    return betas
+
+
+def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """Shift and stretch sqrt(alpha_bar) to keep its first value and end at 0 (Lin et al. 2024, Algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _float32_or_wider(*arrays: ArrayLike) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _require(what: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: known are {', '.join(known)}")

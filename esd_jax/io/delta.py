@@ -1,0 +1,89 @@
+"""ESD deltas: one safetensors file with the edited UNet tensors alone, as the erasing community exchanges them.
+
+Keys are bare diffusers UNet names; values are the full new weights, not differences, in torch layout. Users load them
+with `unet.load_state_dict(load_file(path), strict=False)`, which hides a misspelt key; here it is an error.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (np.dtype("bfloat16"))
+import numpy as np
+
+from esd_jax.io import folder as files
+from esd_jax.io import safetensors
+from esd_jax.pipeline import Pipeline
+
+
+def delta_name(concept: str, from_: str | None, subset: str) -> str:
+    """The customary file name: "esd-golden_retriever-from-golden_retriever-esdu.safetensors".
+
+    Users take the model's name up to the first dot, so dots, like spaces and path separators, become "_".
+    """
+    concept, from_ = (re.sub(r"[\s./\\:]", "_", text.strip()) for text in (concept, from_ or concept))
+    return f"esd-{concept}-from-{from_}-{subset.replace('-', '')}.safetensors"
+
+
+def export_delta(pipeline: Pipeline, path: str | Path, *, dtype: Any = "bfloat16", overwrite: bool = False) -> Path:
+    """Writes the edited UNet tensors.
+
+    Args:
+      pipeline: an erased checkpoint.
+      path: the file to write, "....safetensors"; see `delta_name`.
+      dtype: of the values in the file; bfloat16 is customary.
+      overwrite: lets a file at `path` be replaced.
+
+    Raises:
+      ValueError: the UNet is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
+      OSError: one line: no permission, no space left, ... What was there is unchanged.
+    """
+    path, dtype = Path(path).expanduser(), np.dtype(dtype)
+    if dtype not in safetensors.CODES:
+        raise ValueError(f"dtype={dtype.name} is not implemented: write float32, bfloat16 or float16")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a delta is a .safetensors file")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
+    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
+        raise ValueError(f"a delta holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
+    if not pipeline.edits:
+        raise ValueError("no UNet tensor is edited, so there is no delta to write")
+    edits = {name.removeprefix("unet/"): value for name, value in sorted(pipeline.edits.items())}
+    code, layouts = safetensors.CODES[dtype], pipeline.network("unet").layouts
+
+    def tensor(key: str) -> np.ndarray:
+        array = safetensors.to_file(np.asarray(edits[key]), layouts[key])
+        return safetensors.cast(f"unet/{key}", array, code)
+
+    specs = {key: (code, safetensors.file_shape(value.shape, layouts[key])) for key, value in edits.items()}
+    with safetensors.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    records = files.write_records(pipeline.provenance.erased)
+    safetensors.write(path, safetensors.lay_out(specs), tensor, records)
+    return path
+
+
+def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
+    """The pipeline with a delta's tensors in place of its own, whoever wrote the delta.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the UNet does not have.
+    """
+    path = Path(path).expanduser()
+    header = safetensors.read_header(path)
+    net = pipeline.network("unet")
+    if not header.entries:
+        raise ValueError(f"{path} holds no tensors")
+    if unknown := sorted(header.entries.keys() - net.shapes.keys()):
+        raise ValueError(f"{path} holds a tensor that the UNet does not have: {unknown[0]!r}")
+    edits = {}
+    for key, entry in header.entries.items():
+        expected = safetensors.file_shape(net.shapes[key].shape, net.layouts[key])
+        if entry.shape != expected:
+            raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the UNet needs {expected}")
+        array = safetensors.from_file(safetensors.read(header, key), net.layouts[key])
+        edits[f"unet/{key}"] = jnp.asarray(array, jnp.float32)
+    return pipeline.with_edits(edits, {"delta": path.name, "erased": files.read_records(header)})

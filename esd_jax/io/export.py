@@ -1,0 +1,161 @@
+"""`Pipeline` -> a diffusers folder: the source's own files, in which only the edited tensors are replaced."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from esd_jax.io import folder as files
+from esd_jax.io import safetensors
+from esd_jax.pipeline import Pipeline
+
+
+def export(
+    pipeline: Pipeline, path: str | Path, *, overwrite: bool = False, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes a checkpoint as diffusers opens it.
+
+    Files are copied byte for byte from the source folder. Only a weight file that holds edited tensors is rewritten:
+    same name, keys, order and dtypes, its other tensors byte for byte, and one more metadata key, "esd_jax", with the
+    records of what was erased.
+
+    Copied are `model_index.json`, licences, and the files of every component that it names. Left out are pickles and
+    other formats, and all weights but the variant that was loaded: a stale one next to an erased one would be a trap.
+    A safety checker that exists only as a pickle is taken out of `model_index.json`, with a warning.
+
+    Args:
+      pipeline: `pipeline.edits` is what differs from the source; its compute dtype does not matter.
+      path: the new folder. It appears complete or not at all.
+      overwrite: lets a diffusers folder at `path` be replaced, once the new one is complete.
+      metadata: more metadata for the rewritten files.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing to copy from, `path` is taken, or a tensor is NaN or beyond its dtype.
+      OSError: one line: no permission, no space left, ... What was there is unchanged.
+    """
+    path = Path(path).expanduser()
+    source = pipeline.provenance.folder
+    if source is None or not source.is_dir():
+        raise FileNotFoundError(f"the folder that the checkpoint was read from is needed for export: {source}")
+    _check_target(path, source, overwrite)
+    names = {f"{component}/{tensor}" for component, tensors in pipeline.params.items() for tensor in tensors}
+    if unknown := sorted(pipeline.edits.keys() - names):
+        raise ValueError(f"the checkpoint has no tensor {unknown[0]!r}, so its edit cannot be exported")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with safetensors.writing(path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _fill(partial, pipeline, source, {**files.write_records(pipeline.provenance.erased), **(metadata or {})})
+            _move_into_place(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A tensor that differs from the source: its name, its key in the file, and its layout."""
+
+    name: str
+    key: str
+    layout: str
+
+
+def _check_target(path: Path, source: Path, overwrite: bool) -> None:
+    ours, theirs = path.resolve(), source.resolve()
+    if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+        raise ValueError(f"{path} is, or overlaps, the folder that the checkpoint was read from: export elsewhere")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} is a file or a link where a folder should be: export elsewhere, or remove it")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"{path} exists and is no diffusers folder, so it is not replaced: export elsewhere")
+        if not overwrite:
+            raise ValueError(f"{path} exists: pass overwrite=True to replace it, or export elsewhere")
+
+
+def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str, str]) -> None:
+    """Writes everything into the new folder, `target`."""
+    edits: dict[Path, list[Edit]] = {}
+    for name in pipeline.edits:
+        component, tensor = name.split("/", 1)
+        place = pipeline.provenance.tensors[name]
+        edits.setdefault(place.path, []).append(Edit(name, place.key, pipeline.network(component).layouts[tensor]))
+    used = {place.path for place in pipeline.provenance.tensors.values()}
+    variant = next((files.variant_of(path.name) for path in sorted(used)), "")
+    index, dropped = dict(pipeline.index), []
+    for component, value in index.items():
+        folder = source / component
+        if component.startswith("_") or not isinstance(value, list) or value[0] is None or not folder.is_dir():
+            continue
+        weights = {path for path in used if path.parent == folder} or _weights_unread(folder, variant)
+        if weights is None:
+            dropped.append(component)
+            continue
+        (target / component).mkdir()
+        for path in sorted(folder.iterdir()):
+            if path in edits:
+                _rewrite(path, target / component / path.name, edits[path], pipeline, metadata)
+            elif path.is_file() and not files.is_other_weight(path, weights):
+                shutil.copyfile(path, target / component / path.name)
+    for path in source.iterdir():
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
+            shutil.copyfile(path, target / path.name)
+    if dropped:
+        warnings.warn(f"left out of the export, since only pickles of it exist: {', '.join(dropped)}", stacklevel=4)
+        index |= {component: [None, None] for component in dropped}
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        shutil.copyfile(source / "model_index.json", target / "model_index.json")
+
+
+def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
+    """The weights of a component that was not read: those of `variant`, else the plain ones.
+
+    Empty if it has none (a tokenizer, a scheduler); None if all that it has are pickles.
+    """
+    names = [path.name for path in folder.iterdir()]
+    variants = {files.variant_of(name) for name in names} - {None}
+    if variants:
+        chosen = next(v for v in (variant, "", *sorted(variants)) if v in variants)
+        return set(files.weight_files(folder, chosen))
+    pickled = any(Path(name).suffix in safetensors.PICKLES for name in names)
+    return None if pickled else set()
+
+
+def _rewrite(path: Path, target: Path, edits: list[Edit], pipeline: Pipeline, metadata: Mapping[str, str]) -> None:
+    """Copies a weight file with the edited tensors replaced, one tensor at a time."""
+    header = safetensors.read_header(path)
+    by_key = {edit.key: edit for edit in edits}
+
+    def tensor(key: str) -> np.ndarray:
+        if key not in by_key:
+            return safetensors.read_bytes(header, key)
+        edit, entry = by_key[key], header.entries[key]
+        array = safetensors.to_file(np.asarray(pipeline.edits[edit.name]), edit.layout)
+        if array.shape != entry.shape:
+            raise ValueError(f"the edit of {edit.name!r} has shape {array.shape} in torch layout, not {entry.shape}")
+        return safetensors.cast(edit.name, array, entry.dtype)
+
+    safetensors.write(target, header.entries, tensor, {**header.metadata, **metadata})
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    """Puts a complete folder at `path`; what was there goes only once its place is taken."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)

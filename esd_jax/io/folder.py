@@ -1,0 +1,129 @@
+"""The files of a diffusers folder: which hold a component's weights, and which tensor has which key in them."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from esd_jax.io.safetensors import PICKLES, Header, refuse_pickle
+
+RECORD = "esd_jax"  # the metadata key under which a weight file says what was erased from it
+# Every form of a weight file's name, or of a shard index's, that diffusers and transformers have written:
+# diffusion_pytorch_model[.fp16][-00001-of-00002][.fp16].safetensors[.index[.fp16].json | .fp16.index.json]
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors"
+    r"(?:\.index(?:\.(\w+))?\.json|\.(\w+)\.index\.json)?"
+)
+NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml")
+# The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
+OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError, naming the file, unless it holds a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}; a diffusers folder needs it") from None
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy or download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def variant_of(file_name: str) -> str | None:
+    """The variant of a safetensors file or shard index: "" for the plain one, None if it is neither."""
+    match = WEIGHTS.fullmatch(file_name)
+    return None if match is None else next((group for group in match.groups() if group), "")
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """A component's safetensors files: one, or the shards that its index lists.
+
+    Raises:
+      FileNotFoundError: the folder, or a shard, does not exist.
+      ValueError: it holds other variants alone, or pickles alone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}, though model_index.json names it")
+    names = sorted(path.name for path in folder.iterdir())
+    found = [name for name in names if variant_of(name) == (variant or "")]
+    single = [name for name in found if name.endswith(".safetensors") and "-of-" not in name]
+    indices = [name for name in found if name.endswith(".json")]
+    if single:
+        return [folder / single[0]]
+    if indices:
+        return _shards(folder / indices[0])
+    others = sorted({variant_of(name) for name in names} - {None, variant or ""})
+    if others:
+        wanted = f"of variant {variant!r}" if variant else "without a variant"
+        known = ", ".join(f"variant={name!r}" if name else "no variant" for name in others)
+        raise ValueError(f"{folder} holds no weights {wanted}: load with {known}")
+    for name in names:
+        refuse_pickle(folder / name)
+    raise FileNotFoundError(f"{folder} holds no safetensors weights (on the hub it may have some as variant='fp16')")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map: copy or download it again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:  # such a name would lead an export out of its folder
+            raise ValueError(f"{index} names a shard outside its folder: {name!r}")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"there is no file {index.parent / name}, though {index.name} names it")
+    return [index.parent / name for name in names]
+
+
+def is_other_weight(path: Path, used: Iterable[Path]) -> bool:
+    """Whether a file is left out of a copy that holds the weights `used`: other variants, and other formats."""
+    if path.suffix == ".json" and ".index." in path.name:
+        named = read_json(path).get("weight_map", {}).values()
+        return not set(named) <= {file.name for file in used}
+    return path.suffix.lower() in NOT_COPIED and path not in used
+
+
+def read_records(header: Header) -> list[Any]:
+    """The records of erasures that a weight file carries, oldest first."""
+    try:
+        records = json.loads(header.metadata.get(RECORD, "[]"))
+    except ValueError as error:
+        raise ValueError(f"{header.path}: the metadata {RECORD!r} is not valid JSON ({error})") from error
+    return records if isinstance(records, list) else [records]
+
+
+def write_records(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The metadata from which `read_records` reads them."""
+    return {RECORD: json.dumps(list(records), default=str)} if records else {}
+
+
+def tensor_name(component: str, key: str) -> str | None:
+    """The name in `Params` of a file's key, or None for a tensor that is no parameter."""
+    if component.startswith("text_encoder"):
+        name = key.removeprefix("text_model.")
+        return None if name == "embeddings.position_ids" else name  # 0, 1, 2, ...: a buffer that was once saved
+    if component == "vae" and (old := OLD_VAE_KEY.fullmatch(key)):
+        return f"{old[1]}.{OLD_VAE[old[2]]}.{old[3]}"
+    return key
+
+
+def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the first, for parameters that are missing or unknown."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise ValueError(
+            f"{component}: {len(missing)} tensors are missing from the weights, first {missing[0]!r} of shape "
+            f"{expected[missing[0]]}: config.json and the weights do not belong together"
+        )
+    if unknown:
+        raise ValueError(
+            f"{component}: {len(unknown)} tensors in the weights are unknown to the network, first {unknown[0]!r} of "
+            f"shape {found[unknown[0]]}: config.json and the weights do not belong together"
+        )

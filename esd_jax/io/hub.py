@@ -1,0 +1,94 @@
+"""Names of checkpoints -> local folders: a folder here, or a model on the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from esd_jax.io.safetensors import refuse_pickle
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STEMS = ("diffusion_pytorch_model", "model")
+
+
+def resolve(source: str | Path, *, variant: str | None = None, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, downloaded into the hub's cache if need be.
+
+    Args:
+      source: a folder, or the id of a model on the hub ("org/name"). A folder that exists comes first.
+      variant: which weights to download ("fp16"); None, those whose file names carry no variant.
+      revision: a branch, tag or commit of the hub's repository.
+
+    With `HF_HUB_OFFLINE=1`, or without a network, only what the hub's cache already holds is found.
+
+    Raises:
+      FileNotFoundError: no such folder; or the hub has no such model or revision, or cannot be reached.
+      ValueError: a single file; or a model that the hub gives only to those who accepted its licence.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {path} is a local folder")
+        return path
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: reading single .safetensors files is not implemented; give a diffusers folder")
+    if path.is_file():
+        refuse_pickle(path)
+        raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise FileNotFoundError(f"there is no folder {source}; give a diffusers folder, or a hub id such as org/name")
+    return _download(source, variant, revision)
+
+
+def weight_patterns(variant: str | None) -> list[str]:
+    """What the safetensors files and shard indices of a variant are called, in every component."""
+    v, n = (f".{variant}" if variant else ""), "-?????-of-?????"
+    names = [f"{v}.safetensors", f"{v}{n}.safetensors", f"{n}{v}.safetensors", f".safetensors.index{v}.json"]
+    return [f"*/{stem}{name}" for stem in STEMS for name in dict.fromkeys(names)]
+
+
+def _download(repo: str, variant: str | None, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"{repo!r}" + (f" (revision {revision!r})" if revision else "")
+    small = ["model_index.json", "*/config.json", "*/*_config.json", "*/tokenizer.json", "*/special_tokens_map.json"]
+    small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "LICENSE*", "NOTICE*"]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=[*small, *weight_patterns(variant)]
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if folder := _partly_cached(repo, revision):
+            return folder
+        raise FileNotFoundError(
+            f"{where} is no folder here, is not in the hub's cache, and the hub cannot be reached: "
+            "connect (and unset HF_HUB_OFFLINE), or give a local diffusers folder"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"the hub gives {where} only to those who accepted its licence: accept it at "
+            f"https://huggingface.co/{repo}, then run `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"the hub has no {where}: check the revision at huggingface.co/{repo}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} is neither a folder here nor a model on the hub: check the spelling (a private model needs "
+            "`hf auth login`)"
+        ) from error
+    except Exception as error:  # its HTTP library's errors have no common base, and it has changed before
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(f"cannot download {where} from the hub: {reason[0]}") from error
+    return Path(folder)
+
+
+def _partly_cached(repo: str, revision: str | None) -> Path | None:
+    """A cached snapshot that lacks some file; whether that file is needed is for the reader to say."""
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True
+        )
+    except FileNotFoundError:
+        return None
+    return Path(folder)

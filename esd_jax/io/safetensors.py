@@ -1,0 +1,207 @@
+"""safetensors files, read and written tensor by tensor, and the two tensor layouts: the file's (torch) and ours (JAX).
+
+The format: 8 bytes of header length, a JSON header `{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}`,
+then the bytes of the tensors. Reading and writing it here, rather than by the library, keeps a file's order, dtypes and
+untouched bytes as they are and holds one tensor at a time: a 3.4 GB UNet never exists twice in memory.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: the format's dtype code ("F32", "BF16", ...), its torch shape, and where its bytes lie.
+
+    start, stop: counted from the end of the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    path: the file; data: where the tensors' bytes begin; entries: in the order in which the file lists them.
+    """
+
+    path: Path
+    data: int
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def to_file(array: np.ndarray, layout: str) -> np.ndarray:
+    """JAX layout -> torch's: linear [in, out] -> [out, in], conv [h, w, in, out] -> [out, in, h, w].
+
+    Embeddings and vectors are the same in both. The result may be a view that is not contiguous.
+    """
+    axes = {"linear": (1, 0), "conv": (3, 2, 0, 1), "embedding": (0, 1), "vector": (0,)}[layout]
+    return array.transpose(axes)
+
+
+def from_file(array: np.ndarray, layout: str) -> np.ndarray:
+    """The inverse of `to_file`: linear [out, in] -> [in, out], conv [out, in, h, w] -> [h, w, in, out]."""
+    axes = {"linear": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1), "vector": (0,)}[layout]
+    return array.transpose(axes)
+
+
+def file_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The shape that a tensor of JAX shape `shape` has in a file."""
+    return to_file(np.broadcast_to(np.uint8(0), shape), layout).shape
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks what a file says of itself.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is a pickle, or not a complete safetensors file.
+    """
+    refuse_pickle(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="np"):  # checks that the tensors fill the file exactly
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (safetensors.SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged or incomplete ({reason}): copy or download it again") from error
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {
+        name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()
+    }
+    return Header(path, 8 + length, entries, metadata)
+
+
+def read_bytes(header: Header, key: str) -> np.ndarray:
+    """A tensor's bytes, uint8 [n], whatever its dtype."""
+    entry = header.entries[key]
+    return np.fromfile(header.path, np.uint8, count=entry.stop - entry.start, offset=header.data + entry.start)
+
+
+def read(header: Header, key: str) -> np.ndarray:
+    """A tensor in torch layout and the file's dtype. Raises ValueError for a dtype that no weight here has."""
+    entry = header.entries[key]
+    if entry.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"{header.path}: {key!r} has dtype {entry.dtype}, which is not implemented (only {known} are)")
+    return read_bytes(header, key).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def write(
+    path: Path,
+    entries: Mapping[str, Entry],
+    tensor: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file one tensor at a time, under a temporary name until it is complete.
+
+    Args:
+      path: the file; its folder exists. A file that is there stays intact until the new one takes its place.
+      entries: what the file will hold, in the order of its header; their bytes follow each other without gaps.
+      tensor: name -> its values (or its bytes, uint8), called once for each, in the order of `start`.
+      metadata: added to {"format": "pt"}, without which transformers refuses a file.
+
+    Raises:
+      OSError: one line that names the path: no permission, no space left, and so on.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.stop]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(len(encoded).to_bytes(8, "little"))
+                file.write(encoded)
+                for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+                    # A transposed view would be written in memory order, which is silently wrong.
+                    values = np.ascontiguousarray(tensor(name)).reshape(-1).view(np.uint8)
+                    if values.nbytes != (size := entry.stop - entry.start):
+                        raise ValueError(f"{name} has {values.nbytes} bytes, not {size} as announced")
+                    file.write(values.data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays that are in torch layout, wide dtypes first (which aligns each), then by name. See `write`."""
+    specs = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        array = tensors[name]
+        if array.dtype not in CODES:
+            raise ValueError(f"{name} has dtype {array.dtype}, which is not implemented (only {', '.join(DTYPES)} are)")
+        specs[name] = (CODES[array.dtype], array.shape)
+    write(path, lay_out(specs), lambda name: tensors[name], metadata)
+
+
+def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
+    """name -> (dtype code, torch shape) becomes name -> `Entry`, one after the other."""
+    entries, start = {}, 0
+    for name, (dtype, shape) in specs.items():
+        stop = start + int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        entries[name] = Entry(dtype, tuple(shape), start, stop)
+        start = stop
+    return entries
+
+
+def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` in the dtype of code `dtype`; raises ValueError, naming the tensor, if any value is not finite."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity, so it is not written: the training has diverged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # an overflow is reported below, by name
+        result = array.astype(DTYPES[dtype], copy=False)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"{name} reaches {np.abs(array).max():.3g}, beyond the range of {result.dtype.name}: "
+            "start from a float32 or bfloat16 checkpoint"
+        )
+    return result
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ValueError for a file that would have to be unpickled, which runs whatever code it holds."""
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which can run any code when it is opened, and is never read: convert it to "
+            "safetensors first (in diffusers: pipe.save_pretrained(folder, safe_serialization=True))"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError within (no permission, no space left, ...) into one line that names what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise OSError(f"cannot write {path}: {cause.strerror or cause}; what was there is unchanged") from cause

@@ -1,0 +1,1 @@
+"""The networks, in Flax NNX: the attributes carry the names of diffusers' and transformers' modules."""

@@ -1,0 +1,37 @@
+"""The published architectures, as the config files of a diffusers folder (no weights).
+
+They tell how to read a checkpoint that carries no configs (a single `.safetensors` file) and let a network be counted,
+planned or compiled before anything is downloaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Stable Diffusion 1.4 (and 1.5), 2.1 (768 px, v-prediction), 2.1-base (512 px, eps) and SDXL base 1.0.
+ARCHITECTURES = ("sd14", "sd21", "sd21-base", "sdxl")
+
+_FILES = {
+    "model_index": "model_index.json",
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "text_encoder_2": "text_encoder_2/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+
+
+def folder(name: str) -> Path:
+    """Where an architecture's config files lie. Raises ValueError for a name that is not in `ARCHITECTURES`."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no architecture is named {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    return Path(__file__).parent / name
+
+
+def read(name: str) -> dict[str, dict[str, Any]]:
+    """An architecture's configs: component ("unet", "vae", ..., "model_index") -> the contents of its JSON file.
+
+    "text_encoder_2" is there for SDXL alone. Raises ValueError for a name that is not in `ARCHITECTURES`.
+    """
+    files = {component: folder(name) / file for component, file in _FILES.items()}
+    return {component: json.loads(file.read_text("utf-8")) for component, file in files.items() if file.is_file()}

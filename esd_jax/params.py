@@ -1,0 +1,112 @@
+"""`Params`: the one vocabulary of the project, a flat `{diffusers tensor name: array}` per network.
+
+`functional` turns a Flax NNX module whose attributes are named as diffusers names its modules into a pure function over
+such a dict. No mapping table is needed: only the leaf changes, `kernel | scale | embedding -> weight`. After this
+nobody sees a module again: masks, optimizers, checkpoints and exports all speak these names.
+
+Arrays are in JAX layout (linear kernels `[in, out]`, convolutions `[height, width, in, out]`); `Network.layouts` is the
+only source of what has to be transposed for a file, and `esd_jax.io` the only place that does it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network as a function of its `Params`.
+
+    apply: `apply(params, *args, **kwargs)`, pure and jit-able; `params` must hold exactly the names in `shapes`.
+    shapes: name -> `jax.ShapeDtypeStruct` in JAX layout; nothing is allocated.
+    layouts: name -> "linear" | "conv" | "embedding" | "vector" (a 2-D `weight` may be linear or embedding).
+    """
+
+    apply: Callable[..., Any]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    layouts: dict[str, str]
+
+
+def functional(module: Callable[[], nnx.Module]) -> Network:
+    """Makes a pure function of an NNX module without allocating its weights.
+
+    Args:
+      module: a function that builds the module, e.g. `lambda: UNet2DConditionModel(config)`.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(module))
+    variables = {_tensor_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in variables.items()}
+    layouts = {name: _layout(path[-1], len(v.shape)) for name, (path, v) in variables.items()}
+
+    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+        if params.keys() != variables.keys():
+            raise ValueError(_name_mismatch(params, variables))
+        flat = [(path, variable.replace(params[name])) for name, (path, variable) in variables.items()]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))(*args, **kwargs)
+
+    return Network(apply, shapes, layouts)
+
+
+def partition(params: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits `params` into (those named, the rest). Raises ValueError for a name that does not exist."""
+    chosen = set(names)
+    if unknown := sorted(chosen - params.keys()):
+        raise ValueError(f"no tensor is named {unknown[0]!r} ({len(unknown)} unknown names)")
+    return {k: v for k, v in params.items() if k in chosen}, {k: v for k, v in params.items() if k not in chosen}
+
+
+def combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts partitions together; a later one wins, so `combine(base, theta)` is the student."""
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def component(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tensors of one network in a run's tree, whose keys are "unet/NAME", under their bare names."""
+    prefix = name + "/"
+    return {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
+
+
+def prefixed(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The inverse of `component`: NAME -> "unet/NAME"."""
+    return {f"{name}/{key}": value for key, value in params.items()}
+
+
+def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:
+    """Every tensor in `dtype`."""
+    return {name: jnp.asarray(value, dtype) for name, value in params.items()}
+
+
+def num_scalars(shapes: Mapping[str, Any]) -> int:
+    """How many scalars a tree of arrays or shapes holds."""
+    return sum(value.size for value in shapes.values())
+
+
+def num_bytes(shapes: Mapping[str, Any], dtype: Any = None) -> int:
+    """How many bytes a tree holds, optionally as if it were all of one dtype."""
+    return sum(value.size * jnp.dtype(dtype or value.dtype).itemsize for value in shapes.values())
+
+
+def _tensor_name(path: tuple[Any, ...]) -> str:
+    return ".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]])
+
+
+def _layout(leaf: str, ndim: int) -> str:
+    if leaf == "embedding":
+        return "embedding"
+    return {1: "vector", 2: "linear", 4: "conv"}[ndim]
+
+
+def _name_mismatch(params: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    missing, extra = sorted(expected.keys() - params.keys()), sorted(params.keys() - expected.keys())
+    parts = [
+        f"{len(names)} {what} ({names[0]}, ...)" for what, names in (("missing", missing), ("extra", extra)) if names
+    ]
+    return f"these weights do not fit the network: {' and '.join(parts)}"

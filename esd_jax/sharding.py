@@ -1,0 +1,33 @@
+"""Devices: one data axis over them, and random keys that do not depend on how many there are."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+
+def make_mesh(batch_size: int) -> Mesh:
+    """A mesh ("data",) over as many of the devices as divide the batch evenly."""
+    devices = jax.devices()[: math.gcd(batch_size, jax.device_count())]
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every array on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: asks that arrays with a leading batch axis be spread over the data axis."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, sharding) if a.ndim else a, tree)
+
+
+def per_example_keys(key: Array, indices: Int[Array, " batch"]) -> Array:
+    """One key per global example index: the same on one device or on 256, at any batch size."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(indices))

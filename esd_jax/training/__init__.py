@@ -1,0 +1,1 @@
+"""Training: one jitted step for every method, and the loop, checkpoints and logs around it."""

@@ -1,0 +1,85 @@
+"""Orbax checkpoints of a run: {theta, opt, step, key}, and what the run is. The only place that imports orbax."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from esd_jax.training.step import State
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, used as a context manager. Saves are asynchronous and atomic.
+
+    Args:
+      folder: where they lie; made if needed.
+      meta: what the run is (base, method, settings); a checkpoint of another run is refused.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any], *, keep: int = 2):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+        import orbax.checkpoint as ocp
+
+        self._ocp, self.folder, self.meta = ocp, folder, dict(meta)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, state: State) -> None:
+        """Saves under `state.step`; returns once the values are copied, so `state` may be donated at once."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        args = self._ocp.args
+        self._manager.save(
+            step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(self.meta))
+        )
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State, step: int | None = None, *, check: bool = True) -> State:
+        """The newest checkpoint (or that of `step`), with the shapes, dtypes and placement of `like`.
+
+        `check` refuses the checkpoint of a run whose meta is another one.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it belongs to a run with other settings; names the first that differs.
+        """
+        step = self.latest if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.folder}")
+        args = self._ocp.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        for name in sorted(self.meta.keys() | meta.keys()) if check else ():
+            if self.meta.get(name) != meta.get(name):
+                raise ValueError(
+                    f"the checkpoint in {self.folder} was made with {name}={meta.get(name)!r}, not "
+                    f"{self.meta.get(name)!r}: resume with the same settings, or start anew in another output_dir"
+                )
+        target = jax.tree.map(_abstract, like._asdict())
+        restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
+        return State(**restored)
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -1,0 +1,201 @@
+"""The training loop: restore, step, log, preview, save, and stop cleanly when asked or when the loss is not finite."""
+
+import collections
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from esd_jax.params import Params
+from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.log import MetricLog
+from esd_jax.training.step import Metrics, State
+
+# How many steps the host may run ahead of the device before it looks at the metrics.
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how to train.
+
+    steps: updates. batch_size: examples per evaluation. accumulate: batches per update.
+    seed: of every draw. log_every, checkpoint_every, preview_every: in steps; 0 switches previews off.
+    keep_checkpoints: how many of the newest stay on disk. tensorboard: also write event files.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 1
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    preview_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        for name, least in (
+            ("steps", 0), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("checkpoint_every", 1),
+            ("keep_checkpoints", 1), ("preview_every", 0),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+
+
+class Stopped(Exception):
+    """A run that ended early because it was asked to (SIGTERM or Ctrl-C), after saving a checkpoint."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is NaN or infinite; the last good checkpoint is kept."""
+
+
+StepFunction = Callable[[State, Params, Params, Any], tuple[State, Metrics]]
+
+
+def train(
+    step: StepFunction,
+    state: State,
+    theta_0: Params,
+    frozen: Params,
+    inputs: Any,
+    settings: Training,
+    *,
+    checkpoints: Checkpoints | None = None,
+    log: MetricLog | None = None,
+    preview: Callable[[int, Params], None] | None = None,
+) -> State:
+    """Runs `step` until `settings.steps`, from wherever `state` stands.
+
+    Args:
+      step: see `make_step`; the arguments up to `inputs` are its own.
+      checkpoints, log: where the run is kept; None keeps nothing.
+      preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
+
+    Raises:
+      NotFinite: naming the step and the last good checkpoint.
+      Stopped: after a signal, once the checkpoint is written.
+    """
+    pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+    first, began = int(state.step), time.monotonic()
+
+    def drain(keep: int) -> None:
+        while len(pending) > keep:
+            number, metrics = pending.popleft()
+            loss, grad_norm, t = (float(value) for value in metrics)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise NotFinite(_not_finite(number, loss, grad_norm, checkpoints))
+            if log and (number % settings.log_every == 0 or number == settings.steps):
+                seconds = round(time.monotonic() - began, 3)
+                log.write(number, {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds})
+            progress(number, loss)
+
+    def save() -> None:
+        # Nothing is saved before every loss up to here is known to be finite.
+        drain(0)
+        if checkpoints:
+            checkpoints.save(state)
+
+    def show(number: int) -> None:
+        if preview and settings.preview_every:
+            preview(number, state.theta)
+
+    with _signals() as stop, _progress(settings.steps, first) as progress:
+        if first == 0:
+            show(0)
+        for number in range(first + 1, settings.steps + 1):
+            state, metrics = step(state, theta_0, frozen, inputs)
+            pending.append((number, metrics))
+            drain(AHEAD)
+            if stop.is_set():
+                save()
+                if checkpoints:
+                    checkpoints.wait()
+                raise Stopped(f"stopped at step {number} of {settings.steps}")
+            if number % settings.checkpoint_every == 0 and number != settings.steps:
+                save()
+            if settings.preview_every and number % settings.preview_every == 0 and number != settings.steps:
+                show(number)
+        save()
+        if first < settings.steps:
+            show(settings.steps)
+    if checkpoints:
+        checkpoints.wait()
+    return state
+
+
+def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints | None) -> str:
+    kept = checkpoints.latest if checkpoints else None
+    last = f"the checkpoint of step {kept} in {checkpoints.folder} is good" if kept else "there is no checkpoint yet"
+    return (
+        f"loss is {loss} and the gradient's norm {grad_norm} at step {step}; {last}. "
+        "Lower learning_rate or eta, or compute in float32"
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _progress(total: int, first: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar with the loss and the time left on a terminal; a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _lines(total, first)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("erasing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=first, loss="compiling")
+        yield lambda number, loss: bar.update(task, completed=number, loss=f"loss {loss:.4g}")
+
+
+def _lines(total: int, first: int) -> Callable[[int, float], None]:
+    began, every = time.monotonic(), max(1, (total - first) // 10)
+    compiled = None
+
+    def report(number: int, loss: float) -> None:
+        nonlocal compiled
+        now, done = time.monotonic(), number - first
+        compiled = compiled or now  # the first step is nearly all compilation, so it tells nothing about the rest
+        if done > 1 and (done % every == 0 or number == total):
+            left = (now - compiled) / (done - 1) * (total - number)
+            print(f"step {number}/{total}  loss {loss:.4g}  {now - began:.0f} s, {left:.0f} s left", file=sys.stderr)
+
+    return report

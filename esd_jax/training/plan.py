@@ -1,0 +1,115 @@
+"""What a run will train, hold in memory and compute, worked out from shapes alone: nothing is allocated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esd_jax.methods.esd import make_trajectory
+from esd_jax.models.unet import Conditioning, UNetConfig
+from esd_jax.params import num_bytes, num_scalars
+from esd_jax.pipeline import NetworkConfig, network
+from esd_jax.selection import select
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's size.
+
+    names: the tensors that are trained. trained, total: scalars of those, and of the UNet.
+    memory: what occupies memory -> bytes; an upper bound, since XLA fuses and reuses.
+    forward_flops: of one UNet evaluation of one example.
+    step_flops: of one update, on average over the drawn timesteps.
+    """
+
+    names: tuple[str, ...]
+    trained: int
+    total: int
+    memory: Mapping[str, int]
+    forward_flops: float
+    step_flops: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"trained   {len(self.names)} tensors, {self.trained:,} scalars "
+            f"({self.trained / self.total:.2%} of the UNet's {self.total:,})",
+            *(f"          {name}" for name in _abridged(self.names)),
+            f"memory    {_bytes(sum(self.memory.values()))}, at most",
+            *(f"          {_bytes(size):>10}  {what}" for what, size in self.memory.items()),
+            f"compute   {self.forward_flops / 1e12:.3g} TFLOP a UNet evaluation, "
+            f"{self.step_flops / 1e12:.3g} TFLOP an update on average",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) -> Plan:
+    """Plans a run.
+
+    Args:
+      configs: component -> architecture.
+      schedule: the checkpoint's `Schedule`.
+      recipe: the `Recipe`; its concept and base are not read.
+    """
+    unet: UNetConfig = configs["unet"]
+    dtype = jnp.dtype(recipe.dtype)
+    net = network(unet, dtype.name, recipe.remat)
+    names = select(recipe.subset, net.layouts)
+    trained = {name: net.shapes[name] for name in names}
+    batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
+
+    params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
+    one, several = (_inputs(configs, recipe, n) for n in (1, batch))
+    forward = jax.jit(net.apply).lower(params, *one).cost_analysis()["flops"]
+    rest = {name: shape for name, shape in params.items() if name not in trained}
+
+    def residuals(theta: Any, rest: Any, *inputs: Any) -> Any:
+        return jax.vjp(lambda theta: net.apply({**rest, **theta}, *inputs), theta)[1]
+
+    theta = {name: params[name] for name in names}
+    saved = jax.eval_shape(residuals, theta, rest, *several)
+    # The weights are among the saved values, but they exist anyway.
+    known = sorted(s.shape for s in params.values())
+    activations = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved) if leaf.shape not in known or leaf.ndim < 2
+    )
+    optimizer = jax.eval_shape(recipe.optimizer.transformation().init, trained)
+    others = {name: config for name, config in configs.items() if name != "unet"}
+    memory = {
+        f"UNet, {dtype.name}": num_bytes(params),
+        f"text encoders and VAE, {dtype.name}": sum(
+            num_bytes(network(config, dtype.name).shapes, dtype) for config in others.values()
+        ),
+        "trained tensors, float32, and their gradient": 2 * num_bytes(trained, jnp.float32),
+        f"{recipe.optimizer.optimizer}'s state, float32": sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer)
+        ),
+        f"activations of the student's backward pass, batch {batch}": activations,
+    }
+    trajectory = make_trajectory(recipe.esd, schedule)
+    updates = 0.0 if recipe.images else float(np.mean(trajectory.num_updates[trajectory.support]))
+    # Two evaluations per sampler step, two of the teacher, and the student's forward and backward pass (about three).
+    evaluations = batch * accumulate * (2 * updates + 2 + 3)
+    return Plan(names, num_scalars(trained), num_scalars(params), memory, forward, forward * evaluations)
+
+
+def _inputs(configs: Mapping[str, NetworkConfig], recipe: Any, batch: int) -> tuple[Any, ...]:
+    unet, factor = configs["unet"], configs["vae"].factor
+    height, width = (side // factor if side else unet.sample_size for side in (recipe.height, recipe.width))
+    shape = lambda *s: jax.ShapeDtypeStruct((batch, *s), jnp.float32)  # noqa: E731
+    conditioning = Conditioning(shape(configs["text_encoder"].max_position_embeddings, max(unet.contexts)))
+    if unet.addition_embed_type:
+        conditioning = Conditioning(conditioning.embeddings, shape(configs["text_encoder_2"].projection_dim), shape(6))
+    return shape(height, width, unet.in_channels), jax.ShapeDtypeStruct((), jnp.float32), conditioning
+
+
+def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:
+    if len(names) <= shown + 1:
+        return list(names)
+    return [*names[:shown], f"... and {len(names) - shown} more"]
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,147 @@
+"""The training step, one for every method.
+
+    student = {**frozen, **theta}        teacher = {**frozen, **theta_0}
+
+share all frozen buffers; only the trained leaves exist twice. theta and its optimizer keep full precision and are cast
+to the compute dtype once per step, outside the sampling loop.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from esd_jax import sharding
+from esd_jax.params import Params, cast, combine
+
+
+class State(NamedTuple):
+    """All that changes in training; what a checkpoint holds. The keys of theta are "unet/NAME"."""
+
+    theta: dict[str, Array]
+    opt: Any
+    step: Int[Array, ""]
+    key: Array
+
+
+class Metrics(NamedTuple):
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    t: Float[Array, ""]
+
+
+class Method(Protocol):
+    """What a method gives to the step; see `esd_jax.methods.esd.Method`."""
+
+    def draw(self, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any: ...
+    def prepare(self, student: Params, teacher: Params, draws: Any, inputs: Any) -> Any: ...
+    def loss(self, student: Params, batch: Any) -> Float[Array, ""]: ...
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optax optimizer by name, with constant learning rate after an optional linear warm-up."""
+
+    optimizer: str = "adam"
+    learning_rate: float = 1e-5
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        if self.optimizer not in ("adam", "adamw", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r} is unknown; choose one of adam, adamw, sgd")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(f"weight_decay={self.weight_decay} needs optimizer='adamw'")
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optax transformation."""
+        rate: Any = self.learning_rate
+        if self.warmup_steps:
+            rate = optax.linear_schedule(0.0, rate, self.warmup_steps)
+        moments = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
+        tx = {
+            "adam": lambda: optax.adam(rate, **moments),
+            "adamw": lambda: optax.adamw(rate, **moments, weight_decay=self.weight_decay),
+            "sgd": lambda: optax.sgd(rate),
+        }[self.optimizer]()
+        return tx if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
+
+
+def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, seed: int) -> State:
+    """Step 0. theta is copied, since the step donates it."""
+    theta = {name: jnp.array(value) for name, value in theta.items()}
+    return State(theta, tx.init(theta), jnp.zeros((), jnp.int32), jax.random.key(seed))
+
+
+def make_step(
+    method: Method,
+    tx: optax.GradientTransformation,
+    *,
+    compute_dtype: Any,
+    shape: tuple[int, int, int],
+    batch_size: int = 1,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+) -> Callable[[State, Params, Params, Any], tuple[State, Metrics]]:
+    """One jitted update: step(state, theta_0, frozen, inputs) -> (state, metrics). `state` is donated.
+
+    Every draw is a function of (state.key, state.step, global example index), so the numbers are the same at any
+    device count, and a resumed run repeats them. The step is compiled once: the timestep, the concepts, the seed, the
+    guidance and the strength are all traced.
+
+    Args:
+      method: the three functions of an erasing method.
+      tx: the optimizer.
+      compute_dtype: of the networks; theta is cast to it for each step.
+      shape: of one example's latents (height, width, channel).
+      batch_size: examples per evaluation; they share one timestep, so that one loop serves them all.
+      accumulate: batches whose gradients are averaged before the update, each with its own timestep.
+      mesh: spreads the batch over its data axis.
+    """
+
+    def gradients(state: State, theta_0: Params, frozen: Params, inputs: Any, index: Array) -> Any:
+        # Draws of the micro-batch `index`; its examples have the global indices [index, index + 1) * batch_size.
+        step_key = jax.random.fold_in(state.key, state.step)
+        shared_key, examples_key = jax.random.split(step_key)
+        keys = sharding.per_example_keys(examples_key, index * batch_size + jnp.arange(batch_size))
+        draws = method.draw(jax.random.fold_in(shared_key, index), keys, shape, inputs)
+        draws = sharding.split_batch(draws, mesh)
+        student = combine(frozen, cast(state.theta, compute_dtype))
+        batch = method.prepare(student, combine(frozen, theta_0), draws, inputs)
+
+        def loss(theta: Params) -> Array:
+            return method.loss(combine(frozen, cast(theta, compute_dtype)), batch)
+
+        value, grads = jax.value_and_grad(loss)(state.theta)
+        return value, grads, draws.t
+
+    def averaged(state: State, theta_0: Params, frozen: Params, inputs: Any) -> Any:
+        if accumulate == 1:
+            return gradients(state, theta_0, frozen, inputs, jnp.int32(0))
+        zero = jax.eval_shape(lambda: gradients(state, theta_0, frozen, inputs, jnp.int32(0)))
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), zero)
+
+        def add(total: Any, index: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(state, theta_0, frozen, inputs, index)), None
+
+        total, _ = jax.lax.scan(add, zero, jnp.arange(accumulate))
+        return jax.tree.map(lambda a: a / accumulate, total)
+
+    def step(state: State, theta_0: Params, frozen: Params, inputs: Any) -> tuple[State, Metrics]:
+        loss, grads, t = averaged(state, theta_0, frozen, inputs)
+        updates, opt = tx.update(grads, state.opt, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        return State(theta, opt, state.step + 1, state.key), Metrics(loss, optax.global_norm(grads), t)
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,148 @@
+"""The published architectures against diffusers and transformers, without weights; and what is not implemented."""
+
+from functools import cache
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch_oracle import AXES
+
+from esd_jax.models import architectures
+from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from esd_jax.models.unet import UNet2DConditionModel, UNetConfig
+from esd_jax.models.vae import AutoencoderKL, VAEConfig
+from esd_jax.params import functional, num_scalars
+
+OURS = {
+    "unet": (UNetConfig, UNet2DConditionModel),
+    "vae": (VAEConfig, AutoencoderKL),
+    "text_encoder": (CLIPTextConfig, CLIPTextModel),
+    "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
+}
+CLIP_L, OPENCLIP_H, OPENCLIP_G, VAE = (196, 123_060_480), (372, 340_387_840), (517, 694_659_840), (248, 83_653_863)
+# (tensors, scalars), as counted in the published files.
+COUNTS = {
+    "sd14": {"unet": (686, 859_520_964), "vae": VAE, "text_encoder": CLIP_L},
+    "sd21": {"unet": (686, 865_910_724), "vae": VAE, "text_encoder": OPENCLIP_H},
+    "sd21-base": {"unet": (686, 865_910_724), "vae": VAE, "text_encoder": OPENCLIP_H},
+    "sdxl": {"unet": (1680, 2_567_463_684), "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_G},
+}
+NETWORKS = [(name, component) for name, components in COUNTS.items() for component in components]
+
+
+@cache
+def network(name, component):
+    config, module = OURS[component]
+    return functional(lambda: module(config.from_dict(architectures.read(name)[component])))
+
+
+def theirs(config):
+    """The network that diffusers or transformers builds from a config file, without memory for its weights."""
+    with torch.device("meta"):
+        if "_class_name" in config:
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(transformers, config["architectures"][0])
+        return kind(transformers.CLIPTextConfig(**config))
+
+
+def test_every_architecture_is_counted():
+    assert tuple(COUNTS) == architectures.ARCHITECTURES
+    for name, components in COUNTS.items():
+        assert set(architectures.read(name)) == {*components, "scheduler", "model_index"}
+
+
+@pytest.mark.parametrize(("name", "component"), NETWORKS)
+def test_counts(name, component):
+    shapes = network(name, component).shapes
+    assert (len(shapes), num_scalars(shapes)) == COUNTS[name][component]
+
+
+@pytest.mark.parametrize(("name", "component"), NETWORKS)
+def test_names_and_shapes_are_those_of_torch(name, component):
+    ours = network(name, component)
+    expected = {
+        key.removeprefix("text_model."): tuple(value.shape)
+        for key, value in theirs(architectures.read(name)[component]).state_dict().items()
+    }
+    # AXES leads from torch's layout to ours; argsort inverts it.
+    for key, value in ours.shapes.items():
+        assert tuple(value.shape[i] for i in np.argsort(AXES[ours.layouts[key]])) == expected.pop(key), key
+    assert not expected
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_pipeline_and_scheduler_are_known_to_diffusers(name):
+    configs = architectures.read(name)
+    index = configs["model_index"]
+    assert index["_class_name"] == ("StableDiffusionXLPipeline" if name == "sdxl" else "StableDiffusionPipeline")
+    assert index["scheduler"][1] == configs["scheduler"]["_class_name"]
+    scheduler = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
+    assert scheduler.config.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
+    assert 0.0046 < scheduler.alphas_cumprod[-1] < 0.0047  # of the scaled linear schedule
+    for component in COUNTS[name]:
+        library, kind = index[component]
+        assert kind in (configs[component].get("_class_name"), *configs[component].get("architectures", ()))
+        assert library == ("transformers" if component.startswith("text") else "diffusers")
+    sides = {"sd14": 512, "sd21": 768, "sd21-base": 512, "sdxl": 1024}
+    factor = VAEConfig.from_dict(configs["vae"]).factor
+    assert configs["unet"]["sample_size"] * factor == sides[name]
+    assert configs["vae"]["scaling_factor"] == (0.13025 if name == "sdxl" else 0.18215)
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="no architecture is named 'sd3': choose one of sd14, sd21, sd21-base, sdxl"):
+        architectures.read("sd3")
+
+
+def test_parameters_of_a_new_network_differ():
+    config = CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2)
+    layers = CLIPTextModel(config).encoder.layers
+    first, second = (jax.device_get(layer.mlp.fc1.kernel[...]) for layer in layers)
+    assert (first != second).all()
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not implemented"),
+        ("unet", {"num_class_embeds": 1000}, "num_class_embeds=1000 is not implemented"),
+        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not implemented"),
+        ("unet", {"dropout": 0.1}, r"dropout=0.1 is not implemented \(implemented: 0.0\)"),
+        ("unet", {"act_fn": "gelu"}, r"act_fn='gelu' is not implemented \(implemented: 'silu'\)"),
+        ("unet", {"mid_block_type": None}, "mid_block_type=None is not implemented"),
+        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D' is not implemented"),
+        ("unet", {"norm_num_groups": None}, "norm_num_groups=None is not implemented"),
+        ("unet", {"num_attention_heads": 8}, "num_attention_heads=8 is not implemented"),
+        ("unet", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type='text_proj' is not implemented"),
+        ("unet", {"addition_embed_type": "text"}, "addition_embed_type='text' is not implemented"),
+        ("unet", {"addition_embed_type": "text_time"}, "needs the config field addition_time_embed_dim"),
+        ("unet", {"only_cross_attention": [True, True, False, False]}, "only_cross_attention=.* is not implemented"),
+        ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift' is not impl"),
+        ("unet", {"reverse_transformer_layers_per_block": [1]}, "reverse_transformer_layers_per_block=.* is not impl"),
+        ("unet", {"transformer_layers_per_block": [[1, 2], 1, 1, 1]}, "nested transformer_layers_per_block is not"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types='AttnDownBlock2D' is not impl"),
+        ("unet", {"up_block_types": ["UpBlock2D"] * 3}, "up_block_types has 3 entries for 4 block_out_channels"),
+        ("unet", {"attention_head_dim": [5, 10]}, "attention_head_dim has 2 entries for 4 block_out_channels"),
+        ("unet", {"attention_head_dim": 7}, "attention_head_dim=7 heads do not divide 320"),
+        ("unet", {"sample_size": [64, 96]}, "sample_size=.* is not implemented"),
+        ("unet", {"a_new_field": 1}, "a_new_field=1 is not implemented"),
+        ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "='AttnDownEncoderBlock2D' is not implemented"),
+        ("vae", {"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types has 3 entries for 4 block_out_channels"),
+        ("vae", {"act_fn": "relu"}, "act_fn='relu' is not implemented"),
+        ("vae", {"latents_mean": [0.0] * 4}, "latents_mean=.* is not implemented"),
+        ("text_encoder", {"hidden_act": "relu"}, "hidden_act='relu' is not implemented"),
+        ("text_encoder", {"model_type": "t5"}, "model_type='t5' is not implemented"),
+        ("text_encoder", {"architectures": ["CLIPModel"]}, "architectures='CLIPModel' is not implemented"),
+    ],
+)
+def test_refusals(component, changes, message):
+    with pytest.raises(ValueError, match=message):
+        OURS[component][0].from_dict(architectures.read("sd14")[component] | changes)
+
+
+def test_fields_that_are_off_are_accepted():
+    off = {"class_embed_type": None, "mid_block_only_cross_attention": None, "upcast_attention": None, "_future": 1}
+    UNetConfig.from_dict(architectures.read("sdxl")["unet"] | off)

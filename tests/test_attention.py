@@ -1,0 +1,178 @@
+"""The seam of the cross-attention: scaling tokens, detaching them, capturing maps; and rematerialisation around it.
+
+The oracle is torch's own UNet with an attention processor that does the same by hand, in float64.
+"""
+
+from functools import cache
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_oracle
+from torch_oracle import error, exactly, to_nchw, to_params
+
+from esd_jax.models.layers import Attention
+from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+from esd_jax.params import functional
+
+HEADS = 4
+CONFIG = {
+    "block_out_channels": (32,),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 24,
+    "attention_head_dim": HEADS,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+CROSS = tuple(
+    f"{block}.attentions.{i}.transformer_blocks.0.attn2"
+    for block, i in (("down_blocks.0", 0), ("mid_block", 0), ("up_blocks.0", 0), ("up_blocks.0", 1))
+)
+TOKENS = 5
+RNG = np.random.default_rng(0)
+X, TIMES, EMBEDDINGS = RNG.normal(size=(2, 6, 4, 4)), np.array([700, 30]), RNG.normal(size=(2, TOKENS, 24))
+COTANGENT = RNG.normal(size=X.shape)
+SCALE = RNG.uniform(0, 2, size=(2, TOKENS))
+DETACH = np.array([[True, False, False, True, False], [True, False, False, False, False]])
+
+
+class ByHand:
+    """diffusers' attention written out; `scale` multiplies the maps' columns, `detach` stops the tokens' gradients."""
+
+    def __init__(self, scale=None, detach=None):
+        self.scale, self.detach, self.maps = scale, detach, None
+
+    def __call__(self, attn, x, encoder_hidden_states=None, **_):
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            h.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for h in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        )
+        if self.detach is not None:
+            detached = torch.from_numpy(self.detach)[:, None, :, None]
+            k, v = (torch.where(detached, h.detach(), h) for h in (k, v))
+        self.maps = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
+        if self.scale is not None:
+            self.maps = self.maps * torch.from_numpy(self.scale)[:, None, None, :]
+        return attn.to_out[0]((self.maps @ v).transpose(1, 2).flatten(-2))
+
+
+@pytest.fixture(autouse=True)
+def in_float64(monkeypatch):
+    torch_oracle.exact_sinusoid(monkeypatch)
+    with exactly("float64"):
+        yield
+
+
+@cache
+def original():
+    return torch_oracle.random_(diffusers.UNet2DConditionModel(**CONFIG)).double()
+
+
+def torch_unet(embeddings, **edits):
+    """torch's output (NHWC, on the graph) with `edits` in every cross-attention, and the cross-attentions' maps."""
+    processors = {
+        name: ByHand(**edits) if "attn2" in name else diffusers.models.attention_processor.AttnProcessor()
+        for name in original().attn_processors
+    }
+    original().set_attn_processor(dict(processors))  # a copy: diffusers empties what it is given
+    output = original()(to_nchw(X), torch.from_numpy(TIMES), embeddings).sample
+    return output.permute(0, 2, 3, 1), {name: processors[f"{name}.processor"].maps for name in CROSS}
+
+
+@cache
+def ours(remat=False):
+    """(jitted network, params); the network takes (params, embeddings, attention)."""
+    config = UNetConfig.from_dict(CONFIG)
+    network = functional(lambda: UNet2DConditionModel(config, dtype=jnp.float64, remat=remat))
+
+    def apply(params, embeddings, attention=None):
+        return network.apply(params, X, TIMES, Conditioning(embeddings), attention=attention)
+
+    return jax.jit(apply), to_params(original().state_dict(), network)
+
+
+def test_no_edit_changes_nothing():
+    apply, params = ours()
+    output = apply(params, EMBEDDINGS)
+    np.testing.assert_array_equal(apply(params, EMBEDDINGS, Attention()), output)
+    assert error(output, torch_unet(torch.from_numpy(EMBEDDINGS))[0]) <= 1e-8
+
+
+def test_token_scale():
+    apply, params = ours()
+    output, maps = apply(params, EMBEDDINGS, Attention(token_scale=SCALE, capture=CROSS))
+    expected, expected_maps = torch_unet(torch.from_numpy(EMBEDDINGS), scale=SCALE)
+    assert error(output, expected) <= 1e-8
+    assert error(output, apply(params, EMBEDDINGS)) > 1e-3
+    for name in CROSS:
+        assert error(maps[name], expected_maps[name]) <= 1e-8
+
+
+def test_capture():
+    apply, params = ours()
+    output, maps = apply(params, EMBEDDINGS, Attention(capture=CROSS))
+    assert error(output, apply(params, EMBEDDINGS)) <= 1e-12
+    _, expected = torch_unet(torch.from_numpy(EMBEDDINGS))
+    assert maps.keys() == set(CROSS)
+    for name in CROSS:
+        assert maps[name].shape == (2, HEADS, 6 * 4, TOKENS)
+        assert error(maps[name], expected[name]) <= 1e-8
+        np.testing.assert_allclose(maps[name].sum(axis=-1), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mid_block.attn2", "mid_block.attentions.0.transformer_blocks.0.attn1"])
+def test_capture_refuses_what_is_no_cross_attention(name):
+    apply, params = ours()
+    with pytest.raises(ValueError, match=f"no cross-attention is named '{name}'"):
+        apply(params, EMBEDDINGS, Attention(capture=(name,)))
+
+
+@cache
+def gradients(remat):
+    """The output with tokens scaled and detached, and its gradients by the parameters and the embeddings."""
+    apply, params = ours(remat)
+
+    def loss(params, embeddings):
+        output = apply(params, embeddings, Attention(token_scale=SCALE, detach=DETACH))
+        return (output * COTANGENT).sum(), output
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, EMBEDDINGS)
+    return output, *gradients
+
+
+def test_detach():
+    output, of_params, of_embeddings = gradients(remat=False)
+    embeddings = torch.from_numpy(EMBEDDINGS).requires_grad_()
+    original().requires_grad_(True)
+    expected, _ = torch_unet(embeddings, scale=SCALE, detach=DETACH)
+    names, weights = zip(*original().named_parameters(), strict=True)
+    torch_gradients = torch.autograd.grad((expected * torch.from_numpy(COTANGENT)).sum(), (embeddings, *weights))
+    original().requires_grad_(False)
+
+    assert error(output, expected) <= 1e-8
+    assert error(of_embeddings, torch_gradients[0]) <= 1e-8
+    assert not np.asarray(of_embeddings)[DETACH].any()
+    assert (np.abs(of_embeddings).max(axis=-1)[~DETACH] > 1e-3).all()
+    network = functional(lambda: UNet2DConditionModel(UNetConfig.from_dict(CONFIG), dtype=jnp.float64))
+    expected = to_params(dict(zip(names, torch_gradients[1:], strict=True)), network)
+    scale = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert np.abs(of_params[name] - gradient).max() <= 1e-8 * scale, name
+
+
+def test_remat_changes_nothing():
+    for a, b in zip(*(jax.tree.leaves(gradients(remat)) for remat in (True, False)), strict=True):
+        assert np.abs(a - b).max() <= 1e-10 * np.abs(b).max()
+
+
+def test_remat_recomputes():
+    text = {}
+    for remat in (True, False):
+        apply, params = ours(remat)
+        text[remat] = str(jax.make_jaxpr(jax.grad(lambda p, apply=apply: apply(p, EMBEDDINGS).sum()))(params))
+    assert "remat" in text[True] and "remat" not in text[False]

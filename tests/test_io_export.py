@@ -1,0 +1,322 @@
+"""Exporting: what was not edited stays byte for byte, diffusers opens what was, and a failure changes nothing."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import factories
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from messages import one_line
+from test_io_load import MAKE, TEXT, UNET, VAE, edit_json, old_vae_name, rename_keys
+
+from esd_jax.io import diffusers as io
+from esd_jax.io import safetensors as st
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd1")
+    return folder, factories.make_sd1(folder)
+
+
+@pytest.fixture
+def copy(sd1, tmp_path):
+    return Path(shutil.copytree(sd1[0], tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def all_edits(pipeline, components=("unet", "text_encoder")):
+    """A run of zero steps: every tensor of some components, at full precision, unchanged."""
+    return io.read_exact(pipeline, [n for n in pipeline.provenance.tensors if n.split("/")[0] in components])
+
+
+def assert_same_tensors(ours: Path, theirs: Path):
+    """The same keys, in the same order in the file, with the same dtypes and bits; read by the library."""
+    a, b = safetensors.torch.load_file(ours), safetensors.torch.load_file(theirs)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
+        assert a[key].reshape(-1).view(torch.uint8).equal(b[key].reshape(-1).view(torch.uint8)), key
+    assert dict(st.read_header(ours).entries) == dict(st.read_header(theirs).entries)
+    assert list(st.read_header(ours).entries) == list(st.read_header(theirs).entries)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("base", DTYPES)
+def test_load_then_export_is_the_base(base, compute, tmp_path):
+    factories.make_sd1(tmp_path / "base", dtype=DTYPES[base])
+    pipeline = io.load(tmp_path / "base", dtype=compute)
+    assert io.export(pipeline, tmp_path / "unedited") == tmp_path / "unedited"
+    assert contents(tmp_path / "unedited") == contents(tmp_path / "base")
+
+    io.export(pipeline.with_edits(all_edits(pipeline)), tmp_path / "zero steps")
+    assert contents(tmp_path / "zero steps").keys() == contents(tmp_path / "base").keys()
+    for file in (UNET, TEXT, VAE):
+        assert_same_tensors(tmp_path / "zero steps" / file, tmp_path / "base" / file)
+
+
+@pytest.mark.parametrize("make", [MAKE["sd2"], MAKE["sdxl"]], ids=["sd2", "sdxl"])
+def test_other_families(make, tmp_path):
+    make(tmp_path / "base", dtype=torch.float16, tokenizer="json")
+    pipeline = io.load(tmp_path / "base", dtype="bfloat16")
+    pipeline = pipeline.with_edits(all_edits(pipeline, ("unet", "text_encoder", "text_encoder_2")))
+    io.export(pipeline, tmp_path / "zero steps")
+    assert contents(tmp_path / "zero steps").keys() == contents(tmp_path / "base").keys()
+    for path in (tmp_path / "base").glob("*/*.safetensors"):
+        assert_same_tensors(tmp_path / "zero steps" / path.relative_to(tmp_path / "base"), path)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+@pytest.mark.parametrize("position_ids", [False, True])
+def test_text_encoder_keys_go_back_as_they_came(copy, tmp_path, prefix, position_ids):
+    extra = {f"{prefix}embeddings.position_ids": torch.arange(77)[None]} if position_ids else {}
+    rename_keys(copy / TEXT, lambda key: prefix + key.removeprefix("text_model."), **extra)
+    pipeline = io.load(copy, dtype="bfloat16")
+    pipeline = pipeline.with_edits(all_edits(pipeline, ["text_encoder"]))
+    assert_same_tensors(io.export(pipeline, tmp_path / "out") / TEXT, copy / TEXT)
+
+
+def test_old_vae_names_go_back_as_they_came(copy, sd1, tmp_path):
+    rename_keys(copy / VAE, old_vae_name)
+    pipeline = io.load(copy)
+    pipeline = pipeline.with_edits(all_edits(pipeline, ["vae"]))
+    assert_same_tensors(io.export(pipeline, tmp_path / "out") / VAE, copy / VAE)
+    reopened = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae").state_dict()
+    assert all(value.equal(reopened[key]) for key, value in sd1[1].vae.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_go_back_as_they_came(copy, sd1, tmp_path, variant):
+    shutil.rmtree(copy / "unet")
+    sd1[1].unet.save_pretrained(copy / "unet", max_shard_size="1MB", variant=variant)
+    if variant:
+        for file in (TEXT, VAE):
+            (copy / file).rename((copy / file).with_suffix(".fp16.safetensors"))
+    pipeline = io.load(copy, variant=variant)
+    edited = pipeline.with_edits({f"unet/{TO_K}": jnp.full((32, 32), 2.0)})
+    io.export(edited, tmp_path / "out")
+    ours, theirs = contents(tmp_path / "out"), contents(copy)
+    assert ours.keys() == theirs.keys()
+    (changed,) = [name for name in theirs if ours[name] != theirs[name]]
+    assert "-of-" in changed
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet", variant=variant)
+    assert unet.state_dict()[TO_K].eq(2).all()
+
+
+@torch.no_grad()
+def test_diffusers_opens_what_was_edited(sd1, tmp_path):
+    pipeline = io.load(sd1[0], dtype="bfloat16")
+    value = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    conv = np.random.default_rng(1).normal(size=(3, 3, 4, 32)).astype(np.float32)
+    bias = np.float32(1 + np.arange(32) * 2.0**-20)  # more precise than the compute dtype
+    record = {"concepts": ["golden retriever"], "seed": 3}
+    erased = pipeline.with_edits(
+        {f"unet/{TO_K}": value, "unet/conv_in.weight": conv, "text_encoder/final_layer_norm.bias": bias}, record
+    )
+    io.export(erased, tmp_path / "out", metadata={"title": "a test"})
+
+    reopened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    unet, base = reopened.unet.state_dict(), sd1[1].unet.state_dict()
+    x = np.random.default_rng(2).normal(size=(5, 32)).astype(np.float32)
+    np.testing.assert_allclose(torch.nn.functional.linear(torch.tensor(x), unet[TO_K]), x @ value, atol=1e-5)
+    np.testing.assert_array_equal(unet["conv_in.weight"].permute(2, 3, 1, 0), conv)
+    assert all(unet[key].equal(base[key]) for key in base if key not in (TO_K, "conv_in.weight"))
+    (norm,) = [v for k, v in reopened.text_encoder.state_dict().items() if k.endswith("final_layer_norm.bias")]
+    np.testing.assert_array_equal(norm, bias)
+    assert (tmp_path / "out" / VAE).read_bytes() == (sd1[0] / VAE).read_bytes()
+
+    for file in (UNET, TEXT):
+        with safetensors.safe_open(tmp_path / "out" / file, "np") as opened:
+            assert opened.metadata() == {"format": "pt", "title": "a test", "esd_jax": json.dumps([record])}
+
+
+def test_records_of_erasures_add_up(copy, tmp_path):
+    first, second = {"concepts": ["cat"]}, {"concepts": ["dog"]}
+    tensors = safetensors.torch.load_file(copy / UNET)
+    safetensors.torch.save_file(tensors, copy / UNET, {"format": "pt", "author": "somebody"})
+    pipeline = io.load(copy)
+    edits = io.read_exact(pipeline, ["unet/conv_in.bias", "text_encoder/final_layer_norm.bias"])
+    once = io.load(io.export(pipeline.with_edits(edits, first), tmp_path / "once"))
+    assert once.provenance.erased == (first,)
+    edits.popitem()  # the second erasure leaves the text encoder alone
+    twice = io.load(io.export(once.with_edits(edits, second), tmp_path / "twice"))
+    assert twice.provenance.erased == (first, second)
+    with safetensors.safe_open(tmp_path / "twice" / UNET, "np") as opened:
+        assert opened.metadata()["author"] == "somebody"
+
+
+def test_no_other_variant_and_no_pickle_goes_along(copy, sd1, tmp_path):
+    """A stale copy of the erased UNet next to the erased one would be a trap."""
+    sd1[1].save_pretrained(copy, variant="fp16")
+    for name in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors", "v1-5.ckpt"):
+        (copy / name).write_bytes(b"stale")
+    (copy / "unet/diffusion_pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "x.bin"}}')
+    (copy / "LICENSE.md").write_text("CreativeML Open RAIL-M")
+    pipeline = io.load(copy)
+    edits = {f"unet/{TO_K}": jnp.zeros((32, 32))}
+    out = io.export(pipeline.with_edits(edits), tmp_path / "out")
+    assert contents(out).keys() == contents(sd1[0]).keys() | {"LICENSE.md"} | {
+        f"tokenizer/{path.name}" for path in (copy / "tokenizer").iterdir()
+    }
+    fp16 = io.export(io.load(copy, variant="fp16").with_edits(edits), tmp_path / "fp16")
+    assert [path.name for path in (fp16 / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_components_that_are_not_read_are_copied(copy, tmp_path):
+    """A safety checker goes along; one that is only a pickle is taken out, and diffusers still opens the rest."""
+    edit_json(copy / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (copy / "safety_checker").mkdir()
+    for name in ("config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"):
+        (copy / "safety_checker" / name).write_text(name)
+    out = io.export(io.load(copy), tmp_path / "with")
+    assert {p.name for p in (out / "safety_checker").iterdir()} == {"config.json", "model.safetensors"}
+
+    for path in (copy / "safety_checker").glob("*.safetensors"):
+        path.unlink()
+    with pytest.warns(UserWarning, match=one_line("only pickles", "safety_checker")):
+        out = io.export(io.load(copy), tmp_path / "without")
+    assert not (out / "safety_checker").exists()
+    assert diffusers.StableDiffusionPipeline.from_pretrained(out).safety_checker is None
+
+
+@pytest.fixture
+def broken(sd1):
+    """A pipeline whose export fails at its last file."""
+    pipeline = io.load(sd1[0])
+    return pipeline.with_edits({"vae/encoder.conv_in.bias": jnp.full(16, jnp.nan)})
+
+
+def test_values_that_do_not_fit(tmp_path, broken):
+    with pytest.raises(ValueError, match=one_line("vae/encoder.conv_in.bias", "NaN", "diverged")):
+        io.export(broken, tmp_path / "out")
+    factories.make_sd1(tmp_path / "half", dtype=torch.float16)
+    pipeline = io.load(tmp_path / "half")
+    with pytest.raises(ValueError, match=one_line("unet/conv_in.bias", "7e+04", "float16")):
+        io.export(pipeline.with_edits({"unet/conv_in.bias": jnp.full(32, 7e4)}), tmp_path / "out")
+    with pytest.raises(ValueError, match=one_line("unet/conv_in.bias", "(31,)", "(32,)")):
+        io.export(pipeline.with_edits({"unet/conv_in.bias": jnp.zeros(31)}), tmp_path / "out")
+    with pytest.raises(ValueError, match=one_line("no tensor", "unet/nonsense")):
+        io.export(pipeline.__class__(**{**pipeline.__dict__, "edits": {"unet/nonsense": 0}}), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+def test_an_existing_output(sd1, broken, tmp_path):
+    good, out = io.load(sd1[0]), tmp_path / "out"
+    io.export(good, out)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=one_line(out, "overwrite=True")):
+        io.export(good, out)
+    with pytest.raises(ValueError, match=one_line("NaN")):
+        io.export(broken, out, overwrite=True)
+    assert contents(tmp_path) == before
+
+    (out / "a file of the old one").touch()
+    io.export(good.with_edits({"unet/conv_in.bias": jnp.zeros(32)}), out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path).keys() == before.keys()
+    assert io.load(out).params["unet"]["conv_in.bias"].sum() == 0
+
+
+def test_an_interruption_leaves_nothing(sd1, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(st, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        io.export(io.load(sd1[0]).with_edits({"unet/conv_in.bias": jnp.zeros(32)}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_where_nothing_can_be_exported(copy, tmp_path):
+    pipeline = io.load(copy)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "documents")
+    before = contents(tmp_path)
+    for path, kind, words in [
+        (tmp_path / "file", ValueError, ["is a file", "folder should be"]),
+        (tmp_path / "link", ValueError, ["link", "folder should be"]),
+        (tmp_path / "file" / "out", OSError, ["cannot write", "directory"]),
+        (tmp_path / "documents", ValueError, ["is no diffusers folder", "not replaced"]),
+        (copy, ValueError, ["the folder that the checkpoint was read from"]),
+        (copy / "out", ValueError, ["the folder that the checkpoint was read from"]),
+        (tmp_path, ValueError, ["the folder that the checkpoint was read from"]),
+        (copy.parent / "copy" / "unet" / "..", ValueError, ["the folder that the checkpoint was read from"]),
+    ]:
+        with pytest.raises(kind, match=one_line(path, *words)):
+            io.export(pipeline, path, overwrite=True)
+    assert contents(tmp_path) == before
+    shutil.rmtree(copy)
+    with pytest.raises(FileNotFoundError, match=one_line(copy, "read from")):
+        io.export(pipeline, tmp_path / "out")
+
+
+FULL_DISK = """
+import resource, signal, sys
+from esd_jax.io import delta, diffusers
+base, out, file = sys.argv[1:]
+unedited = diffusers.load(base)
+names = [name for name in unedited.provenance.tensors if name.startswith("unet/")]
+pipeline = unedited.with_edits(diffusers.read_exact(unedited, names))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # the UNet alone is larger
+for write in (
+    lambda: diffusers.export(pipeline, out, overwrite=True),
+    lambda: diffusers.export(unedited, out, overwrite=True),
+    lambda: delta.export_delta(pipeline, file, overwrite=True),
+):
+    try:
+        write()
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_full_disk(sd1, tmp_path):
+    pipeline = io.load(sd1[0])
+    io.export(pipeline, tmp_path / "out")
+    (tmp_path / "delta.safetensors").write_text("the old one")
+    before = contents(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, sd1[0], tmp_path / "out", tmp_path / "delta.safetensors"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3, result.stdout + result.stderr
+    for line, path in zip(lines, ["out", "out", "delta.safetensors"], strict=True):
+        assert line.startswith(f"OSError: cannot write {tmp_path / path}: File too large"), line
+    assert contents(tmp_path) == before
+
+
+def test_source_hash(copy, sd1):
+    pipeline = io.load(copy)
+    assert io.source_hash(pipeline) == hashlib.sha256((copy / UNET).read_bytes()).hexdigest()
+    assert io.source_hash(pipeline, "vae") == hashlib.sha256((copy / VAE).read_bytes()).hexdigest()
+    (copy / UNET).write_bytes((copy / VAE).read_bytes())
+    assert io.source_hash(pipeline) == io.source_hash(pipeline, "vae")
+    with pytest.raises(ValueError, match=one_line("text_encoder_2")):
+        io.source_hash(pipeline, "text_encoder_2")
+
+    shutil.rmtree(copy / "unet")
+    sd1[1].unet.save_pretrained(copy / "unet", max_shard_size="1MB")
+    shards = b"".join(path.read_bytes() for path in sorted((copy / "unet").glob("*.safetensors")))
+    assert io.source_hash(io.load(copy)) == hashlib.sha256(shards).hexdigest()
