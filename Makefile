@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
-SLOW_TIMEOUT ?= 0
 
 .PHONY: demo test test-slow lint clean
 

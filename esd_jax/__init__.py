@@ -1,11 +1,11 @@
 """Erase a concept from a Stable Diffusion checkpoint, and get the same checkpoint back without it.
 
-    import esd_jax
+import esd_jax
 
-    base = esd_jax.load("emoji")
-    erased = esd_jax.erase(base, "neon style")
-    images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
-    esd_jax.export(erased, "emoji-without-neon")
+base = esd_jax.load("emoji")
+erased = esd_jax.erase(base, "neon style")
+images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
+esd_jax.export(erased, "emoji-without-neon")
 """
 
 import importlib

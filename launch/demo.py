@@ -52,8 +52,7 @@ def _columns(base: Pipeline, erased: Pipeline, style: str) -> list[tuple[str, li
     groups = {
         f"erased: {style}": [demo.prompt(name, style) for name in ("cat", "rocket", "guitar", "house")],
         "neighbours: other styles": [
-            demo.prompt(name, other)
-            for name, other in zip(("cat", "rocket", "guitar", "house"), others, strict=False)
+            demo.prompt(name, other) for name, other in zip(("cat", "rocket", "guitar", "house"), others, strict=False)
         ],
         "unrelated: no style": [demo.prompt(name) for name in ("house", "pizza", "tulip")],
     }

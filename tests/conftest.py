@@ -7,3 +7,21 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_collected: set[str] = set()
+_finished: set[str] = set()
+
+
+def pytest_collection_finish(session):
+    _collected.update(item.nodeid for item in session.items)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        _finished.add(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """After an interruption (a time limit, Ctrl-C), names the tests that it left out."""
+    for name in sorted(_collected - _finished):
+        terminalreporter.write_line(f"left out: {name}")

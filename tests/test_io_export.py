@@ -1,5 +1,6 @@
 """Exporting: what was not edited stays byte for byte, diffusers opens what was, and a failure changes nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -163,6 +164,8 @@ def test_records_of_erasures_add_up(copy, tmp_path):
 def test_no_other_variant_and_no_pickle_goes_along(copy, sd1, tmp_path):
     """A stale copy of the erased UNet next to the erased one would be a trap."""
     sd1[1].save_pretrained(copy, variant="fp16")
+    sd1[1].unet.save_pretrained(tmp_path / "shards", max_shard_size="1MB")  # beside a single file, which comes first
+    shutil.copytree(tmp_path / "shards", copy / "unet", dirs_exist_ok=True)
     for name in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors", "v1-5.ckpt"):
         (copy / name).write_bytes(b"stale")
     (copy / "unet/diffusion_pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "x.bin"}}')
@@ -211,7 +214,7 @@ def test_values_that_do_not_fit(tmp_path, broken):
     with pytest.raises(ValueError, match=one_line("unet/conv_in.bias", "(31,)", "(32,)")):
         io.export(pipeline.with_edits({"unet/conv_in.bias": jnp.zeros(31)}), tmp_path / "out")
     with pytest.raises(ValueError, match=one_line("no tensor", "unet/nonsense")):
-        io.export(pipeline.__class__(**{**pipeline.__dict__, "edits": {"unet/nonsense": 0}}), tmp_path / "out")
+        io.export(dataclasses.replace(pipeline, edits={"unet/nonsense": jnp.zeros(1)}), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
 
 
@@ -230,6 +233,22 @@ def test_an_existing_output(sd1, broken, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert contents(tmp_path).keys() == before.keys()
     assert io.load(out).params["unet"]["conv_in.bias"].sum() == 0
+
+
+def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(sd1, tmp_path, monkeypatch):
+    pipeline = io.load(sd1[0])
+    io.export(pipeline, tmp_path / "out")
+    before, rename = contents(tmp_path), Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match=one_line("cannot write", tmp_path / "out", "Input/output error", "unchanged")):
+        io.export(pipeline.with_edits({"unet/conv_in.bias": jnp.zeros(32)}), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path) == before
 
 
 def test_an_interruption_leaves_nothing(sd1, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Hub ids: a cache laid out as the hub lays it out, no network, and a server that answers as the hub does."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,16 @@ def test_not_cached_and_offline(cached):
     assert "unset HF_HUB_OFFLINE" in message and "give a local diffusers folder" in message
     message = resolve("org/tiny", cached[1], HF_HUB_OFFLINE="1", revision="v2")
     assert message.startswith("FileNotFoundError: 'org/tiny' (revision 'v2')") and message.count("\n") == 0
+
+
+def test_a_snapshot_without_a_file_that_is_not_needed(cached, tmp_path):
+    """Recent hub libraries know what a snapshot should hold, and refuse one that another tool left incomplete."""
+    snapshot = put_in_cache(cached[0], tmp_path, "org/tiny")
+    files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_symlink()]
+    (snapshot.parents[1] / "trees").mkdir()
+    tree = {name: {"size": 1, "blob_id": "0" * 40} for name in [*files, "LICENSE.md"]}
+    (snapshot.parents[1] / "trees" / f"{'0' * 40}.json").write_text(json.dumps({"format_version": 1, "files": tree}))
+    assert resolve("org/tiny", tmp_path, HF_HUB_OFFLINE="1") == str(snapshot)
 
 
 def test_a_local_folder_comes_before_the_hub(cached, tmp_path, monkeypatch):

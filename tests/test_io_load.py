@@ -271,13 +271,19 @@ def test_a_folder_that_is_wrong(copy, wrong):
         io.load(copy)
 
 
-def test_arguments_that_are_wrong(sd1, tmp_path):
-    with pytest.raises(ValueError, match=one_line("dtype=int32")):
-        io.load(sd1[0], dtype="int32")
+def test_the_source(sd1, tmp_path, monkeypatch):
+    for dtype in ("int32", "float31", jnp.int8, None):
+        with pytest.raises(ValueError, match=one_line(f"dtype={dtype!r}", "bfloat16")):
+            io.load(sd1[0], dtype=dtype)
+    if not jax.config.jax_enable_x64:
+        with pytest.raises(ValueError, match=one_line("dtype=float64", "JAX_ENABLE_X64=1")):
+            io.load(sd1[0], dtype="float64")
     with pytest.raises(ValueError, match=one_line("revision='main'", "local folder")):
         io.load(sd1[0], revision="main")
     with pytest.raises(FileNotFoundError, match=one_line(tmp_path / "nowhere", "org/name")):
         io.load(tmp_path / "nowhere")
+    monkeypatch.chdir(sd1[0].parent)
+    assert io.load(sd1[0].name).provenance.folder == sd1[0]  # absolute, for the working directory may change
     with pytest.raises(FileNotFoundError, match=one_line("./out/model")):
         io.load("./out/model")
     (tmp_path / "model.ckpt").touch()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (np.dtype("bfloat16"))
 import numpy as np
 
 from esd_jax.io import folder as files
@@ -39,9 +38,7 @@ def export_delta(pipeline: Pipeline, path: str | Path, *, dtype: Any = "bfloat16
       ValueError: the UNet is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
-    path, dtype = Path(path).expanduser(), np.dtype(dtype)
-    if dtype not in safetensors.CODES:
-        raise ValueError(f"dtype={dtype.name} is not implemented: write float32, bfloat16 or float16")
+    path, dtype = Path(path).expanduser(), safetensors.read_dtype(dtype)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a delta is a .safetensors file")
     if path.is_dir() or (path.exists() and not overwrite):

@@ -66,10 +66,10 @@ def load(
     Raises:
       FileNotFoundError, ValueError: one line that names the file, config field or tensor that does not fit.
     """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype.name} is not a floating-point type")
-    folder = resolve(source, variant=variant, revision=revision)
+    dtype = safetensors.read_dtype(dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("dtype=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1")
+    folder = resolve(source, variant=variant, revision=revision).absolute()
     index = files.read_json(folder / "model_index.json")
     configs, schedule = read_architecture(folder)
     tokenizers = tuple(

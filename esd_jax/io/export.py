@@ -43,9 +43,14 @@ def export(
     if source is None or not source.is_dir():
         raise FileNotFoundError(f"the folder that the checkpoint was read from is needed for export: {source}")
     _check_target(path, source, overwrite)
-    names = {f"{component}/{tensor}" for component, tensors in pipeline.params.items() for tensor in tensors}
-    if unknown := sorted(pipeline.edits.keys() - names):
-        raise ValueError(f"the checkpoint has no tensor {unknown[0]!r}, so its edit cannot be exported")
+    shapes = {
+        f"{component}/{name}": a.shape for component, params in pipeline.params.items() for name, a in params.items()
+    }
+    for name, value in pipeline.edits.items():
+        if name not in shapes:
+            raise ValueError(f"the checkpoint has no tensor {name!r}, so its edit cannot be exported")
+        if value.shape != shapes[name]:
+            raise ValueError(f"the edit of {name!r} has shape {value.shape}, not {shapes[name]}")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with safetensors.writing(path):
         try:
@@ -139,8 +144,6 @@ def _rewrite(path: Path, target: Path, edits: list[Edit], pipeline: Pipeline, me
             return safetensors.read_bytes(header, key)
         edit, entry = by_key[key], header.entries[key]
         array = safetensors.to_file(np.asarray(pipeline.edits[edit.name]), edit.layout)
-        if array.shape != entry.shape:
-            raise ValueError(f"the edit of {edit.name!r} has shape {array.shape} in torch layout, not {entry.shape}")
         return safetensors.cast(edit.name, array, entry.dtype)
 
     safetensors.write(target, header.entries, tensor, {**header.metadata, **metadata})
@@ -155,7 +158,7 @@ def _move_into_place(partial: Path, path: Path) -> None:
     path.rename(old)
     try:
         partial.rename(path)
-    except OSError:
+    except BaseException:
         old.rename(path)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

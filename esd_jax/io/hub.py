@@ -57,8 +57,11 @@ def _download(repo: str, variant: str | None, revision: str | None) -> Path:
             repo, revision=revision, allow_patterns=[*small, *weight_patterns(variant)]
         )
     except errors.LocalEntryNotFoundError as error:
-        if folder := _partly_cached(repo, revision):
-            return folder
+        # Raised (by recent versions) where the cache lacks a file that was asked for, whether it is needed or not:
+        # a licence, say. The reader knows; it names what is missing.
+        if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):
+            wanted = {"allow_patterns": ["model_index.json"], "local_files_only": True}
+            return Path(huggingface_hub.snapshot_download(repo, revision=revision, **wanted))
         raise FileNotFoundError(
             f"{where} is no folder here, is not in the hub's cache, and the hub cannot be reached: "
             "connect (and unset HF_HUB_OFFLINE), or give a local diffusers folder"
@@ -78,17 +81,4 @@ def _download(repo: str, variant: str | None, revision: str | None) -> Path:
     except Exception as error:  # its HTTP library's errors have no common base, and it has changed before
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(f"cannot download {where} from the hub: {reason[0]}") from error
-    return Path(folder)
-
-
-def _partly_cached(repo: str, revision: str | None) -> Path | None:
-    """A cached snapshot that lacks some file; whether that file is needed is for the reader to say."""
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True
-        )
-    except FileNotFoundError:
-        return None
     return Path(folder)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -186,6 +187,17 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
             "start from a float32 or bfloat16 checkpoint"
         )
     return result
+
+
+def read_dtype(dtype: Any) -> np.dtype:
+    """A dtype, or its name, as NumPy's; raises ValueError for one that weights cannot have."""
+    try:
+        found = None if dtype is None else np.dtype(dtype)  # None would mean float64
+    except TypeError:
+        found = None
+    if found not in CODES:
+        raise ValueError(f"dtype={dtype!r} is not implemented: choose one of {', '.join(d.name for d in CODES)}")
+    return found
 
 
 def refuse_pickle(path: Path) -> None:

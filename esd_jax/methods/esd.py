@@ -36,7 +36,7 @@ class ESD:
       "grid": x_t is scored at its own timestep.
       "alt1000": the 2024 demo code. x_t after i steps is scored at t = 1000 - 20 i, 19 steps noisier than it is.
     anchor: what the target starts from. "null": the empty prompt; "from": `from_`, or the concept itself where
-      `from_` is absent; "auto": `from_` where it is given, else the empty prompt.
+      `from_` is absent; "auto": `from_` where it is given and is not the concept itself, else the empty prompt.
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is e_c, not e_null).
     sampling_steps, sampling_guidance: of the trajectory.
@@ -61,7 +61,7 @@ class ESD:
         anchors = {
             "null": lambda c: "",
             "from": lambda c: c.from_ or c.text,
-            "auto": lambda c: c.from_ or "",
+            "auto": lambda c: "" if c.from_ in (None, c.text) else c.from_,
         }
         return {
             "concept": lambda c: c.text,
@@ -108,6 +108,8 @@ def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
     """The tables of a timestep mode. Raises ValueError where a mode and a sampler do not go together."""
     mode, steps = settings.timestep_mode, settings.sampling_steps
     sampler = samplers.make_sampler(schedule, settings.sampler, steps)
+    if sampler.stochastic:
+        raise ValueError(f"sampler {sampler.name!r} draws noise at every step, which is not implemented; use 'ddim'")
     index = np.arange(steps)
     if mode == "grid":
         t = np.asarray(sampler.timesteps[:steps])
@@ -118,6 +120,8 @@ def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
             f"timestep_mode={mode!r} needs sampler='ddim' and a sampling_steps that divides {total}, "
             f"not {settings.sampler!r} and {steps}; timestep_mode='grid' takes any"
         )
+    if steps < (least := {"compvis": 2, "alt1000": 3}[mode]):
+        raise ValueError(f"sampling_steps={steps} is too few for timestep_mode={mode!r}: it needs at least {least}")
     stride = total // steps
     if mode == "compvis":
         # Its sampler drops the noisiest entry of the grid, and its "stop after k" test never fires for k = 0.

@@ -20,7 +20,8 @@ class Plan:
     """A run's size.
 
     names: the tensors that are trained. trained, total: scalars of those, and of the UNet.
-    memory: what occupies memory -> bytes; an upper bound, since XLA fuses and reuses.
+    memory: what occupies memory -> bytes. The activations are what the unfused backward pass would store, so XLA needs
+      less for them; what it needs besides, for one layer at a time, is not counted.
     forward_flops: of one UNet evaluation of one example.
     step_flops: of one update, on average over the drawn timesteps.
     """
@@ -37,7 +38,7 @@ class Plan:
             f"trained   {len(self.names)} tensors, {self.trained:,} scalars "
             f"({self.trained / self.total:.2%} of the UNet's {self.total:,})",
             *(f"          {name}" for name in _abridged(self.names)),
-            f"memory    {_bytes(sum(self.memory.values()))}, at most",
+            f"memory    about {_bytes(sum(self.memory.values()))}",
             *(f"          {_bytes(size):>10}  {what}" for what, size in self.memory.items()),
             f"compute   {self.forward_flops / 1e12:.3g} TFLOP a UNet evaluation, "
             f"{self.step_flops / 1e12:.3g} TFLOP an update on average",
@@ -82,7 +83,8 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
         f"text encoders and VAE, {dtype.name}": sum(
             num_bytes(network(config, dtype.name).shapes, dtype) for config in others.values()
         ),
-        "trained tensors, float32, and their gradient": 2 * num_bytes(trained, jnp.float32),
+        f"trained tensors: float32, gradient, {dtype.name} copy": 2 * num_bytes(trained, jnp.float32)
+        + num_bytes(trained, dtype),
         f"{recipe.optimizer.optimizer}'s state, float32": sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer)
         ),

@@ -142,6 +142,6 @@ def make_step(
         loss, grads, t = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        return State(theta, opt, state.step + 1, state.key), Metrics(loss, optax.global_norm(grads), t)
+        return State(theta, opt, state.step + 1, state.key), Metrics(loss, optax.tree.norm(grads), t)
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,18 @@
+"""ESD as the authors' diffusers code of 2025 computes it: 200 updates on trajectories of the frozen base.
+
+    esd-jax erase --config=esd2025 --config.concept="golden retriever" --config.output_dir=runs/retriever
+
+The changes are:
+- trajectories of the teacher, by PLMS, scored at their own timestep; 981, 961, 961, 941, ... so that 961 comes twice.
+- target e_c - 2 (e_c - e_null), which is the paper's eta = 1; with `from_` it is e_from - 2 (e_c - e_null).
+- learning rate 5e-5, 200 steps; trained tensors are float32 here (bfloat16 there, where most updates round away).
+- trajectories at the model's 512 pixels; the released code takes 1024: --config.height=1024 --config.width=1024.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset("esd2025", base="CompVis/stable-diffusion-v1-4", subset="esd-x")

@@ -1,0 +1,26 @@
+r"""Erases an attribute from one concept of SD 1.4 and nowhere else, on a GPU: the glasses of a librarian.
+
+    esd-jax erase --config=sd14_attribute --config.concept=glasses --config.from_="a photo of a librarian" \
+        --config.output_dir=runs/glasses
+
+The changes are: the target starts from the prediction for `from_`, and the student is scored on `from_`:
+e_from - eta (e_c - e_null). Other prompts that name the attribute keep it.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "esd2025",
+        base="CompVis/stable-diffusion-v1-4",
+        concept="glasses",
+        from_="a photo of a librarian",
+        subset="esd-x",
+        dtype="bfloat16",
+        eta=1.0,
+        preview_every=50,
+        preview_prompts="a photo of a librarian; a photo of a pair of glasses; a photo of a teacher",
+    )

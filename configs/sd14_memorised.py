@@ -1,0 +1,15 @@
+r"""Erases a memorised picture from SD 1.4, on a GPU: the caption no longer brings back the training image.
+
+    esd-jax erase --config=sd14_memorised --config.images="starry_night.png" \
+        --config.concept="The Starry Night by Vincent van Gogh" --config.output_dir=runs/starry_night
+
+The changes are: x_t is the picture with noise instead of a sample (Sec. 5.4 of the paper); subset "noxattn".
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset("paper", base="CompVis/stable-diffusion-v1-4", subset="noxattn", dtype="bfloat16")

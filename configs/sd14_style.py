@@ -1,0 +1,23 @@
+"""Erases an artist's style from SD 1.4, on a GPU.
+
+    esd-jax erase --config=sd14_style --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
+
+esd_x in bfloat16. Expect other artists' prompts to keep their composition and to lose a little detail; a name that is
+spelled in two ways needs both: --config.concept="Kelly McKernan; Kelly Mckernan".
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "paper",
+        base="CompVis/stable-diffusion-v1-4",
+        concept="Van Gogh",
+        subset="esd-x",
+        dtype="bfloat16",
+        preview_every=100,
+        preview_prompts="a painting in the style of Van Gogh; a painting in the style of Claude Monet; a photo of a cat",
+    )

@@ -1,0 +1,84 @@
+"""The house: imports point downwards, and each third-party library has one room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
+
+# Floors from the ground up; a module imports only from below, or from what FELLOWS allows on its own floor.
+FLOORS = [
+    {"models"},
+    {"params"},
+    {"diffusion", "selection", "sharding", "text"},
+    {"methods", "pipeline", "demo"},
+    {"training", "io"},
+    {"recipe"},
+    {"api"},
+    {"cli", "__init__"},
+]
+FELLOWS = {("demo", "pipeline")}
+# Library -> the only places that may import it.
+ONLY_IN = {
+    "flax": {"models", "params"},
+    "orbax": {"training/checkpoint"},
+    "ml_collections": {"recipe", "cli"},
+    "huggingface_hub": {"io/hub"},
+    "absl": {"cli"},
+    "torch": set(),
+    "diffusers": set(),
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "esd_jax").parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted names of everything a file imports, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    mine = room(path)
+    for name in imports(path):
+        if not name.startswith("esd_jax."):
+            continue
+        other = name.split(".")[1]
+        allowed = other == mine or floor(other) < floor(mine) or (mine, other) in FELLOWS
+        assert allowed, f"{mine} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_library_has_its_room(path):
+    place = str(path.relative_to(ROOT / "esd_jax").with_suffix(""))
+    for name in imports(path):
+        if (rooms := ONLY_IN.get(name.split(".")[0])) is not None:
+            assert any(place == allowed or place.startswith(allowed + "/") for allowed in rooms), f"{place}: {name}"
+
+
+def test_the_training_loop_stands_on_step_checkpoint_and_log():
+    order = {"loop": {"step", "checkpoint", "log"}, "checkpoint": {"step"}, "step": set(), "log": set(), "plan": set()}
+    for path in (ROOT / "esd_jax" / "training").glob("*.py"):
+        found = {name.split(".")[2] for name in imports(path) if name.startswith("esd_jax.training.")}
+        assert found <= order.get(path.stem, set()), path.name
+
+
+def test_files_stay_short():
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 330, f"{path.relative_to(ROOT)} has {lines} lines"
