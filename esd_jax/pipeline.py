@@ -78,19 +78,33 @@ class Pipeline:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels for which the UNet was trained."""
+        """(height, width) in pixels for which the UNet was trained. Raises ValueError if its config does not say."""
+        if self.configs["unet"].sample_size is None:
+            raise ValueError("unet/config.json has no sample_size: give height and width")
         side = self.configs["unet"].sample_size * self.configs["vae"].factor
         return side, side
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether guidance without a negative prompt starts from zeros instead of the encoded empty prompt (SDXL)."""
+        return self.index.get("force_zeros_for_empty_prompt", len(self.tokenizers) == 2)
 
     def network(self, component: str, *, remat: bool = False) -> Network:
         return network(self.configs[component], jnp.dtype(self.dtype).name, remat)
 
     def with_edits(self, edits: Mapping[str, Array], record: Mapping[str, Any] | None = None) -> "Pipeline":
-        """The same pipeline with some tensors replaced ("unet/NAME" -> full-precision values)."""
+        """The same pipeline with some tensors replaced ("unet/NAME" -> full-precision values).
+
+        Raises ValueError for a name that does not exist, or another shape.
+        """
         params = {component: dict(tensors) for component, tensors in self.params.items()}
         for name, value in edits.items():
-            component, tensor = name.split("/", 1)
-            params[component][tensor] = jnp.asarray(value, self.dtype)
+            component, _, tensor = name.partition("/")
+            if (old := params.get(component, {}).get(tensor)) is None:
+                raise ValueError(f"the checkpoint has no tensor {name!r}")
+            if old.shape != value.shape:
+                raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
+            params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), old.sharding)
         erased = self.provenance.erased + ((record,) if record else ())
         provenance = replace(self.provenance, erased=erased)
         return replace(self, params=params, edits={**self.edits, **edits}, provenance=provenance)
@@ -258,7 +272,7 @@ def _sampler_program(
 def _null_conditioning(
     pipeline: Pipeline, negative_prompt: str | Sequence[str] | None, n: int, size: tuple[int, int]
 ) -> Conditioning:
-    if negative_prompt is None and pipeline.index.get("force_zeros_for_empty_prompt"):
+    if negative_prompt is None and pipeline.zeros_for_empty_prompt:
         null = pipeline.encode_prompts([""], size=size)
         null = Conditioning(jnp.zeros_like(null.embeddings), jnp.zeros_like(null.pooled), null.time_ids)
         return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), null)

@@ -1,5 +1,6 @@
 """Prompts -> token ids -> Conditioning: the tokenizers, and what each family takes from its text encoders."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ class Tokenizer:
         """Reads `vocab.json` + `merges.txt`, or `tokenizer.json` alone, and the padding token's settings."""
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
-        # transformers logs at import that no torch is installed, which is how it is meant to be here.
+        # transformers warns at import that no torch is installed, which is how it is meant to be here.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import transformers
 
-        transformers.logging.set_verbosity_error()
         backend = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         limit = backend.model_max_length
         return cls(backend, min(limit, max_length) if limit else max_length)

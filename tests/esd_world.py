@@ -24,6 +24,9 @@ from esd_jax.methods.concepts import Concept, make_bank
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
 from esd_jax.params import Network, Params, functional, prefixed
 
+diffusers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)  # threads cost these tiny networks thirty times what they save
+
 SCHEDULE = Schedule.from_config(
     {"_class_name": "PNDMScheduler", **esd_oracle.SD14, "clip_sample": False, "skip_prk_steps": True}
 )
@@ -88,10 +91,10 @@ def embedding(text: str) -> np.ndarray:
 def world(kind: str, dtype: str) -> World:
     make = {"unet": lambda: diffusers.UNet2DConditionModel(**UNET), "toy": ToyTorch}[kind]
     student, teacher = (torch_oracle.random_(make(), seed).to(getattr(torch, dtype)) for seed in (1, 0))
-    if kind == "toy":
-        network = toy_network()
-    else:
+    if kind == "unet":
         network = functional(lambda: UNet2DConditionModel(UNetConfig.from_dict(UNET), dtype=jnp.dtype(dtype)))
+    else:
+        network = toy_network()
 
     def array(texts):
         return np.stack([embedding(text) for text in texts]).astype(dtype)

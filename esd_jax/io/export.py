@@ -43,9 +43,8 @@ def export(
     if source is None or not source.is_dir():
         raise FileNotFoundError(f"the folder that the checkpoint was read from is needed for export: {source}")
     _check_target(path, source, overwrite)
-    shapes = {
-        f"{component}/{name}": a.shape for component, params in pipeline.params.items() for name, a in params.items()
-    }
+    networks = {component: pipeline.network(component) for component in pipeline.params}
+    shapes = {f"{component}/{name}": s.shape for component, net in networks.items() for name, s in net.shapes.items()}
     for name, value in pipeline.edits.items():
         if name not in shapes:
             raise ValueError(f"the checkpoint has no tensor {name!r}, so its edit cannot be exported")
