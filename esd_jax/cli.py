@@ -237,10 +237,8 @@ def _required(values: flags.FlagValues, name: str) -> Any:
 
 def _quiet() -> None:
     """No third-party warning reaches the terminal; our own are one line each."""
-    from esd_jax.text import PromptTruncated
-
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", PromptTruncated)
+    warnings.filterwarnings("always", category=UserWarning, module="esd_jax")
     warnings.showwarning = lambda message, *_, **__: print(f"esd-jax: warning: {message}", file=sys.stderr)
 
 

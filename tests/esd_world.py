@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_oracle
-from torch_oracle import AXES, to_params
+from torch_oracle import AXES, exactly, to_params
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import esd
@@ -99,7 +99,8 @@ def world(kind: str, dtype: str) -> World:
     def array(texts):
         return np.stack([embedding(text) for text in texts]).astype(dtype)
 
-    params = [prefixed(to_params(unet.state_dict(), network), "unet") for unet in (student, teacher)]
+    with exactly(dtype):
+        params = [prefixed(to_params(unet.state_dict(), network), "unet") for unet in (student, teacher)]
     models = esd_oracle.Models(student, teacher, lambda texts: torch.from_numpy(array(texts)))
     return World(models, network, *params, lambda texts: Conditioning(jnp.asarray(array(texts))))
 

@@ -1,5 +1,6 @@
 """The published architectures against diffusers and transformers, without weights; and what is not implemented."""
 
+import json
 from functools import cache
 
 import diffusers
@@ -62,15 +63,19 @@ def test_counts(name, component):
 
 @pytest.mark.parametrize(("name", "component"), NETWORKS)
 def test_names_and_shapes_are_those_of_torch(name, component):
-    ours = network(name, component)
-    expected = {
-        key.removeprefix("text_model."): tuple(value.shape)
-        for key, value in theirs(architectures.read(name)[component]).state_dict().items()
-    }
+    ours, config = network(name, component), architectures.read(name)[component]
+    original = theirs(config)
+    expected = {key.removeprefix("text_model."): tuple(v.shape) for key, v in original.state_dict().items()}
     # AXES leads from torch's layout to ours; argsort inverts it.
     for key, value in ours.shapes.items():
         assert tuple(value.shape[i] for i in np.argsort(AXES[ours.layouts[key]])) == expected.pop(key), key
     assert not expected
+    # What they write, every field spelled out, is read as the same architecture.
+    if component.startswith("text"):
+        written = original.config.to_dict() | {"architectures": config["architectures"]}
+    else:
+        written = json.loads(original.to_json_string())
+    assert OURS[component][0].from_dict(written) == OURS[component][0].from_dict(config)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -176,3 +176,13 @@ def test_remat_recomputes():
         apply, params = ours(remat)
         text[remat] = str(jax.make_jaxpr(jax.grad(lambda p, apply=apply: apply(p, EMBEDDINGS).sum()))(params))
     assert "remat" in text[True] and "remat" not in text[False]
+
+
+def test_captured_maps_have_gradients_under_remat():
+    apply, params = ours(remat=True)
+
+    def loss(params):
+        _, maps = apply(params, EMBEDDINGS, Attention(capture=CROSS))
+        return sum((map**2).sum() for map in maps.values())
+
+    assert jax.eval_shape(jax.grad(loss), params).keys() == params.keys()

@@ -84,26 +84,22 @@ def torch_unet(original, x, t, inputs):
     return to_nhwc(output)
 
 
-def check_unet(family, dtype, size, monkeypatch, stds=(1.0, 0.03)):
-    if dtype == "float64":
-        torch_oracle.exact_sinusoid(monkeypatch)
-    with exactly(dtype):
-        original, _, apply, params = unet(family, dtype)
-        for std in stds:
-            x, t, inputs = unet_inputs(family, dtype, size, std)
-            ours = apply(params, x, t, Conditioning(**inputs))
-            assert ours.dtype == dtype
-            assert error(ours, torch_unet(original, x, t, inputs)) <= TOLERANCE[dtype]
+# SD 1's latents have odd sides: 5 -> 3 -> 2 and 7 -> 4 -> 2 on the way down, and back up.
+SIZES = {"sd1": (5, 7), "sd2": (8, 8), "sdxl": (8, 8)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", UNETS)
 def test_unet(family, dtype, monkeypatch):
-    check_unet(family, dtype, (8, 8), monkeypatch)
-
-
-def test_unet_at_odd_sizes(monkeypatch):
-    check_unet("sd1", "float64", (5, 7), monkeypatch, stds=(1.0,))  # 5 -> 3 -> 2 and 7 -> 4 -> 2, and back
+    if dtype == "float64":
+        torch_oracle.exact_sinusoid(monkeypatch)
+    with exactly(dtype):
+        original, _, apply, params = unet(family, dtype)
+        for std in (1.0, 0.03):
+            x, t, inputs = unet_inputs(family, dtype, SIZES[family], std)
+            ours = apply(params, x, t, Conditioning(**inputs))
+            assert ours.dtype == dtype
+            assert error(ours, torch_unet(original, x, t, inputs)) <= TOLERANCE[dtype]
 
 
 def test_unet_takes_one_timestep_for_all():

@@ -122,8 +122,9 @@ def test_accumulation_averages_the_gradients_of_micro_batches():
         by_hand = [gradient(w.student, prepare(w.student, w.teacher, d, inputs)) for d in draws]
         state, metrics = step(state, w.teacher, {}, inputs)
 
+        mean = jax.device_get(jax.tree.map(lambda *values: sum(values) / 2, *by_hand))
+
     assert draws[0].t != draws[1].t and not np.array_equal(draws[0].noise, draws[1].noise)
-    mean = jax.tree.map(lambda *values: sum(values) / 2, *by_hand)
     for name, value in mean[1].items():
         np.testing.assert_allclose(state.opt[name], value, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(metrics.loss, mean[0], rtol=1e-12)

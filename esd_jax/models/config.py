@@ -13,8 +13,8 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
     Args:
       cls: the settings that the network implements, with diffusers' defaults.
       config: the file's contents; keys that start with "_" are provenance and are skipped.
-      only: fields that are implemented for these values alone. None is one of them only if it is named: a
-        `mid_block_type` of null is a UNet without its middle. (Null in any other field means that it is not used.)
+      only: fields that are implemented for these values alone. None must be named among them where it is allowed: a
+        `mid_block_type` of null is a UNet without its middle. A field that is unknown here may be null: it is off.
 
     Raises:
       ValueError: naming the field, for a value or a field that is not implemented.
