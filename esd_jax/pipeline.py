@@ -17,7 +17,8 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.models import vae
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+from esd_jax.models.unet import Conditioning, UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import AutoencoderKL, VAEConfig
 from esd_jax.params import Network, Params, functional
 
@@ -71,6 +72,14 @@ class Pipeline:
     dtype: Any
     provenance: Provenance
     edits: Mapping[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self):
+        unet, latents = self.configs["unet"], self.configs["vae"].latent_channels
+        if (unet.in_channels, unet.out_channels) != (latents, latents):
+            raise ValueError(
+                f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels} for a VAE of {latents}: "
+                "inpainting, upscaling and variance-predicting models are not implemented"
+            )
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

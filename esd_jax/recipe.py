@@ -6,10 +6,13 @@ The same names are keyword arguments of `esd_jax.erase`, fields of `configs/*.py
 import dataclasses
 import difflib
 import importlib.util
+import math
+import numbers
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict, config_dict
 
@@ -69,15 +72,21 @@ class Recipe:
             raise ValueError(f"method={self.method!r} is unknown; choose one of esd")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose float32 or bfloat16")
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None and side < 1:
+                raise ValueError(f"{name}={side} must be at least 1 pixel")
+        if not 0 <= self.training.seed < 2**32:  # JAX would use its lowest 32 bits alone
+            raise ValueError(f"seed={self.training.seed} must be in 0..{2**32 - 1}")
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """The concepts. Raises ValueError if there is none, or if `from_` does not match in number."""
-        texts, places = _split(self.concept), _split(self.from_ or "")
+        texts = [text.strip() for text in self.concept.split(";") if text.strip()]
         if not texts:
-            raise ValueError("no concept to erase: give concept='...'")
-        if len(places) <= 1:
-            places = places * len(texts) or [""] * len(texts)
+            raise ValueError("the concept is empty: name what is to be erased, concept='...'")
+        places = [place.strip() for place in (self.from_ or "").split(";")]
+        if len(places) == 1:
+            places *= len(texts)
         if len(places) != len(texts):
             raise ValueError(f"from_ names {len(places)} places for {len(texts)} concepts: give one, or one for each")
         return tuple(Concept(text, place or None) for text, place in zip(texts, places, strict=True))
@@ -91,12 +100,20 @@ class Recipe:
 
 
 PARTS = {"esd": ESD, "optimizer": Optimizer, "training": Training}
+SEVERAL = ("concept", "from_", "images", "preview_prompts")  # fields that hold several texts, separated by ";"
 
 
 def make(**flat: Any) -> Recipe:
-    """A recipe from flat field names. Raises ValueError for an unknown field, naming the closest known one."""
+    """A recipe from flat field names.
+
+    Values may also be NumPy's numbers, paths and, for the fields in `SEVERAL`, lists.
+
+    Raises:
+      ValueError: an unknown field, naming the closest known one; a value of the wrong type, out of range or unknown.
+    """
     for name in flat:
         check_field(name)
+    flat = {name: _typed(name, value) for name, value in flat.items()}
     parts = {
         part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat}) for part, cls in PARTS.items()
     }
@@ -125,13 +142,24 @@ def preset(name: str, **changes: Any) -> ConfigDict:
     return config
 
 
-def read(name: str) -> Mapping[str, Any]:
-    """The flat fields of `configs/NAME.py`, or of the file at a path. Raises FileNotFoundError."""
+def read(name: str) -> ConfigDict:
+    """The flat fields of `configs/NAME.py`, or of the file at a path.
+
+    Raises:
+      FileNotFoundError: there is none of that name.
+      ValueError: the file fails, or returns no config.
+    """
     path = config_path(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # a config is Python, so anything may go wrong in it
+        raise ValueError(f"config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config {path}: get_config() returns a {type(config).__name__}, not a ConfigDict")
+    return config
 
 
 def config_path(name: str) -> Path:
@@ -158,10 +186,24 @@ def config_names() -> Sequence[str]:
 
 
 def _type_of(name: str) -> type:
-    """The type of an optional field: of `int | None`, int."""
-    annotations = {f.name: f.type for cls in (Recipe, *PARTS.values()) for f in fields(cls)}
-    return annotations[name].__args__[0]
+    """The type of a field; of an optional one, the type that it has where it is given: of `int | None`, int."""
+    annotation = ANNOTATIONS[name]
+    return get_args(annotation)[0] if get_args(annotation) else annotation
 
 
-def _split(joined: str) -> list[str]:
-    return [part.strip() for part in joined.split(";") if part.strip()] if joined.strip() else []
+def _typed(name: str, value: Any) -> Any:
+    """A field's value in the plain Python type that it is declared with. Raises ValueError if it has another one."""
+    kind = _type_of(name)
+    if value is None and type(None) in get_args(ANNOTATIONS[name]):
+        return None
+    if name in SEVERAL and isinstance(value, list | tuple):
+        value = "; ".join(map(str, value))
+    if not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}, but must be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+    return kind(value)
+
+
+ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str | os.PathLike}
+ANNOTATIONS = {f.name: f.type for cls in (Recipe, *PARTS.values()) for f in fields(cls) if f.name not in PARTS}

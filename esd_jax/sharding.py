@@ -1,6 +1,7 @@
 """Devices: one data axis over them, and random keys that do not depend on how many there are."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A mesh ("data",) over as many of the devices as divide the batch evenly."""
-    devices = jax.devices()[: math.gcd(batch_size, jax.device_count())]
+def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh ("data",) over as many of the devices (default: all there are) as divide the batch evenly."""
+    devices = jax.devices() if devices is None else list(devices)
+    devices = devices[: math.gcd(batch_size, len(devices))]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -21,7 +21,8 @@ from torch_oracle import AXES, exactly, to_params
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import esd
 from esd_jax.methods.concepts import Concept, make_bank
-from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+from esd_jax.models.unet import Conditioning, UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import Network, Params, functional, prefixed
 
 diffusers.utils.logging.set_verbosity_error()

@@ -13,7 +13,8 @@ from torch_oracle import AXES
 
 from esd_jax.models import architectures
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.models.unet import UNet2DConditionModel, UNetConfig
+from esd_jax.models.unet import UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import AutoencoderKL, VAEConfig
 from esd_jax.params import functional, num_scalars
 

@@ -14,8 +14,9 @@ import torch
 import torch_oracle
 from torch_oracle import error, exactly, to_nchw, to_params
 
-from esd_jax.models.layers import Attention
-from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+from esd_jax.models.attention import Attention
+from esd_jax.models.unet import Conditioning, UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import functional
 
 HEADS = 4

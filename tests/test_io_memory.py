@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from esd_jax.io import safetensors as st
-from esd_jax.models.unet import UNetConfig
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.pipeline import network
 
 net = network({CONFIG}, "bfloat16")
@@ -49,7 +49,7 @@ def watch():
 start = resident()
 threading.Thread(target=watch, daemon=True).start()
 from esd_jax.io.diffusers import load_component
-from esd_jax.models.unet import UNetConfig
+from esd_jax.models.unet_config import UNetConfig
 
 began = time.time()
 params, _, _ = load_component(Path(sys.argv[1]), "unet", {CONFIG}, dtype=jnp.bfloat16)

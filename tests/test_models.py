@@ -20,7 +20,8 @@ from torch_oracle import error, exactly, to_nchw, to_nhwc, to_params
 
 from esd_jax.models import architectures, vae
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+from esd_jax.models.unet import Conditioning, UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import AutoencoderKL, VAEConfig
 from esd_jax.params import functional
 

@@ -6,7 +6,8 @@ import pytest
 
 from esd_jax import selection
 from esd_jax.models import architectures
-from esd_jax.models.unet import UNet2DConditionModel, UNetConfig
+from esd_jax.models.unet import UNet2DConditionModel
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import Network, functional
 
 # subset -> (tensors, scalars), counted on diffusers' networks with the rules of each paper's own code.

@@ -65,6 +65,7 @@ def test_five_adam_steps_equal_torch(preset, subset, pairs, monkeypatch):
         tx = Optimizer(learning_rate=RATE).transformation()
         step = make_step(Puppet(method), tx, compute_dtype=jnp.float64, shape=SHAPE, batch_size=2)
         state = init_state(theta_0, tx, seed=0)
+        assert {value.dtype for value in state.theta.values()} == {jnp.dtype("float64")}
         for index in (25, 0, 49, 1, 40):
             draws = given(method, index, "float64")
             state, metrics = step(state, theta_0, frozen, Scripted(inputs, draws))
@@ -122,7 +123,7 @@ def test_accumulation_averages_the_gradients_of_micro_batches():
         by_hand = [gradient(w.student, prepare(w.student, w.teacher, d, inputs)) for d in draws]
         state, metrics = step(state, w.teacher, {}, inputs)
 
-        mean = jax.device_get(jax.tree.map(lambda *values: sum(values) / 2, *by_hand))
+        mean, draws = jax.device_get((jax.tree.map(lambda *values: sum(values) / 2, *by_hand), draws))
 
     assert draws[0].t != draws[1].t and not np.array_equal(draws[0].noise, draws[1].noise)
     for name, value in mean[1].items():

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or extended ends where an uninterrupted one would; its log, previews and checkpoints."""
+"""A run that is killed, stopped or extended ends where an undisturbed one would; its log, previews and checkpoints."""
 
 import json
 import os
@@ -198,6 +198,13 @@ def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] == 9.0
+
+
+def test_tensorboard_files_are_written_on_request(tmp_path):
+    log = MetricLog(tmp_path, tensorboard=True)
+    log.write(1, {"loss": 0.5})
+    log.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 def test_log_every_thins_the_log_but_keeps_the_last_step(tmp_path):

@@ -18,7 +18,7 @@ from esd_jax.io import safetensors
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.models.unet import UNetConfig
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
 from esd_jax.params import Params
 from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from esd_jax.models import layers
+from esd_jax.models.attention import dot_product_attention
 from esd_jax.models.config import require
 from esd_jax.models.layers import Dtype, Rngs
 
@@ -77,7 +78,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (
             project(x).reshape(*x.shape[:2], self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(layers.dot_product_attention(q, k, v, mask).reshape(x.shape))
+        return self.out_proj(dot_product_attention(q, k, v, mask).reshape(x.shape))
 
 
 class MLP(nnx.Module):

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esd_jax.models import layers
+from esd_jax.models.attention import dot_product_attention
 from esd_jax.models.config import read_config, require, require_per_block
 from esd_jax.models.layers import Dtype, Rngs
 
@@ -83,10 +84,10 @@ class VAEAttention(nnx.Module):
             # The last slice is filled up; its surplus queries are thrown away.
             q = jnp.pad(q, ((0, 0), (0, -tokens % ATTENTION_CHUNK), (0, 0), (0, 0)))
             chunks = jnp.moveaxis(q.reshape(q.shape[0], -1, ATTENTION_CHUNK, *q.shape[2:]), 1, 0)
-            h = jax.lax.map(lambda chunk: layers.dot_product_attention(chunk, k, v), chunks)
+            h = jax.lax.map(lambda chunk: dot_product_attention(chunk, k, v), chunks)
             h = jnp.moveaxis(h, 0, 1).reshape(q.shape)[:, :tokens]
         else:
-            h = layers.dot_product_attention(q, k, v)
+            h = dot_product_attention(q, k, v)
         return x + self.to_out[0](h.reshape(x.shape))
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.methods.esd import make_trajectory
-from esd_jax.models.unet import Conditioning, UNetConfig
+from esd_jax.models.unet import Conditioning
+from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import num_bytes, num_scalars
 from esd_jax.pipeline import NetworkConfig, network
 from esd_jax.selection import select

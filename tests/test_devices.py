@@ -1,0 +1,137 @@
+"""A run draws the same numbers and gets the same losses on 1, 2 and 8 devices.
+
+XLA splits the host into several devices only before it starts, so the runs are a process of their own: this file.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+BATCH, STEPS, DEVICES = 8, 3, (1, 2, 8)
+UNET = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SHAPE = (8, 8, 4)
+
+
+def main(output: str) -> None:
+    """Runs a few steps on each number of devices and writes what they drew, their losses and weights."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from esd_jax import sharding
+    from esd_jax.diffusion.schedule import Schedule
+    from esd_jax.methods import esd
+    from esd_jax.methods.concepts import Concept, make_bank
+    from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
+    from esd_jax.params import functional, partition, prefixed
+    from esd_jax.selection import select
+    from esd_jax.training.step import Optimizer, init_state, make_step
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    rng = np.random.default_rng(0)
+    network = functional(lambda: UNet2DConditionModel(UNetConfig.from_dict(UNET)))
+    scale = {name: 1 if len(s.shape) == 1 else (s.size / s.shape[-1]) ** -0.5 for name, s in network.shapes.items()}
+    teacher = {
+        name: jnp.asarray(rng.normal(size=s.shape) * scale[name], "float32") for name, s in network.shapes.items()
+    }
+    names = [f"unet/{name}" for name in select("esd-x", network.layouts)]
+    theta_0, frozen = partition(prefixed(teacher, "unet"), names)
+    schedule = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+                "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
+    settings = esd.ESD(sampling_steps=10)
+    concepts = [Concept("a cat"), Concept("Van Gogh")]
+    method = esd.make_method(settings, network, Schedule.from_config(schedule), concepts)
+    encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), 7, 16)), "float32"))  # noqa: E731
+    inputs = esd.make_inputs(settings, make_bank(encoded, concepts, settings.roles()))
+    tx = Optimizer(learning_rate=1e-3).transformation()
+
+    class Witness:
+        """A method whose gradient is what the step drew."""
+
+        draw = staticmethod(method.draw)
+        prepare = staticmethod(lambda student, teacher, draws, inputs: draws)
+        loss = staticmethod(lambda student, draws: sum(jnp.sum(student[k] * v) for k, v in draws._asdict().items()))
+
+    zeros = lambda theta: jax.tree.map(jnp.zeros_like, theta)  # noqa: E731
+    recorder = optax.GradientTransformation(zeros, lambda grads, state, theta=None: (zeros(grads), grads))
+    slots = {"index": (), "t": (), "concept": (BATCH,), "noise": (BATCH, *SHAPE), "image": (BATCH,)}
+
+    found = {"meshes": [sharding.make_mesh(batch).size for batch in (1, 6, 8, 12, 16)]}
+    for n in DEVICES:
+        mesh = sharding.make_mesh(BATCH, jax.devices()[:n])
+        assert mesh.size == n
+        options = {"compute_dtype": jnp.float32, "shape": SHAPE, "batch_size": BATCH, "mesh": mesh}
+
+        step = make_step(Witness, recorder, **options)
+        state = init_state({name: jnp.zeros(shape) for name, shape in slots.items()}, recorder, seed=0)
+        state, bank = sharding.replicate((state, inputs), mesh)
+        state, _ = step(state, {}, {}, bank)
+        found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
+
+        step = make_step(method, tx, **options)
+        arguments = sharding.replicate((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
+        state, losses = arguments[0], []
+        for _ in range(STEPS):
+            state, metrics = step(state, *arguments[1:])
+            losses.append(metrics)
+        found |= {f"{n}/{name}": [getattr(m, name) for m in losses] for name in ("loss", "t", "grad_norm")}
+        found |= {f"{n}/theta/{name}": value for name, value in state.theta.items()}
+        found[f"{n}/compilations"] = step._cache_size()
+        found[f"{n}/flops"] = step.lower(state, *arguments[1:]).compile().cost_analysis()["flops"]
+    np.savez(output, **{name: np.asarray(value) for name, value in found.items()})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    output = tmp_path_factory.mktemp("devices") / "found.npz"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",  # compiles faster
+    }
+    done = subprocess.run([sys.executable, __file__, output], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(output))
+
+
+def test_draws_are_bit_equal(found):
+    names = [name.removeprefix("1/") for name in found if name.startswith("1/draws/")]
+    assert len(names) == 5 and np.std(found["1/draws/noise"]) > 0.9
+    for n in DEVICES:
+        for name in [*names, "t"]:
+            np.testing.assert_array_equal(found[f"{n}/{name}"], found[f"1/{name}"])
+
+
+def test_losses_and_weights_agree(found):
+    assert len(set(found["1/loss"])) == STEPS
+    for n in DEVICES:
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(found[f"{n}/{name}"], found[f"1/{name}"], rtol=1e-5)
+        theta = [name for name in found if name.startswith(f"{n}/theta/")]
+        assert theta
+        for name in theta:  # three updates of 1e-3 each
+            np.testing.assert_allclose(found[name], found["1" + name.removeprefix(str(n))], atol=2e-5)
+
+
+def test_the_work_is_split_and_compiled_once(found):
+    for n in DEVICES:
+        assert found[f"{n}/compilations"] == 1
+        assert found[f"{n}/flops"] < 1.1 * found["1/flops"] / n
+
+
+def test_a_mesh_takes_as_many_devices_as_divide_the_batch(found):
+    np.testing.assert_array_equal(found["meshes"], [1, 2, 8, 4, 8])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
