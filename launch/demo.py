@@ -36,9 +36,7 @@ def main() -> None:
     model = api.export(erased, output / "model", overwrite=True)
     picture = output / "before_after.png"
     before_after(_columns(base, erased, style)).save(picture)
-    print(
-        f"erased and drawn in {time.monotonic() - started:.0f} s ({trained - started:.0f} s of it erasing)", flush=True
-    )
+    print(f"erased in {trained - started:.0f} s: {_timing(output / 'log.jsonl')}", flush=True)
     if FLAGS.images:
         rates = [measure(pipeline, style, FLAGS.images) for pipeline in (base, erased)]
         print(_table(style, *rates))
