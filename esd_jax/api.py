@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +9,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from esd_jax import demo, recipe, sharding
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import diffusers
+from esd_jax.io import folder as files
 from esd_jax.io.diffusers import export
 from esd_jax.io.hub import resolve
+from esd_jax.io.images import read_images
 from esd_jax.methods import esd
 from esd_jax.methods.concepts import make_bank
 from esd_jax.models import architectures
@@ -26,6 +26,7 @@ from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import NetworkConfig, Pipeline, sample
 from esd_jax.recipe import Recipe
 from esd_jax.selection import select
+from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
@@ -54,7 +55,11 @@ def load(
       FileNotFoundError, ValueError: naming what is missing or not implemented, and the mend.
     """
     folder = demo.MODEL if str(source) == "emoji" else source
-    pipeline = diffusers.load(folder, dtype=jnp.dtype(dtype), variant=variant, revision=revision)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
+    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision)
     return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
 
 
@@ -101,9 +106,9 @@ def erase(
       NotFinite, Stopped: see `training.loop`.
     """
     if concept is not None:
-        fields["concept"] = concept if isinstance(concept, str) else "; ".join(concept)
+        fields["concept"] = concept
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    settings = recipe.read(config or ("emoji" if source == "emoji" else "esd_x"))
+    settings = recipe.read(config or ("emoji" if source == "emoji" else "esd_x")).to_dict()
     plan = recipe.make(**{**settings, **fields, "base": source})
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
@@ -114,6 +119,8 @@ def erase(
 
 def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
+    if base.edits and plan.output_dir:
+        raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
     method, inputs, shape = prepare(base, plan)
     tx = plan.optimizer.transformation()
     names = select(plan.subset, base.network("unet").layouts)
@@ -129,43 +136,52 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
         accumulate=plan.training.accumulate,
         mesh=mesh,
     )
-    record = describe(base, plan)
-    folder = _run_folder(plan.output_dir, resume, overwrite, record)
     theta = diffusers.read_exact(base, [f"unet/{name}" for name in names])
     state = init_state(theta, tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
+    record = describe(base, plan)
 
-    with contextlib.ExitStack() as stack:
-        checkpoints = log = None
+    with (
+        run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        checkpoints = log = preview = None
         if folder:
             meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
             meta["base_sha256"] = record["base_sha256"]
             keep = plan.training.keep_checkpoints
+            if not resume:
+                run_folder.write_record(folder, record)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
-            if resume and checkpoints.latest is not None:
-                state = checkpoints.restore(state)
+            if resume:
+                state = _resume(checkpoints, state, plan)
+                run_folder.write_record(folder, record)
             log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
             stack.callback(log.close)
-        preview = _preview(base, plan, folder) if folder else None
+            preview = _preview(base, plan, folder)
         state = train(
             step, state, theta_0, frozen, inputs, plan.training, checkpoints=checkpoints, log=log, preview=preview
         )
-    if folder:
-        shutil.rmtree(_replaced(folder), ignore_errors=True)
-    return base.with_edits(state.theta, record)
+    return base.with_edits(state.theta, {**record, "step": int(state.step)})
 
 
 def prepare(base: Pipeline, plan: Recipe) -> tuple[esd.Method, esd.Inputs, tuple[int, int, int]]:
     """The method of a recipe over a base, its traced inputs, and the shape of one example's latents."""
-    factor = base.configs["vae"].factor
-    size = (plan.height or base.default_size[0], plan.width or base.default_size[1])
-    if any(side % factor for side in size):
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
+    size, factor = image_size(base.configs, plan), base.configs["vae"].factor
     method = esd.make_method(plan.esd, base.network("unet", remat=plan.remat), base.schedule, plan.concepts)
     bank = make_bank(lambda p: base.encode_prompts(p, size=size, strict=True), plan.concepts, plan.esd.roles())
     images = base.encode(read_images(plan.images, size)) if plan.images else None
     shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
     return method, esd.make_inputs(plan.esd, bank, images), shape
+
+
+def image_size(configs: Mapping[str, NetworkConfig], plan: Recipe) -> tuple[int, int]:
+    """(height, width) in pixels of a recipe's images. Raises ValueError if the VAE cannot make such images."""
+    factor = configs["vae"].factor
+    size = tuple(side or configs["unet"].sample_size * factor for side in (plan.height, plan.width))
+    if any(side % factor for side in size):
+        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
+    return size
 
 
 def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
@@ -181,67 +197,43 @@ def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
     }
 
 
-def restore(folder: str | Path, step: int | None = None) -> Pipeline:
-    """The erased pipeline of a run's checkpoint (the newest, or that of `step`), without the original process."""
-    folder = Path(folder)
+def restore(folder: str | Path, step: int | None = None, *, base: str | Path | None = None) -> Pipeline:
+    """The erased pipeline of a run's checkpoint, without the original process.
+
+    Args:
+      folder: the run's.
+      step: of the checkpoint; by default the newest.
+      base: where the run's base lies now, if it has moved.
+    """
+    folder = Path(folder).expanduser()
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
-    record = json.loads((folder / "run.json").read_text())
-    plan = recipe.make(**record["recipe"])
-    base = load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    if (found := diffusers.source_hash(base, "unet")) != record["base_sha256"]:
-        raise ValueError(f"{plan.base} is no longer the base of {folder}: its UNet has sha256 {found[:12]}...")
-    names = [f"unet/{name}" for name in select(plan.subset, base.network("unet").layouts)]
-    like = init_state(diffusers.read_exact(base, names), plan.optimizer.transformation(), plan.training.seed)
+    record = files.read_json(folder / "run.json")
+    try:
+        plan, sha256 = recipe.make(**record["recipe"]), record["base_sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
+    try:
+        loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
+    if (found := diffusers.source_hash(loaded, "unet")) != sha256:
+        raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
+    names = [f"unet/{name}" for name in select(plan.subset, loaded.network("unet").layouts)]
+    like = init_state(diffusers.read_exact(loaded, names), plan.optimizer.transformation(), plan.training.seed)
     with Checkpoints(folder / "checkpoints", {}) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
-    return base.with_edits(state.theta, {**record, "step": int(state.step)})
+    return loaded.with_edits(state.theta, {**record, "step": int(state.step)})
 
 
-def read_images(paths: str, size: tuple[int, int]) -> np.ndarray:
-    """Image files, separated by ";", scaled and centre-cropped to `size`: float32 [n, height, width, 3] in [-1, 1]."""
-    images = []
-    for path in filter(None, (p.strip() for p in paths.split(";"))):
-        try:
-            image = Image.open(path).convert("RGB")
-        except UnidentifiedImageError:
-            raise ValueError(f"{path} is not an image") from None
-        scale = max(size[0] / image.height, size[1] / image.width)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
-        images.append(np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32))
-    return np.stack(images) / 127.5 - 1
-
-
-def _run_folder(output_dir: str | None, resume: bool, overwrite: bool, record: Mapping[str, Any]) -> Path | None:
-    """Makes the run's folder, or refuses to touch an existing one. A replaced run is kept until the new one stands."""
-    if output_dir is None:
-        if resume:
-            raise ValueError("resume needs output_dir, the folder of the run to be continued")
-        return None
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; output_dir must be a folder")
-    if resume and not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"there is no run to resume in {folder}")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists: resume it, overwrite it, or choose another output_dir")
-        if not (folder / "run.json").is_file():
-            raise FileExistsError(f"{folder} is not a run of ours, so it is not overwritten; choose another output_dir")
-        shutil.rmtree(_replaced(folder), ignore_errors=True)
-        folder.rename(_replaced(folder))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from None
-    return folder
-
-
-def _replaced(folder: Path) -> Path:
-    """Where a run that is being overwritten waits until the new one has ended well."""
-    return folder.with_name(f".{folder.name}.replaced")
+def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
+    """The newest checkpoint's state; the one given if a run was killed before its first."""
+    if checkpoints.latest is None:
+        return state
+    state = checkpoints.restore(state)
+    if (made := int(state.step)) > plan.training.steps:
+        raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
+    return state
 
 
 def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Params], None]:

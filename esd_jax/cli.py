@@ -1,28 +1,38 @@
 """`esd-jax VERB`: the public verbs on the command line. `python -m launch.VERB` is the same."""
 
+import contextlib
+import logging
+import math
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from esd_jax.models.architectures import ARCHITECTURES
+
 USAGE = """esd-jax: erase a concept from a Stable Diffusion checkpoint
 
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
                   [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
   esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]
-  esd-jax export  --run=RUN | --base=BASE --delta=FILE   --output=FOLDER [--format=folder|delta]
+  esd-jax export  --run=RUN [--base=BASE] | --base=BASE --delta=FILE   --output=OUTPUT [--format=folder|delta]
 
 BASE is "emoji" (the model that comes with the package), a diffusers folder, or a hub id.
 `esd-jax VERB --help` lists the flags of a verb."""
 
 EXIT_BAD_INPUT = 2
 BAD_INPUT = (ValueError, OSError, FloatingPointError, flags.Error)
+OUT_OF_MEMORY = (
+    "this does not fit into the device's memory: lower batch_size, height or width, compute in bfloat16, "
+    "or (erase) set remat"
+)
 EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
 
 
@@ -30,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 2 after one line about what is wrong, 143 when stopped by a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else EXIT_BAD_INPUT
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
@@ -54,28 +64,30 @@ def guarded(action: Callable[[], Any]) -> int:
 
     Wrong input ends in one line; ESD_JAX_TRACEBACK=1 shows where it was found.
     """
-    _quiet()
-    _compilation_cache()
-    try:
-        action()
-    except KeyboardInterrupt:
-        return _fail("interrupted")
-    except Exception as error:
-        from esd_jax.training.loop import Stopped
+    with _quiet():
+        _compilation_cache()
+        try:
+            action()
+        except KeyboardInterrupt:
+            return _fail("interrupted")
+        except Exception as error:
+            from esd_jax.training.loop import Stopped
 
-        if isinstance(error, Stopped):
-            print(f"esd-jax: {error}; --resume continues it", file=sys.stderr)
-            return EXIT_STOPPED
-        if os.environ.get("ESD_JAX_TRACEBACK") or not isinstance(error, BAD_INPUT):
-            raise
-        return _fail(_one_line(error))
+            if isinstance(error, Stopped):
+                _say(f"{error}; --resume continues it")
+                return EXIT_STOPPED
+            too_large = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+            if os.environ.get("ESD_JAX_TRACEBACK") or not (too_large or isinstance(error, BAD_INPUT)):
+                raise
+            return _fail(OUT_OF_MEMORY if too_large else _one_line(error))
     return 0
 
 
 def _define_erase(values: flags.FlagValues) -> None:
-    config_flags.DEFINE_config_file("config", None, "A config of the package, or a path.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.", flag_values=values)
-    flags.DEFINE_string("arch", None, "With --dry_run: an architecture in place of a base.", flag_values=values)
+    flags.DEFINE_enum(
+        "arch", None, ARCHITECTURES, "With --dry_run: an architecture in place of a base.", flag_values=values
+    )
     flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
 
@@ -84,8 +96,6 @@ def _erase(values: flags.FlagValues) -> None:
     from esd_jax import api, recipe
     from esd_jax.io import delta
 
-    if values.config is None:
-        raise ValueError(f"erase needs --config; choose one of {', '.join(recipe.config_names())}, or a path")
     plan = recipe.make(**values.config.to_dict())
     if values.arch and not values.dry_run:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
@@ -97,10 +107,12 @@ def _erase(values: flags.FlagValues) -> None:
     _ = plan.concepts
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     erased = api.run(base, plan, resume=values.resume, overwrite=values.overwrite)
-    folder = Path(plan.output_dir)
+    folder = Path(plan.output_dir).expanduser()
     model = api.export(erased, folder / "model", overwrite=True)
-    first = plan.concepts[0]
-    name = delta.delta_name("+".join(c.text for c in plan.concepts), first.from_, plan.subset)
+    # Cut, since a file's name holds 255 bytes at most.
+    texts = ["+".join(c.text for c in plan.concepts), plan.concepts[0].from_ or ""]
+    short = [text.encode()[:100].decode(errors="ignore") for text in texts]
+    name = delta.delta_name(short[0], short[1] or None, plan.subset)
     change = delta.export_delta(erased, folder / name, overwrite=True)
     print(f"erased {plan.concept!r} from {plan.base}\n  model  {model}\n  delta  {change}\n  run    {folder}")
 
@@ -110,70 +122,58 @@ def _dry_run(plan: Any, arch: str | None) -> None:
     from esd_jax.training.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
-    print(f"base      {arch or plan.base}\nsubset    {plan.subset}")
-    print(make_plan(configs, schedule, plan))
+    api.image_size(configs, plan)
+    size = make_plan(configs, schedule, plan)
+    print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
 
 
 def _define_sample(values: flags.FlagValues) -> None:
     flags.DEFINE_string("base", "emoji", "The checkpoint.", flag_values=values)
     flags.DEFINE_multi_string("delta", [], "ESD delta files to apply, in order.", flag_values=values)
     flags.DEFINE_string(
-        "prompts", None, "Prompts separated by ';', or a text file with one a line.", flag_values=values
+        "prompts", None, "Prompts separated by ';', or a .txt file with one a line.", flag_values=values
     )
-    flags.DEFINE_string("output", None, "A .png: all images side by side; else a folder.", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", flag_values=values)
-    flags.DEFINE_integer("num_steps", 50, "Sampler steps.", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "A .png: all images side by side; else a folder of .png files.", flag_values=values
+    )
+    at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer("num_steps", 50, "Sampler steps.", **at_least_1)
     flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance.", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "In place of the empty prompt.", flag_values=values)
     flags.DEFINE_string("sampler", None, "ddim, pndm, lms, euler, euler_ancestral or dpmpp_2m.", flag_values=values)
     flags.DEFINE_float("eta", 0.0, "DDIM's stochasticity.", flag_values=values)
-    flags.DEFINE_integer("height", None, "In pixels.", flag_values=values)
-    flags.DEFINE_integer("width", None, "In pixels.", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "Images per call of the network.", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", "Compute dtype: float32 or bfloat16.", flag_values=values)
+    flags.DEFINE_integer("height", None, "In pixels.", **at_least_1)
+    flags.DEFINE_integer("width", None, "In pixels.", **at_least_1)
+    flags.DEFINE_integer("batch_size", 8, "Images per call of the network.", **at_least_1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.", flag_values=values)
     flags.DEFINE_string("variant", None, "Of the base's files.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
 
 
 def _sample(values: flags.FlagValues) -> None:
-    import numpy as np
-    from PIL import Image
-
     from esd_jax import api
-    from esd_jax.io import delta
+    from esd_jax.io import delta, images
 
-    output, prompts = Path(_required(values, "output")), _prompts(_required(values, "prompts"))
-    if output.exists() and not values.overwrite:
-        raise FileExistsError(f"{output} exists: give --overwrite, or another --output")
+    output, prompts = _output(values), _prompts(_required(values, "prompts"))
+    images.check_output(output)
+    if not math.isfinite(values.guidance_scale):
+        raise ValueError(f"--guidance_scale={values.guidance_scale} must be finite")
     pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
-    options = (
-        "seed",
-        "num_steps",
-        "guidance_scale",
-        "negative_prompt",
-        "sampler",
-        "eta",
-        "height",
-        "width",
-        "batch_size",
-    )
-    images = api.sample(pipeline, prompts, **{name: values[name].value for name in options})
-    if output.suffix == ".png":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(list(images), axis=1)).save(output)
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(output / f"{i:05d}.png")
-    print(f"{len(images)} images in {output}")
+    options = "seed num_steps guidance_scale negative_prompt sampler eta height width batch_size".split()
+    drawn = api.sample(pipeline, prompts, **{name: values[name].value for name in options})
+    images.write_images(drawn, output)
+    print(f"{len(drawn)} images in {output}")
 
 
 def _define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint is exported.", flag_values=values)
     flags.DEFINE_integer("step", None, "With --run: the checkpoint of this step.", flag_values=values)
-    flags.DEFINE_string("base", None, "A checkpoint to which --delta is applied.", flag_values=values)
+    flags.DEFINE_string(
+        "base", None, "The checkpoint that --delta changes; with --run: where its base lies now.", flag_values=values
+    )
     flags.DEFINE_multi_string("delta", [], "With --base: ESD delta files to apply, in order.", flag_values=values)
     flags.DEFINE_string("output", None, "Where to: a folder, or a .safetensors file.", flag_values=values)
     flags.DEFINE_enum("format", "folder", ["folder", "delta"], "diffusers folder or ESD delta.", flag_values=values)
@@ -184,10 +184,17 @@ def _export(values: flags.FlagValues) -> None:
     from esd_jax import api
     from esd_jax.io import delta
 
-    output = _required(values, "output")
-    if bool(values.run) == bool(values.base):
-        raise ValueError("export needs either --run or --base")
-    pipeline = api.restore(values.run, values.step) if values.run else api.load(values.base)
+    output = _output(values)
+    if not values.run and not (values.base and values.delta):
+        raise ValueError("export needs --run, or --base and at least one --delta")
+    if values.step is not None and not values.run:
+        raise ValueError("--step names a run's checkpoint: it needs --run")
+    if values.format == "folder" and output.suffix == ".safetensors":
+        raise ValueError(f"{output} is a file's name: give --format=delta, or a folder's name")
+    if values.run:
+        pipeline = api.restore(values.run, values.step, base=values.base)
+    else:
+        pipeline = api.load(values.base)
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
     write = api.export if values.format == "folder" else delta.export_delta
@@ -203,43 +210,92 @@ VERBS: Mapping[str, Verb] = {
 
 
 def _parse(values: flags.FlagValues, verb: str, argv: list[str]) -> None:
-    """Parses flags; a config may be named without folder and suffix. Positional arguments are refused."""
-    from esd_jax import recipe
-
-    resolved = []
-    for arg in argv:
-        name, _, value = arg.lstrip("-").partition("=")
-        if name == "config" and value:
-            arg = f"--config={recipe.config_path(value)}"
-        elif name.startswith("config."):
-            recipe.check_field(name.removeprefix("config."))
-        resolved.append(arg)
+    """Parses flags. Positional arguments are refused."""
     try:
-        rest = values([f"esd-jax {verb}", *resolved])[1:]
+        if verb == "erase":
+            argv = _define_config(values, argv)
+        rest = values([f"esd-jax {verb}", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"{error}; `esd-jax {verb} --help` lists the flags") from error
     except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a wrong value
         raise ValueError(f"config: {error}") from error
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
 
 
+def _define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Takes --config=NAME out of the arguments, and makes a flag --config.FIELD of every field that they change."""
+    from esd_jax import recipe
+
+    name, rest, words = None, [], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("-config", "--config"):
+            name = value if equals else next(words, None)
+            continue
+        if field := re.fullmatch(r"--?(?:no)?config\.(.*)", flag):
+            recipe.check_field(field[1])
+        rest.append(word)
+    if not name:
+        raise ValueError(f"erase needs --config=NAME; choose one of {', '.join(recipe.config_names())}, or a path")
+    config_flags.DEFINE_config_dict("config", recipe.read(name), flag_values=values, sys_argv=["esd-jax", *rest])
+    return rest
+
+
 def _prompts(given: str) -> list[str]:
-    lines = Path(given).read_text().splitlines() if Path(given).is_file() else given.split(";")
+    if given.lower().endswith(".txt"):
+        try:
+            lines = Path(given).expanduser().read_text("utf-8").splitlines()
+        except OSError as error:
+            raise FileNotFoundError(f"--prompts: cannot read {given}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts: {given} is not a text file in UTF-8: {error.reason}") from error
+    else:
+        lines = given.split(";")
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError("--prompts holds no prompt")
     return prompts
 
 
+def _output(values: flags.FlagValues) -> Path:
+    output = Path(_required(values, "output")).expanduser()
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty and not values.overwrite:
+        raise FileExistsError(f"{output} exists: give --overwrite, or another --output")
+    return output
+
+
 def _required(values: flags.FlagValues, name: str) -> Any:
-    if values[name].value is None:
+    if not values[name].value:
         raise ValueError(f"--{name} is required")
     return values[name].value
 
 
-def _quiet() -> None:
-    """No third-party warning reaches the terminal; our own are one line each."""
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", category=UserWarning, module="esd_jax")
-    warnings.showwarning = lambda message, *_, **__: print(f"esd-jax: warning: {message}", file=sys.stderr)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No third-party warning or log line reaches the terminal; our own warnings are one line each."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's; read when JAX is imported
+    logging.disable()
+    # Stays: when a checkpoint cannot be written, the threads that write it complain until the process ends.
+    sys.unraisablehook = lambda _: None
+    try:
+        from esd_jax.text import PromptTruncated
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", PromptTruncated)
+            warnings.filterwarnings("always", "left out of the export")
+            said = set()  # SDXL's two tokenizers lose the same words
+
+            def say_once(message: Warning | str, *_: Any, **__: Any) -> None:
+                if str(message) not in said:
+                    said.add(str(message))
+                    _say(f"warning: {message}")
+
+            warnings.showwarning = say_once
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _compilation_cache() -> None:
@@ -257,8 +313,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"esd-jax: error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {message}")
     return EXIT_BAD_INPUT
+
+
+def _say(message: str) -> None:
+    print(f"esd-jax: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

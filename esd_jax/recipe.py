@@ -9,7 +9,7 @@ import importlib.util
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -206,4 +206,4 @@ def _typed(name: str, value: Any) -> Any:
 
 
 ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str | os.PathLike}
-ANNOTATIONS = {f.name: f.type for cls in (Recipe, *PARTS.values()) for f in fields(cls) if f.name not in PARTS}
+ANNOTATIONS = {f.name: f.type for cls in (Recipe, *PARTS.values()) for f in fields(cls)}

@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+torch.set_num_threads(1)  # waking its threads costs far more than these tiny networks do
 for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()

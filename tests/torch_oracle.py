@@ -16,6 +16,8 @@ import torch
 
 from esd_jax.params import Network, Params
 
+torch.set_num_threads(1)  # waking its threads costs far more than these tiny networks do
+
 # torch keeps [out, in] and [out, in, height, width]; JAX keeps [in, out] and [height, width, in, out].
 AXES = {"linear": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1), "vector": (0,)}
 
