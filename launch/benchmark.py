@@ -1,0 +1,153 @@
+"""How long a training step takes, beside a PyTorch/diffusers loop that does the same work.
+
+    python -m launch.benchmark --reference
+
+erases from the embedded model on whatever device JAX finds. Each side runs in a process of its own, in turn (A B A B);
+only their ratio means something on a machine that does other things too. The reference needs `esd-jax[torch]`.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_integer("steps", 40, "Steps that are timed, after the first.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 2, "How often each side runs.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("reference", False, "Also time PyTorch/diffusers, and print the ratio.", flag_values=FLAGS)
+flags.DEFINE_enum("child", None, ["jax", "torch"], "Internal: be one side.", flag_values=FLAGS)
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    if FLAGS.child:
+        print(json.dumps({"jax": time_jax, "torch": time_torch}[FLAGS.child](FLAGS.steps)))
+        return
+    sides = ["jax", "torch"] if FLAGS.reference else ["jax"]
+    results: dict[str, list[dict]] = {side: [] for side in sides}
+    for _ in range(FLAGS.rounds):
+        for side in sides:
+            command = [sys.executable, "-m", "launch.benchmark", f"--child={side}", f"--steps={FLAGS.steps}"]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[side].append(json.loads(output.splitlines()[-1]))
+    for side, runs in results.items():
+        steps = [run["step_s"] for run in runs]
+        print(
+            f"{side:6} {runs[0]['version']:14} first step {min(run['first_s'] for run in runs):6.1f} s"
+            f"   step {min(steps):.3f} s (runs: {', '.join(f'{s:.3f}' for s in steps)})"
+        )
+    if FLAGS.reference:
+        # The least disturbed run of each side.
+        jax, torch = (min(run["step_s"] for run in results[side]) for side in ("jax", "torch"))
+        print(f"PyTorch takes {torch / jax:.2f} times as long for a step")
+
+
+def work(steps: int) -> list[int]:
+    """Sampler steps before each update: the same for both sides, and as many on average as the draws ask for."""
+    return [(7 * i) % 20 for i in range(steps)]
+
+
+def time_jax(steps: int) -> dict:
+    """Our step, with its draws replaced by `work`; compiled anew, without the cache."""
+    import jax
+    import jax.numpy as jnp
+
+    from esd_jax import api, recipe
+    from esd_jax.params import partition, prefixed
+    from esd_jax.selection import select
+    from esd_jax.training.step import init_state, make_step
+
+    base = api.load("emoji")
+    plan = recipe.make(**recipe.read("emoji").to_dict())
+    method, inputs, shape = api.prepare(base, plan)
+    tx = plan.optimizer.transformation()
+    names = select(plan.subset, base.network("unet").layouts)
+    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
+    state = init_state(theta_0, tx, 0)
+    updates = jnp.asarray(work(steps))
+
+    class Steered:
+        """The method, drawing what `work` says; the inputs carry which step it is."""
+
+        loss = method.loss
+
+        @staticmethod
+        def draw(key: Any, example_keys: Any, shape: Any, inputs: Any) -> Any:
+            drawn = method.draw(key, example_keys, shape, inputs[0])
+            index = updates[inputs[1]]
+            return drawn._replace(index=index, t=jnp.asarray(method.trajectory.t_low, jnp.float32)[index])
+
+        @staticmethod
+        def prepare(student: Any, teacher: Any, draws: Any, inputs: Any) -> Any:
+            return method.prepare(student, teacher, draws, inputs[0])
+
+    step = make_step(Steered, tx, compute_dtype=jnp.float32, shape=shape)
+    started = time.perf_counter()
+    state, metrics = step(state, theta_0, frozen, (inputs, jnp.int32(0)))
+    jax.block_until_ready(metrics)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for i in range(steps):
+        state, metrics = step(state, theta_0, frozen, (inputs, jnp.int32(i)))
+    jax.block_until_ready(metrics)
+    seconds = (time.perf_counter() - started) / steps
+    return {"version": f"jax {jax.__version__}", "first_s": first, "step_s": seconds}
+
+
+def time_torch(steps: int) -> dict:
+    """The same work in PyTorch: guided DDIM by the teacher, its two predictions, the student's loss and Adam."""
+    import copy
+
+    import torch
+    import transformers
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from esd_jax import demo
+
+    teacher = UNet2DConditionModel.from_pretrained(demo.MODEL, subfolder="unet", torch_dtype=torch.float32)
+    scheduler = DDIMScheduler.from_pretrained(demo.MODEL, subfolder="scheduler")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(demo.MODEL / "tokenizer")
+    encoder = transformers.CLIPTextModel.from_pretrained(demo.MODEL, subfolder="text_encoder", dtype=torch.float32)
+    ids = tokenizer(["", "neon style"], padding="max_length", max_length=24, return_tensors="pt").input_ids
+    with torch.no_grad():
+        pair = encoder(ids).last_hidden_state
+    student = copy.deepcopy(teacher)
+    trained = [p for name, p in student.named_parameters() if "attn2" in name]
+    student.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=3e-4)
+    scheduler.set_timesteps(20)
+
+    def update(count: int) -> None:
+        x = torch.randn(1, 4, 16, 16)
+        with torch.no_grad():
+            for t in scheduler.timesteps[:count]:
+                null, concept = teacher(torch.cat([x, x]), t, pair).sample.chunk(2)
+                x = scheduler.step(null + 3.0 * (concept - null), t, x).prev_sample
+            t = scheduler.timesteps[count]
+            null, concept = teacher(torch.cat([x, x]), t, pair).sample.chunk(2)
+            target = null - (concept - null)
+        loss = torch.nn.functional.mse_loss(student(x, t, pair[1:]).sample, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    started = time.perf_counter()
+    update(0)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for count in work(steps):
+        update(count)
+    return {
+        "version": f"torch {torch.__version__}",
+        "first_s": first,
+        "step_s": (time.perf_counter() - started) / steps,
+    }
+
+
+if __name__ == "__main__":
+    main()
