@@ -12,4 +12,10 @@ from esd_jax import recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.preset("paper", base="CompVis/stable-diffusion-v1-4", subset="noxattn", dtype="bfloat16")
+    return recipe.preset(
+        "paper",
+        base="CompVis/stable-diffusion-v1-4",
+        images="",  # to be given; a run without it is refused
+        subset="noxattn",
+        dtype="bfloat16",
+    )

@@ -170,15 +170,17 @@ def prepare(base: Pipeline, plan: Recipe) -> tuple[esd.Method, esd.Inputs, tuple
     size, factor = image_size(base.configs, plan), base.configs["vae"].factor
     method = esd.make_method(plan.esd, base.network("unet", remat=plan.remat), base.schedule, plan.concepts)
     bank = make_bank(lambda p: base.encode_prompts(p, size=size, strict=True), plan.concepts, plan.esd.roles())
-    images = base.encode(read_images(plan.images, size)) if plan.images else None
+    images = None if plan.images is None else base.encode(read_images(plan.images, size))
     shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
     return method, esd.make_inputs(plan.esd, bank, images), shape
 
 
 def image_size(configs: Mapping[str, NetworkConfig], plan: Recipe) -> tuple[int, int]:
     """(height, width) in pixels of a recipe's images. Raises ValueError if the VAE cannot make such images."""
-    factor = configs["vae"].factor
-    size = tuple(side or configs["unet"].sample_size * factor for side in (plan.height, plan.width))
+    factor, default = configs["vae"].factor, configs["unet"].sample_size
+    if default is None and None in (plan.height, plan.width):
+        raise ValueError("unet/config.json has no sample_size: give height and width")
+    size = tuple(default * factor if side is None else side for side in (plan.height, plan.width))
     if any(side % factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
     return size

@@ -1,6 +1,7 @@
 """`Pipeline`: a text-to-image checkpoint as data, and the pure functions that run it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -197,14 +198,21 @@ def sample(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string: give a list of prompts")
-    size = (height or pipeline.default_size[0], width or pipeline.default_size[1])
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} must be finite")
+    size = tuple(pipeline.default_size[0] if side is None else side for side in (height, width))
     _check_size(pipeline, size)
     n = len(prompts)
+    if not n:
+        return np.zeros((0, *size, 3), np.uint8)
     keys = example_keys(seed, n)
+    needed = jax.eval_shape(lambda: initial_noise(pipeline, keys, size)).shape
     if latents is None:
         latents = initial_noise(pipeline, keys, size)
-    elif latents.shape[0] != n:
-        raise ValueError(f"latents holds {latents.shape[0]} examples for {n} prompts")
+    elif latents.shape != needed:
+        raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
     guided = guidance_scale > 1
     settings = (sampler or samplers.default_sampler(pipeline.schedule), num_steps, float(eta))
     draw = _sampler_program(
@@ -220,15 +228,17 @@ def sample(
         x, c, u, k = jax.tree.map(lambda a: a[index], (jnp.asarray(latents), condition, null, keys))  # noqa: B023
         images = draw(pipeline.params["unet"], pipeline.params["vae"], x, c, u, jnp.float32(guidance_scale), k)
         batches.append(np.asarray(images)[: n - start])
-    return np.concatenate(batches) if batches else np.zeros((0, *size, 3), np.uint8)
+    return np.concatenate(batches)
 
 
 def example_keys(seed: int | Sequence[int], n: int) -> Array:
-    """One random key per example: of (seed, i), or of seed[i] alone."""
+    """One random key per example: of (seed, i), or of seed[i] alone. Raises ValueError for a seed beyond 32 bits."""
+    if not all(0 <= int(s) < 2**32 for s in np.atleast_1d(np.asarray(seed, object))):  # JAX would use 32 bits of it
+        raise ValueError(f"seed={seed} must be in 0..{2**32 - 1}")
     if isinstance(seed, Sequence | np.ndarray):
         if len(seed) != n:
             raise ValueError(f"{len(seed)} seeds for {n} prompts")
-        return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed))
+        return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed, jnp.uint32))
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import diffusers
 import factories
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,14 +27,13 @@ from esd_jax.selection import select
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FIELDS = {"steps": 2, "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-3, "seed": 7}
 SUBSET = "esd-x-strict"
-MAKE = {"sd1": factories.make_sd1, "sd2": factories.make_sd2, "sdxl": factories.make_sdxl}
 
 
 @pytest.fixture(scope="module")
 def sd1(tmp_path_factory):
     """A folder, and the torch pipeline that wrote it."""
     folder = tmp_path_factory.mktemp("bases") / "sd1"
-    return folder, factories.make_sd1(folder)
+    return folder, make_calm("sd1", folder)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +46,20 @@ def run(base, tmp_path_factory):
     """A run's folder, and the erased pipeline in memory."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     return folder, esd_jax.erase(base, "cat", subset=SUBSET, output_dir=folder, **FIELDS)
+
+
+def make_calm(family, folder):
+    """A checkpoint whose UNet says little, as a trained one's errors do.
+
+    A random UNet is chaotic: in 20 guided steps torch in float32 strays 0.05 from torch in float64. At a tenth of its
+    output no rounding grows, while a guidance of 7.4 instead of 7.5 still moves an image by 0.05 or more.
+    """
+    pipe = {"sd1": factories.make_sd1, "sd2": factories.make_sd2, "sdxl": factories.make_sdxl}[family](folder)
+    with torch.no_grad():
+        for value in pipe.unet.conv_out.parameters():
+            value.mul_(0.1)
+    pipe.unet.save_pretrained(folder / "unet")
+    return pipe
 
 
 def torch_images(pipe, latents, prompts, negative=None, num_steps=20, guidance_scale=7.5):
@@ -87,7 +99,8 @@ def tensors(folder):
 def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].numpy().tobytes() == value.numpy().tobytes(), name
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
 
 
 # load -> erase -> sample -> export
@@ -129,7 +142,9 @@ def test_a_run_is_exported_alike_by_another_process(run, tmp_path):
     esd_jax.export(run[1], tmp_path / "here")
     script = Path(sys.executable).with_name("esd-jax")
     command = [script] if script.exists() else [sys.executable, "-m", "esd_jax.cli"]
-    subprocess.run([*command, "export", f"--run={run[0]}", f"--output={tmp_path / 'there'}"], check=True, timeout=300)
+    command = [*command, "export", f"--run={run[0]}", f"--output={tmp_path / 'there'}"]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (child.returncode, child.stdout, child.stderr) == (0, f"{tmp_path / 'there'}\n", "")
     here, there = ({p.name: p.read_bytes() for p in (tmp_path / n / "unet").iterdir()} for n in ("here", "there"))
     assert here == there
     assert_same_bits(tensors(tmp_path / "there"), tensors(tmp_path / "here"))
@@ -282,9 +297,9 @@ def test_values_may_be_numpys_and_paths(tmp_path):
 # Sampling.
 
 
-@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_images_are_those_of_diffusers(family, tmp_path):
-    pipe = MAKE[family](tmp_path)
+    pipe = make_calm(family, tmp_path)
     ours = esd_jax.load(tmp_path)
     prompts, negatives, latents = ["a photo of the cat", "dogs, and styles of the cat"], ["dog", ""], noise(2)
     theirs = torch_images(pipe, latents, prompts, negatives)
@@ -343,10 +358,8 @@ def test_latents_and_negative_prompts(base):
         for n in (None, "dog")
     ]
     np.testing.assert_array_equal(*free)
-    assert esd_jax.sample(base, [], **options).shape == (0, 16, 16, 3)
 
 
-unchecked = pytest.mark.xfail(reason="`sample` does not check it", strict=True)
 WRONG_SAMPLES = [
     ({"prompts": "cat"}, ["one string", "list"]),
     ({"seed": [1, 2]}, ["2 seeds for 3 prompts"]),
@@ -355,15 +368,17 @@ WRONG_SAMPLES = [
     ({"height": 7}, ["7x16", "multiple of 2"]),
     ({"num_steps": 0}, ["num_steps", "0"]),
     ({"sampler": "dddim"}, ["'dddim'", "ddim"]),
-    pytest.param({"height": 0}, ["height"], marks=unchecked),
-    pytest.param({"batch_size": 0}, ["batch_size=0"], marks=unchecked),
-    pytest.param({"guidance_scale": float("nan")}, ["guidance_scale", "finite"], marks=unchecked),
-    pytest.param(
-        {"latents": np.moveaxis(noise(3), -1, 1)}, ["latents", "(3, 4, 8, 8)", "(3, 8, 8, 4)"], marks=unchecked
-    ),
-    pytest.param({"seed": 2**70}, ["seed"], marks=unchecked),
-    pytest.param({"seed": -1}, ["seed"], marks=unchecked),
+    ({"height": 0}, ["0x16", "multiple of 2"]),
+    ({"batch_size": 0}, ["batch_size=0"]),
+    ({"guidance_scale": float("nan")}, ["guidance_scale", "finite"]),
+    ({"latents": np.moveaxis(noise(3), -1, 1)}, ["latents", "(3, 4, 8, 8)", "(3, 8, 8, 4)"]),
+    ({"seed": 2**70}, ["seed"]),
+    ({"seed": -1}, ["seed"]),
 ]
+
+
+def test_no_prompts_make_no_images(base):
+    assert esd_jax.sample(base, []).shape == (0, 16, 16, 3)
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG_SAMPLES, ids=lambda a: str(a)[:40])
@@ -375,5 +390,7 @@ def test_wrong_samples(base, arguments, words):
 def test_a_pipeline_is_immutable(base):
     with pytest.raises(dataclasses.FrozenInstanceError):
         base.dtype = jnp.bfloat16
+    before = np.array(base.params["unet"]["conv_in.bias"])
     changed = base.with_edits({"unet/conv_in.bias": jnp.ones(32)})
-    assert base.edits == {} and not jax.tree.all(jax.tree.map(jnp.array_equal, base.params, changed.params))
+    assert base.edits == {} and (changed.params["unet"]["conv_in.bias"] == 1).all()
+    np.testing.assert_array_equal(base.params["unet"]["conv_in.bias"], before)

@@ -172,6 +172,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     np.testing.assert_array_equal(kept.theta["unet/w"], [5.0, 5.0])
 
 
+def test_the_weights_that_gave_a_nan_are_not_kept_unless_nothing_else_is(tmp_path):
+    losses = [1.0] * 8 + [float("nan")] + [1.0] * 12
+    for keep, expected in ((2, r"the checkpoint of step 4 in .* is good"), (1, r"the only checkpoint, of step 8 in ")):
+        settings = Training(steps=20, checkpoint_every=4, keep_checkpoints=keep)
+        with Checkpoints(tmp_path / str(keep), {}, keep=keep) as checkpoints:
+            with pytest.raises(NotFinite, match=f"at step 9; {expected}"):
+                train(toy_step(losses), make_state(), {}, {}, None, settings, checkpoints=checkpoints)
+        assert [p.name for p in (tmp_path / str(keep)).iterdir()] == ["4" if keep == 2 else "8"]
+
+
 def test_checkpoints_keep_the_newest_and_restore_a_given_one(tmp_path):
     settings = Training(steps=10, checkpoint_every=2, keep_checkpoints=3)
     with Checkpoints(tmp_path, {"eta": 1.0}, keep=settings.keep_checkpoints) as checkpoints:

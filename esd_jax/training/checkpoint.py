@@ -1,7 +1,8 @@
 """Orbax checkpoints of a run: {theta, opt, step, key}, and what the run is. The only place that imports orbax."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,8 +35,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except OSError:
+            if error is None:  # else it is known
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -48,13 +54,30 @@ class Checkpoints:
         if step == self.latest:
             return
         args = self._ocp.args
-        self._manager.save(
-            step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(self.meta))
-        )
+        with self._writing():
+            self._manager.save(
+                step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(self.meta))
+            )
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until what was saved is on disk. Raises OSError in one line if it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def discard(self, step: int) -> None:
+        """Deletes the checkpoint of `step`, if there is one, unless it is the only one."""
+        self.wait()
+        steps = self._manager.all_steps()
+        if step in steps and len(steps) > 1:
+            self._manager.delete(step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax passes on what its threads raise, of any type
+            reason = str(error).rsplit(": ", 1)[-1].split(" [")[0]  # "...: File too large [os_error_code='27']"
+            raise OSError(f"cannot write a checkpoint to {self.folder}: {reason}") from error
 
     def restore(self, like: State, step: int | None = None, *, check: bool = True) -> State:
         """The newest checkpoint (or that of `step`), with the shapes, dtypes and placement of `like`.
@@ -63,13 +86,16 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is none.
-          ValueError: it belongs to a run with other settings; names the first that differs.
+          ValueError: it is damaged; or it belongs to a run with other settings; names the first that differs.
         """
         step = self.latest if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.folder}")
         args = self._ocp.args
-        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        try:
+            meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        except Exception as error:
+            raise ValueError(self._damaged(step, error)) from error
         for name in sorted(self.meta.keys() | meta.keys()) if check else ():
             if self.meta.get(name) != meta.get(name):
                 raise ValueError(
@@ -77,8 +103,18 @@ class Checkpoints:
                     f"{self.meta.get(name)!r}: resume with the same settings, or start anew in another output_dir"
                 )
         target = jax.tree.map(_abstract, like._asdict())
-        restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
+        try:
+            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
+        except Exception as error:
+            raise ValueError(self._damaged(step, error)) from error
         return State(**restored)
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        others = sorted(set(self._manager.all_steps()) - {step})
+        return (
+            f"the checkpoint of step {step} in {self.folder} is damaged or incomplete ({type(error).__name__}); "
+            f"{f'delete its folder, and that of step {others[-1]} is the newest' if others else 'there is no other'}"
+        )
 
 
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:

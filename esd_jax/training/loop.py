@@ -91,6 +91,8 @@ def train(
             number, metrics = pending.popleft()
             loss, grad_norm, t = (float(value) for value in metrics)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                if checkpoints:
+                    checkpoints.discard(number - 1)  # its weights gave this loss
                 raise NotFinite(_not_finite(number, loss, grad_norm, checkpoints))
             if log and (number % settings.log_every == 0 or number == settings.steps):
                 seconds = round(time.monotonic() - began, 3)
@@ -133,7 +135,12 @@ def train(
 
 def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints | None) -> str:
     kept = checkpoints.latest if checkpoints else None
-    last = f"the checkpoint of step {kept} in {checkpoints.folder} is good" if kept else "there is no checkpoint yet"
+    if not kept:
+        last = "there is no checkpoint yet"
+    elif kept == step - 1:
+        last = f"the only checkpoint, of step {kept} in {checkpoints.folder}, has the weights that gave it"
+    else:
+        last = f"the checkpoint of step {kept} in {checkpoints.folder} is good"
     return (
         f"loss is {loss} and the gradient's norm {grad_norm} at step {step}; {last}. "
         "Lower learning_rate or eta, or compute in float32"

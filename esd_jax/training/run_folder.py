@@ -46,7 +46,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
     except BaseException as error:
         kept = ""
         if not resume and not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
             if replaces:
                 replaced.rename(folder)
         elif replaces:
@@ -58,6 +58,13 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
         raise
     if replaces:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder into which threads may still be writing: the name is free at once."""
+    if folder.is_dir():
+        gone = folder.rename(folder.absolute().with_name(f".{folder.absolute().name}.failed"))
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> None:
