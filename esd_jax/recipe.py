@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict, config_dict
 
+from esd_jax.methods import METHODS
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.esd import ESD, PRESETS
 from esd_jax.training.loop import Training
@@ -68,8 +69,8 @@ class Recipe:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self):
-        if self.method != "esd":
-            raise ValueError(f"method={self.method!r} is unknown; choose one of esd")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose float32 or bfloat16")
         for name in ("height", "width"):
