@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 
 from esd_jax import demo, recipe, sharding
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.io import diffusers
+from esd_jax.io import delta, diffusers
 from esd_jax.io import folder as files
+from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.hub import resolve
 from esd_jax.io.images import read_images
@@ -34,9 +36,11 @@ from esd_jax.training.step import State, init_state, make_step
 
 __all__ = ["erase", "export", "load", "sample"]
 
+MODEL = "model"  # the erased checkpoint's folder in a run's
+
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
-    "base", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "base", "images", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
 }  # fmt: skip
 
@@ -68,12 +72,13 @@ def architecture(
 ) -> tuple[Mapping[str, NetworkConfig], Schedule]:
     """The network configs and the schedule of what `load` takes, or of a published architecture ("sd14", "sdxl", ...).
 
-    No weights are read.
+    No weights are read, or downloaded.
     """
     if str(source) in ARCHITECTURES:
         folder = architectures.folder(str(source))
     else:
-        folder = resolve(demo.MODEL if str(source) == "emoji" else source, variant=variant, revision=revision)
+        source = demo.MODEL if str(source) == "emoji" else source
+        folder = resolve(source, variant=variant, revision=revision, weights=False)
     return diffusers.read_architecture(folder)
 
 
@@ -89,13 +94,14 @@ def erase(
     """Erases a concept from a checkpoint.
 
     Args:
-      base: a pipeline, or what `load` takes.
+      base: a pipeline, which keeps its own dtype; or what `load` takes.
       concept: what to erase ("Van Gogh"), or several.
       config: the name of a config of the package, or a path, to start from; by default "emoji" for the embedded model
         and "esd_x", the paper's, for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
       overwrite: replace an existing `output_dir`.
       **fields: any field of `Recipe`: subset=, steps=, learning_rate=, seed=, eta=, from_=, output_dir= ...
+        With `output_dir`, the run's folder also gets the erased model and its delta.
 
     Returns:
       The erased pipeline: the base's tensors, with the trained ones in `edits`.
@@ -114,7 +120,11 @@ def erase(
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
         raise ValueError(f"the base computes in {jnp.dtype(base.dtype).name}: load it with dtype={plan.dtype!r}")
-    return run(base, dataclasses.replace(plan, dtype=jnp.dtype(base.dtype).name), resume=resume, overwrite=overwrite)
+    came = base.provenance
+    plan = dataclasses.replace(
+        plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
+    )  # what `restore` will load again
+    return run(base, plan, resume=resume, overwrite=overwrite)
 
 
 def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pipeline:
@@ -136,8 +146,8 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
         accumulate=plan.training.accumulate,
         mesh=mesh,
     )
-    theta = diffusers.read_exact(base, [f"unet/{name}" for name in names])
-    state = init_state(theta, tx, plan.training.seed)
+    # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
+    state = init_state(diffusers.read_exact(base, [f"unet/{name}" for name in names]), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
     record = describe(base, plan)
 
@@ -149,20 +159,35 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
         if folder:
             meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
             meta["base_sha256"] = record["base_sha256"]
+            if inputs.images is not None:
+                meta["images_sha256"] = hashlib.sha256(np.asarray(inputs.images).tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
+            # A run's own file, unlike its exports, says where everything lies.
+            private = {**record, "recipe": {k: v for k, v in plan.flat().items() if k != "output_dir"}}
             if not resume:
-                run_folder.write_record(folder, record)
+                run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
             if resume:
                 state = _resume(checkpoints, state, plan)
-                run_folder.write_record(folder, record)
+                run_folder.write_record(folder, private)
             log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
             stack.callback(log.close)
             preview = _preview(base, plan, folder)
         state = train(
             step, state, theta_0, frozen, inputs, plan.training, checkpoints=checkpoints, log=log, preview=preview
         )
-    return base.with_edits(state.theta, {**record, "step": int(state.step)})
+        erased = base.with_edits(state.theta, {**record, "step": int(state.step)})
+        if folder:
+            export(erased, folder / MODEL, overwrite=True)
+            export_delta(erased, folder / delta_name(plan), overwrite=True)
+    return erased
+
+
+def delta_name(plan: Recipe) -> str:
+    """The file name of a run's delta. Long texts are cut, since a file's name holds 255 bytes at most."""
+    texts = ["+".join(c.text for c in plan.concepts), plan.concepts[0].from_ or ""]
+    concept, from_ = (text.encode()[:100].decode(errors="ignore") for text in texts)
+    return delta.delta_name(concept, from_ or None, plan.subset)
 
 
 def prepare(base: Pipeline, plan: Recipe) -> tuple[esd.Method, esd.Inputs, tuple[int, int, int]]:
@@ -189,12 +214,16 @@ def image_size(configs: Mapping[str, NetworkConfig], plan: Recipe) -> tuple[int,
 def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
     """What was erased, from what, how and with which versions: the record that travels with every export."""
     packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
+    # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
+    source = Path(plan.base).expanduser()
+    name = source.resolve().name if source.exists() else plan.base
+    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
+    recorded = plan.flat() | {"base": name, "images": images}
     return {
         "concepts": [dataclasses.asdict(concept) for concept in plan.concepts],
-        "base": base.provenance.source,
+        "base": name,
         "base_sha256": diffusers.source_hash(base, "unet"),
-        # Where the run lies says nothing about the model, and a machine's paths do not belong in its files.
-        "recipe": {name: value for name, value in plan.flat().items() if name != "output_dir"},
+        "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
         "versions": {package: version(package) for package in packages},
     }
 
@@ -225,7 +254,7 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
     like = init_state(diffusers.read_exact(loaded, names), plan.optimizer.transformation(), plan.training.seed)
     with Checkpoints(folder / "checkpoints", {}) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
-    return loaded.with_edits(state.theta, {**record, "step": int(state.step)})
+    return loaded.with_edits(state.theta, {**describe(loaded, plan), "step": int(state.step)})
 
 
 def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from esd_jax import selection
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """esd-jax: erase a concept from a Stable Diffusion checkpoint
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     define(values)
     if {"-h", "--help"} & set(rest):
-        print(f"{USAGE}\n\n{values.get_help()}")
+        subsets = f"\n\n  what --config.subset may be:\n{selection.describe()}" if verb == "erase" else ""
+        print(f"{USAGE}\n\n{values.get_help()}{subsets}")
         return 0
 
     def carry_out() -> None:
@@ -94,7 +96,6 @@ def _define_erase(values: flags.FlagValues) -> None:
 
 def _erase(values: flags.FlagValues) -> None:
     from esd_jax import api, recipe
-    from esd_jax.io import delta
 
     plan = recipe.make(**values.config.to_dict())
     if values.arch and not values.dry_run:
@@ -106,15 +107,12 @@ def _erase(values: flags.FlagValues) -> None:
         raise ValueError("erase needs --config.output_dir, the run's folder")
     _ = plan.concepts
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    erased = api.run(base, plan, resume=values.resume, overwrite=values.overwrite)
+    api.run(base, plan, resume=values.resume, overwrite=values.overwrite)
     folder = Path(plan.output_dir).expanduser()
-    model = api.export(erased, folder / "model", overwrite=True)
-    # Cut, since a file's name holds 255 bytes at most.
-    texts = ["+".join(c.text for c in plan.concepts), plan.concepts[0].from_ or ""]
-    short = [text.encode()[:100].decode(errors="ignore") for text in texts]
-    name = delta.delta_name(short[0], short[1] or None, plan.subset)
-    change = delta.export_delta(erased, folder / name, overwrite=True)
-    print(f"erased {plan.concept!r} from {plan.base}\n  model  {model}\n  delta  {change}\n  run    {folder}")
+    print(
+        f"erased {plan.concept!r} from {plan.base}\n  model  {folder / api.MODEL}\n"
+        f"  delta  {folder / api.delta_name(plan)}\n  run    {folder}"
+    )
 
 
 def _dry_run(plan: Any, arch: str | None) -> None:

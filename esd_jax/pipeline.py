@@ -41,12 +41,15 @@ class Provenance:
     """Where a pipeline came from and what was done to it.
 
     source: what the user named (a folder, a hub id, "emoji"); folder: where its files lie.
+    variant, revision: of the files, as diffusers means them.
     tensors: "unet/NAME" -> file and key, so that full precision and untouched bytes can be read again.
     erased: one record per erasure (concepts, method, settings, seed, versions), oldest first.
     """
 
     source: str
     folder: Path | None = None
+    variant: str | None = None
+    revision: str | None = None
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)
     erased: tuple[Mapping[str, Any], ...] = ()
 
@@ -185,7 +188,7 @@ def sample(
       prompts: one per image.
       seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
       num_steps: sampler steps.
-      guidance_scale: e_null + scale (e_c - e_null); 1 or less samples without guidance.
+      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
       negative_prompt: takes the place of the empty prompt; one for all, or one per image.
       sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names.
       eta: DDIM's stochasticity, 0 to 1.
@@ -219,14 +222,19 @@ def sample(
         pipeline.network("unet"), pipeline.network("vae"), pipeline.configs["vae"],
         json.dumps(dict(pipeline.schedule.config), sort_keys=True), settings, guided,
     )  # fmt: skip
-    condition = pipeline.encode_prompts(prompts, size=size)
-    null = _null_conditioning(pipeline, negative_prompt, n, size) if guided else None
+    negatives = [negative_prompt] * n if isinstance(negative_prompt, str | None) else negative_prompt
+    if len(negatives) != n:
+        raise ValueError(f"{len(negatives)} negative prompts for {n} prompts")
     batches = []
     for start in range(0, n, batch_size):
         # The last batch is filled up with repetitions, so that every batch has the shape that was compiled.
         index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
-        x, c, u, k = jax.tree.map(lambda a: a[index], (jnp.asarray(latents), condition, null, keys))  # noqa: B023
-        images = draw(pipeline.params["unet"], pipeline.params["vae"], x, c, u, jnp.float32(guidance_scale), k)
+        condition = pipeline.encode_prompts([prompts[i] for i in index], size=size)
+        null = _null_conditioning(pipeline, [negatives[i] for i in index], size) if guided else None
+        images = draw(
+            pipeline.params["unet"], pipeline.params["vae"], jnp.asarray(latents)[index],
+            condition, null, jnp.float32(guidance_scale), keys[index],
+        )  # fmt: skip
         batches.append(np.asarray(images)[: n - start])
     return np.concatenate(batches)
 
@@ -288,19 +296,13 @@ def _sampler_program(
     return jax.jit(program)
 
 
-def _null_conditioning(
-    pipeline: Pipeline, negative_prompt: str | Sequence[str] | None, n: int, size: tuple[int, int]
-) -> Conditioning:
-    if negative_prompt is None and pipeline.zeros_for_empty_prompt:
-        null = pipeline.encode_prompts([""], size=size)
-        null = Conditioning(jnp.zeros_like(null.embeddings), jnp.zeros_like(null.pooled), null.time_ids)
-        return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), null)
-    if isinstance(negative_prompt, str | None):
-        null = pipeline.encode_prompts([negative_prompt or ""], size=size)
-        return jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), null)
-    if len(negative_prompt) != n:
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {n} prompts")
-    return pipeline.encode_prompts(negative_prompt, size=size)
+def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
+    """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
+    null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
+    if not pipeline.zeros_for_empty_prompt:
+        return null
+    given = jnp.asarray([negative is not None for negative in negatives], jnp.float32)
+    return Conditioning(null.embeddings * given[:, None, None], null.pooled * given[:, None], null.time_ids)
 
 
 def _check_size(pipeline: Pipeline, size: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from esd_jax.methods import METHODS
 from esd_jax.methods.concepts import Concept
-from esd_jax.methods.esd import ESD, PRESETS
+from esd_jax.methods.esd import ESD, from_preset
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
 
@@ -135,9 +135,7 @@ def preset(name: str, **changes: Any) -> ConfigDict:
 
     What `get_config()` of a config file returns: unknown fields and wrong types are refused from here on.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown ESD preset {name!r}; choose one of {', '.join(PRESETS)}")
-    flat = Recipe().flat() | dataclasses.asdict(PRESETS[name]) | PUBLISHED[name]
+    flat = Recipe().flat() | dataclasses.asdict(from_preset(name)) | PUBLISHED[name]
     config = ConfigDict({k: config_dict.placeholder(_type_of(k)) if v is None else v for k, v in flat.items()})
     config.update(changes)
     return config

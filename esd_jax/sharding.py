@@ -11,7 +11,12 @@ from jaxtyping import Array, Int
 
 
 def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data",) over as many of the devices (default: all there are) as divide the batch evenly."""
+    """A mesh ("data",) over as many of the devices (default: all there are) as divide the batch evenly.
+
+    Raises ValueError on several hosts, for which runs are not coordinated yet.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("training on several hosts is not implemented: start one process")
     devices = jax.devices() if devices is None else list(devices)
     devices = devices[: math.gcd(batch_size, len(devices))]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)

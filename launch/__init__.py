@@ -1,1 +1,1 @@
-"""`python -m launch.VERB`: the verbs of `esd-jax` as modules, for launchers that start one Python process per host."""
+"""`python -m launch.VERB` is `esd-jax VERB`; besides, the demo and the benchmark."""

@@ -33,7 +33,6 @@ def main() -> None:
     print(f"erasing {style!r} from the embedded model ...", flush=True)
     erased = api.erase(base, f"{style} style", output_dir=str(output), overwrite=FLAGS.overwrite)
     trained = time.monotonic()
-    model = api.export(erased, output / "model", overwrite=True)
     picture = output / "before_after.png"
     before_after(_columns(base, erased, style)).save(picture)
     print(f"erased in {trained - started:.0f} s: {_timing(output / 'log.jsonl')}", flush=True)
@@ -42,7 +41,8 @@ def main() -> None:
         print(_table(style, *rates))
         report = {name: dataclasses.asdict(r) for name, r in zip(("before", "after"), rates, strict=True)}
         (output / "rates.json").write_text(json.dumps({"style": style, **report}, indent=1) + "\n")
-    print(f"picture  {picture}\nmodel    {model}  (a diffusers folder)\nall in {time.monotonic() - started:.0f} s")
+    print(f"picture  {picture}\nmodel    {output / api.MODEL}  (a diffusers folder)")
+    print(f"all in {time.monotonic() - started:.0f} s")
 
 
 def _columns(base: Pipeline, erased: Pipeline, style: str) -> list[tuple[str, list[Column]]]:

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 
-def cfg(e_null: Float[Array, "..."], e_c: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
-    """`e_null + scale (e_c - e_null)`, in float32 or wider: 1 is purely conditional, 0 purely unconditional.
+def cfg(eps_null: Float[Array, "..."], eps_c: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
+    """`eps_null + scale (eps_c - eps_null)`, in float32 or wider: 1 is purely conditional, 0 purely unconditional.
 
     This is the convention of diffusers; Ho & Salimans' w (Eq. 6) is `scale - 1`. It acts on the raw network output: x0
     and eps are linear in it, so guidance means the same under every prediction type. `scale` may be traced.
     """
-    dtype = jnp.promote_types(jnp.result_type(e_null, e_c), jnp.float32)
-    e_null, e_c, scale = (jnp.asarray(array, dtype) for array in (e_null, e_c, scale))
-    return e_null + scale * (e_c - e_null)
+    dtype = jnp.promote_types(jnp.result_type(eps_null, eps_c), jnp.float32)
+    eps_null, eps_c, scale = (jnp.asarray(array, dtype) for array in (eps_null, eps_c, scale))
+    return eps_null + scale * (eps_c - eps_null)
 
 
 def interleave(a: Array, b: Array) -> Array:
@@ -51,7 +51,7 @@ def classifier_free(
 
     def guided(x: Array, t: Array) -> Array:
         t = t if jnp.ndim(t) == 0 else interleave(t, t)
-        e_null, e_c = split_pair(denoise(interleave(x, x), t, pair))
-        return cfg(e_null, e_c, scale)
+        eps_null, eps_c = split_pair(denoise(interleave(x, x), t, pair))
+        return cfg(eps_null, eps_c, scale)
 
     return guided

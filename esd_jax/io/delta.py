@@ -14,6 +14,7 @@ import numpy as np
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors
 from esd_jax.pipeline import Pipeline
+from esd_jax.selection import REGEX
 
 
 def delta_name(concept: str, from_: str | None, subset: str) -> str:
@@ -22,6 +23,8 @@ def delta_name(concept: str, from_: str | None, subset: str) -> str:
     Users take the model's name up to the first dot, so dots, like spaces and path separators, become "_".
     """
     concept, from_ = (re.sub(r"[\s./\\:]", "_", text.strip()) for text in (concept, from_ or concept))
+    if subset.startswith(REGEX):
+        subset = "custom"  # a pattern may hold any character, and be of any length
     return f"esd-{concept}-from-{from_}-{subset.replace('-', '')}.safetensors"
 
 

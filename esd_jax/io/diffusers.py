@@ -84,7 +84,7 @@ def load(
         )
         tensors |= {f"{name}/{tensor}": source for tensor, source in sources.items()}
         erased |= {json.dumps(record, sort_keys=True): record for record in records}
-    provenance = Provenance(str(source), folder, tensors, tuple(erased.values()))
+    provenance = Provenance(str(source), folder, variant, revision, tensors, tuple(erased.values()))
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
 

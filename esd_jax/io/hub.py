@@ -9,13 +9,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STEMS = ("diffusion_pytorch_model", "model")
 
 
-def resolve(source: str | Path, *, variant: str | None = None, revision: str | None = None) -> Path:
+def resolve(
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, weights: bool = True
+) -> Path:
     """The local folder of a checkpoint, downloaded into the hub's cache if need be.
 
     Args:
       source: a folder, or the id of a model on the hub ("org/name"). A folder that exists comes first.
       variant: which weights to download ("fp16"); None, those whose file names carry no variant.
       revision: a branch, tag or commit of the hub's repository.
+      weights: whether weights are needed, or the small files alone.
 
     With `HF_HUB_OFFLINE=1`, or without a network, only what the hub's cache already holds is found.
 
@@ -35,7 +38,7 @@ def resolve(source: str | Path, *, variant: str | None = None, revision: str | N
         raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"there is no folder {source}; give a diffusers folder, or a hub id such as org/name")
-    return _download(source, variant, revision)
+    return _download(source, weight_patterns(variant) if weights else [], revision)
 
 
 def weight_patterns(variant: str | None) -> list[str]:
@@ -45,7 +48,7 @@ def weight_patterns(variant: str | None) -> list[str]:
     return [f"*/{stem}{name}" for stem in STEMS for name in dict.fromkeys(names)]
 
 
-def _download(repo: str, variant: str | None, revision: str | None) -> Path:
+def _download(repo: str, weights: list[str], revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -53,9 +56,7 @@ def _download(repo: str, variant: str | None, revision: str | None) -> Path:
     small = ["model_index.json", "*/config.json", "*/*_config.json", "*/tokenizer.json", "*/special_tokens_map.json"]
     small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "LICENSE*", "NOTICE*"]
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=[*small, *weight_patterns(variant)]
-        )
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*small, *weights])
     except errors.LocalEntryNotFoundError as error:
         # Raised (by recent versions) where the cache lacks a file that was asked for, whether it is needed or not:
         # a licence, say. The reader knows; it names what is missing.

@@ -38,7 +38,7 @@ class ESD:
     anchor: what the target starts from. "null": the empty prompt; "from": `from_`, or the concept itself where
       `from_` is absent; "auto": `from_` where it is given and is not the concept itself, else the empty prompt.
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
-    eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is e_c, not e_null).
+    eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
     """
 
@@ -211,12 +211,12 @@ class Method:
             x = self._sample(sampling, draws, take("sample"), null, inputs.sampling_guidance)
 
         if self.separate_anchor:
-            e_anchor, e_c, e_null = self._evaluate(teacher, x, draws.t, [take("anchor"), concept, null])
+            eps_anchor, eps_c, eps_null = self._evaluate(teacher, x, draws.t, [take("anchor"), concept, null])
         else:
-            e_c, e_null = self._evaluate(teacher, x, draws.t, [concept, null])
+            eps_c, eps_null = self._evaluate(teacher, x, draws.t, [concept, null])
             is_null = (inputs.bank.roles["anchor"][draws.concept] == 0)[:, None, None, None]
-            e_anchor = jnp.where(is_null, e_null, e_c)
-        target = e_anchor - inputs.eta * (e_c - e_null)
+            eps_anchor = jnp.where(is_null, eps_null, eps_c)
+        target = eps_anchor - inputs.eta * (eps_c - eps_null)
         return Batch(*jax.lax.stop_gradient((x, draws.t, take("student"), target)))
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:

@@ -50,7 +50,7 @@ class Training:
 
 
 class Stopped(Exception):
-    """A run that ended early because it was asked to (SIGTERM or Ctrl-C), after saving a checkpoint."""
+    """A run that ended early because it was asked to (SIGTERM or Ctrl-C), after saving a checkpoint if it keeps any."""
 
 
 class NotFinite(FloatingPointError):
@@ -120,7 +120,8 @@ def train(
                 save()
                 if checkpoints:
                     checkpoints.wait()
-                raise Stopped(f"stopped at step {number} of {settings.steps}")
+                lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
+                raise Stopped(f"stopped at step {number} of {settings.steps}{lost}")
             if number % settings.checkpoint_every == 0 and number != settings.steps:
                 save()
             if settings.preview_every and number % settings.preview_every == 0 and number != settings.steps:

@@ -56,7 +56,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
         if kept:
             error.args = (f"{error}{kept}",)
         raise
-    if replaces:
+    if replaces or not resume:  # a run that ended well needs no older one, not even from before a folder was removed
         shutil.rmtree(replaced, ignore_errors=True)
 
 
