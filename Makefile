@@ -3,25 +3,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= out/demo
 
 .PHONY: demo test test-slow lint clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -e .
 	touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.tests: $(VENV)/.package
+	$(PIP) -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.package
 	$(BIN)/python -m launch.demo --output=$(OUT) --overwrite
 
-test: $(VENV)/.installed
+test: $(VENV)/.tests
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:

@@ -2,8 +2,10 @@
 
     esd-jax erase --config=emoji --config.concept="neon style" --config.output_dir=out/neon
 
-Of 129 neon prompts, the probe sees neon in 84% before and in at most 10% after; the other seven styles and the
-objects stay as they were (`make demo` prints the figures). "neon style" falls to a plain drawing of the same object.
+Over 400 images, the probe sees neon in 88.7% of its 133 before and in 5.3% after; other styles in 81.3% and 80.9%, and
+their objects in 96.6% and 94.8%. "neon style" falls to a plain drawing of the same object. The changes to esd_x are:
+- trajectories of the teacher, of 20 DDIM steps, scored at their own timestep ("grid").
+- learning rate 3e-4, 200 steps: the model is small.
 """
 
 from ml_collections import ConfigDict

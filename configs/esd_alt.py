@@ -4,6 +4,7 @@
 
 The changes are:
 - x_t after i DDIM steps of the student is scored at t = 1000 - 20 i, i in 1..48.
+- no figures are published for it; expect a strong erasure, since nearly all of the UNet is trained with eta 2.
 - eta 2, learning rate 2e-5, 200 steps, subset "esd-all".
 """
 

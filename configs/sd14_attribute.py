@@ -3,8 +3,8 @@ r"""Erases an attribute from one concept of SD 1.4 and nowhere else, on a GPU: t
     esd-jax erase --config=sd14_attribute --config.concept=glasses --config.from_="a photo of a librarian" \
         --config.output_dir=runs/glasses
 
-The changes are: the target starts from the prediction for `from_`, and the student is scored on `from_`:
-e_from - eta (e_c - e_null). Other prompts that name the attribute keep it.
+esd2025 (see there) in bfloat16 with eta 1: the target starts from the prediction for `from_`, and the student is scored
+on `from_`: eps_from - eta (eps_c - eps_null). Expect other prompts that name the attribute to keep it.
 """
 
 from ml_collections import ConfigDict

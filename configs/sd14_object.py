@@ -1,9 +1,10 @@
 """Erases an object from SD 1.4, on a GPU.
 
-    esd-jax erase --config=sd14_object --config.concept="church" --config.output_dir=runs/church
+    esd-jax erase --config=sd14_object --config.concept="French horn" --config.output_dir=runs/french_horn
 
-esd_u in bfloat16. Published for ten Imagenette classes: the class is recognised in 78.2% of its images before and in
-12.6% after; the other nine fall from 78.2% to 63.2%. For a milder effect on neighbours use --config.subset=esd-x.
+esd_u in bfloat16. Published: a French horn is recognised in 99.6% of its images before and in 0.4% after, and the other
+nine Imagenette classes in 75.8% and 49.4%; over all ten, 78.2% and 12.6%, others 78.2% and 63.2%. The classes differ
+much (church: 73.8% and 54.2%). For a milder effect on neighbours use --config.subset=esd-x.
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +16,9 @@ def get_config() -> ConfigDict:
     return recipe.preset(
         "paper",
         base="CompVis/stable-diffusion-v1-4",
-        concept="church",
+        concept="French horn",
         subset="noxattn",
         dtype="bfloat16",
         preview_every=100,
-        preview_prompts="an image of a church; an image of a parachute; an image of a french horn",
+        preview_prompts="an image of a French horn; an image of a parachute; an image of a church",
     )

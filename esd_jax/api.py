@@ -162,8 +162,8 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
             if inputs.images is not None:
                 meta["images_sha256"] = hashlib.sha256(np.asarray(inputs.images).tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
-            # A run's own file, unlike its exports, says where everything lies.
-            private = {**record, "recipe": {k: v for k, v in plan.flat().items() if k != "output_dir"}}
+            # A run's own file, unlike its exports, says where things lie on this machine.
+            private = {**record, "local": {"base": plan.base, "images": plan.images}}
             if not resume:
                 run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
@@ -241,7 +241,8 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
     record = files.read_json(folder / "run.json")
     try:
-        plan, sha256 = recipe.make(**record["recipe"]), record["base_sha256"]
+        plan = recipe.make(**{**record["recipe"], **record.pop("local")})
+        sha256 = record["base_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
     try:
@@ -254,7 +255,7 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
     like = init_state(diffusers.read_exact(loaded, names), plan.optimizer.transformation(), plan.training.seed)
     with Checkpoints(folder / "checkpoints", {}) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
-    return loaded.with_edits(state.theta, {**describe(loaded, plan), "step": int(state.step)})
+    return loaded.with_edits(state.theta, {**record, "step": int(state.step)})
 
 
 def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:

@@ -138,6 +138,16 @@ def test_load_erase_sample_export(sd1, base, run, tmp_path):
     assert reopened.provenance.erased == (json.loads(json.dumps(record)),)
 
 
+def test_a_run_holds_its_model_and_exports_name_no_local_path(sd1, run):
+    folder, erased = run
+    assert_same_bits(tensors(folder / "model"), tensors(esd_jax.export(erased, folder.with_name("again"))))
+    (delta,) = folder.glob("esd-cat-from-cat-*.safetensors")
+    for file in (delta, folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"):
+        assert str(Path(sd1[0]).parent).encode() not in file.read_bytes()
+    (record,) = erased.provenance.erased
+    assert record["base"] == record["recipe"]["base"] == Path(sd1[0]).name
+
+
 def test_a_run_is_exported_alike_by_another_process(run, tmp_path):
     esd_jax.export(run[1], tmp_path / "here")
     script = Path(sys.executable).with_name("esd-jax")

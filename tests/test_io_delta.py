@@ -37,6 +37,7 @@ def test_file_names():
     name = delta_name("golden retriever", None, "esd-u")
     assert name == "esd-golden_retriever-from-golden_retriever-esdu.safetensors"
     assert delta_name("glasses", "a person", "esd-x-strict") == "esd-glasses-from-a_person-esdxstrict.safetensors"
+    assert delta_name("cat", None, r"regex:attn2\.to_[kv]|up_blocks/x") == "esd-cat-from-cat-custom.safetensors"
     name = delta_name("St. Peter's/../x\\y", "v1.5", "full")
     assert name.count(".") == 1 and "/" not in name and "\\" not in name
 

@@ -1,6 +1,7 @@
 """The house: imports point downwards, and each third-party library has one room."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,12 @@ def test_the_training_loop_stands_on_step_checkpoint_and_log():
     for path in (ROOT / "esd_jax" / "training").glob("*.py"):
         found = {name.split(".")[2] for name in imports(path) if name.startswith("esd_jax.training.")}
         assert found <= order.get(path.stem, set()), path.name
+
+
+def test_the_documents_link_to_what_exists():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert "://" in link or (document.parent / link).exists(), f"{document.name} links to {link}"
 
 
 def test_files_stay_short():
