@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -251,8 +252,9 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
         raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
     if (found := diffusers.source_hash(loaded, "unet")) != sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
-    names = [f"unet/{name}" for name in select(plan.subset, loaded.network("unet").layouts)]
-    like = init_state(diffusers.read_exact(loaded, names), plan.optimizer.transformation(), plan.training.seed)
+    net, tx = loaded.network("unet"), plan.optimizer.transformation()
+    shapes = {f"unet/{name}": net.shapes[name] for name in select(plan.subset, net.layouts)}
+    like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), shapes)
     with Checkpoints(folder / "checkpoints", {}) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
     return loaded.with_edits(state.theta, {**record, "step": int(state.step)})

@@ -82,6 +82,8 @@ class Checkpoints:
     def restore(self, like: State, step: int | None = None, *, check: bool = True) -> State:
         """The newest checkpoint (or that of `step`), with the shapes, dtypes and placement of `like`.
 
+        `like` may be shapes alone (`jax.eval_shape`); they are put on the first device.
+
         `check` refuses the checkpoint of a run whose meta is another one.
 
         Raises:
@@ -117,5 +119,6 @@ class Checkpoints:
         )
 
 
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = array.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
