@@ -26,7 +26,7 @@ from esd_jax.methods.concepts import make_bank
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.params import Params, partition, prefixed
-from esd_jax.pipeline import NetworkConfig, Pipeline, sample
+from esd_jax.pipeline import NetworkConfig, Pipeline, image_size, sample
 from esd_jax.recipe import Recipe
 from esd_jax.selection import select
 from esd_jax.training import run_folder
@@ -193,23 +193,12 @@ def delta_name(plan: Recipe) -> str:
 
 def prepare(base: Pipeline, plan: Recipe) -> tuple[esd.Method, esd.Inputs, tuple[int, int, int]]:
     """The method of a recipe over a base, its traced inputs, and the shape of one example's latents."""
-    size, factor = image_size(base.configs, plan), base.configs["vae"].factor
+    size, factor = image_size(base.configs, plan.height, plan.width), base.configs["vae"].factor
     method = esd.make_method(plan.esd, base.network("unet", remat=plan.remat), base.schedule, plan.concepts)
     bank = make_bank(lambda p: base.encode_prompts(p, size=size, strict=True), plan.concepts, plan.esd.roles())
     images = None if plan.images is None else base.encode(read_images(plan.images, size))
     shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
     return method, esd.make_inputs(plan.esd, bank, images), shape
-
-
-def image_size(configs: Mapping[str, NetworkConfig], plan: Recipe) -> tuple[int, int]:
-    """(height, width) in pixels of a recipe's images. Raises ValueError if the VAE cannot make such images."""
-    factor, default = configs["vae"].factor, configs["unet"].sample_size
-    if default is None and None in (plan.height, plan.width):
-        raise ValueError("unet/config.json has no sample_size: give height and width")
-    size = tuple(default * factor if side is None else side for side in (plan.height, plan.width))
-    if any(side % factor for side in size):
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
-    return size
 
 
 def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:

@@ -120,7 +120,6 @@ def _dry_run(plan: Any, arch: str | None) -> None:
     from esd_jax.training.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
-    api.image_size(configs, plan)
     size = make_plan(configs, schedule, plan)
     print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
 

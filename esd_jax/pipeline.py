@@ -90,14 +90,6 @@ class Pipeline:
         return tuple(name for name in TEXT_ENCODERS if name in self.configs)
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels for which the UNet was trained. Raises ValueError if its config does not say."""
-        if self.configs["unet"].sample_size is None:
-            raise ValueError("unet/config.json has no sample_size: give height and width")
-        side = self.configs["unet"].sample_size * self.configs["vae"].factor
-        return side, side
-
-    @property
     def zeros_for_empty_prompt(self) -> bool:
         """Whether guidance without a negative prompt starts from zeros instead of the encoded empty prompt (SDXL)."""
         return self.index.get("force_zeros_for_empty_prompt", len(self.tokenizers) == 2)
@@ -129,7 +121,7 @@ class Pipeline:
         ids = tuple(tokenizer(prompts, strict=strict) for tokenizer in self.tokenizers)
         encoders = tuple(self.network(name) for name in self.text_encoders)
         params = tuple(self.params[name] for name in self.text_encoders)
-        encoded = _encode_text(encoders)(params, ids, size or self.default_size)
+        encoded = _encode_text(encoders)(params, ids, size or image_size(self.configs))
         return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
 
     def denoise(
@@ -205,8 +197,7 @@ def sample(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} must be finite")
-    size = tuple(pipeline.default_size[0] if side is None else side for side in (height, width))
-    _check_size(pipeline, size)
+    size = image_size(pipeline.configs, height, width)
     n = len(prompts)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
@@ -222,15 +213,19 @@ def sample(
         pipeline.network("unet"), pipeline.network("vae"), pipeline.configs["vae"],
         json.dumps(dict(pipeline.schedule.config), sort_keys=True), settings, guided,
     )  # fmt: skip
-    negatives = [negative_prompt] * n if isinstance(negative_prompt, str | None) else negative_prompt
-    if len(negatives) != n:
-        raise ValueError(f"{len(negatives)} negative prompts for {n} prompts")
+    null, shared = None, isinstance(negative_prompt, str | None)
+    if not shared and len(negative_prompt) != n:
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {n} prompts")
+    if guided and shared:
+        null = _null_conditioning(pipeline, [negative_prompt], size)
+        null = jax.tree.map(lambda a: jnp.repeat(a, min(batch_size, n), axis=0), null)
     batches = []
     for start in range(0, n, batch_size):
         # The last batch is filled up with repetitions, so that every batch has the shape that was compiled.
         index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
         condition = pipeline.encode_prompts([prompts[i] for i in index], size=size)
-        null = _null_conditioning(pipeline, [negatives[i] for i in index], size) if guided else None
+        if guided and not shared:
+            null = _null_conditioning(pipeline, [negative_prompt[i] for i in index], size)
         images = draw(
             pipeline.params["unet"], pipeline.params["vae"], jnp.asarray(latents)[index],
             condition, null, jnp.float32(guidance_scale), keys[index],
@@ -305,7 +300,17 @@ def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size
     return Conditioning(null.embeddings * given[:, None, None], null.pooled * given[:, None], null.time_ids)
 
 
-def _check_size(pipeline: Pipeline, size: tuple[int, int]) -> None:
-    factor = pipeline.configs["vae"].factor
+def image_size(
+    configs: Mapping[str, NetworkConfig], height: int | None = None, width: int | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels, by default those for which the UNet was trained.
+
+    Raises ValueError if its config does not say, or if the VAE cannot make such images.
+    """
+    factor, default = configs["vae"].factor, configs["unet"].sample_size
+    if default is None and None in (height, width):
+        raise ValueError("unet/config.json has no sample_size: give height and width")
+    size = tuple(default * factor if side is None else side for side in (height, width))
     if any(side % factor or side < factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
+    return size

@@ -12,7 +12,7 @@ from esd_jax.methods.esd import make_trajectory
 from esd_jax.models.unet import Conditioning
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import num_bytes, num_scalars
-from esd_jax.pipeline import NetworkConfig, network
+from esd_jax.pipeline import NetworkConfig, image_size, network
 from esd_jax.selection import select
 
 
@@ -100,7 +100,7 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
 
 def _inputs(configs: Mapping[str, NetworkConfig], recipe: Any, batch: int) -> tuple[Any, ...]:
     unet, factor = configs["unet"], configs["vae"].factor
-    height, width = (side // factor if side else unet.sample_size for side in (recipe.height, recipe.width))
+    height, width = (side // factor for side in image_size(configs, recipe.height, recipe.width))
     shape = lambda *s: jax.ShapeDtypeStruct((batch, *s), jnp.float32)  # noqa: E731
     conditioning = Conditioning(shape(configs["text_encoder"].max_position_embeddings, max(unet.contexts)))
     if unet.addition_embed_type:
