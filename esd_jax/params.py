@@ -55,6 +55,12 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
     return Network(apply, shapes, layouts)
 
 
+def initial(module: Callable[[], nnx.Module]) -> Params:
+    """The random weights with which a module starts."""
+    _, state = nnx.split(module())
+    return {_tensor_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
 def partition(params: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits `params` into (those named, the rest). Raises ValueError for a name that does not exist."""
     chosen = set(names)
