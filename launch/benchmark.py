@@ -1,20 +1,28 @@
-"""How long a training step takes, beside a PyTorch/diffusers loop that does the same work.
+"""How long a training step or a sampling step takes, beside a PyTorch/diffusers loop that does the same work.
 
     python -m launch.benchmark --reference
+    python -m launch.benchmark --reference --work=sampling --batch_size=16
 
-erases from the embedded model on whatever device JAX finds. Each side runs in a process of its own, in turn (A B A B);
+on the embedded model and whatever device JAX finds. Each side runs in a process of its own, in turn (A B A B);
 only their ratio means something on a machine that does other things too. The reference needs `esd-jax[torch]`.
 """
 
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
+from launch import cpu
+
 FLAGS = flags.FlagValues()
+flags.DEFINE_enum("work", "training", ["training", "sampling"], "What is timed.", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 1, "Images, when sampling.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("steps", 40, "Steps that are timed, after the first.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 2, "How often each side runs.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("reference", False, "Also time PyTorch/diffusers, and print the ratio.", flag_values=FLAGS)
@@ -24,13 +32,14 @@ flags.DEFINE_enum("child", None, ["jax", "torch"], "Internal: be one side.", fla
 def main() -> None:
     FLAGS(sys.argv)
     if FLAGS.child:
-        print(json.dumps({"jax": time_jax, "torch": time_torch}[FLAGS.child](FLAGS.steps)))
+        print(json.dumps(SIDES[FLAGS.work, FLAGS.child](FLAGS.steps)))
         return
     sides = ["jax", "torch"] if FLAGS.reference else ["jax"]
     results: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(FLAGS.rounds):
         for side in sides:
             command = [sys.executable, "-m", "launch.benchmark", f"--child={side}", f"--steps={FLAGS.steps}"]
+            command += [f"--work={FLAGS.work}", f"--batch_size={FLAGS.batch_size}"]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[side].append(json.loads(output.splitlines()[-1]))
     for side, runs in results.items():
@@ -149,5 +158,69 @@ def time_torch(steps: int) -> dict:
     }
 
 
+def time_jax_sampling(steps: int) -> dict:
+    """One guided DDIM step of `batch_size` images, the median of `steps`."""
+    import jax
+
+    from esd_jax import api
+    from esd_jax.diffusion import guidance, samplers
+
+    base, n = api.load("emoji"), FLAGS.batch_size
+    unet, sampler = base.network("unet"), samplers.make_sampler(base.schedule, "ddim", 20)
+    null, cond = (base.encode_prompts([prompt] * n) for prompt in ("", PROMPT))
+
+    @jax.jit
+    def step(params: Any, x: Any) -> Any:
+        denoise = guidance.classifier_free(lambda x, t, c: unet.apply(params, x, t, c), cond, null, 3.0)
+        return samplers.run(sampler, denoise, x, start=10, stop=11)
+
+    x = jax.random.normal(jax.random.key(0), (n, 16, 16, 4))
+    return {"version": f"jax {jax.__version__}"} | timed(
+        lambda: jax.block_until_ready(step(base.params["unet"], x)), steps
+    )
+
+
+def time_torch_sampling(steps: int) -> dict:
+    """The same in diffusers, in inference mode and in the memory format that it is fastest in on CPUs."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from esd_jax import demo
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipe, n = StableDiffusionPipeline.from_pretrained(demo.MODEL, torch_dtype=torch.float32), FLAGS.batch_size
+    unet = pipe.unet.to(memory_format=torch.channels_last).eval()
+    pipe.scheduler.set_timesteps(20)
+    t = pipe.scheduler.timesteps[10]
+    with torch.inference_mode():
+        pair = torch.cat(pipe.encode_prompt(PROMPT, "cpu", n, True)[::-1])
+        x = torch.randn(n, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+
+        def step() -> None:
+            null, cond = unet(torch.cat([x, x]), t, pair).sample.chunk(2)
+            pipe.scheduler.step(null + 3.0 * (cond - null), t, x)
+
+        return {"version": f"torch {torch.__version__}"} | timed(step, steps)
+
+
+def timed(call: Callable[[], Any], steps: int) -> dict:
+    """Seconds of the first call, and the median of those after it."""
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return {"first_s": seconds[0], "step_s": statistics.median(seconds[1:])}
+
+
+PROMPT = "a cat in neon style"
+SIDES = {
+    ("training", "jax"): time_jax,
+    ("training", "torch"): time_torch,
+    ("sampling", "jax"): time_jax_sampling,
+    ("sampling", "torch"): time_torch_sampling,
+}
+
 if __name__ == "__main__":
+    cpu.tuned()
     main()

@@ -1,4 +1,4 @@
-"""What makes XLA twice as fast on a CPU; docs/performance.md has the measurements."""
+"""What makes XLA up to twice as fast on a CPU; docs/performance.md has the measurements."""
 
 import os
 import sys

@@ -15,6 +15,7 @@ from esd_jax import api, cli, demo
 from esd_jax.demo.measure import GUIDANCE, NUM_STEPS, Rates, measure
 from esd_jax.demo.picture import Column, before_after
 from esd_jax.pipeline import Pipeline, sample
+from launch import cpu
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("style", "neon", demo.styles(), "The style to erase.", flag_values=FLAGS)
@@ -79,4 +80,5 @@ def _table(style: str, before: Rates, after: Rates) -> str:
 
 
 if __name__ == "__main__":
+    cpu.tuned()
     sys.exit(cli.guarded(main))

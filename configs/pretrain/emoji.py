@@ -15,13 +15,13 @@ def get_config() -> ConfigDict:
     config.vae_batch_size = 16
     config.vae_learning_rate = 2e-3
 
-    config.placements = 64  # pictures of each (object, style), encoded once
-    config.steps = 6400
+    config.placements = 56  # pictures of each (object, style), encoded once
+    config.steps = 10000
     config.batch_size = 32
-    config.learning_rate = 9e-4
+    config.learning_rate = 1e-3
     config.warmup_steps = 200
     config.weight_decay = 0.01
     config.max_grad_norm = 1.0
     config.checkpoint_every = 250
-    config.snapshot_every = 800  # averaged weights to draw the learning curve from
+    config.snapshot_every = 1000  # averaged weights to draw the learning curve from
     return config

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from esd_jax.demo import vocabulary
-from esd_jax.demo.styles import SIZE, STYLES, Sprite
+from esd_jax.demo.drawing import SIZE, STYLES, Sprite
 
 FILE = Path(__file__).parent / "artwork.png"  # a sheet of sprites: a row per object, a column per set
 SETS = ("noto", "twemoji", "fluent-flat", "fluent-3d", "line-art")
@@ -27,8 +27,8 @@ CENTRED = Placement()
 
 
 def random_placement(rng: np.random.Generator) -> Placement:
-    """Scale 0.66 to 0.94, anywhere in the picture."""
-    scale = rng.uniform(0.66, 0.94)
+    """Scale 0.78 to 0.92, anywhere in the picture."""
+    scale = rng.uniform(0.78, 0.92)
     room = (1 - scale) * SIZE / 2
     return Placement(scale, *rng.uniform(-room, room, size=2))
 

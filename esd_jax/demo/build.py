@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from esd_jax.demo import vocabulary
-from esd_jax.demo.styles import SIZE
+from esd_jax.demo.drawing import SIZE
 
 PIXELS_SHA256 = "41a309b853a8762690073ad409faebc072fbf4710554cc0143f70dd6ac6ae731"
 

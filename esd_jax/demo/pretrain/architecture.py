@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax.demo import captions
-from esd_jax.demo.styles import SIZE
+from esd_jax.demo.drawing import SIZE
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
@@ -36,7 +36,7 @@ UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "attention_head_dim": 4,  # the number of heads, as in every Stable Diffusion 1
-    "block_out_channels": [64, 96, 160],
+    "block_out_channels": [48, 112, 160],
     "cross_attention_dim": 128,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
