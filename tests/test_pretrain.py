@@ -159,12 +159,14 @@ def torch_networks(tiny, params):
 
 
 def torch_loss(unet, encoder, batch, noise, t):
-    """DDPM's simple loss, Eq. 14, with Stable Diffusion's scaled linear betas."""
+    """DDPM's simple loss, Eq. 14, with Stable Diffusion's scaled linear betas, times min(SNR, 1) / SNR."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alpha_bar = torch.from_numpy(np.cumprod(1 - betas)[np.array(t)].astype(np.float32))[:, None, None, None]
     x_t = alpha_bar.sqrt() * nchw(batch.latents) + (1 - alpha_bar).sqrt() * nchw(noise)
     hidden = encoder(torch.from_numpy(batch.tokens).long()).last_hidden_state
-    return torch.nn.functional.mse_loss(unet(x_t, torch.from_numpy(np.array(t)), hidden).sample, nchw(noise))
+    error = unet(x_t, torch.from_numpy(np.array(t)), hidden).sample - nchw(noise)
+    snr = alpha_bar / (1 - alpha_bar)
+    return (torch.clamp(snr, max=1.0) / snr * error**2).mean()
 
 
 def compare_gradients(tiny, modules, grads):

@@ -13,6 +13,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.params import Network, Params, component
 
 EMA = 0.999
+MIN_SNR = 1.0
 
 
 class Batch(NamedTuple):
@@ -46,15 +47,18 @@ def draw(
 def loss(
     unet: Network, text_encoder: Network, schedule: Schedule, params: Params, batch: Batch, key: Array
 ) -> Float[Array, ""]:
-    """Mean squared error of the predicted noise (DDPM, Ho et al. 2020, Eq. 14), each example at its own timestep.
+    """Weighted squared error of the predicted noise (DDPM, Ho et al. 2020, Eq. 14), each example at its own timestep.
 
+    The weight min(SNR, gamma) / SNR of *Efficient Diffusion Training via Min-SNR Weighting Strategy* (Hang et al. 2023,
+    Sec. 3.4), with gamma = 1: at low noise most of the error cannot be avoided, and would drown what teaches shapes.
     `params` holds "unet/NAME" and "text_encoder/NAME".
     """
     noise, t = draw(key, schedule, batch.latents.shape)
     alpha_bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[t][:, None, None, None]
     x_t = jnp.sqrt(alpha_bar) * batch.latents + jnp.sqrt(1 - alpha_bar) * noise
     conditioning = text.conditioning([text_encoder.apply(component(params, "text_encoder"), batch.tokens)], (0, 0))
-    return jnp.mean((unet.apply(component(params, "unet"), x_t, t, conditioning) - noise) ** 2)
+    weight = jnp.minimum(1, MIN_SNR * (1 - alpha_bar) / alpha_bar)
+    return jnp.mean(weight * (unet.apply(component(params, "unet"), x_t, t, conditioning) - noise) ** 2)
 
 
 def make_step(
