@@ -1,4 +1,4 @@
-"""Trains the embedded emoji model from scratch, in this project's own networks; resumes where it was stopped.
+"""Trains the successor of the embedded emoji model from scratch, in the project's own networks, and resumes.
 
     python -m launch.pretrain_demo --config=configs/pretrain/emoji.py --config.output_dir=out/emoji
 

@@ -1,4 +1,4 @@
-"""Trains the embedded emoji model from scratch: about an hour and a quarter on two CPU cores, minutes on a GPU.
+"""Trains the successor of the embedded emoji model from scratch, in about an hour and a half on two CPU cores.
 
 python -m launch.pretrain_demo --config=configs/pretrain/emoji.py --config.output_dir=out/emoji
 """

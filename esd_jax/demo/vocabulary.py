@@ -1,4 +1,4 @@
-"""What the embedded model knows: its objects, their categories, its styles, and the pairs it was never shown."""
+"""What the successor of the embedded model knows: objects, their categories, styles, and pairs it was never shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
