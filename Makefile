@@ -1,10 +1,12 @@
-# make demo        erase one style from the embedded model, export it, draw before and after (CPU, a few minutes)
+# make demo        erase "neon style" from the embedded model, export it, measure and draw it (CPU, a few minutes)
+#                  make demo CONCEPT="a cat" erases another style or object
 # make test        the default tests          make test-slow   the long ones          make lint   ruff
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= out/demo
+CONCEPT ?= neon style
 
 .PHONY: demo test test-slow lint clean
 
@@ -18,7 +20,7 @@ $(VENV)/.tests: $(VENV)/.package
 	touch $@
 
 demo: $(VENV)/.package
-	$(BIN)/python -m launch.demo --output=$(OUT) --overwrite
+	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(OUT)" --overwrite
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest

@@ -1,9 +1,10 @@
-"""Erases a style from the embedded model on a CPU, exports it, measures it and draws it before and after.
+"""Erases a style or an object from the embedded model on a CPU, exports it, measures it and draws it before and after.
 
-python -m launch.demo --output=out/demo
+    python -m launch.demo --concept="neon style" --output=out/demo
+
+The table's intervals are wide at the default number of images; --images=1000 narrows them, and wants a GPU.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -11,72 +12,97 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import api, cli, demo
-from esd_jax.demo.measure import GUIDANCE, NUM_STEPS, Rates, measure
+from esd_jax import api, cli, recipe
+from esd_jax.demo import groups, page, table
+from esd_jax.demo.gallery import Gallery, draw
+from esd_jax.demo.groups import Shot
+from esd_jax.demo.measure import BASE, ERASED, SHAM, measure
 from esd_jax.demo.picture import Column, before_after
-from esd_jax.pipeline import Pipeline, sample
 from launch import cpu
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("style", "neon", demo.styles(), "The style to erase.", flag_values=FLAGS)
+flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
+flags.DEFINE_string("config", None, "The recipe; by default emoji or emoji_object.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "images", 20, "How many images to measure of each group and model; 0: none.", lower_bound=0, flag_values=FLAGS
+)
+flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)
+flags.DEFINE_bool("controls", True, "Also measure a sham erasure, and the base from other noise.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=FLAGS)
-flags.DEFINE_integer("images", 129, "How many images to measure each model on; 0 measures nothing.", flag_values=FLAGS)
 flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=FLAGS)
 
-SEED = 3
+RECIPES = {"style": "emoji", "object": "emoji_object"}  # what each kind of target is erased with
+SHOWN = ("method", "subset", "steps", "learning_rate", "eta", "seed")  # settings that the page names
 
 
 def main() -> None:
     FLAGS(sys.argv)
     started = time.monotonic()
-    style, output = FLAGS.style, Path(FLAGS.output)
+    target = groups.parse_target(FLAGS.concept)
+    config, output = FLAGS.config or RECIPES[target.kind], Path(FLAGS.output)
+    settings = recipe.read(config).to_dict()
     base = api.load("emoji")
-    print(f"erasing {style!r} from the embedded model ...", flush=True)
-    erased = api.erase(base, f"{style} style", output_dir=str(output), overwrite=FLAGS.overwrite)
-    trained = time.monotonic()
-    picture = output / "before_after.png"
-    before_after(_columns(base, erased, style)).save(picture)
-    print(f"erased in {trained - started:.0f} s: {_timing(output / 'log.jsonl')}", flush=True)
+    print(f"erasing {target.concept!r} from the embedded model ...", flush=True)
+    models = {BASE: base}
+    models[ERASED] = api.erase(base, target.concept, config=config, output_dir=str(output), overwrite=FLAGS.overwrite)
+    say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
+    if FLAGS.images and FLAGS.controls:
+        again = time.monotonic()
+        models[SHAM] = api.erase(base, target.sham, config=config)
+        say(f"the sham, erasing {target.sham!r}, in {time.monotonic() - again:.0f} s")
+
+    prompts = {title: [Shot(prompt, FLAGS.seed) for prompt in texts] for title, texts in groups.examples(target)}
+    pictured = list(dict.fromkeys(shot for column in prompts.values() for shot in column))
+    galleries: dict[str, Gallery] = {}
+    judged = []
     if FLAGS.images:
-        rates = [measure(pipeline, style, FLAGS.images) for pipeline in (base, erased)]
-        print(_table(style, *rates))
-        report = {name: dataclasses.asdict(r) for name, r in zip(("before", "after"), rates, strict=True)}
-        (output / "rates.json").write_text(json.dumps({"style": style, **report}, indent=1) + "\n")
-    print(f"picture  {picture}\nmodel    {output / api.MODEL}  (a diffusers folder)")
+        say(f"measuring {FLAGS.images} images of each group with {len(models)} models ...")
+        judged = measure(
+            models,
+            groups.groups(target),
+            target,
+            num_images=FLAGS.images,
+            seed=FLAGS.seed,
+            other_seed=FLAGS.controls,
+            galleries=galleries,
+            also=pictured,
+            progress=say,
+        )
+        print(f"\n{table.text(judged, target)}\n")
+    else:
+        for name in models:
+            draw(models[name], pictured, galleries.setdefault(name, Gallery()))
+    columns = [
+        (title, [Column(s.prompt, *(galleries[model][s].image for model in (BASE, ERASED))) for s in column])
+        for title, column in prompts.items()
+    ]
+    picture = before_after(columns)
+    files = {
+        "page": output / "index.html",
+        "picture": output / "before_after.png",
+        "table": output / "table.json",
+        "model": output / api.MODEL,
+    }
+    picture.save(files["picture"])
+    report = {"target": target.concept, "config": config, "seed": FLAGS.seed, "groups": table.as_dict(judged)}
+    files["table"].write_text(json.dumps(report, indent=1) + "\n")
+    shown = {"recipe": config} | {name: settings[name] for name in SHOWN}
+    relative = {what: file.name for what, file in files.items() if what != "page"}
+    files["page"].write_text(page.page(target, shown, picture, judged, relative), encoding="utf-8")
+    for what, file in files.items():
+        print(f"{what:9}{file}{'  (a diffusers folder)' if what == 'model' else ''}")
     print(f"all in {time.monotonic() - started:.0f} s")
 
 
-def _columns(base: Pipeline, erased: Pipeline, style: str) -> list[tuple[str, list[Column]]]:
-    others = [s for s in ("ink", "blueprint", "clay", "halftone", "pixel") if s != style]
-    groups = {
-        f"erased: {style}": [demo.prompt(name, style) for name in ("cat", "rocket", "guitar", "house")],
-        "neighbours: other styles": [
-            demo.prompt(name, other) for name, other in zip(("cat", "rocket", "guitar", "house"), others, strict=False)
-        ],
-        "unrelated: no style": [demo.prompt(name) for name in ("house", "pizza", "tulip")],
-    }
-    prompts = [prompt for texts in groups.values() for prompt in texts]
-    options = {"seed": SEED, "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "batch_size": len(prompts)}
-    images = [sample(pipeline, prompts, **options) for pipeline in (base, erased)]
-    columns = iter([Column(*column) for column in zip(prompts, *images, strict=True)])
-    return [(title, [next(columns) for _ in texts]) for title, texts in groups.items()]
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
-def _timing(log: Path) -> str:
+def timing(log: Path) -> str:
     """Compilation and step time, from the run's log."""
     seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
     return f"{seconds[0]:.0f} s to compile and make the first step, then {step:.2f} s a step"
-
-
-def _table(style: str, before: Rates, after: Rates) -> str:
-    rows = [
-        (f"{style} seen on {before.num_own} of its own prompts", before.own_style, after.own_style),
-        (f"other styles seen, {before.num_other} prompts", before.other_style, after.other_style),
-        ("objects seen on those", before.other_object, after.other_object),
-    ]
-    lines = [f"{'by the probe, at equal seeds':44}{'before':>8}{'after':>8}"]
-    return "\n".join(lines + [f"{name:44}{a:8.1%}{b:8.1%}" for name, a, b in rows])
 
 
 if __name__ == "__main__":

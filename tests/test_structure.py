@@ -23,7 +23,7 @@ FLOORS = [
 FELLOWS = {("demo", "pipeline")}
 # Library -> the only places that may import it.
 ONLY_IN = {
-    "flax": {"models", "params"},
+    "flax": {"models", "params", "demo/probe"},
     "orbax": {"training/checkpoint"},
     "ml_collections": {"recipe", "cli"},
     "huggingface_hub": {"io/hub"},

@@ -1,5 +1,6 @@
-"""The before/after picture: columns of prompts in captioned groups, the base above, the erased model below."""
+"""The pictures: before and after an erasure in captioned groups of prompts, and objects by styles."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,31 @@ def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
                 draw.text((x + CELL // 2, y), words, FAINT, text, anchor="mm")
             x += CELL + GAP
         x += GROUP_GAP
+    return canvas
+
+
+def grid(
+    images: UInt8[np.ndarray, "rows columns height width 3"], rows: Sequence[str], columns: Sequence[str]
+) -> Image.Image:
+    """Draws images in rows and columns, each with its title.
+
+    Raises ValueError if there are not as many titles as rows and columns.
+    """
+    if images.shape[:2] != (len(rows), len(columns)):
+        raise ValueError(f"{len(rows)} x {len(columns)} titles for {images.shape[0]} x {images.shape[1]} images")
+    text = ImageFont.load_default(size=13)
+    margin = GAP + 8 + math.ceil(max(text.getlength(row) for row in rows))
+    pitch = CELL // 2 + GAP
+    canvas = Image.new("RGB", (margin + len(columns) * pitch, HEADER + len(rows) * pitch), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, title in enumerate(columns):
+        draw.text((margin + j * pitch + CELL // 4, HEADER // 2), title, INK, text, anchor="mm")
+    for i, title in enumerate(rows):
+        y = HEADER + i * pitch
+        draw.text((margin - 8, y + CELL // 4), title, INK, text, anchor="rm")
+        for j in range(len(columns)):
+            cell = Image.fromarray(images[i, j]).resize((CELL // 2, CELL // 2), Image.Resampling.LANCZOS)
+            canvas.paste(cell, (margin + j * pitch, y))
     return canvas
 
 

@@ -1,0 +1,76 @@
+"""What one model has drawn, by prompt and seed, and what the probe sees in it; kept in a folder if one is given."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from esd_jax.demo import probe, vocabulary
+from esd_jax.demo.groups import Shot
+from esd_jax.pipeline import Pipeline, sample
+
+NUM_STEPS, GUIDANCE = 20, 3.0  # what the embedded model was tuned for
+CHUNK = 320  # images that are lost if the program is stopped
+
+
+class Shown(NamedTuple):
+    """An image, and what the probe sees in it; None where it recognises nothing."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    object: str | None
+    category: str | None
+    style: str | None
+
+
+class Gallery(dict[Shot, Shown]):
+    """All that one model has drawn. `folder`: where it is kept as it comes, and found again; of this model alone."""
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__()
+        self.folder = folder
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.glob("*.npz")):
+                with np.load(file) as kept:
+                    self._hang(list(map(Shot, kept["prompts"].tolist(), kept["seeds"].tolist())), kept["images"])
+
+    def add(self, shots: Sequence[Shot], images: UInt8[np.ndarray, "shots height width 3"]) -> None:
+        """Hangs up what was drawn for some shots."""
+        if self.folder:
+            file = self.folder / f"{len(self):06d}.npz"
+            partial = file.with_suffix(".partial")
+            with partial.open("wb") as stream:
+                prompts, seeds = (np.asarray(column) for column in zip(*shots, strict=True))
+                np.savez_compressed(stream, prompts=prompts, seeds=seeds, images=images)
+            partial.replace(file)
+        self._hang(shots, images)
+
+    def _hang(self, shots: Sequence[Shot], images: UInt8[np.ndarray, "shots height width 3"]) -> None:
+        verdict = probe.classify(images)
+        heads = (
+            (vocabulary.objects(), verdict.objects),
+            (vocabulary.categories(), verdict.categories),
+            (vocabulary.styles(), verdict.styles),
+        )
+        for i, shot in enumerate(shots):
+            found = (names[int(classes[i])] if verdict.recognised[i] else None for names, classes in heads)
+            self[shot] = Shown(images[i], *found)
+
+
+def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_size: int = 32) -> int:
+    """Adds what is missing to a model's gallery, each image once. Returns how many were drawn."""
+    missing = [shot for shot in dict.fromkeys(wanted) if shot not in gallery]
+    for start in range(0, len(missing), CHUNK):
+        shots = missing[start : start + CHUNK]
+        images = sample(
+            pipeline,
+            [shot.prompt for shot in shots],
+            seed=[shot.seed for shot in shots],
+            num_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE,
+            batch_size=batch_size,
+        )
+        gallery.add(shots, images)
+    return len(missing)

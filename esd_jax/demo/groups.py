@@ -1,0 +1,219 @@
+"""What an erasure is measured on: groups of prompts around a target, and the noise that each image starts from."""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from esd_jax.demo import captions, vocabulary
+
+# Of each style, the two whose pictures of the same objects differ least from its own, by root mean square difference.
+NEAREST = {
+    "cartoon": ("clay", "halftone"),
+    "clay": ("halftone", "cartoon"),
+    "ink": ("clay", "halftone"),
+    "pixel": ("clay", "cartoon"),
+    "neon": ("blueprint", "pop art"),
+    "blueprint": ("neon", "pixel"),
+    "halftone": ("clay", "cartoon"),
+    "pop art": ("clay", "pixel"),
+}
+MINOR = 0.25  # the share of images of a group that completes the picture
+NONSENSE = "xqzv"  # no caption of the training has it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is erased. kind: "style" or "object"; name: as the vocabulary has it."""
+
+    kind: str
+    name: str
+
+    @property
+    def concept(self) -> str:
+        """The text that is erased: "neon style", "a cat"."""
+        return self._text(self.name)
+
+    @property
+    def sham(self) -> str:
+        """The control's: the same form with a word that means nothing."""
+        return self._text(NONSENSE)
+
+    def _text(self, name: str) -> str:
+        return captions.prompt(style=name) if self.kind == "style" else captions.prompt(name)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt, and what of it is judged: the subject (an object or, if none is named, a category) and the style."""
+
+    prompt: str
+    object: str | None = None
+    category: str | None = None
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts whose images are judged together; all ask for the same kinds of things.
+
+    share: of the number of images that is asked for; what only completes the picture is measured on fewer.
+    """
+
+    name: str
+    title: str
+    asks: tuple[Ask, ...]
+    share: float = 1.0
+
+    def size(self, num_images: int) -> int:
+        """How many images of this group to measure where `num_images` are asked for."""
+        return max(1, round(self.share * num_images))
+
+
+class Shot(NamedTuple):
+    """One image: its prompt, and the seed of the noise that it starts from."""
+
+    prompt: str
+    seed: int
+
+
+def parse_target(text: str) -> Target:
+    """The target that "neon style", "neon", "a cat" or "cat" names. Raises ValueError, naming what is known."""
+    words = " ".join(text.lower().split())
+    style = words.removesuffix(" style")
+    if style in vocabulary.styles():
+        return Target("style", style)
+    for name in vocabulary.objects():
+        if words in (name, captions.with_article(name), f"the {name}"):
+            return Target("object", name)
+    raise ValueError(
+        f"the embedded model does not know {text!r}: choose a style ({', '.join(vocabulary.styles())}) "
+        f"or an object ({', '.join(vocabulary.objects())})"
+    )
+
+
+def groups(target: Target) -> tuple[Group, ...]:
+    """The groups that an erasure is judged by: the target first, what lies near it next, what has nothing to do last.
+
+    Of a style: its own prompts over all objects, the style alone, phrasings that training never shows, the nearest
+    styles (`NEAREST`), the other styles, objects without a style. No prompt implies a style without naming it.
+    Of an object: its own prompts in all styles, the object alone, phrasings that training never shows, the prompts
+    that imply its category without naming it, the other objects of its category, all other objects, styles alone.
+    """
+    return _style_groups(target.name) if target.kind == "style" else _object_groups(target.name)
+
+
+def base_groups() -> tuple[Group, ...]:
+    """The groups that the model itself is judged by: pairs of training, pairs it never saw, and the other prompts."""
+    objects, styles = vocabulary.objects(), vocabulary.styles()
+    unseen = sorted(vocabulary.held_out())
+    return (
+        Group("pairs", "pairs that training showed", _pairs(vocabulary.pairs(unseen=False))),
+        Group("unseen", "pairs that training never showed", _pairs(unseen), 0.5),
+        Group("phrasings", "phrasings that training never showed", _phrasings(vocabulary.pairs()), MINOR),
+        Group("objects", "objects without a style", tuple(Ask(captions.prompt(o), object=o) for o in objects), 0.5),
+        Group("styles", "styles without an object", _styles_alone(styles), 0.5),
+        Group(
+            "implicit", "categories, unnamed objects", sum((_implicit(c) for c in vocabulary.categories()), ()), MINOR
+        ),
+    )
+
+
+def shots(group: Group, num_images: int, seed: int) -> list[tuple[Ask, Shot]]:
+    """The group's images: its prompts in a fixed, mixed order, again and again.
+
+    The noise depends on (seed, prompt, how often the prompt came before) alone: two models start from the same, and
+    groups that share prompts share images.
+    """
+    order = np.random.default_rng(0).permutation(len(group.asks))
+    chosen = [(group.asks[order[i % len(order)]], i // len(order)) for i in range(num_images)]
+    return [(ask, Shot(ask.prompt, zlib.crc32(f"{seed} {again} {ask.prompt}".encode()))) for ask, again in chosen]
+
+
+def examples(target: Target) -> list[tuple[str, list[str]]]:
+    """The prompts of the before/after picture, in titled groups."""
+    if target.kind == "style":
+        subjects, others = ("cat", "rocket", "house", "rose"), NEAREST[target.name]
+        near = [captions.prompt(*pair) for pair in (("cat", others[0]), ("house", others[1]))]
+        far = [s for s in vocabulary.styles() if s not in (target.name, *others)]
+        return [
+            (f"erased: {target.concept}", [captions.prompt(o, target.name) for o in subjects]),
+            ("kept: other styles", near + [captions.prompt("rocket", far[0]), captions.prompt("rose", far[-1])]),
+            ("unrelated: no style", [captions.prompt(o) for o in ("cat", "pizza", "robot")]),
+        ]
+    own = [captions.prompt(target.name, s) for s in ("cartoon", "neon", "pixel")] + [captions.prompt(target.name)]
+    category = vocabulary.category(target.name)
+    near = [o for o in vocabulary.members(category) if o != target.name]
+    far = [o for o in ("house", "rose", "pizza", "robot", "owl") if o not in vocabulary.members(category)]
+    return [
+        (f"erased: {target.concept}", own),
+        ("not named", [captions.implicit(category)[0]]),
+        ("kept: same category", [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon"))]),
+        ("unrelated", [captions.prompt(o, s) for o, s in zip(far, ("clay", "ink", "neon", "halftone"), strict=False)]),
+    ]
+
+
+def _style_groups(name: str) -> tuple[Group, ...]:
+    objects, nearest = vocabulary.objects(), NEAREST[name]
+    own = [(o, name) for o in objects]
+    others = [s for s in vocabulary.styles() if s not in (name, *nearest)]
+    return (
+        Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
+        Group("alone", f'alone, "{captions.prompt(style=name)}"', _styles_alone([name]), MINOR),
+        Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
+        Group(
+            "nearest", f"nearest styles: {', '.join(nearest)}", _pairs([(o, s) for s in nearest for o in objects]), 0.5
+        ),
+        Group("others", f"other styles: {', '.join(others)}", _pairs([(o, s) for s in others for o in objects])),
+        Group(
+            "unrelated",
+            "unrelated: objects without a style",
+            tuple(Ask(captions.prompt(o), object=o) for o in objects),
+            MINOR,
+        ),
+    )
+
+
+def _object_groups(name: str) -> tuple[Group, ...]:
+    styles, category = vocabulary.styles(), vocabulary.category(name)
+    own = [(name, s) for s in styles]
+    same = [o for o in vocabulary.members(category) if o != name]
+    others = [o for o in vocabulary.objects() if vocabulary.category(o) != category]
+    alone = tuple(Ask(t.format(object=captions.with_article(name)), object=name) for t in captions.OBJECT)
+    implied = " or ".join(f'"{prompt}"' for prompt in captions.implicit(category))
+    return (
+        Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
+        Group("alone", f'alone, "{captions.prompt(name)}"', alone, MINOR),
+        Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
+        Group("implicit", f"not named: {implied}", _implicit(category)),
+        Group("nearest", f"same category: {', '.join(same)}", _pairs([(o, s) for o in same for s in styles]), 0.5),
+        Group("others", "all other objects", _pairs([(o, s) for o in others for s in styles])),
+        Group("unrelated", "unrelated: styles without an object", _styles_alone(styles), MINOR),
+    )
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[Ask, ...]:
+    return tuple(Ask(captions.prompt(o, s), object=o, style=s) for o, s in pairs)
+
+
+def _phrasings(pairs: Iterable[tuple[str, str]]) -> tuple[Ask, ...]:
+    return tuple(Ask(prompt, object=o, style=s) for o, s in pairs for prompt in captions.paraphrases(o, s))
+
+
+def _styles_alone(styles: Iterable[str]) -> tuple[Ask, ...]:
+    return tuple(Ask(template.format(style=s), style=s) for s in styles for template in captions.STYLE)
+
+
+def _implicit(category: str) -> tuple[Ask, ...]:
+    """Without a style and in each; the style is not judged, since not all prompts ask for one."""
+    subjects = captions.implicit(category)
+    plain = [Ask(subject, category=category) for subject in subjects]
+    template = captions.BOTH[0]
+    filled = [template.format(object=subject, style=s) for subject in subjects for s in vocabulary.styles()]
+    return (*plain, *(Ask(prompt, category=category) for prompt in filled))
+
+
+def _quoted(pairs: list[tuple[str, str]]) -> str:
+    return f'"{captions.prompt(*pairs[0])}"'

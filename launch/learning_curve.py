@@ -1,0 +1,96 @@
+"""What the probe sees in the embedded model's pictures in the course of its training, as a table and a plot.
+
+    pip install 'esd-jax[artwork]' && python -m launch.learning_curve --run=out/emoji --images=352
+
+reads the snapshots that launch/pretrain_demo.py leaves, and writes curve.json and curve.png to the run's folder. What
+is measured already is not measured again.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from safetensors.numpy import load_file
+
+from esd_jax import api, cli
+from esd_jax.demo.groups import base_groups
+from esd_jax.demo.measure import BASE, measure
+from esd_jax.demo.pretrain import architecture
+from esd_jax.params import prefixed
+from launch import cpu
+from launch.pretrain_demo import vocabulary_size, write_model
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("run", "out/emoji", "The output_dir of the training.", flag_values=FLAGS)
+flags.DEFINE_integer("images", 352, "Of each group and snapshot.", lower_bound=1, flag_values=FLAGS)
+
+LINES = {
+    "pairs, object": ("pairs", "subject"),
+    "pairs, style": ("pairs", "style"),
+    "unseen pairs, object": ("unseen", "subject"),
+    "unseen pairs, style": ("unseen", "style"),
+    "object alone": ("objects", "subject"),
+    "style alone": ("styles", "style"),
+}
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    run = Path(FLAGS.run)
+    file = run / "curve.json"
+    curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    snapshots = sorted((run / "snapshots").glob("*.safetensors"), key=lambda path: int(path.stem))
+    if not snapshots:
+        raise FileNotFoundError(f"no snapshots in {run}: run launch/pretrain_demo.py")
+    for snapshot in snapshots:
+        if snapshot.stem not in curve:
+            curve[snapshot.stem] = measured(run, snapshot)
+            file.write_text(json.dumps(curve, indent=1) + "\n")
+        print(
+            snapshot.stem, "  ".join(f"{name} {value:.1%}" for name, value in curve[snapshot.stem].items()), flush=True
+        )
+    plot(curve, run / "curve.png")
+    print(run / "curve.png")
+
+
+def measured(run: Path, snapshot: Path) -> dict[str, float]:
+    """The shares of `LINES` for one snapshot."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = run / "model" / "tokenizer"
+        shutil.copytree(tokenizer, Path(folder) / "tokenizer")
+        params = {**prefixed(load_file(run / "vae.safetensors"), "vae"), **load_file(snapshot)}
+        write_model(Path(folder), architecture.configs(vocabulary_size(tokenizer)), params)
+        model = api.load(folder)
+    wanted = {group for group, _ in LINES.values()}
+    groups = [group for group in base_groups() if group.name in wanted]
+    judged = {
+        g.name: g.rows[0] for g in measure({BASE: model}, groups, None, num_images=FLAGS.images, other_seed=False)
+    }
+    return {name: getattr(judged[group], part).value for name, (group, part) in LINES.items()}
+
+
+def plot(curve: dict[str, dict[str, float]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = sorted(map(int, curve))
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in LINES:
+        style = "--" if name.startswith("unseen") else ":" if name.endswith("alone") else "-"
+        colour = "tab:blue" if name.startswith("object") or name.endswith("object") else "tab:orange"
+        axes.plot(steps, [100 * curve[str(step)][name] for step in steps], style, color=colour, marker="o", label=name)
+    axes.set(xlabel="training steps", ylabel="recognised by the probe, %", ylim=(0, 101))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    cpu.tuned()
+    sys.exit(cli.guarded(main))

@@ -1,0 +1,189 @@
+"""Measures the embedded model, and erasures from it: each with its controls, then median and worst over all.
+
+    python -m launch.measure_demo --output=out/measured
+    python -m launch.measure_demo --output=out/measured --targets="neon style; a cat=esd_u; a rose" --images=200
+
+A target is erased with the recipe after its "=", or with its kind's. Tables and images are kept as they come, so that a
+run which is stopped goes on where it was. 1,000 images per group take about 20 minutes a target on two CPU cores.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from esd_jax import api, cli, recipe
+from esd_jax.demo import captions, groups, picture, table, vocabulary
+from esd_jax.demo.gallery import Gallery, draw
+from esd_jax.demo.groups import Shot, Target
+from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
+from esd_jax.io.diffusers import source_hash
+from esd_jax.pipeline import Pipeline
+from launch import cpu
+from launch.demo import RECIPES, say
+
+PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
+CONTROL_SHARE = 0.25  # the controls' figures need less precision
+TARGETS = "neon style; ink style; pop art style; a cat; a rose; a pizza; a rocket; a robot"
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("targets", TARGETS, 'Separated by ";", each with "=RECIPE" if it has its own.', flag_values=FLAGS)
+flags.DEFINE_string("base", "emoji", "The model: emoji, or a folder with a model of the same words.", flag_values=FLAGS)
+flags.DEFINE_integer("images", 1000, "Per group and model.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("base_images", 2000, "Of the base alone, per group; 0: none.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("controls", True, "Also measure sham erasures, and the base from other noise.", flag_values=FLAGS)
+flags.DEFINE_string("output", "out/measured", "The folder of the results.", flag_values=FLAGS)
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    wanted = parse(FLAGS.targets)
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    base = api.load(FLAGS.base)
+    identity = {"base_sha256": source_hash(base, "unet"), "seed": FLAGS.seed}
+    galleries = {BASE: kept(output, BASE, identity["base_sha256"])}
+    if FLAGS.base_images:
+        measure_base(base, output / "base.json", identity, galleries)
+        draw_grid(base, galleries[BASE]).save(output / "grid.png")
+    shams: dict[str, Pipeline] = {}
+    measured: dict[str, dict[str, list[Judged]]] = {kind: {} for kind in RECIPES}
+    for target, config in wanted:
+        measured[target.kind][target.name] = measure_target(base, target, config, output, identity, galleries, shams)
+    summary = {kind: table.over_targets(found) for kind, found in measured.items() if found}
+    for kind, cells in summary.items():
+        print(f"\nerasing {len(measured[kind])} {kind}s: {', '.join(measured[kind])}\n{table.over_targets_text(cells)}")
+    write(output / "summary.json", summary)
+    print(f"\nresults  {output}")
+
+
+def parse(text: str) -> list[tuple[Target, str]]:
+    """Targets and the recipe of each. Raises for those that are not known, before anything is computed."""
+    wanted = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        concept, _, config = (p.strip() for p in part.partition("="))
+        target = groups.parse_target(concept)
+        recipe.read(config := config or RECIPES[target.kind])
+        wanted.append((target, config))
+    names = [target.name for target, _ in wanted]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"targets names {', '.join(sorted(twice))} twice: a table has one row for each")
+    return wanted
+
+
+def measure_base(base: Pipeline, file: Path, identity: dict[str, Any], galleries: dict[str, Gallery]) -> None:
+    settings = identity | {"images": FLAGS.base_images}
+    judged = read(file, settings)
+    if judged is None:
+        judged = measure(
+            {BASE: base},
+            groups.base_groups(),
+            None,
+            num_images=FLAGS.base_images,
+            seed=FLAGS.seed,
+            other_seed=False,
+            galleries=galleries,
+            batch_size=FLAGS.batch_size,
+            progress=say,
+        )
+        write(file, {"settings": settings, "groups": table.as_dict(judged)})
+    print(f"\nthe base model\n{table.text(judged, None)}")
+
+
+def draw_grid(base: Pipeline, gallery: Gallery) -> Image.Image:
+    """Some objects in all styles, all from one seed."""
+    styles = vocabulary.styles()
+    drawn = [[Shot(captions.prompt(name, style), FLAGS.seed) for style in styles] for name in PICTURED]
+    draw(base, [shot for row in drawn for shot in row], gallery, FLAGS.batch_size)
+    images = np.stack([np.stack([gallery[shot].image for shot in row]) for row in drawn])
+    return picture.grid(images, PICTURED, styles)
+
+
+def measure_target(
+    base: Pipeline,
+    target: Target,
+    config: str,
+    output: Path,
+    identity: dict[str, Any],
+    galleries: dict[str, Gallery],
+    shams: dict[str, Pipeline],
+) -> list[Judged]:
+    """One target's table, from its file if it is finished. Targets share what the base and a recipe's sham draw."""
+    plan = {name: value for name, value in recipe.read(config).to_dict().items() if name != "concept"}
+    settings = identity | {"images": FLAGS.images, "controls": FLAGS.controls, "recipe": plan}
+    file = output / f"{slug(target.concept)}.json"
+    judged = read(file, settings)
+    if judged is None:
+        started = time.monotonic()
+        models = {BASE: base, ERASED: api.erase(base, target.concept, config=config)}
+        seconds = time.monotonic() - started
+        say(f"\nerased {target.concept!r} with {config} in {seconds:.0f} s")
+        recipe_of = (identity["base_sha256"], plan)
+        drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, *recipe_of)}
+        if FLAGS.controls:
+            sham = f"{target.sham} by {config}"
+            if sham not in shams:
+                shams[sham] = api.erase(base, target.sham, config=config)
+                galleries[sham] = kept(output, target.sham, *recipe_of)
+            models[SHAM], drawn[SHAM] = shams[sham], galleries[sham]
+        judged = measure(
+            models,
+            groups.groups(target),
+            target,
+            num_images=FLAGS.images,
+            seed=FLAGS.seed,
+            other_seed=FLAGS.controls,
+            control_share=CONTROL_SHARE,
+            galleries=drawn,
+            batch_size=FLAGS.batch_size,
+            progress=say,
+        )
+        write(file, {"settings": settings, "erased_in_s": seconds, "groups": table.as_dict(judged)})
+    print(f"\n{target.concept}, by {config}\n{table.text(judged, target)}", flush=True)
+    return judged
+
+
+def kept(output: Path, name: str, *made_by: Any) -> Gallery:
+    """The gallery of one model, in a folder whose name tells by which weights and recipe it was drawn."""
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+    return Gallery(output / "galleries" / f"{slug(name)}-{digest[:8]}")
+
+
+def slug(text: str) -> str:
+    """A text as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text)
+
+
+def read(file: Path, settings: dict[str, Any]) -> list[Judged] | None:
+    """The table in a file; None if there is none. Raises ValueError for one that was measured otherwise."""
+    if not file.exists():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        judged = table.from_dict(report["groups"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
+    if report.get("settings") != settings:
+        raise ValueError(f"{file} was measured with other settings: remove it, or choose another output")
+    return judged
+
+
+def write(file: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    cpu.tuned()
+    sys.exit(cli.guarded(main))
