@@ -15,6 +15,7 @@ from esd_jax import recipe
 
 def get_config() -> ConfigDict:
     return recipe.preset(
+        "esd",
         "paper",
         base="emoji",
         concept="neon style",

@@ -16,4 +16,4 @@ from esd_jax import recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.preset("esd2025", base="CompVis/stable-diffusion-v1-4", subset="esd-x")
+    return recipe.preset("esd", "esd2025", base="CompVis/stable-diffusion-v1-4", subset="esd-x")

@@ -14,4 +14,4 @@ from esd_jax import recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.preset("alt", base="CompVis/stable-diffusion-v1-4")
+    return recipe.preset("esd", "alt", base="CompVis/stable-diffusion-v1-4")

@@ -14,4 +14,4 @@ from esd_jax import recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.preset("paper", base="CompVis/stable-diffusion-v1-4", subset="noxattn")
+    return recipe.preset("esd", "paper", base="CompVis/stable-diffusion-v1-4", subset="noxattn")

@@ -14,6 +14,7 @@ from esd_jax import recipe
 
 def get_config() -> ConfigDict:
     return recipe.preset(
+        "esd",
         "esd2025",
         base="CompVis/stable-diffusion-v1-4",
         concept="glasses",

@@ -13,6 +13,7 @@ from esd_jax import recipe
 
 def get_config() -> ConfigDict:
     return recipe.preset(
+        "esd",
         "paper",
         base="CompVis/stable-diffusion-v1-4",
         concept="nudity",

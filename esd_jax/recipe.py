@@ -9,7 +9,7 @@ import importlib.util
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -18,16 +18,9 @@ from ml_collections import ConfigDict, config_dict
 
 from esd_jax.methods import METHODS
 from esd_jax.methods.concepts import Concept
-from esd_jax.methods.esd import ESD, from_preset
+from esd_jax.methods.method import Settings
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
-
-# What the published variants train with, besides the method's own settings (`methods.esd.PRESETS`).
-PUBLISHED = {
-    "paper": {"optimizer": "adam", "learning_rate": 1e-5, "steps": 1000},
-    "esd2025": {"optimizer": "adam", "learning_rate": 5e-5, "steps": 200},
-    "alt": {"optimizer": "adam", "learning_rate": 2e-5, "steps": 200, "subset": "esd-all"},
-}
 
 
 @dataclass(frozen=True)
@@ -35,24 +28,36 @@ class Recipe:
     """What to erase from what, and how.
 
     base: "emoji", a diffusers folder or a hub id.
-    concept: what to erase; several are separated by ";".
-    from_: erase it only there; one for all concepts, or one each, separated by ";" ("" is everywhere).
+    concept: what to erase; several are separated by ";". The fields of each concept (`FOR_EACH`) are given once for
+      all of them, or once for each, separated by ";" too:
+    from_: erase it only there ("" is everywhere).
+    replace_with: what takes its place; several for one concept are separated by "|".
+    preserve: prompts on which the erased model is held to the base, separated by "|".
+    strength: multiplies the method's own strength.
+    method: a name of `methods.METHODS`.
     subset: which tensors are trained, a name of `esd_jax.selection.SUBSETS` or "regex:PATTERN".
-    images: image files of a memorised picture, separated by ";"; x_t is then a noised image instead of a sample.
+    rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
+    preserve_weight: of the loss on the prompts in `preserve`.
+    images: the user's image files, separated by ";"; what a method does with them, its file says.
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
     remat: recompute activations in the backward pass (less memory, a few per cent slower).
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
     preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone.
-    esd, optimizer, training: see `ESD`, `Optimizer` and `Training`; their fields are spelled flat.
+    settings, optimizer, training: see the method's class, `Optimizer` and `Training`; their fields are spelled flat.
     """
 
     base: str = "emoji"
     concept: str = ""
     from_: str | None = None
+    replace_with: str | None = None
+    preserve: str | None = None
+    strength: str | None = None
     method: str = "esd"
     subset: str = "esd-x"
+    rank: int = 0
+    preserve_weight: float = 1.0
     images: str | None = None
     dtype: str = "float32"
     variant: str | None = None
@@ -64,15 +69,20 @@ class Recipe:
     preview_prompts: str | None = None
     preview_steps: int = 20
     preview_guidance: float = 7.5
-    esd: ESD = field(default_factory=ESD)
+    settings: Settings = field(default_factory=METHODS["esd"])
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        if not isinstance(self.settings, _settings_class(self.method)):
+            raise ValueError(f"method={self.method!r} is given {type(self.settings).__name__}'s settings")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose float32 or bfloat16")
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank} must be at least 1, or 0 for no low-rank change")
+        for name, value in (("rank", self.rank), ("steps", self.training.steps)):
+            if value and not self.settings.trained:
+                raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise ValueError(f"{name}={side} must be at least 1 pixel")
@@ -81,16 +91,29 @@ class Recipe:
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """The concepts. Raises ValueError if there is none, or if `from_` does not match in number."""
+        """The concepts.
+
+        Raises ValueError if there is none, if a field of theirs does not match in number, or is none of the method's.
+        """
         texts = [text.strip() for text in self.concept.split(";") if text.strip()]
         if not texts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
-        places = [place.strip() for place in (self.from_ or "").split(";")]
-        if len(places) == 1:
-            places *= len(texts)
-        if len(places) != len(texts):
-            raise ValueError(f"from_ names {len(places)} places for {len(texts)} concepts: give one, or one for each")
-        return tuple(Concept(text, place or None) for text, place in zip(texts, places, strict=True))
+        for name in FOR_EACH:
+            if getattr(self, name) is not None and name not in {*self.settings.uses, "preserve"}:
+                raise ValueError(f"{name} means nothing to method {self.method!r}")
+        columns = (self._for_each(name, len(texts)) for name in FOR_EACH)
+        return tuple(
+            Concept(text, from_ or None, _several(replace_with), _several(preserve), _number("strength", strength))
+            for text, from_, replace_with, preserve, strength in zip(texts, *columns, strict=True)
+        )
+
+    def _for_each(self, name: str, count: int) -> list[str]:
+        given = [part.strip() for part in (getattr(self, name) or "").split(";")]
+        if len(given) == 1:
+            given *= count
+        if len(given) != count:
+            raise ValueError(f"{name} has {len(given)} parts for {count} concepts: give one, or one for each")
+        return given
 
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name."""
@@ -100,8 +123,9 @@ class Recipe:
         return values
 
 
-PARTS = {"esd": ESD, "optimizer": Optimizer, "training": Training}
-SEVERAL = ("concept", "from_", "images", "preview_prompts")  # fields that hold several texts, separated by ";"
+PARTS = ("settings", "optimizer", "training")
+FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a concept
+SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hold several texts, separated by ";"
 
 
 def make(**flat: Any) -> Recipe:
@@ -112,31 +136,42 @@ def make(**flat: Any) -> Recipe:
     Raises:
       ValueError: an unknown field, naming the closest known one; a value of the wrong type, out of range or unknown.
     """
+    method = flat.get("method", "esd")
     for name in flat:
-        check_field(name)
-    flat = {name: _typed(name, value) for name, value in flat.items()}
+        check_field(name, method)
+    flat = {name: _typed(name, value, method) for name, value in flat.items()}
     parts = {
-        part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat}) for part, cls in PARTS.items()
+        part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat})
+        for part, cls in _parts(method).items()
     }
     return Recipe(**flat, **parts)
 
 
-def check_field(name: str) -> None:
-    """Raises ValueError, with the closest known one, for a field that recipes do not have."""
-    known = Recipe().flat().keys()
+def check_field(name: str, method: str = "esd") -> None:
+    """Raises ValueError, with the closest known one, for a field that a method's recipes do not have."""
+    known = _annotations(method)
     if name not in known:
+        others = [other for other in METHODS if other != method and name in _annotations(other)]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+        if others:
+            hint = f"method {method!r} does not have it, but {', '.join(map(repr, others))}"
         raise ValueError(f"unknown recipe field {name!r}; {hint}")
 
 
-def preset(name: str, **changes: Any) -> ConfigDict:
-    """The flat fields of a published variant of ESD ("paper", "esd2025", "alt"), with some of them changed.
+def preset(method: str, variant: str | None = None, **changes: Any) -> ConfigDict:
+    """The flat fields of a published variant of a method (its `PRESETS`; None: the first), with some of them changed.
 
     What `get_config()` of a config file returns: unknown fields and wrong types are refused from here on.
+
+    Raises ValueError for an unknown method or variant.
     """
-    flat = Recipe().flat() | dataclasses.asdict(from_preset(name)) | PUBLISHED[name]
-    config = ConfigDict({k: config_dict.placeholder(_type_of(k)) if v is None else v for k, v in flat.items()})
+    presets = _settings_class(method).PRESETS
+    variant = next(iter(presets)) if variant is None else variant
+    if variant not in presets:
+        raise ValueError(f"method {method!r} has no preset {variant!r}; choose one of {', '.join(presets)}")
+    flat = make(method=method, **presets[variant]).flat()
+    config = ConfigDict({k: config_dict.placeholder(_type_of(k, method)) if v is None else v for k, v in flat.items()})
     config.update(changes)
     return config
 
@@ -184,19 +219,37 @@ def config_names() -> Sequence[str]:
     return sorted({p.stem for folder in config_folders() for p in folder.glob("*.py") if p.stem != "__init__"})
 
 
-def _type_of(name: str) -> type:
+def _settings_class(method: str) -> type[Settings]:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def _parts(method: str) -> dict[str, type]:
+    return dict(zip(PARTS, (_settings_class(method), Optimizer, Training), strict=True))
+
+
+def _annotations(method: str) -> Mapping[str, Any]:
+    """Flat field -> its type."""
+    own = {f.name: f.type for f in fields(Recipe) if f.name not in PARTS}
+    return own | {f.name: f.type for cls in _parts(method).values() for f in fields(cls)}
+
+
+def _type_of(name: str, method: str) -> type:
     """The type of a field; of an optional one, the type that it has where it is given: of `int | None`, int."""
-    annotation = ANNOTATIONS[name]
+    annotation = _annotations(method)[name]
     return get_args(annotation)[0] if get_args(annotation) else annotation
 
 
-def _typed(name: str, value: Any) -> Any:
+def _typed(name: str, value: Any, method: str) -> Any:
     """A field's value in the plain Python type that it is declared with. Raises ValueError if it has another one."""
-    kind = _type_of(name)
-    if value is None and type(None) in get_args(ANNOTATIONS[name]):
+    kind = _type_of(name, method)
+    if value is None and type(None) in get_args(_annotations(method)[name]):
         return None
     if name in SEVERAL and isinstance(value, list | tuple):
-        value = "; ".join(map(str, value))
+        value = "; ".join(" | ".join(part) if isinstance(part, list | tuple) else str(part) for part in value)
+    elif name == "strength" and isinstance(value, numbers.Real):
+        value = str(value)
     if not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, but must be of type {kind.__name__}")
     if kind is float and not math.isfinite(value):
@@ -204,5 +257,15 @@ def _typed(name: str, value: Any) -> Any:
     return kind(value)
 
 
+def _several(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split("|") if part.strip())
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text or 1)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a number") from None
+
+
 ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str | os.PathLike}
-ANNOTATIONS = {f.name: f.type for cls in (Recipe, *PARTS.values()) for f in fields(cls)}

@@ -64,14 +64,14 @@ def time_jax(steps: int) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from esd_jax import api, recipe
+    from esd_jax import api, recipe, runs
     from esd_jax.params import partition, prefixed
     from esd_jax.selection import select
     from esd_jax.training.step import init_state, make_step
 
     base = api.load("emoji")
     plan = recipe.make(**recipe.read("emoji").to_dict())
-    method, inputs, shape = api.prepare(base, plan)
+    method, inputs, shape = runs.prepare(base, plan)
     tx = plan.optimizer.transformation()
     names = select(plan.subset, base.network("unet").layouts)
     theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
@@ -84,14 +84,14 @@ def time_jax(steps: int) -> dict:
         loss = method.loss
 
         @staticmethod
-        def draw(key: Any, example_keys: Any, shape: Any, inputs: Any) -> Any:
-            drawn = method.draw(key, example_keys, shape, inputs[0])
+        def draw(step: Any, key: Any, example_keys: Any, shape: Any, inputs: Any) -> Any:
+            drawn = method.draw(step, key, example_keys, shape, inputs[0])
             index = updates[inputs[1]]
             return drawn._replace(index=index, t=jnp.asarray(method.trajectory.t_low, jnp.float32)[index])
 
         @staticmethod
-        def prepare(student: Any, teacher: Any, draws: Any, inputs: Any) -> Any:
-            return method.prepare(student, teacher, draws, inputs[0])
+        def prepare(models: Any, draws: Any, inputs: Any) -> Any:
+            return method.prepare(models, draws, inputs[0])
 
     step = make_step(Steered, tx, compute_dtype=jnp.float32, shape=shape)
     started = time.perf_counter()

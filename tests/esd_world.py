@@ -5,6 +5,7 @@ Their weights are unrelated, so that neither can be mistaken for the other. "une
 fast.
 """
 
+import dataclasses
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from torch_oracle import AXES, exactly, to_params
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import esd
-from esd_jax.methods.concepts import Concept, make_bank
+from esd_jax.methods.concepts import Concept
+from esd_jax.methods.method import Tools
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import Network, Params, functional, prefixed
@@ -106,11 +108,22 @@ def world(kind: str, dtype: str) -> World:
     return World(models, network, *params, lambda texts: Conditioning(jnp.asarray(array(texts))))
 
 
+def settings(preset: str, **fields: Any) -> esd.ESD:
+    """A published variant with some settings changed."""
+    known = {f.name for f in dataclasses.fields(esd.ESD)}
+    chosen = esd.ESD.PRESETS[preset] | fields
+    return esd.ESD(**{name: value for name, value in chosen.items() if name in known})
+
+
+def tools(w: World, **others: Any) -> Tools:
+    """What a method may use; by default neither a tokenizer nor images."""
+    absent = {"subset": (), "tokens": None, "sample": None, "to_latents": None}
+    return Tools(**{"unet": w.network, "schedule": SCHEDULE, "shape": SHAPE, "encode": w.encode, **absent, **others})
+
+
 def make(w: World, preset: str, pairs: Any, images: Any = None, **fields: Any) -> tuple[esd.Method, esd.Inputs]:
-    settings = esd.from_preset(preset, **fields)
     concepts = [Concept(*pair) for pair in pairs]
-    method = esd.make_method(settings, w.network, SCHEDULE, concepts)
-    return method, esd.make_inputs(settings, make_bank(w.encode, concepts, settings.roles()), images)
+    return settings(preset, **fields).make(tools(w, images=images), concepts)
 
 
 def given(method: esd.Method, index: int, dtype: str, seed: int = 0) -> esd.Draws:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch_oracle import to_nchw, to_nhwc
 
 import esd_jax
-from esd_jax import api, recipe
+from esd_jax import api, recipe, runs
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.io.diffusers import read_exact
 from esd_jax.selection import select
@@ -114,7 +114,8 @@ def test_load_erase_sample_export(sd1, base, run, tmp_path):
         assert value.dtype == jnp.float32 and jnp.isfinite(value).all()
         assert 0 < jnp.abs(value - base.params["unet"][name.removeprefix("unet/")]).max() < 0.01
     (record,) = erased.provenance.erased
-    assert record["concepts"] == [{"text": "cat", "from_": None}]
+    everywhere = {"from_": None, "replace_with": [], "preserve": [], "strength": 1.0}
+    assert record["concepts"] == [{"text": "cat", **everywhere}]
     assert (record["recipe"]["subset"], record["recipe"]["seed"], record["step"]) == (SUBSET, 7, 2)
 
     folder = esd_jax.export(erased, tmp_path / "out")
@@ -247,7 +248,7 @@ def test_a_memorised_picture(sd1, base, tmp_path):
     Image.fromarray(picture[:, 12:28]).convert("RGBA").save(tmp_path / "middle.png")
     paths = [tmp_path / "picture.png", tmp_path / "middle.png"]
     plan = recipe.make(**{**recipe.read("sd14_memorised").to_dict(), **FIELDS, "concept": "cat", "images": paths})
-    _, inputs, shape = api.prepare(base, plan)
+    _, inputs, shape = runs.prepare(base, plan)
     pixels = torch.from_numpy(picture[None, :, 12:28] / 127.5 - 1).float().permute(0, 3, 1, 2)
     theirs = sd1[1].vae.encode(pixels).latent_dist.mean * sd1[1].vae.config.scaling_factor
     assert shape == (8, 8, 4)
@@ -299,7 +300,7 @@ def test_wrong_sources(tmp_path):
 
 def test_values_may_be_numpys_and_paths(tmp_path):
     plan = recipe.make(steps=np.int64(3), eta=np.float32(2), learning_rate=1, output_dir=tmp_path, height=np.int32(8))
-    assert (plan.training.steps, plan.esd.eta, plan.optimizer.learning_rate) == (3, 2.0, 1.0)
+    assert (plan.training.steps, plan.settings.eta, plan.optimizer.learning_rate) == (3, 2.0, 1.0)
     assert plan.output_dir == str(tmp_path)
     json.dumps(plan.flat())
 

@@ -32,7 +32,8 @@ def main(output: str) -> None:
     from esd_jax import sharding
     from esd_jax.diffusion.schedule import Schedule
     from esd_jax.methods import esd
-    from esd_jax.methods.concepts import Concept, make_bank
+    from esd_jax.methods.concepts import Concept
+    from esd_jax.methods.method import Tools
     from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
     from esd_jax.params import functional, partition, prefixed
     from esd_jax.selection import select
@@ -56,16 +57,16 @@ def main(output: str) -> None:
                 "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
     settings = esd.ESD(sampling_steps=10)
     concepts = [Concept("a cat"), Concept("Van Gogh")]
-    method = esd.make_method(settings, network, Schedule.from_config(schedule), concepts)
     encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), 7, 16)), "float32"))  # noqa: E731
-    inputs = esd.make_inputs(settings, make_bank(encoded, concepts, settings.roles()))
+    tools = Tools(network, Schedule.from_config(schedule), SHAPE, (), encoded, None, None, None)
+    method, inputs = settings.make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()
 
     class Witness:
         """A method whose gradient is what the step drew."""
 
         draw = staticmethod(method.draw)
-        prepare = staticmethod(lambda student, teacher, draws, inputs: draws)
+        prepare = staticmethod(lambda models, draws, inputs: draws)
         loss = staticmethod(lambda student, draws: sum(jnp.sum(student[k] * v) for k, v in draws._asdict().items()))
 
     zeros = lambda theta: jax.tree.map(jnp.zeros_like, theta)  # noqa: E731

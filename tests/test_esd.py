@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from esd_world import ATTRIBUTE, EVERYWHERE, SCHEDULE, SHAPE, World, as_ours, given, make, world
+from esd_world import ATTRIBUTE, EVERYWHERE, SCHEDULE, SHAPE, World, as_ours, given, make, settings, world
 from messages import one_line
 from torch_oracle import error, exactly, to_nchw, to_nhwc
 
+from esd_jax import recipe
 from esd_jax.methods import esd
 from esd_jax.methods.concepts import Concept, make_bank
+from esd_jax.methods.method import Models
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
-PRESETS = tuple(esd.PRESETS)
+PRESETS = tuple(esd.ESD.PRESETS)
 INDICES = {"paper": (0, 1, 2, 25, 49), "esd2025": (0, 1, 2, 25, 49), "alt": (1, 2, 25, 48)}
 ANCHORS = ("null", "from", "auto")
 PAIRS = pytest.mark.parametrize("pairs", [EVERYWHERE, ATTRIBUTE], ids=["everywhere", "attribute"])
@@ -67,7 +69,7 @@ def test_step_equals_the_published_code(preset, pairs):
         prepare = jax.jit(method.prepare)
         for index in INDICES[preset] if pairs is EVERYWHERE else INDICES[preset][::2]:
             draws = given(method, index, "float32")
-            batch = prepare(w.student, w.teacher, draws, inputs)
+            batch = prepare(Models(w.student, w.teacher), draws, inputs)
             assert_same_step(w, "unet", batch, reference(preset, w.models, pairs, draws))
         assert prepare._cache_size() == 1
 
@@ -82,7 +84,7 @@ def test_every_anchor_strength_and_guidance(preset, anchor, pairs):
         prepare = jax.jit(method.prepare)
         for index in INDICES[preset]:
             draws = given(method, index, "float32")
-            batch = prepare(w.student, w.teacher, draws, inputs)
+            batch = prepare(Models(w.student, w.teacher), draws, inputs)
             expected = reference(preset, w.models, pairs, draws, anchor=anchor, strength=0.7, guidance=5.0)
             assert_same_step(w, "toy", batch, expected)
 
@@ -93,7 +95,7 @@ def test_erasing_a_concept_from_itself_is_erasing_it_everywhere(preset):
     with exactly("float32"):
         method, inputs = make(w, preset, itself)
         draws = given(method, 25, "float32")
-        batch = jax.jit(method.prepare)(w.student, w.teacher, draws, inputs)
+        batch = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
         assert_same_step(w, "toy", batch, reference(preset, w.models, itself, draws))
 
 
@@ -107,7 +109,7 @@ def test_memorised_images_take_the_place_of_samples(preset):
         for index in INDICES[preset]:
             draws = given(method, index, "float32")
             image = to_nchw(images[np.asarray(draws.image)])
-            batch = prepare(w.student, w.teacher, draws, inputs)
+            batch = prepare(Models(w.student, w.teacher), draws, inputs)
             assert_same_step(w, "toy", batch, reference(preset, w.models, ATTRIBUTE, draws, image=image))
 
 
@@ -121,7 +123,7 @@ def test_only_a_third_prompt_costs_a_third_evaluation():
 
 def test_prompts_are_encoded_once_and_the_empty_one_first():
     calls = []
-    roles = esd.from_preset("esd2025").roles()
+    roles = settings("esd2025").roles()
     bank = make_bank(calls.append, [Concept("glasses", "a person"), Concept("a person"), Concept("glasses")], roles)
     assert calls == [["", "glasses", "a person"]]
     assert {role: rows.tolist() for role, rows in bank.roles.items()} == {
@@ -137,7 +139,7 @@ def drawn(preset: str, n: int = 20_000, **fields: Any) -> list[tuple[int, float]
     method, inputs = make(world("toy", "float32"), preset, EVERYWHERE, **fields)
 
     def draw(key):
-        draws = method.draw(key, jax.random.split(jax.random.fold_in(key, 1), 1), (1, 1, 1), inputs)
+        draws = method.draw(0, key, jax.random.split(jax.random.fold_in(key, 1), 1), (1, 1, 1), inputs)
         return draws.index, draws.t
 
     index, t = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n))
@@ -180,7 +182,7 @@ def test_concepts_and_images_are_drawn_uniformly():
     w = world("toy", "float32")
     method, inputs = make(w, "paper", [(text, None) for text in ("a", "b", "c")], jnp.zeros((4, *SHAPE)))
     keys = jax.random.split(jax.random.key(0), 20_001)
-    draws = jax.jit(lambda keys: method.draw(keys[0], keys[1:], (1, 1, 1), inputs))(keys)
+    draws = jax.jit(lambda keys: method.draw(0, keys[0], keys[1:], (1, 1, 1), inputs))(keys)
     assert_distribution(list(zip(draws.concept.tolist(), draws.image.tolist(), strict=True)),
                         {(concept, image): 1 for concept in range(3) for image in range(4)})  # fmt: skip
     assert scipy.stats.kstest(np.ravel(draws.noise), "norm").pvalue > 1e-3
@@ -209,13 +211,13 @@ def test_settings_that_do_not_go_together_are_refused(fields, words):
 
 @pytest.mark.parametrize("field", ["sample_with", "sampler", "timestep_mode", "anchor", "sample_prompt"])
 def test_unknown_choices_are_refused(field):
-    with pytest.raises(ValueError, match=one_line(f"{field}='nonsense'", *esd.CHOICES[field])):
+    with pytest.raises(ValueError, match=one_line(f"{field}='nonsense'", *esd.ESD.CHOICES[field])):
         esd.ESD(**{field: "nonsense"})
 
 
 def test_unknown_presets_and_empty_concepts_are_refused():
     with pytest.raises(ValueError, match=one_line("nonsense", *PRESETS)):
-        esd.from_preset("nonsense")
+        recipe.preset("esd", "nonsense")
     for text in ("", "  "):
         with pytest.raises(ValueError, match=one_line("concept", "empty")):
             Concept(text)

@@ -17,6 +17,7 @@ from torch_oracle import exactly, to_nchw
 
 from esd_jax import sharding
 from esd_jax.methods import esd
+from esd_jax.methods.method import Models
 from esd_jax.params import Params, combine, partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, init_state, make_step
@@ -39,11 +40,11 @@ class Puppet:
 
     method: esd.Method
 
-    def draw(self, key: Any, example_keys: Any, shape: Any, scripted: Scripted) -> esd.Draws:
+    def draw(self, step: Any, key: Any, example_keys: Any, shape: Any, scripted: Scripted) -> esd.Draws:
         return scripted.draws
 
-    def prepare(self, student: Params, teacher: Params, draws: esd.Draws, scripted: Scripted) -> esd.Batch:
-        return self.method.prepare(student, teacher, draws, scripted.inputs)
+    def prepare(self, models: Models, draws: esd.Draws, scripted: Scripted) -> esd.Batch:
+        return self.method.prepare(models, draws, scripted.inputs)
 
     def loss(self, student: Params, batch: esd.Batch) -> Any:
         return self.method.loss(student, batch)
@@ -118,7 +119,7 @@ def drawn_by_step(state: Any, micro: int, batch_size: int, method: esd.Method, i
     """The draws of one micro-batch, as `make_step` promises them: of (seed, step, global example index)."""
     shared, examples = jax.random.split(jax.random.fold_in(state.key, state.step))
     keys = sharding.per_example_keys(examples, micro * batch_size + jnp.arange(batch_size))
-    return jax.jit(method.draw, static_argnums=2)(jax.random.fold_in(shared, micro), keys, SHAPE, inputs)
+    return jax.jit(method.draw, static_argnums=3)(state.step, jax.random.fold_in(shared, micro), keys, SHAPE, inputs)
 
 
 def test_accumulation_averages_the_gradients_of_micro_batches():
@@ -129,7 +130,7 @@ def test_accumulation_averages_the_gradients_of_micro_batches():
         state = init_state(w.student, recorder(), seed=3)._replace(step=jnp.int32(4))
         draws = [drawn_by_step(state, micro, 2, method, inputs) for micro in range(2)]
         prepare, gradient = jax.jit(method.prepare), jax.jit(jax.value_and_grad(method.loss))
-        by_hand = [gradient(w.student, prepare(w.student, w.teacher, d, inputs)) for d in draws]
+        by_hand = [gradient(w.student, prepare(Models(w.student, w.teacher), d, inputs)) for d in draws]
         state, metrics = step(state, w.teacher, {}, inputs)
 
         mean, draws = jax.device_get((jax.tree.map(lambda *values: sum(values) / 2, *by_hand), draws))
@@ -154,10 +155,10 @@ class Witness:
         shapes = {"index": (), "t": (), "concept": (batch_size,), "noise": (batch_size, *SHAPE), "image": (batch_size,)}
         return {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
-    def draw(self, key: Any, example_keys: Any, shape: Any, inputs: esd.Inputs) -> esd.Draws:
-        return self.method.draw(key, example_keys, shape, inputs)
+    def draw(self, step: Any, key: Any, example_keys: Any, shape: Any, inputs: esd.Inputs) -> esd.Draws:
+        return self.method.draw(step, key, example_keys, shape, inputs)
 
-    def prepare(self, student: Params, teacher: Params, draws: esd.Draws, inputs: esd.Inputs) -> esd.Draws:
+    def prepare(self, models: Models, draws: esd.Draws, inputs: esd.Inputs) -> esd.Draws:
         return draws
 
     def loss(self, student: Params, draws: esd.Draws) -> Any:
@@ -214,7 +215,7 @@ def test_before_the_first_step_student_and_teacher_are_one():
         for sample_with in ("student", "teacher"):
             method, inputs = make(w, "paper", EVERYWHERE, sample_with=sample_with)
             draws = given(method, index, "float32")
-            x[sample_with] = np.asarray(jax.jit(method.prepare)(student, teacher, draws, inputs).x)
+            x[sample_with] = np.asarray(jax.jit(method.prepare)(Models(student, teacher), draws, inputs).x)
         np.testing.assert_array_equal(x["student"], x["teacher"])
 
     # eta = 0 asks for the anchor, and from the concept itself the student is there already.
@@ -226,7 +227,7 @@ def test_before_the_first_step_student_and_teacher_are_one():
 def test_without_strength_the_target_is_the_empty_prompt():
     w = world("toy", "float32")
     method, inputs = make(w, "paper", EVERYWHERE, eta=0.0, anchor="null")
-    batch = jax.jit(method.prepare)(w.student, w.teacher, given(method, 25, "float32"), inputs)
+    batch = jax.jit(method.prepare)(Models(w.student, w.teacher), given(method, 25, "float32"), inputs)
     teacher = {name.removeprefix("unet/"): value for name, value in w.teacher.items()}
     e_null = jax.jit(w.network.apply)(teacher, batch.x, batch.t, w.encode(["", ""]))
     np.testing.assert_array_equal(batch.target, e_null)

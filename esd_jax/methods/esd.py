@@ -4,12 +4,13 @@
     L      = mean (e_theta(x_t, c) - target)^2                             (Eq. 6-7: anchor = null)
 
 with x_t drawn by the model itself from the concept. Three published variants differ in how x_t, its timestep and the
-anchor are chosen; `PRESETS` reproduces each with its off-by-ones, as switches of one implementation.
+anchor are chosen; `ESD.PRESETS` reproduces each with its off-by-ones, as switches of one implementation.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
-from esd_jax.diffusion.samplers import Sampler
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.methods.concepts import Bank, Concept
+from esd_jax.methods import trajectories
+from esd_jax.methods.concepts import Bank, Concept, make_bank
+from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate
+from esd_jax.methods.trajectories import Trajectory
 from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params, component
+from esd_jax.params import Network, Params
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class ESD:
       "grid": x_t is scored at its own timestep.
       "alt1000": the 2024 demo code. x_t after i steps is scored at t = 1000 - 20 i, 19 steps noisier than it is.
     anchor: what the target starts from. "null": the empty prompt; "from": `from_`, or the concept itself where
-      `from_` is absent; "auto": `from_` where it is given and is not the concept itself, else the empty prompt.
+      `from_` is absent; "auto": `replace_with` where it is given, else `from_` where that is given and is not the
+      concept itself, else the empty prompt.
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
@@ -51,17 +55,51 @@ class ESD:
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
 
-    def __post_init__(self):
-        for field, choices in CHOICES.items():
-            if (value := getattr(self, field)) not in choices:
-                raise ValueError(f"{field}={value!r} is unknown; choose one of {', '.join(choices)}")
+    trained: ClassVar = True
+    uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
+    ema: ClassVar = None
+    CHOICES: ClassVar = {
+        "sample_with": ("student", "teacher"),
+        "sampler": samplers.SAMPLERS,
+        "timestep_mode": ("compvis", "grid", "alt1000"),
+        "anchor": ("null", "from", "auto"),
+        "sample_prompt": ("concept", "from"),
+    }
+    PRESETS: ClassVar = {
+        "paper": {"subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000},
+        "esd2025": {
+            "sample_with": "teacher", "sampler": "pndm", "timestep_mode": "grid", "anchor": "from",
+            "sample_prompt": "from", "eta": 2.0,
+            "subset": "esd-x", "optimizer": "adam", "learning_rate": 5e-5, "steps": 200,
+        },
+        "alt": {
+            "timestep_mode": "alt1000", "eta": 2.0,
+            "subset": "esd-all", "optimizer": "adam", "learning_rate": 2e-5, "steps": 200,
+        },
+    }  # fmt: skip
 
-    def roles(self) -> Mapping[str, Any]:
+    def __post_init__(self):
+        choose(self, **self.CHOICES)
+
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+        """ESD for the concepts' kinds of anchor."""
+        roles = self.roles()
+        separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
+        method = Method(self, tools.unet, tools.schedule, make_trajectory(self, tools.schedule), separate)
+        eta = self.eta * jnp.asarray([c.strength for c in concepts], jnp.float32)
+        bank = make_bank(tools.encode, concepts, roles)
+        return method, Inputs(bank, eta, jnp.float32(self.sampling_guidance), tools.images)
+
+    def evaluations(self, schedule: Schedule, images: bool) -> float:
+        """Two for each sampler step, two of the teacher, and the student's forward and backward pass."""
+        return (0.0 if images else 2 * make_trajectory(self, schedule).mean_updates) + 2 + 3
+
+    def roles(self) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation."""
         anchors = {
             "null": lambda c: "",
             "from": lambda c: c.from_ or c.text,
-            "auto": lambda c: "" if c.from_ in (None, c.text) else c.from_,
+            "auto": lambda c: c.replace_with[0] if c.replace_with else "" if c.from_ in (None, c.text) else c.from_,
         }
         return {
             "concept": lambda c: c.text,
@@ -71,49 +109,12 @@ class ESD:
         }
 
 
-CHOICES = {
-    "sample_with": ("student", "teacher"),
-    "sampler": samplers.SAMPLERS,
-    "timestep_mode": ("compvis", "grid", "alt1000"),
-    "anchor": ("null", "from", "auto"),
-    "sample_prompt": ("concept", "from"),
-}
-
-PRESETS = {
-    "paper": ESD(),
-    "esd2025": ESD(
-        sample_with="teacher", sampler="pndm", timestep_mode="grid", anchor="from", sample_prompt="from", eta=2.0
-    ),
-    "alt": ESD(timestep_mode="alt1000", eta=2.0),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """How x_t and its scoring timestep follow from one drawn index, as tables over the index (0 .. S-1).
-
-    support: the indices that are drawn, uniformly.
-    num_updates: sampler steps that lead to x_t.
-    t_low, t_high: the scoring timestep is uniform in this range, both ends included.
-    """
-
-    sampler: Sampler
-    support: Int[np.ndarray, " drawn"]
-    num_updates: Int[np.ndarray, " index"]
-    t_low: Int[np.ndarray, " index"]
-    t_high: Int[np.ndarray, " index"]
-
-
 def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
     """The tables of a timestep mode. Raises ValueError where a mode and a sampler do not go together."""
     mode, steps = settings.timestep_mode, settings.sampling_steps
-    sampler = samplers.make_sampler(schedule, settings.sampler, steps)
-    if sampler.stochastic:
-        raise ValueError(f"sampler {sampler.name!r} draws noise at every step, which is not implemented; use 'ddim'")
-    index = np.arange(steps)
     if mode == "grid":
-        t = np.asarray(sampler.timesteps[:steps])
-        return Trajectory(sampler, index, index, t, t)
+        return trajectories.on_grid(schedule, settings.sampler, steps)
+    sampler, index = trajectories.deterministic(schedule, settings.sampler, steps), np.arange(steps)
     total = schedule.num_train_timesteps
     if settings.sampler != "ddim" or total % steps:
         raise ValueError(
@@ -161,7 +162,7 @@ class Inputs:
     """
 
     bank: Bank
-    eta: Float[Array, ""]
+    eta: Float[Array, " concepts"]
     sampling_guidance: Float[Array, ""]
     images: Float[Array, "images height width channel"] | None = None
 
@@ -180,13 +181,9 @@ class Method:
     trajectory: Trajectory
     separate_anchor: bool
 
-    def draw(self, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
-        table = self.trajectory
-        index_key, t_key = jax.random.split(key)
-        index = jnp.asarray(table.support)[jax.random.randint(index_key, (), 0, len(table.support))]
-        low, high = jnp.asarray(table.t_low)[index], jnp.asarray(table.t_high)[index]
-        t = low + jnp.floor(jax.random.uniform(t_key) * (high - low + 1))
+        index, t = self.trajectory.draw(key)
         num_images = 1 if inputs.images is None else inputs.images.shape[0]
 
         def example(key: Array) -> tuple[Array, Array, Array]:
@@ -200,64 +197,30 @@ class Method:
         concept, noise, image = jax.vmap(example)(example_keys)
         return Draws(index, t, concept, noise, image)
 
-    def prepare(self, student: Params, teacher: Params, draws: Draws, inputs: Inputs) -> Batch:
+    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
         """x_t, and what the student should say about it. Nothing here carries a gradient."""
         take = lambda role: inputs.bank.take(role, draws.concept)  # noqa: E731
         null, concept = take("null"), take("concept")
         if inputs.images is not None:
             x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, draws.t.astype(jnp.int32))
         else:
-            sampling = student if self.settings.sample_with == "student" else teacher
-            x = self._sample(sampling, draws, take("sample"), null, inputs.sampling_guidance)
+            params = models.student if self.settings.sample_with == "student" else models.base
+            guided = guidance.classifier_free(
+                partial(denoise, self.unet, params), take("sample"), null, inputs.sampling_guidance
+            )
+            x = self.trajectory.run(guided, draws.noise, draws.index)
 
+        score = partial(evaluate, self.unet, models.base, x, draws.t)
         if self.separate_anchor:
-            eps_anchor, eps_c, eps_null = self._evaluate(teacher, x, draws.t, [take("anchor"), concept, null])
+            eps_anchor, eps_c, eps_null = score([take("anchor"), concept, null])
         else:
-            eps_c, eps_null = self._evaluate(teacher, x, draws.t, [concept, null])
+            eps_c, eps_null = score([concept, null])
             is_null = (inputs.bank.roles["anchor"][draws.concept] == 0)[:, None, None, None]
             eps_anchor = jnp.where(is_null, eps_null, eps_c)
-        target = eps_anchor - inputs.eta * (eps_c - eps_null)
+        target = eps_anchor - inputs.eta[draws.concept][:, None, None, None] * (eps_c - eps_null)
         return Batch(*jax.lax.stop_gradient((x, draws.t, take("student"), target)))
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         """Mean squared error over all elements, in float32 at least."""
-        e = self._denoise(student, batch.x, batch.t, batch.conditioning)
+        e = denoise(self.unet, student, batch.x, batch.t, batch.conditioning)
         return jnp.mean((e - batch.target) ** 2)
-
-    def _denoise(self, params: Params, x: Array, t: Array, conditioning: Conditioning) -> Array:
-        return self.unet.apply(component(params, "unet"), x, t, conditioning).astype(x.dtype)
-
-    def _sample(self, params: Params, draws: Draws, prompt: Any, null: Any, scale: Array) -> Array:
-        sampler, updates = self.trajectory.sampler, jnp.asarray(self.trajectory.num_updates)[draws.index]
-        denoise = guidance.classifier_free(lambda x, t, c: self._denoise(params, x, t, c), prompt, null, scale)
-        x = samplers.run(sampler, denoise, draws.noise * sampler.initial_scale, stop=updates)
-        # Euler and LMS keep x at unit signal; the network is scored on what it was trained on, unit variance. Only
-        # DDIM's trajectories run to the end of the table, and its scale is 1 throughout.
-        last = len(sampler.input_scale) - 1
-        return x * jnp.asarray(sampler.input_scale, x.dtype)[jnp.minimum(updates, last)]
-
-    def _evaluate(self, params: Params, x: Array, t: Array, prompts: Sequence[Conditioning]) -> list[Array]:
-        """One batched call for several prompts: the pairs of an example stay neighbours, as in `guidance`."""
-        k = len(prompts)
-        stacked = jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *prompts)
-        e = self._denoise(params, jnp.repeat(x, k, axis=0), t, stacked)
-        return list(jnp.moveaxis(e.reshape(-1, k, *e.shape[1:]), 1, 0))
-
-
-def make_method(settings: ESD, unet: Network, schedule: Schedule, concepts: Sequence[Concept]) -> Method:
-    """ESD for a UNet, its schedule and the concepts' kinds of anchor."""
-    anchor = settings.roles()["anchor"]
-    separate = any(anchor(c) not in ("", c.text) for c in concepts)
-    return Method(settings, unet, schedule, make_trajectory(settings, schedule), separate)
-
-
-def make_inputs(settings: ESD, bank: Bank, images: Any = None) -> Inputs:
-    """The traced inputs of a run."""
-    return Inputs(bank, jnp.float32(settings.eta), jnp.float32(settings.sampling_guidance), images)
-
-
-def from_preset(name: str, **fields: Any) -> ESD:
-    """A published variant with some settings changed. Raises ValueError for an unknown preset."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown ESD preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **fields)

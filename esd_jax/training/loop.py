@@ -15,7 +15,7 @@ from typing import Any
 from esd_jax.params import Params
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
-from esd_jax.training.step import Metrics, State
+from esd_jax.training.step import Metrics, State, result
 
 # How many steps the host may run ahead of the device before it looks at the metrics.
 AHEAD = 2
@@ -107,7 +107,7 @@ def train(
 
     def show(number: int) -> None:
         if preview and settings.preview_every:
-            preview(number, state.theta)
+            preview(number, result(state))
 
     with _signals() as stop, _progress(settings.steps, first) as progress:
         if first == 0:

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from esd_jax.methods.esd import make_trajectory
+from esd_jax import lora
 from esd_jax.models.unet import Conditioning
 from esd_jax.models.unet_config import UNetConfig
-from esd_jax.params import num_bytes, num_scalars
+from esd_jax.params import Network, num_bytes, num_scalars
 from esd_jax.pipeline import NetworkConfig, image_size, network
 from esd_jax.selection import select
 
@@ -59,43 +58,53 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
     dtype = jnp.dtype(recipe.dtype)
     net = network(unet, dtype.name, recipe.remat)
     names = select(recipe.subset, net.layouts)
-    trained = {name: net.shapes[name] for name in names}
+    if recipe.rank:
+        names = lora.adaptable(names, net.shapes)
+    changed = {name: net.shapes[name] for name in names}
+    trained = jax.eval_shape(lambda: lora.initial(changed, recipe.rank, jax.random.key(0))) if recipe.rank else changed
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
 
     params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
     one, several = (_inputs(configs, recipe, n) for n in (1, batch))
     forward = jax.jit(net.apply).lower(params, *one).cost_analysis()["flops"]
-    rest = {name: shape for name, shape in params.items() if name not in trained}
-
-    def residuals(theta: Any, rest: Any, *inputs: Any) -> Any:
-        return jax.vjp(lambda theta: net.apply({**rest, **theta}, *inputs), theta)[1]
-
-    theta = {name: params[name] for name in names}
-    saved = jax.eval_shape(residuals, theta, rest, *several)
-    # The weights are among the saved values, but they exist anyway.
-    known = sorted(s.shape for s in params.values())
-    activations = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved) if leaf.shape not in known or leaf.ndim < 2
-    )
-    optimizer = jax.eval_shape(recipe.optimizer.transformation().init, trained)
     others = {name: config for name, config in configs.items() if name != "unet"}
     memory = {
         f"UNet, {dtype.name}": num_bytes(params),
         f"text encoders and VAE, {dtype.name}": sum(
             num_bytes(network(config, dtype.name).shapes, dtype) for config in others.values()
         ),
-        f"trained tensors: float32, gradient, {dtype.name} copy": 2 * num_bytes(trained, jnp.float32)
-        + num_bytes(trained, dtype),
-        f"{recipe.optimizer.optimizer}'s state, float32": sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer)
-        ),
-        f"activations of the student's backward pass, batch {batch}": activations,
     }
-    trajectory = make_trajectory(recipe.esd, schedule)
-    updates = 0.0 if recipe.images else float(np.mean(trajectory.num_updates[trajectory.support]))
-    # Two evaluations per sampler step, two of the teacher, and the student's forward and backward pass (about three).
-    evaluations = batch * accumulate * (2 * updates + 2 + 3)
+    if not recipe.settings.trained:
+        memory["changed tensors, float32"] = num_bytes(changed, jnp.float32)
+    else:
+        optimizer = jax.eval_shape(recipe.optimizer.transformation().init, trained)
+        memory |= {
+            f"trained tensors: float32, gradient, {dtype.name} copy": 2 * num_bytes(trained, jnp.float32)
+            + num_bytes(changed, dtype),
+            f"{recipe.optimizer.optimizer}'s state, float32": _size(optimizer),
+            f"activations of the student's backward pass, batch {batch}": _activations(net, params, names, several),
+        }
+        if recipe.settings.ema is not None:
+            memory["average of the trained tensors, float32"] = num_bytes(trained, jnp.float32)
+    evaluations = batch * accumulate * recipe.settings.evaluations(schedule, recipe.images is not None)
     return Plan(names, num_scalars(trained), num_scalars(params), memory, forward, forward * evaluations)
+
+
+def _activations(net: Network, params: Mapping[str, Any], names: tuple[str, ...], inputs: tuple[Any, ...]) -> int:
+    """Bytes that the backward pass over the named tensors needs stored."""
+
+    def residuals(theta: Any, rest: Any, *inputs: Any) -> Any:
+        return jax.vjp(lambda theta: net.apply({**rest, **theta}, *inputs), theta)[1]
+
+    theta, rest = ({n: s for n, s in params.items() if (n in names) == own} for own in (True, False))
+    saved = jax.tree.leaves(jax.eval_shape(residuals, theta, rest, *inputs))
+    # The weights are among the saved values, but they exist anyway.
+    known = {s.shape for s in params.values()}
+    return _size([leaf for leaf in saved if leaf.shape not in known or leaf.ndim < 2])
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _inputs(configs: Mapping[str, NetworkConfig], recipe: Any, batch: int) -> tuple[Any, ...]:

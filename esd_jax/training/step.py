@@ -2,13 +2,13 @@
 
     student = {**frozen, **theta}        teacher = {**frozen, **theta_0}
 
-share all frozen buffers; only the trained leaves exist twice. theta and its optimizer keep full precision and are cast
-to the compute dtype once per step, outside the sampling loop.
+share all frozen buffers; only the trained leaves exist twice (thrice where a method keeps the student's average). theta
+and its optimizer keep full precision and are cast to the compute dtype once per step, outside the sampling loop.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from esd_jax import sharding
+from esd_jax.methods.method import Method, Models
 from esd_jax.params import Params, cast, combine
 
 
@@ -33,14 +34,6 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     t: Float[Array, ""]
-
-
-class Method(Protocol):
-    """What a method gives to the step; see `esd_jax.methods.esd.Method`."""
-
-    def draw(self, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any: ...
-    def prepare(self, student: Params, teacher: Params, draws: Any, inputs: Any) -> Any: ...
-    def loss(self, student: Params, batch: Any) -> Float[Array, ""]: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,35 @@ class Optimizer:
         return tx if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
 
 
+class Averaged(NamedTuple):
+    """An optimizer's state, and the moving average of what it trains."""
+
+    inner: Any
+    average: Params
+
+
+def averaging(tx: optax.GradientTransformation, decay: float | None) -> optax.GradientTransformation:
+    """`tx`, keeping an exponential moving average of the weights after each update; `tx` itself if `decay` is None."""
+    if decay is None:
+        return tx
+
+    def init(theta: Params) -> Averaged:
+        return Averaged(tx.init(theta), jax.tree.map(jnp.copy, theta))  # its own buffers, since a step donates both
+
+    def update(grads: Params, state: Averaged, theta: Params) -> tuple[Params, Averaged]:
+        updates, inner = tx.update(grads, state.inner, theta)
+        new = optax.apply_updates(theta, updates)
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new)
+        return updates, Averaged(inner, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def result(state: State) -> Params:
+    """What a run has made so far: the average where one is kept, else theta."""
+    return state.opt.average if isinstance(state.opt, Averaged) else state.theta
+
+
 def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, seed: int) -> State:
     """Step 0. theta is copied, since the step donates it."""
     theta = {name: jnp.array(value) for name, value in theta.items()}
@@ -93,6 +115,7 @@ def make_step(
     batch_size: int = 1,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    weights: Callable[[Params, Params], Params] = lambda theta, theta_0: theta,
 ) -> Callable[[State, Params, Params, Any], tuple[State, Metrics]]:
     """One jitted update: step(state, theta_0, frozen, inputs) -> (state, metrics). `state` is donated.
 
@@ -102,29 +125,34 @@ def make_step(
 
     Args:
       method: the three functions of an erasing method.
-      tx: the optimizer.
+      tx: the optimizer; `averaging`'s, if the method needs the average.
       compute_dtype: of the networks; theta is cast to it for each step.
       shape: of one example's latents (height, width, channel).
       batch_size: examples per evaluation; they share one timestep, so that one loop serves them all.
       accumulate: batches whose gradients are averaged before the update, each with its own timestep.
       mesh: spreads the batch over its data axis.
+      weights: (theta, theta_0) -> the student's tensors; by default they are what is trained.
     """
+
+    def view(theta: Params, theta_0: Params, frozen: Params) -> Params:
+        return combine(frozen, cast(weights(theta, theta_0), compute_dtype))
 
     def gradients(state: State, theta_0: Params, frozen: Params, inputs: Any, index: Array) -> Any:
         # Draws of the micro-batch `index`; its examples have the global indices [index, index + 1) * batch_size.
         step_key = jax.random.fold_in(state.key, state.step)
         shared_key, examples_key = jax.random.split(step_key)
         keys = sharding.per_example_keys(examples_key, index * batch_size + jnp.arange(batch_size))
-        draws = method.draw(jax.random.fold_in(shared_key, index), keys, shape, inputs)
+        draws = method.draw(state.step, jax.random.fold_in(shared_key, index), keys, shape, inputs)
         draws = sharding.split_batch(draws, mesh)
-        student = combine(frozen, cast(state.theta, compute_dtype))
-        batch = method.prepare(student, combine(frozen, theta_0), draws, inputs)
+        average = view(state.opt.average, theta_0, frozen) if isinstance(state.opt, Averaged) else None
+        models = Models(view(state.theta, theta_0, frozen), combine(frozen, theta_0), average)
+        batch = method.prepare(models, draws, inputs)
 
         def loss(theta: Params) -> Array:
-            return method.loss(combine(frozen, cast(theta, compute_dtype)), batch)
+            return method.loss(view(theta, theta_0, frozen), batch)
 
         value, grads = jax.value_and_grad(loss)(state.theta)
-        return value, grads, draws.t
+        return value, grads, jnp.mean(draws.t)
 
     def averaged(state: State, theta_0: Params, frozen: Params, inputs: Any) -> Any:
         if accumulate == 1:

@@ -1,0 +1,142 @@
+"""What an erasing method is to everything that runs one, and the calls of the network that methods share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.methods.concepts import Concept
+from esd_jax.models.attention import Attention
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import Network, Params, component
+
+
+class Models(NamedTuple):
+    """Parameters, "unet/NAME": of the model in training, of the base, and, where it is kept, of the first's average."""
+
+    student: Params
+    base: Params
+    average: Params | None = None
+
+
+class Method(Protocol):
+    """An erasing method over one UNet and schedule, as the functions that a training step is made of."""
+
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any:
+        """The random choices of a step, with a field `t`: the timestep, one or one for each example.
+
+        step: how many updates were made. key: of what the batch shares. example_keys: of the rest, one each.
+        """
+        ...
+
+    def prepare(self, models: Models, draws: Any, inputs: Any) -> Any:
+        """What the student is scored on. Nothing in it carries a gradient."""
+        ...
+
+    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
+        """What the gradient flows through."""
+        ...
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A method without training steps."""
+
+    def solve(self, theta: Params, inputs: Any) -> Params:
+        """The new values of the tensors of the subset, "unet/NAME", from their float32 values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """What a method may use of a checkpoint before its first step.
+
+    unet, schedule: the denoiser, and what its output means.
+    shape: of one example's latents (height, width, channel).
+    subset: names of the UNet's tensors that are to be trained.
+    encode: prompts -> Conditioning, refusing what is too long.
+    tokens: prompts -> ids of the (first) tokenizer, padded.
+    sample: (prompts, seed, options of `sampling.sample`) -> what the base draws.
+    to_latents: images -> latents. images: latents of the user's own images.
+    params: component ("unet", "text_encoder", ...) -> its tensors, in the compute dtype.
+    text_encoders: component -> network, one for each text encoder.
+    """
+
+    unet: Network
+    schedule: Schedule
+    shape: tuple[int, int, int]
+    subset: tuple[str, ...]
+    encode: Callable[[Sequence[str]], Conditioning]
+    tokens: Callable[[Sequence[str]], Int[Any, "batch tokens"]]
+    sample: Callable[..., UInt8[Any, "batch height width 3"]]
+    to_latents: Callable[[UInt8[Any, "batch height width 3"]], Float[Array, "batch h w channel"]]
+    images: Float[Array, "images height width channel"] | None = None
+    params: Mapping[str, Params] = field(default_factory=dict)
+    text_encoders: Mapping[str, Network] = field(default_factory=dict)
+
+
+class Settings(Protocol):
+    """A method's settings: a frozen dataclass whose defaults are the paper's.
+
+    PRESETS: name -> flat fields of a published variant, those of its optimizer, length and subset among them; the
+      first is the method's default.
+    trained: False of a closed form, whose result is there before any step.
+    uses: the fields of `Concept`, beside its text, that mean something to this method; others are refused. `preserve`
+      means something to every method that is trained.
+    ema: where it is a number, a moving average of the student is kept, and is the run's result:
+      average <- ema average + (1 - ema) student, after every update.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    trained: ClassVar[bool]
+    uses: ClassVar[frozenset[str]]
+    ema: float | None
+
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method | ClosedForm, Any]:
+        """The method, and its traced inputs."""
+        ...
+
+    def evaluations(self, schedule: Schedule, images: bool) -> float:
+        """How often one update evaluates the UNet on one example, on average; a backward pass counts as two more.
+
+        images: whether the user gives images.
+        """
+        ...
+
+
+def choose(settings: Any, **choices: Sequence[str]) -> None:
+    """Raises ValueError, with the choices, for a field whose value is none of them."""
+    for name, known in choices.items():
+        if (value := getattr(settings, name)) not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def denoise(
+    unet: Network, params: Params, x: Array, t: Array, conditioning: Conditioning, attention: Attention | None = None
+) -> Float[Array, "batch height width channel"]:
+    """One evaluation, in x's dtype. The keys of `params` are "unet/NAME"."""
+    edits = () if attention is None else (attention,)
+    return unet.apply(component(params, "unet"), x, t, conditioning, *edits).astype(x.dtype)
+
+
+def evaluate(
+    unet: Network,
+    params: Params,
+    x: Float[Array, "batch height width channel"],
+    t: Array,
+    prompts: Sequence[Conditioning],
+    attention: Attention | None = None,
+) -> list[Float[Array, "batch height width channel"]]:
+    """One batched call for several prompts: those of an example stay neighbours, as in `guidance`.
+
+    attention: for all prompts of all examples, [batch * prompts, ...].
+    """
+    k = len(prompts)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *prompts)
+    times = t if jnp.ndim(t) == 0 else jnp.repeat(t, k)
+    e = denoise(unet, params, jnp.repeat(x, k, axis=0), times, stacked, attention)
+    return list(jnp.moveaxis(e.reshape(-1, k, *e.shape[1:]), 1, 0))

@@ -1,0 +1,75 @@
+"""x_t that a model draws itself: how many sampler steps lead to it, and at which timestep it is scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from esd_jax.diffusion import samplers
+from esd_jax.diffusion.samplers import Sampler
+from esd_jax.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """How x_t and its scoring timestep follow from one drawn index, as tables over the index (0 .. S-1).
+
+    support: the indices that are drawn, uniformly.
+    num_updates: sampler steps that lead to x_t.
+    t_low, t_high: the scoring timestep is uniform in this range, both ends included.
+    """
+
+    sampler: Sampler
+    support: Int[np.ndarray, " drawn"]
+    num_updates: Int[np.ndarray, " index"]
+    t_low: Int[np.ndarray, " index"]
+    t_high: Int[np.ndarray, " index"]
+
+    def draw(self, key: Array) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """An index and its timestep."""
+        index_key, t_key = jax.random.split(key)
+        index = jnp.asarray(self.support)[jax.random.randint(index_key, (), 0, len(self.support))]
+        low, high = jnp.asarray(self.t_low)[index], jnp.asarray(self.t_high)[index]
+        return index, low + jnp.floor(jax.random.uniform(t_key) * (high - low + 1))
+
+    def run(
+        self,
+        denoise: Callable[..., Any],
+        noise: Float[Array, "batch height width channel"],
+        index: Int[Array, ""],
+        memory: Any = None,
+    ) -> Float[Array, "batch height width channel"]:
+        """x_t, as the network takes it, from unit Gaussian noise. `denoise` and `memory`: as in `samplers.run`."""
+        sampler, updates = self.sampler, jnp.asarray(self.num_updates)[index]
+        x = samplers.run(sampler, denoise, noise * sampler.initial_scale, stop=updates, memory=memory)
+        # Euler and LMS keep x at unit signal; the network is scored on what it was trained on, unit variance. Only
+        # DDIM's trajectories run to the end of the table, and its scale is 1 throughout.
+        last = len(sampler.input_scale) - 1
+        return x * jnp.asarray(sampler.input_scale, x.dtype)[jnp.minimum(updates, last)]
+
+    @property
+    def mean_updates(self) -> float:
+        """Sampler steps, on average over what is drawn."""
+        return float(np.mean(self.num_updates[self.support]))
+
+
+def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
+    """x_t after 0 .. steps - 1 updates of any deterministic sampler, scored at its own timestep.
+
+    Raises ValueError for a sampler that draws noise at every step.
+    """
+    made = deterministic(schedule, sampler, steps)
+    index, t = np.arange(steps), np.asarray(made.timesteps[:steps])
+    return Trajectory(made, index, index, t, t)
+
+
+def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
+    """A sampler of `samplers.SAMPLERS`. Raises ValueError for one that draws noise at every step."""
+    made = samplers.make_sampler(schedule, name, steps)
+    if made.stochastic:
+        raise ValueError(f"sampler {made.name!r} draws noise at every step, which is not implemented; use 'ddim'")
+    return made

@@ -1,0 +1,221 @@
+"""A run: a recipe carried out on a loaded base, kept in a folder, resumed and restored."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from esd_jax import lora, sharding
+from esd_jax.diffusion import programs
+from esd_jax.io import delta, diffusers
+from esd_jax.io.delta import export_delta
+from esd_jax.io.diffusers import export
+from esd_jax.io.images import read_images
+from esd_jax.methods.method import ClosedForm, Method, Tools
+from esd_jax.methods.preservation import preserving
+from esd_jax.params import Network, Params, partition, prefixed
+from esd_jax.pipeline import Pipeline, image_size
+from esd_jax.recipe import Recipe
+from esd_jax.sampling import sample
+from esd_jax.selection import select
+from esd_jax.training import run_folder
+from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.log import MetricLog
+from esd_jax.training.loop import train
+from esd_jax.training.step import State, averaging, init_state, make_step, result
+
+MODEL = "model"  # the erased checkpoint's folder in a run's
+
+# Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
+NOT_COMPUTED = {
+    "base", "images", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
+}  # fmt: skip
+
+
+def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pipeline:
+    """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
+    if base.edits and plan.output_dir:
+        raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
+    method, inputs, shape = prepare(base, plan)
+    tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size)
+    names = trained(plan, base.network("unet"))
+    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
+    step = make_step(
+        method,
+        tx,
+        compute_dtype=jnp.dtype(base.dtype),
+        shape=shape,
+        batch_size=plan.training.batch_size,
+        accumulate=plan.training.accumulate,
+        mesh=mesh,
+        weights=lora.weights if plan.rank else first,
+    )
+    # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
+    state = init_state(start(base, plan, names, method, inputs), tx, plan.training.seed)
+    state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
+    record = describe(base, plan)
+
+    with (
+        run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        checkpoints = log = preview = None
+        if folder:
+            meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
+            meta["base_sha256"] = record["base_sha256"]
+            if plan.images:
+                pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
+                meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
+            keep = plan.training.keep_checkpoints
+            # A run's own file, unlike its exports, says where things lie on this machine.
+            private = {**record, "local": {"base": plan.base, "images": plan.images}}
+            if not resume:
+                run_folder.write_record(folder, private)
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
+            if resume:
+                state = _resume(checkpoints, state, plan)
+                run_folder.write_record(folder, private)
+            log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
+            stack.callback(log.close)
+            preview = _preview(base, plan, names, folder)
+        state = train(
+            step, state, theta_0, frozen, inputs, plan.training, checkpoints=checkpoints, log=log, preview=preview
+        )
+        erased = base.with_edits(edits(base, plan, names, result(state)), {**record, "step": int(state.step)})
+        if folder:
+            export(erased, folder / MODEL, overwrite=True)
+            export_delta(erased, folder / delta_name(plan), overwrite=True)
+    return erased
+
+
+def delta_name(plan: Recipe) -> str:
+    """The file name of a run's delta. Long texts are cut, since a file's name holds 255 bytes at most."""
+    texts = ["+".join(c.text for c in plan.concepts), plan.concepts[0].from_ or ""]
+    concept, from_ = (text.encode()[:100].decode(errors="ignore") for text in texts)
+    return delta.delta_name(concept, from_ or None, plan.subset)
+
+
+def prepare(base: Pipeline, plan: Recipe) -> tuple[Method, Any, tuple[int, int, int]]:
+    """The method of a recipe over a base, its traced inputs, and the shape of one example's latents."""
+    size, factor = image_size(base.configs, plan.height, plan.width), base.configs["vae"].factor
+    shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
+    network = base.network("unet", remat=plan.remat)
+    to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
+    tools = Tools(
+        unet=network,
+        schedule=base.schedule,
+        shape=shape,
+        subset=select(plan.subset, network.layouts),
+        encode=lambda prompts: base.encode_prompts(prompts, size=size, strict=True),
+        tokens=base.tokenizers[0],
+        sample=lambda prompts, **options: sample(base, prompts, height=size[0], width=size[1], **options),
+        to_latents=lambda images: to_latents(base.params["vae"], images),
+        images=None if plan.images is None else base.encode(read_images(plan.images, size)),
+        params=base.params,
+        text_encoders={name: base.network(name) for name in base.text_encoders},
+    )
+    method, inputs = plan.settings.make(tools, plan.concepts)
+    if plan.settings.trained:
+        method, inputs = preserving(method, inputs, tools, plan.concepts, plan.preserve_weight)
+    return method, inputs, shape
+
+
+def trained(plan: Recipe, net: Network) -> tuple[str, ...]:
+    """The names of the tensors that a recipe changes."""
+    names = select(plan.subset, net.layouts)
+    return lora.adaptable(names, net.shapes) if plan.rank else names
+
+
+def transformation(plan: Recipe) -> optax.GradientTransformation:
+    """The optimizer of a recipe, averaging if its method wants that; of a closed form, one without state."""
+    if not plan.settings.trained:
+        return optax.identity()
+    return averaging(plan.optimizer.transformation(), plan.settings.ema)
+
+
+def start(base: Pipeline, plan: Recipe, names: Sequence[str], method: Method | ClosedForm, inputs: Any) -> Params:
+    """What is trained, before the first step: the tensors at full precision, or the factors of their change.
+
+    A method in closed form has its result here, and no steps.
+    """
+    if plan.rank:
+        return factors(plan, base.network("unet"), names)
+    exact = diffusers.read_exact(base, [f"unet/{name}" for name in names])
+    return method.solve(exact, inputs) if isinstance(method, ClosedForm) else exact
+
+
+def factors(plan: Recipe, net: Network, names: Sequence[str]) -> Params:
+    """The factors of a low-rank change, as they start."""
+    shapes = {f"unet/{name}": net.shapes[name] for name in names}
+    return lora.initial(shapes, plan.rank, jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1))
+
+
+def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Params:
+    """The trained tensors at full precision, whatever was trained."""
+    if not plan.rank:
+        return theta
+    return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
+
+
+def first(theta: Params, theta_0: Params) -> Params:
+    return theta
+
+
+def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
+    """What was erased, from what, how and with which versions: the record that travels with every export."""
+    packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
+    # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
+    source = Path(plan.base).expanduser()
+    name = source.resolve().name if source.exists() else plan.base
+    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
+    recorded = plan.flat() | {"base": name, "images": images}
+    return {
+        # Tuples as lists, which is how JSON gives them back.
+        "concepts": json.loads(json.dumps([dataclasses.asdict(concept) for concept in plan.concepts])),
+        "base": name,
+        "base_sha256": diffusers.source_hash(base, "unet"),
+        "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
+    """The newest checkpoint's state; the one given if a run was killed before its first."""
+    if checkpoints.latest is None:
+        return state
+    state = checkpoints.restore(state)
+    if (made := int(state.step)) > plan.training.steps:
+        raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
+    return state
+
+
+def _preview(base: Pipeline, plan: Recipe, names: Sequence[str], folder: Path) -> Callable[[int, Params], None]:
+    """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
+    texts = plan.preview_prompts or ";".join(c.text for c in plan.concepts)
+    prompts = [text.strip() for text in texts.split(";") if text.strip()]
+    (folder / "previews").mkdir(exist_ok=True)
+
+    def preview(step: int, theta: Params) -> None:
+        images = sample(
+            base.with_edits(edits(base, plan, names, theta)),
+            prompts,
+            seed=plan.training.seed,
+            num_steps=plan.preview_steps,
+            guidance_scale=plan.preview_guidance,
+            height=plan.height,
+            width=plan.width,
+        )
+        Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / "previews" / f"step_{step:06d}.png")
+
+    return preview
