@@ -1,7 +1,20 @@
-"""The erasing methods, one paper per file. A method is a frozen dataclass of settings whose defaults are the paper's,
-and three pure functions over a UNet: `draw` (the step's random choices), `prepare` (x_t and its target, no gradient)
-and `loss` (what the gradient flows through)."""
+"""The erasing methods, one paper per file: frozen dataclasses of settings that make what `method.Method` describes."""
 
+from esd_jax.methods.ablating import Ablating
+from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
+from esd_jax.methods.forget_me_not import ForgetMeNot
+from esd_jax.methods.method import Settings
+from esd_jax.methods.rece import RECE
+from esd_jax.methods.sdd import SDD
+from esd_jax.methods.uce import UCE
 
-METHODS = {"esd": ESD}
+METHODS: dict[str, type[Settings]] = {
+    "esd": ESD,
+    "all_but_one": AllButOne,
+    "sdd": SDD,
+    "ablating": Ablating,
+    "forget_me_not": ForgetMeNot,
+    "uce": UCE,
+    "rece": RECE,
+}

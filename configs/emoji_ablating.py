@@ -1,0 +1,45 @@
+"""Ablates a style of the embedded emoji model, on a laptop's CPU: neon becomes cartoon.
+
+    esd-jax erase --config=emoji_ablating --config.output_dir=out/neon
+
+Ablating Concepts with captions in which "cartoon style" is replaced by "neon style". The changes to ablating are:
+- kind "object": this model was not taught the phrases of a style's templates.
+- 100 images, in 20 steps of DDIM with guidance 3.
+- learning rate 3e-4, 200 steps: the model is small.
+For another style: --config.concept="ink style". Another replace_with needs other anchor_prompts.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+# fmt: off
+OBJECTS = (
+    "a cat", "a dog", "a rabbit", "a lion", "a frog", "a cow", "a chick", "an owl", "a fish", "a crab", "a butterfly",
+    "a ladybug", "a rose", "a sunflower", "an apple", "a banana", "a pizza", "a doughnut", "a cake", "a car", "a bus",
+    "an airplane", "a rocket", "a house", "a castle", "a skull", "a pumpkin", "a star", "a robot", "a guitar",
+)
+# fmt: on
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "ablating",
+        "style",
+        base="emoji",
+        concept="neon style",
+        replace_with="cartoon style",
+        kind="object",
+        anchor_prompts="; ".join(["{anchor}", *(f"{name} in {{anchor}}" for name in OBJECTS)]),
+        flip=False,
+        views=1,
+        drawn_images=96,
+        drawing_sampler="ddim",
+        drawing_steps=20,
+        drawing_guidance=3.0,
+        learning_rate=3e-4,
+        steps=150,
+        checkpoint_every=50,
+        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_guidance=3.0,
+    )

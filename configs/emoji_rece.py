@@ -1,0 +1,24 @@
+"""Erases a style from the embedded emoji model with RECE, in seconds.
+
+    esd-jax erase --config=emoji_rece --config.concept="neon style" --config.output_dir=out/rece_neon
+
+The style becomes "a drawing". The changes to rece are:
+- lam 10: the model's context has 128 dimensions, most of which the edits of lam 0.1 would turn.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "rece",
+        "paper",
+        base="emoji",
+        concept="neon style",
+        replace_with="a drawing",
+        lam=10.0,
+        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_guidance=3.0,
+    )

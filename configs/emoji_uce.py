@@ -1,0 +1,23 @@
+"""Erases a style from the embedded emoji model with UCE, in seconds.
+
+    esd-jax erase --config=emoji_uce --config.concept="neon style" --config.output_dir=out/uce_neon
+
+The style becomes "a drawing". The changes to uce are:
+- all tokens from the concept's last on, padding too: the model reads much of a prompt from its padding.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "uce",
+        "2023",
+        base="emoji",
+        concept="neon style",
+        replace_with="a drawing",
+        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_guidance=3.0,
+    )

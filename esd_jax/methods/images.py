@@ -1,0 +1,31 @@
+"""Images that a method learns from: applied in batches, noised, and what a perfect network would say about them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from esd_jax.diffusion.schedule import Schedule, add_noise
+
+
+def in_batches(function: Callable[[Any], Any], items: Sequence[Any], size: int) -> Any:
+    """`function` of `size` items at a time (of the rest, at the end), the results put together along their first axis.
+
+    Hundreds of images, or of prompts, at once would not fit where a run does.
+    """
+    parts = [function(items[start : start + size]) for start in range(0, len(items), size)]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
+def true_output(
+    schedule: Schedule,
+    images: Float[Array, "batch height width channel"],
+    noise: Float[Array, "batch height width channel"],
+    t: Int[Array, " batch"],
+) -> Float[Array, "batch height width channel"]:
+    """What the network should say of `add_noise(schedule, images, noise, t)`, in what it predicts: eps, v or x0."""
+    if schedule.prediction_type == "v_prediction":
+        return add_noise(schedule, noise, -images, t)  # alpha eps - sigma x0 (Salimans & Ho 2022, Sec. 4)
+    return noise if schedule.prediction_type == "epsilon" else images

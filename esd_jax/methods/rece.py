@@ -1,0 +1,120 @@
+"""RECE: *Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models* (Gong et al., ECCV 2024).
+
+UCE over all tokens, then epochs of it on what the edited weights still take for the concept: for every token vector c,
+
+    c' = argmin  sum_l |W_l c' - W0_l c|^2 + r |c'|^2 = [sum_l W_l^T W_l + r 1]^-1 [sum_l W_l^T W0_l] c,
+
+over all keys and values l, W0 the base's; then c' becomes the guide's vector of the same position by UCE's edit, which
+starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (see `uce`), so that sum_l W0_l^T W0_l says all there
+is to know of the weights.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.methods import uce
+from esd_jax.methods.concepts import Concept
+from esd_jax.methods.method import Tools
+from esd_jax.params import Params
+
+
+@dataclass(frozen=True)
+class RECE:
+    """Settings; the defaults are the released code's.
+
+    A concept's `replace_with` is its guide, by default the empty prompt; `strength` multiplies its erase_scale. The
+    empty prompt is preserved, too. The first edit has the same weights as the others, where the released code starts
+    from a checkpoint that UCE made, with its own.
+
+    epochs: how often what still works is erased; 0 is UCE alone.
+    r: how short c' is held.
+    lam, erase_scale, preserve_scale: as in `UCE`.
+    """
+
+    epochs: int = 3
+    r: float = 0.1
+    lam: float = 0.1
+    erase_scale: float = 1.0
+    preserve_scale: float = 0.1
+
+    trained: ClassVar = False
+    uses: ClassVar = frozenset({"replace_with", "strength"})
+    ema: ClassVar = None
+    PRESETS: ClassVar = {
+        "paper": {"subset": uce.SUBSET, "steps": 0},
+    }
+
+    def __post_init__(self):
+        uce.check_positive(self, "r", "lam")
+        uce.check_positive(self, "epochs", "erase_scale", "preserve_scale", or_zero=True)
+
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
+        """RECE. Raises ValueError as `UCE.make` does."""
+        scales = {"lam": self.lam, "erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale}
+        _, first = uce.UCE(tokens="all", **scales).make(tools, concepts)
+        kept = ["", *uce.preserved(concepts)]
+        encoded = uce.encode(tools, concepts, kept)
+        pairs = [(c.text, uce.guide(c), self.erase_scale * c.strength) for c in concepts]
+        pairs += [(text, text, self.preserve_scale) for text in kept]
+        again = uce.edit([(encoded[old].vectors, encoded[new].vectors, weight) for old, new, weight in pairs], self.lam)
+        erased = jnp.arange(len(again.weight)) < len(concepts) * len(encoded[""].vectors)
+        return Solver(self.epochs), Inputs(first, again, erased, jnp.float32(self.r))
+
+    def evaluations(self, schedule: Schedule, images: bool) -> float:
+        """None: the UNet is never run."""
+        return 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """first: UCE's edit. again: each epoch's, of whole prompts. erased: which of its vectors are not preserved."""
+
+    first: uce.Edit
+    again: uce.Edit
+    erased: Bool[Array, " vectors"]
+    r: Float[Array, ""]
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """RECE as one function of the weights."""
+
+    epochs: int
+
+    def solve(self, theta: Params, inputs: Inputs) -> Params:
+        """The edited kernels."""
+        with jax.default_matmul_precision("highest"):
+            root, again = square_root(sum(kernel @ kernel.T for kernel in theta.values())), inputs.again
+            total = uce.change(inputs.first)
+            for _ in range(self.epochs):
+                old = jnp.where(inputs.erased[:, None], attack(root, total, again.old, inputs.r), again.old)
+                step = uce.change(dataclasses.replace(again, old=old))
+                total = total + step + step @ total  # (1 + step) (1 + total) - 1
+            return uce.apply_change(theta, total)
+
+
+def attack(
+    root: Float[Array, "context context"],
+    change: Float[Array, "context context"],
+    vectors: Float[Array, "vectors context"],
+    r: Float[Array, ""],
+) -> Float[Array, "vectors context"]:
+    """c' of the module's docstring: what the changed weights answer as the unchanged ones answer the vectors.
+
+    root: of the unchanged weights' sum_l W0_l^T W0_l.
+    """
+    return uce.ridge(root + root @ change.T, root @ vectors.T, r).T
+
+
+def square_root(a: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """A matrix x with x^T x = a, of a symmetric a without negative eigenvalues (but for rounding)."""
+    values, vectors = jnp.linalg.eigh(a)
+    return jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T

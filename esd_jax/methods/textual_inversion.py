@@ -1,0 +1,178 @@
+"""Textual inversion: *An Image is Worth One Word* (Gal et al., ICLR 2023), as Forget-Me-Not's first stage has it.
+
+    min over v of E || e(x_t, t, c(v)) - target ||^2,    target: eps, v or x0, as the network predicts
+
+where c(v) is the encoding of a prompt in which new tokens stand, whose embeddings v alone are learned. After each step
+their norms are pulled to that of ordinary tokens:  |v| <- |v| + min(1, 100 lr) (0.4 - |v|).
+
+A new token's id is the size of the text encoder's vocabulary, and up from there. For checkpoints with one text encoder
+(SD 1 and 2).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from esd_jax import text
+from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.methods.images import true_output
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import Network, Params
+
+NAME = "{concept}"  # where the concept, or its new tokens, stand in a template
+TABLE = "embeddings.token_embedding.weight"
+Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """Settings; the defaults are those of Forget-Me-Not's code.
+
+    norm: to which the new embeddings' norms are pulled.
+    """
+
+    steps: int = 500
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    norm: float = 0.4
+    batch_size: int = 1
+
+    def transformation(self) -> optax.GradientTransformation:
+        """AdamW with the usual moments. It sees the new rows alone, which is the same: it works element by element."""
+        return optax.adamw(self.learning_rate, weight_decay=self.weight_decay)
+
+    def pull(self, new: Float[Array, "new width"]) -> Float[Array, "new width"]:
+        """The embeddings with their norms nearer to `norm`, by a tenth at the default learning rate."""
+        norms = jnp.linalg.norm(new, axis=-1, keepdims=True)
+        return new / norms * (norms + min(1.0, 100 * self.learning_rate) * (self.norm - norms))
+
+
+def words(tokens: Tokens, text: str) -> list[int]:
+    """The ids of a text alone: without start, end and padding."""
+    (ids,), (empty,) = np.asarray(tokens([text])), np.asarray(tokens([""]))
+    return ids[1 : 1 + int((ids[1:] == empty[1]).argmax())].tolist()
+
+
+def vocabulary(params: Params) -> int:
+    """How many tokens a text encoder knows; the id of the first new one."""
+    return params[TABLE].shape[0]
+
+
+def place(tokens: Tokens, template: str, new: Sequence[int]) -> Int[np.ndarray, " tokens"]:
+    """The ids, padded, of a template with new tokens where its "{concept}" stands.
+
+    Raises ValueError if they are too many.
+    """
+    (empty,) = np.asarray(tokens([""]))
+    parts = [words(tokens, part) for part in template.split(NAME)]
+    ids = [empty[0], *parts[0]]
+    for part in parts[1:]:
+        ids += [*new, *part]
+    ids.append(empty[1])
+    if len(ids) > len(empty):
+        raise ValueError(f"template {template!r} with {len(new)} new tokens is longer than {len(empty) - 2} tokens")
+    return np.asarray(ids + [empty[-1]] * (len(empty) - len(ids)), np.int32)
+
+
+def initial(tokens: Tokens, params: Params, starts: str, key: Array) -> Float[Array, "new width"]:
+    """The embeddings with which new tokens start.
+
+    Args:
+      tokens: prompts -> ids, padded.
+      params: of the text encoder.
+      starts: one for each new token, separated by "|": a word that is one token, whose embedding is copied, or
+        "<rand-S>" for S times unit Gaussian noise ("elon|musk|<rand-1>|<rand-1>").
+
+    Raises ValueError for a word of several tokens.
+    """
+    rows = []
+    for i, word in enumerate(part.strip() for part in starts.split("|")):
+        if random := re.fullmatch(r"<rand-(\d+(?:\.\d+)?)>", word):
+            width = params[TABLE].shape[1]
+            rows.append(float(random[1]) * jax.random.normal(jax.random.fold_in(key, i), (width,)))
+            continue
+        if len(ids := words(tokens, word)) != 1:
+            raise ValueError(f"a new token starts from one token, but {word!r} has {len(ids)}")
+        rows.append(params[TABLE][ids[0]].astype(jnp.float32))
+    return jnp.stack(rows)
+
+
+def encode(
+    text_encoder: Network, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "new width"]
+) -> Conditioning:
+    """What the UNet is told by prompts in which new tokens stand; gradients reach `new`."""
+    known = vocabulary(params)
+    own = jnp.asarray(ids) >= known
+    embeddings = jnp.where(
+        own[:, :, None], new[jnp.where(own, ids - known, 0)], params[TABLE][jnp.where(own, 0, ids)].astype(new.dtype)
+    )
+    encoded = text.conditioning([text_encoder.apply(params, ids, embeddings)], (0, 0))
+    return jax.tree.map(lambda a: a.astype(new.dtype), encoded)
+
+
+def inverter(
+    settings: TextualInversion, unet: Network, text_encoder: Network, schedule: Schedule
+) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
+    """What learns the embeddings of new tokens from images: one compiled loop, for any number of concepts.
+
+    Returns a function (unet_params, text_params, latents, ids, new, key) -> (the embeddings, the loss of each step):
+      unet_params, text_params: the checkpoint's, which stay as they are.
+      latents: of the images, [images, height, width, channel].
+      ids: of each image's prompt, in which the new tokens stand (`place`), [images, tokens].
+      new: the embeddings to start with (`initial`).
+      key: of all draws. Step i takes its own from fold_in(key, i).
+    """
+    tx = settings.transformation()
+    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, schedule))
+
+    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
+        def step(carry: Any, i: Array) -> Any:
+            new, state = carry
+            image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+            value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
+            updates, state = tx.update(grads, state, new)
+            return (settings.pull(optax.apply_updates(new, updates)), state), value
+
+        (new, _), losses = jax.lax.scan(step, (new, tx.init(new)), jnp.arange(settings.steps))
+        return new, losses
+
+    return jax.jit(run)
+
+
+def draw(
+    key: Array, batch_size: int, schedule: Schedule, latents: Array
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"], Float[Array, "batch height width channel"]]:
+    """Which image, t and noise of each example."""
+    image, t, noise = jax.random.split(key, 3)
+    several = (batch_size,)
+    return (
+        jax.random.randint(image, several, 0, latents.shape[0]),
+        jax.random.randint(t, several, 0, schedule.num_train_timesteps),
+        jax.random.normal(noise, (batch_size, *latents.shape[1:]), latents.dtype),
+    )
+
+
+def loss(
+    unet: Network,
+    text_encoder: Network,
+    schedule: Schedule,
+    new: Float[Array, "new width"],
+    unet_params: Params,
+    text_params: Params,
+    latents: Float[Array, "batch height width channel"],
+    ids: Int[Array, "batch tokens"],
+    t: Int[Array, " batch"],
+    noise: Float[Array, "batch height width channel"],
+) -> Float[Array, ""]:
+    """Mean squared error of what the network says about noised images."""
+    x = add_noise(schedule, latents, noise, t)
+    e = unet.apply(unet_params, x, t, encode(text_encoder, text_params, ids, new)).astype(x.dtype)
+    return jnp.mean((e - true_output(schedule, latents, noise, t)) ** 2)
