@@ -11,7 +11,7 @@ esd_jax.export(erased, "emoji-without-neon")
 import importlib
 from typing import Any
 
-__all__ = ["Pipeline", "erase", "export", "load", "sample"]
+__all__ = ["Pipeline", "erase", "export", "invert", "load", "purify", "sample"]
 __version__ = "0.1.0"
 
 

@@ -1,7 +1,5 @@
 """`Pipeline`: a text-to-image checkpoint as data, and the pure functions that run it."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -10,11 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from esd_jax import text
-from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.models import vae
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -156,148 +152,6 @@ def _encode_text(encoders: tuple[Network, ...]) -> Any:
         return text.conditioning(outputs, size)
 
     return jax.jit(encode)
-
-
-def sample(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    *,
-    seed: int | Sequence[int] = 0,
-    num_steps: int = 50,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | Sequence[str] | None = None,
-    sampler: str | None = None,
-    eta: float = 0.0,
-    latents: Float[Array, "batch h w channel"] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 8,
-) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Draws one image per prompt.
-
-    Args:
-      pipeline: the checkpoint, erased or not.
-      prompts: one per image.
-      seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
-      num_steps: sampler steps.
-      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
-      negative_prompt: takes the place of the empty prompt; one for all, or one per image.
-      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names.
-      eta: DDIM's stochasticity, 0 to 1.
-      latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
-      height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
-      batch_size: images per call of the network.
-
-    Returns:
-      uint8 [n, height, width, 3].
-    """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string: give a list of prompts")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale={guidance_scale} must be finite")
-    size = image_size(pipeline.configs, height, width)
-    n = len(prompts)
-    if not n:
-        return np.zeros((0, *size, 3), np.uint8)
-    keys = example_keys(seed, n)
-    needed = jax.eval_shape(lambda: initial_noise(pipeline, keys, size)).shape
-    if latents is None:
-        latents = initial_noise(pipeline, keys, size)
-    elif latents.shape != needed:
-        raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
-    guided = guidance_scale > 1
-    settings = (sampler or samplers.default_sampler(pipeline.schedule), num_steps, float(eta))
-    draw = _sampler_program(
-        pipeline.network("unet"), pipeline.network("vae"), pipeline.configs["vae"],
-        json.dumps(dict(pipeline.schedule.config), sort_keys=True), settings, guided,
-    )  # fmt: skip
-    null, shared = None, isinstance(negative_prompt, str | None)
-    if not shared and len(negative_prompt) != n:
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {n} prompts")
-    if guided and shared:
-        null = _null_conditioning(pipeline, [negative_prompt], size)
-        null = jax.tree.map(lambda a: jnp.repeat(a, min(batch_size, n), axis=0), null)
-    batches = []
-    for start in range(0, n, batch_size):
-        # The last batch is filled up with repetitions, so that every batch has the shape that was compiled.
-        index = np.minimum(np.arange(start, start + min(batch_size, n)), n - 1)
-        condition = pipeline.encode_prompts([prompts[i] for i in index], size=size)
-        if guided and not shared:
-            null = _null_conditioning(pipeline, [negative_prompt[i] for i in index], size)
-        images = draw(
-            pipeline.params["unet"], pipeline.params["vae"], jnp.asarray(latents)[index],
-            condition, null, jnp.float32(guidance_scale), keys[index],
-        )  # fmt: skip
-        batches.append(np.asarray(images)[: n - start])
-    return np.concatenate(batches)
-
-
-def example_keys(seed: int | Sequence[int], n: int) -> Array:
-    """One random key per example: of (seed, i), or of seed[i] alone. Raises ValueError for a seed beyond 32 bits."""
-    if not all(0 <= int(s) < 2**32 for s in np.atleast_1d(np.asarray(seed, object))):  # JAX would use 32 bits of it
-        raise ValueError(f"seed={seed} must be in 0..{2**32 - 1}")
-    if isinstance(seed, Sequence | np.ndarray):
-        if len(seed) != n:
-            raise ValueError(f"{len(seed)} seeds for {n} prompts")
-        return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed, jnp.uint32))
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
-
-
-def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Float[Array, "batch h w channel"]:
-    """Unit Gaussian latents for images of `size` pixels, one per key."""
-    factor, channels = pipeline.configs["vae"].factor, pipeline.configs["unet"].in_channels
-    shape = (size[0] // factor, size[1] // factor, channels)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def to_uint8(images: Float[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
-    """[-1, 1] -> 0..255."""
-    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
-@lru_cache(maxsize=16)
-def _sampler_program(
-    unet: Network,
-    decoder: Network,
-    vae_config: VAEConfig,
-    schedule: str,
-    settings: tuple[str, int, float],
-    guided: bool,
-) -> Any:
-    """The jitted function from noise to images; cached, so that equal settings compile once."""
-    name, num_steps, eta = settings
-    sampler = samplers.make_sampler(Schedule.from_config(json.loads(schedule)), name, num_steps, eta=eta)
-
-    def program(params: Params, vae_params: Params, x: Array, condition: Any, null: Any, scale: Array, keys: Array):
-        def denoise(x: Array, t: Array, c: Conditioning) -> Array:
-            return unet.apply(params, x, t, c).astype(jnp.float32)
-
-        if guided:
-            denoiser = guidance.classifier_free(denoise, condition, null, scale)
-        else:
-            denoiser = lambda x, t: denoise(x, t, condition)  # noqa: E731
-
-        def step_noise(i: Array) -> Array:
-            # 1 + i: fold 0 is the initial noise's, when a seed is given for each example.
-            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1 + i), x.shape[1:]))(keys)
-
-        noise = step_noise if sampler.stochastic else None
-        latents = samplers.run(sampler, denoiser, x * sampler.initial_scale, step_noise=noise)
-        images = decoder.apply(vae_params, vae.unscale(vae_config, latents), "decode")
-        return to_uint8(images.astype(jnp.float32))
-
-    return jax.jit(program)
-
-
-def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
-    """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
-    null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
-    if not pipeline.zeros_for_empty_prompt:
-        return null
-    given = jnp.asarray([negative is not None for negative in negatives], jnp.float32)
-    return Conditioning(null.embeddings * given[:, None, None], null.pooled * given[:, None], null.time_ids)
 
 
 def image_size(

@@ -1,5 +1,6 @@
 """The command line under careless use: every mistake ends in one line and exit code 2, and harms nothing."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from messages import one_line
 from PIL import Image
 
 import esd_jax
-from esd_jax import cli, recipe
+from esd_jax import cli, recipe, sampling
+from esd_jax.demo.measure import ssim
+from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods.esd import make_trajectory
 from esd_jax.models import architectures
 from esd_jax.pipeline import network
 from esd_jax.selection import select
@@ -130,6 +132,29 @@ WRONG_COMMANDS = {
     "sample --output=x.png --prompts=cat --height=0": ["height", "positive"],
     "sample --output=x.png --prompts=cat --variant=fp16": ["'fp16'", "no variant"],
     "sample --output=x.png --prompts=cat --delta=x.safetensors": ["x.safetensors"],
+    "sample --output=x.png --prompts=cat --sld=huge": ["sld", "huge", "strong"],
+    "sample --output=x.png --prompts=cat --safety_prompt=cat": ["--safety_prompt", "--sld"],
+    "sample --output=x.png --prompts=cat --sld=max --edit=dog": ["--sld", "--edit"],
+    "sample --output=x.png --prompts=cat --sld=max --guidance_scale=1": ["guidance_scale=1.0", "SLD"],
+    "sample --output=x.png --prompts=cat --sld=max --safety_prompt=": ["SLD", "concept is empty"],
+    "sample --output=x.png --prompts=cat --edit=;scale=3": ["Edit", "concept is empty"],
+    "sample --output=x.png --prompts=cat --edit=dog;strength=3": ["strength", "scale, warmup, cooldown"],
+    "sample --output=x.png --prompts=cat --edit=dog;scale=big": ["--edit: scale=big"],
+    "sample --output=x.png --prompts=cat --edit=dog;threshold=2": ["Edit: threshold=2", "0..1"],
+    "sample --output=x.png --prompts=cat --reweight=cat": ["--reweight=cat", "WORD=FACTOR"],
+    "sample --output=x.png --prompts=cat --reweight=cat=big": ["--reweight", "cat=big"],
+    "sample --output=x.png --prompts=cat --reweight=dog=2": ["no prompt holds 'dog'"],
+    "purify": ["--output is required"],
+    "purify --output=x.png": ["at least one image"],
+    "purify a.png --output=x.jpg": ["x.jpg", ".png"],
+    "purify a.png --output=x.png": ["--run", "--base"],
+    "purify a.png --output=x.png --base=nowhere": ["nowhere", "org/name"],
+    "purify a.png --output=x.png --run=nowhere": ["nowhere", "run.json"],
+    "purify a.png --output=x.png --base=emoji": ["a.png", "No such file"],
+    "purify a.png --output=x.png --timestep=next": ["timestep", "next", "target"],
+    "purify a.png --output=x.png --num_steps=0": ["num_steps", "positive"],
+    "purify a.png --output=x.png --inverter=base": ["inverter", "base", "unmodified"],
+    "purify a.png --output=x.png --base=emoji --guidance_scale=nan": ["a.png"],
     "export --output=x": ["--run", "--base"],
     "export --base=emoji --output=x": ["--delta"],
     "export --base=emoji --delta=x.safetensors --step=3 --output=y": ["--step", "--run"],
@@ -151,7 +176,10 @@ def test_help(esd):
     assert (code, err) == (0, "") and all(verb in out for verb in cli.VERBS)
     for verb in cli.VERBS:
         code, out, err = esd(verb, "--help")
-        assert (code, err) == (0, "") and "--[no]overwrite" in out
+        assert (code, err) == (0, "") and "  --[no]overwrite   " in out and f"esd-jax {verb} " in out
+        assert max(map(len, out.splitlines())) <= 120
+    out = re.sub(r"\s+", " ", esd("sample", "--help")[1])
+    assert "--delta An ESD delta file to apply. May be repeated." in out and "Sampler steps. [default: 50]" in out
     code, out, err = esd()
     assert (code, out) == (2, "") and "esd-jax VERB --help" in err
 
@@ -200,7 +228,7 @@ WRONG_SETTINGS = {
     "concept=": ["concept is empty"],
     "concept= ; ": ["concept is empty"],
     "concept=" + "the cat on a dog " * 20: ["is too long", "75 tokens", "dog", "shorter concept"],
-    "from_=a dog; a cat": ["from_", "2 places for 1 concepts"],
+    "from_=a dog; a cat": ["from_", "2 parts for 1 concepts"],
     "subset=esdx": ["'esdx'", "did you mean 'esd-x'", "regex:"],
     "subset=regex:[": ["regex:["],
     "subset=regex:zzz": ["regex:zzz", "no tensor"],
@@ -236,8 +264,8 @@ WRONG_CONFIGS = {
     "def get_config(:": ["SyntaxError", "line 1"],
     "import a_package_that_is_not_there": ["ModuleNotFoundError", "a_package_that_is_not_there"],
     "def get_config(): return {}": ["dict", "ConfigDict"],
-    "from esd_jax import recipe\ndef get_config(): return recipe.preset('papr')": ["'papr'", "paper"],
-    "from esd_jax import recipe\ndef get_config(): return recipe.preset('paper', steps='many')": ["steps", "many"],
+    "from esd_jax import recipe\ndef get_config(): return recipe.preset('esd', 'papr')": ["'papr'", "paper"],
+    "from esd_jax import recipe\ndef get_config(): return recipe.preset('esd', steps='many')": ["steps", "many"],
 }
 
 
@@ -249,7 +277,7 @@ def test_configs_that_are_wrong(esd, tmp_path, text):
 
 def test_a_config_with_an_unknown_field(esd, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from esd_jax import recipe\ndef get_config(): return recipe.preset('paper', stepz=3)"
+        "from esd_jax import recipe\ndef get_config(): return recipe.preset('esd', 'paper', stepz=3)"
     )
     assert_refused(esd("erase", "--config", tmp_path / "mine.py", "--dry_run"), "'stepz'", "'steps'")
 
@@ -352,6 +380,70 @@ def test_sampled_images(esd, base, finished, tmp_path):
     erased = esd_jax.sample(esd_jax.load(finished / "model"), ["cat"], num_steps=2, seed=3)[0]
     found = np.asarray(Image.open(tmp_path / "c" / "00000.png"))
     assert np.abs(found.astype(int) - erased).mean() < 0.1 * np.abs(expected[0].astype(int) - erased).mean()
+
+
+def test_images_sampled_by_rules(esd, base, tmp_path):
+    prompts, options = ["cat", "a photo of the dog"], {"num_steps": 3, "seed": 3}
+    pipeline = esd_jax.load(base)
+    edits = (Edit("dog", scale=-4, warmup=1, threshold=0.5), Edit("a photo"))
+    for flags, arguments in [
+        (["--sld=max", "--safety_prompt=dog", "--reweight=cat=0.5", "--reweight=the dog=2"],
+         {"rule": SLD.preset("max", "dog"), "reweight": {"cat": 0.5, "the dog": 2.0}}),
+        (["--edit=dog; scale=-4; warmup=1 ;threshold=.5", "--edit=a photo"], {"rule": SEGA(edits)}),
+    ]:  # fmt: skip
+        command = ["sample", f"--base={base}", "--num_steps=3", "--seed=3", f"--prompts={';'.join(prompts)}"]
+        code, out, err = esd(*command, f"--output={tmp_path / 'x.png'}", "--overwrite", *flags)
+        assert (code, out, err) == (0, f"2 images in {tmp_path / 'x.png'}\n", "")
+        expected = esd_jax.sample(pipeline, prompts, **options, **arguments)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.concatenate(expected, axis=1))
+
+
+def test_purified_images(esd, base, finished, tmp_path):
+    """Files of any size are scaled and cropped; flags may stand before or behind them."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    command = ["purify", files[0], f"--base={base}", "--num_steps=3", f"--output={tmp_path / 'x'}", files[1]]
+    pipeline, inputs = esd_jax.load(base), pictures[:, :, 4:20]
+    options = {"num_steps": 3, "guidance_scale": 1.0}
+    expected = esd_jax.purify(pipeline, inputs, "cat", **options)
+    alone = sampling.reconstruct(pipeline, inputs)
+    report = ["likeness to the inputs (SSIM), mean and lowest", likeness("these images", expected, inputs)]
+    last = likeness("by the autoencoder alone", alone, inputs)
+    out = "\n".join([f"2 images in {tmp_path / 'x'}", *report, last, ""])
+    assert esd(*command, "--prompt=cat") == (0, out, "")
+    found = np.stack([np.asarray(Image.open(tmp_path / "x" / f"{i:05d}.png")) for i in range(2)])
+    np.testing.assert_array_equal(found, expected)
+    code, out, err = esd(*command, "--prompt=cat", "--nocompare", "--overwrite")
+    assert (code, out.splitlines()[1:], err) == (0, report, "")
+
+    # An erased model is compared with what its base does.
+    plain = likeness("by the unmodified weights", esd_jax.purify(pipeline, inputs, **options), inputs)
+    model = esd_jax.load(finished / "model")
+    erased = {
+        "unmodified": esd_jax.purify(model, inputs, inverter=pipeline, **options),
+        "itself": esd_jax.purify(model, inputs, **options),
+    }
+    assert (erased["unmodified"] != erased["itself"]).any()
+    (delta,) = finished.glob("*.safetensors")
+    for named, inverter in [
+        ([f"--run={finished}"], "unmodified"),
+        ([f"--run={finished}"], "itself"),
+        ([f"--base={base}", f"--delta={delta}"], "unmodified"),
+    ]:
+        flags = [f"--inverter={inverter}", "--num_steps=3", f"--output={tmp_path / 'y'}", "--overwrite"]
+        code, out, err = esd("purify", *files, *named, *flags)
+        assert (code, out.splitlines()[3:], err) == (0, [plain, last], "")
+        if len(named) == 1:  # a delta is in bfloat16
+            assert out.splitlines()[2] == likeness("these images", erased[inverter], inputs)
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "y" / "00001.png")), erased[inverter][1])
+
+
+def likeness(name, images, inputs):
+    """A line of what purify tells."""
+    found = ssim(images, inputs)
+    return f"  {name:26}{found.mean():.3f}  {found.min():.3f}"
 
 
 # Prompts, and our own warnings.
@@ -633,7 +725,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
     plans = []
-    monkeypatch.setitem(cli.VERBS, "erase", (cli.VERBS["erase"][0], lambda v: plans.append(v.config.to_dict())))
+    verb = dataclasses.replace(cli.VERBS["erase"], run=lambda v: plans.append(v.config.to_dict()))
+    monkeypatch.setitem(cli.VERBS, "erase", verb)
     doc = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["__doc__"].replace("\\\n", " ")
     commands = [shlex.split(line) for line in doc.splitlines() if line.strip().startswith("esd-jax ")]
     assert commands and all(f"--config={name}" in command for command in commands)
@@ -644,7 +737,7 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
         assert plan.concepts and plan.output_dir
         arch = "sdxl" if "xl" in plan.base else "sd21" if "2-1" in plan.base else "sd14"
         configs, schedule = esd_jax.api.architecture(arch)
-        assert make_trajectory(plan.esd, Schedule.from_config(schedule.config)).support.size
+        assert plan.settings.evaluations(Schedule.from_config(schedule.config), plan.images is not None) >= 0
         assert select(plan.subset, network(configs["unet"], plan.dtype).layouts)
 
 

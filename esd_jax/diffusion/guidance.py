@@ -1,6 +1,9 @@
-"""Classifier-free guidance (Ho & Salimans 2022) over network outputs."""
+"""Guidance: a network's outputs for several prompts become one.
 
-from collections.abc import Callable
+Classifier-free guidance (Ho & Salimans 2022) needs two prompts, the rules of `rules` more.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,21 +22,43 @@ def cfg(eps_null: Float[Array, "..."], eps_c: Float[Array, "..."], scale: ArrayL
     return eps_null + scale * (eps_c - eps_null)
 
 
-def interleave(a: Array, b: Array) -> Array:
-    """Two [batch, ...] arrays -> [2 batch, ...]: a_0, b_0, a_1, b_1, ...
+def interleave(*arrays: Array) -> Array:
+    """k arrays [batch, ...] -> [k batch, ...]: a_0, b_0, ..., a_1, b_1, ...
 
     Concatenating all of `a` before all of `b` would move half of every example to another device when the batch axis is
-    sharded; interleaved, each device keeps its own pairs.
+    sharded; interleaved, each device keeps its own.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"only equal shapes interleave, not {a.shape} and {b.shape}")
-    return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+    if any(array.shape != arrays[0].shape for array in arrays):
+        raise ValueError(f"only equal shapes interleave, not {' and '.join(str(array.shape) for array in arrays)}")
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+
+def split(x: Array, k: int) -> tuple[Array, ...]:
+    """The inverse of `interleave`: [k batch, ...] -> k arrays [batch, ...]."""
+    groups = x.reshape(x.shape[0] // k, k, *x.shape[1:])
+    return tuple(groups[:, j] for j in range(k))
 
 
 def split_pair(x: Array) -> tuple[Array, Array]:
-    """The inverse of `interleave`: [2 batch, ...] -> two [batch, ...]."""
-    pairs = x.reshape(x.shape[0] // 2, 2, *x.shape[1:])
-    return pairs[:, 0], pairs[:, 1]
+    """`split` in two."""
+    return split(x, 2)
+
+
+def together(
+    denoise: Callable[[Array, Array, Any], Array], prompts: Sequence[Any]
+) -> Callable[[Array, Array], tuple[Array, ...]]:
+    """`denoise(x, t, prompt) -> output` -> `f(x, t) -> outputs`, one for each prompt, in a single call.
+
+    `prompts` are pytrees of [batch, ...] arrays with the same structure (None leaves allowed); `t` is a scalar or
+    [batch].
+    """
+    k, stacked = len(prompts), jax.tree.map(interleave, *prompts)
+
+    def outputs(x: Array, t: Array) -> tuple[Array, ...]:
+        t = t if jnp.ndim(t) == 0 else interleave(*[t] * k)
+        return split(denoise(interleave(*[x] * k), t, stacked), k)
+
+    return outputs
 
 
 def classifier_free(
@@ -47,11 +72,5 @@ def classifier_free(
     """
     if jax.tree.structure(cond) != jax.tree.structure(null):
         raise ValueError(f"cond and null differ: {jax.tree.structure(cond)} and {jax.tree.structure(null)}")
-    pair = jax.tree.map(interleave, null, cond)
-
-    def guided(x: Array, t: Array) -> Array:
-        t = t if jnp.ndim(t) == 0 else interleave(t, t)
-        eps_null, eps_c = split_pair(denoise(interleave(x, x), t, pair))
-        return cfg(eps_null, eps_c, scale)
-
-    return guided
+    pair = together(denoise, [null, cond])
+    return lambda x, t: cfg(*pair(x, t), scale)

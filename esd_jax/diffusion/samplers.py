@@ -6,6 +6,7 @@ reproduce the diffusers scheduler classes, from which a checkpoint's `scheduler_
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,18 +110,21 @@ def drop_first(sampler: Sampler, n: int = 1) -> Sampler:
 
 def run(
     sampler: Sampler,
-    denoise: Callable[[Array, Array], Array],
+    denoise: Callable[..., Any],
     x: Float[Array, "..."],
     *,
     start: ArrayLike = 0,
     stop: ArrayLike | None = None,
     step_noise: Callable[[Array], Array] | None = None,
+    memory: Any = None,
 ) -> Float[Array, "..."]:
     """Steps `start` to `stop` (default: to the end) in one loop; a traced `stop` compiles once for all its values.
 
     `x` is what stands before step `start`: at 0, unit Gaussian noise times `sampler.initial_scale`. It is kept in
-    float32 or wider. `denoise(x_scaled, t)` is called with the float32 scalar `t = timesteps[i]`. `step_noise(i)` is
-    unit Gaussian noise shaped like `x`, and needed if `sampler.stochastic`.
+    float32 or wider. `denoise(x_scaled, t)` is called with the float32 scalar `t = timesteps[i]`. Given a `memory` (a
+    pytree of arrays, or ()), it is called as `denoise(x_scaled, t, i, memory)` and returns (output, memory): guidance
+    that hangs on the step, or carries something from step to step. `step_noise(i)` is unit Gaussian noise shaped like
+    `x`, and needed if `sampler.stochastic`.
 
     Returns x at the noise level of `timesteps[stop]`, to be multiplied by `input_scale[stop]` for the network; after
     the last step, the image. Raises `ValueError` for a missing `step_noise`, for bounds that are known and outside the
@@ -140,11 +144,13 @@ def run(
     timesteps = jnp.asarray(sampler.timesteps, jnp.float32)
     input_scale = jnp.asarray(sampler.input_scale, x.dtype)
 
-    def body(i: Array, carry: Carry) -> Carry:
-        output = denoise(carry[0] * input_scale[i], timesteps[i])
-        return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic else None)
+    def body(i: Array, carried: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        carry, memory = carried
+        scaled = carry[0] * input_scale[i], timesteps[i]
+        output, memory = (denoise(*scaled), None) if memory is None else denoise(*scaled, i, memory)
+        return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic else None), memory
 
-    return jax.lax.fori_loop(start, stop, body, carry)[0]
+    return jax.lax.fori_loop(start, stop, body, (carry, memory))[0][0]
 
 
 def _check_options(schedule: Schedule, name: str) -> None:

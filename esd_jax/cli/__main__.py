@@ -1,0 +1,8 @@
+"""`python -m esd_jax.cli VERB` is `esd-jax VERB`."""
+
+import sys
+
+from esd_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

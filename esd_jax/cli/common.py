@@ -1,0 +1,119 @@
+"""What the verbs of the command line share: their form, their help, and flags that several of them have."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+WIDTH, MARGIN = 110, 30  # of --help, in characters: of all, and of the flags' names
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of the command line.
+
+    usage: how it is written, for --help. notes: what its own --help ends with.
+    define: makes its flags. run: carries out what their values say.
+    prepare: takes what are no plain flags out of the arguments, before the rest is parsed.
+    positional: the flag whose values may also stand alone.
+    """
+
+    usage: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[[flags.FlagValues], None]
+    prepare: Callable[[flags.FlagValues, list[str]], list[str]] = lambda _, argv: argv
+    positional: str | None = None
+    notes: Callable[[], str] = str
+
+    def defined(self) -> flags.FlagValues:
+        """The flags without values."""
+        values = flags.FlagValues()
+        self.define(values)
+        return values
+
+    def help(self) -> str:
+        """The usage, and a line or more for each flag."""
+        values, lines = self.defined(), [self.usage, ""]
+        for name in values:
+            flag = values[name]
+            text, *_ = flag.help.split(";\n")  # absl says of some, at length, that they may be repeated
+            if isinstance(flag, flags.MultiFlag):
+                text += " May be repeated."
+            elif flag.default not in (None, "") and flag.default is not False:
+                text += f" [default: {flag.default}]"
+            left = f"  --{'[no]' if flag.boolean else ''}{name}"
+            lines += textwrap.wrap(text, WIDTH, initial_indent=f"{left:{MARGIN}}", subsequent_indent=" " * MARGIN)
+        return "\n".join([*lines, self.notes()]).rstrip()
+
+    def parse(self, name: str, argv: list[str]) -> flags.FlagValues:
+        """The flags' values. Raises ValueError, or flags.Error, in one line."""
+        values = self.defined()
+        try:
+            rest = values([f"esd-jax {name}", *self.prepare(values, argv)])[1:]
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(f"{error}; `esd-jax {name} --help` lists the flags") from error
+        except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a wrong value
+            raise ValueError(f"config: {error}") from error
+        if rest and not self.positional:
+            raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+        if rest:
+            setattr(values, self.positional, [*values[self.positional].value, *rest])
+        return values
+
+
+# Flags that several verbs have, and what their values mean.
+
+
+def define_images(values: flags.FlagValues) -> None:
+    """Where images are written, and how they are drawn."""
+    flags.DEFINE_string(
+        "output", None, "A .png: all images side by side; else a folder of .png files.", flag_values=values
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
+    at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_integer("height", None, "In pixels; by default the size that the model was trained for.", **at_least_1)
+    flags.DEFINE_integer("width", None, "In pixels.", **at_least_1)
+    flags.DEFINE_integer("batch_size", 8, "Images per call of the network.", **at_least_1)
+
+
+def output(values: flags.FlagValues) -> Path:
+    """--output, which may not exist unless --overwrite is given."""
+    path = Path(required(values, "output")).expanduser()
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not values.overwrite:
+        raise FileExistsError(f"{path} exists: give --overwrite, or another --output")
+    return path
+
+
+def required(values: flags.FlagValues, name: str) -> Any:
+    """A flag's value. Raises ValueError if it is not given, or empty."""
+    if not values[name].value:
+        raise ValueError(f"--{name} is required")
+    return values[name].value
+
+
+def number(name: str, text: str) -> float:
+    """A number within a flag's text. Raises ValueError, naming it."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text} is no number") from None
+
+
+def options(values: flags.FlagValues, names: str) -> dict[str, Any]:
+    """Some flags' values by their names."""
+    return {name: values[name].value for name in names.split()}
+
+
+def model(values: flags.FlagValues, step: int | None = None) -> Any:
+    """The pipeline that --run, or --base, with --delta names."""
+    from esd_jax import api
+    from esd_jax.io import delta
+
+    pipeline = api.restore(values.run, step, base=values.base) if values.run else api.load(values.base)
+    for path in values.delta:
+        pipeline = delta.load_delta(pipeline, path)
+    return pipeline

@@ -1,0 +1,84 @@
+"""`esd-jax erase`: erase a concept, and export the result."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from esd_jax import selection
+from esd_jax.cli.common import Verb
+from esd_jax.models.architectures import ARCHITECTURES
+
+USAGE = """\
+  esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
+                  [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.", flag_values=values)
+    flags.DEFINE_enum(
+        "arch", None, ARCHITECTURES, "With --dry_run: an architecture in place of a base.", flag_values=values
+    )
+    flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
+
+
+def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Takes --config=NAME out of the arguments, and makes a flag --config.FIELD of every field that they change."""
+    from esd_jax import recipe
+
+    name, rest, changed, words = None, [], [], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("-config", "--config"):
+            name = value if equals else next(words, None)
+            continue
+        if field := re.fullmatch(r"--?(?:no)?config\.(.*)", flag):
+            changed.append(field[1])
+        rest.append(word)
+    if not name:
+        raise ValueError(f"erase needs --config=NAME; choose one of {', '.join(recipe.config_names())}, or a path")
+    config = recipe.read(name)
+    for field in changed:
+        recipe.check_field(field, config.get("method", "esd"))
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *rest])
+    return rest
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import api, recipe, runs
+
+    plan = recipe.make(**values.config.to_dict())
+    if values.arch and not values.dry_run:
+        raise ValueError("--arch describes a run without weights: it needs --dry_run")
+    if values.dry_run:
+        _dry_run(plan, values.arch)
+        return
+    if not plan.output_dir:
+        raise ValueError("erase needs --config.output_dir, the run's folder")
+    _ = plan.concepts
+    base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    runs.run(base, plan, resume=values.resume, overwrite=values.overwrite)
+    folder = Path(plan.output_dir).expanduser()
+    print(
+        f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
+        f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
+    )
+
+
+def _dry_run(plan: Any, arch: str | None) -> None:
+    from esd_jax import api
+    from esd_jax.training.plan import make_plan
+
+    configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
+    size = make_plan(configs, schedule, plan)
+    print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
+
+
+def _notes() -> str:
+    return f"\n  what --config.subset may be:\n{selection.describe()}"
+
+
+VERB = Verb(USAGE, define, run, prepare=define_config, notes=_notes)

@@ -1,0 +1,99 @@
+"""`esd-jax purify`: draw real images anew by an erased checkpoint, and tell how exactly that works."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from esd_jax.cli import common
+from esd_jax.cli.common import Verb
+
+USAGE = """\
+  esd-jax purify  IMAGE ... --run=RUN | --base=BASE [--delta=FILE ...]   draw real images anew, without the concept
+                  --output=OUTPUT [--prompt=CONCEPT]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    values.set_gnu_getopt(True)  # the images may stand before the flags
+    flags.DEFINE_multi_string("image", [], "An image file; also without --image=.", flag_values=values)
+    flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint draws.", flag_values=values)
+    flags.DEFINE_string("base", None, "The checkpoint; with --run: where its base lies now.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_string(
+        "prompt",
+        "",
+        "What the images are inverted and drawn with: by default nothing; or the concept.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_steps", 35, "DDIM steps, up and down.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance_scale", 1.0, "Of drawing; 1: none.", flag_values=values)
+    flags.DEFINE_float("inversion_guidance_scale", 1.0, "Of inverting; 1: none.", flag_values=values)
+    flags.DEFINE_enum(
+        "inverter",
+        "unmodified",
+        ["unmodified", "itself"],
+        "What inverts: the base's own weights, or those that draw, which without guidance give back any picture.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "timestep",
+        "level",
+        ["level", "target"],
+        "What the network is told in each step of inverting: the timestep that it steps from (level), or the one that "
+        "it steps to (target), as in diffusers.",
+        flag_values=values,
+    )
+    common.define_images(values)
+    flags.DEFINE_bool(
+        "compare", True, "Also draw the images by the unmodified weights, to tell what inversion alone loses.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import sampling
+    from esd_jax.io import images
+
+    output = common.output(values)
+    images.check_output(output)
+    if not values.image:
+        raise ValueError("purify needs at least one image")
+    if not values.run and not values.base:
+        raise ValueError("purify needs --run, or --base")
+    pipeline = common.model(values)
+    size = sampling.image_size(pipeline.configs, values.height, values.width)
+    inputs = sampling.to_uint8(images.read_images(";".join(values.image), size))
+    options = common.options(values, "num_steps guidance_scale inversion_guidance_scale timestep batch_size")
+    unmodified = _unmodified(pipeline)
+    inverter = unmodified if values.inverter == "unmodified" else pipeline
+    drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}
+    images.write_images(drawn["these images"], output)
+    print(f"{len(inputs)} images in {output}")
+    if values.compare:
+        if pipeline.edits:
+            drawn["by the unmodified weights"] = sampling.purify(unmodified, inputs, values.prompt, **options)
+        drawn["by the autoencoder alone"] = sampling.reconstruct(pipeline, inputs, batch_size=values.batch_size)
+    print(_likeness(np.asarray(inputs), drawn))
+
+
+def _unmodified(pipeline: Any) -> Any:
+    """The checkpoint as its files have it; it shares all tensors that were not trained."""
+    from esd_jax.io.diffusers import read_exact
+
+    return pipeline.with_edits(read_exact(replace(pipeline, edits={}), pipeline.edits))
+
+
+def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:
+    """A line for each way of drawing: how like the inputs its images are."""
+    from esd_jax.demo.measure import ssim
+
+    lines = ["likeness to the inputs (SSIM), mean and lowest"]
+    for name, found in drawn.items():
+        likeness = ssim(found, inputs)
+        lines.append(f"  {name:26}{likeness.mean():.3f}  {likeness.min():.3f}")
+    return "\n".join(lines)
+
+
+VERB = Verb(USAGE, define, run, positional="image")

@@ -1,0 +1,142 @@
+"""`esd-jax sample`: draw images from prompts, by any weights, sampler and guidance rule."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from esd_jax.cli import common
+from esd_jax.cli.common import Verb
+
+USAGE = """\
+  esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   draw images
+                  [--sld=weak|medium|strong|max | --edit="CONCEPT; scale=-5" ...] [--reweight=WORD=FACTOR ...]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("base", "emoji", "The checkpoint.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_string(
+        "prompts", None, "Prompts separated by ';', or a .txt file with one a line.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer("num_steps", 50, "Sampler steps.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance_scale", 7.5, "Of classifier-free guidance; 1: none.", flag_values=values)
+    flags.DEFINE_string("negative_prompt", None, "In place of the empty prompt.", flag_values=values)
+    flags.DEFINE_string(
+        "sampler",
+        None,
+        "ddim, pndm, lms, euler, euler_ancestral or dpmpp_2m; by default the checkpoint's own.",
+        flag_values=values,
+    )
+    flags.DEFINE_float("eta", 0.0, "DDIM's stochasticity, 0 to 1.", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.", flag_values=values)
+    flags.DEFINE_string("variant", None, "Of the base's files, as diffusers means it (fp16).", flag_values=values)
+    common.define_images(values)
+    flags.DEFINE_enum(
+        "sld",
+        None,
+        ["weak", "medium", "strong", "max"],
+        "Safe Latent Diffusion: steers away from --safety_prompt, so strongly.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "safety_prompt",
+        None,
+        "With --sld: the concept; by default all that its paper calls unsafe.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "edit",
+        [],
+        "Semantic guidance (SEGA) towards a concept, or with a negative scale away from it. 'CONCEPT', or with some of "
+        "'CONCEPT; scale=-5; warmup=10; cooldown=40; threshold=0.9; weight=1'.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "reweight",
+        [],
+        "WORD=FACTOR: multiplies the attention to a word, or phrase, of the prompts (Prompt-to-Prompt); 0 ignores it. "
+        "The word '<|endoftext|>' is what follows a prompt, which also holds the whole of it.",
+        flag_values=values,
+    )
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import api
+    from esd_jax.io import delta, images
+
+    output, prompts = common.output(values), _prompts(common.required(values, "prompts"))
+    images.check_output(output)
+    if not math.isfinite(values.guidance_scale):
+        raise ValueError(f"--guidance_scale={values.guidance_scale} must be finite")
+    rule, reweight = _rule(values), _reweight(values.reweight)
+    pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
+    for path in values.delta:
+        pipeline = delta.load_delta(pipeline, path)
+    options = common.options(
+        values, "seed num_steps guidance_scale negative_prompt sampler eta height width batch_size"
+    )
+    drawn = api.sample(pipeline, prompts, rule=rule, reweight=reweight, **options)
+    images.write_images(drawn, output)
+    print(f"{len(drawn)} images in {output}")
+
+
+def _rule(values: flags.FlagValues) -> Any:
+    """The guidance rule that --sld or --edit names, or None."""
+    from esd_jax.diffusion.rules import SEGA, SLD
+
+    if values.sld and values.edit:
+        raise ValueError("--sld and --edit are two guidance rules: give one")
+    if values.safety_prompt is not None and not values.sld:
+        raise ValueError("--safety_prompt needs --sld")
+    if values.sld:
+        return SLD.preset(values.sld, *([] if values.safety_prompt is None else [values.safety_prompt]))
+    return SEGA(tuple(map(_edit, values.edit))) if values.edit else None
+
+
+def _edit(given: str) -> Any:
+    """'CONCEPT; scale=-5; warmup=10' -> Edit."""
+    from esd_jax.diffusion.rules import Edit
+
+    concept, *settings = (part.strip() for part in given.split(";"))
+    known = [field.name for field in dataclasses.fields(Edit)][1:]
+    numbers = {}
+    for setting in filter(None, settings):
+        name, _, value = (part.strip() for part in setting.partition("="))
+        if name not in known:
+            raise ValueError(f"--edit: {setting!r} is no setting; choose of {', '.join(known)}")
+        numbers[name] = common.number(f"--edit: {name}", value)
+    return Edit(concept, **numbers)
+
+
+def _reweight(given: list[str]) -> dict[str, float]:
+    """'WORD=FACTOR', ... -> {word: factor}."""
+    factors = {}
+    for text in given:
+        word, _, factor = text.rpartition("=")
+        if not word.strip():
+            raise ValueError(f"--reweight={text} is not WORD=FACTOR")
+        factors[word.strip()] = common.number(f"--reweight: {word}", factor)
+    return factors
+
+
+def _prompts(given: str) -> list[str]:
+    """'A; B', or the lines of a .txt file."""
+    if given.lower().endswith(".txt"):
+        try:
+            lines = Path(given).expanduser().read_text("utf-8").splitlines()
+        except OSError as error:
+            raise FileNotFoundError(f"--prompts: cannot read {given}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts: {given} is not a text file in UTF-8: {error.reason}") from error
+    else:
+        lines = given.split(";")
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise ValueError("--prompts holds no prompt")
+    return prompts
+
+
+VERB = Verb(USAGE, define, run)

@@ -1,0 +1,96 @@
+"""The jitted functions that run a checkpoint's networks; cached, so that equal settings compile once."""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from esd_jax.diffusion import guidance, inversion, rules, samplers
+from esd_jax.diffusion.rules import Rule
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.diffusion.solvers import Sampler
+from esd_jax.models import vae
+from esd_jax.models.attention import Attention
+from esd_jax.models.unet import Conditioning
+from esd_jax.models.vae import VAEConfig
+from esd_jax.params import Network, Params
+
+# What the network is told of a batch: an encoded prompt, and what the attention to its tokens is multiplied with.
+Told = tuple[Conditioning, Float[Array, "batch tokens"] | None]
+
+
+@lru_cache(maxsize=16)
+def sampler(schedule: str, name: str, num_steps: int, eta: float) -> Sampler:
+    """`samplers.make_sampler` of a scheduler config in JSON; the same object for equal settings."""
+    return samplers.make_sampler(Schedule.from_config(json.loads(schedule)), name, num_steps, eta=eta)
+
+
+@lru_cache(maxsize=16)
+def inverter(schedule: str, num_steps: int, timestep: str) -> Sampler:
+    """`inversion.inverter`, likewise."""
+    return inversion.inverter(Schedule.from_config(json.loads(schedule)), num_steps, timestep)
+
+
+@lru_cache(maxsize=16)
+def steps(unet: Network, sampler: Sampler, rule: type[Rule] | None = None) -> Callable[..., Array]:
+    """From noise to latents, or back: (params, x, told, guidance scale, the rule's numbers, keys) -> x.
+
+    told: of the prompt; of (null prompt, prompt); or, with a rule, of (null prompt, prompt, *rule's prompts).
+    keys: one for each example, needed by a stochastic sampler.
+    """
+
+    def run(
+        params: Params, x: Array, told: tuple[Told, ...], scale: Array, numbers: Any = None, keys: Array | None = None
+    ) -> Array:
+        def denoise(x: Array, t: Array, told: Told) -> Array:
+            conditioning, token_scale = told
+            edits = () if token_scale is None else (Attention(token_scale),)
+            return unet.apply(params, x, t, conditioning, *edits).astype(jnp.float32)
+
+        def step_noise(i: Array) -> Array:
+            # 1 + i: fold 0 is the initial noise's, when a seed is given for each example.
+            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1 + i), x.shape[1:]))(keys)
+
+        memory = None
+        if rule is not None:
+            denoiser, memory = rules.ruled(denoise, rule, numbers, told, scale), rule.start(x)
+        elif len(told) == 2:
+            null, condition = told
+            denoiser = guidance.classifier_free(denoise, condition, null, scale)
+        else:
+            (condition,) = told
+            denoiser = lambda x, t: denoise(x, t, condition)  # noqa: E731
+        noise = step_noise if sampler.stochastic else None
+        return samplers.run(sampler, denoiser, x * sampler.initial_scale, step_noise=noise, memory=memory)
+
+    return jax.jit(run)
+
+
+@lru_cache(maxsize=8)
+def decoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
+    """From latents to uint8 images."""
+
+    def decode(params: Params, latents: Array) -> Array:
+        return to_uint8(network.apply(params, vae.unscale(config, latents), "decode").astype(jnp.float32))
+
+    return jax.jit(decode)
+
+
+@lru_cache(maxsize=8)
+def encoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
+    """From uint8 images to the mean of their latents."""
+
+    def encode(params: Params, images: Array) -> Array:
+        mean = network.apply(params, images.astype(jnp.float32) / 127.5 - 1, "encode").mean
+        return vae.scale(config, mean.astype(jnp.float32))
+
+    return jax.jit(encode)
+
+
+def to_uint8(images: Float[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
+    """[-1, 1] -> 0..255."""
+    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -1,0 +1,280 @@
+"""What a checkpoint draws: images from noise, noise from images, and real images drawn anew."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from esd_jax.diffusion import programs, prompt_to_prompt, samplers
+from esd_jax.diffusion.programs import Told, to_uint8
+from esd_jax.diffusion.rules import Rule
+from esd_jax.models.unet import Conditioning
+from esd_jax.pipeline import Pipeline, image_size
+
+__all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "sample", "to_uint8"]
+
+
+def sample(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    num_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | Sequence[str] | None = None,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    latents: Float[Array, "batch h w channel"] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    rule: Rule | None = None,
+    reweight: Mapping[str, float] | None = None,
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Draws one image per prompt.
+
+        sample(pipeline, ["a cat in neon style"], num_steps=20)
+        sample(pipeline, ["a cat in neon style"], num_steps=20, rule=SLD.preset("strong", "neon style"))
+        sample(pipeline, ["a cat in neon style"], num_steps=20, reweight={"neon": 0.5})
+
+    Args:
+      pipeline: the checkpoint, erased or not.
+      prompts: one per image.
+      seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
+      num_steps: sampler steps.
+      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
+      negative_prompt: takes the place of the empty prompt; one for all, or one per image.
+      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names.
+      eta: DDIM's stochasticity, 0 to 1.
+      latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
+      height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
+      batch_size: images per call of the network.
+      rule: further guidance, `SLD` or `SEGA` of `esd_jax.diffusion.rules`; it needs a guidance_scale above 1.
+      reweight: words or phrases of the prompts -> what the attention to them is multiplied with, in every
+        cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
+        image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
+        "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
+
+    Returns:
+      uint8 [n, height, width, 3].
+
+    Raises:
+      ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, ...
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one string: give a list of prompts")
+    n, guided = len(prompts), _check(batch_size, guidance_scale, rule)
+    size = image_size(pipeline.configs, height, width)
+    if not n:
+        return np.zeros((0, *size, 3), np.uint8)
+    keys = example_keys(seed, n)
+    needed = jax.eval_shape(lambda: initial_noise(pipeline, keys, size)).shape
+    if latents is None:
+        latents = initial_noise(pipeline, keys, size)
+    elif latents.shape != needed:
+        raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
+    name = sampler or samplers.default_sampler(pipeline.schedule)
+    made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
+    run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
+    decode = programs.decoder(pipeline.network("vae"), pipeline.configs["vae"])
+    rows = min(batch_size, n)
+    tell = _teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
+    numbers, images = rule.numbers if rule else None, []
+    for index in _batches(n, batch_size):
+        drawn = run(
+            pipeline.params["unet"], jnp.asarray(latents)[index], tell(index), jnp.float32(guidance_scale),
+            numbers, keys[index],
+        )  # fmt: skip
+        images.append(np.asarray(decode(pipeline.params["vae"], drawn)))
+    return np.concatenate(images)[:n]
+
+
+def invert(
+    pipeline: Pipeline,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    prompts: str | Sequence[str] = "",
+    *,
+    num_steps: int = 35,
+    guidance_scale: float = 1.0,
+    timestep: str = "level",
+    batch_size: int = 8,
+) -> Float32[np.ndarray, "batch h w channel"]:
+    """The noise from which `sample(sampler="ddim")`, with as many steps, draws about these images.
+
+    Args:
+      pipeline: the checkpoint that inverts.
+      images: of a size that the checkpoint draws.
+      prompts: what they show, or ""; one for all, or one per image.
+      num_steps: of DDIM, upwards.
+      guidance_scale: 1 or less inverts without guidance. Guidance spoils the inversion (Mokady et al. 2023).
+      timestep: what the network is told, "level" or "target": see `inversion.inverter`.
+      batch_size: images per call of the network.
+
+    Returns:
+      Latents at the noisiest timestep, for `sample(latents=...)`.
+    """
+    guided = _check(batch_size, guidance_scale, None)
+    images, size = _check_images(pipeline, images)
+    n = len(images)
+    prompts = [prompts] * n if isinstance(prompts, str) else prompts
+    if len(prompts) != n:
+        raise ValueError(f"{len(prompts)} prompts for {n} images")
+    if not n:
+        return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
+    encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
+    run = programs.steps(pipeline.network("unet"), programs.inverter(_schedule(pipeline), num_steps, timestep))
+    tell = _teller(pipeline, prompts, size, min(batch_size, n), guided)
+    noise = []
+    for index in _batches(n, batch_size):
+        latents = encode(pipeline.params["vae"], images[index])
+        inverted = run(pipeline.params["unet"], latents, tell(index), jnp.float32(guidance_scale))
+        noise.append(np.asarray(inverted))
+    return np.concatenate(noise)[:n]
+
+
+def purify(
+    pipeline: Pipeline,
+    images: UInt8[np.ndarray, "batch height width 3"],
+    prompts: str | Sequence[str] = "",
+    *,
+    inverter: Pipeline | None = None,
+    num_steps: int = 35,
+    guidance_scale: float = 1.0,
+    inversion_guidance_scale: float = 1.0,
+    timestep: str = "level",
+    batch_size: int = 8,
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Draws real images anew with an erased checkpoint (Hong et al. 2024, "concept purification").
+
+    They are inverted and drawn with the same prompt: "", or the concept. The paper leaves open which model inverts. If
+    it is the one that draws, at the same guidance, every picture comes back, with what was erased, as exactly as DDIM's
+    steps can be reversed; if it is the unmodified one, what only that one knows does not.
+
+        image = np.asarray(Image.open("neon_cat.png").convert("RGB"))
+        drawn = purify(erased, image[None], inverter=base)
+
+    Args:
+      pipeline: the checkpoint that draws.
+      images, prompts, num_steps, timestep, batch_size: as in `invert`.
+      inverter: the checkpoint that inverts; by default the one that draws.
+      guidance_scale: of drawing (the paper trains for 7.5; 1 is the inverse of 1).
+      inversion_guidance_scale: of inverting.
+
+    Returns:
+      uint8 [n, height, width, 3].
+    """
+    options = {"num_steps": num_steps, "batch_size": batch_size}
+    latents = invert(
+        inverter or pipeline, images, prompts, guidance_scale=inversion_guidance_scale, timestep=timestep, **options
+    )
+    prompts = [prompts] * len(latents) if isinstance(prompts, str) else prompts
+    height, width = np.shape(images)[1:3]
+    return sample(
+        pipeline, prompts, guidance_scale=guidance_scale, sampler="ddim", latents=latents,
+        height=height, width=width, **options,
+    )  # fmt: skip
+
+
+def reconstruct(
+    pipeline: Pipeline, images: UInt8[np.ndarray, "batch height width 3"], *, batch_size: int = 8
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """What the autoencoder alone makes of images: as exactly as `purify` could draw them."""
+    images, _ = _check_images(pipeline, images)
+    network, config, params = pipeline.network("vae"), pipeline.configs["vae"], pipeline.params["vae"]
+    encode, decode = programs.encoder(network, config), programs.decoder(network, config)
+    parts = [np.asarray(decode(params, encode(params, images[index]))) for index in _batches(len(images), batch_size)]
+    return np.concatenate([*parts, images[:0]])[: len(images)]
+
+
+def example_keys(seed: int | Sequence[int], n: int) -> Array:
+    """One random key per example: of (seed, i), or of seed[i] alone. Raises ValueError for a seed beyond 32 bits."""
+    if not all(0 <= int(s) < 2**32 for s in np.atleast_1d(np.asarray(seed, object))):  # JAX would use 32 bits of it
+        raise ValueError(f"seed={seed} must be in 0..{2**32 - 1}")
+    if isinstance(seed, Sequence | np.ndarray):
+        if len(seed) != n:
+            raise ValueError(f"{len(seed)} seeds for {n} prompts")
+        return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(jnp.asarray(seed, jnp.uint32))
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+
+
+def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Float[Array, "batch h w channel"]:
+    """Unit Gaussian latents for images of `size` pixels, one per key."""
+    factor, channels = pipeline.configs["vae"].factor, pipeline.configs["unet"].in_channels
+    shape = (size[0] // factor, size[1] // factor, channels)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _check(batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
+    """Whether sampling is guided; raises ValueError for numbers out of range."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} must be finite")
+    if rule is not None and guidance_scale <= 1:
+        name = type(rule).__name__
+        raise ValueError(f"guidance_scale={guidance_scale} switches guidance off, but {name} needs it: above 1")
+    return guidance_scale > 1
+
+
+def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Images, and their size in pixels; raises ValueError for what the checkpoint does not draw."""
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 [n, height, width, 3], not {images.dtype} {list(images.shape)}")
+    return images, image_size(pipeline.configs, *images.shape[1:3])
+
+
+def _batches(n: int, batch_size: int) -> list[np.ndarray]:
+    """Indices of the examples of each batch. The last is filled up: every batch has the shape that was compiled."""
+    return [np.minimum(np.arange(i, i + min(batch_size, n)), n - 1) for i in range(0, n, batch_size)]
+
+
+def _schedule(pipeline: Pipeline) -> str:
+    return json.dumps(dict(pipeline.schedule.config), sort_keys=True)
+
+
+def _teller(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    rows: int,
+    guided: bool,
+    negative_prompt: str | Sequence[str] | None = None,
+    rule: Rule | None = None,
+    reweight: Mapping[str, float] | None = None,
+) -> Callable[[np.ndarray], tuple[Told, ...]]:
+    """Indices of `rows` examples -> what the network is told of them: null prompt (if guided), prompt, the rule's."""
+    shared = isinstance(negative_prompt, str | None)
+    if not shared and len(negative_prompt) != len(prompts):
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts")
+    scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
+
+    def for_all(encoded: Conditioning) -> Conditioning:
+        return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), encoded)
+
+    others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
+    null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))] if guided and shared else []
+
+    def tell(index: np.ndarray) -> tuple[Told, ...]:
+        own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
+        prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
+        told = (*null, *own, prompt, *others)
+        if scale is None:
+            return tuple((encoded, None) for encoded in told)
+        ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
+        return tuple((encoded, jnp.asarray(scale[index]) if encoded is prompt else ones) for encoded in told)
+
+    return tell
+
+
+def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
+    """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
+    null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
+    if not pipeline.zeros_for_empty_prompt:
+        return null
+    given = jnp.asarray([negative is not None for negative in negatives], jnp.float32)
+    return Conditioning(null.embeddings * given[:, None, None], null.pooled * given[:, None], null.time_ids)
