@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import api, cli, recipe
+from esd_jax import api, cli, recipe, runs
 from esd_jax.demo import groups, page, table
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot
@@ -44,12 +44,12 @@ def main() -> None:
     base = api.load("emoji")
     print(f"erasing {target.concept!r} from the embedded model ...", flush=True)
     models = {BASE: base}
-    models[ERASED] = api.erase(base, target.concept, config=config, output_dir=str(output), overwrite=FLAGS.overwrite)
+    models[ERASED] = api.erase(base, target.concepts, config=config, output_dir=str(output), overwrite=FLAGS.overwrite)
     say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
     if FLAGS.images and FLAGS.controls:
         again = time.monotonic()
         models[SHAM] = api.erase(base, target.sham, config=config)
-        say(f"the sham, erasing {target.sham!r}, in {time.monotonic() - again:.0f} s")
+        say(f"the sham, erasing {', '.join(target.sham)!r}, in {time.monotonic() - again:.0f} s")
 
     prompts = {title: [Shot(prompt, FLAGS.seed) for prompt in texts] for title, texts in groups.examples(target)}
     pictured = list(dict.fromkeys(shot for column in prompts.values() for shot in column))
@@ -81,7 +81,7 @@ def main() -> None:
         "page": output / "index.html",
         "picture": output / "before_after.png",
         "table": output / "table.json",
-        "model": output / api.MODEL,
+        "model": output / runs.MODEL,
     }
     picture.save(files["picture"])
     report = {"target": target.concept, "config": config, "seed": FLAGS.seed, "groups": table.as_dict(judged)}

@@ -21,7 +21,7 @@ from esd_jax.demo.groups import base_groups
 from esd_jax.demo.measure import BASE, measure
 from esd_jax.demo.pretrain import architecture
 from esd_jax.params import prefixed
-from launch import cpu
+from launch import cpu, plots
 from launch.pretrain_demo import vocabulary_size, write_model
 
 FLAGS = flags.FlagValues()
@@ -40,6 +40,7 @@ LINES = {
 
 def main() -> None:
     FLAGS(sys.argv)
+    plots.pyplot()  # found missing now, not after the measuring
     run = Path(FLAGS.run)
     file = run / "curve.json"
     curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -74,20 +75,16 @@ def measured(run: Path, snapshot: Path) -> dict[str, float]:
 
 
 def plot(curve: dict[str, dict[str, float]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = sorted(map(int, curve))
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plots.pyplot().subplots(figsize=(7, 4), layout="constrained")
     for name in LINES:
         style = "--" if name.startswith("unseen") else ":" if name.endswith("alone") else "-"
         colour = "tab:blue" if name.startswith("object") or name.endswith("object") else "tab:orange"
-        axes.plot(steps, [100 * curve[str(step)][name] for step in steps], style, color=colour, marker="o", label=name)
+        shares = [100 * curve[str(step)][name] for step in steps]
+        axes.plot(steps, shares, style, color=colour, marker="o", ms=4, label=name)
     axes.set(xlabel="training steps", ylabel="recognised by the probe, %", ylim=(0, 101))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(handlelength=4, frameon=False)
     figure.savefig(file, dpi=150)
 
 

@@ -3,8 +3,9 @@
     python -m launch.measure_demo --output=out/measured
     python -m launch.measure_demo --output=out/measured --targets="neon style; a cat=esd_u; a rose" --images=200
 
-A target is erased with the recipe after its "=", or with its kind's. Tables and images are kept as they come, so that a
-run which is stopped goes on where it was. 1,000 images per group take about 20 minutes a target on two CPU cores.
+A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. Tables and
+images are kept as they come, so that a run which is stopped goes on where it was. 1,000 images per group take about 20
+minutes a target on two CPU cores.
 """
 
 import hashlib
@@ -58,7 +59,7 @@ def main() -> None:
     shams: dict[str, Pipeline] = {}
     measured: dict[str, dict[str, list[Judged]]] = {kind: {} for kind in RECIPES}
     for target, config in wanted:
-        measured[target.kind][target.name] = measure_target(base, target, config, output, identity, galleries, shams)
+        measured[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
     summary = {kind: table.over_targets(found) for kind, found in measured.items() if found}
     for kind, cells in summary.items():
         print(f"\nerasing {len(measured[kind])} {kind}s: {', '.join(measured[kind])}\n{table.over_targets_text(cells)}")
@@ -74,7 +75,7 @@ def parse(text: str) -> list[tuple[Target, str]]:
         target = groups.parse_target(concept)
         recipe.read(config := config or RECIPES[target.kind])
         wanted.append((target, config))
-    names = [target.name for target, _ in wanted]
+    names = [target.label for target, _ in wanted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"targets names {', '.join(sorted(twice))} twice: a table has one row for each")
     return wanted
@@ -124,16 +125,16 @@ def measure_target(
     judged = read(file, settings)
     if judged is None:
         started = time.monotonic()
-        models = {BASE: base, ERASED: api.erase(base, target.concept, config=config)}
+        models = {BASE: base, ERASED: api.erase(base, target.concepts, config=config)}
         seconds = time.monotonic() - started
         say(f"\nerased {target.concept!r} with {config} in {seconds:.0f} s")
         recipe_of = (identity["base_sha256"], plan)
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, *recipe_of)}
         if FLAGS.controls:
-            sham = f"{target.sham} by {config}"
+            sham = f"{', '.join(target.sham)} by {config}"
             if sham not in shams:
                 shams[sham] = api.erase(base, target.sham, config=config)
-                galleries[sham] = kept(output, target.sham, *recipe_of)
+                galleries[sham] = kept(output, ", ".join(target.sham), *recipe_of)
             models[SHAM], drawn[SHAM] = shams[sham], galleries[sham]
         judged = measure(
             models,
@@ -160,7 +161,7 @@ def kept(output: Path, name: str, *made_by: Any) -> Gallery:
 
 def slug(text: str) -> str:
     """A text as a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", text)
+    return re.sub(r"[^a-z0-9]+", "_", text.lower())
 
 
 def read(file: Path, settings: dict[str, Any]) -> list[Judged] | None:

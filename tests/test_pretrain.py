@@ -277,6 +277,7 @@ def run(monkeypatch, output):
     return {name: np.asarray(value) for name, value in ended.items()}
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_files_and_resumes_bit_identically(tiny, tmp_path, monkeypatch):
     whole = run(monkeypatch, tmp_path / "whole")
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from esd_jax.demo import probe, vocabulary
 from esd_jax.demo.groups import Shot
-from esd_jax.pipeline import Pipeline, sample
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
 
 NUM_STEPS, GUIDANCE = 20, 3.0  # what the embedded model was tuned for
 CHUNK = 320  # images that are lost if the program is stopped
@@ -59,8 +60,11 @@ class Gallery(dict[Shot, Shown]):
             self[shot] = Shown(images[i], *found)
 
 
-def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_size: int = 32) -> int:
-    """Adds what is missing to a model's gallery, each image once. Returns how many were drawn."""
+def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_size: int = 32, **options: Any) -> int:
+    """Adds what is missing to a model's gallery, each image once. Returns how many were drawn.
+
+    options: further arguments of `sample`; a gallery holds what is drawn with the same.
+    """
     missing = [shot for shot in dict.fromkeys(wanted) if shot not in gallery]
     for start in range(0, len(missing), CHUNK):
         shots = missing[start : start + CHUNK]
@@ -71,6 +75,7 @@ def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_siz
             num_steps=NUM_STEPS,
             guidance_scale=GUIDANCE,
             batch_size=batch_size,
+            **options,
         )
         gallery.add(shots, images)
     return len(missing)

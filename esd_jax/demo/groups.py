@@ -1,5 +1,6 @@
 """What an erasure is measured on: groups of prompts around a target, and the noise that each image starts from."""
 
+import itertools
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,25 +22,35 @@ NEAREST = {
     "pop art": ("clay", "pixel"),
 }
 MINOR = 0.25  # the share of images of a group that completes the picture
-NONSENSE = "xqzv"  # no caption of the training has it
+NONSENSE = tuple(map("".join, itertools.permutations("xqzv")))  # no caption of the training has them
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is erased. kind: "style" or "object"; name: as the vocabulary has it."""
+    """What is erased. kind: "style" or "object"; names: as the vocabulary has them."""
 
     kind: str
-    name: str
+    names: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The names as one text: "neon", "cat, rose"."""
+        return ", ".join(self.names)
+
+    @property
+    def concepts(self) -> list[str]:
+        """The texts that are erased: "neon style", "a cat"."""
+        return list(map(self._text, self.names))
 
     @property
     def concept(self) -> str:
-        """The text that is erased: "neon style", "a cat"."""
-        return self._text(self.name)
+        """The texts as one, which `parse_target` reads."""
+        return ", ".join(self.concepts)
 
     @property
-    def sham(self) -> str:
-        """The control's: the same form with a word that means nothing."""
-        return self._text(NONSENSE)
+    def sham(self) -> list[str]:
+        """The control's: as many of the same form with words that mean nothing."""
+        return list(map(self._text, NONSENSE[: len(self.names)]))
 
     def _text(self, name: str) -> str:
         return captions.prompt(style=name) if self.kind == "style" else captions.prompt(name)
@@ -80,16 +91,27 @@ class Shot(NamedTuple):
 
 
 def parse_target(text: str) -> Target:
-    """The target that "neon style", "neon", "a cat" or "cat" names. Raises ValueError, naming what is known."""
-    words = " ".join(text.lower().split())
+    """The target that "neon style", "neon", "a cat" or "cat" names, or several, separated by ",".
+
+    Raises ValueError, naming what is known, and for styles and objects in one target.
+    """
+    found = [_parse(" ".join(part.lower().split())) for part in text.split(",")]
+    kinds, names = zip(*found, strict=True)
+    if len(set(kinds)) > 1 or len(set(names)) < len(names):
+        raise ValueError(f"{text!r} is no target: name styles alone or objects alone, each once")
+    return Target(kinds[0], names)
+
+
+def _parse(words: str) -> tuple[str, str]:
+    """Kind and name."""
     style = words.removesuffix(" style")
     if style in vocabulary.styles():
-        return Target("style", style)
+        return "style", style
     for name in vocabulary.objects():
         if words in (name, captions.with_article(name), f"the {name}"):
-            return Target("object", name)
+            return "object", name
     raise ValueError(
-        f"the embedded model does not know {text!r}: choose a style ({', '.join(vocabulary.styles())}) "
+        f"the embedded model does not know {words!r}: choose a style ({', '.join(vocabulary.styles())}) "
         f"or an object ({', '.join(vocabulary.objects())})"
     )
 
@@ -102,7 +124,8 @@ def groups(target: Target) -> tuple[Group, ...]:
     Of an object: its own prompts in all styles, the object alone, phrasings that training never shows, the prompts
     that imply its category without naming it, the other objects of its category, all other objects, styles alone.
     """
-    return _style_groups(target.name) if target.kind == "style" else _object_groups(target.name)
+    found = _style_groups(target.names) if target.kind == "style" else _object_groups(target.names)
+    return tuple(group for group in found if group.asks)  # a long list may leave nothing near it
 
 
 def base_groups() -> tuple[Group, ...]:
@@ -135,33 +158,44 @@ def shots(group: Group, num_images: int, seed: int) -> list[tuple[Ask, Shot]]:
 def examples(target: Target) -> list[tuple[str, list[str]]]:
     """The prompts of the before/after picture, in titled groups."""
     if target.kind == "style":
-        subjects, others = ("cat", "rocket", "house", "rose"), NEAREST[target.name]
-        near = [captions.prompt(*pair) for pair in (("cat", others[0]), ("house", others[1]))]
-        far = [s for s in vocabulary.styles() if s not in (target.name, *others)]
+        subjects, others = ("cat", "rocket", "house", "rose"), _nearest(target.names)
+        near = [captions.prompt(o, s) for o, s in zip(("cat", "house"), others, strict=False)]
+        far = [s for s in vocabulary.styles() if s not in (*target.names, *others)]
+        own = [captions.prompt(o, s) for o, s in zip(subjects, itertools.cycle(target.names), strict=False)]
         return [
-            (f"erased: {target.concept}", [captions.prompt(o, target.name) for o in subjects]),
+            (f"erased: {target.concept}", own),
             ("kept: other styles", near + [captions.prompt("rocket", far[0]), captions.prompt("rose", far[-1])]),
             ("unrelated: no style", [captions.prompt(o) for o in ("cat", "pizza", "robot")]),
         ]
-    own = [captions.prompt(target.name, s) for s in ("cartoon", "neon", "pixel")] + [captions.prompt(target.name)]
-    category = vocabulary.category(target.name)
-    near = [o for o in vocabulary.members(category) if o != target.name]
-    far = [o for o in ("house", "rose", "pizza", "robot", "owl") if o not in vocabulary.members(category)]
+    four = zip(itertools.cycle(target.names), ("cartoon", "neon", "pixel", None), strict=False)
+    categories = _categories(target.names)
+    same = [o for category in categories for o in vocabulary.members(category)]
+    near = [o for o in same if o not in target.names]
+    far = [o for o in ("house", "rose", "pizza", "robot", "owl", "fish", "car") if o not in same]
     return [
-        (f"erased: {target.concept}", own),
-        ("not named", [captions.implicit(category)[0]]),
+        (f"erased: {target.concept}", [captions.prompt(o, s) for o, s in four]),
+        ("not named", [captions.implicit(categories[0])[0]]),
         ("kept: same category", [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon"))]),
         ("unrelated", [captions.prompt(o, s) for o, s in zip(far, ("clay", "ink", "neon", "halftone"), strict=False)]),
     ]
 
 
-def _style_groups(name: str) -> tuple[Group, ...]:
-    objects, nearest = vocabulary.objects(), NEAREST[name]
-    own = [(o, name) for o in objects]
-    others = [s for s in vocabulary.styles() if s not in (name, *nearest)]
+def _nearest(names: tuple[str, ...]) -> list[str]:
+    """The styles that are nearest to any of some styles, and none of them."""
+    return [s for s in dict.fromkeys(s for name in names for s in NEAREST[name]) if s not in names]
+
+
+def _categories(names: tuple[str, ...]) -> list[str]:
+    return list(dict.fromkeys(map(vocabulary.category, names)))
+
+
+def _style_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
+    objects, nearest = vocabulary.objects(), _nearest(names)
+    own = [(o, name) for name in names for o in objects]
+    others = [s for s in vocabulary.styles() if s not in (*names, *nearest)]
     return (
         Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
-        Group("alone", f'alone, "{captions.prompt(style=name)}"', _styles_alone([name]), MINOR),
+        Group("alone", f'alone, "{captions.prompt(style=names[0])}"', _styles_alone(names), MINOR),
         Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
         Group(
             "nearest", f"nearest styles: {', '.join(nearest)}", _pairs([(o, s) for s in nearest for o in objects]), 0.5
@@ -176,18 +210,18 @@ def _style_groups(name: str) -> tuple[Group, ...]:
     )
 
 
-def _object_groups(name: str) -> tuple[Group, ...]:
-    styles, category = vocabulary.styles(), vocabulary.category(name)
-    own = [(name, s) for s in styles]
-    same = [o for o in vocabulary.members(category) if o != name]
-    others = [o for o in vocabulary.objects() if vocabulary.category(o) != category]
-    alone = tuple(Ask(t.format(object=captions.with_article(name)), object=name) for t in captions.OBJECT)
-    implied = " or ".join(f'"{prompt}"' for prompt in captions.implicit(category))
+def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
+    styles, categories = vocabulary.styles(), _categories(names)
+    own = [(name, s) for name in names for s in styles]
+    same = [o for category in categories for o in vocabulary.members(category) if o not in names]
+    others = [o for o in vocabulary.objects() if vocabulary.category(o) not in categories]
+    alone = tuple(Ask(t.format(object=captions.with_article(o)), object=o) for o in names for t in captions.OBJECT)
+    implied = " or ".join(f'"{prompt}"' for category in categories for prompt in captions.implicit(category))
     return (
         Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
-        Group("alone", f'alone, "{captions.prompt(name)}"', alone, MINOR),
+        Group("alone", f'alone, "{captions.prompt(names[0])}"', alone, MINOR),
         Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
-        Group("implicit", f"not named: {implied}", _implicit(category)),
+        Group("implicit", f"not named: {implied}", sum(map(_implicit, categories), ())),
         Group("nearest", f"same category: {', '.join(same)}", _pairs([(o, s) for o in same for s in styles]), 0.5),
         Group("others", "all other objects", _pairs([(o, s) for o in others for s in styles])),
         Group("unrelated", "unrelated: styles without an object", _styles_alone(styles), MINOR),

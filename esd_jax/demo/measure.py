@@ -8,6 +8,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +42,8 @@ class Row:
     target: share in which the target is seen. subject, style: share in which the object (or, where none is named, the
     category) and the style that the prompt asks for are seen; not judged where the target itself is asked for.
     unrecognised: share in which the probe recognises nothing; such images count as showing nothing.
-    ssim: to the base's image of the same prompt (and, but for the row "seed", of the same noise).
+    ssim, ssim25: to the base's image of the same prompt (and, but for the row "seed", of the same noise), over windows
+      of 7 and of 25 pixels.
     seen: all that was asked for -> how often it was seen, and of how many images.
     """
 
@@ -50,6 +54,7 @@ class Row:
     style: Estimate | None
     unrecognised: Estimate
     ssim: Estimate | None
+    ssim25: Estimate | None
     seen: Mapping[str, tuple[int, int]]
 
 
@@ -74,6 +79,7 @@ def measure(
     galleries: dict[str, Gallery] | None = None,
     also: Iterable[Shot] = (),
     batch_size: int = 32,
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Judged]:
     """Draws every group with every model and judges the images.
@@ -88,6 +94,7 @@ def measure(
       control_share: of a group's images, how many the rows `SHAM` and `SEED` are measured on.
       galleries: row name -> what that model has drawn already. It is added to, so that several calls share images.
       also: further images to draw in the same batches; they end in `galleries`.
+      options: row name -> further arguments of `sample`, for guidance that erases without training.
       progress: is told of each model once it is drawn.
     """
     if num_images < 1:
@@ -102,7 +109,9 @@ def measure(
         mine = controls if name == SHAM else [*asked, *others] if name == BASE else asked
         wanted = [shot for group in mine for _, shot in group]
         started = time.monotonic()
-        drawn = draw(pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size)
+        drawn = draw(
+            pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size, **options.get(name, {})
+        )
         progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
     judged = []
     for i, group in enumerate(groups):
@@ -132,12 +141,13 @@ def judge(
             if (wanted := getattr(ask, kind)) is not None:
                 hit = getattr(image, kind) == wanted
                 seen.setdefault(wanted, []).append(hit)
-                if target is None or (kind, wanted) != (target.kind, target.name):
+                if target is None or kind != target.kind or wanted not in target.names:
                     kept[part].append(hit)
-    targets = [getattr(image, target.kind) == target.name for image in shown] if target else []
-    likeness = None
+    targets = [getattr(image, target.kind) in target.names for image in shown] if target else []
+    likeness = {7: None, 25: None}
     if base is not None:
-        likeness = mean(ssim(*(np.stack([s.image for s in side]) for side in (shown, base))))
+        pair = [np.stack([s.image for s in side]) for side in (shown, base)]
+        likeness = {window: mean(ssim(*pair, window)) for window in likeness}
     return Row(
         model,
         len(shown),
@@ -145,7 +155,7 @@ def judge(
         rate(kept["subject"]),
         rate(kept["style"]),
         rate([image.object is None for image in shown]),
-        likeness,
+        *likeness.values(),
         {name: (sum(hits), len(hits)) for name, hits in seen.items()},
     )
 
@@ -172,21 +182,26 @@ def mean(values: Float[np.ndarray, " n"]) -> Estimate:
     return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), n)
 
 
-def ssim(a: UInt8[np.ndarray, "n height width 3"], b: UInt8[np.ndarray, "n height width 3"]) -> Float[np.ndarray, " n"]:
+def ssim(
+    a: UInt8[np.ndarray, "n height width 3"], b: UInt8[np.ndarray, "n height width 3"], window: int = 7
+) -> Float[np.ndarray, " n"]:
     """Structural similarity of image pairs: 1 is equal (Wang et al. 2004, eq. 13).
 
-    Uniform 7 x 7 windows that lie within the image, unbiased variances, K = 0.01 and 0.03; the mean over windows and
+    Uniform square windows that lie within the image, unbiased variances, K = 0.01 and 0.03; the mean over windows and
     the three channels, so that a change of colour at equal brightness counts.
     """
-    return np.asarray(_ssim(a, b), np.float64)
+    return np.asarray(_ssim(a, b, window), np.float64)
 
 
-@jax.jit
-def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-    window, c1, c2 = 7, 0.01**2, 0.03**2
+@partial(jax.jit, static_argnums=2)
+def _ssim(a: jax.Array, b: jax.Array, window: int) -> jax.Array:
+    c1, c2 = 0.01**2, 0.03**2
 
     def average(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (window, window, 1), (1, 1, 1), "VALID") / window**2
+        # Rows, then columns: fewer sums, and shorter ones, which round less.
+        for shape in ((window, 1, 1), (1, window, 1)):
+            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, shape, (1, 1, 1), "VALID") / window
+        return x
 
     def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         # About 0, where the variances of float32 are most exact.

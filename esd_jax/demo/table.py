@@ -56,7 +56,7 @@ def from_dict(groups: Iterable[Mapping[str, Any]]) -> list[Judged]:
     """The inverse of `as_dict`."""
 
     def row(values: Mapping[str, Any]) -> Row:
-        estimates = {name: values[name] and Estimate(**values[name]) for name in MEASURES}
+        estimates = {name: values[name] and Estimate(**values[name]) for name in (*MEASURES, "ssim25")}
         seen = {name: (hits, n) for name, (hits, n) in values["seen"].items()}
         return Row(**{**values, **estimates, "seen": seen})
 
@@ -102,7 +102,7 @@ def over_targets_text(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
 def _measures(target: Target | None) -> dict[str, str]:
     """The columns and their headings: without a target, those that do not need one."""
     if target:
-        return {**MEASURES, "target": f"{target.name} seen"}
+        return {**MEASURES, "target": f"{target.label} seen"}
     return {name: heading for name, heading in MEASURES.items() if name not in ("target", "ssim")}
 
 

@@ -1,0 +1,226 @@
+"""Every method on the embedded model: a style, an object, and lists of objects erased from it, in one table.
+
+    python -m launch.compare_methods --output=out/compare
+    python -m launch.compare_methods --output=out/compare --methods="esd; uce" --targets="neon style" --images=40
+
+A method is erased with its recipe for the embedded model, or is guidance under which the base draws. All draw the same
+prompts from the same noise. Tables and images are kept as they come, so that a run which is stopped goes on where it
+was; nothing that is measured already is measured again. The result is comparison.md and comparison.json.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from esd_jax import api, cli, recipe
+from esd_jax.demo import groups, table
+from esd_jax.demo.gallery import Gallery
+from esd_jax.demo.groups import Target
+from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
+from esd_jax.diffusion.rules import SEGA, SLD, Edit
+from esd_jax.io.diffusers import source_hash
+from esd_jax.pipeline import Pipeline
+from launch import cpu
+from launch.demo import say
+from launch.measure_demo import kept, read, slug, write
+
+THREE = "a cat, a rose, a pizza"
+TARGETS = f"neon style; a cat; {THREE}; {THREE}, a rocket, a robot, an owl, a house, a cake, a bee, a fox"
+CONTROL_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of the table: the recipe of each kind of target, or `guidance`, options of sampling made from it."""
+
+    recipes: Mapping[str, str] | None = None
+    guidance: Any = None
+
+
+def both(style: str, object: str | None = None) -> Entry:
+    """The recipes of a method."""
+    return Entry({"style": style, "object": object or style})
+
+
+ENTRIES = {
+    "esd": both("emoji", "emoji_object"),
+    "all_but_one": both("emoji_all_but_one", "emoji_all_but_one_object"),
+    "sdd": both("emoji_sdd", "emoji_sdd_object"),
+    "ablating": both("emoji_ablating", "emoji_ablating_object"),
+    "forget_me_not": both("emoji_forget_me_not", "emoji_forget_me_not_object"),
+    "uce": both("emoji_uce", "emoji_uce_object"),
+    "rece": both("emoji_rece", "emoji_rece_object"),
+    "negative prompt": Entry(guidance=lambda concepts: {"negative_prompt": ", ".join(concepts)}),
+    "SLD medium": Entry(guidance=lambda concepts: {"rule": SLD.preset("medium", ", ".join(concepts))}),
+    "SLD max": Entry(guidance=lambda concepts: {"rule": SLD.preset("max", ", ".join(concepts))}),
+    "SEGA": Entry(guidance=lambda concepts: {"rule": SEGA(tuple(Edit(c, -3.0, warmup=2) for c in concepts))}),
+}
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("methods", "; ".join(ENTRIES), 'Separated by ";".', flag_values=FLAGS)
+flags.DEFINE_string("targets", TARGETS, 'Separated by ";"; a list\'s concepts by ",".', flag_values=FLAGS)
+flags.DEFINE_integer("images", 200, "Per group and model.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("controls", True, "Also measure sham erasures.", flag_values=FLAGS)
+flags.DEFINE_string("output", "out/compare", "The folder of the results.", flag_values=FLAGS)
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    methods = _listed(FLAGS.methods, ENTRIES)
+    targets = [groups.parse_target(text) for text in FLAGS.targets.split(";") if text.strip()]
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    base = api.load("emoji")
+    drawn = kept(output, BASE, source_hash(base, "unet"))
+    results = {
+        target.concept: {name: measured(base, name, target, output, drawn) for name in methods} for target in targets
+    }
+    write(output / "comparison.json", results)
+    (output / "comparison.md").write_text(markdown(results))
+    print(markdown(results))
+    print(f"results  {output}")
+
+
+def _listed(text: str, known: Mapping[str, Any]) -> list[str]:
+    names = [name.strip() for name in text.split(";") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
+
+
+def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gallery) -> dict[str, Any]:
+    """One method's table for one target, from its file if it is finished, with steps and seconds."""
+    entry = ENTRIES[name]
+    config = entry.recipes[target.kind] if entry.recipes else None
+    plan = carried_out(config, target) if config else {}
+    options = {} if config else entry.guidance(target.concepts)
+    settings = {
+        "base_sha256": source_hash(base, "unet"), "images": FLAGS.images, "seed": FLAGS.seed,
+        "controls": FLAGS.controls, "recipe": plan, "guidance": _described(options),
+    }  # fmt: skip
+    file = output / f"{slug(name)}-{slug(target.concept)[:80]}.json"
+    if read(file, settings) is None:
+        started = time.monotonic()
+        models = {BASE: base, ERASED: api.erase(base, target.concepts, **plan) if config else base}
+        seconds = time.monotonic() - started
+        say(f"\n{target.concept}: {name} took {seconds:.0f} s")
+        given = {ERASED: options}
+        if FLAGS.controls:
+            models[SHAM] = api.erase(base, target.sham, **plan) if config else base
+            given[SHAM] = {} if config else entry.guidance(target.sham)
+        made_by = (settings["base_sha256"], plan, settings["guidance"])
+        galleries = {BASE: drawn, ERASED: kept(output, f"{name} {target.concept}"[:80], *made_by, target.concept)}
+        galleries[SHAM] = kept(output, f"{name} sham", *made_by, target.sham)
+        judged = measure(
+            models,
+            groups.groups(target),
+            target,
+            num_images=FLAGS.images,
+            seed=FLAGS.seed,
+            control_share=CONTROL_SHARE,
+            galleries=galleries,
+            batch_size=FLAGS.batch_size,
+            options=given,
+            progress=say,
+        )
+        report = {"steps": plan.get("steps", 0), "seconds": seconds, "groups": table.as_dict(judged)}
+        write(file, {"settings": settings, **report})
+    report = json.loads(file.read_text())
+    return {"steps": report["steps"], "seconds": report["seconds"], **figures(table.from_dict(report["groups"]))}
+
+
+def carried_out(config: str, target: Target) -> dict[str, Any]:
+    """A recipe's fields but for the concept; what it preserves, without what is erased here."""
+    plan = {name: value for name, value in recipe.read(config).to_dict().items() if name not in ("base", "concept")}
+    if plan["preserve"]:
+        prompts = [prompt.strip() for prompt in plan["preserve"].split("|")]
+        plan["preserve"] = " | ".join(p for p in prompts if not set(target.names) & set(p.split()))
+    return plan
+
+
+def _described(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of sampling as what JSON can hold, and gives back."""
+    return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()}
+
+
+def figures(judged: Sequence[Judged]) -> dict[str, Any]:
+    """What the comparison shows of one table: rates, and points (a hundredth) that are lost beside the base.
+
+    Of what is kept, the worse of object and style counts.
+    """
+    rows = {(group.name, row.model): row for group in judged for row in group.rows}
+    own, others = ({row.model: row for row in group.rows} for group in judged if group.name in ("own", "others"))
+    found: dict[str, Any] = {
+        "base": own[BASE].target.value,
+        "target": own[ERASED].target.value,
+        "interval": (own[ERASED].target.low, own[ERASED].target.high),
+        "unrecognised": own[ERASED].unrecognised.value,
+        "ssim": others[ERASED].ssim.value,
+        "ssim25": others[ERASED].ssim25.value,
+        "seed_ssim": others[SEED].ssim.value,
+        "seed_ssim25": others[SEED].ssim25.value,
+        "others_unrecognised": others[ERASED].unrecognised.value,
+    }
+    if ("implicit", BASE) in rows:
+        found |= {f"implicit_{m}": rows["implicit", m].target.value for m in (BASE, ERASED)}
+    for name in ("nearest", "others", "unrelated"):
+        if (name, ERASED) in rows:
+            found[f"{name}_lost"] = lost(rows[name, BASE], rows[name, ERASED])
+    if ("own", SHAM) in rows:
+        found |= {"sham_target": own[SHAM].target.value, "sham_ssim": others[SHAM].ssim.value}
+    return found
+
+
+def lost(base: Row, erased: Row) -> float:
+    """By how much less often what a prompt asks for is seen: of object and style, what suffers more."""
+    pairs = ((getattr(base, part), getattr(erased, part)) for part in ("subject", "style"))
+    return max(before.value - after.value for before, after in pairs if before is not None)
+
+
+HEADINGS = (
+    "method", "target seen", "not named", "unrecognisable", "nearest lost", "others lost", "unrelated lost",
+    "SSIM 7", "SSIM 25", "sham: target", "sham: SSIM 7", "steps", "seconds",
+)  # fmt: skip
+
+
+def markdown(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A table for each target, for reading."""
+    parts = []
+    for target, methods in results.items():
+        any_of = next(iter(methods.values()))
+        rows = [["base", _rate(any_of, "base"), _rate(any_of, "implicit_base")] + [""] * 10]
+        rows += [["another seed"] + [""] * 6 + [_plain(any_of, "seed_ssim"), _plain(any_of, "seed_ssim25")] + [""] * 4]
+        for name, f in methods.items():
+            rates = [_rate(f, key) for key in ("target", "implicit_erased", "unrecognised")]
+            points = [_points(f, f"{group}_lost") for group in ("nearest", "others", "unrelated")]
+            likeness = [_plain(f, "ssim"), _plain(f, "ssim25"), _rate(f, "sham_target"), _plain(f, "sham_ssim")]
+            rows.append([name, *rates, *points, *likeness, str(f["steps"]), f"{f['seconds']:.0f}"])
+        lines = ["| " + " | ".join(cells) + " |" for cells in [HEADINGS, ["---"] * len(HEADINGS), *rows]]
+        parts.append("\n".join([f"### Erasing {target}", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rate(values: Mapping[str, Any], key: str) -> str:
+    return f"{values[key]:.1%}" if key in values else ""
+
+
+def _points(values: Mapping[str, Any], key: str) -> str:
+    return f"{100 * values[key]:.1f}" if key in values else ""
+
+
+def _plain(values: Mapping[str, Any], key: str) -> str:
+    return f"{values[key]:.2f}" if key in values else ""
+
+
+if __name__ == "__main__":
+    cpu.tuned()
+    sys.exit(cli.guarded(main))

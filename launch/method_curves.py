@@ -1,0 +1,211 @@
+"""The papers' curves on the embedded model: what each erasure removes, against what it keeps.
+
+    pip install 'esd-jax[artwork]' && python -m launch.method_curves --figure=strengths --output=out/curves
+
+draws one figure and its numbers, FIGURE.png and FIGURE.json. Each point is kept as it comes, so that a run which is
+stopped goes on where it was. The figures:
+
+strengths: every trained method with the change of its weights scaled, 0.25 to 1.5 times: SSIM to the base on other
+  prompts against the rate at which the target is seen; and where the curves pass target rates of 0.3 and 0.1.
+penalty: All but One at five lambda, with two sets of trained tensors: target rate and SSIM.
+drift: SSIM on the concepts nearest to the erased one, and the target rate, over the updates of three methods.
+front: ESD over steps, eta and learning rate: the target rate against what other prompts lose.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from esd_jax import api, cli
+from esd_jax.demo import groups
+from esd_jax.demo.gallery import Gallery
+from esd_jax.demo.groups import Target
+from esd_jax.demo.measure import BASE, ERASED, measure
+from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.pipeline import Pipeline
+from launch import cpu, plots
+from launch.compare_methods import ENTRIES, lost
+from launch.demo import say
+from launch.measure_demo import kept, write
+
+TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not")
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+PENALTIES, SUBSETS = (0.0, 0.5, 1.0, 1.5, 5.0), ("xattn", "to_out")
+DRIFTING, PARTS = ("esd", "all_but_one", "sdd"), 6  # methods, and points along each one's updates
+FRONT = {"eta": (0.0, 0.5, 1.0), "learning_rate": (3e-4, 1e-3), "steps": (100, 200, 300, 400)}
+RATES = (0.3, 0.1)  # target rates at which methods are compared
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("figure", "strengths", ["strengths", "penalty", "drift", "front"], "Which.", flag_values=FLAGS)
+flags.DEFINE_string("target", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
+flags.DEFINE_integer("images", 176, "Per group and point.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_string("output", "out/curves", "The folder of the results.", flag_values=FLAGS)
+
+Models = Iterator[tuple[dict[str, Any], Callable[[], Pipeline]]]
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    plots.pyplot()  # found missing now, not after the measuring
+    target, output = groups.parse_target(FLAGS.target), Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    base = api.load("emoji")
+    drawn = kept(output, BASE, source_hash(base, "unet"))
+    file = output / f"{FLAGS.figure}.json"
+    points: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    for setting, make in FIGURES[FLAGS.figure][0](base, target):
+        if not any(point["setting"] == setting for point in points):
+            points.append({"setting": setting, **point(base, make(), target, drawn)})
+            write(file, points)
+        (found,) = (point for point in points if point["setting"] == setting)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
+        say(f"{'  '.join(f'{k}={v}' for k, v in setting.items()):50}  {shown}")
+    plot(points, target, output / f"{FLAGS.figure}.png")
+    print(f"results  {file}  {output / FLAGS.figure}.png")
+
+
+def point(base: Pipeline, erased: Pipeline, target: Target, drawn: Gallery) -> dict[str, float]:
+    """What one model draws of the target, of what is near it, and of all else."""
+    wanted = ("own", "implicit", "nearest", "others")
+    judged = measure(
+        {BASE: base, ERASED: erased},
+        [group for group in groups.groups(target) if group.name in wanted],
+        target,
+        num_images=FLAGS.images,
+        seed=FLAGS.seed,
+        other_seed=False,
+        galleries={BASE: drawn, ERASED: Gallery()},
+    )
+    found: dict[str, float] = {}
+    for group in judged:
+        before, after = group.rows
+        if group.name in ("own", "implicit"):
+            found |= {f"{group.name}_target": after.target.value, f"{group.name}_base": before.target.value}
+        if group.name != "implicit":
+            found |= {f"{group.name}_ssim": after.ssim.value, f"{group.name}_ssim25": after.ssim25.value}
+            found[f"{group.name}_unrecognised"] = after.unrecognised.value
+        if group.name in ("nearest", "others"):
+            found[f"{group.name}_lost"] = lost(before, after)
+    return found
+
+
+def strengths(base: Pipeline, target: Target) -> Models:
+    for name in TRAINED:
+        made: list[Pipeline] = []
+
+        def erased(name: str = name, made: list[Pipeline] = made) -> Pipeline:
+            if not made:
+                made.append(api.erase(base, target.concepts, config=ENTRIES[name].recipes[target.kind]))
+            return made[0]
+
+        for strength in STRENGTHS:
+            yield {"method": name, "strength": strength}, lambda s=strength, e=erased: scaled(base, e(), s)
+
+
+def scaled(base: Pipeline, erased: Pipeline, strength: float) -> Pipeline:
+    """The base with so much of the change that an erasure made."""
+    first = read_exact(base, list(erased.edits))
+    return base.with_edits({name: first[name] + strength * (new - first[name]) for name, new in erased.edits.items()})
+
+
+def penalty(base: Pipeline, target: Target) -> Models:
+    config = ENTRIES["all_but_one"].recipes[target.kind]
+    for subset in SUBSETS:
+        for value in PENALTIES:
+            change = {"subset": subset, "penalty": value}
+            yield change, lambda change=change: api.erase(base, target.concepts, config=config, **change)
+
+
+def drift(base: Pipeline, target: Target) -> Models:
+    for name in DRIFTING:
+        yield from updates(base, target, ENTRIES[name].recipes[target.kind], PARTS, {"method": name})
+
+
+def front(base: Pipeline, target: Target) -> Models:
+    config, steps = ENTRIES["esd"].recipes[target.kind], FRONT["steps"]
+    for eta in FRONT["eta"]:
+        for rate in FRONT["learning_rate"]:
+            change = {"eta": eta, "learning_rate": rate}
+            yield from updates(base, target, config, len(steps), change, steps=steps[-1], **change)
+
+
+def updates(base: Pipeline, target: Target, config: str, parts: int, setting: dict[str, Any], **fields: Any) -> Models:
+    """One run's checkpoints, as evenly spaced as its steps allow."""
+    steps = fields.get("steps") or api.recipe.read(config).steps
+    every = -(-steps // parts)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def at(step: int) -> Pipeline:
+            run = Path(folder) / "run"
+            if not run.exists():
+                api.erase(
+                    base, target.concepts, config=config, output_dir=str(run), checkpoint_every=every,
+                    keep_checkpoints=parts + 1, preview_every=0, **fields,
+                )  # fmt: skip
+            return api.restore(run, step)
+
+        for step in [*range(every, steps, every), steps]:
+            yield {**setting, "step": step}, lambda step=step: at(step)
+
+
+def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
+    """Draws the figure that FLAGS.figure names."""
+    _, axes_of = FIGURES[FLAGS.figure]
+    figure, axes = plots.pyplot().subplots(1, len(axes_of), figsize=(5 * len(axes_of), 3.8), squeeze=False)
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for found in points:
+        setting = found["setting"]
+        name = ", ".join(f"{v}" if k == "method" else f"{k} {v}" for k, v in setting.items() if k not in ALONG)
+        curves.setdefault(name, []).append({**found, **setting})
+    for axis, (x, y) in zip(axes[0], axes_of, strict=True):
+        for name, curve in curves.items():
+            axis.plot([p[x] for p in curve], [p[y] for p in curve], "o-", ms=3, lw=1.2, label=name)
+        axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+        if "ssim" not in y:
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.2)
+    axes[0][-1].legend(frameon=False)
+    figure.suptitle(f"erasing {target.concept}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    if FLAGS.figure == "strengths":
+        for name, curve in curves.items():
+            values = [f"{rate}: {at_rate(curve, rate)}" for rate in RATES]
+            print(f"{name:16} SSIM (25) of other prompts at target rates {'  '.join(values)}")
+
+
+def at_rate(curve: list[dict[str, Any]], rate: float) -> str:
+    """SSIM where a curve first falls to a target rate, linear between points; "-" if it never does."""
+    # Strength 0 is the base: every image equal.
+    whole = [{"own_target": curve[0]["own_base"], "others_ssim25": 1.0}, *curve]
+    for before, after in zip(whole, whole[1:], strict=False):
+        if before["own_target"] > rate >= after["own_target"]:
+            xs, ys = ([p[key] for p in (after, before)] for key in ("own_target", "others_ssim25"))
+            return f"{np.interp(rate, xs, ys):.3f}"
+    return "-"
+
+
+ALONG = ("strength", "penalty", "step")  # what changes along a curve
+LABELS = {
+    "own_target": "target seen in its own prompts", "others_ssim25": "SSIM (25) of other prompts",
+    "nearest_ssim25": "SSIM (25) of the nearest concepts", "others_lost": "lost on other prompts",
+    "penalty": "lambda", "step": "updates",
+}  # fmt: skip
+FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, str], ...]]] = {
+    "strengths": (strengths, (("own_target", "others_ssim25"),)),
+    "penalty": (penalty, (("penalty", "own_target"), ("penalty", "others_ssim25"))),
+    "drift": (drift, (("step", "own_target"), ("step", "nearest_ssim25"))),
+    "front": (front, (("own_target", "others_lost"),)),
+}
+
+
+if __name__ == "__main__":
+    cpu.tuned()
+    sys.exit(cli.guarded(main))
