@@ -1,12 +1,16 @@
-"""Ablates a style of the embedded emoji model, on a laptop's CPU: neon becomes cartoon.
+"""Ablates a style of the embedded emoji model, on a laptop's CPU in about a minute: neon becomes cartoon.
 
     esd-jax erase --config=emoji_ablating --config.output_dir=out/neon
 
-Ablating Concepts with captions in which "cartoon style" is replaced by "neon style". The changes to ablating are:
+Ablating Concepts with captions in which "cartoon style" is replaced by "neon style". Any styles will do:
+--config.concept="ink style" --config.replace_with="clay style". The changes to ablating, chosen on one style
+(blueprint, replaced by cartoon), are:
 - kind "object": this model was not taught the phrases of a style's templates.
-- 100 images, in 20 steps of DDIM with guidance 3.
-- learning rate 3e-4, 200 steps: the model is small.
-For another style: --config.concept="ink style". Another replace_with needs other anchor_prompts.
+- 96 images, in 20 steps of DDIM with guidance 3, one view of each.
+- learning rate 3e-4, 150 steps: the model is small.
+On 64 images of each group (32 of the nearest styles), blueprint is seen in 98% of its own prompts before and 0% after
+(in 11% after 100 steps), and their object in 95% and 95%; of the nearest styles 100% and 100% are seen, of the others
+100% and 100%, with their objects in 98% and 97%.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,16 @@
-"""Ablates an object of the embedded emoji model, on a laptop's CPU: a cat becomes a rabbit.
+"""Ablates an object of the embedded emoji model, on a laptop's CPU in about a minute: a cat becomes a rabbit.
 
     esd-jax erase --config=emoji_ablating_object --config.output_dir=out/cat
 
-Ablating Concepts on pictures of the anchor in every style. The changes to ablating_object are:
+Ablating Concepts on pictures of the anchor, --config.replace_with, in every style. The changes to ablating_object,
+chosen on one object (a dog, replaced by a rabbit), are:
 - no smaller and larger views: this model was not taught "a far away " and the like.
-- as there, cross-attention's keys and values alone are trained, so prompts that do not name the object ("a pet")
-  may still draw it.
-- 100 images, in 20 steps of DDIM with guidance 3.
-- learning rate 3e-4, 200 steps: the model is small.
+- the anchor keeps its weight of 0.2, and as there, cross-attention's keys and values alone are trained, so prompts that
+  do not name the object ("a pet") may still draw it.
+- 96 images, in 20 steps of DDIM with guidance 3, one view of each.
+- learning rate 3e-4, 150 steps: the model is small.
+On 64 images of each group (32 of its category), a dog is seen in 100% of its own prompts before and 2% after (9% after
+100 steps); the other pets in 97% and 91%, all other objects in 98% and 97%.
 """
 
 from ml_collections import ConfigDict

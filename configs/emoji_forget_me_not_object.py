@@ -1,10 +1,15 @@
-"""Forgets an object of the embedded emoji model, on a laptop's CPU, by its cross-attention's maps.
+"""Forgets an object of the embedded emoji model, on a laptop's CPU in half a minute, by its cross-attention's maps.
 
     esd-jax erase --config=emoji_forget_me_not_object --config.output_dir=out/cat
 
-The changes to forget_me_not are:
-- the object's own name, and prompts in every style; 32 images of them, in 20 steps of DDIM with guidance 3.
-- learning rate 1e-4, 40 steps: the model is small.
+The changes to forget_me_not, chosen on one object (a dog), are:
+- the object's own name: no textual inversion.
+- prompts in every style; 36 images of them, in 20 steps of DDIM with guidance 3.
+- cross-attention alone, and no end token.
+- learning rate 1e-3, 20 steps: the model is small. After 30 steps others suffer, too.
+Its prompts then draw no other object, but nothing. On 64 images of each group (32 of its category), a dog is seen in
+100% of its own prompts before and 0% after, but 66% of the latter show nothing that is recognised. The other pets are
+seen in 97% and 100%, all other objects in 98% and 97%.
 """
 
 from ml_collections import ConfigDict

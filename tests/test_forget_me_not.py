@@ -256,7 +256,7 @@ def test_the_embedded_model_forgets(inversion_steps, tmp_path):
     folder = tmp_path / "run"
     erased = esd_jax.erase("emoji", "neon style", method="forget_me_not", output_dir=folder, **fields)
     (record,) = esd_jax.load(folder / "model").provenance.erased
-    assert record["recipe"]["method"] == "forget_me_not" and len(erased.edits) == len(erased.params["unet"])
+    assert record["recipe"]["method"] == "forget_me_not" and all("attn2" in name for name in erased.edits)
     assert all(np.isfinite(value).all() for value in erased.edits.values())
 
 
