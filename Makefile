@@ -22,8 +22,9 @@ $(VENV)/.tests: $(VENV)/.package
 demo: $(VENV)/.package
 	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(OUT)" --overwrite
 
+# Most of the time goes to compiling, which takes one core: two processes.
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow
