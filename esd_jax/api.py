@@ -19,6 +19,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
 from esd_jax.sampling import invert, purify, sample
 from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.plan import changed_names, theta_shapes
 from esd_jax.training.step import State, init_state, result
 
 __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
@@ -137,10 +138,8 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
     if (found := diffusers.source_hash(loaded, "unet")) != sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
     net, tx = loaded.network("unet"), runs.transformation(plan)
-    names = runs.trained(plan, net)
-    shapes = {f"unet/{name}": net.shapes[name] for name in names}
-    theta = jax.eval_shape(lambda: runs.factors(plan, net, names)) if plan.rank else shapes
-    like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), theta)
+    names = changed_names(plan, net)
+    like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), theta_shapes(plan, net))
     with Checkpoints(folder / "checkpoints", {}) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
     return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), {**record, "step": int(state.step)})

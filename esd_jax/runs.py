@@ -23,7 +23,7 @@ from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
 from esd_jax.methods.method import ClosedForm, Method, Tools
 from esd_jax.methods.preservation import preserving
-from esd_jax.params import Network, Params, partition, prefixed
+from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.sampling import sample
@@ -32,7 +32,8 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
-from esd_jax.training.step import State, averaging, init_state, make_step, result
+from esd_jax.training.plan import changed_names
+from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
 
@@ -49,7 +50,7 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
     method, inputs, shape = prepare(base, plan)
     tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size)
-    names = trained(plan, base.network("unet"))
+    names = changed_names(plan, base.network("unet"))
     theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
     step = make_step(
         method,
@@ -59,7 +60,7 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
         batch_size=plan.training.batch_size,
         accumulate=plan.training.accumulate,
         mesh=mesh,
-        weights=lora.weights if plan.rank else first,
+        weights=lora.weights if plan.rank else unchanged,
     )
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs), tx, plan.training.seed)
@@ -131,12 +132,6 @@ def prepare(base: Pipeline, plan: Recipe) -> tuple[Method, Any, tuple[int, int, 
     return method, inputs, shape
 
 
-def trained(plan: Recipe, net: Network) -> tuple[str, ...]:
-    """The names of the tensors that a recipe changes."""
-    names = select(plan.subset, net.layouts)
-    return lora.adaptable(names, net.shapes) if plan.rank else names
-
-
 def transformation(plan: Recipe) -> optax.GradientTransformation:
     """The optimizer of a recipe, averaging if its method wants that; of a closed form, one without state."""
     if not plan.settings.trained:
@@ -150,15 +145,11 @@ def start(base: Pipeline, plan: Recipe, names: Sequence[str], method: Method | C
     A method in closed form has its result here, and no steps.
     """
     if plan.rank:
-        return factors(plan, base.network("unet"), names)
+        shapes = base.network("unet").shapes
+        key = jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1)
+        return lora.initial({f"unet/{name}": shapes[name] for name in names}, plan.rank, key)
     exact = diffusers.read_exact(base, [f"unet/{name}" for name in names])
-    return method.solve(exact, inputs) if isinstance(method, ClosedForm) else exact
-
-
-def factors(plan: Recipe, net: Network, names: Sequence[str]) -> Params:
-    """The factors of a low-rank change, as they start."""
-    shapes = {f"unet/{name}": net.shapes[name] for name in names}
-    return lora.initial(shapes, plan.rank, jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1))
+    return exact if plan.settings.trained else method.solve(exact, inputs)
 
 
 def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Params:
@@ -166,10 +157,6 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     if not plan.rank:
         return theta
     return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
-
-
-def first(theta: Params, theta_0: Params) -> Params:
-    return theta
 
 
 def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from esd_jax.methods import all_but_one
 from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Models, denoise
+from esd_jax.methods.trajectories import Draws
 from esd_jax.params import partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, init_state, make_step
@@ -48,10 +49,10 @@ def make(w: Any, concepts: Any = CONCEPTS, **fields: Any) -> tuple[all_but_one.M
     return AllButOne(**fields).make(tools(w, tokens=tokens), concepts)
 
 
-def given(index: int, dtype: str, batch: int = 2) -> all_but_one.Draws:
+def given(index: int, dtype: str, batch: int = 2) -> Draws:
     """Draws by hand: example i erases concept i."""
     noise = noise_of(index, dtype, batch)
-    return all_but_one.Draws(jnp.int32(index), jnp.float32(LEVELS[index]), jnp.arange(batch), noise)
+    return Draws(jnp.int32(index), jnp.float32(LEVELS[index]), jnp.arange(batch), noise)
 
 
 # The step

@@ -22,7 +22,7 @@ from torch_oracle import error, exactly, to_nchw, to_nhwc
 from esd_jax import recipe
 from esd_jax.methods import esd
 from esd_jax.methods.concepts import Concept, make_bank
-from esd_jax.methods.method import Models
+from esd_jax.methods.method import Models, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
@@ -44,7 +44,7 @@ def loss_and_gradient(kind: str) -> Any:
     return jax.jit(jax.value_and_grad(method.loss))
 
 
-def assert_same_step(w: World, kind: str, batch: esd.Batch, expected: esd_oracle.Target) -> None:
+def assert_same_step(w: World, kind: str, batch: Scored, expected: esd_oracle.Target) -> None:
     assert float(batch.t) == expected.t
     assert np.abs(np.asarray(batch.x) - to_nhwc(expected.x)).max() <= 1e-3
     assert error(batch.target, to_nhwc(expected.target)) <= 1e-4

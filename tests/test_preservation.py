@@ -40,14 +40,14 @@ def test_the_loss_is_the_methods_and_the_distance_to_the_base():
     batch = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
 
     # x_t again, by the base's own trajectory of the prompt.
-    prompts = [("a dog", "a horse")[int(i)] for i in draws.prompt]
+    prompts = [("a dog", "a horse")[int(i)] for i in draws.kept.concept]
     teacher, student = component(w.teacher, "unet"), component(w.student, "unet")
     kept, null = w.encode(prompts), w.encode([""] * len(prompts))
     denoise = guidance.classifier_free(lambda x, t, c: w.network.apply(teacher, x, t, c), kept, null, GUIDANCE)
     sampler = samplers.make_sampler(SCHEDULE, "ddim", STEPS)
-    x = samplers.run(sampler, denoise, draws.noise, stop=int(draws.index))
-    t = jnp.float32(sampler.timesteps[int(draws.index)])
-    np.testing.assert_allclose(batch.x, x, atol=1e-5)
+    x = samplers.run(sampler, denoise, draws.kept.noise, stop=int(draws.kept.index))
+    t = jnp.float32(sampler.timesteps[int(draws.kept.index)])
+    np.testing.assert_allclose(batch.kept.x, x, atol=1e-5)
     distance = np.mean((w.network.apply(student, x, t, kept) - w.network.apply(teacher, x, t, kept)) ** 2)
 
     alone = method.method.loss(
@@ -63,8 +63,8 @@ def test_the_loss_is_the_methods_and_the_distance_to_the_base():
 def test_every_prompt_comes_and_the_method_draws_as_without():
     method, inputs = preserved(1.0)
     many = drawn(method, inputs, batch=200)
-    assert sorted(set(np.asarray(many.prompt).tolist())) == [0, 1]
-    assert 60 < int(many.prompt.sum()) < 140
+    assert sorted(set(np.asarray(many.kept.concept).tolist())) == [0, 1]
+    assert 60 < int(many.kept.concept.sum()) < 140
     for mine, own in zip(many.inner, drawn(method.method, inputs.inner, batch=200), strict=True):
         np.testing.assert_array_equal(mine, own)
     assert not np.array_equal(many.noise, many.inner.noise)

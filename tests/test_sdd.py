@@ -23,6 +23,7 @@ from esd_jax.methods import sdd
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Models
 from esd_jax.methods.sdd import SDD
+from esd_jax.methods.trajectories import Draws
 from esd_jax.params import partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, averaging, init_state, make_step, result
@@ -59,9 +60,9 @@ def make(w: Any, concepts: Any = CONCEPTS, **fields: Any) -> tuple[sdd.Method, s
     return SDD(**fields).make(tools(w), concepts)
 
 
-def given(k: int, dtype: str) -> sdd.Draws:
+def given(k: int, dtype: str) -> Draws:
     """Draws by hand: example i erases concept i."""
-    return sdd.Draws(jnp.int32(k), jnp.float32(980 - 20 * k + 7 * (k + 1) % 20), jnp.arange(2), noise_of(k, dtype))
+    return Draws(jnp.int32(k), jnp.float32(980 - 20 * k + 7 * (k + 1) % 20), jnp.arange(2), noise_of(k, dtype))
 
 
 # The step

@@ -17,7 +17,7 @@ from torch_oracle import exactly, to_nchw
 
 from esd_jax import sharding
 from esd_jax.methods import esd
-from esd_jax.methods.method import Models
+from esd_jax.methods.method import Models, Scored
 from esd_jax.params import Params, combine, partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, init_state, make_step
@@ -43,10 +43,10 @@ class Puppet:
     def draw(self, step: Any, key: Any, example_keys: Any, shape: Any, scripted: Scripted) -> esd.Draws:
         return scripted.draws
 
-    def prepare(self, models: Models, draws: esd.Draws, scripted: Scripted) -> esd.Batch:
+    def prepare(self, models: Models, draws: esd.Draws, scripted: Scripted) -> Scored:
         return self.method.prepare(models, draws, scripted.inputs)
 
-    def loss(self, student: Params, batch: esd.Batch) -> Any:
+    def loss(self, student: Params, batch: Scored) -> Any:
         return self.method.loss(student, batch)
 
 

@@ -40,7 +40,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate
-from esd_jax.methods.trajectories import Trajectory
+from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params
@@ -178,15 +178,6 @@ def concept_tokens(tools: Tools, texts: Sequence[str]) -> Bool[np.ndarray, "text
     return (position >= 1) & (position < np.argmax(ids == end, axis=1)[:, None])
 
 
-class Draws(NamedTuple):
-    """Everything random in one step. `index` and `t` are shared by the batch, so that one loop serves all of it."""
-
-    index: Int[Array, ""]
-    t: Float[Array, ""]
-    concept: Int[Array, " batch"]
-    noise: Float[Array, "batch height width channel"]
-
-
 class Batch(NamedTuple):
     """What the student is scored on. `student_null` is given where no gradient reaches it: without penalty."""
 
@@ -226,14 +217,8 @@ class Method:
     trajectory: Trajectory
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
-        """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
-        index, t = self.trajectory.draw(key)
-
-        def example(key: Array) -> tuple[Array, Array]:
-            concept, noise = jax.random.split(key)
-            return jax.random.randint(concept, (), 0, inputs.bank.num_concepts), jax.random.normal(noise, shape)
-
-        return Draws(index, t, *jax.vmap(example)(example_keys))
+        """The random choices of a step."""
+        return self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
         """x_t and the guidance that led to it. Nothing here carries a gradient."""

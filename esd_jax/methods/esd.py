@@ -21,9 +21,8 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods import trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate
+from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
 from esd_jax.methods.trajectories import Trajectory
-from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params
 
 
@@ -143,15 +142,6 @@ class Draws(NamedTuple):
     image: Int[Array, " batch"]
 
 
-class Batch(NamedTuple):
-    """What the student is scored on."""
-
-    x: Float[Array, "batch height width channel"]
-    t: Float[Array, ""]
-    conditioning: Conditioning
-    target: Float[Array, "batch height width channel"]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
@@ -197,7 +187,7 @@ class Method:
         concept, noise, image = jax.vmap(example)(example_keys)
         return Draws(index, t, concept, noise, image)
 
-    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
+    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
         """x_t, and what the student should say about it. Nothing here carries a gradient."""
         take = lambda role: inputs.bank.take(role, draws.concept)  # noqa: E731
         null, concept = take("null"), take("concept")
@@ -218,9 +208,7 @@ class Method:
             is_null = (inputs.bank.roles["anchor"][draws.concept] == 0)[:, None, None, None]
             eps_anchor = jnp.where(is_null, eps_null, eps_c)
         target = eps_anchor - inputs.eta[draws.concept][:, None, None, None] * (eps_c - eps_null)
-        return Batch(*jax.lax.stop_gradient((x, draws.t, take("student"), target)))
+        return Scored(*jax.lax.stop_gradient((x, draws.t, take("student"), target)))
 
-    def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
-        """Mean squared error over all elements, in float32 at least."""
-        e = denoise(self.unet, student, batch.x, batch.t, batch.conditioning)
-        return jnp.mean((e - batch.target) ** 2)
+    def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
+        return squared_error(self.unet, student, batch)

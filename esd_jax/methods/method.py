@@ -123,6 +123,21 @@ def denoise(
     return unet.apply(component(params, "unet"), x, t, conditioning, *edits).astype(x.dtype)
 
 
+class Scored(NamedTuple):
+    """What the student is scored on, and what it should say."""
+
+    x: Float[Array, "batch height width channel"]
+    t: Float[Array, ""]
+    conditioning: Conditioning
+    target: Float[Array, "batch height width channel"]
+
+
+def squared_error(unet: Network, student: Params, scored: Scored) -> Float[Array, ""]:
+    """The mean over all elements, in float32 at least."""
+    e = denoise(unet, student, scored.x, scored.t, scored.conditioning)
+    return jnp.mean((e - scored.target) ** 2)
+
+
 def evaluate(
     unet: Network,
     params: Params,

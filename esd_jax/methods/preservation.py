@@ -12,34 +12,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from esd_jax.diffusion import guidance
 from esd_jax.methods import method as base
 from esd_jax.methods import trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.trajectories import Trajectory
-from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params
 
 STEPS, GUIDANCE = 20, 3.0  # of the trajectories
 
 
 class Draws(NamedTuple):
+    """The method's own, and those of the prompts that are kept."""
+
     inner: Any
     t: Array
-    index: Int[Array, ""]
-    own_t: Float[Array, ""]
-    prompt: Int[Array, " batch"]
-    noise: Float[Array, "batch height width channel"]
+    kept: trajectories.Draws
 
 
 class Batch(NamedTuple):
     inner: Any
-    x: Float[Array, "batch height width channel"]
-    t: Float[Array, ""]
-    conditioning: Conditioning
-    target: Float[Array, "batch height width channel"]
+    kept: base.Scored
     weight: Float[Array, ""]
 
 
@@ -63,25 +58,21 @@ class Preserving:
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         inner = self.method.draw(step, key, example_keys, shape, inputs.inner)
-        index, t = self.trajectory.draw(jax.random.fold_in(key, 1))
-
-        def example(key: Array) -> tuple[Array, Array]:
-            prompt, noise = jax.random.split(jax.random.fold_in(key, 1))
-            return jax.random.randint(prompt, (), 0, inputs.bank.num_concepts), jax.random.normal(noise, shape)
-
-        return Draws(inner, inner.t, index, t, *jax.vmap(example)(example_keys))
+        key, example_keys = jax.random.fold_in(key, 1), jax.vmap(lambda key: jax.random.fold_in(key, 1))(example_keys)
+        kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
+        return Draws(inner, inner.t, kept)
 
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
-        inner = self.method.prepare(models, draws.inner, inputs.inner)
-        null, kept = (inputs.bank.take(role, draws.prompt) for role in ("null", "kept"))
+        inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
+        null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
         network = partial(base.denoise, self.unet, models.base)
-        x = self.trajectory.run(guidance.classifier_free(network, kept, null, GUIDANCE), draws.noise, draws.index)
-        target = network(x, draws.own_t, kept)
-        return Batch(inner, *jax.lax.stop_gradient((x, draws.own_t, kept, target, inputs.weight)))
+        x = self.trajectory.run(guidance.classifier_free(network, kept, null, GUIDANCE), own.noise, own.index)
+        scored = base.Scored(x, own.t, kept, network(x, own.t, kept))
+        return Batch(inner, *jax.lax.stop_gradient((scored, inputs.weight)))
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
-        e = base.denoise(self.unet, student, batch.x, batch.t, batch.conditioning)
-        return self.method.loss(student, batch.inner) + batch.weight * jnp.mean((e - batch.target) ** 2)
+        kept = base.squared_error(self.unet, student, batch.kept)
+        return self.method.loss(student, batch.inner) + batch.weight * kept
 
 
 def preserving(

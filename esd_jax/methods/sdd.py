@@ -11,20 +11,19 @@ concepts at once, as in the released code; its README has the two prompts the ot
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.method import Models, Tools, choose, denoise
-from esd_jax.methods.trajectories import Trajectory
-from esd_jax.models.unet import Conditioning
+from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.params import Network, Params
 
 
@@ -108,24 +107,6 @@ def make_trajectory(settings: SDD, schedule: Schedule) -> Trajectory:
     return Trajectory(sampler, k, updates, edges[1:], edges[:-1] - 1)
 
 
-class Draws(NamedTuple):
-    """Everything random in one step. `index` and `t` are shared by the batch, so that one loop serves all of it."""
-
-    index: Int[Array, ""]
-    t: Float[Array, ""]
-    concept: Int[Array, " batch"]
-    noise: Float[Array, "batch height width channel"]
-
-
-class Batch(NamedTuple):
-    """What the student is scored on."""
-
-    x: Float[Array, "batch height width channel"]
-    t: Float[Array, ""]
-    conditioning: Conditioning
-    target: Float[Array, "batch height width channel"]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
@@ -144,25 +125,19 @@ class Method:
     trajectory: Trajectory
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
-        """The random choices of a step: index and t from `key`, the noise of each example from its own key."""
-        index, t = self.trajectory.draw(key)
-        count = inputs.bank.num_concepts
-
-        def example(key: Array) -> tuple[Array, Array]:
-            concept, noise = jax.random.split(key)
-            return jax.random.randint(concept, (), 0, count), jax.random.normal(noise, shape)
-
-        concept, noise = jax.vmap(example)(example_keys)
-        order = self.settings.concept_order
+        """The random choices of a step; which concept it is about is drawn in the order "random" alone."""
+        count, order = inputs.bank.num_concepts, self.settings.concept_order
+        draws = self.trajectory.draw_batch(key, example_keys, shape, count)
+        concept = draws.concept
         if order == "iterative":
             concept = jnp.full_like(concept, step % count)
         elif order == "composite":  # every concept's prompt is the same
             concept = jnp.zeros_like(concept)
         elif order == "sequential":
             concept = jnp.full_like(concept, jnp.minimum(step // self.settings.steps_per_concept, count - 1))
-        return Draws(index, t, concept, noise)
+        return draws._replace(concept=concept)
 
-    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
+    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
         """x_t of the average, and what the student says about it without the concept. Nothing carries a gradient."""
         take = lambda role: inputs.bank.take(role, draws.concept)  # noqa: E731
         guided = guidance.classifier_free(
@@ -170,9 +145,7 @@ class Method:
         )
         x = self.trajectory.run(guided, draws.noise, draws.index)
         target = denoise(self.unet, models.student, x, draws.t, take("anchor"))
-        return Batch(*jax.lax.stop_gradient((x, draws.t, take("concept"), target)))
+        return Scored(*jax.lax.stop_gradient((x, draws.t, take("concept"), target)))
 
-    def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
-        """Mean squared error over all elements, in float32 at least."""
-        e = denoise(self.unet, student, batch.x, batch.t, batch.conditioning)
-        return jnp.mean((e - batch.target) ** 2)
+    def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
+        return squared_error(self.unet, student, batch)

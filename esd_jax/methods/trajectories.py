@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,15 @@ from jaxtyping import Array, Float, Int
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.samplers import Sampler
 from esd_jax.diffusion.schedule import Schedule
+
+
+class Draws(NamedTuple):
+    """Everything random in one step. `index` and `t` are shared by the batch, so that one loop serves all of it."""
+
+    index: Int[Array, ""]
+    t: Float[Array, ""]
+    concept: Int[Array, " batch"]
+    noise: Float[Array, "batch height width channel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +44,15 @@ class Trajectory:
         index = jnp.asarray(self.support)[jax.random.randint(index_key, (), 0, len(self.support))]
         low, high = jnp.asarray(self.t_low)[index], jnp.asarray(self.t_high)[index]
         return index, low + jnp.floor(jax.random.uniform(t_key) * (high - low + 1))
+
+    def draw_batch(self, key: Array, example_keys: Array, shape: tuple[int, ...], concepts: int) -> Draws:
+        """Index and timestep from `key`; one of so many concepts, and noise of a shape, from each example's own key."""
+
+        def example(key: Array) -> tuple[Array, Array]:
+            concept, noise = jax.random.split(key)
+            return jax.random.randint(concept, (), 0, concepts), jax.random.normal(noise, shape)
+
+        return Draws(*self.draw(key), *jax.vmap(example)(example_keys))
 
     def run(
         self,

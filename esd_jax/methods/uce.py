@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods.concepts import Concept
+from esd_jax.methods.images import in_batches
 from esd_jax.methods.method import Tools, choose
 from esd_jax.params import Params
 from esd_jax.selection import select
@@ -153,8 +154,7 @@ def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
     Raises ValueError for a concept whose text has no token: its vector would be that of every prompt's start.
     """
     texts = list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
-    parts = [texts[i : i + ENCODED_AT_ONCE] for i in range(0, len(texts), ENCODED_AT_ONCE)]
-    vectors = jnp.concatenate([tools.encode(part).embeddings for part in parts])
+    vectors = in_batches(tools.encode, texts, ENCODED_AT_ONCE).embeddings
     last = last_tokens(tools.tokens, texts)
     encoded = {text: Encoded(v, int(i)) for text, v, i in zip(texts, vectors, last, strict=True)}
     for concept in concepts:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from esd_jax import lora
 from esd_jax.models.unet import Conditioning
 from esd_jax.models.unet_config import UNetConfig
-from esd_jax.params import Network, num_bytes, num_scalars
+from esd_jax.params import Network, num_bytes, num_scalars, prefixed
 from esd_jax.pipeline import NetworkConfig, image_size, network
 from esd_jax.selection import select
 
@@ -46,6 +46,20 @@ class Plan:
         return "\n".join(lines)
 
 
+def changed_names(recipe: Any, net: Network) -> tuple[str, ...]:
+    """The tensors that a recipe changes."""
+    names = select(recipe.subset, net.layouts)
+    return lora.adaptable(names, net.shapes) if recipe.rank else names
+
+
+def theta_shapes(recipe: Any, net: Network) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What a recipe trains, "unet/NAME": the tensors that it changes, or the factors of their change."""
+    changed = prefixed({name: net.shapes[name] for name in changed_names(recipe, net)}, "unet")
+    if not recipe.rank:
+        return changed
+    return jax.eval_shape(lambda: lora.initial(changed, recipe.rank, jax.random.key(0)))
+
+
 def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) -> Plan:
     """Plans a run.
 
@@ -57,11 +71,8 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
     unet: UNetConfig = configs["unet"]
     dtype = jnp.dtype(recipe.dtype)
     net = network(unet, dtype.name, recipe.remat)
-    names = select(recipe.subset, net.layouts)
-    if recipe.rank:
-        names = lora.adaptable(names, net.shapes)
-    changed = {name: net.shapes[name] for name in names}
-    trained = jax.eval_shape(lambda: lora.initial(changed, recipe.rank, jax.random.key(0))) if recipe.rank else changed
+    names = changed_names(recipe, net)
+    changed, trained = {name: net.shapes[name] for name in names}, theta_shapes(recipe, net)
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
 
     params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}

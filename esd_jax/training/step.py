@@ -106,6 +106,11 @@ def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, see
     return State(theta, tx.init(theta), jnp.zeros((), jnp.int32), jax.random.key(seed))
 
 
+def unchanged(theta: Params, theta_0: Params) -> Params:
+    """The student's tensors where they themselves are trained."""
+    return theta
+
+
 def make_step(
     method: Method,
     tx: optax.GradientTransformation,
@@ -115,7 +120,7 @@ def make_step(
     batch_size: int = 1,
     accumulate: int = 1,
     mesh: Mesh | None = None,
-    weights: Callable[[Params, Params], Params] = lambda theta, theta_0: theta,
+    weights: Callable[[Params, Params], Params] = unchanged,
 ) -> Callable[[State, Params, Params, Any], tuple[State, Metrics]]:
     """One jitted update: step(state, theta_0, frozen, inputs) -> (state, metrics). `state` is donated.
 
