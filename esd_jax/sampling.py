@@ -20,7 +20,7 @@ __all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "
 
 def sample(
     pipeline: Pipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Conditioning,
     *,
     seed: int | Sequence[int] = 0,
     num_steps: int = 50,
@@ -43,7 +43,7 @@ def sample(
 
     Args:
       pipeline: the checkpoint, erased or not.
-      prompts: one per image.
+      prompts: one per image; or what the network is told in place of them, a row per image, where no text says it.
       seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
       num_steps: sampler steps.
       guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
@@ -67,7 +67,7 @@ def sample(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string: give a list of prompts")
-    n, guided = len(prompts), _check(batch_size, guidance_scale, rule)
+    n, guided = _count(prompts), _check(batch_size, guidance_scale, rule)
     size = image_size(pipeline.configs, height, width)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
@@ -208,6 +208,10 @@ def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Flo
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+def _count(prompts: Sequence[str] | Conditioning) -> int:
+    return len(prompts.embeddings if isinstance(prompts, Conditioning) else prompts)
+
+
 def _check(batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
     """Whether sampling is guided; raises ValueError for numbers out of range."""
     if batch_size < 1:
@@ -239,7 +243,7 @@ def _schedule(pipeline: Pipeline) -> str:
 
 def _teller(
     pipeline: Pipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Conditioning,
     size: tuple[int, int],
     rows: int,
     guided: bool,
@@ -249,8 +253,11 @@ def _teller(
 ) -> Callable[[np.ndarray], tuple[Told, ...]]:
     """Indices of `rows` examples -> what the network is told of them: null prompt (if guided), prompt, the rule's."""
     shared = isinstance(negative_prompt, str | None)
-    if not shared and len(negative_prompt) != len(prompts):
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts")
+    if not shared and len(negative_prompt) != _count(prompts):
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {_count(prompts)} prompts")
+    encoded = isinstance(prompts, Conditioning)
+    if encoded and reweight:
+        raise ValueError("reweight names words, and what the network is told in place of prompts has none")
     scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
 
     def for_all(encoded: Conditioning) -> Conditioning:
@@ -261,12 +268,15 @@ def _teller(
 
     def tell(index: np.ndarray) -> tuple[Told, ...]:
         own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
-        prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
+        if encoded:
+            prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
+        else:
+            prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
         told = (*null, *own, prompt, *others)
         if scale is None:
-            return tuple((encoded, None) for encoded in told)
+            return tuple((one, None) for one in told)
         ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
-        return tuple((encoded, jnp.asarray(scale[index]) if encoded is prompt else ones) for encoded in told)
+        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in told)
 
     return tell
 

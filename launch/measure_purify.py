@@ -30,8 +30,9 @@ from jaxtyping import UInt8
 
 from esd_jax import api, cli, recipe, sampling
 from esd_jax.demo import artwork, groups, picture, probe, vocabulary
-from esd_jax.demo.measure import Estimate, mean, rate, ssim
 from esd_jax.io.diffusers import source_hash
+from esd_jax.metrics.intervals import Estimate, mean, rate
+from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 from launch import cpu
 from launch.demo import say

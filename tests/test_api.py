@@ -371,6 +371,14 @@ def test_latents_and_negative_prompts(base):
     np.testing.assert_array_equal(*free)
 
 
+def test_what_the_network_is_told_may_take_the_place_of_prompts(base):
+    options = {"num_steps": 2, "sampler": "ddim", "seed": [1, 2, 3]}
+    told = base.encode_prompts(PROMPTS)
+    assert_same_images(esd_jax.sample(base, told, batch_size=2, **options), esd_jax.sample(base, PROMPTS, **options))
+    with pytest.raises(ValueError, match="reweight names words"):
+        esd_jax.sample(base, told, reweight={"cat": 0.0}, **options)
+
+
 WRONG_SAMPLES = [
     ({"prompts": "cat"}, ["one string", "list"]),
     ({"seed": [1, 2]}, ["2 seeds for 3 prompts"]),

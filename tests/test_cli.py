@@ -22,9 +22,9 @@ from PIL import Image
 
 import esd_jax
 from esd_jax import cli, recipe, sampling
-from esd_jax.demo.measure import ssim
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.metrics.likeness import ssim
 from esd_jax.models import architectures
 from esd_jax.pipeline import network
 from esd_jax.selection import select

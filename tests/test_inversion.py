@@ -13,10 +13,10 @@ from torch_oracle import error, exactly
 import esd_jax
 from esd_jax import sampling
 from esd_jax.demo import artwork, vocabulary
-from esd_jax.demo.measure import ssim
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.inversion import inverter
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.metrics.likeness import ssim
 from esd_jax.params import component
 
 SD14 = dict(esd_world.SCHEDULE.config)

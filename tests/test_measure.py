@@ -13,6 +13,7 @@ from PIL import Image
 
 from esd_jax.demo import artwork, captions, gallery, groups, measure, page, picture, table, vocabulary
 from esd_jax.demo.groups import Target, parse_target
+from esd_jax.metrics import intervals, likeness
 from launch import demo as launch_demo
 from launch import measure_demo
 
@@ -161,17 +162,17 @@ def test_noise_depends_on_the_prompt_and_its_repetition_alone():
 
 def test_wilson_equals_values_worked_out_by_hand():
     # 8 of 10: (0.8 + 3.841459 / 20 -+ 1.959964 sqrt(0.016 + 3.841459 / 400)) / 1.3841459
-    assert measure.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
-    assert measure.wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-7)
-    assert measure.wilson(10, 10) == pytest.approx((10 / 13.841459, 1), abs=1e-7)
-    assert measure.wilson(0, 10)[0] == 0.0 and measure.wilson(10, 10)[1] == 1.0
+    assert intervals.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert intervals.wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-7)
+    assert intervals.wilson(10, 10) == pytest.approx((10 / 13.841459, 1), abs=1e-7)
+    assert intervals.wilson(0, 10)[0] == 0.0 and intervals.wilson(10, 10)[1] == 1.0
 
 
 def test_the_mean_has_its_normal_interval():
-    estimate = measure.mean(np.array([0.2, 0.4, 0.6, 0.8]))
+    estimate = intervals.mean(np.array([0.2, 0.4, 0.6, 0.8]))
     half = 1.959964 * np.sqrt(0.2 / 3) / 2  # squares about the mean of 0.5 sum to 0.2
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
-    one = measure.mean(np.array([0.3]))
+    one = intervals.mean(np.array([0.3]))
     assert (one.low, one.high, one.n) == (-1, 1, 1)
 
 
@@ -187,8 +188,8 @@ def test_ssim_equals_scikit_image(window):
     expected = [
         metrics.structural_similarity(x, y, win_size=window, channel_axis=-1) for x, y in zip(a, b, strict=True)
     ]
-    np.testing.assert_allclose(measure.ssim(a, b, window), expected, atol=1e-4)
-    np.testing.assert_array_equal(measure.ssim(a, a, window), 1)
+    np.testing.assert_allclose(likeness.ssim(a, b, window), expected, atol=1e-4)
+    np.testing.assert_array_equal(likeness.ssim(a, a, window), 1)
 
 
 # --- a measurement on fakes
@@ -222,7 +223,7 @@ def test_the_rates_of_an_erased_style(fakes):
     assert own["erased"].unrecognised.value == pytest.approx(1 / 44)
     assert own["erased"].style is None  # what is erased cannot be kept
     assert own["erased"].seen["neon"] == (0, 44) and own["erased"].seen["cat"] == (0, 1)
-    assert (own["erased"].target.low, own["erased"].target.high) == measure.wilson(0, 44)
+    assert (own["erased"].target.low, own["erased"].target.high) == intervals.wilson(0, 44)
     for name in ("nearest", "others"):
         near = rows(judged, name)["erased"]
         assert near.target.value == 0 and near.style.value == 1 - near.unrecognised.value
@@ -329,7 +330,7 @@ def test_json_holds_everything(fakes):
 def test_median_and_worst_over_targets():
     def judged(erased, kept, ssim):
         def estimate(value):
-            return measure.Estimate(value, value, value, 10)
+            return intervals.Estimate(value, value, value, 10)
 
         def row(model, seen):
             return measure.Row(

@@ -15,11 +15,11 @@ FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
 FLOORS = [
     {"models"},
     {"params"},
-    {"diffusion", "lora", "selection", "sharding", "text"},
+    {"diffusion", "lora", "metrics", "selection", "sharding", "text"},
     {"methods", "pipeline"},
     {"sampling"},
     {"demo", "training", "io"},
-    {"recipe"},
+    {"recipe", "evaluation"},
     {"runs"},
     {"api"},
     {"cli", "__init__"},

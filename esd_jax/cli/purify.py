@@ -87,7 +87,7 @@ def _unmodified(pipeline: Any) -> Any:
 
 def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:
     """A line for each way of drawing: how like the inputs its images are."""
-    from esd_jax.demo.measure import ssim
+    from esd_jax.metrics.likeness import ssim
 
     lines = ["likeness to the inputs (SSIM), mean and lowest"]
     for name, found in drawn.items():

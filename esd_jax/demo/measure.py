@@ -4,35 +4,21 @@ Every model draws the same prompts from the same noise, so that rows differ by t
 the base model from other noise, which shows what chance does.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from esd_jax.demo.gallery import Gallery, Shown, draw
 from esd_jax.demo.groups import Ask, Group, Shot, Target, shots
+from esd_jax.metrics.intervals import Estimate, mean, rate
+from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 
 BASE, ERASED, SHAM, SEED = "base", "erased", "sham", "seed"  # names of rows
-Z = 1.959964  # the normal distribution holds 95% within so many standard deviations
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over n images and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -158,58 +144,3 @@ def judge(
         *likeness.values(),
         {name: (sum(hits), len(hits)) for name, hits in seen.items()},
     )
-
-
-def rate(hits: Sequence[bool]) -> Estimate | None:
-    """The share of hits, with Wilson's interval; None of nothing."""
-    return Estimate(sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits)) if hits else None
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927): unlike hits/n +- 1.96 sd, it also holds at shares of 0 and 1."""
-    share, z2 = hits / n, Z * Z
-    middle = share + z2 / (2 * n)
-    half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Rounding leaves about 1e-17 where the bound is 0 or 1.
-    low = 0.0 if hits == 0 else (middle - half) / (1 + z2 / n)
-    return low, 1.0 if hits == n else (middle + half) / (1 + z2 / n)
-
-
-def mean(values: Float[np.ndarray, " n"]) -> Estimate:
-    """A mean with its normal 95% interval; of a single value the interval is all that SSIM can be, -1 to 1."""
-    value, n = float(np.mean(values)), len(values)
-    half = Z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), n)
-
-
-def ssim(
-    a: UInt8[np.ndarray, "n height width 3"], b: UInt8[np.ndarray, "n height width 3"], window: int = 7
-) -> Float[np.ndarray, " n"]:
-    """Structural similarity of image pairs: 1 is equal (Wang et al. 2004, eq. 13).
-
-    Uniform square windows that lie within the image, unbiased variances, K = 0.01 and 0.03; the mean over windows and
-    the three channels, so that a change of colour at equal brightness counts.
-    """
-    return np.asarray(_ssim(a, b, window), np.float64)
-
-
-@partial(jax.jit, static_argnums=2)
-def _ssim(a: jax.Array, b: jax.Array, window: int) -> jax.Array:
-    c1, c2 = 0.01**2, 0.03**2
-
-    def average(x: jax.Array) -> jax.Array:
-        # Rows, then columns: fewer sums, and shorter ones, which round less.
-        for shape in ((window, 1, 1), (1, window, 1)):
-            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, shape, (1, 1, 1), "VALID") / window
-        return x
-
-    def one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        # About 0, where the variances of float32 are most exact.
-        x, y = (image.astype(jnp.float32) / 255 - 0.5 for image in pair)
-        mx, my = average(x), average(y)
-        unbiased = window**2 / (window**2 - 1)
-        vx, vy, cov = (unbiased * (average(p * q) - average(p) * average(q)) for p, q in ((x, x), (y, y), (x, y)))
-        mx, my = mx + 0.5, my + 0.5
-        return jnp.mean((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-
-    return jax.lax.map(one, (a, b), batch_size=32)

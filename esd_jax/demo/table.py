@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from esd_jax.demo.groups import Target
-from esd_jax.demo.measure import ERASED, SEED, SHAM, Estimate, Judged, Row
+from esd_jax.demo.measure import ERASED, SEED, SHAM, Judged, Row
+from esd_jax.metrics.intervals import Estimate
 
 MEASURES = {
     "target": "target seen",
