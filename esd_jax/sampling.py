@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from esd_jax import sharding
 from esd_jax.diffusion import programs, prompt_to_prompt, samplers
 from esd_jax.diffusion.programs import Told, to_uint8
 from esd_jax.diffusion.rules import Rule
@@ -52,7 +53,7 @@ def sample(
       eta: DDIM's stochasticity, 0 to 1.
       latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
       height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
-      batch_size: images per call of the network.
+      batch_size: images per call of the network, spread over as many of this host's devices as divide it.
       rule: further guidance, `SLD` or `SEGA` of `esd_jax.diffusion.rules`; it needs a guidance_scale above 1.
       reweight: words or phrases of the prompts -> what the attention to them is multiplied with, in every
         cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
@@ -84,12 +85,16 @@ def sample(
     rows = min(batch_size, n)
     tell = _teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
+    params = {name: pipeline.params[name] for name in ("unet", "vae")}
+    mesh = sharding.make_mesh(rows, jax.local_devices())
+    if mesh.size > 1:
+        params = sharding.replicate(params, mesh)
     for index in _batches(n, batch_size):
-        drawn = run(
-            pipeline.params["unet"], jnp.asarray(latents)[index], tell(index), jnp.float32(guidance_scale),
-            numbers, keys[index],
-        )  # fmt: skip
-        images.append(np.asarray(decode(pipeline.params["vae"], drawn)))
+        noise, told, own_keys = jnp.asarray(latents)[index], tell(index), keys[index]
+        if mesh.size > 1:
+            noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
+        drawn = run(params["unet"], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
+        images.append(np.asarray(decode(params["vae"], drawn)))
     return np.concatenate(images)[:n]
 
 

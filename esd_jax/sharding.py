@@ -13,9 +13,9 @@ from jaxtyping import Array, Int
 def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh ("data",) over as many of the devices (default: all there are) as divide the batch evenly.
 
-    Raises ValueError on several hosts, for which runs are not coordinated yet.
+    Raises ValueError for all devices of several hosts, for which runs are not coordinated yet.
     """
-    if jax.process_count() > 1:
+    if devices is None and jax.process_count() > 1:
         raise ValueError("training on several hosts is not implemented: start one process")
     devices = jax.devices() if devices is None else list(devices)
     devices = devices[: math.gcd(batch_size, len(devices))]
@@ -25,6 +25,11 @@ def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> M
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Arrays with a leading batch axis, each device with its part of it."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
 
 
 def split_batch(tree: Any, mesh: Mesh | None) -> Any:

@@ -1,4 +1,4 @@
-"""A run draws the same numbers and gets the same losses on 1, 2 and 8 devices.
+"""A run draws the same numbers and gets the same losses on 1, 2 and 8 devices, and a sample the same images.
 
 XLA splits the host into several devices only before it starts, so the runs are a process of their own: this file.
 """
@@ -95,6 +95,13 @@ def main(output: str) -> None:
         found |= {f"{n}/{name}": [getattr(m, name) for m in losses] for name in ("loss", "t", "grad_norm")}
         found |= {f"{n}/theta/{name}": value for name, value in state.theta.items()}
         found[f"{n}/flops"] = step.lower(state, *arguments[1:]).compile().cost_analysis()["flops"]
+
+    import esd_jax
+
+    base, prompts = esd_jax.load("emoji"), ["a cat", "neon style", "a rose in ink style", "a fish"] * 2
+    for size in (8, 3):  # on all devices, and on one
+        options = {"num_steps": 2, "eta": 1.0, "sampler": "ddim", "batch_size": size}
+        found[f"images/{size}"] = esd_jax.sample(base, prompts, negative_prompt=prompts[::-1], **options)
     np.savez(output, **{name: np.asarray(value) for name, value in found.items()})
 
 
@@ -133,6 +140,11 @@ def test_the_work_is_split_and_compiled_once(found):
     for n in DEVICES:
         assert found[f"{n}/compilations"] == 1
         assert found[f"{n}/flops"] < 1.1 * found["1/flops"] / n
+
+
+def test_images_are_the_same(found):
+    assert found["images/8"].std() > 20
+    np.testing.assert_allclose(found["images/8"], found["images/3"].astype(int), atol=1)
 
 
 def test_a_mesh_takes_as_many_devices_as_divide_the_batch(found):
