@@ -1,7 +1,7 @@
 """The public verbs, over everything else: load, erase, sample, invert, purify, export."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ def erase(
     config: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    stop_when: Callable[[Pipeline], bool] | None = None,
+    stop_every: int = 50,
     **fields: Any,
 ) -> Pipeline:
     """Erases a concept from a checkpoint.
@@ -80,6 +82,8 @@ def erase(
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
       overwrite: replace an existing `output_dir`.
+      stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
+        `esd_jax.evaluation.seen.below`.
       **fields: any field of `Recipe`: subset=, steps=, learning_rate=, seed=, eta=, from_=, output_dir= ...
         With `output_dir`, the run's folder also gets the erased model and its delta.
 
@@ -104,7 +108,7 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    return runs.run(base, plan, resume=resume, overwrite=overwrite)
+    return runs.run(base, plan, resume=resume, overwrite=overwrite, stop_when=stop_when, stop_every=stop_every)
 
 
 def default_config(source: str, method: str) -> str:

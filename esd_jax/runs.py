@@ -44,7 +44,15 @@ NOT_COMPUTED = {
 }  # fmt: skip
 
 
-def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pipeline:
+def run(
+    base: Pipeline,
+    plan: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_when: Callable[[Pipeline], bool] | None = None,
+    stop_every: int = 50,
+) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
@@ -90,8 +98,19 @@ def run(base: Pipeline, plan: Recipe, *, resume: bool = False, overwrite: bool =
             log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
             stack.callback(log.close)
             preview = _preview(base, plan, names, folder)
+        as_pipeline = lambda theta: base.with_edits(edits(base, plan, names, theta))  # noqa: E731
         state = train(
-            step, state, theta_0, frozen, inputs, plan.training, checkpoints=checkpoints, log=log, preview=preview
+            step,
+            state,
+            theta_0,
+            frozen,
+            inputs,
+            plan.training,
+            checkpoints=checkpoints,
+            log=log,
+            preview=preview,
+            stop_when=stop_when and (lambda theta: stop_when(as_pipeline(theta))),
+            stop_every=stop_every,
         )
         erased = base.with_edits(edits(base, plan, names, result(state)), {**record, "step": int(state.step)})
         if folder:

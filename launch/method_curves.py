@@ -27,7 +27,7 @@ from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED, measure
-from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
 from launch import cpu, plots
 from launch.compare_methods import ENTRIES, lost
@@ -106,13 +106,7 @@ def strengths(base: Pipeline, target: Target) -> Models:
             return made[0]
 
         for strength in STRENGTHS:
-            yield {"method": name, "strength": strength}, lambda s=strength, e=erased: scaled(base, e(), s)
-
-
-def scaled(base: Pipeline, erased: Pipeline, strength: float) -> Pipeline:
-    """The base with so much of the change that an erasure made."""
-    first = read_exact(base, list(erased.edits))
-    return base.with_edits({name: first[name] + strength * (new - first[name]) for name, new in erased.edits.items()})
+            yield {"method": name, "strength": strength}, lambda s=strength, e=erased: with_strength(e(), s)
 
 
 def penalty(base: Pipeline, target: Target) -> Models:

@@ -9,7 +9,7 @@ import pytest
 
 from esd_jax import api
 from esd_jax.demo import groups
-from esd_jax.io.diffusers import read_exact
+from esd_jax.io.diffusers import read_exact, with_strength
 from esd_jax.methods import METHODS
 from launch import compare_methods, method_curves
 
@@ -132,7 +132,7 @@ def test_a_change_is_scaled_and_checkpoints_are_points():
     ]
     assert [setting for setting, _ in found] == [{"method": "esd", "step": 2}, {"method": "esd", "step": 4}]
     erased = api.erase(base, target.concepts, steps=4)
-    whole, half = (method_curves.scaled(base, erased, strength).edits for strength in (1.0, 0.5))
+    whole, half = (with_strength(erased, strength).edits for strength in (1.0, 0.5))
     first = read_exact(base, list(whole))
     for name, value in erased.edits.items():
         np.testing.assert_allclose(whole[name], value, atol=1e-6)

@@ -195,6 +195,26 @@ def test_checkpoints_keep_the_newest_and_restore_a_given_one(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(restored.key), jax.random.key_data(state.key))
 
 
+def test_training_stops_where_it_is_told_and_resumes_to_the_same_step(tmp_path):
+    """toy_step adds 1 to theta in each step, from 1."""
+    asked, shown = [], []
+
+    def told(theta):
+        asked.append(int(theta["unet/w"][0]) - 1)
+        return asked[-1] >= 6
+
+    options = {"stop_when": told, "stop_every": 3, "preview": lambda step, _: shown.append(step)}
+    settings = Training(steps=20, checkpoint_every=6, preview_every=4)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        state = train(toy_step([1.0] * 20), make_state(), {}, {}, None, settings, checkpoints=checkpoints, **options)
+        assert int(state.step) == 6 and asked == [3, 6] and shown == [0, 4, 6]
+        # Killed after its checkpoint, before it ended: nothing more is trained.
+        again = train(toy_step([1.0] * 20), checkpoints.restore(make_state()), {}, {}, None, settings, **options)
+    assert int(again.step) == 6 and asked == [3, 6, 6] and shown == [0, 4, 6]
+    with pytest.raises(ValueError, match="stop_every=0"):
+        train(toy_step([1.0]), make_state(), {}, {}, None, settings, stop_when=told, stop_every=0)
+
+
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
     log = MetricLog(tmp_path)
     for step in range(1, 6):

@@ -1,8 +1,6 @@
 """`esd-jax purify`: draw real images anew by an erased checkpoint, and tell how exactly that works."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -54,7 +52,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import sampling
-    from esd_jax.io import images
+    from esd_jax.io import diffusers, images
 
     output = common.output(values)
     images.check_output(output)
@@ -66,23 +64,16 @@ def run(values: flags.FlagValues) -> None:
     size = sampling.image_size(pipeline.configs, values.height, values.width)
     inputs = sampling.to_uint8(images.read_images(";".join(values.image), size))
     options = common.options(values, "num_steps guidance_scale inversion_guidance_scale timestep batch_size")
-    unmodified = _unmodified(pipeline)
-    inverter = unmodified if values.inverter == "unmodified" else pipeline
+    plain = diffusers.unmodified(pipeline)
+    inverter = plain if values.inverter == "unmodified" else pipeline
     drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}
     images.write_images(drawn["these images"], output)
     print(f"{len(inputs)} images in {output}")
     if values.compare:
         if pipeline.edits:
-            drawn["by the unmodified weights"] = sampling.purify(unmodified, inputs, values.prompt, **options)
+            drawn["by the unmodified weights"] = sampling.purify(plain, inputs, values.prompt, **options)
         drawn["by the autoencoder alone"] = sampling.reconstruct(pipeline, inputs, batch_size=values.batch_size)
     print(_likeness(np.asarray(inputs), drawn))
-
-
-def _unmodified(pipeline: Any) -> Any:
-    """The checkpoint as its files have it; it shares all tensors that were not trained."""
-    from esd_jax.io.diffusers import read_exact
-
-    return pipeline.with_edits(read_exact(replace(pipeline, edits={}), pipeline.edits))
 
 
 def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:

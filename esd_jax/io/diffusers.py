@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,24 @@ def read_tensor(header: safetensors.Header, key: str, layout: str, dtype: Any) -
     # Cast before transposing: the transposition then moves half the bytes.
     array = safetensors.read(header, key).astype(dtype, copy=False)
     return np.ascontiguousarray(safetensors.from_file(array, layout))
+
+
+def unmodified(pipeline: Pipeline) -> Pipeline:
+    """The checkpoint as its files have it; it shares all tensors that were not trained.
+
+    Raises ValueError if it was not read from files.
+    """
+    if gone := next((name for name in pipeline.edits if name not in pipeline.provenance.tensors), None):
+        raise ValueError(f"{gone} was trained, and no file has it as it was")
+    return pipeline.with_edits(read_exact(replace(pipeline, edits={}), pipeline.edits))
+
+
+def with_strength(erased: Pipeline, strength: float) -> Pipeline:
+    """The checkpoint with so much of the change that its erasure made: 0 is the base, 1 the erased one."""
+    before = read_exact(unmodified(erased), erased.edits)
+    return erased.with_edits(
+        {name: before[name] + strength * (after - before[name]) for name, after in erased.edits.items()}
+    )
 
 
 def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> dict[str, Array]:

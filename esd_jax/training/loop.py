@@ -71,6 +71,8 @@ def train(
     checkpoints: Checkpoints | None = None,
     log: MetricLog | None = None,
     preview: Callable[[int, Params], None] | None = None,
+    stop_when: Callable[[Params], bool] | None = None,
+    stop_every: int = 50,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
 
@@ -78,11 +80,17 @@ def train(
       step: see `make_step`; the arguments up to `inputs` are its own.
       checkpoints, log: where the run is kept; None keeps nothing.
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
+      stop_when: called with theta every `stop_every` steps; where it says so, training ends as if that step were the
+        last. It must depend on theta alone, so that a run that is resumed ends at the same step.
+
+    Returns the last state.
 
     Raises:
       NotFinite: naming the step and the last good checkpoint.
       Stopped: after a signal, once the checkpoint is written.
     """
+    if stop_every < 1:
+        raise ValueError(f"stop_every={stop_every} must be at least 1")
     pending: collections.deque[tuple[int, Metrics]] = collections.deque()
     first, began = int(state.step), time.monotonic()
 
@@ -109,10 +117,17 @@ def train(
         if preview and settings.preview_every:
             preview(number, result(state))
 
+    def ended(number: int) -> bool:
+        asked = stop_when is not None and 0 < number < settings.steps and number % stop_every == 0
+        return number >= settings.steps or (asked and bool(stop_when(result(state))))
+
     with _signals() as stop, _progress(settings.steps, first) as progress:
         if first == 0:
             show(0)
-        for number in range(first + 1, settings.steps + 1):
+        number = first
+        done = ended(number)  # a run that is resumed may have been killed where it was to stop
+        while not done:
+            number += 1
             state, metrics = step(state, theta_0, frozen, inputs)
             pending.append((number, metrics))
             drain(AHEAD)
@@ -122,13 +137,14 @@ def train(
                     checkpoints.wait()
                 lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
                 raise Stopped(f"stopped at step {number} of {settings.steps}{lost}")
-            if number % settings.checkpoint_every == 0 and number != settings.steps:
+            done = ended(number)
+            if number % settings.checkpoint_every == 0 and not done:
                 save()
-            if settings.preview_every and number % settings.preview_every == 0 and number != settings.steps:
+            if settings.preview_every and number % settings.preview_every == 0 and not done:
                 show(number)
         save()
-        if first < settings.steps:
-            show(settings.steps)
+        if first < number:
+            show(number)
     if checkpoints:
         checkpoints.wait()
     return state
