@@ -9,7 +9,6 @@ was; nothing that is measured already is measured again. The result is compariso
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,16 +19,15 @@ from typing import Any
 from absl import flags
 
 from esd_jax import api, cli, recipe
-from esd_jax.demo import groups, table
+from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
-from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
+from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
-from launch import cpu
-from launch.demo import say
-from launch.measure_demo import kept, read, slug, write
+from launch import cpu, results
+from launch.results import Made, groups_of, kept, say, slug, write
 
 THREE = "a cat, a rose, a pizza"
 TARGETS = f"neon style; a cat; {THREE}; {THREE}, a rocket, a robot, an owl, a house, a cake, a bee, a fox"
@@ -81,12 +79,12 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
     drawn = kept(output, BASE, source_hash(base, "unet"))
-    results = {
+    found = {
         target.concept: {name: measured(base, name, target, output, drawn) for name in methods} for target in targets
     }
-    write(output / "comparison.json", results)
-    (output / "comparison.md").write_text(markdown(results))
-    print(markdown(results))
+    write(output / "comparison.json", found)
+    (output / "comparison.md").write_text(markdown(found))
+    print(markdown(found))
     print(f"results  {output}")
 
 
@@ -108,7 +106,8 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
         "controls": FLAGS.controls, "recipe": plan, "guidance": _described(options),
     }  # fmt: skip
     file = output / f"{slug(name)}-{slug(target.concept)[:80]}.json"
-    if read(file, settings) is None:
+
+    def make() -> Made:
         started = time.monotonic()
         models = {BASE: base, ERASED: api.erase(base, target.concepts, **plan) if config else base}
         seconds = time.monotonic() - started
@@ -120,22 +119,19 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
         made_by = (settings["base_sha256"], plan, settings["guidance"])
         galleries = {BASE: drawn, ERASED: kept(output, f"{name} {target.concept}"[:80], *made_by, target.concept)}
         galleries[SHAM] = kept(output, f"{name} sham", *made_by, target.sham)
-        judged = measure(
-            models,
-            groups.groups(target),
-            target,
-            num_images=FLAGS.images,
-            seed=FLAGS.seed,
-            control_share=CONTROL_SHARE,
-            galleries=galleries,
-            batch_size=FLAGS.batch_size,
-            options=given,
-            progress=say,
-        )
-        report = {"steps": plan.get("steps", 0), "seconds": seconds, "groups": table.as_dict(judged)}
-        write(file, {"settings": settings, **report})
-    report = json.loads(file.read_text())
-    return {"steps": report["steps"], "seconds": report["seconds"], **figures(table.from_dict(report["groups"]))}
+        return Made(models, galleries, given, seconds)
+
+    report = results.measured(
+        file,
+        settings,
+        target,
+        make,
+        num_images=FLAGS.images,
+        seed=FLAGS.seed,
+        control_share=CONTROL_SHARE,
+        batch_size=FLAGS.batch_size,
+    )
+    return {"steps": plan.get("steps", 0), "seconds": report["seconds"], **figures(groups_of(file, report))}
 
 
 def carried_out(config: str, target: Target) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from esd_jax.demo.groups import Shot
 from esd_jax.demo.measure import BASE, ERASED, SHAM, measure
 from esd_jax.demo.picture import Column, before_after
 from launch import cpu
+from launch.results import say
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
@@ -92,10 +93,6 @@ def main() -> None:
     for what, file in files.items():
         print(f"{what:9}{file}{'  (a diffusers folder)' if what == 'model' else ''}")
     print(f"all in {time.monotonic() - started:.0f} s")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def timing(log: Path) -> str:

@@ -6,7 +6,6 @@ reads the snapshots that launch/pretrain_demo.py leaves, and writes curve.json a
 is measured already is not measured again.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from esd_jax.demo.pretrain import architecture
 from esd_jax.params import prefixed
 from launch import cpu, plots
 from launch.pretrain_demo import vocabulary_size, write_model
+from launch.results import read, write
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", "out/emoji", "The output_dir of the training.", flag_values=FLAGS)
@@ -43,14 +43,15 @@ def main() -> None:
     plots.pyplot()  # found missing now, not after the measuring
     run = Path(FLAGS.run)
     file = run / "curve.json"
-    curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    settings = {"images": FLAGS.images}
+    curve: dict[str, Any] = (read(file, settings) or {"snapshots": {}})["snapshots"]
     snapshots = sorted((run / "snapshots").glob("*.safetensors"), key=lambda path: int(path.stem))
     if not snapshots:
         raise FileNotFoundError(f"no snapshots in {run}: run launch/pretrain_demo.py")
     for snapshot in snapshots:
         if snapshot.stem not in curve:
             curve[snapshot.stem] = measured(run, snapshot)
-            file.write_text(json.dumps(curve, indent=1) + "\n")
+            write(file, {"settings": settings, "snapshots": curve})
         print(
             snapshot.stem, "  ".join(f"{name} {value:.1%}" for name, value in curve[snapshot.stem].items()), flush=True
         )

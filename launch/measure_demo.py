@@ -8,9 +8,6 @@ images are kept as they come, so that a run which is stopped goes on where it wa
 minutes a target on two CPU cores.
 """
 
-import hashlib
-import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +25,8 @@ from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import cpu
-from launch.demo import RECIPES, say
+from launch.demo import RECIPES
+from launch.results import Made, groups_of, kept, measured, read, say, slug, write
 
 PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
 CONTROL_SHARE = 0.25  # the controls' figures need less precision
@@ -57,12 +55,12 @@ def main() -> None:
         measure_base(base, output / "base.json", identity, galleries)
         draw_grid(base, galleries[BASE]).save(output / "grid.png")
     shams: dict[str, Pipeline] = {}
-    measured: dict[str, dict[str, list[Judged]]] = {kind: {} for kind in RECIPES}
+    judged: dict[str, dict[str, list[Judged]]] = {kind: {} for kind in RECIPES}
     for target, config in wanted:
-        measured[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
-    summary = {kind: table.over_targets(found) for kind, found in measured.items() if found}
+        judged[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
+    summary = {kind: table.over_targets(found) for kind, found in judged.items() if found}
     for kind, cells in summary.items():
-        print(f"\nerasing {len(measured[kind])} {kind}s: {', '.join(measured[kind])}\n{table.over_targets_text(cells)}")
+        print(f"\nerasing {len(judged[kind])} {kind}s: {', '.join(judged[kind])}\n{table.over_targets_text(cells)}")
     write(output / "summary.json", summary)
     print(f"\nresults  {output}")
 
@@ -83,8 +81,8 @@ def parse(text: str) -> list[tuple[Target, str]]:
 
 def measure_base(base: Pipeline, file: Path, identity: dict[str, Any], galleries: dict[str, Gallery]) -> None:
     settings = identity | {"images": FLAGS.base_images}
-    judged = read(file, settings)
-    if judged is None:
+    report = read(file, settings)
+    if report is None:
         judged = measure(
             {BASE: base},
             groups.base_groups(),
@@ -96,7 +94,9 @@ def measure_base(base: Pipeline, file: Path, identity: dict[str, Any], galleries
             batch_size=FLAGS.batch_size,
             progress=say,
         )
-        write(file, {"settings": settings, "groups": table.as_dict(judged)})
+        report = {"settings": settings, "groups": table.as_dict(judged)}
+        write(file, report)
+    judged = groups_of(file, report)
     print(f"\nthe base model\n{table.text(judged, None)}")
 
 
@@ -122,8 +122,8 @@ def measure_target(
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name != "concept"}
     settings = identity | {"images": FLAGS.images, "controls": FLAGS.controls, "recipe": plan}
     file = output / f"{slug(target.concept)}.json"
-    judged = read(file, settings)
-    if judged is None:
+
+    def make() -> Made:
         started = time.monotonic()
         models = {BASE: base, ERASED: api.erase(base, target.concepts, config=config)}
         seconds = time.monotonic() - started
@@ -136,53 +136,22 @@ def measure_target(
                 shams[sham] = api.erase(base, target.sham, config=config)
                 galleries[sham] = kept(output, ", ".join(target.sham), *recipe_of)
             models[SHAM], drawn[SHAM] = shams[sham], galleries[sham]
-        judged = measure(
-            models,
-            groups.groups(target),
-            target,
-            num_images=FLAGS.images,
-            seed=FLAGS.seed,
-            other_seed=FLAGS.controls,
-            control_share=CONTROL_SHARE,
-            galleries=drawn,
-            batch_size=FLAGS.batch_size,
-            progress=say,
-        )
-        write(file, {"settings": settings, "erased_in_s": seconds, "groups": table.as_dict(judged)})
+        return Made(models, drawn, {}, seconds)
+
+    report = measured(
+        file,
+        settings,
+        target,
+        make,
+        num_images=FLAGS.images,
+        seed=FLAGS.seed,
+        other_seed=FLAGS.controls,
+        control_share=CONTROL_SHARE,
+        batch_size=FLAGS.batch_size,
+    )
+    judged = groups_of(file, report)
     print(f"\n{target.concept}, by {config}\n{table.text(judged, target)}", flush=True)
     return judged
-
-
-def kept(output: Path, name: str, *made_by: Any) -> Gallery:
-    """The gallery of one model, in a folder whose name tells by which weights and recipe it was drawn."""
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
-    return Gallery(output / "galleries" / f"{slug(name)}-{digest[:8]}")
-
-
-def slug(text: str) -> str:
-    """A text as a file's name."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower())
-
-
-def read(file: Path, settings: dict[str, Any]) -> list[Judged] | None:
-    """The table in a file; None if there is none. Raises ValueError for one that was measured otherwise."""
-    if not file.exists():
-        return None
-    try:
-        report = json.loads(file.read_text())
-        judged = table.from_dict(report["groups"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
-    if report.get("settings") != settings:
-        raise ValueError(f"{file} was measured with other settings: remove it, or choose another output")
-    return judged
-
-
-def write(file: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

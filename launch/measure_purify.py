@@ -35,8 +35,7 @@ from esd_jax.metrics.intervals import Estimate, mean, rate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 from launch import cpu
-from launch.demo import say
-from launch.measure_demo import slug, write
+from launch.results import say, slug, write
 
 # Method -> its recipe, and changes to it.
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -12,7 +12,6 @@ drift: SSIM on the concepts nearest to the erased one, and the target rate, over
 front: ESD over steps, eta and learning rate: the target rate against what other prompts lose.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +30,7 @@ from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
 from launch import cpu, plots
 from launch.compare_methods import ENTRIES, lost
-from launch.demo import say
-from launch.measure_demo import kept, write
+from launch.results import kept, read, say, write
 
 TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -57,13 +55,16 @@ def main() -> None:
     target, output = groups.parse_target(FLAGS.target), Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
-    drawn = kept(output, BASE, source_hash(base, "unet"))
     file = output / f"{FLAGS.figure}.json"
-    points: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    settings = {
+        "base_sha256": source_hash(base, "unet"), "target": target.concept, "images": FLAGS.images, "seed": FLAGS.seed,
+    }  # fmt: skip
+    drawn = kept(output, BASE, settings["base_sha256"])
+    points: list[dict[str, Any]] = (read(file, settings) or {"points": []})["points"]
     for setting, make in FIGURES[FLAGS.figure][0](base, target):
         if not any(point["setting"] == setting for point in points):
             points.append({"setting": setting, **point(base, make(), target, drawn)})
-            write(file, points)
+            write(file, {"settings": settings, "points": points})
         (found,) = (point for point in points if point["setting"] == setting)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
         say(f"{'  '.join(f'{k}={v}' for k, v in setting.items()):50}  {shown}")

@@ -105,11 +105,13 @@ def test_a_curve_is_drawn_and_kept(fakes, monkeypatch, tmp_path, capsys):
     run(monkeypatch, method_curves, *arguments)
     changes = [(fields["subset"], fields["penalty"]) for _, fields in erasures]
     assert changes == [(s, p) for s in method_curves.SUBSETS for p in method_curves.PENALTIES]
-    points = json.loads((tmp_path / "penalty.json").read_text())
+    points = json.loads((tmp_path / "penalty.json").read_text())["points"]
     assert all((p["own_target"], p["own_base"]) == (0, 1) for p in points) and len(points) == 10
     assert (tmp_path / "penalty.png").stat().st_size > 0
     run(monkeypatch, method_curves, *arguments)
     assert len(erasures) == 10  # nothing again
+    with pytest.raises(ValueError, match="other settings"):
+        run(monkeypatch, method_curves, *arguments[:3], "--target=a dog")
 
 
 def test_where_a_curve_passes_a_target_rate():

@@ -1,0 +1,86 @@
+"""Results that are kept as they come, so that a measurement which is stopped goes on where it was."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esd_jax.demo import groups, table
+from esd_jax.demo.gallery import Gallery
+from esd_jax.demo.groups import Target
+from esd_jax.demo.measure import Judged, measure
+from esd_jax.pipeline import Pipeline
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def kept(output: Path, name: str, *made_by: Any) -> Gallery:
+    """The gallery of one model, in a folder whose name tells by which weights and recipe it was drawn."""
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+    return Gallery(output / "galleries" / f"{slug(name)}-{digest[:8]}")
+
+
+def slug(text: str) -> str:
+    """A text as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower())
+
+
+def read(file: Path, settings: Any) -> dict[str, Any] | None:
+    """What `write` left in a file; None if there is none. Raises ValueError for what was measured otherwise."""
+    if not file.exists():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        found = report["settings"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
+    if found != json.loads(json.dumps(settings)):
+        raise ValueError(f"{file} was measured with other settings: remove it, or choose another output")
+    return report
+
+
+def groups_of(file: Path, report: Mapping[str, Any]) -> list[Judged]:
+    """The table in a report. Raises ValueError for one that another version wrote."""
+    try:
+        return table.from_dict(report["groups"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
+
+
+class Made(NamedTuple):
+    """Models to measure, by name of the row; what each has drawn; further arguments of `sample`; seconds of erasing."""
+
+    models: Mapping[str, Pipeline]
+    galleries: dict[str, Gallery]
+    options: Mapping[str, Mapping[str, Any]]
+    seconds: float
+
+
+def measured(file: Path, settings: Any, target: Target, make: Callable[[], Made], **how: Any) -> dict[str, Any]:
+    """The report of one erasure in its file; where there is none, the models are made and measured first.
+
+    Args:
+      settings: all that the result depends on.
+      make: makes the models.
+      **how: arguments of `measure`.
+    """
+    report = read(file, settings)
+    if report is None:
+        models, galleries, options, seconds = make()
+        judged = measure(
+            models, groups.groups(target), target, galleries=galleries, options=options, progress=say, **how
+        )
+        report = {"settings": settings, "seconds": seconds, "groups": table.as_dict(judged)}
+        write(file, report)
+    return report
+
+
+def write(file: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
