@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import cpu
+from launch import command
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("work", "training", ["training", "sampling"], "What is timed.", flag_values=FLAGS)
@@ -222,5 +222,4 @@ SIDES = {
 }
 
 if __name__ == "__main__":
-    cpu.tuned()
-    main()
+    command.run(main, FLAGS, __doc__)

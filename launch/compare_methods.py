@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import api, cli, recipe
+from esd_jax import api, recipe
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
@@ -26,7 +26,7 @@ from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
-from launch import cpu, results
+from launch import command, results
 from launch.results import Made, groups_of, kept, say, slug, write
 
 THREE = "a cat, a rose, a pizza"
@@ -218,5 +218,4 @@ def _plain(values: Mapping[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

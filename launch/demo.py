@@ -12,13 +12,13 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import api, cli, recipe, runs
+from esd_jax import api, recipe, runs
 from esd_jax.demo import groups, page, table
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot
 from esd_jax.demo.measure import BASE, ERASED, SHAM, measure
 from esd_jax.demo.picture import Column, before_after
-from launch import cpu
+from launch import command
 from launch.results import say
 
 FLAGS = flags.FlagValues()
@@ -103,5 +103,4 @@ def timing(log: Path) -> str:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

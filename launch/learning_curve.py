@@ -15,12 +15,12 @@ from typing import Any
 from absl import flags
 from safetensors.numpy import load_file
 
-from esd_jax import api, cli
+from esd_jax import api
 from esd_jax.demo.groups import base_groups
 from esd_jax.demo.measure import BASE, measure
 from esd_jax.demo.pretrain import architecture
 from esd_jax.params import prefixed
-from launch import cpu, plots
+from launch import command, plots
 from launch.pretrain_demo import vocabulary_size, write_model
 from launch.results import read, write
 
@@ -90,5 +90,4 @@ def plot(curve: dict[str, dict[str, float]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

@@ -17,14 +17,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from esd_jax import api, cli, recipe
+from esd_jax import api, recipe
 from esd_jax.demo import captions, groups, picture, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
-from launch import cpu
+from launch import command
 from launch.demo import RECIPES
 from launch.results import Made, groups_of, kept, measured, read, say, slug, write
 
@@ -155,5 +155,4 @@ def measure_target(
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

@@ -28,13 +28,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from esd_jax import api, cli, recipe, sampling
+from esd_jax import api, recipe, sampling
 from esd_jax.demo import artwork, groups, picture, probe, vocabulary
 from esd_jax.io.diffusers import source_hash
 from esd_jax.metrics.intervals import Estimate, mean, rate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
-from launch import cpu
+from launch import command
 from launch.results import say, slug, write
 
 # Method -> its recipe, and changes to it.
@@ -254,5 +254,4 @@ def text(rows: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

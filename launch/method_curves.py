@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from esd_jax import api, cli
+from esd_jax import api
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED, measure
 from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
-from launch import cpu, plots
+from launch import command, plots
 from launch.compare_methods import ENTRIES, lost
 from launch.results import kept, read, say, write
 
@@ -202,5 +202,4 @@ FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, 
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

@@ -1,4 +1,4 @@
-"""Trains the successor of the embedded emoji model from scratch, in the project's own networks, and resumes.
+"""Trains the embedded emoji model from scratch, in the project's own networks, and resumes.
 
     python -m launch.pretrain_demo --config=configs/pretrain/emoji.py --config.output_dir=out/emoji
 
@@ -21,7 +21,6 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict, config_flags
 from safetensors.numpy import load_file
 
-from esd_jax import cli
 from esd_jax.demo import artwork, captions, vocabulary
 from esd_jax.demo.pretrain import architecture, autoencoder, diffusion
 from esd_jax.diffusion.schedule import Schedule
@@ -32,7 +31,7 @@ from esd_jax.pipeline import MODULES, NetworkConfig, network
 from esd_jax.text import Tokenizer
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State
-from launch import cpu
+from launch import command
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain/emoji.py", flag_values=FLAGS)
@@ -177,5 +176,4 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

@@ -19,13 +19,12 @@ from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import save_file
 
-from esd_jax import cli
 from esd_jax.demo import probe, vocabulary
 from esd_jax.demo.pretrain import garbage
 from esd_jax.demo.pretrain import probe as training
 from esd_jax.models.layers import Keys
 from esd_jax.params import Params, initial
-from launch import cpu
+from launch import command
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain/probe.py", flag_values=FLAGS)
@@ -127,5 +126,4 @@ def measure(params: Params, seed: int) -> tuple[dict[str, Any], float]:
 
 
 if __name__ == "__main__":
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    command.run(main, FLAGS, __doc__)

@@ -36,17 +36,7 @@ class Verb:
 
     def help(self) -> str:
         """The usage, and a line or more for each flag."""
-        values, lines = self.defined(), [self.usage, ""]
-        for name in values:
-            flag = values[name]
-            text, *_ = flag.help.split(";\n")  # absl says of some, at length, that they may be repeated
-            if isinstance(flag, flags.MultiFlag):
-                text += " May be repeated."
-            elif flag.default not in (None, "") and flag.default is not False:
-                text += f" [default: {flag.default}]"
-            left = f"  --{'[no]' if flag.boolean else ''}{name}"
-            lines += textwrap.wrap(text, WIDTH, initial_indent=f"{left:{MARGIN}}", subsequent_indent=" " * MARGIN)
-        return "\n".join([*lines, self.notes()]).rstrip()
+        return "\n".join([self.usage, "", *describe(self.defined()), self.notes()]).rstrip()
 
     def parse(self, name: str, argv: list[str]) -> flags.FlagValues:
         """The flags' values. Raises ValueError, or flags.Error, in one line."""
@@ -62,6 +52,21 @@ class Verb:
         if rest:
             setattr(values, self.positional, [*values[self.positional].value, *rest])
         return values
+
+
+def describe(values: flags.FlagValues) -> list[str]:
+    """Flags as --help shows them."""
+    lines = []
+    for name in values:
+        flag = values[name]
+        text, *_ = flag.help.split(";\n")  # absl says of some, at length, that they may be repeated
+        if isinstance(flag, flags.MultiFlag):
+            text += " May be repeated."
+        elif flag.default not in (None, "") and flag.default is not False:
+            text += f" [default: {flag.default}]"
+        left = f"  --{'[no]' if flag.boolean else ''}{name}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{left:{MARGIN}}", subsequent_indent=" " * MARGIN)
+    return lines
 
 
 # Flags that several verbs have, and what their values mean.
