@@ -15,7 +15,11 @@ def ssim(
 
     Uniform square windows that lie within the image, unbiased variances, K = 0.01 and 0.03; the mean over windows and
     the three channels, so that a change of colour at equal brightness counts.
+
+    Raises ValueError for images that are smaller than a window.
     """
+    if min(np.shape(a)[1:3]) < window:
+        raise ValueError(f"images of {np.shape(a)[1]} x {np.shape(a)[2]} pixels are smaller than a window of {window}")
     return np.asarray(_ssim(a, b, window), np.float64)
 
 
