@@ -22,6 +22,7 @@ FLOORS = [
     {"recipe", "evaluation"},
     {"runs"},
     {"api"},
+    {"dossier", "search"},
     {"cli", "__init__"},
 ]
 # Library -> the only places that may import it.
@@ -31,7 +32,8 @@ ONLY_IN = {
     "ml_collections": {"recipe", "cli"},
     "huggingface_hub": {"io/hub"},
     "absl": {"cli"},
-    "torch": set(),
+    "torch": {"evaluation/features", "evaluation/networks", "evaluation/weights"},
+    **dict.fromkeys(("cv2", "nudenet", "onnxruntime"), {"evaluation/detectors"}),
     "diffusers": set(),
 }
 
