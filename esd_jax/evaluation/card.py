@@ -1,0 +1,162 @@
+"""An erasure in Markdown, for model hubs; as flat texts, for the metadata of files; as the line that repeats it."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esd_jax.evaluation.evidence import Evidence, Finding, Table, as_json
+from esd_jax.evaluation.numbers import count, value, with_interval
+
+# Fields of a recipe that change nothing of the result.
+NOT_COMPUTED = {
+    "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "preview_every", "preview_prompts",
+    "preview_steps", "preview_guidance", "output_dir",
+}  # fmt: skip
+FIRST = ("base", "concept", "method", "subset")  # of the fields, in the line that repeats an erasure
+METADATA = "esd_jax."  # what the names of `facts` begin with
+TAGS = ("stable-diffusion", "text-to-image", "concept-erasure", "machine-unlearning", "esd-jax")
+NOT_MEASURED = "Nothing was measured."
+
+
+def command(record: Mapping[str, Any], *, config: str | None = None, known: Mapping[str, Any] | None = None) -> str:
+    """The line that repeats an erasure.
+
+    Every field that shapes the result is spelled out, so the line does not depend on what a config says today. A base
+    or image that was a file is named without its folder, as the record has it.
+
+    Args:
+      record: as `run.json`; empty text if it has no recipe.
+      config: the config to start from; by default the method's.
+      known: the config's own fields: what equals them is left out.
+    """
+    recipe = dict(record.get("recipe") or {})
+    if not recipe:
+        return ""
+    known, method = dict(known or {}), str(recipe.get("method", "esd"))
+    if config is None:
+        own = ("emoji", f"emoji_{method}") if recipe.get("base") == "emoji" else ("esd_x", method)
+        config = own[0] if method == "esd" else own[1]
+    names = [name for name in FIRST if name in recipe] + [name for name in recipe if name not in FIRST]
+    words = ["esd-jax erase", f"--config={shlex.quote(config)}"]
+    for name in names:
+        setting = recipe[name]
+        # None is what a field has that no flag sets.
+        if name in NOT_COMPUTED or setting is None or (name in known and known[name] == setting):
+            continue
+        words.append(f"--config.{name}={shlex.quote(str(setting))}")
+    return " ".join([*words, "--config.output_dir=runs/again"])
+
+
+def facts(evidence: Evidence) -> dict[str, str]:
+    """What is known of an erasure as flat texts, for the metadata of a safetensors file."""
+    record = evidence.record
+    recipe = record.get("recipe") or {}
+    found = {"erased": evidence.title, "base": record.get("base"), "base_sha256": record.get("base_sha256")}
+    found |= {name: recipe.get(name) for name in ("method", "subset", "steps", "seed")}
+    found |= {"license": record.get("license"), "command": evidence.command or command(record)}
+    found |= {"versions": ", ".join(f"{name} {v}" for name, v in (record.get("versions") or {}).items())}
+    for i, finding in enumerate(evidence.verdict, start=1):
+        found[f"finding.{i}"] = f"{finding.role}: {said(finding)}"
+    if evidence.measured_with:
+        found["measured_with"] = json.dumps(as_json(evidence.measured_with), default=str)
+    found["measured"] = "yes" if evidence.verdict or evidence.tables else "no"
+    found["attacked"] = "yes" if evidence.attacks or any(f.role == "attack" for f in evidence.verdict) else "no"
+    found["caveats"] = " ".join(evidence.caveats)
+    return {METADATA + name: str(text) for name, text in found.items() if text not in (None, "")}
+
+
+def card(evidence: Evidence, *, picture: str | None = None, report: str | None = None) -> str:
+    """The erasure card: YAML front matter and Markdown, as model hubs show it.
+
+    Args:
+      picture: file of before and after, from the card's folder. report: the HTML report's.
+    """
+    record = evidence.record
+    base = str(record.get("base") or "its base")
+    parts = [_front(evidence), f"# {_md(evidence.title)}, erased from {_md(base)}"]
+    if picture:
+        parts.append(f"![Before and after, the same prompts and noise](<{picture}>)")
+    parts.append("\n".join(f"- {_md(line)}" for line in _verdict(evidence)) or NOT_MEASURED)
+    if report:
+        parts.append(f"Pictures, charts and all figures: [the erasure report](<{report}>).")
+    for title, tables in (("Measured", evidence.tables), ("Attacks", evidence.attacks)):
+        shown = "\n\n".join(map(_table, tables)) or NOT_MEASURED
+        parts.append(f"## {title}\n\n{shown}")
+    line = evidence.command or command(record)
+    made = [f"```bash\n{line}\n```"] if line else []
+    settings = {"base": base, "base sha256": record.get("base_sha256"), **(record.get("versions") or {})}
+    made.append(_list(settings))
+    parts.append("## How it was made\n\n" + "\n\n".join(filter(None, made)))
+    parts.append("## How it was measured\n\n" + (_list(evidence.measured_with) or NOT_MEASURED))
+    parts.append("## Caveats\n\n" + ("\n".join(f"- {_md(text)}" for text in evidence.caveats) or "None were recorded."))
+    return "\n\n".join(parts) + "\n"
+
+
+def said(finding: Finding) -> str:
+    """A figure of the verdict as a sentence, without markup."""
+    if finding.role == "attack":
+        text = f"{finding.what}: the concept came back in {count(finding.after)} images"
+        if finding.control:
+            text += f"; by as many random prompts in {count(finding.control)}"
+        return f"{text}; from the base in {count(finding.before)}" if finding.before else text
+    before = f"{value(finding.before, finding.percent)} before, " if finding.before else ""
+    after = "after" if finding.before else "in the erased model"
+    text = f"{finding.what}: {before}{with_interval(finding.after, finding.percent)} {after}, n = {finding.after.n:,}"
+    return (
+        f"{text}; the base from other noise {with_interval(finding.control, finding.percent)}"
+        if finding.control
+        else text
+    )
+
+
+def _verdict(evidence: Evidence) -> Sequence[str]:
+    return [said(finding) for finding in evidence.verdict]
+
+
+def _front(evidence: Evidence) -> str:
+    """YAML, whose strings are written as JSON's, which YAML reads."""
+    record, lines = evidence.record, ["---"]
+    base = str(record.get("base") or "")
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
+    if license := record.get("license"):
+        lines.append(f"license: {json.dumps(str(license))}")
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(list(TAGS))}", "---"]
+    return "\n".join(lines)
+
+
+def _table(table: Table) -> str:
+    rows = [["", *table.columns], ["---", *["---:"] * len(table.columns)]]
+    for label, cells in table.rows:
+        if cells:
+            shown = (with_interval(c, name in table.percent) for c, name in zip(cells, table.columns, strict=True))
+            rows.append([_md(label), *map(_md, shown)])
+        else:
+            rows.append([f"**{_md(label)}**", *[""] * len(table.columns)])
+    rows[0] = [_md(name) for name in rows[0]]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    note = f"\n\n{_md(table.note)}" if table.note else ""
+    return f"**{_md(table.title)}**\n\n{lines}{note}"
+
+
+def _list(found: Mapping[str, Any]) -> str:
+    """Nested mappings and lists as indented lists."""
+
+    def lines(name: str, content: Any, depth: int) -> list[str]:
+        start = f"{'  ' * depth}- "
+        if isinstance(content, Mapping):
+            return [f"{start}{_md(name)}:", *(x for k, v in content.items() for x in lines(str(k), v, depth + 1))]
+        if isinstance(content, list | tuple) and any(isinstance(c, Mapping) for c in content):
+            each = (", ".join(f"{k} {v}" for k, v in c.items()) if isinstance(c, Mapping) else str(c) for c in content)
+            return [f"{start}{_md(name)}:", *(f"  {start}{_md(text)}" for text in each)]
+        text = ", ".join(map(str, content)) if isinstance(content, list | tuple) else str(content)
+        return [f"{start}{_md(name)}: {_md(text)}"]
+
+    return "\n".join(line for name, v in found.items() if v is not None for line in lines(str(name), v, 0))
+
+
+def _md(text: str) -> str:
+    """Text in which Markdown and HTML see no markup, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", " ".join(str(text).split())).replace("&", "&amp;")

@@ -1,0 +1,36 @@
+"""Evidence for the terminal."""
+
+import textwrap
+
+from esd_jax.evaluation.card import said
+from esd_jax.evaluation.evidence import Evidence, Table
+from esd_jax.evaluation.numbers import with_interval
+
+WIDTH = 110  # characters of a note, and of a group's title
+
+
+def summary(evidence: Evidence) -> str:
+    """All tables, then the figures that count most, a line each."""
+    parts = [table(one) for one in (*evidence.tables, *evidence.attacks)]
+    return "\n\n".join([*parts, "\n".join(said(finding) for finding in evidence.verdict)]).strip()
+
+
+def table(one: Table) -> str:
+    """A table in aligned columns."""
+    cells = [
+        (label, [with_interval(cell, name in one.percent) for cell, name in zip(row, one.columns, strict=bool(row))])
+        for label, row in one.rows
+    ]
+    widths = [
+        max(len(text) for text in column) for column in zip(one.columns, *(row for _, row in cells if row), strict=True)
+    ]
+    first = max((len(label) for label, row in cells if row), default=0)
+
+    def line(label: str, row: list[str]) -> str:
+        return f"{label:{first + 2}}" + "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
+
+    lines = [one.title, line("", list(one.columns))]
+    lines += [
+        line(f"  {label}", row) if row else textwrap.shorten(label, WIDTH, placeholder=" ...") for label, row in cells
+    ]
+    return "\n".join([*(text.rstrip() for text in lines), *textwrap.wrap(one.note, WIDTH)])
