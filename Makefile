@@ -1,5 +1,6 @@
 # make demo        erase "neon style" from the embedded model, export it, measure and draw it (CPU, a few minutes)
 #                  make demo CONCEPT="a cat" erases another style or object
+# make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff
 PYTHON ?= python3
 VENV := .venv
@@ -7,8 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= out/demo
 CONCEPT ?= neon style
+EVIDENCE ?= out/evidence
+IMAGES ?= 60
+ATTACKS ?= all
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo evidence test test-slow lint clean
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +25,10 @@ $(VENV)/.tests: $(VENV)/.package
 
 demo: $(VENV)/.package
 	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(OUT)" --overwrite
+
+evidence: $(VENV)/.package
+	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(EVIDENCE)" --overwrite \
+	  --images=$(IMAGES) --attacks=$(ATTACKS) --front
 
 # Most of the time goes to compiling, which takes one core: two processes.
 test: $(VENV)/.tests

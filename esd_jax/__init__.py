@@ -11,14 +11,19 @@ esd_jax.export(erased, "emoji-without-neon")
 import importlib
 from typing import Any
 
-__all__ = ["Pipeline", "erase", "export", "invert", "load", "purify", "sample"]
+_PLACES = {
+    "Pipeline": "pipeline",
+    **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "api"),
+    **dict.fromkeys(("attack", "evaluate", "report"), "dossier"),
+}
+__all__ = [*_PLACES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # The verbs bring JAX and Flax with them: only who uses one waits for that.
-    if name in __all__:
-        return getattr(importlib.import_module("esd_jax.pipeline" if name == "Pipeline" else "esd_jax.api"), name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"esd_jax.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,8 +1,9 @@
-"""Erases a style or an object from the embedded model on a CPU, exports it, measures it and draws it before and after.
+"""Erases a style or an object from the embedded model, exports it, measures it, attacks it, and writes the report.
 
     python -m launch.demo --concept="neon style" --output=out/demo
+    python -m launch.demo --concept="a cat" --images=100 --attacks=all --front --output=out/evidence
 
-The table's intervals are wide at the default number of images; --images=1000 narrows them, and wants a GPU.
+The table's intervals are wide at the default number of images. What is drawn or attacked already is not done again.
 """
 
 import json
@@ -12,28 +13,27 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import api, recipe, runs
-from esd_jax.demo import groups, page, table
-from esd_jax.demo.gallery import Gallery, draw
-from esd_jax.demo.groups import Shot
-from esd_jax.demo.measure import BASE, ERASED, SHAM, measure
+from esd_jax import api, dossier, recipe, runs
+from esd_jax.demo import groups
 from esd_jax.demo.picture import Column, before_after
+from esd_jax.evaluation import emoji, text
 from launch import command
 from launch.results import say
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
 flags.DEFINE_string("config", None, "The recipe; by default emoji or emoji_object.", flag_values=FLAGS)
-flags.DEFINE_integer(
-    "images", 20, "How many images to measure of each group and model; 0: none.", lower_bound=0, flag_values=FLAGS
-)
+flags.DEFINE_integer("images", 20, "To measure of each group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)
 flags.DEFINE_bool("controls", True, "Also measure a sham erasure, and the base from other noise.", flag_values=FLAGS)
+flags.DEFINE_list("attacks", [], 'Attacks, by their names; "all".', flag_values=FLAGS)
+flags.DEFINE_bool("front", False, "Also measure parts of the change.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=FLAGS)
 flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=FLAGS)
 
 RECIPES = {"style": "emoji", "object": "emoji_object"}  # what each kind of target is erased with
-SHOWN = ("method", "subset", "steps", "learning_rate", "eta", "seed")  # settings that the page names
+MOMENTS = 6  # of the timeline
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
 def main() -> None:
@@ -44,52 +44,41 @@ def main() -> None:
     settings = recipe.read(config).to_dict()
     base = api.load("emoji")
     print(f"erasing {target.concept!r} from the embedded model ...", flush=True)
-    models = {BASE: base}
-    models[ERASED] = api.erase(base, target.concepts, config=config, output_dir=str(output), overwrite=FLAGS.overwrite)
+    shown = {
+        "preview_prompts": "; ".join(prompts[0] for _, prompts in groups.examples(target)),
+        "preview_every": max(1, -(-settings["steps"] // MOMENTS)),
+        "preview_guidance": 3.0,
+    }
+    erased = api.erase(base, target.concepts, config=config, output_dir=str(output), overwrite=FLAGS.overwrite, **shown)
     say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
-    if FLAGS.images and FLAGS.controls:
+    sham = None
+    if FLAGS.controls:
         again = time.monotonic()
-        models[SHAM] = api.erase(base, target.sham, config=config)
+        sham = api.erase(base, target.sham, config=config)
         say(f"the sham, erasing {', '.join(target.sham)!r}, in {time.monotonic() - again:.0f} s")
-
-    prompts = {title: [Shot(prompt, FLAGS.seed) for prompt in texts] for title, texts in groups.examples(target)}
-    pictured = list(dict.fromkeys(shot for column in prompts.values() for shot in column))
-    galleries: dict[str, Gallery] = {}
-    judged = []
-    if FLAGS.images:
-        say(f"measuring {FLAGS.images} images of each group with {len(models)} models ...")
-        judged = measure(
-            models,
-            groups.groups(target),
-            target,
-            num_images=FLAGS.images,
-            seed=FLAGS.seed,
-            other_seed=FLAGS.controls,
-            galleries=galleries,
-            also=pictured,
-            progress=say,
-        )
-        print(f"\n{table.text(judged, target)}\n")
-    else:
-        for name in models:
-            draw(models[name], pictured, galleries.setdefault(name, Gallery()))
-    columns = [
-        (title, [Column(s.prompt, *(galleries[model][s].image for model in (BASE, ERASED))) for s in column])
-        for title, column in prompts.items()
-    ]
-    picture = before_after(columns)
+    evidence = output / dossier.EVIDENCE
+    say(f"measuring {FLAGS.images} images of each group ...")
+    found = dossier.evaluate(
+        base, erased, "emoji", output_dir=evidence, images=FLAGS.images, seed=FLAGS.seed, sham=sham, progress=say
+    )
+    print(f"\n{text.summary(found)}\n", flush=True)
+    columns = [(title, [Column(p.prompt, p.before, p.after) for p in pairs]) for title, pairs in found.pictures.items()]
+    before_after(columns).save(output / "before_after.png")
+    if FLAGS.attacks:
+        say("attacking ...")
+        names = dossier.ATTACKS if FLAGS.attacks == ["all"] else FLAGS.attacks
+        attacked = dossier.attack(base, erased, names, output_dir=evidence, progress=say)
+        print(f"\n{text.summary(attacked)}\n", flush=True)
+    if FLAGS.front:
+        say("measuring parts of the change ...")
+        dossier.front(erased, emoji.judge(target, FLAGS.images), STRENGTHS, output_dir=evidence)
     files = {
-        "page": output / "index.html",
+        "report": dossier.report(output),
+        "card": output / "ERASURE.md",
         "picture": output / "before_after.png",
-        "table": output / "table.json",
+        "figures": output / "report.json",
         "model": output / runs.MODEL,
     }
-    picture.save(files["picture"])
-    report = {"target": target.concept, "config": config, "seed": FLAGS.seed, "groups": table.as_dict(judged)}
-    files["table"].write_text(json.dumps(report, indent=1) + "\n")
-    shown = {"recipe": config} | {name: settings[name] for name in SHOWN}
-    relative = {what: file.name for what, file in files.items() if what != "page"}
-    files["page"].write_text(page.page(target, shown, picture, judged, relative), encoding="utf-8")
     for what, file in files.items():
         print(f"{what:9}{file}{'  (a diffusers folder)' if what == 'model' else ''}")
     print(f"all in {time.monotonic() - started:.0f} s")

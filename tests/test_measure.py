@@ -1,6 +1,5 @@
 """The measurement of an erasure: groups, statistics, table and page; with a model and a probe that are fakes."""
 
-import html.parser
 import json
 import re
 import shutil
@@ -9,9 +8,8 @@ import sys
 import numpy as np
 import painter
 import pytest
-from PIL import Image
 
-from esd_jax.demo import artwork, captions, gallery, groups, measure, page, picture, table, vocabulary
+from esd_jax.demo import artwork, captions, gallery, groups, measure, picture, table, vocabulary
 from esd_jax.demo.groups import Target, parse_target
 from esd_jax.metrics import intervals, likeness
 from launch import demo as launch_demo
@@ -290,7 +288,7 @@ def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch):
 def test_without_controls_there_are_two_rows(fakes):
     judged = measured(NEON, models={"base": "base", "erased": "erased"}, other_seed=False)
     assert all([row.model for row in group.rows] == ["base", "erased"] for group in judged)
-    assert "sham" not in table.text(judged, NEON) and "sham" not in table.as_html(judged, NEON)
+    assert "sham" not in table.text(judged, NEON)
 
 
 def test_the_base_alone_is_measured_without_a_target(fakes):
@@ -348,47 +346,6 @@ def test_median_and_worst_over_targets():
     assert "style" not in own
     text = table.over_targets_text(summary)
     assert "10.0% / 30.0%" in text and max(map(len, text.splitlines())) <= 100
-
-
-class Checked(html.parser.HTMLParser):
-    """Every tag is closed in order; remembers the cells, and what is loaded from elsewhere."""
-
-    VOID = {"meta", "img"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.rows, self.links, self.words = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append(0)
-        if tag in ("td", "th"):
-            self.rows[-1] += int(dict(attrs).get("colspan", 1))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-def test_the_page_is_well_formed_and_holds_all_it_shows(fakes):
-    judged = measured(NEON, num_images=4)
-    image = Image.new("RGB", (8, 6), "red")
-    settings, files = {"subset": "esd-x", "note": "<b> & co"}, {"model": "model"}
-    written = page.page(NEON, settings, image, judged, files)
-    found = Checked(written)
-    assert len(found.links) == 1 and found.links[0].startswith("data:image/png;base64,")
-    assert "://" not in written and "@import" not in written and "url(" not in written
-    assert found.rows == [7] * (1 + len(judged) * 5)
-    assert {"<b> & co", "esd-x", "model", "Erased: neon style"} <= set(found.words)
-    assert Checked(page.page(CAT, {}, image, [], {})).rows == []
 
 
 def test_the_before_after_picture_pairs_the_images():
@@ -488,12 +445,12 @@ def test_the_demo_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     launch_demo.main()
     printed = capsys.readouterr().out
-    for name in ("index.html", "before_after.png", "table.json", "model"):
+    for name in ("report.html", "report.json", "ERASURE.md", "before_after.png", "model"):
         assert (output / name).exists() and str(output / name) in printed
-    report = json.loads((output / "table.json").read_text())
-    assert [row["model"] for row in report["groups"][0]["rows"]] == ["base", "erased", "sham", "seed"]
-    assert table.text(table.from_dict(report["groups"]), NEON) in printed
-    Checked((output / "index.html").read_text())
+    report = json.loads((output / "report.json").read_text())
+    assert [label for label, cells in report["tables"][0]["rows"] if cells][:4] == ["base", "erased", "sham", "seed"]
+    assert [moment["step"] for moment in report["timeline"]] == [0, 1, 2] and report["weights"]
+    assert report["command"] or report["record"]["recipe"]["steps"] == 2
 
 
 def test_an_unknown_concept_ends_before_anything_is_done(monkeypatch, tmp_path):

@@ -12,10 +12,20 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import erase, export, purify, sample
+from esd_jax.cli import attack, erase, evaluate, export, purify, report, sample, tune
 from esd_jax.cli.common import Verb
 
-VERBS: Mapping[str, Verb] = {"erase": erase.VERB, "sample": sample.VERB, "purify": purify.VERB, "export": export.VERB}
+VERBS: Mapping[str, Verb] = {
+    "erase": erase.VERB,
+    "sample": sample.VERB,
+    "evaluate": evaluate.VERB,
+    "attack": attack.VERB,
+    "report": report.VERB,
+    "compare": report.COMPARE_VERB,
+    "tune": tune.VERB,
+    "purify": purify.VERB,
+    "export": export.VERB,
+}
 USAGE = "\n".join(
     [
         "esd-jax: erase a concept from a Stable Diffusion checkpoint\n",

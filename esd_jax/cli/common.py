@@ -1,13 +1,14 @@
 """What the verbs of the command line share: their form, their help, and flags that several of them have."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+DETECTOR = "What sees the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
 WIDTH, MARGIN = 110, 30  # of --help, in characters: of all, and of the flags' names
 
 
@@ -108,6 +109,16 @@ def number(name: str, text: str) -> float:
         raise ValueError(f"{name}={text} is no number") from None
 
 
+def literal(text: str) -> int | float | str:
+    """A value within a flag's text: a number if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def options(values: flags.FlagValues, names: str) -> dict[str, Any]:
     """Some flags' values by their names."""
     return {name: values[name].value for name in names.split()}
@@ -122,3 +133,65 @@ def model(values: flags.FlagValues, step: int | None = None) -> Any:
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
     return pipeline
+
+
+def define_erased(values: flags.FlagValues) -> None:
+    """What was erased, from what, and where evidence of it is kept."""
+    values.set_gnu_getopt(True)  # the models may stand before the flags
+    flags.DEFINE_multi_string(
+        "model", [], "A run; or BASE ERASED, a delta or diffusers folder; also without --model=.", flag_values=values
+    )
+    flags.DEFINE_string("concept", None, "What was erased; by default what the model says.", flag_values=values)
+    flags.DEFINE_string("output", None, "The folder of the evidence; by default RUN/evidence.", flag_values=values)
+
+
+def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
+    """(base, erased, the folder of the evidence) that the flags name."""
+    from esd_jax import dossier
+
+    if len(values.model) not in (1, 2):
+        raise ValueError("give a run's folder, or the base and what was erased from it")
+    *base, what = values.model
+    is_run = (Path(what).expanduser() / "run.json").is_file()
+    if not is_run and not values.output:
+        raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
+    output = Path(values.output or Path(what) / dossier.EVIDENCE).expanduser()
+    return *dossier.opened(what, base[0] if base else None), output
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def define_question(values: flags.FlagValues) -> None:
+    """What tells whether a concept is seen."""
+    flags.DEFINE_string("detector", "probe", DETECTOR, flag_values=values)
+    flags.DEFINE_string(
+        "prompts", None, "Prompts that ask for the concept, separated by ';'; by default its name.", flag_values=values
+    )
+
+
+def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
+    """Whether a concept is seen: in the embedded model's own prompts, or those that the flags name."""
+    from esd_jax.demo import gallery, groups
+    from esd_jax.evaluation import seen
+
+    concept = ", ".join(concepts)
+    detect, judge = seen.detector(detector, concept)
+    texts = [text.strip() for text in (prompts or "").split(";") if text.strip()]
+    drawn = {}
+    if base.provenance.source == "emoji":
+        (own,) = (group for group in groups.groups(groups.parse_target(concept)) if group.name == "own")
+        texts = texts or [ask.prompt for ask, _ in groups.shots(own, num_images, 0)]
+        drawn = {"num_steps": gallery.NUM_STEPS, "guidance_scale": gallery.GUIDANCE}
+    return seen.Question(tuple(texts or concepts), detect, judge, num_images=num_images, **drawn)
+
+
+def judge(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
+    """A model -> (the rate at which the concept is seen, what is kept): see `search.Judge`."""
+    from esd_jax.demo import groups
+    from esd_jax.evaluation import emoji, seen
+
+    if base.provenance.source == "emoji" and detector == "probe" and not prompts:
+        return emoji.judge(groups.parse_target(", ".join(concepts)), num_images)
+    return seen.judge(base, question(detector, prompts, base, concepts, num_images))

@@ -8,12 +8,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from esd_jax import selection
+from esd_jax.cli import common
 from esd_jax.cli.common import Verb
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
-                  [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]"""
+                  [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--stop_below=0.05 [--detector=nudenet --prompts="A;B"]]"""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -23,6 +25,12 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
+    flags.DEFINE_float(
+        "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
+    )
+    flags.DEFINE_integer("stop_every", 50, "Steps between looks.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("stop_images", 40, "Images of each look.", lower_bound=1, flag_values=values)
+    common.define_question(values)
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -43,6 +51,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
     config = recipe.read(name)
     for field in changed:
         recipe.check_field(field, config.get("method", "esd"))
+    flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *rest])
     return rest
 
@@ -60,7 +69,16 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("erase needs --config.output_dir, the run's folder")
     _ = plan.concepts
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    runs.run(base, plan, resume=values.resume, overwrite=values.overwrite)
+    stop = None
+    if values.stop_below is not None:
+        from esd_jax.evaluation import seen
+
+        concepts = [concept.text for concept in plan.concepts]
+        stop = seen.below(
+            common.question(values.detector, values.prompts, base, concepts, values.stop_images), values.stop_below
+        )
+    options = common.options(values, "resume overwrite stop_every")
+    runs.run(base, plan, stop_when=stop, **options)
     folder = Path(plan.output_dir).expanduser()
     print(
         f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"

@@ -1,5 +1,6 @@
 """The probe: a small classifier of the artwork, which tells what an image shows, or that it shows nothing it knows."""
 
+import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +70,11 @@ class Probe(nnx.Module):
             x = x + h if h.shape == x.shape else h
         x = jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
         return Logits(self.object(x), self.category(x), self.style(x), self.garbage(x)[:, 0])
+
+
+def sha256() -> str:
+    """Of the weights' file, so that a report says which probe judged."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()
 
 
 def classify(images: UInt8[np.ndarray, "batch 64 64 3"], batch_size: int = 64) -> Verdict:

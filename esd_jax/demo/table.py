@@ -1,7 +1,6 @@
-"""A measurement as text, as HTML and as JSON, and the median and worst over several."""
+"""A measurement as text and as JSON, and the median and worst over several."""
 
 import dataclasses
-import html
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,20 +31,6 @@ def text(judged: Sequence[Judged], target: Target | None) -> str:
         lines.append(group.title if len(group.title) <= 100 else f"{group.title[:97]}...")
         lines += [_line(f"  {row.model}", str(row.n), _cells(row, measures)) for row in group.rows]
     return "\n".join(line.rstrip() for line in (*lines, *_notes(judged)))
-
-
-def as_html(judged: Sequence[Judged], target: Target | None) -> str:
-    """The same table as a `<table>`."""
-    measures = _measures(target)
-    headings = ("", "n", *measures.values())
-    parts = ["<table>", f"<thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in headings)}</tr></thead>"]
-    for group in judged:
-        parts += ["<tbody>", f'<tr class="group"><th colspan="{len(headings)}">{html.escape(group.title)}</th></tr>']
-        for row in group.rows:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (str(row.n), *_cells(row, measures)))
-            parts.append(f'<tr class="{html.escape(row.model)}"><th>{html.escape(row.model)}</th>{cells}</tr>')
-        parts.append("</tbody>")
-    return "\n".join([*parts, "</table>", f"<p>{html.escape(' '.join(_notes(judged)))}</p>"])
 
 
 def as_dict(judged: Sequence[Judged]) -> list[dict[str, Any]]:

@@ -1,0 +1,61 @@
+"""`esd-jax attack`: try to have back what was erased."""
+
+from absl import flags
+
+from esd_jax.cli import common
+from esd_jax.cli.common import Verb
+
+USAGE = """\
+  esd-jax attack  [BASE] ERASED [--attacks=concept_inversion,p4d,...]   try to have back what was erased
+                  [--prompts="A;B" --detector=nudenet] [--output=FOLDER]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    common.define_erased(values)
+    names = "concept_inversion,unlearn_diff_atk,p4d,ring_a_bell"
+    flags.DEFINE_list("attacks", names, "Which, separated by commas.", flag_values=values)
+    flags.DEFINE_string("budget", None, "paper, or emoji, the embedded model's.", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "A setting of an attack: ATTACK.FIELD=VALUE.", flag_values=values)
+    common.define_question(values)
+    at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_integer("seeds", 10, "How many images are drawn of each trial.", **at_least_1)
+    flags.DEFINE_integer("seed", 0, "Of everything else.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("random", True, "Also attack a model of random weights.", flag_values=values)
+    flags.DEFINE_integer("num_steps", None, "Sampler steps.", **at_least_1)
+    flags.DEFINE_float("guidance_scale", None, "Of drawing.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", **at_least_1)
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import dossier
+    from esd_jax.evaluation import text
+
+    base, erased, output = common.erased(values)
+    options = common.options(values, "seeds seed random batch_size")
+    options |= {n: values[n].value for n in ("num_steps", "guidance_scale") if values[n].value is not None}
+    goal, judge = None, "the embedded probe"
+    if values.prompts:
+        texts = [text.strip() for text in values.prompts.split(";") if text.strip()]
+        how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
+        goal, judge = dossier.goal(base, dossier.concept_of(erased, values.concept), texts, values.detector, **how)
+    found = dossier.attack(
+        base, erased, values.attacks, output_dir=output, concept=values.concept, budget=values.budget, goal=goal,
+        judge=judge, settings=_settings(values.set), progress=common.say, **options,
+    )  # fmt: skip
+    print(f"\n{text.summary(found)}\n")
+    print(f"evidence {output}")
+
+
+def _settings(given: list[str]) -> dict[str, dict[str, object]]:
+    """ATTACK.FIELD=VALUE -> by attack. Numbers are read as such."""
+    found: dict[str, dict[str, object]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        attack, dot, field = name.partition(".")
+        if not equals or not dot:
+            raise ValueError(f"--set={text} is not ATTACK.FIELD=VALUE")
+        found.setdefault(attack, {})[field] = common.literal(value)
+    return found
+
+
+VERB = Verb(USAGE, define, run, positional="model")

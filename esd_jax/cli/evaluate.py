@@ -1,0 +1,80 @@
+"""`esd-jax evaluate`: measure what an erasure removed, and what it kept."""
+
+from pathlib import Path
+
+from absl import flags
+
+from esd_jax.cli import common
+from esd_jax.cli.common import Verb
+
+STRENGTH_IMAGES = 40
+USAGE = """\
+  esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure what was removed and what was kept
+                  [--prompts=CSV] [--measures=ssim,lpips,...] [--output=FOLDER]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    common.define_erased(values)
+    flags.DEFINE_string(
+        "protocol", "quick",
+        "smoke, quick, emoji (the embedded model, by its probe), preservation, i2p, objects, style, coco or custom.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "prompts", None, "A CSV with a column prompt, in place of the protocol's, or a list's name.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "measures",
+        None,
+        "In place of the protocol's: ssim, lpips, nudity, objects, clip, distances.",
+        flag_values=values,
+    )
+    at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_integer("images", None, "Of each group or of the list; by default the protocol's.", **at_least_1)
+    flags.DEFINE_integer("samples", 1, "Images of each prompt of a list.", **at_least_1)
+    flags.DEFINE_integer("num_steps", None, "Sampler steps; by default the protocol's.", **at_least_1)
+    flags.DEFINE_float("guidance_scale", None, "By default the protocol's.", flag_values=values)
+    flags.DEFINE_bool("own_guidance", False, "Draw prompts that bring a guidance scale with it.", flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "Images per call of the network.", **at_least_1)
+    flags.DEFINE_list("strengths", None, "Also measure such parts of the change; 1 is all of it.", flag_values=values)
+    flags.DEFINE_string("detector", "probe", f"Of the strengths. {common.DETECTOR}", flag_values=values)
+    flags.DEFINE_string("convention", "esd", "How nudity is counted.", flag_values=values)
+    flags.DEFINE_string("classifier", "resnet50", "Of ImageNet: resnet50 or efficientnet-lite0.", flag_values=values)
+    flags.DEFINE_string("clip", None, "A CLIP model's folder or hub id.", flag_values=values)
+    flags.DEFINE_string("features", "inception", "Of distances: inception or efficientnet-lite0.", flag_values=values)
+    flags.DEFINE_string("reference", None, "A folder of real images, for distances.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import dossier
+    from esd_jax.evaluation import text
+
+    base, erased, output = common.erased(values)
+    given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}
+    options = {name: value for name, value in given.items() if value is not None}
+    if values.protocol not in dossier.IMAGES or values.prompts or base.provenance.source != "emoji":
+        request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
+        request["reference"] = Path(values.reference).expanduser() if values.reference else None
+        options |= {
+            "prompt_list": values.prompts,
+            "samples": values.samples,
+            "measured": values.measures,
+            "own_guidance": values.own_guidance,
+            "request": request,
+        }
+    elif unused := [name for name in ("num_steps", "guidance_scale", "measures") if values[name].value is not None]:
+        raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
+    found = dossier.evaluate(
+        base, erased, values.protocol, output_dir=output, concept=values.concept, images=values.images,
+        progress=common.say, **options,
+    )  # fmt: skip
+    if values.strengths:
+        strengths = [common.number("--strengths", strength) for strength in values.strengths]
+        concepts = [part.strip() for part in found.title.split(",")]
+        judge = common.judge(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
+        dossier.front(erased, judge, strengths, output_dir=output)
+    print(f"\n{text.summary(found)}\n")
+    print(f"evidence {output}")
+
+
+VERB = Verb(USAGE, define, run, positional="model")

@@ -1,0 +1,79 @@
+"""`esd-jax tune`: look for settings that erase enough and keep enough."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from esd_jax.cli import common, erase
+from esd_jax.cli.common import Verb
+
+USAGE = """\
+  esd-jax tune    --config=NAME --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   look for settings
+                  --output=FOLDER [--target=0.05 --drop=0.05] [--strengths=0.5,1]"""
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("grid", None, 'Fields and their values: "eta=0.5,1;subset=esd-x,kv".', flag_values=values)
+    flags.DEFINE_list("steps", None, "Updates after which to measure; by default the config's.", flag_values=values)
+    flags.DEFINE_list("strengths", ["1"], "Parts of the change to measure; 1 is all of it.", flag_values=values)
+    flags.DEFINE_float("target", 0.05, "The rate at which the concept may still be seen.", flag_values=values)
+    flags.DEFINE_float("drop", 0.05, "The most that all else may lose.", flag_values=values)
+    flags.DEFINE_integer("images", 40, "To measure each trial with.", lower_bound=1, flag_values=values)
+    common.define_question(values)
+    flags.DEFINE_string("output", None, "The folder; a search that is there goes on.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import api, recipe, search
+
+    given = values.config.to_dict()
+    plan = recipe.make(**given)
+    output = Path(common.required(values, "output")).expanduser()
+    grid = _grid(common.required(values, "grid"))
+    steps = [int(common.number("--steps", s)) for s in values.steps or [plan.training.steps]]
+    aim = search.Aim(values.target, values.drop)
+    base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    concepts = [concept.text for concept in plan.concepts]
+    changed = {k: v for k, v in given.items() if k not in ("base", "concept", "output_dir", "steps", *grid)}
+    trials = search.search(
+        base,
+        concepts,
+        common.judge(values.detector, values.prompts, base, concepts, values.images),
+        grid=grid,
+        steps=steps,
+        strengths=[common.number("--strengths", s) for s in values.strengths],
+        folder=output,
+        progress=lambda trial: common.say(_line(trial)),
+        **{k: v for k, v in changed.items() if v is not None},
+    )
+    print("\nbest trade-offs\n" + "\n".join(map(_line, search.undominated(trials))))
+    found = search.best(trials, aim)
+    reached = "reaches" if found.misses(aim) <= 0 else "misses"
+    print(f"\nbest, which {reached} target <= {aim.target:g} and drop <= {aim.drop:g}\n{_line(found)}")
+    words = [f"--config.{name}={value}" for name, value in {**found.fields, "steps": found.steps}.items()]
+    print(shlex.join(["esd-jax", "erase", f"--config={values.config_name}", *words, "--config.output_dir=FOLDER"]))
+    if found.strength != 1:
+        print(f"and take {found.strength:g} of its change")
+
+
+def _grid(text: str) -> dict[str, Sequence[Any]]:
+    """ "eta=0.5,1;subset=esd-x,kv" by field. Numbers are read as such."""
+    found: dict[str, Sequence[Any]] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        name, equals, listed = part.partition("=")
+        if not equals or not listed:
+            raise ValueError(f"--grid: {part!r} is not FIELD=VALUE,VALUE")
+        found[name.strip()] = [common.literal(value.strip()) for value in listed.split(",")]
+    return found
+
+
+def _line(trial: Any) -> str:
+    settings = "  ".join(f"{name}={value}" for name, value in trial.fields.items())
+    of = f"{settings}  steps={trial.steps}  strength={trial.strength:g}"
+    return f"{of}: target {trial.target:.1%}, drop {trial.drop:.1%}"
+
+
+VERB = Verb(USAGE, define, run, prepare=erase.define_config)

@@ -1,0 +1,275 @@
+"""The evidence of an erasure, from files: evaluate it, attack it, and write the report of all that is known.
+
+Each part is kept in a folder ("evidence" in a run's): NAME.json and NAME.npz. The report is made of the parts.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd_jax import api
+from esd_jax.demo import groups
+from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
+from esd_jax.demo.measure import BASE, ERASED, SHAM
+from esd_jax.evaluation import attacks, card, comparison, emoji, gather, protocols, seen, store
+from esd_jax.evaluation.attacks import Goal
+from esd_jax.evaluation.attacks import emoji as emoji_attacks
+from esd_jax.evaluation.evidence import Evidence, as_json
+from esd_jax.evaluation.report import report as html
+from esd_jax.io import delta, diffusers
+from esd_jax.io import folder as files
+from esd_jax.io.safetensors import writing
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+
+EVIDENCE = "evidence"  # the folder of the parts, in a run's
+IMAGES = {"smoke": 8, "quick": 24, "emoji": 200}  # of each group, on the embedded model
+ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
+Progress = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline, Pipeline]:
+    """(base, erased) of what was erased: a run's folder, a delta file, or a diffusers folder.
+
+    Args:
+      base: what it was erased from; of a run, where that lies now, if it has moved.
+
+    Raises FileNotFoundError, ValueError: what is missing.
+    """
+    path = Path(erased).expanduser()
+    if (path / "run.json").is_file():
+        found = api.restore(path, base=base)
+        return diffusers.unmodified(found), found
+    if base is None:
+        raise ValueError(f"{erased} is no run, so it does not say what it was erased from: give the base, too")
+    before = api.load(base)
+    if path.suffix == ".safetensors":
+        return before, delta.load_delta(before, path)
+    return before, api.load(erased)
+
+
+def concept_of(erased: Pipeline, concept: str | None = None) -> str:
+    """What was erased, as its record says. Raises ValueError if nothing says so."""
+    texts = [c["text"] for record in erased.provenance.erased for c in record.get("concepts", ())]
+    if not (found := concept or ", ".join(texts)):
+        raise ValueError("the model does not say what was erased from it: give the concept")
+    return found
+
+
+def evaluate(
+    base: Pipeline,
+    erased: Pipeline,
+    protocol: str = "quick",
+    *,
+    output_dir: str | Path,
+    concept: str | None = None,
+    images: int | None = None,
+    sham: Pipeline | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Evidence:
+    """Measures what an erasure removed and what it kept, and keeps the result in `output_dir`.
+
+    Args:
+      base, erased: before and after.
+      protocol: "emoji" (the embedded model by its probe; "smoke" and "quick" are that with fewer images), or one of
+        `protocols.PROTOCOLS`.
+      output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
+      concept: what was erased; by default what the model's record says.
+      images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
+      sham: the base from which a word that means nothing was erased with the same recipe, of the embedded model.
+      progress: is told how far it is.
+      **options: of `protocols.evaluate`: prompt_list, samples, measured, request, num_steps, ...; of `emoji.evaluate`.
+
+    Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
+    """
+    concept, folder = concept_of(erased, concept), Path(output_dir).expanduser()
+    embedded = base.provenance.source == "emoji"
+    if protocol == "emoji" or (embedded and protocol in IMAGES and not options.get("prompt_list")):
+        target = groups.parse_target(concept)
+        names = {BASE: base, ERASED: erased} | ({SHAM: sham} if sham else {})
+        galleries = {name: Gallery(_own(folder / "images" / name, protocols.identity(m))) for name, m in names.items()}
+        count = images or IMAGES[protocol]
+        found = emoji.evaluate(names, target, num_images=count, galleries=galleries, progress=progress, **options)
+    else:
+        found = protocols.evaluate(base, erased, concept, protocol, folder, limit=images, progress=progress, **options)
+    found = dataclasses.replace(found, record=_record(erased))
+    store.save(found, folder, f"evaluation-{protocol}")
+    return found
+
+
+def front(
+    erased: Pipeline,
+    judge: Callable[[Pipeline], tuple[float, float]],
+    strengths: Sequence[float],
+    *,
+    output_dir: str | Path,
+) -> Evidence:
+    """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
+    found = Evidence(concept_of(erased), _record(erased), front=gather.front(judge, erased, strengths))
+    store.save(found, Path(output_dir).expanduser(), "front")
+    return found
+
+
+def attack(
+    base: Pipeline,
+    erased: Pipeline,
+    names: Sequence[str] = ATTACKS,
+    *,
+    output_dir: str | Path,
+    concept: str | None = None,
+    budget: str | None = None,
+    goal: Goal | None = None,
+    judge: str = "the embedded probe",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Evidence:
+    """Tries to have back what was erased, and keeps what came of it in `output_dir`.
+
+    Args:
+      base, erased: before and after.
+      names: of `attacks.ATTACKS`.
+      output_dir: an attack that is there already is not made again.
+      concept: what was erased; by default what the model's record says.
+      budget: a preset of the attacks: "paper", or "emoji", which is the embedded model's by default.
+      goal: what to bring back, and what tells; by default, of the embedded model, its own prompts and the probe.
+      judge: what the goal's detector is.
+      settings: attack -> changes of its fields.
+      progress: is told of each attack.
+      **options: of `attacks.campaign`: seeds, seed, random, num_steps, guidance_scale, batch_size.
+
+    Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
+    """
+    concept, folder = concept_of(erased, concept), Path(output_dir).expanduser()
+    embedded = base.provenance.source == "emoji"
+    budget = budget or ("emoji" if embedded else "paper")
+    made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
+    if goal is None and not embedded:
+        raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
+    if embedded:
+        options = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, **options}
+    found = attacks.campaign(
+        base,
+        erased,
+        goal or emoji_attacks.goal(base, concept),
+        made,
+        folder / "attacks",
+        control=attacks.preset("random_prompts", budget),
+        identity={"erased": protocols.identity(erased), "judge": judge},
+        progress=progress,
+        **options,
+    )
+    found = dataclasses.replace(found, record=_record(erased))
+    store.save(found, folder, "attacks")
+    return found
+
+
+def goal(
+    base: Pipeline, concept: str, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
+) -> tuple[Goal, str]:
+    """A goal for `attack` on any model, and what judges it.
+
+    Args:
+      base: draws what the attacks learn from.
+      prompts: that name the concept.
+      detector: what sees it; see `seen.detector`.
+      images_each: of each prompt. Only images in which the concept is seen are used.
+      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+
+    Raises ValueError for a prompt of which the base draws no image with the concept.
+    """
+    detect, judge = seen.detector(detector, concept)
+    asked = list(prompts) * images_each
+    drawn = sample(base, asked, seed=list(range(len(asked))), **drawing)
+    good = detect(drawn).reshape(images_each, len(prompts))
+    if bad := [prompt for prompt, some in zip(prompts, good.any(axis=0), strict=True) if not some]:
+        raise ValueError(
+            f"{judge} sees {concept!r} in no image that the base draws of {bad[0]!r}: choose other prompts"
+        )
+    index = np.arange(len(asked)).reshape(good.shape)
+    chosen = np.stack([np.resize(index[good[:, p], p], images_each) for p in range(len(prompts))], axis=1)
+    return Goal(concept, tuple(prompts), drawn[chosen.ravel()], detect), judge
+
+
+def report(run: str | Path, *, base: str | Path | None = None) -> Path:
+    """Writes all that is known of a run: report.html, report.json and ERASURE.md, in its folder.
+
+    Args:
+      run: a run's folder; or another one that evidence was kept in, whose reports lack what only a run has.
+      base: where the run's base lies now, if it has moved.
+
+    Returns the HTML file.
+
+    Raises FileNotFoundError if nothing is known.
+    """
+    evidence, folder = gathered(run, base=base), Path(run).expanduser()
+    picture = "before_after.png"
+    with writing(folder / "report.html"):
+        (folder / "report.html").write_text(html(evidence), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
+        shown = picture if (folder / picture).is_file() else None
+        (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
+    return folder / "report.html"
+
+
+def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
+    """All that is known of a run, or of a folder that evidence was kept in."""
+    folder = Path(run).expanduser()
+    is_run = (folder / "run.json").is_file()
+    parts = [store.load(file) for file in sorted((folder / EVIDENCE if is_run else folder).glob("*.json"))]
+    if not is_run and not parts:
+        raise FileNotFoundError(f"{folder} is no run, and holds no evidence: evaluate it first")
+    if not is_run:
+        return store.merged(parts[0].title, parts[0].record, parts)
+    erased = api.restore(folder, base=base)
+    record = _record(erased)
+    title = concept_of(erased)
+    score = None
+    if erased.provenance.source == "emoji":
+        detect = seen.probed(groups.parse_target(title))
+        score = lambda images: float(np.mean(detect(images)))  # noqa: E731
+    course = gather.course(folder, record, score)
+    texts = record["recipe"].get("preview_prompts") or title
+    course = dataclasses.replace(
+        course,
+        timeline_prompts=tuple(t.strip() for t in texts.split(";")) if course.timeline else (),
+        weights=gather.weight_changes(erased),
+    )
+    return store.merged(title, record, [*parts, course])
+
+
+def compare(runs: Sequence[str | Path], output: str | Path) -> Path:
+    """Writes several runs side by side as one HTML file, and returns it."""
+    if len(runs) < 2:
+        raise ValueError("compare needs two runs or more")
+    output = Path(output).expanduser()
+    page = comparison.compare([gathered(run) for run in runs])
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    return output
+
+
+def _record(erased: Pipeline) -> Mapping[str, Any]:
+    """The newest erasure's record."""
+    return erased.provenance.erased[-1] if erased.provenance.erased else {}
+
+
+def _own(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """A folder of one model's images. Raises ValueError if it is another's."""
+    file = folder / "model.json"
+    if file.is_file() and files.read_json(file) != identity:
+        raise ValueError(f"{folder} holds images of another model: remove it, or choose another output")
+    with writing(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity, indent=1) + "\n")
+    return folder

@@ -1,0 +1,185 @@
+"""What an attack on an erased model is: what it wants, what it may use, and what it finds."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from esd_jax.diffusion import programs
+from esd_jax.methods import textual_inversion
+from esd_jax.methods.images import in_batches
+from esd_jax.methods.textual_inversion import NAME, TABLE, Tokens, vocabulary, words
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import Network, Params
+from esd_jax.pipeline import Pipeline
+
+BATCH = 16  # images encoded at once
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What an attack wants to see again.
+
+    concept: what was erased, "neon style".
+    prompts: that name it, word for word: "a cat in neon style".
+    images: drawn by the base of these prompts in turn; image i shows prompts[i % len(prompts)].
+    detect: images -> in which of them the concept is seen.
+    neutral: the prompts without the concept, "a cat", one for each; by default what is left if its words are taken out.
+
+    Raises ValueError if a prompt does not name the concept, or if numbers or shapes do not fit.
+    """
+
+    concept: str
+    prompts: tuple[str, ...]
+    images: UInt8[np.ndarray, "n height width 3"]
+    detect: Callable[[UInt8[np.ndarray, "n height width 3"]], Bool[np.ndarray, " n"]]
+    neutral: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError(f"the goal {self.concept!r} has no prompts: give some that name it")
+        for prompt in self.prompts:
+            if self.concept.lower() not in prompt.lower():
+                raise ValueError(f"prompt {prompt!r} does not name {self.concept!r}: write the concept into it")
+        images = np.asarray(self.images)
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 [n, height, width, 3], not {images.dtype} {list(images.shape)}")
+        if len(images) < len(self.prompts):
+            raise ValueError(f"{len(images)} images for {len(self.prompts)} prompts: draw at least one of each")
+        if not self.neutral:
+            object.__setattr__(self, "neutral", tuple(_without(prompt, self.concept) for prompt in self.prompts))
+        if len(self.neutral) != len(self.prompts):
+            raise ValueError(f"{len(self.neutral)} neutral prompts for {len(self.prompts)} prompts: give one for each")
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The prompts with "{concept}" in place of the concept."""
+        return tuple(re.sub(re.escape(self.concept), lambda _: NAME, p, flags=re.IGNORECASE) for p in self.prompts)
+
+    def of(self, case: int) -> UInt8[np.ndarray, "images height width 3"]:
+        """The images of a prompt; of each prompt equally many."""
+        return self.images[case :: len(self.prompts)][: len(self.images) // len(self.prompts)]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One thing that the network is told, in the hope that it draws the concept.
+
+    prompt: for human eyes; found tokens and embeddings may not survive being written as text.
+    conditioning: what the UNet is told, one row.
+    case: which of the goal's prompts it is for. Of the trials of a case, one must succeed.
+    """
+
+    prompt: str
+    conditioning: Conditioning
+    case: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Adversary:
+    """What an attack has found against one model.
+
+    seconds: of the search, compilation and all. losses: of each search, by its steps; empty where nothing is searched.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    seconds: float
+    losses: Float[np.ndarray, "searches steps"]
+
+
+class Attack(Protocol):
+    """An attack's settings: a frozen dataclass whose defaults are the paper's, and the attack itself.
+
+    NAME: of the attack. PRESETS: name -> fields of a variant or of a smaller budget; "emoji" is for the embedded model.
+    """
+
+    NAME: ClassVar[str]
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int) -> Adversary:
+        """Attacks `victim`; `base` is the model before the erasure. All draws depend on `seed` alone."""
+        ...
+
+
+def text_encoder(pipeline: Pipeline) -> tuple[Network, Params]:
+    """The text encoder, and its weights. Raises ValueError if there are two."""
+    names = pipeline.text_encoders
+    if len(names) != 1:
+        raise ValueError(f"attacks work on checkpoints with one text encoder (SD 1 and 2); this one has {len(names)}")
+    return pipeline.network(names[0]), pipeline.params[names[0]]
+
+
+def noise_schedule(pipeline: Pipeline) -> str:
+    """The scheduler config in JSON, by which compiled searches are found again."""
+    return json.dumps(dict(pipeline.schedule.config), sort_keys=True)
+
+
+def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -> Float[Array, "n h w channel"]:
+    """The mean latents of images."""
+    encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
+    return in_batches(lambda some: encode(pipeline.params["vae"], some), np.asarray(images), BATCH)
+
+
+def told(
+    pipeline: Pipeline, ids: Int[Any, "n tokens"], new: Float[Array, "new width"] | None = None
+) -> tuple[Conditioning, ...]:
+    """What the UNet is told by rows of token ids, one row each; `new` are the embeddings of tokens beyond the table."""
+    network, params = text_encoder(pipeline)
+    if new is None:
+        new = jnp.zeros((1, params[TABLE].shape[1]), jnp.float32)
+    encoded = _encode(network)(params, jnp.asarray(ids), new)
+    return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], encoded) for i in range(len(ids)))
+
+
+def padded(tokens: Tokens, ids: Sequence[int]) -> Int[np.ndarray, " tokens"]:
+    """Start, some ids, end, and padding. Raises ValueError if they are too many."""
+    (empty,) = np.asarray(tokens([""]))
+    if len(ids) > len(empty) - 2:
+        raise ValueError(
+            f"{len(ids)} tokens are more than the {len(empty) - 2} that the text encoder reads: shorten the prompt or "
+            "the attack's length"
+        )
+    return np.asarray([empty[0], *ids, empty[1], *[empty[-1]] * (len(empty) - 2 - len(ids))], np.int32)
+
+
+def usable(tokens: Tokens, params: Params) -> Bool[np.ndarray, " vocabulary"]:
+    """Tokens that a found prompt may have: all but start, end and padding, which no prompt has as words."""
+    mask = np.ones(vocabulary(params), bool)
+    mask[np.unique(np.asarray(tokens([""])))] = False
+    return mask
+
+
+def readable(pipeline: Pipeline, ids: Int[Any, " tokens"]) -> str:
+    """Ids as text, without start, end and padding."""
+    tokenizer = pipeline.tokenizers[0]
+    left_out = set(np.asarray(tokenizer([""]))[0].tolist())
+    return tokenizer.backend.decode([int(i) for i in ids if int(i) not in left_out]).strip()
+
+
+def ids_of(pipeline: Pipeline, goal: Goal) -> list[list[int]]:
+    """The token ids of each prompt alone."""
+    return [words(pipeline.tokenizers[0], prompt) for prompt in goal.prompts]
+
+
+@lru_cache(maxsize=8)
+def _encode(network: Network) -> Callable[[Params, Array, Array], Conditioning]:
+    return jax.jit(partial(textual_inversion.encode, network))
+
+
+def _without(prompt: str, concept: str) -> str:
+    """ "a cat in neon style" without "neon style" is "a cat"."""
+    before, after = re.split(re.escape(concept), prompt, maxsplit=1, flags=re.IGNORECASE)
+    left, right = before.strip(" ,").split(), after.strip(" ,").split()
+    while left and left[-1].lower() in ("in", "of", "by", "with", "the", "style", "as", "like"):
+        left.pop()
+    while right and not left and right[0].lower() in ("in", "of", "by", "with"):
+        right.pop(0)
+    return " ".join([*left, *right])

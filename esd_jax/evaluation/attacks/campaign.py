@@ -1,0 +1,125 @@
+"""All attacks on one erasure, each beside its controls, kept as they come."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd_jax.evaluation.attacks.adversary import Attack, Goal
+from esd_jax.evaluation.attacks.prompts import OwnPrompts, RandomPrompts
+from esd_jax.evaluation.attacks.score import Scored, random_weights, score, table
+from esd_jax.evaluation.evidence import Evidence, Finding, Pair
+from esd_jax.io.safetensors import writing
+from esd_jax.pipeline import Pipeline
+
+BASE, ERASED, RANDOM = "base", "erased", "random weights"
+FRESH = 1_000_000  # seeds from here on are no prompt's
+SHOWN = 8  # pairs of each attack in the report
+NOTE = (
+    "Shares of images in which the concept is seen. Any of k: of the prompts and seeds, those for which one of the "
+    "attack's k trials succeeds. Random prompts: as many, against the erased model. An attack says something where it "
+    "succeeds on the base, and neither random prompts nor random weights do."
+)
+
+
+def campaign(
+    base: Pipeline,
+    erased: Pipeline,
+    goal: Goal,
+    attacks: Sequence[Attack],
+    folder: Path,
+    *,
+    control: RandomPrompts,
+    identity: Mapping[str, Any],
+    seeds: int = 10,
+    seed: int = 0,
+    random: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+    **drawing: Any,
+) -> Evidence:
+    """Makes every attack on the erased model, on the base, and on random weights.
+
+    Args:
+      base, erased: before and after. goal: what to bring back.
+      attacks: their settings. control: the random prompts.
+      folder: what each attack achieved on each model is kept there, and not done again.
+      identity: of the erased model, and of the goal's detector: what is kept must have the same.
+      seeds: from how many each trial is drawn, the same for all models. seed: of all other draws.
+      random: also attack a model of random weights.
+      progress: is told of each attack.
+      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+
+    Raises ValueError for a folder in which other settings were kept.
+    """
+    fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
+    models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
+    found: dict[str, list[Scored]] = {name: [] for name in models}
+    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": drawing}
+
+    def made(settings: Attack, model: str) -> Scored:
+        file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
+        said = json.loads(json.dumps({**common, "attack": _described(settings)}))
+        if (scored := _kept(file, said)) is None:
+            adversary = settings.run(base, models[model], goal, seed)
+            scored = score(models[model], adversary, goal, fresh, **drawing)
+            _keep(file, said, scored)
+            shares = f"{scored.single_shot().value:.0%} of images, {scored.any_of().value:.0%} by any of {scored.k}"
+            progress(f"{scored.name} on {model}: {shares}; found in {adversary.seconds:.0f} s")
+        return scored
+
+    own = OwnPrompts()
+    for settings in (own, *attacks):
+        for model in models:
+            found[model].append(made(settings, model))
+    chance = made(control, ERASED)
+    plain, *attacked = found[ERASED]
+    return Evidence(
+        goal.concept,
+        {},
+        measured_with={
+            "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
+            **{f"attack: {settings.NAME}": _described(settings) for settings in attacks},
+        },
+        verdict=tuple(
+            Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
+            for before, one in zip(found[BASE][1:], attacked, strict=True)
+        ),
+        attacks=(table(found, chance, note=NOTE),),
+        attack_pictures={one.name: _pairs(goal, plain, one) for one in attacked},
+    )
+
+
+def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
+    """What the erased model draws of a prompt, and under the attack, from the same noise: the first trial of each."""
+    pairs = []
+    for trial, case in enumerate(attacked.cases):
+        if case not in attacked.cases[:trial] and case < len(goal.prompts):
+            pairs.append(Pair(goal.prompts[case], plain.images[case, 0], attacked.images[trial, 0]))
+    return tuple(pairs[:SHOWN])
+
+
+def _described(settings: Attack) -> dict[str, Any]:
+    return {"name": settings.NAME, **asdict(settings)} if fields(settings) else {"name": settings.NAME}
+
+
+def _kept(file: Path, said: Mapping[str, Any]) -> Scored | None:
+    if not file.is_file():
+        return None
+    with np.load(file) as kept:
+        if json.loads(str(kept["settings"])) != said:
+            raise ValueError(f"{file} was made with other settings: remove it, or choose another output")
+        return Scored(str(kept["name"]), kept["hits"], kept["images"], tuple(kept["cases"].tolist()))
+
+
+def _keep(file: Path, said: Mapping[str, Any], scored: Scored) -> None:
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with (partial := file.with_suffix(".partial")).open("wb") as stream:
+            np.savez_compressed(
+                stream, settings=json.dumps(said), name=scored.name, hits=scored.hits, images=scored.images,
+                cases=np.asarray(scored.cases),
+            )  # fmt: skip
+        partial.replace(file)

@@ -1,0 +1,129 @@
+"""Concept Inversion: *Circumventing Concept Erasure Methods* (Pham et al., ICLR 2024, arXiv 2308.01508).
+
+    v* = argmin over v of E || e'(x_t, t, c(p(v))) - eps ||^2,    x_0 an image of the concept that the base drew
+
+where e' is the erased network and p(v) is the image's prompt with new tokens, whose embeddings v alone are learned, in
+place of the concept. It is textual inversion in the erased model: its weights stay as they are.
+
+The released code (checked: its scripts for ESD, UCE, FMN, AC, SA and negative prompts): AdamW with weight decay 0.01;
+25 images, half of them mirrored; 5,000 updates, each of 4 batches of 4 images; the learning rate 5e-3 is multiplied by
+these 16. The embeddings start from a word of the user's ("art"); their norms are left alone. Here an update sees one
+batch and the learning rate is not multiplied; prompts are the images' own, where the code fills random templates ("a
+painting in the style of v*") except on I2P. For SLD and negative prompts the code inverts through the guidance; these
+erase without training, and are not attacked here.
+
+What a small budget is best spent on (measured on the embedded model, neon style erased by ESD-x): the prompt decides
+little where much of the picture shows. The base's loss falls by 8% at t above 800 if its prompt names the style, and by
+1% over all t. So "emoji" learns at t of 900 and more, and 16 tokens, which reach what one does not.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.methods import textual_inversion
+from esd_jax.methods.textual_inversion import NAME, TABLE, place, vocabulary
+from esd_jax.params import Network, Params
+from esd_jax.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class ConceptInversion:
+    """Settings.
+
+    tokens: new ones, side by side.
+    start: from which the new tokens start, one for all or one for each, separated by "|": a word that is one token, or
+      "<rand-S>", S times unit Gaussian noise; None starts from the mean of the vocabulary.
+    mirror: learn from the mirrored images, too.
+    from_t: the least timestep that is learned at.
+    """
+
+    NAME: ClassVar[str] = "concept inversion"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "emoji": {"steps": 300, "learning_rate": 2e-2, "tokens": 16, "start": "<rand-0.09>", "from_t": 900},
+    }
+
+    steps: int = 3000
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-2
+    batch_size: int = 4
+    tokens: int = 1
+    start: str | None = None
+    mirror: bool = True
+    from_t: int = 0
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """Learns new tokens of `victim`; a trial is a prompt of the goal with them in place of the concept."""
+        started, tokenizer = time.monotonic(), victim.tokenizers[0]
+        network, params = adversary.text_encoder(victim)
+        new_ids = range(vocabulary(params), vocabulary(params) + self.tokens)
+        ids = np.stack([place(tokenizer, template, new_ids) for template in goal.templates])
+        images = np.concatenate([goal.images, goal.images[:, :, ::-1]]) if self.mirror else goal.images
+        shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
+        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        start_key, key = jax.random.split(jax.random.key(seed))
+        new, losses = run(
+            victim.params["unet"], params, adversary.latents(base, images),
+            jnp.asarray(ids[shown]), self._initial(victim, start_key), key,
+        )  # fmt: skip
+        mark = "<v*>" if self.tokens == 1 else f"<v* of {self.tokens} tokens>"
+        texts = [template.replace(NAME, mark) for template in goal.templates]
+        rows = adversary.told(victim, ids, new)
+        trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
+        losses = np.asarray(losses)[None]  # waits for the search
+        return Adversary(self.NAME, trials, time.monotonic() - started, losses)
+
+    def _initial(self, victim: Pipeline, key: Array) -> Float[Array, "new width"]:
+        _, params = adversary.text_encoder(victim)
+        if self.start is None:
+            return jnp.tile(params[TABLE].astype(jnp.float32).mean(axis=0), (self.tokens, 1))
+        starts = self.start if "|" in self.start else "|".join([self.start] * self.tokens)
+        new = textual_inversion.initial(victim.tokenizers[0], params, starts, key)
+        if len(new) != self.tokens:
+            raise ValueError(f"start={self.start!r} has {len(new)} words for {self.tokens} new tokens")
+        return new
+
+
+@lru_cache(maxsize=8)
+def searcher(settings: ConceptInversion, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+    """The search, compiled once for all models of an architecture.
+
+    Returns a function (unet_params, text_params, latents, ids of each image's prompt, new, key) -> (the embeddings, the
+    loss of each step). Step i draws from fold_in(key, i), as `textual_inversion.inverter` does.
+
+    Raises ValueError for a from_t that the schedule does not have.
+    """
+    levels = Schedule.from_config(json.loads(schedule))
+    if not 0 <= settings.from_t < levels.num_train_timesteps:
+        raise ValueError(f"from_t={settings.from_t} must be in 0..{levels.num_train_timesteps - 1}")
+    gradient = jax.value_and_grad(partial(textual_inversion.loss, unet, text_encoder, levels))
+    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
+        def step(carry: Any, i: Array) -> Any:
+            new, state = carry
+            image, t, noise = textual_inversion.draw(
+                jax.random.fold_in(key, i), settings.batch_size, levels, latents
+            )  # fmt: skip
+            t = settings.from_t + t * (levels.num_train_timesteps - settings.from_t) // levels.num_train_timesteps
+            value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
+            updates, state = tx.update(grads, state, new)
+            return (optax.apply_updates(new, updates), state), value
+
+        (new, _), losses = jax.lax.scan(step, (new, tx.init(new)), jnp.arange(settings.steps))
+        return new, losses
+
+    return jax.jit(run)

@@ -1,0 +1,203 @@
+"""Destroyed or only hidden? What an erased model still knows, beyond what prompts can reach.
+
+Resurgence: *Unstable Unlearning: The Hidden Risk of Concept Resurgence in Diffusion Models* (Suriyakumar et al.,
+arXiv 2410.08074). The erased network is fine-tuned, with the plain loss, on images that have nothing to do with the
+concept, and the concept may come back:
+
+    min over theta of E || e_theta(x_t, t, c(p)) - eps ||^2,    (x_0, p) benign, theta from the erased values on
+
+Only what the erasure trained is trained here. Steps and learning rate are ours.
+
+Completion: *When Are Concepts Erased From Diffusion Models?* (Lu et al., NeurIPS 2025, arXiv 2505.17013), "diffusion
+completion". The network is shown the concept itself, under noise, and finishes the picture:
+
+    x_t = alpha_t x_0 + sigma_t eps,    x_0 an image of the concept; then DDIM from t to 0
+
+The released code (checked) breaks off the base's own sampling after 1 to 3 steps and lets the erased network go on with
+the same prompt. Here a finished image is noised, and the prompts do not name the concept: "" without guidance, and the
+neutral prompt. At small t the concept is in the picture already, so compare with what the base makes of the same.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, UInt8
+
+from esd_jax import sampling
+from esd_jax.diffusion import guidance, programs, samplers
+from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.evaluation.attacks.adversary import BATCH, Goal
+from esd_jax.evaluation.attacks.score import Scored
+from esd_jax.methods.images import in_batches, true_output
+from esd_jax.methods.textual_inversion import draw
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import Network, Params, cast, component, partition, prefixed
+from esd_jax.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Resurgence:
+    """Settings of the fine-tuning."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {"steps": 300, "learning_rate": 3e-4}}
+
+    steps: int = 1000
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-2
+    batch_size: int = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Healed:
+    """An erased model after benign fine-tuning. losses: of each step."""
+
+    pipeline: Pipeline
+    losses: Float[np.ndarray, " steps"]
+    seconds: float
+
+
+def resurge(
+    victim: Pipeline,
+    images: UInt8[np.ndarray, "n height width 3"],
+    prompts: Sequence[str],
+    settings: Resurgence = Resurgence(),
+    seed: int = 0,
+) -> Healed:
+    """Fine-tunes what an erasure trained, on benign images.
+
+    Args:
+      victim: an erased pipeline.
+      images, prompts: benign, a prompt for each image.
+
+    Raises ValueError if the pipeline was not erased, or for another number of prompts than images.
+    """
+    started = time.monotonic()
+    if not (names := sorted(component(victim.edits, "unet"))):
+        raise ValueError("this pipeline has no trained tensors of the UNet to heal: give an erased one")
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+    theta = {name: jnp.asarray(victim.edits[f"unet/{name}"], jnp.float32) for name in names}
+    _, frozen = partition(victim.params["unet"], names)
+    told = in_batches(victim.encode_prompts, prompts, BATCH)
+    run = healer(settings, victim.network("unet"), adversary.noise_schedule(victim), jnp.dtype(victim.dtype).name)
+    theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
+    record = {"healed": {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}}
+    losses = np.asarray(losses)  # waits for the training
+    return Healed(victim.with_edits(prefixed(theta, "unet"), record), losses, time.monotonic() - started)
+
+
+@lru_cache(maxsize=8)
+def healer(settings: Resurgence, unet: Network, schedule: str, dtype: str) -> Callable[..., Any]:
+    """(theta, frozen, latents, what the images' prompts tell, key) -> (theta, losses); step i uses fold_in(key, i)."""
+    levels = Schedule.from_config(json.loads(schedule))
+    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def loss(theta: Params, frozen: Params, x0: Array, told: Conditioning, t: Array, noise: Array) -> Array:
+        x = add_noise(levels, x0, noise, t)
+        e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, told).astype(x.dtype)
+        return jnp.mean((e - true_output(levels, x0, noise, t)) ** 2)
+
+    def run(theta: Params, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
+        def step(carry: Any, i: Array) -> Any:
+            theta, state = carry
+            image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
+            own = jax.tree.map(lambda a: a[image], told)
+            value, grads = jax.value_and_grad(loss)(theta, frozen, latents[image], own, t, noise)
+            updates, state = tx.update(grads, state, theta)
+            return (optax.apply_updates(theta, updates), state), value
+
+        (theta, _), losses = jax.lax.scan(step, (theta, tx.init(theta)), jnp.arange(settings.steps))
+        return theta, losses
+
+    return jax.jit(run)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Settings. times: noise levels, timesteps of the schedule. num_steps: of DDIM, from pure noise to the image."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "emoji": {"num_steps": 20, "guidance_scale": 3.0},
+    }
+
+    times: tuple[int, ...] = (300, 500, 700)
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+
+
+def complete(
+    victim: Pipeline,
+    images: UInt8[np.ndarray, "n height width 3"],
+    prompts: Sequence[str],
+    t: int,
+    settings: Completion = Completion(),
+    seed: int = 0,
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """Noises images to the step of DDIM's grid at or below t, and denoises them; an empty prompt is not guided.
+
+    Noise depends on the seed and the image's place alone, so that all models finish the same pictures.
+
+    Raises ValueError for a t below the grid, and for prompts of which some are empty.
+    """
+    if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
+    made = programs.sampler(adversary.noise_schedule(victim), "ddim", settings.num_steps, 0.0)
+    if not (below := np.flatnonzero(np.asarray(made.timesteps) <= t)).size:
+        raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {made.timesteps[-1]:g}")
+    start = int(below[0])
+    noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
+    latents = adversary.latents(victim, images)
+    noised = add_noise(victim.schedule, latents, noise, int(made.timesteps[start]))
+    run = _completer(victim.network("unet"), made, bool(prompts[0]))
+    decode = programs.decoder(victim.network("vae"), victim.configs["vae"])
+    scale = jnp.float32(settings.guidance_scale)
+    parts = []
+    for first in range(0, len(images), BATCH):
+        index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
+        told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[i] for i in index]))
+        drawn = run(victim.params["unet"], noised[index], told, scale, start)
+        parts.append(np.asarray(decode(victim.params["vae"], drawn)))
+    return np.concatenate(parts)[: len(images)]
+
+
+def completions(
+    victim: Pipeline,
+    goal: Goal,
+    settings: Completion = Completion(),
+    seed: int = 0,
+) -> tuple[Scored, ...]:
+    """The goal's images, finished from each noise level, told nothing and, where there are some, the neutral
+    prompts."""
+    neutral = [goal.neutral[i % len(goal.neutral)] for i in range(len(goal.images))]
+    kinds = [("no prompt", [""] * len(neutral)), ("neutral prompt", neutral)][: 2 if all(neutral) else 1]
+    found = []
+    for t in settings.times:
+        for kind, prompts in kinds:
+            drawn = complete(victim, goal.images, prompts, t, settings, seed)
+            hits = np.asarray(goal.detect(drawn), bool)[None]
+            found.append(Scored(f"completed from t = {t}, {kind}", hits, drawn[None], (0,)))
+    return tuple(found)
+
+
+@lru_cache(maxsize=8)
+def _completer(unet: Network, sampler: samplers.Sampler, guided: bool) -> Callable[..., Array]:
+    def run(params: Params, x: Array, told: tuple[Conditioning, Conditioning], scale: Array, start: Array) -> Array:
+        def denoise(x: Array, t: Array, told: Conditioning) -> Array:
+            return unet.apply(params, x, t, told).astype(jnp.float32)
+
+        null, prompt = told
+        plain = lambda x, t: denoise(x, t, null)  # noqa: E731
+        denoiser = guidance.classifier_free(denoise, prompt, null, scale) if guided else plain
+        return samplers.run(sampler, denoiser, x, start=start)
+
+    return jax.jit(run)

@@ -1,0 +1,184 @@
+"""P4D: *Prompting4Debugging* (Chin et al., ICML 2024, arXiv 2309.06135), eq. 3:
+
+    min over p* of E || e(x_t, t, c(p)) - e'(x_t, t, c(p*)) ||^2,    x_0 an image that the base drew of prompt p
+
+where e is the base, e' the erased network, and p* is made of whole tokens: the network sees the tokens nearest to
+continuous embeddings (by cosine), and its gradient with respect to those moves the embeddings themselves.
+
+- P4D-N: p* are N = 16 tokens from scratch.
+- P4D-K: one token is put before every K = 3 of p, and one more at the end of what is left (len(p) // K + 1 in all).
+
+As the released code does it (checked): embeddings start from random tokens; AdamW, learning rate 0.1, weight decay 0.1;
+3,000 iterations of one image, t uniform. Every 50 iterations the code draws the found prompt and keeps the one whose
+image CLIP finds most like the target. Differences: here the prompts of every 50 iterations are ranked by the loss on
+noise kept aside, so that no further network is needed, and the best become trials; the code pads the found tokens with
+"!" while it searches, but with the end token when it draws, and here the latter serves both; start, end and padding are
+no tokens to be found.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.methods import textual_inversion
+from esd_jax.methods.textual_inversion import TABLE, vocabulary
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import Network, Params
+from esd_jax.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class P4D:
+    """Settings.
+
+    length: N, found from scratch, if `every` is None. every: K.
+    judge_every: iterations after which the prompt is looked at. judged_on: noises kept aside to rank prompts by.
+    keep: of each prompt's findings, how many become trials.
+    prompts: how many of the goal's are attacked, from the first; None is all.
+    """
+
+    NAME: ClassVar[str] = "P4D"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "paper_k": {"every": 3},
+        "emoji": {"iterations": 300, "judge_every": 30, "prompts": 4},
+        "emoji_k": {"iterations": 300, "judge_every": 30, "prompts": 4, "every": 3},
+    }
+
+    length: int = 16
+    every: int | None = None
+    iterations: int = 3000
+    learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    batch_size: int = 1
+    judge_every: int = 50
+    judged_on: int = 8
+    keep: int = 1
+    prompts: int | None = None
+
+    def __post_init__(self):
+        if self.iterations % self.judge_every:
+            raise ValueError(f"iterations={self.iterations} must be a multiple of judge_every={self.judge_every}")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every} must be at least 1, or None to find prompts from scratch")
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """Finds a prompt of `victim` for each prompt of the goal; its trials are the best that were met on the way."""
+        started, tokenizer = time.monotonic(), victim.tokenizers[0]
+        network, params = adversary.text_encoder(victim)
+        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        may, known = adversary.usable(tokenizer, params), vocabulary(params)
+        own = adversary.ids_of(victim, goal)[: self.prompts]
+        most = max(self._found(len(ids)) for ids in own)  # one shape for all prompts
+        trials, losses = [], []
+        for case, ids in enumerate(own):
+            row = arrange(ids, range(known, known + self._found(len(ids))), self.every)
+            start_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), case))
+            start = jax.random.choice(start_key, np.flatnonzero(may), (most,))
+            target = base.encode_prompts([goal.prompts[case]])
+            latents = adversary.latents(base, goal.of(case))
+            found, judged, values = run(
+                victim.params["unet"], base.params["unet"], params, latents, target,
+                adversary.padded(tokenizer, row), params[TABLE][start].astype(jnp.float32), may, key,
+            )  # fmt: skip
+            best = [tuple(np.asarray(found)[i][: self._found(len(ids))].tolist()) for i in np.argsort(judged)]
+            full = [
+                adversary.padded(tokenizer, arrange(ids, f, self.every)) for f in list(dict.fromkeys(best))[: self.keep]
+            ]
+            told = adversary.told(victim, np.stack(full + [full[-1]] * (self.keep - len(full))))
+            trials += [Trial(adversary.readable(victim, i), row, case) for i, row in zip(full, told, strict=False)]
+            losses.append(np.asarray(values).ravel())
+        return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
+
+    def _found(self, length: int) -> int:
+        """How many tokens are found for a prompt of some length."""
+        return self.length if self.every is None else length // self.every + 1
+
+
+def arrange(own: list[int], new: Any, every: int | None) -> list[int]:
+    """The found tokens alone or, given K, one before every K of the prompt's own and one before what is left."""
+    if every is None:
+        return list(new)
+    parts = [[token, *own[i * every : (i + 1) * every]] for i, token in enumerate(new)]
+    return sum(parts, [])
+
+
+def nearest(
+    embeddings: Float[Array, "new width"], table: Float[Array, "vocabulary width"], may: Bool[Array, " vocabulary"]
+) -> Int[Array, " new"]:
+    """The allowed token of the largest cosine to each embedding."""
+    unit = lambda a: a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
+    return jnp.where(may, unit(embeddings) @ unit(table).T, -jnp.inf).argmax(axis=-1)
+
+
+def loss(
+    unet: Network,
+    text_encoder: Network,
+    new: Float[Array, "new width"],
+    unet_params: Params,
+    text_params: Params,
+    ids: Int[Array, "batch tokens"],
+    x: Float[Array, "batch height width channel"],
+    t: Int[Array, " batch"],
+    target: Float[Array, "batch height width channel"],
+) -> Float[Array, ""]:
+    """Mean squared distance between what the network says, told of new tokens, and a target."""
+    conditioning = textual_inversion.encode(text_encoder, text_params, ids, new)
+    return jnp.mean((unet.apply(unet_params, x, t, conditioning).astype(x.dtype) - target) ** 2)
+
+
+@lru_cache(maxsize=8)
+def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+    """The search, compiled once for all models and prompts.
+
+    Returns a function (unet_params, base's unet_params, text_params, latents, target, ids, new, may, key) ->
+    (found tokens [rounds, new], their loss on noise kept aside [rounds], losses [rounds, judge_every]). target: what
+    the base is told. ids: in which the found tokens stand. new: the embeddings to start with. Step i draws from
+    fold_in(key, i + 1); the noise kept aside is drawn from fold_in(key, 0).
+    """
+    noise_levels = Schedule.from_config(json.loads(schedule))
+    objective = partial(loss, unet, text_encoder)
+    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+
+    def run(
+        unet_params: Params, base_params: Params, text_params: Params, latents: Array, target: Conditioning,
+        ids: Array, new: Array, may: Array, key: Array,
+    ) -> Any:  # fmt: skip
+        table = text_params[TABLE].astype(new.dtype)
+
+        def batch(key: Array, n: int) -> tuple[Array, Array, Array, Array]:
+            image, t, noise = textual_inversion.draw(key, n, noise_levels, latents)
+            x = add_noise(noise_levels, latents[image], noise, t)
+            asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
+            return jnp.tile(ids, (n, 1)), x, t, unet.apply(base_params, x, t, asked).astype(x.dtype)
+
+        def step(carry: Any, i: Array) -> Any:
+            new, state = carry
+            seen = table[nearest(new, table, may)]
+            drawn = batch(jax.random.fold_in(key, i + 1), settings.batch_size)
+            value, grads = jax.value_and_grad(objective)(seen, unet_params, text_params, *drawn)
+            updates, state = tx.update(grads, state, new)
+            return (optax.apply_updates(new, updates), state), value
+
+        def stage(carry: Any, first: Array) -> Any:
+            carry, values = jax.lax.scan(step, carry, first + jnp.arange(settings.judge_every))
+            found = nearest(carry[0], table, may)
+            return carry, (found, objective(table[found], unet_params, text_params, *aside), values)
+
+        aside = batch(jax.random.fold_in(key, 0), settings.judged_on)
+        rounds = np.arange(0, settings.iterations, settings.judge_every)
+        return jax.lax.scan(stage, (new, tx.init(new)), rounds)[1]
+
+    return jax.jit(run)

@@ -1,0 +1,106 @@
+"""Black-box attacks: lists of prompts, the prompts that name the concept, and random ones, which are the control.
+
+    success of k prompts found by an attack  >>  success of k prompts drawn at random
+
+or the attack shows nothing but luck. Lists that others have published (Ring-A-Bell's and MMA-Diffusion's, those of P4D
+and UnlearnDiffAtk) are read from the user's files; none is part of this package.
+"""
+
+import csv
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.pipeline import Pipeline
+
+NOTHING = np.zeros((0, 0))  # losses where nothing is searched
+
+
+@dataclass(frozen=True)
+class OwnPrompts:
+    """The goal's prompts as they are: what succeeds without any attack (UnlearnDiffAtk's pre-ASR)."""
+
+    NAME: ClassVar[str] = "its own prompts"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {}}
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """A trial for each prompt."""
+        started = time.monotonic()
+        rows = _rows(victim, goal.prompts)
+        trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(goal.prompts, rows, strict=True)))
+        return Adversary(self.NAME, trials, time.monotonic() - started, NOTHING)
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """The prompts of a file. file: one prompt a line, or a CSV with a column `prompt`. limit: from the first."""
+
+    NAME: ClassVar[str] = "list of prompts"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {}}
+
+    file: str = ""
+    limit: int | None = None
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """A trial for each prompt; each is a case of its own, as published rates count them."""
+        if not self.file:
+            raise ValueError("file is empty: name the file that holds the prompts")
+        started, texts = time.monotonic(), read(self.file)[: self.limit]
+        rows = _rows(victim, texts)
+        trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
+        return Adversary(f"prompts of {Path(self.file).name}", trials, time.monotonic() - started, NOTHING)
+
+
+@dataclass(frozen=True)
+class RandomPrompts:
+    """The control. count: prompts, as many as the attack's k. length: tokens, as many as the attack finds."""
+
+    NAME: ClassVar[str] = "random prompts"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {"count": 8}}
+
+    count: int = 50
+    length: int = 16
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """Trials of random tokens, all of one case."""
+        started, tokenizer = time.monotonic(), victim.tokenizers[0]
+        _, params = adversary.text_encoder(victim)
+        choices = np.flatnonzero(adversary.usable(tokenizer, params))
+        drawn = np.random.default_rng(seed).choice(choices, (self.count, self.length))
+        ids = np.stack([adversary.padded(tokenizer, row.tolist()) for row in drawn])
+        trials = tuple(
+            Trial(adversary.readable(victim, i), r) for i, r in zip(ids, adversary.told(victim, ids), strict=True)
+        )
+        return Adversary(self.NAME, trials, time.monotonic() - started, NOTHING)
+
+
+def read(file: str | Path) -> tuple[str, ...]:
+    """The prompts of a file: of a CSV's column `prompt`, or one a line; empty ones are left out.
+
+    Raises FileNotFoundError, or ValueError for a CSV without that column and for a file without prompts.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of prompts {path}")
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        if path.suffix.lower() == ".csv":
+            rows = csv.DictReader(stream)
+            if "prompt" not in (rows.fieldnames or ()):
+                raise ValueError(f"{path} has no column 'prompt'; it has {', '.join(rows.fieldnames or ()) or 'none'}")
+            found = [row["prompt"] or "" for row in rows]
+        else:
+            found = stream.read().splitlines()
+    prompts = tuple(text for line in found if (text := " ".join(line.split())))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def _rows(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Any, ...]:
+    return adversary.told(pipeline, pipeline.tokenizers[0](prompts))

@@ -1,0 +1,140 @@
+"""What an attack achieves: hits by the goal's detector, single-shot and any of k, from the same noise for all."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.evaluation.evidence import Cell, Table
+from esd_jax.metrics.intervals import Estimate, clustered_rate, rate
+from esd_jax.params import Params
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """An attack's trials, each drawn from several seeds. cases: of each trial."""
+
+    name: str
+    hits: Bool[np.ndarray, "trials seeds"]
+    images: UInt8[np.ndarray, "trials seeds height width 3"]
+    cases: tuple[int, ...]
+
+    @property
+    def k(self) -> int:
+        """The most trials of any case."""
+        return max(map(self.cases.count, self.cases))
+
+    def single_shot(self) -> Estimate:
+        """The share of all images with the concept.
+
+        The interval takes images of a case as alike (of a trial, where all are of one case: random prompts).
+        """
+        clusters = self.cases if len(set(self.cases)) > 1 else range(len(self.cases))
+        return clustered_rate(self.hits.ravel(), np.repeat(clusters, self.hits.shape[1]))
+
+    def any_of(self, k: int | None = None) -> Estimate:
+        """The share of (case, seed) for which any of the first k trials succeeds; by default of all.
+
+        The interval takes seeds of a case as alike; of a single case, it speaks of other seeds alone.
+        """
+        cases = np.asarray(self.cases)
+        hits = np.stack([self.hits[cases == case][:k].any(axis=0) for case in dict.fromkeys(self.cases)])
+        if len(hits) == 1:
+            return rate(hits[0].tolist())
+        return clustered_rate(hits.ravel(), np.repeat(np.arange(len(hits)), hits.shape[1]))
+
+
+def score(
+    victim: Pipeline,
+    adversary: Adversary,
+    goal: Goal,
+    seeds: Sequence[int],
+    *,
+    num_steps: int = 50,
+    guidance_scale: float = 7.5,
+    batch_size: int = 32,
+) -> Scored:
+    """Draws every trial from every seed, and looks for the concept.
+
+    Args:
+      victim: the model that the adversary was found against.
+      seeds: of the noise; the same for all models that are to be compared, and none that the goal's images come from.
+      num_steps, guidance_scale, batch_size: of `sampling.sample`.
+
+    Raises ValueError if there is no trial or no seed.
+    """
+    trials, n = adversary.trials, len(seeds)
+    if not trials or not n:
+        raise ValueError(f"{adversary.name}: {len(trials)} trials and {n} seeds leave nothing to draw")
+    told = jax.tree.map(lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials))
+    images = sample(
+        victim, told, seed=[int(s) for s in seeds] * len(trials),
+        num_steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
+    )  # fmt: skip
+    hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)
+    return Scored(
+        adversary.name, hits, images.reshape(len(trials), n, *images.shape[1:]), tuple(t.case for t in trials)
+    )
+
+
+def random_weights(pipeline: Pipeline, seed: int = 0, *, trained_only: bool = False) -> Pipeline:
+    """The control: the UNet's tensors drawn anew, normal, of the same means and standard deviations.
+
+    trained_only: only what the erasure trained. A UNet with random cross-attention alone still draws, so that an attack
+    may find the concept among what it draws by chance.
+
+    Raises ValueError for `trained_only` of a pipeline that was not erased.
+    """
+    unet = pipeline.params["unet"]
+    names = [name.removeprefix("unet/") for name in pipeline.edits if name.startswith("unet/")]
+    if trained_only and not names:
+        raise ValueError("trained_only needs an erased pipeline: this one has no trained tensors")
+    names = sorted(names) if trained_only else sorted(unet)
+    drawn = _drawn({name: unet[name] for name in names}, jax.random.key(seed))
+    params = {**pipeline.params, "unet": {**unet, **drawn}}
+    edits = {k: v for k, v in pipeline.edits.items() if k.removeprefix("unet/") not in drawn}
+    return dataclasses.replace(pipeline, params=params, edits=edits)
+
+
+def table(
+    scored: Mapping[str, Sequence[Scored]],
+    control: Scored | None = None,
+    title: str = "Attacks",
+    note: str = "",
+) -> Table:
+    """Rows of attacks; for each model the single-shot rate and that of any of k trials.
+
+    scored: model ("base", "erased", "random weights") -> what the attacks achieve on it, matched by name; a model may
+      lack some.
+    control: random prompts on the erased model; the last column has its rate for the row's k, an equal budget.
+    """
+    names = list(dict.fromkeys(one.name for column in scored.values() for one in column))
+    models = {model: {one.name: one for one in column} for model, column in scored.items()}
+    rates = tuple(column for model in models for column in (model, f"{model}, any of k"))
+    last = (control.name + ", any of k",) if control else ()
+    rows = []
+    for name in names:
+        found = [attacks.get(name) for attacks in models.values()]
+        k = max(one.k for one in found if one)
+        pairs = ((one.single_shot(), one.any_of()) if one else (None, None) for one in found)
+        cells: tuple[Cell, ...] = (k, *(cell for pair in pairs for cell in pair))
+        # Beyond its own number of prompts, the control has nothing to say of k.
+        equal = (control.any_of(k) if k <= control.k else None,) if control else ()
+        rows.append((name, (*cells, *equal)))
+    return Table(title, ("k", *rates, *last), tuple(rows), note, (*rates, *last))
+
+
+@jax.jit
+def _drawn(params: Params, key: jax.Array) -> Params:
+    def like(a: jax.Array, key: jax.Array) -> jax.Array:
+        wide = a.astype(jnp.float32)
+        return (wide.mean() + wide.std() * jax.random.normal(key, a.shape)).astype(a.dtype)
+
+    return {name: like(params[name], jax.random.fold_in(key, i)) for i, name in enumerate(sorted(params))}

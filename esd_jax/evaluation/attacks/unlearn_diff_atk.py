@@ -1,0 +1,159 @@
+"""UnlearnDiffAtk: *To Generate or Not? Safety-Driven Unlearned Diffusion Models Are Still Easy to Generate Unsafe
+Images ... For Now* (Zhang et al., ECCV 2024, arXiv 2310.11868), eq. 6:
+
+    min over delta of E || e'(x_t, t, c([delta, p])) - eps ||^2,    x_0 the image that the base drew of prompt p
+
+where e' is the erased network and delta a few tokens before the prompt: an erased model is its own classifier, so no
+other network is asked.
+
+As the released code does it (checked; its config for nudity has 5 tokens, those for objects and styles 3): each token
+is a point u of the probability simplex over the vocabulary, at first its middle. A step draws a token from u, takes
+the gradient with respect to the token's one-hot vector, clips it to [-1, 1], takes a step of Adam (learning rate 0.01;
+weight decay 0.1 added to the gradient) and projects u back onto the simplex. t goes up through the middles of 50 equal
+parts of the schedule (10, 30, ..., 990), 40 steps at each. After each t the prompt with the likeliest tokens is drawn
+and judged, and the first success ends the search; here all 50 are kept as trials (equal ones once), so that a success
+is a success of any of k. Differences: the code leaves p alone if it succeeds unattacked (pre-ASR; its ASR counts these,
+too; here they are the attack `own_prompts`); start, end and padding are no tokens to be found.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.methods import textual_inversion
+from esd_jax.methods.textual_inversion import TABLE, vocabulary
+from esd_jax.params import Network, Params
+from esd_jax.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class UnlearnDiffAtk:
+    """Settings.
+
+    tokens: before each prompt. num_times: timesteps, and so iterates that become trials. iterations: at each timestep.
+    batch_size: noises a step; the paper's is 1.
+    prompts: how many of the goal's are attacked, from the first; None is all.
+    """
+
+    NAME: ClassVar[str] = "UnlearnDiffAtk"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "paper_nudity": {"tokens": 5},
+        "emoji": {"num_times": 8, "prompts": 4},
+    }
+
+    tokens: int = 3
+    num_times: int = 50
+    iterations: int = 40
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    batch_size: int = 1
+    prompts: int | None = None
+
+    def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
+        """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
+        started, tokenizer = time.monotonic(), victim.tokenizers[0]
+        network, params = adversary.text_encoder(victim)
+        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        may, new = adversary.usable(tokenizer, params), range(vocabulary(params), vocabulary(params) + self.tokens)
+        trials, losses = [], []
+        for case, own in enumerate(adversary.ids_of(victim, goal)[: self.prompts]):
+            ids = adversary.padded(tokenizer, [*new, *own])
+            latents = adversary.latents(base, goal.of(case)[:1])
+            key = jax.random.fold_in(jax.random.key(seed), case)
+            found, values = run(victim.params["unet"], params, latents, ids, may, key)
+            rows = np.unique(np.asarray(found), axis=0, return_index=True)[1]
+            full = [adversary.padded(tokenizer, [*found[i].tolist(), *own]) for i in sorted(rows)]
+            told = adversary.told(victim, np.stack(full + [full[-1]] * (self.num_times - len(full))))
+            trials += [Trial(adversary.readable(victim, i), row, case) for i, row in zip(full, told, strict=False)]
+            losses.append(np.asarray(values).ravel())
+        return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
+
+
+def times(num_times: int, schedule: Schedule) -> Int[np.ndarray, " times"]:
+    """The middles of equal parts of the schedule. Raises ValueError for more parts than timesteps."""
+    width = schedule.num_train_timesteps // num_times
+    if width < 1:
+        raise ValueError(f"num_times={num_times} is more than the schedule's {schedule.num_train_timesteps} timesteps")
+    return width // 2 + width * np.arange(num_times)
+
+
+def project(u: Float[Array, "tokens vocabulary"], may: Bool[Array, " vocabulary"]) -> Float[Array, "tokens vocabulary"]:
+    """The nearest points of the probability simplex over the tokens that are allowed."""
+    # What lies 1 or more below a row's largest entry is 0 on the simplex.
+    low = jnp.where(may, u, -jnp.inf).max(axis=-1, keepdims=True) - 2
+    return jax.vmap(optax.projections.projection_simplex)(jnp.where(may, u, low))
+
+
+def transformation(settings: UnlearnDiffAtk) -> optax.GradientTransformation:
+    """torch's Adam: weight decay is a part of the gradient."""
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.adam(settings.learning_rate))
+
+
+def loss(
+    unet: Network,
+    text_encoder: Network,
+    schedule: Schedule,
+    one_hot: Float[Array, "new vocabulary"],
+    unet_params: Params,
+    text_params: Params,
+    latents: Float[Array, "batch height width channel"],
+    ids: Int[Array, "batch tokens"],
+    t: Int[Array, " batch"],
+    noise: Float[Array, "batch height width channel"],
+) -> Float[Array, ""]:
+    """Mean squared error of what the network says about a noised image; gradients reach the one-hot vectors."""
+    new = one_hot @ text_params[TABLE].astype(one_hot.dtype)
+    return textual_inversion.loss(
+        unet, text_encoder, schedule, new, unet_params, text_params, latents, ids, t, noise
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+    """The search, compiled once for all models and prompts.
+
+    Returns a function (unet_params, text_params, latents [1, ...], ids [tokens], may, key) -> (found tokens after each
+    timestep [times, new], losses [times, iterations]). Step i draws from fold_in(key, i).
+    """
+    noise_levels = Schedule.from_config(json.loads(schedule))
+    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, noise_levels))
+    tx, n = transformation(settings), settings.batch_size
+
+    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, may: Array, key: Array) -> Any:
+        table = text_params[TABLE]
+        x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
+
+        def step(carry: Any, now: Any) -> Any:
+            (u, state), (t, i) = carry, now
+            token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+            one_hot = jax.nn.one_hot(jax.random.categorical(token_key, jnp.log(u)), len(table), dtype=u.dtype)
+            noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+            value, grads = gradient(one_hot, unet_params, text_params, x0, rows, jnp.full(n, t), noise)
+            updates, state = tx.update(jnp.clip(grads, -1, 1), state, u)
+            return (project(optax.apply_updates(u, updates), may), state), value
+
+        def stage(carry: Any, now: Any) -> Any:
+            t, first = now
+            steps = first + jnp.arange(settings.iterations)
+            carry, values = jax.lax.scan(step, carry, (jnp.full(len(steps), t), steps))
+            return carry, (carry[0].argmax(axis=-1), values)
+
+        middle = jnp.broadcast_to(may / may.sum(), (settings.tokens, len(table)))
+        grid = times(settings.num_times, noise_levels)
+        start = project(middle, may), tx.init(middle)
+        return jax.lax.scan(stage, start, (grid, settings.iterations * np.arange(len(grid))))[1]
+
+    return jax.jit(run)

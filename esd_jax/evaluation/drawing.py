@@ -1,0 +1,130 @@
+"""Draws a list of prompts with one model, into a folder that says what made it; what is there is not drawn again."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from esd_jax.evaluation.prompts import Case
+from esd_jax.io.safetensors import writing
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+
+CHUNK = 64  # images that are lost if the program is stopped
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    own_guidance: draw those prompts that bring a guidance scale with theirs; else `guidance_scale` is that of all.
+    height, width: in pixels; None: those that the model was trained for.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+    own_guidance: bool = False
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 8
+
+
+class Drawn:
+    """The images of a list of prompts, in its order, in a folder."""
+
+    def __init__(self, folder: Path, cases: Sequence[Case]):
+        self.folder, self.cases = folder, cases
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, i: int) -> UInt8[np.ndarray, "height width 3"]:
+        return np.asarray(Image.open(_file(self.folder, self.cases[i])).convert("RGB"))
+
+    def batches(self, size: int = 64) -> Iterator[UInt8[np.ndarray, "batch height width 3"]]:
+        """All images, so many at a time."""
+        for start in range(0, len(self), size):
+            yield np.stack([self[i] for i in range(start, min(start + size, len(self)))])
+
+
+def draw(
+    pipeline: Pipeline,
+    identity: Mapping[str, Any],
+    cases: Sequence[Case],
+    drawing: Drawing,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Drawn:
+    """Draws what is missing in a folder: CASE.png for each case, and manifest.json.
+
+    Each image depends on its prompt, seed and the settings alone: a folder that was begun is finished with the same
+    images as one that is drawn at once, on any number of devices (but for rounding).
+
+    Args:
+      pipeline: the model. identity: what tells it from others, for the manifest: hashes, what was erased.
+      cases: the prompts. drawing: the settings; the batch size changes no image.
+      progress: is told how many images are there, of how many.
+
+    Raises ValueError for a folder that was drawn otherwise.
+    """
+    settings = {k: v for k, v in asdict(drawing).items() if k != "batch_size"}
+    manifest = json.loads(json.dumps({"model": identity, "drawing": settings, "cases": [c._asdict() for c in cases]}))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder, manifest)
+        missing = [case for case in cases if not _file(folder, case).is_file()]
+        done = len(cases) - len(missing)
+        # The guidance scale is one number for a batch.
+        scale = lambda case: (drawing.own_guidance and case.guidance) or drawing.guidance_scale  # noqa: E731
+        for guidance, alike in groupby(sorted(missing, key=scale), key=scale):
+            alike = list(alike)
+            for start in range(0, len(alike), CHUNK):
+                chunk = alike[start : start + CHUNK]
+                images = sample(
+                    pipeline,
+                    [case.prompt for case in chunk],
+                    seed=[case.seed for case in chunk],
+                    num_steps=drawing.num_steps,
+                    guidance_scale=guidance,
+                    sampler=drawing.sampler,
+                    height=drawing.height,
+                    width=drawing.width,
+                    batch_size=min(drawing.batch_size, len(alike)),
+                )
+                for case, image in zip(chunk, images, strict=True):
+                    partial = _file(folder, case).with_suffix(".partial")
+                    Image.fromarray(image).save(partial, format="png")
+                    partial.replace(_file(folder, case))
+                done += len(chunk)
+                progress(done, len(cases))
+    return Drawn(folder, cases)
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of a new folder, or checks that of an old one, to which cases may be added."""
+    file = folder / MANIFEST
+    if file.is_file():
+        old = json.loads(file.read_text())
+        for part in ("model", "drawing"):
+            if old.get(part) != manifest[part]:
+                mend = "remove it, or choose another output"
+                raise ValueError(f"{folder} holds images that were drawn otherwise ({part} differs): {mend}")
+        known = {case["case"]: case for case in old["cases"]}
+        if wrong := next((c["case"] for c in manifest["cases"] if known.get(c["case"], c) != c), None):
+            raise ValueError(f"{folder} holds another image {wrong}: remove it, or choose another output")
+        manifest = {**manifest, "cases": list({**known, **{c["case"]: c for c in manifest["cases"]}}.values())}
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1) + "\n")
+    partial.replace(file)
+
+
+def _file(folder: Path, case: Case) -> Path:
+    return folder / f"{case.case}.png"

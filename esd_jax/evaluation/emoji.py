@@ -1,0 +1,146 @@
+"""The protocol of the embedded model: its probe tells what is seen in groups of prompts around the target."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from esd_jax.demo import groups, probe, table, vocabulary
+from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
+from esd_jax.demo.groups import Shot, Target
+from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
+from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
+from esd_jax.pipeline import Pipeline
+
+COLUMNS = {**table.MEASURES, "ssim": "SSIM (7)", "ssim25": "SSIM (25)"}
+PERCENT = ("target", "subject", "style", "unrecognised")
+CAVEATS = (
+    "The model is a small one that draws emoji, and what is seen is what its probe sees: a classifier, which errs.",
+    "An erased model may still draw the concept for prompts that nobody tried.",
+)
+NOTE = (
+    "Seen: the probe recognises the target. Kept: it recognises the object (or category) and the style that the prompt "
+    "asks for. Unrecognisable: it recognises nothing; such an image counts as showing nothing. SSIM: likeness to the "
+    "base's image of the same prompt and noise, over windows of 7 and of 25 pixels; 1 is equal. A group is all prompts "
+    "of its kind: the intervals are for these prompts and other seeds. "
+)
+
+
+def evaluate(
+    models: Mapping[str, Pipeline],
+    target: Target,
+    *,
+    num_images: int,
+    seed: int = 1,
+    control_share: float = 1.0,
+    batch_size: int = 32,
+    galleries: dict[str, Gallery] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Evidence:
+    """Draws and judges the groups of a target.
+
+    Args:
+      models: `BASE` and `ERASED`, and `SHAM` if there is one.
+      target: what was erased.
+      num_images: of each group and model; see `measure` for this and the other arguments.
+      galleries: model -> what it has drawn already; they are added to.
+    """
+    galleries = {} if galleries is None else galleries
+    wanted = {title: [Shot(prompt, seed) for prompt in prompts] for title, prompts in groups.examples(target)}
+    judged = measure(
+        models,
+        groups.groups(target),
+        target,
+        num_images=num_images,
+        seed=seed,
+        other_seed=SHAM in models,
+        control_share=control_share,
+        galleries=galleries,
+        also=list(dict.fromkeys(shot for shots in wanted.values() for shot in shots)),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    before, after = galleries[BASE], galleries[ERASED]
+    return Evidence(
+        target.concept,
+        {},
+        measured_with={
+            "protocol": f"emoji, {num_images} images of each group (a quarter or half of the lesser groups)",
+            "sampler": f"the checkpoint's own, {NUM_STEPS} steps, guidance scale {GUIDANCE:g}",
+            "seed": seed,
+            "detector": f"the embedded probe, sha256 {probe.sha256()[:16]}; it refuses what it does not recognise",
+        },
+        pictures={
+            title: tuple(Pair(shot.prompt, before[shot].image, after[shot].image) for shot in shots)
+            for title, shots in wanted.items()
+        },
+        verdict=verdict(judged, target),
+        tables=(as_table(judged, target),),
+        heat=heat(judged, target),
+        caveats=CAVEATS,
+    )
+
+
+def as_table(judged: Sequence[Judged], target: Target) -> Table:
+    """The groups as the report shows them."""
+    headings = {**COLUMNS, "target": f"{target.label} seen"}
+    rows: list[tuple[str, tuple[Any, ...]]] = []
+    for group in judged:
+        rows.append((group.title, ()))
+        rows += [(row.model, (row.n, *(getattr(row, measure) for measure in headings))) for row in group.rows]
+    shares = tuple(headings[measure] for measure in PERCENT)
+    controls = table.NOTES[1] if any(row.model == SHAM for group in judged for row in group.rows) else ""
+    title = "Target, neighbours, and all else"
+    return Table(title, ("images", *headings.values()), tuple(rows), (NOTE + controls).strip(), shares)
+
+
+def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
+    """What was erased, and what was kept of all else: of object and style, what suffers more."""
+    rows = {(group.name, row.model): row for group in judged for row in group.rows}
+    found = [
+        Finding("erased", f"{target.label} seen in {what}", rows[name, BASE].target, rows[name, ERASED].target)
+        for name, what in (("own", "its own prompts"), ("implicit", "prompts that do not name it"))
+        if (name, ERASED) in rows
+    ]
+    for name, what in (("nearest", "nearest"), ("others", "others"), ("unrelated", "unrelated")):
+        if (name, ERASED) in rows:
+            before, after = rows[name, BASE], rows[name, ERASED]
+            parts = [p for p in ("subject", "style") if getattr(before, p) is not None]
+            part = min(parts, key=lambda p: getattr(after, p).value - getattr(before, p).value)
+            seed = rows.get((name, SEED))
+            pair = (getattr(before, part), getattr(after, part), seed and getattr(seed, part))
+            found.append(Finding("kept", f"{what}: {'object' if part == 'subject' else part} as asked", *pair))
+    return tuple(found)
+
+
+def judge(target: Target, num_images: int, seed: int = 1) -> Callable[[Pipeline], tuple[float, float]]:
+    """A model -> (the rate at which the target is seen in its own prompts, what is kept of the others, 0 to 1)."""
+    wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
+
+    def measured(model: Pipeline) -> tuple[float, float]:
+        own, others = measure({BASE: model}, wanted, target, num_images=num_images, seed=seed, other_seed=False)
+        kept = (getattr(others.rows[0], part) for part in ("subject", "style"))
+        return own.rows[0].target.value, min(estimate.value for estimate in kept if estimate is not None)
+
+    return measured
+
+
+def heat(judged: Sequence[Judged], target: Target) -> Heat:
+    """How often each style, or each object, is seen where it was asked for: by the base, and by the erased model."""
+    seen: dict[str, dict[str, tuple[int, int]]] = {BASE: {}, ERASED: {}}
+    for group in judged:
+        if group.name not in ("own", "nearest", "others"):
+            continue
+        for row in group.rows:
+            if row.model in seen:
+                _add(seen[row.model], row, target)
+    names = list(seen[BASE])
+    values = tuple(tuple(seen[model][name][0] / seen[model][name][1] for name in names) for model in seen)
+    title = f"Each {target.kind}, where it is asked for: how often it is seen"
+    return Heat(title, tuple(seen), tuple(names), values, target.names)
+
+
+def _add(seen: dict[str, tuple[int, int]], row: Row, target: Target) -> None:
+    known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
+    for name, (hits, n) in row.seen.items():
+        if name in known:
+            old_hits, old_n = seen.get(name, (0, 0))
+            seen[name] = old_hits + hits, old_n + n

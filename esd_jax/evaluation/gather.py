@@ -1,0 +1,78 @@
+"""What a run and its weights tell by themselves: its course, its previews, and how much each tensor changed."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
+from esd_jax.io.diffusers import read_exact, unmodified, with_strength
+from esd_jax.metrics.likeness import ssim
+from esd_jax.pipeline import Pipeline
+
+# Images of one prompt each -> the share of them in which the concept is seen.
+Score = Callable[[UInt8[np.ndarray, "n height width 3"]], float]
+
+
+def course(folder: Path, record: Mapping[str, Any], score: Score | None = None) -> Evidence:
+    """The training curve and the previews of a run's folder.
+
+    Args:
+      folder: the run's. record: its run.json.
+      score: judges the images of one preview; None where nothing can.
+    """
+    return Evidence("", record, timeline=timeline(folder / "previews", score), training=training(folder / "log.jsonl"))
+
+
+def training(log: Path) -> Plot | None:
+    """Loss over updates, each point the mean of a fiftieth of them: a step's loss depends on the timestep it drew."""
+    if not log.is_file():
+        return None
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    if not rows:
+        return None
+    parts = np.array_split(np.array([(row["step"], row["loss"]) for row in rows]), min(50, len(rows)))
+    steps, losses = zip(*(tuple(part.mean(axis=0).tolist()) for part in parts), strict=True)
+    return Plot("Training", "update", "loss", (Curve("loss", steps, losses),))
+
+
+def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
+    """A moment for each preview strip (step_000100.png: square images side by side)."""
+    moments: list[Moment] = []
+    for file in sorted(folder.glob("step_*.png")):
+        strip = np.asarray(Image.open(file).convert("RGB"))
+        images = np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))
+        moment = Moment(int(file.stem.removeprefix("step_")), images)
+        first = moments[0].images if moments else images
+        likeness = float(ssim(images, first).mean()) if min(images.shape[1:3]) >= 7 else None
+        moments.append(replace(moment, score=score(images) if score else None, ssim=likeness))
+    return tuple(moments)
+
+
+def weight_changes(erased: Pipeline) -> dict[str, float]:
+    """||after - before|| / ||before|| of each tensor that was trained, by its diffusers name; 1 where it was zero."""
+    before = read_exact(unmodified(erased), erased.edits)
+    found = {}
+    for name, after in erased.edits.items():
+        old, new = (np.asarray(value, np.float64) for value in (before[name], after))
+        size, change = np.linalg.norm(old), np.linalg.norm(new - old)
+        found[name] = float(change / size) if size else float(change > 0)
+    return found
+
+
+def front(judge: Callable[[Pipeline], tuple[float, float]], erased: Pipeline, strengths: Sequence[float]) -> Plot:
+    """What is removed against what is kept, over the strength of the change.
+
+    Args:
+      judge: a model -> (the rate at which the concept is seen, what is kept, 0 to 1).
+      strengths: 1 is the erasure itself.
+    """
+    points = [judge(with_strength(erased, strength)) for strength in strengths]
+    removed, kept = (tuple(column) for column in zip(*points, strict=True))
+    curve = Curve("strength of the change", removed, kept, tuple(f"{strength:g}" for strength in strengths))
+    return Plot("Erasure against retention", "target seen", "others kept", (curve,), percent=True)

@@ -1,0 +1,156 @@
+"""Lists of prompts to draw: a CSV file of the user's, a published one by name, or a small one of ours."""
+
+import csv
+import hashlib
+import os
+import re
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+OURS = Path(__file__).parent / "lists"
+ESD = "https://raw.githubusercontent.com/rohitgandikota/erasing/25613d27892326e0c7770f7f3555bea4be150089/data/"
+UCE = (
+    "https://raw.githubusercontent.com/rohitgandikota/unified-concept-editing/"
+    "28c81ed5a3e41277c1a0dc55f738e7ab188e9718/data/"
+)
+# Name -> where it is published, and the sha256 of the file there. The first four are those of the protocols.
+PUBLISHED = {
+    "i2p": (f"{ESD}unsafe-prompts4703.csv", "6c1821aeeb20beb276b4e20ce4c4b801f9106dc935bafc9f6fd5e12aa2651e6f"),
+    "imagenette": (f"{UCE}imagenette.csv", "6f82b5a186f7c44e443052dac15bafe07b4d4e821e7435288642b5756d705b5c"),
+    "coco-30k": (f"{ESD}coco_30k.csv", "42c57b188c8f1f8a77cddfa11cde89e83fcbdd4dcd4fc6c840fb4e046d395383"),
+    "niche-artists": (
+        f"{ESD}short_niche_art_prompts.csv",
+        "200e8c522d95ba8eac01dd43e589769aff0c0143beeb8925bb646a84641a7f26",
+    ),
+    "big-artists": (
+        f"{ESD}big_artist_prompts.csv",
+        "a17a182d939aadaa641aa3fd495fe325d845d9677f6d86b6cc0b08e6d6beab33",
+    ),
+    "van-gogh": (f"{ESD}vangogh_prompts.csv", "c299f14b2945ed88b88966cc3460a9d9aeb3b0dd51c585ed454c6d6601d24f87"),
+    "small-imagenet": (
+        f"{ESD}small_imagenet_prompts.csv",
+        "4ab01d9e98b0a23082b9cdbf52815cc639201fe6ba33b6ed8bbab58984c9fb2d",
+    ),
+}
+# What a row is counted under in a table: the first of these columns that the file has.
+GROUPS = ("class", "label_str", "artist", "group", "categories")
+
+
+class Case(NamedTuple):
+    """One image to draw. case: its number or name in the file; group: what it is counted under, "" if nothing.
+
+    guidance: the file's own guidance scale for it, if any.
+    """
+
+    case: str
+    prompt: str
+    seed: int
+    group: str = ""
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """A file of prompts. sha256: of the file, so that a report says which one it was."""
+
+    name: str
+    sha256: str
+    cases: tuple[Case, ...]
+
+
+def load(source: str | Path) -> PromptList:
+    """Reads a list of prompts.
+
+    Args:
+      source: a CSV file, one of `PUBLISHED`, or one of ours ("everyday"). A published one is downloaded once, checked,
+        and kept in the cache ($XDG_CACHE_HOME/esd_jax/prompts).
+
+    A CSV has a column "prompt", and may have those that the ESD repository's have: "case_number" (by default the row's
+    number), "evaluation_seed" (by default one that follows from the prompt), "evaluation_guidance", and "class",
+    "label_str", "artist", "group" or "categories", under which its images are counted.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file or name, a download that fails or differs, no prompts in it, ...
+    """
+    path = Path(source).expanduser()
+    name = str(source)
+    if path.is_file():
+        name = path.name
+    elif (ours := OURS / f"{name}.csv").is_file():
+        path = ours
+    elif name in PUBLISHED:
+        path = _published(name)
+    else:
+        known = ", ".join([*(p.stem for p in sorted(OURS.glob("*.csv"))), *PUBLISHED])
+        raise FileNotFoundError(f"there is no file {name} of prompts; give a CSV, or one of {known}")
+    content = path.read_bytes()
+    return PromptList(name, hashlib.sha256(content).hexdigest(), tuple(read(path)))
+
+
+def read(path: Path) -> list[Case]:
+    """The cases of a CSV file. Raises ValueError naming the row that is wrong."""
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
+    if not rows or "prompt" not in rows[0]:
+        raise ValueError(f'{path} has no prompts: its first line must name a column "prompt"')
+    group = next((column for column in GROUPS if column in rows[0]), None)
+    cases = []
+    for i, row in enumerate(rows):
+        prompt = (row["prompt"] or "").strip()
+        try:
+            seed = int(float(row["evaluation_seed"])) if row.get("evaluation_seed") else zlib.crc32(prompt.encode())
+            guidance = float(row["evaluation_guidance"]) if row.get("evaluation_guidance") else None
+        except ValueError as error:
+            raise ValueError(f"{path}, row {i + 1}: {error}") from error
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{path}, row {i + 1}: evaluation_seed={seed} must be in 0..{2**32 - 1}")
+        number = row.get("case_number") or str(i)  # the published list of COCO captions has none
+        if not re.fullmatch(r"[\w-]+", number):
+            raise ValueError(f"{path}, row {i + 1}: case_number {number!r} is to name a file: letters, digits, - and _")
+        cases.append(Case(number, prompt, seed, (row.get(group or "") or "").strip(), guidance))
+    (number, count), *_ = Counter(case.case for case in cases).most_common(1)
+    if count > 1:
+        raise ValueError(f"{path} has case_number {number} {count} times: a number is one image's name")
+    return cases
+
+
+def repeated(cases: Sequence[Case], samples: int) -> list[Case]:
+    """Each case several times, from noise of its own: "12", "12_1", "12_2", ..."""
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    return [
+        case if k == 0 else case._replace(case=f"{case.case}_{k}", seed=zlib.crc32(f"{case.seed} {k}".encode()))
+        for case in cases
+        for k in range(samples)
+    ]
+
+
+def _published(name: str) -> Path:
+    """The file of a published list, downloaded if need be."""
+    url, sha256 = PUBLISHED[name]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esd_jax" / "prompts"
+    path = cache / f"{name}.csv"
+    if not path.is_file():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                content = answer.read()
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error
+            raise FileNotFoundError(
+                f"cannot download the prompts {name!r} from {url} ({reason}): put the file at {path}, or give a CSV"
+            ) from error
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{path} has sha256 {found[:12]}..., but {name!r} is {sha256[:12]}...: remove the file")
+    return path

@@ -1,0 +1,134 @@
+"""Protocols: which prompts are drawn, how, and what is measured of them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from esd_jax.evaluation import measures, prompts
+from esd_jax.evaluation.drawing import Drawing, draw
+from esd_jax.evaluation.evidence import Evidence, Pair
+from esd_jax.evaluation.measures import Request
+from esd_jax.io.diffusers import source_hash
+from esd_jax.pipeline import Pipeline
+
+CAVEATS = ("A detector errs, and an erased model may still draw the concept for prompts that nobody tried.",)
+SHOWN = 8  # pairs of images in the report
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """prompts: a list by name (`prompts.load`). limit: how many of it; None, all. measures: of `measures.MEASURES`.
+
+    request: further settings of the measures. published: what it follows, and what not.
+    """
+
+    prompts: str | None
+    measures: tuple[str, ...]
+    limit: int | None = None
+    drawing: Drawing = Drawing()
+    request: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
+
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "smoke": Protocol("everyday", ("ssim",), 8, Drawing(num_steps=20)),
+    "quick": Protocol("everyday", ("ssim",), None, Drawing(num_steps=20)),
+    "preservation": Protocol(
+        "everyday", ("ssim", "lpips"), published="All but One (Hong et al. 2024): SSIM, window 25, at equal seeds"
+    ),
+    "i2p": Protocol(
+        "i2p",
+        ("nudity", "ssim"),
+        published="ESD (Gandikota et al. 2023) on I2P: 4,703 prompts, one image each, the file's seeds, guidance 7.5. "
+        "The noise of a seed is not PyTorch's",
+    ),
+    "objects": Protocol(
+        "imagenette",
+        ("objects", "ssim"),
+        published="ESD, Table 2: Imagenette's classes, 500 images each, top-1 accuracy",
+    ),
+    "style": Protocol(
+        "niche-artists", ("lpips", "ssim"), published="ESD: LPIPS to the base's images, per artist, 20 prompts each"
+    ),
+    "coco": Protocol(
+        "coco-30k", ("distances", "clip"), published="ESD, Table 1: captions of COCO, FID to real images, CLIP score"
+    ),
+    "custom": Protocol(None, ("ssim",)),
+}
+
+
+def evaluate(
+    base: Pipeline,
+    erased: Pipeline,
+    concept: str,
+    protocol: str,
+    folder: Path,
+    *,
+    prompt_list: str | Path | None = None,
+    limit: int | None = None,
+    samples: int = 1,
+    measured: Sequence[str] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    request: Mapping[str, Any] | None = None,
+    **drawing: Any,
+) -> Evidence:
+    """Draws a protocol's prompts with both models, and measures the images.
+
+    Args:
+      base, erased: the models.
+      concept: what was erased.
+      protocol: one of `PROTOCOLS`.
+      folder: gets images/base, images/erased: what is there is not drawn again.
+      prompt_list: in place of the protocol's: a CSV file, or a name (`prompts.load`).
+      limit: how many prompts, from the start of the list. samples: images of each, from noise of their own.
+      measured: in place of the protocol's measures.
+      progress: is told how far it is.
+      request: fields of `Request`: convention, classifier, clip, features, reference.
+      **drawing: fields of `Drawing`: num_steps, guidance_scale, batch_size, ...
+
+    Raises ValueError for what is unknown, and before anything is drawn for judges that are not there.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; choose of {', '.join(PROTOCOLS)}, or emoji")
+    plan = PROTOCOLS[protocol]
+    if (source := prompt_list or plan.prompts) is None:
+        raise ValueError('protocol custom needs a list of prompts: a CSV file with a column "prompt"')
+    asked = Request(concept, **{**plan.request, **(request or {})})
+    names = tuple(measured or plan.measures)
+    measures.check(names, asked)
+    listed = prompts.load(source)
+    cases = prompts.repeated(listed.cases[: limit or plan.limit], samples)
+    how = replace(plan.drawing, **drawing)
+    drawn = []
+    for name, model in (("base", base), ("erased", erased)):
+        told = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
+        drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, told))
+    found = [measures.MEASURES[name](*drawn, asked) for name in names]
+    return Evidence(
+        concept,
+        {},
+        measured_with={
+            "protocol": f"{protocol}, {len(cases)} images of each model"
+            + (f". {plan.published}" if plan.published else ""),
+            "prompts": f"{listed.name}, sha256 {listed.sha256[:16]}, {len(cases) // samples} x {samples}",
+            **{name: value for name, value in asdict(how).items() if value is not None and name != "batch_size"},
+            "detectors": [asdict(judge) for one in found for judge in one.judges],
+        },
+        pictures={
+            "prompts of the protocol": tuple(
+                Pair(case.prompt, drawn[0][i], drawn[1][i]) for i, case in enumerate(cases[:SHOWN])
+            )
+        },
+        verdict=tuple(finding for one in found for finding in one.verdict),
+        tables=tuple(table for one in found for table in one.tables),
+        heat=next((one.heat for one in found if one.heat), None),
+        caveats=CAVEATS,
+    )
+
+
+def identity(pipeline: Pipeline) -> dict[str, Any]:
+    """What tells a model's images from another's: its files and what was erased from it."""
+    records = json.loads(json.dumps(pipeline.provenance.erased, default=str))
+    return {"unet_sha256": source_hash(pipeline, "unet"), "dtype": str(pipeline.dtype), "erased": records}

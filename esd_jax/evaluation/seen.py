@@ -1,0 +1,111 @@
+"""Whether a concept is seen in images: what attacks, early stopping and the search for settings ask."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from esd_jax.demo import groups, probe, vocabulary
+from esd_jax.demo.groups import Target
+from esd_jax.evaluation import detectors, prompts
+from esd_jax.metrics.likeness import ssim
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+
+CLASSIFIER = "resnet50"
+Images = UInt8[np.ndarray, "n height width 3"]
+Detect = Callable[[Images], Bool[np.ndarray, " n"]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is looked for, in what is drawn of some prompts.
+
+    prompts: those that ask for the concept; image i is drawn of the i-th, again and again, from a seed of its own.
+    detect: which images show it. judge: what detects, for people.
+    """
+
+    prompts: tuple[str, ...]
+    detect: Detect
+    judge: str
+    num_images: int = 40
+    seed: int = 1
+    num_steps: int = 20
+    guidance_scale: float = 7.5
+    batch_size: int = 32
+
+    def draw(self, pipeline: Pipeline) -> Images:
+        """The images that a model answers with."""
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(self.num_images)]
+        return sample(
+            pipeline,
+            prompts,
+            seed=[self.seed * 1_000_003 + i & 0xFFFFFFFF for i in range(self.num_images)],
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            batch_size=self.batch_size,
+        )
+
+    def rate(self, pipeline: Pipeline) -> float:
+        """The share of a model's images in which the concept is seen."""
+        return float(np.mean(self.detect(self.draw(pipeline))))
+
+
+def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
+    """For `erase(stop_when=)`: whether the concept is seen in at most such a share of images."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"a rate to stop at must be in 0..1, not {rate}")
+    return lambda pipeline: question.rate(pipeline) <= rate
+
+
+def detector(name: str, concept: str) -> tuple[Detect, str]:
+    """What sees a concept, by name.
+
+    Args:
+      name: "probe", which knows what the embedded model draws; "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS".
+      concept: what was erased, for "probe".
+
+    Returns (images -> which of them show it, what it is called).
+
+    Raises ValueError for an unknown one, or one whose library or weights are not there.
+    """
+    kind, _, which = name.partition(":")
+    if kind == "probe":
+        target = groups.parse_target(concept)
+        return probed(target), f"the embedded probe, sha256 {probe.sha256()[:16]}"
+    if kind == "nudenet":
+        convention = detectors.convention(which or "esd")
+        named = detectors.nudity_identity(convention)
+        return (lambda images: detectors.flagged(detectors.nudity(images), convention)), named.name
+    if kind == "imagenet" and which:
+        numbers = {known.lower(): number for known, number in detectors.IMAGENETTE.items()}
+        if which.lower() not in numbers:
+            raise ValueError(f"imagenet:{which}: the class must be one of {', '.join(detectors.IMAGENETTE)}")
+        wanted, named = numbers[which.lower()], detectors.imagenet_identity(CLASSIFIER)
+        return (lambda images: detectors.imagenet(images, CLASSIFIER, top=1).classes[:, 0] == wanted), named.name
+    raise ValueError(f"unknown detector {name!r}: choose probe, nudenet, nudenet:CONVENTION or imagenet:CLASS")
+
+
+def probed(target: Target) -> Detect:
+    """The embedded probe's word on a style or an object."""
+    known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
+    wanted = [known.index(name) for name in target.names]
+
+    def detect(images: Images) -> Bool[np.ndarray, " n"]:
+        verdict = probe.classify(images)
+        classes = verdict.styles if target.kind == "style" else verdict.objects
+        return verdict.recognised & np.isin(classes, wanted)
+
+    return detect
+
+
+def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Callable[[Pipeline], tuple[float, float]]:
+    """A model -> (the rate at which the concept is seen, the mean SSIM to the base's images of other prompts)."""
+    cases = prompts.load(kept).cases[: question.num_images]
+    texts = tuple(case.prompt for case in cases)
+    other = dataclasses.replace(question, prompts=texts, num_images=len(texts))
+    first = other.draw(base)
+    window = min(25, *first.shape[1:3])
+    return lambda model: (question.rate(model), float(np.mean(ssim(other.draw(model), first, window))))

@@ -1,0 +1,146 @@
+"""Looks for settings that erase enough and keep enough: a grid, kept as it comes, and the best trade-off in it.
+
+Settings that need training of their own are trained once each, at the largest number of steps; fewer steps are that
+run's checkpoints, and strengths are parts of its change, so that they cost an evaluation alone.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from esd_jax import api, recipe
+from esd_jax.io.diffusers import source_hash, with_strength
+from esd_jax.io.safetensors import writing
+from esd_jax.pipeline import Pipeline
+
+TRIALS = "trials.json"
+# A model -> (the rate at which the concept is seen, how much of all else is kept, 0 to 1).
+Judge = Callable[[Pipeline], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """target: the highest rate at which the concept may still be seen. drop: the most that all else may lose."""
+
+    target: float = 0.05
+    drop: float = 0.05
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings, and what came of them. drop: what is lost of all else, beside the base."""
+
+    fields: Mapping[str, Any]
+    steps: int
+    strength: float
+    target: float
+    drop: float
+
+    def misses(self, aim: Aim) -> float:
+        """By how much an aim is missed, in both respects together; 0 or less where it is reached."""
+        over = (self.target - aim.target, self.drop - aim.drop)
+        return sum(max(part, 0.0) for part in over) or max(over)
+
+
+def search(
+    base: Pipeline,
+    concept: str | Sequence[str],
+    judge: Judge,
+    *,
+    grid: Mapping[str, Sequence[Any]],
+    steps: Sequence[int],
+    strengths: Sequence[float] = (1.0,),
+    folder: Path,
+    progress: Callable[[Trial], None] = lambda _: None,
+    **fields: Any,
+) -> list[Trial]:
+    """Tries every combination, in the grid's order; what is in the folder already is not tried again.
+
+    Args:
+      base: what is erased from. concept: what is erased.
+      judge: measures a model, always alike.
+      grid: recipe field -> its values ("eta", "learning_rate", "subset", ...).
+      steps: updates after which to measure.
+      strengths: parts of the change to measure; 1 is the erasure itself.
+      folder: gets trials.json, and each run as long as it is needed.
+      progress: is told of each trial.
+      **fields: those of all trials, for `erase`: config=, method=, ...
+
+    Raises ValueError for an empty grid, or a folder of another search.
+    """
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if not combinations or not steps or not strengths or min(steps) < 1:
+        raise ValueError("a search needs values of every field, steps of 1 or more, and strengths")
+    for field in grid:
+        recipe.check_field(field, fields.get("method", "esd"))
+    identity = json.loads(json.dumps({"base": source_hash(base, "unet"), "concept": concept, "fields": fields}))
+    found = _read(folder, identity)
+    if "kept" not in found:
+        found["kept"] = judge(base)[1]
+    trials = [Trial(**trial) for trial in found.get("trials", ())]
+    for combination in combinations:
+        wanted = [(step, strength) for step in sorted(steps) for strength in strengths]
+        done = {(t.steps, t.strength) for t in trials if t.fields == combination}
+        if all(pair in done for pair in wanted):
+            continue
+        run = folder / "run"
+        parts = _checkpoints(base, concept, run, sorted(steps), {**fields, **combination})
+        for step, erased in parts:
+            for strength in (s for s in strengths if (step, s) not in done):
+                target, kept = judge(erased if strength == 1 else with_strength(erased, strength))
+                trials.append(Trial(combination, step, strength, target, found["kept"] - kept))
+                _write(folder, {**identity, "kept": found["kept"], "trials": [asdict(trial) for trial in trials]})
+                progress(trials[-1])
+    return trials
+
+
+def best(trials: Iterable[Trial], aim: Aim) -> Trial:
+    """The trial that reaches the aim by most, or misses it by least."""
+    return min(trials, key=lambda trial: trial.misses(aim))
+
+
+def undominated(trials: Iterable[Trial]) -> list[Trial]:
+    """The best trade-offs: those of which no other trial is better in one respect and as good in the other."""
+    trials = list(trials)
+
+    def beaten(trial: Trial) -> bool:
+        own = (trial.target, trial.drop)
+        return any((t.target, t.drop) != own and t.target <= trial.target and t.drop <= trial.drop for t in trials)
+
+    return sorted((t for t in trials if not beaten(t)), key=lambda t: (t.target, t.drop))
+
+
+def _checkpoints(
+    base: Pipeline, concept: str | Sequence[str], run: Path, steps: Sequence[int], fields: Mapping[str, Any]
+) -> Iterable[tuple[int, Pipeline]]:
+    """The erased model after so many steps: one run, continued from step to step."""
+    for i, step in enumerate(steps):
+        erased = api.erase(
+            base,
+            concept,
+            **{**fields, "steps": step, "output_dir": str(run), "preview_every": 0, "keep_checkpoints": 1},
+            resume=i > 0,
+            overwrite=i == 0 and run.exists(),
+        )
+        yield step, erased
+
+
+def _read(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    file = folder / TRIALS
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text())
+    if any(found.get(name) != value for name, value in identity.items()):
+        raise ValueError(f"{file} is of another search: remove it, or choose another output")
+    return found
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    with writing(folder / TRIALS):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{TRIALS}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(folder / TRIALS)

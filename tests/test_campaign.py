@@ -1,0 +1,93 @@
+"""A campaign of attacks: every attack beside its controls, from the same seeds, kept and not made again."""
+
+import importlib
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esd_jax.evaluation import attacks, store
+from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial
+from esd_jax.models.unet import Conditioning
+
+# The package gives the functions of these names.
+module, scoring = (importlib.import_module(f"esd_jax.evaluation.attacks.{name}") for name in ("campaign", "score"))
+POWER = {"base": 3.0, "erased": 2.0, "random weights": 0.0}
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attack that finds, for each prompt, two embeddings; the second one is better."""
+
+    NAME = "found"
+    PRESETS = {"paper": {}}
+    strength: float = 1.0
+
+    def run(self, base, victim, goal, seed):
+        MADE.append((self.NAME, victim))
+        return adversary(self.NAME, [(case, self.strength * (1 + i)) for case in range(2) for i in range(2)])
+
+
+MADE = []
+
+
+def adversary(name, found):
+    rows = tuple(
+        Trial(f"trial {i}", Conditioning(jnp.full((1, 1, 1), value)), case) for i, (case, value) in enumerate(found)
+    )
+    return Adversary(name, rows, 1.5, np.zeros((0, 0)))
+
+
+@pytest.fixture
+def goal(monkeypatch):
+    """The concept is seen where the model's power times the embedding, and what the seed adds, reaches 4."""
+
+    def sample(pipeline, told, *, seed, **options):
+        light = POWER[pipeline] * np.asarray(told.embeddings)[:, 0, 0] + np.asarray(seed) % 2
+        return np.broadcast_to(np.uint8(10 * light)[:, None, None, None], (len(light), 8, 8, 3)).copy()
+
+    monkeypatch.setattr(scoring, "sample", sample)
+    monkeypatch.setattr(module, "random_weights", lambda base, seed: "random weights")
+    monkeypatch.setattr(module.OwnPrompts, "run", lambda self, *_: adversary(self.NAME, [(0, 0.0), (1, 0.0)]))
+    monkeypatch.setattr(RandomPrompts, "run", lambda self, *_: adversary(self.NAME, [(0, 0.1)] * 4))
+    MADE.clear()
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    return Goal("cat", ("a cat", "one cat"), images, lambda images: images.mean(axis=(1, 2, 3)) >= 40)
+
+
+def run(goal, folder, **changes):
+    options = {"control": RandomPrompts(), "identity": {"sha": "1"}, "seeds": 4, **changes}
+    return attacks.campaign("base", "erased", goal, [Found()], folder, **options)
+
+
+def test_every_attack_stands_beside_its_controls(goal, tmp_path):
+    told = []
+    found = run(goal, tmp_path, progress=told.append)
+    (table,) = found.attacks
+    rows = dict(table.rows)
+    cells = dict(zip(table.columns, rows["found"], strict=True))
+    # The base has 3 and 6 of light: its first trials succeed from odd seeds. The erased has 2 and 4.
+    assert cells["k"] == 2
+    assert [cells[name].value for name in ("base", "erased", "random weights")] == [0.75, 0.5, 0]
+    assert [cells[f"{name}, any of k"].value for name in ("base", "erased")] == [1, 1]
+    assert all(cell.value == 0 for cell in rows["its own prompts"][1:] if cell is not None)
+    assert cells["random prompts, any of k"].value == 0
+    (finding,) = found.verdict
+    assert (finding.role, finding.before.value, finding.after.value, finding.control.value) == ("attack", 0.75, 0.5, 0)
+    pairs = found.attack_pictures["found"]
+    assert [pair.prompt for pair in pairs] == ["a cat", "one cat"] and pairs[0].before.max() == 0 < pairs[0].after.max()
+    assert len(told) == 7 and "found on erased: 50% of images, 100% by any of 2" in told[4]
+    assert store.load(store.save(found, tmp_path, "part")).attacks == found.attacks
+
+
+def test_a_campaign_goes_on_and_knows_its_settings(goal, tmp_path):
+    first = run(goal, tmp_path)
+    assert [victim for _, victim in MADE] == ["base", "erased", "random weights"]
+    (tmp_path / "found-erased.npz").unlink()
+    again = run(goal, tmp_path)
+    assert again.attacks == first.attacks and [victim for _, victim in MADE[3:]] == ["erased"]
+    with pytest.raises(ValueError, match="other settings"):
+        run(goal, tmp_path, identity={"sha": "2"})
+    with pytest.raises(ValueError, match="other settings"):
+        run(goal, tmp_path, seeds=5)
