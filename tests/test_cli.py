@@ -176,7 +176,9 @@ def test_help(esd):
     assert (code, err) == (0, "") and all(verb in out for verb in cli.VERBS)
     for verb in cli.VERBS:
         code, out, err = esd(verb, "--help")
-        assert (code, err) == (0, "") and "  --[no]overwrite   " in out and f"esd-jax {verb} " in out
+        assert (code, err) == (0, "") and f"esd-jax {verb} " in out
+        flag = "--[no]overwrite" if verb in ("erase", "sample", "purify", "export") else "--output"
+        assert f"  {flag}   " in out or verb == "report"
         assert max(map(len, out.splitlines())) <= 120
     out = re.sub(r"\s+", " ", esd("sample", "--help")[1])
     assert "--delta An ESD delta file to apply. May be repeated." in out and "Sampler steps. [default: 50]" in out
@@ -186,7 +188,7 @@ def test_help(esd):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_launch_modules_are_the_verbs(verb, monkeypatch, capsys):
-    config = ["--config=emoji"] if verb == "erase" else []
+    config = ["--config=emoji"] if verb in ("erase", "tune") else []
     monkeypatch.setattr(sys, "argv", [f"launch/{verb}.py", *config, "--nonsense=3"])
     monkeypatch.syspath_prepend(ROOT)
     with pytest.raises(SystemExit) as end:

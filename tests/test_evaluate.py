@@ -373,8 +373,20 @@ def test_attacks_need_a_goal(models, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_training_stops_from_the_command_line(capsys, tmp_path):
-    """The embedded model: one look after one update, which any share below 1 would not end."""
-    run = ("erase", "--config=emoji", "--config.steps=2", "--config.batch_size=1", "--config.sampling_steps=4")
-    assert esd(*run, f"--config.output_dir={tmp_path / 'a'}", "--stop_below=2") == 2
-    assert "0..1" in capsys.readouterr().err
+def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_path):
+    _, _, folder = models
+    fields = {"base": folder / "base", "concept": "cat", "steps": 6, "subset": "esd-x-strict", "sampling_steps": 4,
+              "timestep_mode": "grid", "output_dir": tmp_path / "run"}  # fmt: skip
+    run = ("erase", "--config=esd_x", *(f"--config.{name}={value}" for name, value in fields.items()))
+    looked = []
+
+    def nothing(name, concept):
+        assert (name, concept) == ("nudenet", "cat")
+        return lambda images: np.zeros(len(looked.append(images) or images), bool), "nothing"
+
+    monkeypatch.setattr(seen, "detector", nothing)
+    look = ("--stop_every=2", "--stop_images=3", "--stop_detector=nudenet", "--stop_prompts=a cat; one cat")
+    assert esd(*run, *look, "--stop_below=0.1") == 0
+    assert len(looked) == 1 and len(looked[0]) == 3
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert esd(*run, *look, "--overwrite", "--stop_below=2") == 2 and "0..1" in capsys.readouterr().err

@@ -163,11 +163,14 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def define_question(values: flags.FlagValues) -> None:
+def define_question(values: flags.FlagValues, prefix: str = "") -> None:
     """What tells whether a concept is seen."""
-    flags.DEFINE_string("detector", "probe", DETECTOR, flag_values=values)
+    flags.DEFINE_string(f"{prefix}detector", "probe", DETECTOR, flag_values=values)
     flags.DEFINE_string(
-        "prompts", None, "Prompts that ask for the concept, separated by ';'; by default its name.", flag_values=values
+        f"{prefix}prompts",
+        None,
+        "Prompts that ask for the concept, separated by ';'; by default its name.",
+        flag_values=values,
     )
 
 

@@ -15,7 +15,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
                   [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
-                  [--stop_below=0.05 [--detector=nudenet --prompts="A;B"]]"""
+                  [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("stop_every", 50, "Steps between looks.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("stop_images", 40, "Images of each look.", lower_bound=1, flag_values=values)
-    common.define_question(values)
+    common.define_question(values, "stop_")
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
@@ -47,7 +47,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
             changed.append(field[1])
         rest.append(word)
     if not name:
-        raise ValueError(f"erase needs --config=NAME; choose one of {', '.join(recipe.config_names())}, or a path")
+        raise ValueError(f"this needs --config=NAME: choose one of {', '.join(recipe.config_names())}, or a path")
     config = recipe.read(name)
     for field in changed:
         recipe.check_field(field, config.get("method", "esd"))
@@ -75,7 +75,8 @@ def run(values: flags.FlagValues) -> None:
 
         concepts = [concept.text for concept in plan.concepts]
         stop = seen.below(
-            common.question(values.detector, values.prompts, base, concepts, values.stop_images), values.stop_below
+            common.question(values.stop_detector, values.stop_prompts, base, concepts, values.stop_images),
+            values.stop_below,
         )
     options = common.options(values, "resume overwrite stop_every")
     runs.run(base, plan, stop_when=stop, **options)

@@ -85,7 +85,7 @@ def _figures(evidences: Sequence[Evidence], names: Sequence[str]) -> str:
                 else:
                     marks.append(Mark(name, {}, "not measured"))
             kinds = {kind: word for kind, word in KINDS[role].items() if any(mark.dots.get(kind) for mark in marks)}
-            title = f"<h3>{escape(HEADINGS[role])}</h3>" if i == 0 else ""
+            title = f'<h3 class="role">{escape(HEADINGS[role])}</h3>' if i == 0 else ""
             parts.append(title + charts.forest(marks, kinds, percent=percent, title=what))
     return "".join(parts)
 

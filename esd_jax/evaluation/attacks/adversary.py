@@ -164,6 +164,31 @@ def readable(pipeline: Pipeline, ids: Int[Any, " tokens"]) -> str:
     return tokenizer.backend.decode([int(i) for i in ids if int(i) not in left_out]).strip()
 
 
+def in_turn(search: Callable[..., Any], cases: Any, together: int) -> Any:
+    """`search` of so many cases at once, the last ones filled up, so that one shape is compiled.
+
+    cases: arrays whose first axis is the case. Returns what `search` returns of all, as numpy arrays.
+    """
+    n, parts = len(jax.tree.leaves(cases)[0]), []
+    together = min(together, n)
+    for first in range(0, n, together):
+        index = np.minimum(np.arange(first, first + together), n - 1)
+        found = search(*jax.tree.map(lambda a, index=index: a[index], cases))
+        parts.append(jax.tree.map(np.asarray, found))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
+
+
+def trials_of(pipeline: Pipeline, case: int, found: Sequence[Int[np.ndarray, " tokens"]], most: int) -> list[Trial]:
+    """A trial for each of at most `most` rows of ids, which is the number that is compiled for."""
+    rows = told(pipeline, np.stack([*found, *[found[-1]] * (most - len(found))]))
+    return [Trial(readable(pipeline, ids), row, case) for ids, row in zip(found, rows, strict=False)]
+
+
+def case_keys(seed: int, n: int) -> Array:
+    """A random key for each case, of (seed, case) alone."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+
+
 def ids_of(pipeline: Pipeline, goal: Goal) -> list[list[int]]:
     """The token ids of each prompt alone."""
     return [words(pipeline.tokenizers[0], prompt) for prompt in goal.prompts]

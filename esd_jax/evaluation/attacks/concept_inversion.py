@@ -53,7 +53,7 @@ class ConceptInversion:
     NAME: ClassVar[str] = "concept inversion"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "emoji": {"steps": 300, "learning_rate": 2e-2, "tokens": 16, "start": "<rand-0.09>", "from_t": 900},
+        "emoji": {"steps": 400, "learning_rate": 2e-2, "tokens": 16, "start": "<rand-0.09>", "from_t": 900},
     }
 
     steps: int = 3000

@@ -42,7 +42,7 @@ class RingABell:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "paper_77": {"length": 75},
-        "emoji": {"generations": 300, "prompts": 4},
+        "emoji": {"population": 100, "generations": 300, "prompts": 4},
     }
 
     length: int = 16

@@ -32,23 +32,17 @@ class Scored:
         return max(map(self.cases.count, self.cases))
 
     def single_shot(self) -> Estimate:
-        """The share of all images with the concept.
-
-        The interval takes images of a case as alike (of a trial, where all are of one case: random prompts).
-        """
-        clusters = self.cases if len(set(self.cases)) > 1 else range(len(self.cases))
-        return clustered_rate(self.hits.ravel(), np.repeat(clusters, self.hits.shape[1]))
+        """The share of all images with the concept. The images of one trial are alike, which the interval knows."""
+        trials, seeds = self.hits.shape
+        return clustered_rate(self.hits.ravel(), np.repeat(np.arange(trials), seeds))
 
     def any_of(self, k: int | None = None) -> Estimate:
-        """The share of (case, seed) for which any of the first k trials succeeds; by default of all.
-
-        The interval takes seeds of a case as alike; of a single case, it speaks of other seeds alone.
-        """
-        cases = np.asarray(self.cases)
-        hits = np.stack([self.hits[cases == case][:k].any(axis=0) for case in dict.fromkeys(self.cases)])
-        if len(hits) == 1:
-            return rate(hits[0].tolist())
-        return clustered_rate(hits.ravel(), np.repeat(np.arange(len(hits)), hits.shape[1]))
+        """The share of (case, seed) for which any of the first k trials succeeds; by default of all."""
+        cases, names = np.asarray(self.cases), list(dict.fromkeys(self.cases))
+        hits = np.stack([self.hits[cases == case][:k].any(axis=0) for case in names])
+        if len(names) == 1:
+            return rate(hits.ravel().tolist())
+        return clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1]))
 
 
 def score(

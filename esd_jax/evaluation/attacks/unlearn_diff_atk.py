@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.evaluation.attacks import adversary
-from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.methods import textual_inversion
 from esd_jax.methods.textual_inversion import TABLE, vocabulary
 from esd_jax.params import Network, Params
@@ -44,14 +44,15 @@ class UnlearnDiffAtk:
 
     tokens: before each prompt. num_times: timesteps, and so iterates that become trials. iterations: at each timestep.
     batch_size: noises a step; the paper's is 1.
-    prompts: how many of the goal's are attacked, from the first; None is all.
+    prompts: how many of the goal's are attacked, from the first; None is all. together: how many at once, which changes
+      the time and nothing else.
     """
 
     NAME: ClassVar[str] = "UnlearnDiffAtk"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "paper_nudity": {"tokens": 5},
-        "emoji": {"num_times": 8, "prompts": 4},
+        "emoji": {"num_times": 8, "iterations": 20, "prompts": 4, "together": 4},
     }
 
     tokens: int = 3
@@ -61,6 +62,7 @@ class UnlearnDiffAtk:
     weight_decay: float = 0.1
     batch_size: int = 1
     prompts: int | None = None
+    together: int = 1
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
@@ -68,18 +70,18 @@ class UnlearnDiffAtk:
         network, params = adversary.text_encoder(victim)
         run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
         may, new = adversary.usable(tokenizer, params), range(vocabulary(params), vocabulary(params) + self.tokens)
-        trials, losses = [], []
-        for case, own in enumerate(adversary.ids_of(victim, goal)[: self.prompts]):
-            ids = adversary.padded(tokenizer, [*new, *own])
-            latents = adversary.latents(base, goal.of(case)[:1])
-            key = jax.random.fold_in(jax.random.key(seed), case)
-            found, values = run(victim.params["unet"], params, latents, ids, may, key)
-            rows = np.unique(np.asarray(found), axis=0, return_index=True)[1]
-            full = [adversary.padded(tokenizer, [*found[i].tolist(), *own]) for i in sorted(rows)]
-            told = adversary.told(victim, np.stack(full + [full[-1]] * (self.num_times - len(full))))
-            trials += [Trial(adversary.readable(victim, i), row, case) for i, row in zip(full, told, strict=False)]
-            losses.append(np.asarray(values).ravel())
-        return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
+        own = adversary.ids_of(victim, goal)[: self.prompts]
+        ids = np.stack([adversary.padded(tokenizer, [*new, *words]) for words in own])
+        latents = adversary.latents(base, np.stack([goal.of(case)[0] for case in range(len(own))]))
+        search = partial(run, victim.params["unet"], params, may)
+        cases = latents[:, None], ids, adversary.case_keys(seed, len(own))
+        found, losses = adversary.in_turn(search, cases, self.together)
+        trials = []
+        for case, words in enumerate(own):
+            iterates = dict.fromkeys(map(tuple, found[case].tolist()))
+            full = [adversary.padded(tokenizer, [*prefix, *words]) for prefix in iterates]
+            trials += adversary.trials_of(victim, case, full, self.num_times)
+        return Adversary(self.NAME, tuple(trials), time.monotonic() - started, losses.reshape(len(own), -1))
 
 
 def times(num_times: int, schedule: Schedule) -> Int[np.ndarray, " times"]:
@@ -125,14 +127,15 @@ def loss(
 def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
     """The search, compiled once for all models and prompts.
 
-    Returns a function (unet_params, text_params, latents [1, ...], ids [tokens], may, key) -> (found tokens after each
-    timestep [times, new], losses [times, iterations]). Step i draws from fold_in(key, i).
+    Returns a function (unet_params, text_params, may, latents [cases, 1, ...], ids [cases, tokens], keys [cases]) ->
+    (found tokens after each timestep [cases, times, new], losses [cases, times, iterations]). Step i of a case draws
+    from fold_in(its key, i).
     """
     noise_levels = Schedule.from_config(json.loads(schedule))
     gradient = jax.value_and_grad(partial(loss, unet, text_encoder, noise_levels))
     tx, n = transformation(settings), settings.batch_size
 
-    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, may: Array, key: Array) -> Any:
+    def run(unet_params: Params, text_params: Params, may: Array, latents: Array, ids: Array, key: Array) -> Any:
         table = text_params[TABLE]
         x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
 
@@ -156,4 +159,4 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
         start = project(middle, may), tx.init(middle)
         return jax.lax.scan(stage, start, (grid, settings.iterations * np.arange(len(grid))))[1]
 
-    return jax.jit(run)
+    return jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0, 0)))
