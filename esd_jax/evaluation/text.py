@@ -27,7 +27,7 @@ def table(one: Table) -> str:
     first = max((len(label) for label, row in cells if row), default=0)
 
     def line(label: str, row: list[str]) -> str:
-        return f"{label:{first + 2}}" + "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
+        return f"{label:{first + 4}}" + "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
 
     lines = [one.title, line("", list(one.columns))]
     lines += [

@@ -57,7 +57,8 @@ def campaign(
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
     models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
     found: dict[str, list[Scored]] = {name: [] for name in models}
-    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": drawing}
+    told = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
+    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": told}
 
     def made(settings: Attack, model: str) -> Scored:
         file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()

@@ -134,7 +134,7 @@ def searcher(settings: RingABell, text_encoder: Network) -> Callable[..., Any]:
             return (people, best, least), scores[order[0]]
 
         people = jax.random.choice(jax.random.fold_in(key, settings.generations), choices, (size, settings.length))
-        start = people, people[0], jnp.float32(jnp.inf)
+        start = people, people[0], jnp.full((), jnp.inf, jnp.promote_types(target.dtype, jnp.float32))
         (_, best, _), scores = jax.lax.scan(generation, start, jnp.arange(settings.generations))
         return best, scores
 

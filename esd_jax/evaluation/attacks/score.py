@@ -12,7 +12,6 @@ from jaxtyping import Bool, UInt8
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, rate
-from esd_jax.params import Params
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -91,7 +90,7 @@ def random_weights(pipeline: Pipeline, seed: int = 0, *, trained_only: bool = Fa
     if trained_only and not names:
         raise ValueError("trained_only needs an erased pipeline: this one has no trained tensors")
     names = sorted(names) if trained_only else sorted(unet)
-    drawn = _drawn({name: unet[name] for name in names}, jax.random.key(seed))
+    drawn = {name: _like(unet[name], np.random.default_rng([seed, i])) for i, name in enumerate(names)}
     params = {**pipeline.params, "unet": {**unet, **drawn}}
     edits = {k: v for k, v in pipeline.edits.items() if k.removeprefix("unet/") not in drawn}
     return dataclasses.replace(pipeline, params=params, edits=edits)
@@ -125,10 +124,7 @@ def table(
     return Table(title, ("k", *rates, *last), tuple(rows), note, (*rates, *last))
 
 
-@jax.jit
-def _drawn(params: Params, key: jax.Array) -> Params:
-    def like(a: jax.Array, key: jax.Array) -> jax.Array:
-        wide = a.astype(jnp.float32)
-        return (wide.mean() + wide.std() * jax.random.normal(key, a.shape)).astype(a.dtype)
-
-    return {name: like(params[name], jax.random.fold_in(key, i)) for i, name in enumerate(sorted(params))}
+def _like(value: jax.Array, rng: np.random.Generator) -> jax.Array:
+    wide = np.asarray(value).astype(np.float32)
+    drawn = wide.mean() + wide.std() * rng.standard_normal(wide.shape, np.float32)
+    return jax.device_put(jnp.asarray(drawn, value.dtype), value.sharding)
