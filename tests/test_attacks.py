@@ -522,7 +522,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     for i, ours in enumerate(losses):
         image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), 1, SCHEDULE, x0)
         said = oracle.says(
-            "erased", oracle.noised(x0[image], t, noise), t, oracle.encode(ids)[np.asarray(image)].detach()
+            "erased", oracle.noised(x0[image], t, noise), t, oracle.encode(ids)[np.array(image)].detach()
         )
         loss = mse(said, to_nchw(np.asarray(noise)))
         adamw.zero_grad()

@@ -114,7 +114,12 @@ def text_encoder(pipeline: Pipeline) -> tuple[Network, Params]:
     names = pipeline.text_encoders
     if len(names) != 1:
         raise ValueError(f"attacks work on checkpoints with one text encoder (SD 1 and 2); this one has {len(names)}")
-    return pipeline.network(names[0]), pipeline.params[names[0]]
+    return pipeline.network(names[0]), _in_place(pipeline.params[names[0]])
+
+
+def unet(pipeline: Pipeline) -> tuple[Network, Params]:
+    """The UNet, and its weights."""
+    return pipeline.network("unet"), _in_place(pipeline.params["unet"])
 
 
 def noise_schedule(pipeline: Pipeline) -> str:
@@ -192,6 +197,11 @@ def case_keys(seed: int, n: int) -> Array:
 def ids_of(pipeline: Pipeline, goal: Goal) -> list[list[int]]:
     """The token ids of each prompt alone."""
     return [words(pipeline.tokenizers[0], prompt) for prompt in goal.prompts]
+
+
+def _in_place(params: Params) -> Params:
+    """The same tensors, bound to their devices: edited ones are, others not, and JAX compiles for each mixture."""
+    return {name: jax.device_put(value, value.sharding) for name, value in params.items()}
 
 
 @lru_cache(maxsize=8)

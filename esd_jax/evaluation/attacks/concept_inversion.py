@@ -73,10 +73,11 @@ class ConceptInversion:
         ids = np.stack([place(tokenizer, template, new_ids) for template in goal.templates])
         images = np.concatenate([goal.images, goal.images[:, :, ::-1]]) if self.mirror else goal.images
         shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
-        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        unet, weights = adversary.unet(victim)
+        run = searcher(self, unet, network, adversary.noise_schedule(victim))
         start_key, key = jax.random.split(jax.random.key(seed))
         new, losses = run(
-            victim.params["unet"], params, adversary.latents(base, images),
+            weights, params, adversary.latents(base, images),
             jnp.asarray(ids[shown]), self._initial(victim, start_key), key,
         )  # fmt: skip
         mark = "<v*>" if self.tokens == 1 else f"<v* of {self.tokens} tokens>"

@@ -86,9 +86,10 @@ def resurge(
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
     theta = {name: jnp.asarray(victim.edits[f"unet/{name}"], jnp.float32) for name in names}
-    _, frozen = partition(victim.params["unet"], names)
+    unet, weights = adversary.unet(victim)
+    _, frozen = partition(weights, names)
     told = in_batches(victim.encode_prompts, prompts, BATCH)
-    run = healer(settings, victim.network("unet"), adversary.noise_schedule(victim), jnp.dtype(victim.dtype).name)
+    run = healer(settings, unet, adversary.noise_schedule(victim), jnp.dtype(victim.dtype).name)
     theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
     record = {"healed": {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}}
     losses = np.asarray(losses)  # waits for the training

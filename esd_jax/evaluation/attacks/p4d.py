@@ -80,7 +80,8 @@ class P4D:
         """Finds a prompt of `victim` for each prompt of the goal; its trials are the best that were met on the way."""
         started, tokenizer = time.monotonic(), victim.tokenizers[0]
         network, params = adversary.text_encoder(victim)
-        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        unet, weights = adversary.unet(victim)
+        run = searcher(self, unet, network, adversary.noise_schedule(victim))
         may, known = adversary.usable(tokenizer, params), vocabulary(params)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         counts = [self._found(len(words)) for words in own]
@@ -96,7 +97,7 @@ class P4D:
             params[TABLE][start].astype(jnp.float32),
             keys[:, 1],
         )
-        search = partial(run, victim.params["unet"], base.params["unet"], params, may)
+        search = partial(run, weights, adversary.unet(base)[1], params, may)
         found, judged, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, (words, n) in enumerate(zip(own, counts, strict=True)):

@@ -68,12 +68,13 @@ class UnlearnDiffAtk:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
         started, tokenizer = time.monotonic(), victim.tokenizers[0]
         network, params = adversary.text_encoder(victim)
-        run = searcher(self, victim.network("unet"), network, adversary.noise_schedule(victim))
+        unet, weights = adversary.unet(victim)
+        run = searcher(self, unet, network, adversary.noise_schedule(victim))
         may, new = adversary.usable(tokenizer, params), range(vocabulary(params), vocabulary(params) + self.tokens)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         ids = np.stack([adversary.padded(tokenizer, [*new, *words]) for words in own])
         latents = adversary.latents(base, np.stack([goal.of(case)[0] for case in range(len(own))]))
-        search = partial(run, victim.params["unet"], params, may)
+        search = partial(run, weights, params, may)
         cases = latents[:, None], ids, adversary.case_keys(seed, len(own))
         found, losses = adversary.in_turn(search, cases, self.together)
         trials = []
