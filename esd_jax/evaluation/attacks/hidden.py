@@ -128,7 +128,7 @@ class Completion:
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "emoji": {"num_steps": 20, "guidance_scale": 3.0},
+        "emoji": {"times": (500, 700, 900), "num_steps": 20, "guidance_scale": 3.0},
     }
 
     times: tuple[int, ...] = (300, 500, 700)
