@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from esd_jax import text
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods.images import true_output
+from esd_jax.methods.repeated import repeated
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params
 
@@ -121,7 +122,7 @@ def encode(
 def inverter(
     settings: TextualInversion, unet: Network, text_encoder: Network, schedule: Schedule
 ) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
-    """What learns the embeddings of new tokens from images: one compiled loop, for any number of concepts.
+    """What learns the embeddings of new tokens from images: one compiled step, for any number of concepts.
 
     Returns a function (unet_params, text_params, latents, ids, new, key) -> (the embeddings, the loss of each step):
       unet_params, text_params: the checkpoint's, which stay as they are.
@@ -133,18 +134,23 @@ def inverter(
     tx = settings.transformation()
     gradient = jax.value_and_grad(partial(loss, unet, text_encoder, schedule))
 
-    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
-        def step(carry: Any, i: Array) -> Any:
-            new, state = carry
-            image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-            value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
-            updates, state = tx.update(grads, state, new)
-            return (settings.pull(optax.apply_updates(new, updates)), state), value
+    def step(
+        carry: Any, i: Array, unet_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
+    ) -> Any:
+        new, state = carry
+        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+        value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
+        updates, state = tx.update(grads, state, new)
+        return (settings.pull(optax.apply_updates(new, updates)), state), value
 
-        (new, _), losses = jax.lax.scan(step, (new, tx.init(new)), jnp.arange(settings.steps))
+    steps = repeated(step)
+
+    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
+        fixed = unet_params, text_params, latents, ids, key
+        (new, _), losses = steps((new, tx.init(new)), np.arange(settings.steps), *fixed)
         return new, losses
 
-    return jax.jit(run)
+    return run
 
 
 def draw(

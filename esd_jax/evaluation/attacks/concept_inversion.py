@@ -34,6 +34,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.methods import textual_inversion
+from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import NAME, TABLE, place, vocabulary
 from esd_jax.params import Network, Params
 from esd_jax.pipeline import Pipeline
@@ -113,18 +114,21 @@ def searcher(settings: ConceptInversion, unet: Network, text_encoder: Network, s
     gradient = jax.value_and_grad(partial(textual_inversion.loss, unet, text_encoder, levels))
     tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
-    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
-        def step(carry: Any, i: Array) -> Any:
-            new, state = carry
-            image, t, noise = textual_inversion.draw(
-                jax.random.fold_in(key, i), settings.batch_size, levels, latents
-            )  # fmt: skip
-            t = settings.from_t + t * (levels.num_train_timesteps - settings.from_t) // levels.num_train_timesteps
-            value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
-            updates, state = tx.update(grads, state, new)
-            return (optax.apply_updates(new, updates), state), value
+    def step(
+        carry: Any, i: Array, unet_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
+    ) -> Any:
+        new, state = carry
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
+        t = settings.from_t + t * (levels.num_train_timesteps - settings.from_t) // levels.num_train_timesteps
+        value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
+        updates, state = tx.update(grads, state, new)
+        return (optax.apply_updates(new, updates), state), value
 
-        (new, _), losses = jax.lax.scan(step, (new, tx.init(new)), jnp.arange(settings.steps))
+    steps = repeated(step)
+
+    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
+        fixed = unet_params, text_params, latents, ids, key
+        (new, _), losses = steps((new, tx.init(new)), np.arange(settings.steps), *fixed)
         return new, losses
 
-    return jax.jit(run)
+    return run

@@ -38,6 +38,7 @@ from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BATCH, Goal
 from esd_jax.evaluation.attacks.score import Scored
 from esd_jax.methods.images import in_batches, true_output
+from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import draw
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params, cast, component, partition, prefixed
@@ -107,19 +108,21 @@ def healer(settings: Resurgence, unet: Network, schedule: str, dtype: str) -> Ca
         e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, told).astype(x.dtype)
         return jnp.mean((e - true_output(levels, x0, noise, t)) ** 2)
 
-    def run(theta: Params, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
-        def step(carry: Any, i: Array) -> Any:
-            theta, state = carry
-            image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
-            own = jax.tree.map(lambda a: a[image], told)
-            value, grads = jax.value_and_grad(loss)(theta, frozen, latents[image], own, t, noise)
-            updates, state = tx.update(grads, state, theta)
-            return (optax.apply_updates(theta, updates), state), value
+    def step(carry: Any, i: Array, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
+        theta, state = carry
+        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
+        own = jax.tree.map(lambda a: a[image], told)
+        value, grads = jax.value_and_grad(loss)(theta, frozen, latents[image], own, t, noise)
+        updates, state = tx.update(grads, state, theta)
+        return (optax.apply_updates(theta, updates), state), value
 
-        (theta, _), losses = jax.lax.scan(step, (theta, tx.init(theta)), jnp.arange(settings.steps))
+    steps = repeated(step)
+
+    def run(theta: Params, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
+        (theta, _), losses = steps((theta, tx.init(theta)), np.arange(settings.steps), frozen, latents, told, key)
         return theta, losses
 
-    return jax.jit(run)
+    return run
 
 
 @dataclass(frozen=True)

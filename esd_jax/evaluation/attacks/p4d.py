@@ -33,6 +33,7 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.methods import textual_inversion
+from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import TABLE, vocabulary
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, Params
@@ -156,33 +157,48 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: str)
     objective = partial(loss, unet, text_encoder)
     tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
-    def run(
-        unet_params: Params, base_params: Params, text_params: Params, may: Array,
-        latents: Array, target: Conditioning, ids: Array, new: Array, key: Array,
+    def batch(
+        key: Array, n: int, base_params: Params, latents: Array, target: Conditioning, ids: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        image, t, noise = textual_inversion.draw(key, n, noise_levels, latents)
+        x = add_noise(noise_levels, latents[image], noise, t)
+        asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
+        return jnp.tile(ids, (n, 1)), x, t, unet.apply(base_params, x, t, asked).astype(x.dtype)
+
+    def step(
+        carry: Any, i: Array, unet_params: Params, base_params: Params, text_params: Params, may: Array,
+        latents: Array, target: Conditioning, ids: Array, key: Array,
+    ) -> Any:  # fmt: skip
+        new, state = carry
+        table = text_params[TABLE].astype(new.dtype)
+        seen = table[nearest(new, table, may)]
+        drawn = batch(jax.random.fold_in(key, i + 1), settings.batch_size, base_params, latents, target, ids)
+        value, grads = jax.value_and_grad(objective)(seen, unet_params, text_params, *drawn)
+        updates, state = tx.update(grads, state, new)
+        return (optax.apply_updates(new, updates), state), value
+
+    def judge(
+        new: Array, unet_params: Params, base_params: Params, text_params: Params, may: Array,
+        latents: Array, target: Conditioning, ids: Array, key: Array,
     ) -> Any:  # fmt: skip
         table = text_params[TABLE].astype(new.dtype)
+        found = nearest(new, table, may)
+        aside = batch(jax.random.fold_in(key, 0), settings.judged_on, base_params, latents, target, ids)
+        return found, objective(table[found], unet_params, text_params, *aside)
 
-        def batch(key: Array, n: int) -> tuple[Array, Array, Array, Array]:
-            image, t, noise = textual_inversion.draw(key, n, noise_levels, latents)
-            x = add_noise(noise_levels, latents[image], noise, t)
-            asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
-            return jnp.tile(ids, (n, 1)), x, t, unet.apply(base_params, x, t, asked).astype(x.dtype)
+    shared = [None] * 4
+    steps = repeated(jax.vmap(step, in_axes=(0, None, *shared, *[0] * 4)))
+    judged = jax.jit(jax.vmap(judge, in_axes=(0, *shared, *[0] * 4)))
 
-        def step(carry: Any, i: Array) -> Any:
-            new, state = carry
-            seen = table[nearest(new, table, may)]
-            drawn = batch(jax.random.fold_in(key, i + 1), settings.batch_size)
-            value, grads = jax.value_and_grad(objective)(seen, unet_params, text_params, *drawn)
-            updates, state = tx.update(grads, state, new)
-            return (optax.apply_updates(new, updates), state), value
+    def run(
+        unet_params: Params, base_params: Params, text_params: Params, may: Array,
+        latents: Array, target: Conditioning, ids: Array, new: Array, keys: Array,
+    ) -> Any:  # fmt: skip
+        fixed = unet_params, base_params, text_params, may, latents, target, ids, keys
+        carry, rounds = (new, jax.vmap(tx.init)(new)), []
+        for first in range(0, settings.iterations, settings.judge_every):
+            carry, values = steps(carry, first + np.arange(settings.judge_every), *fixed)
+            rounds.append((*judged(carry[0], *fixed), values.T))
+        return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *rounds)
 
-        def stage(carry: Any, first: Array) -> Any:
-            carry, values = jax.lax.scan(step, carry, first + jnp.arange(settings.judge_every))
-            found = nearest(carry[0], table, may)
-            return carry, (found, objective(table[found], unet_params, text_params, *aside), values)
-
-        aside = batch(jax.random.fold_in(key, 0), settings.judged_on)
-        rounds = np.arange(0, settings.iterations, settings.judge_every)
-        return jax.lax.scan(stage, (new, tx.init(new)), rounds)[1]
-
-    return jax.jit(jax.vmap(run, in_axes=(*[None] * 4, *[0] * 5)))
+    return run

@@ -33,6 +33,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.methods import textual_inversion
+from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import TABLE, vocabulary
 from esd_jax.params import Network, Params
 from esd_jax.pipeline import Pipeline
@@ -136,28 +137,32 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
     gradient = jax.value_and_grad(partial(loss, unet, text_encoder, noise_levels))
     tx, n = transformation(settings), settings.batch_size
 
-    def run(unet_params: Params, text_params: Params, may: Array, latents: Array, ids: Array, key: Array) -> Any:
-        table = text_params[TABLE]
+    def step(
+        carry: Any, now: Any, unet_params: Params, text_params: Params, may: Array,
+        latents: Array, ids: Array, key: Array,
+    ) -> Any:  # fmt: skip
+        (u, state), (t, i) = carry, now
         x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
+        token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+        one_hot = jax.nn.one_hot(jax.random.categorical(token_key, jnp.log(u)), u.shape[1], dtype=u.dtype)
+        noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        value, grads = gradient(one_hot, unet_params, text_params, x0, rows, jnp.full(n, t), noise)
+        updates, state = tx.update(jnp.clip(grads, -1, 1), state, u)
+        return (project(optax.apply_updates(u, updates), may), state), value
 
-        def step(carry: Any, now: Any) -> Any:
-            (u, state), (t, i) = carry, now
-            token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-            one_hot = jax.nn.one_hot(jax.random.categorical(token_key, jnp.log(u)), len(table), dtype=u.dtype)
-            noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
-            value, grads = gradient(one_hot, unet_params, text_params, x0, rows, jnp.full(n, t), noise)
-            updates, state = tx.update(jnp.clip(grads, -1, 1), state, u)
-            return (project(optax.apply_updates(u, updates), may), state), value
+    steps = repeated(jax.vmap(step, in_axes=(0, None, None, None, None, 0, 0, 0)))
 
-        def stage(carry: Any, now: Any) -> Any:
-            t, first = now
-            steps = first + jnp.arange(settings.iterations)
-            carry, values = jax.lax.scan(step, carry, (jnp.full(len(steps), t), steps))
-            return carry, (carry[0].argmax(axis=-1), values)
+    def run(unet_params: Params, text_params: Params, may: Array, latents: Array, ids: Array, keys: Array) -> Any:
+        middle = jnp.broadcast_to(may / may.sum(), (len(ids), settings.tokens, len(may)))
+        carry = jax.vmap(lambda u: (project(u, may), tx.init(u)))(middle)
+        found, losses = [], []
+        for number, t in enumerate(times(settings.num_times, noise_levels)):
+            now = number * settings.iterations + np.arange(settings.iterations)
+            carry, values = steps(
+                carry, (np.full(len(now), t), now), unet_params, text_params, may, latents, ids, keys
+            )  # fmt: skip
+            found.append(carry[0].argmax(axis=-1))
+            losses.append(values.T)
+        return jnp.stack(found, axis=1), jnp.stack(losses, axis=1)
 
-        middle = jnp.broadcast_to(may / may.sum(), (settings.tokens, len(table)))
-        grid = times(settings.num_times, noise_levels)
-        start = project(middle, may), tx.init(middle)
-        return jax.lax.scan(stage, start, (grid, settings.iterations * np.arange(len(grid))))[1]
-
-    return jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0, 0)))
+    return run
