@@ -15,16 +15,15 @@ from esd_jax import api
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.measure import BASE, ERASED, SHAM
-from esd_jax.evaluation import attacks, card, comparison, emoji, gather, protocols, seen, store
-from esd_jax.evaluation.attacks import Goal
-from esd_jax.evaluation.attacks import emoji as emoji_attacks
+from esd_jax.evaluation import attacks, emoji, gather, protocols, seen, store
+from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
-from esd_jax.evaluation.report import report as html
+from esd_jax.evaluation.report import card, comparison
+from esd_jax.evaluation.report.html import report as html
 from esd_jax.io import delta, diffusers
 from esd_jax.io import folder as files
-from esd_jax.io.safetensors import writing
+from esd_jax.io.safetensors import annotate, read_header, writing
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import sample
 
 EVIDENCE = "evidence"  # the folder of the parts, in a run's
 IMAGES = {"smoke": 8, "quick": 24, "emoji": 200}  # of each group, on the embedded model
@@ -160,7 +159,7 @@ def attack(
     found = attacks.campaign(
         base,
         erased,
-        goal or emoji_attacks.goal(base, concept),
+        goal or goals.emoji(base, concept),
         made,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
@@ -188,16 +187,7 @@ def goal(
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """
     detect, judge = seen.detector(detector, concept)
-    asked = list(prompts) * images_each
-    drawn = sample(base, asked, seed=list(range(len(asked))), **drawing)
-    good = detect(drawn).reshape(images_each, len(prompts))
-    if bad := [prompt for prompt, some in zip(prompts, good.any(axis=0), strict=True) if not some]:
-        raise ValueError(
-            f"{judge} sees {concept!r} in no image that the base draws of {bad[0]!r}: choose other prompts"
-        )
-    index = np.arange(len(asked)).reshape(good.shape)
-    chosen = np.stack([np.resize(index[good[:, p], p], images_each) for p in range(len(prompts))], axis=1)
-    return Goal(concept, tuple(prompts), drawn[chosen.ravel()], detect), judge
+    return goals.drawn(base, concept, prompts, detect, images_each=images_each, **drawing), judge
 
 
 def report(run: str | Path, *, base: str | Path | None = None) -> Path:
@@ -206,6 +196,8 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
     Args:
       run: a run's folder; or another one that evidence was kept in, whose reports lack what only a run has.
       base: where the run's base lies now, if it has moved.
+
+    The card's facts also go into the metadata of the run's own exports.
 
     Returns the HTML file.
 
@@ -218,14 +210,26 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
         shown = picture if (folder / picture).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
+    for file in folder.rglob("*.safetensors"):
+        # Of an export, files that were not erased from are the base's, byte for byte.
+        if evidence.record and evidence.record in files.read_records(read_header(file))[-1:]:
+            annotate(file, card.facts(evidence), replacing=card.METADATA)
     return folder / "report.html"
+
+
+def facts(run: str | Path) -> dict[str, str]:
+    """What is known of a run as flat texts, for the metadata of an export."""
+    folder = Path(run).expanduser()
+    record = {name: said for name, said in files.read_json(folder / "run.json").items() if name != "local"}
+    title = ", ".join(concept["text"] for concept in record["concepts"])
+    return card.facts(store.merged(title, record, _parts(folder / EVIDENCE)))
 
 
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     """All that is known of a run, or of a folder that evidence was kept in."""
     folder = Path(run).expanduser()
     is_run = (folder / "run.json").is_file()
-    parts = [store.load(file) for file in sorted((folder / EVIDENCE if is_run else folder).glob("*.json"))]
+    parts = _parts(folder / EVIDENCE if is_run else folder)
     if not is_run and not parts:
         raise FileNotFoundError(f"{folder} is no run, and holds no evidence: evaluate it first")
     if not is_run:
@@ -245,6 +249,10 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         weights=gather.weight_changes(erased),
     )
     return store.merged(title, record, [*parts, course])
+
+
+def _parts(folder: Path) -> list[Evidence]:
+    return [store.load(file) for file in sorted(folder.glob("*.json"))]
 
 
 def compare(runs: Sequence[str | Path], output: str | Path) -> Path:

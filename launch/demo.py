@@ -16,7 +16,8 @@ from absl import flags
 from esd_jax import api, dossier, recipe, runs
 from esd_jax.demo import groups
 from esd_jax.demo.picture import Column, before_after
-from esd_jax.evaluation import emoji, text
+from esd_jax.evaluation import emoji
+from esd_jax.evaluation.report import text
 from launch import command
 from launch.results import say
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 
-from esd_jax.evaluation import detectors, features, lpips, networks, weights
-from esd_jax.evaluation.detectors import Detection, class_counts, convention, flagged, imagenet, nudity
-from esd_jax.evaluation.weights import Pickled
+from esd_jax.evaluation.judges import detectors, features, lpips, networks, weights
+from esd_jax.evaluation.judges.detectors import Detection, class_counts, convention, flagged, imagenet, nudity
+from esd_jax.evaluation.judges.weights import Pickled
 
 TOKENIZER = Path(__file__).parent.parent / "esd_jax" / "demo" / "model" / "tokenizer"
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 from esd_jax import recipe
 from esd_jax.cli import VERBS
-from esd_jax.evaluation import card, charts, heatmap, layers, numbers, page
-from esd_jax.evaluation.comparison import compare
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
-from esd_jax.evaluation.report import COMMANDS, report
+from esd_jax.evaluation.report import card, charts, heatmap, layers, numbers, page
+from esd_jax.evaluation.report.comparison import compare
+from esd_jax.evaluation.report.html import COMMANDS, report
 from esd_jax.metrics.intervals import Estimate, rate
 
 EVIL = "<script>alert('x')</script>\"&|*_`"

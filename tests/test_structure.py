@@ -32,8 +32,8 @@ ONLY_IN = {
     "ml_collections": {"recipe", "cli"},
     "huggingface_hub": {"io/hub"},
     "absl": {"cli"},
-    "torch": {"evaluation/features", "evaluation/networks", "evaluation/weights"},
-    **dict.fromkeys(("cv2", "nudenet", "onnxruntime"), {"evaluation/detectors"}),
+    "torch": {"evaluation/judges"},
+    **dict.fromkeys(("cv2", "nudenet", "onnxruntime"), {"evaluation/judges/detectors"}),
     "diffusers": set(),
 }
 

@@ -28,7 +28,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
-    from esd_jax.evaluation import text
+    from esd_jax.evaluation.report import text
 
     base, erased, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size")

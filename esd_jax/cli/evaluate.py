@@ -47,7 +47,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
-    from esd_jax.evaluation import text
+    from esd_jax.evaluation.report import text
 
     base, erased, output = common.erased(values)
     given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}

@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api
+    from esd_jax import api, dossier
     from esd_jax.io import delta
 
     output = common.output(values)
@@ -35,7 +35,9 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError(f"{output} is a file's name: give --format=delta, or a folder's name")
     pipeline = common.model(values, values.step)
     write = api.export if values.format == "folder" else delta.export_delta
-    print(write(pipeline, output, overwrite=values.overwrite))
+    # What is known of a run is known of its newest checkpoint alone.
+    known = values.run and values.step is None and not values.delta
+    print(write(pipeline, output, overwrite=values.overwrite, metadata=dossier.facts(values.run) if known else None))
 
 
 VERB = Verb(USAGE, define, run)

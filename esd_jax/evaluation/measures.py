@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_jax.evaluation import detectors, features, lpips
 from esd_jax.evaluation.drawing import Drawn
 from esd_jax.evaluation.evidence import Cell, Finding, Heat, Table
-from esd_jax.evaluation.weights import Identity, Images
+from esd_jax.evaluation.judges import detectors, features, lpips
+from esd_jax.evaluation.judges.weights import Identity, Images
 from esd_jax.metrics import distance
 from esd_jax.metrics.intervals import Estimate, clustered_rate, mean, paired_difference
 from esd_jax.metrics.likeness import ssim

@@ -9,7 +9,8 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.demo import groups, probe, vocabulary
 from esd_jax.demo.groups import Target
-from esd_jax.evaluation import detectors, prompts
+from esd_jax.evaluation import prompts
+from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample

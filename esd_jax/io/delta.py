@@ -5,6 +5,7 @@ with `unet.load_state_dict(load_file(path), strict=False)`, which hides a misspe
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ def delta_name(concept: str, from_: str | None, subset: str) -> str:
     return f"esd-{concept}-from-{from_}-{subset.replace('-', '')}.safetensors"
 
 
-def export_delta(pipeline: Pipeline, path: str | Path, *, dtype: Any = "bfloat16", overwrite: bool = False) -> Path:
+def export_delta(
+    pipeline: Pipeline,
+    path: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Writes the edited UNet tensors.
 
     Args:
@@ -36,6 +44,7 @@ def export_delta(pipeline: Pipeline, path: str | Path, *, dtype: Any = "bfloat16
       path: the file to write, "....safetensors"; see `delta_name`.
       dtype: of the values in the file; bfloat16 is customary.
       overwrite: lets a file at `path` be replaced.
+      metadata: more metadata than the records of what was erased.
 
     Raises:
       ValueError: the UNet is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
@@ -60,8 +69,8 @@ def export_delta(pipeline: Pipeline, path: str | Path, *, dtype: Any = "bfloat16
     specs = {key: (code, safetensors.file_shape(value.shape, layouts[key])) for key, value in edits.items()}
     with safetensors.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    records = files.write_records(pipeline.provenance.erased)
-    safetensors.write(path, safetensors.lay_out(specs), tensor, records)
+    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
+    safetensors.write(path, safetensors.lay_out(specs), tensor, told)
     return path
 
 

@@ -164,6 +164,13 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
     write(path, lay_out(specs), lambda name: tensors[name], metadata)
 
 
+def annotate(path: Path, metadata: Mapping[str, str], *, replacing: str) -> None:
+    """Adds to a file's metadata, in place of all whose names begin with `replacing`. Its tensors stay as they are."""
+    header = read_header(path)
+    others = {name: text for name, text in header.metadata.items() if not name.startswith(replacing)}
+    write(path, header.entries, lambda key: read_bytes(header, key), {**others, **metadata})
+
+
 def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
     """name -> (dtype code, torch shape) becomes name -> `Entry`, one after the other."""
     entries, start = {}, 0

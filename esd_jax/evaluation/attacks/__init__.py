@@ -13,12 +13,12 @@ from dataclasses import fields
 from typing import Any
 
 from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Trial
-from esd_jax.evaluation.attacks.campaign import campaign
+from esd_jax.evaluation.attacks.campaigns import campaign
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
-from esd_jax.evaluation.attacks.score import Scored, random_weights, score, table
+from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.pipeline import Pipeline
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax.evaluation import charts, page
-from esd_jax.evaluation.charts import Mark
 from esd_jax.evaluation.evidence import ROLES, Evidence, Pair
-from esd_jax.evaluation.numbers import NOTHING
+from esd_jax.evaluation.report import charts, page
+from esd_jax.evaluation.report.charts import Mark
+from esd_jax.evaluation.report.numbers import NOTHING
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HEADINGS = {"erased": "What was to go", "kept": "What was to stay", "attack": "Under attack"}

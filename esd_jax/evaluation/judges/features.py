@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from esd_jax.evaluation import networks
-from esd_jax.evaluation.weights import Identity, Images, as_images, optional, sha256
+from esd_jax.evaluation.judges import networks
+from esd_jax.evaluation.judges.weights import Identity, Images, as_images, optional, sha256
 
 
 class Distances(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from esd_jax.evaluation import card, charts, heatmap, layers, page, verdict
 from esd_jax.evaluation.evidence import Curve, Evidence, Plot
-from esd_jax.evaluation.numbers import count, share
+from esd_jax.evaluation.report import card, charts, heatmap, layers, page, verdict
+from esd_jax.evaluation.report.numbers import count, share
 
 # What measures a part of the report, shown where that was not done. RUN stays for the reader to fill in.
 COMMANDS: Mapping[str, str] = MappingProxyType(

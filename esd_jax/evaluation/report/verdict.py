@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from esd_jax.evaluation import charts
-from esd_jax.evaluation.charts import Mark
 from esd_jax.evaluation.evidence import ROLES, Finding
-from esd_jax.evaluation.numbers import count, interval, value
+from esd_jax.evaluation.report import charts
+from esd_jax.evaluation.report.charts import Mark
+from esd_jax.evaluation.report.numbers import count, interval, value
 
 
 def lines(findings: Sequence[Finding]) -> str:

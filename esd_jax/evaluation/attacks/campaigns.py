@@ -10,7 +10,7 @@ import numpy as np
 
 from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, RandomPrompts
-from esd_jax.evaluation.attacks.score import Scored, random_weights, score, table
+from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
 from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esd_jax.evaluation.evidence import Evidence, Finding, Table, as_json
-from esd_jax.evaluation.numbers import count, value, with_interval
+from esd_jax.evaluation.report.numbers import count, value, with_interval
 
 # Fields of a recipe that change nothing of the result.
 NOT_COMPUTED = {

@@ -2,9 +2,9 @@
 
 import textwrap
 
-from esd_jax.evaluation.card import said
 from esd_jax.evaluation.evidence import Evidence, Table
-from esd_jax.evaluation.numbers import with_interval
+from esd_jax.evaluation.report.card import said
+from esd_jax.evaluation.report.numbers import with_interval
 
 WIDTH = 110  # characters of a note, and of a group's title
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_jax.evaluation.weights import (
+from esd_jax.evaluation.judges.weights import (
     Identity,
     Images,
     Pickled,

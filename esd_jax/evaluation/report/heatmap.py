@@ -3,7 +3,7 @@
 from html import escape
 
 from esd_jax.evaluation.evidence import Heat
-from esd_jax.evaluation.numbers import NOTHING
+from esd_jax.evaluation.report.numbers import NOTHING
 
 SHADES = 20  # beside none
 DEEPEST = 15  # rows below each other

@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 from esd_jax.evaluation.evidence import Curve, Plot
-from esd_jax.evaluation.numbers import interval, share, value
+from esd_jax.evaluation.report.numbers import interval, share, value
 from esd_jax.metrics.intervals import Estimate
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 440, 280, 50, 14, 44  # of a plot, in its own units

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from esd_jax.evaluation import networks
-from esd_jax.evaluation.weights import Identity, Images, as_images, optional, sha256
+from esd_jax.evaluation.judges import networks
+from esd_jax.evaluation.judges.weights import Identity, Images, as_images, optional, sha256
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",

@@ -1,0 +1,1 @@
+"""Evidence as people read it: the HTML report, the card, the comparison, and text."""
