@@ -10,6 +10,7 @@ import painter
 import pytest
 from messages import one_line
 from PIL import Image
+from safetensors.numpy import load_file
 
 import esd_jax
 from esd_jax import cli, dossier
@@ -20,6 +21,7 @@ from esd_jax.evaluation.drawing import Drawing
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
 from esd_jax.evaluation.measures import Request
 from esd_jax.evaluation.prompts import Case
+from esd_jax.io.safetensors import read_header
 from esd_jax.metrics.intervals import Estimate
 
 TINY = {"num_steps": 2, "height": 32, "width": 32}
@@ -355,6 +357,20 @@ def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
     report = json.loads((run / "report.json").read_text())
     assert len(report["weights"]) > 0 and [m["step"] for m in report["timeline"]] == [0, 1, 2]
     assert report["timeline_prompts"] == ["cat", "dog"]
+    # The same facts are in the files that were erased from, and in what is exported later; tensors stay as they are.
+    assert esd("export", f"--run={run}", f"--output={tmp_path / 'd.safetensors'}", "--format=delta") == 0
+    (delta,) = run.glob("*.safetensors")
+    unet, encoder = (run / "model" / name / "model.safetensors" for name in ("unet", "text_encoder"))
+    unet = unet.with_name("diffusion_pytorch_model.safetensors")
+    for file in (unet, delta, tmp_path / "d.safetensors"):
+        told = read_header(file).metadata
+        assert told["esd_jax.erased"] == "cat" and told["esd_jax.attacked"] == "no" and "esd_jax" in told
+        assert told["esd_jax.measured"] == ("yes" if (run / "evidence" / "evaluation-smoke.json").exists() else "no")
+    assert "esd_jax.erased" not in read_header(encoder).metadata
+    before, after = (load_file(file) for file in (delta, tmp_path / "d.safetensors"))
+    assert all((before[name] == after[name]).all() for name in before) and before.keys() == after.keys()
+    told = read_header(unet).metadata
+    assert esd("report", run) == 0 and read_header(unet).metadata == told
     assert esd("compare", run, f"--output={tmp_path / 'c.html'}") == 2
     assert "two runs" in capsys.readouterr().err
     assert esd("compare", run, run, f"--output={tmp_path / 'c.html'}") == 0 and (tmp_path / "c.html").stat().st_size > 0
