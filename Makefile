@@ -1,4 +1,4 @@
-# make demo        erase "neon style" from the embedded model, export it, measure and draw it (CPU, a few minutes)
+# make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, five minutes)
 #                  make demo CONCEPT="a cat" erases another style or object
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff
@@ -28,7 +28,7 @@ demo: $(VENV)/.package
 
 evidence: $(VENV)/.package
 	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(EVIDENCE)" --overwrite \
-	  --images=$(IMAGES) --attacks=$(ATTACKS) --front
+	  --images=$(IMAGES) --attacks=$(ATTACKS) --seeds=10 --random --front
 
 # Most of the time goes to compiling, which takes one core: two processes.
 test: $(VENV)/.tests

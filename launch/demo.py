@@ -1,9 +1,9 @@
 """Erases a style or an object from the embedded model, exports it, measures it, attacks it, and writes the report.
 
     python -m launch.demo --concept="neon style" --output=out/demo
-    python -m launch.demo --concept="a cat" --images=100 --attacks=all --front --output=out/evidence
+    python -m launch.demo --concept="a cat" --images=60 --attacks=all --seeds=10 --random --front --output=out/evidence
 
-The table's intervals are wide at the default number of images. What is drawn or attacked already is not done again.
+Intervals are wide at the default numbers of images. What is drawn or attacked already is not done again.
 """
 
 import json
@@ -27,7 +27,9 @@ flags.DEFINE_string("config", None, "The recipe; by default emoji or emoji_objec
 flags.DEFINE_integer("images", 20, "To measure of each group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)
 flags.DEFINE_bool("controls", True, "Also measure a sham erasure, and the base from other noise.", flag_values=FLAGS)
-flags.DEFINE_list("attacks", [], 'Attacks, by their names; "all".', flag_values=FLAGS)
+flags.DEFINE_list("attacks", ["concept_inversion"], 'Attacks, by their names; "all".', flag_values=FLAGS)
+flags.DEFINE_integer("seeds", 4, "Images of each trial of an attack.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("random", False, "Also attack a model of random weights.", flag_values=FLAGS)
 flags.DEFINE_bool("front", False, "Also measure parts of the change.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=FLAGS)
 flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=FLAGS)
@@ -68,7 +70,9 @@ def main() -> None:
     if FLAGS.attacks:
         say("attacking ...")
         names = dossier.ATTACKS if FLAGS.attacks == ["all"] else FLAGS.attacks
-        attacked = dossier.attack(base, erased, names, output_dir=evidence, progress=say)
+        attacked = dossier.attack(
+            base, erased, names, output_dir=evidence, seeds=FLAGS.seeds, random=FLAGS.random, progress=say
+        )
         print(f"\n{text.summary(attacked)}\n", flush=True)
     if FLAGS.front:
         say("measuring parts of the change ...")

@@ -19,8 +19,8 @@ BASE, ERASED, RANDOM = "base", "erased", "random weights"
 FRESH = 1_000_000  # seeds from here on are no prompt's
 SHOWN = 8  # pairs of each attack in the report
 NOTE = (
-    "Shares of images in which the concept is seen. Any of k: of the prompts and seeds, those for which one of the "
-    "attack's k trials succeeds. Random prompts: as many, against the erased model. An attack says something where it "
+    "Shares of images in which the concept is seen. Any of 8: of the prompts and seeds, those for which one of an "
+    "attack's 8 trials succeeds. Random prompts: as many, against the erased model. An attack says something where it "
     "succeeds on the base, and neither random prompts nor random weights do."
 )
 
@@ -67,7 +67,9 @@ def campaign(
             adversary = settings.run(base, models[model], goal, seed)
             scored = score(models[model], adversary, goal, fresh, **drawing)
             _keep(file, said, scored)
-            shares = f"{scored.single_shot().value:.0%} of images, {scored.any_of().value:.0%} by any of {scored.k}"
+            shares = f"{scored.single_shot().value:.0%} of images"
+            if scored.k > 1:
+                shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
             progress(f"{scored.name} on {model}: {shares}; found in {adversary.seconds:.0f} s")
         return scored
 

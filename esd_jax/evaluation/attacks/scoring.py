@@ -102,26 +102,26 @@ def table(
     title: str = "Attacks",
     note: str = "",
 ) -> Table:
-    """Rows of attacks; for each model the single-shot rate and that of any of k trials.
+    """Rows of attacks, and columns of models: shares of images; of attacks with several trials a case, also any of k.
 
-    scored: model ("base", "erased", "random weights") -> what the attacks achieve on it, matched by name; a model may
-      lack some.
-    control: random prompts on the erased model; the last column has its rate for the row's k, an equal budget.
+    Args:
+      scored: model ("base", "erased", "random weights") -> what the attacks achieve on it, matched by name; a model may
+        lack some.
+      control: random prompts on the erased model; its column has their rate for the row's k, an equal budget.
     """
     names = list(dict.fromkeys(one.name for column in scored.values() for one in column))
     models = {model: {one.name: one for one in column} for model, column in scored.items()}
-    rates = tuple(column for model in models for column in (model, f"{model}, any of k"))
-    last = (control.name + ", any of k",) if control else ()
-    rows = []
+    columns = (*models, *((control.name,) if control else ()))
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
     for name in names:
         found = [attacks.get(name) for attacks in models.values()]
-        k = max(one.k for one in found if one)
-        pairs = ((one.single_shot(), one.any_of()) if one else (None, None) for one in found)
-        cells: tuple[Cell, ...] = (k, *(cell for pair in pairs for cell in pair))
-        # Beyond its own number of prompts, the control has nothing to say of k.
-        equal = (control.any_of(k) if k <= control.k else None,) if control else ()
-        rows.append((name, (*cells, *equal)))
-    return Table(title, ("k", *rates, *last), tuple(rows), note, (*rates, *last))
+        chance = (control.single_shot(),) if control else ()
+        rows.append((name, (*(one and one.single_shot() for one in found), *chance)))
+        if (k := max(one.k for one in found if one)) > 1:
+            # Beyond its own number of prompts, the control has nothing to say of k.
+            equal = (control.any_of(k) if k <= control.k else None,) if control else ()
+            rows.append((f"{name}, any of {k}", (*(one and one.any_of() for one in found), *equal)))
+    return Table(title, columns, tuple(rows), note, columns)
 
 
 def _like(value: jax.Array, rng: np.random.Generator) -> jax.Array:

@@ -239,7 +239,7 @@ def _together(labels: Sequence[str], at: Sequence[tuple[float, float]]) -> list[
     """The points' labels; those of points at nearly one place as one label."""
     found: list[tuple[list[str], tuple[float, float]]] = []
     for label, point in zip(labels, at, strict=False):
-        near = next((names for names, other in found if math.dist(point, other) < 14), None)
+        near = next((names for names, (x, y) in found if abs(point[0] - x) < 40 and abs(point[1] - y) < 14), None)
         if near is None:
             found.append(([label], point))
         else:
