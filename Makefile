@@ -27,7 +27,7 @@ demo: $(VENV)/.package
 	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(OUT)" --overwrite
 
 evidence: $(VENV)/.package
-	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(EVIDENCE)" --overwrite \
+	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(EVIDENCE)" \
 	  --images=$(IMAGES) --attacks=$(ATTACKS) --seeds=10 --random --front
 
 # Most of the time goes to compiling, which takes one core: two processes.

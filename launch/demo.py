@@ -3,7 +3,7 @@
     python -m launch.demo --concept="neon style" --output=out/demo
     python -m launch.demo --concept="a cat" --images=60 --attacks=all --seeds=10 --random --front --output=out/evidence
 
-Intervals are wide at the default numbers of images. What is drawn or attacked already is not done again.
+Intervals are wide at the default numbers of images. What was stopped goes on where it was, unless --overwrite is given.
 """
 
 import json
@@ -52,7 +52,10 @@ def main() -> None:
         "preview_every": max(1, -(-settings["steps"] // MOMENTS)),
         "preview_guidance": 3.0,
     }
-    erased = api.erase(base, target.concepts, config=config, output_dir=str(output), overwrite=FLAGS.overwrite, **shown)
+    begun = not FLAGS.overwrite and (output / "run.json").is_file()
+    erased = api.erase(
+        base, target.concepts, config=config, output_dir=str(output), overwrite=FLAGS.overwrite, resume=begun, **shown
+    )
     say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
     sham = None
     if FLAGS.controls:
