@@ -18,6 +18,7 @@ from esd_jax.demo.measure import BASE, ERASED, SHAM
 from esd_jax.evaluation import attacks, emoji, gather, protocols, seen, store
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
+from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.evaluation.report.html import report as html
 from esd_jax.io import delta, diffusers
@@ -107,7 +108,7 @@ def evaluate(
 
 def front(
     erased: Pipeline,
-    judge: Callable[[Pipeline], tuple[float, float]],
+    judge: Judge,
     strengths: Sequence[float],
     *,
     output_dir: str | Path,

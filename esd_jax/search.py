@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax import api, recipe
+from esd_jax.evaluation.gather import Judge
 from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
 
 TRIALS = "trials.json"
-# A model -> (the rate at which the concept is seen, how much of all else is kept, 0 to 1).
-Judge = Callable[[Pipeline], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def search(
     identity = json.loads(json.dumps({"base": source_hash(base, "unet"), "concept": concept, "fields": fields}))
     found = _read(folder, identity)
     if "kept" not in found:
-        found["kept"] = judge(base)[1]
+        found["kept"] = judge(base)[1].value
     trials = [Trial(**trial) for trial in found.get("trials", ())]
     for combination in combinations:
         wanted = [(step, strength) for step in sorted(steps) for strength in strengths]
@@ -91,7 +90,7 @@ def search(
         for step, erased in parts:
             for strength in (s for s in strengths if (step, s) not in done):
                 target, kept = judge(erased if strength == 1 else with_strength(erased, strength))
-                trials.append(Trial(combination, step, strength, target, found["kept"] - kept))
+                trials.append(Trial(combination, step, strength, target.value, found["kept"] - kept.value))
                 _write(folder, {**identity, "kept": found["kept"], "trials": [asdict(trial) for trial in trials]})
                 progress(trials[-1])
     return trials

@@ -275,8 +275,13 @@ def test_what_a_run_tells_by_itself(models):
     assert [m.step for m in course.timeline] == [0, 1, 2] and course.timeline[0].ssim == pytest.approx(1)
     assert course.timeline[2].ssim < 1 and {m.score for m in course.timeline} == {0.2}
     assert course.training.curves[0].x == (1, 2)
-    plot = gather.front(lambda model: (float(len(model.edits)), 0.5), erased, (0.0, 1.0))
-    assert plot.curves[0].labels == ("0", "1")
+    half = Estimate(0.5, 0.4, 0.7, 9)
+    plot = gather.front(lambda model: (Estimate(0.2, 0.1, 0.3, 9), half), erased, (0.0, 1.0))
+    assert plot.curves == (
+        Curve(
+            "strength of the change", (0.2, 0.2), (0.5, 0.5), ("0", "1"), (0.1,) * 2, (0.3,) * 2, (0.4,) * 2, (0.7,) * 2
+        ),
+    )
 
 
 # The embedded model's protocol, and questions
@@ -296,7 +301,7 @@ def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     assert [row[column] for row in heat.values] == [1, 0] and heat.targets == ("neon",)
     assert all(len(cells) in (0, len(found.tables[0].columns)) for _, cells in found.tables[0].rows)
     assert [len(pairs) for pairs in found.pictures.values()] == [4, 4, 3]
-    assert emoji.judge(target, 16)("erased") == (0, 15 / 16)
+    assert [found.value for found in emoji.judge(target, 16)("erased")] == [0, 15 / 16]
     assert same(store.load(store.save(found, tmp_path, "part")), found)
 
 
@@ -305,7 +310,7 @@ def test_a_question_and_when_to_stop(models):
     bright = seen.Question(
         ("cat", "dog"), lambda images: images.mean(axis=(1, 2, 3)) > 0, "light", num_images=3, num_steps=2
     )
-    assert bright.rate(base) == 1 and not seen.below(bright, 0.5)(erased)
+    assert bright.rate(base).value == 1 and not seen.below(bright, 0.5)(erased)
     dark = dataclasses.replace(bright, detect=lambda images: images.mean(axis=(1, 2, 3)) < 0)
     assert seen.below(dark, 0.0)(erased)
     with pytest.raises(ValueError, match="0..1"):

@@ -8,6 +8,8 @@ from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
 from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
+from esd_jax.evaluation.gather import Judge
+from esd_jax.metrics.intervals import Estimate
 from esd_jax.pipeline import Pipeline
 
 COLUMNS = {**table.MEASURES, "ssim": "SSIM (7)", "ssim25": "SSIM (25)"}
@@ -111,14 +113,14 @@ def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def judge(target: Target, num_images: int, seed: int = 1) -> Callable[[Pipeline], tuple[float, float]]:
+def judge(target: Target, num_images: int, seed: int = 1) -> Judge:
     """A model -> (the rate at which the target is seen in its own prompts, what is kept of the others, 0 to 1)."""
     wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
 
-    def measured(model: Pipeline) -> tuple[float, float]:
+    def measured(model: Pipeline) -> tuple[Estimate, Estimate]:
         own, others = measure({BASE: model}, wanted, target, num_images=num_images, seed=seed, other_seed=False)
         kept = (getattr(others.rows[0], part) for part in ("subject", "style"))
-        return own.rows[0].target.value, min(estimate.value for estimate in kept if estimate is not None)
+        return own.rows[0].target, min((part for part in kept if part is not None), key=lambda part: part.value)
 
     return measured
 

@@ -12,11 +12,14 @@ from PIL import Image
 
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
 from esd_jax.io.diffusers import read_exact, unmodified, with_strength
+from esd_jax.metrics.intervals import Estimate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 
 # Images of one prompt each -> the share of them in which the concept is seen.
 Score = Callable[[UInt8[np.ndarray, "n height width 3"]], float]
+# A model -> (the rate at which the concept is seen, how much of all else is kept, 0 to 1).
+Judge = Callable[[Pipeline], tuple[Estimate, Estimate]]
 
 
 def course(folder: Path, record: Mapping[str, Any], score: Score | None = None) -> Evidence:
@@ -65,7 +68,7 @@ def weight_changes(erased: Pipeline) -> dict[str, float]:
     return found
 
 
-def front(judge: Callable[[Pipeline], tuple[float, float]], erased: Pipeline, strengths: Sequence[float]) -> Plot:
+def front(judge: Judge, erased: Pipeline, strengths: Sequence[float]) -> Plot:
     """What is removed against what is kept, over the strength of the change.
 
     Args:
@@ -73,6 +76,10 @@ def front(judge: Callable[[Pipeline], tuple[float, float]], erased: Pipeline, st
       strengths: 1 is the erasure itself.
     """
     points = [judge(with_strength(erased, strength)) for strength in strengths]
-    removed, kept = (tuple(column) for column in zip(*points, strict=True))
-    curve = Curve("strength of the change", removed, kept, tuple(f"{strength:g}" for strength in strengths))
+    curve = Curve(
+        "strength of the change",
+        *(tuple(point[axis].value for point in points) for axis in (0, 1)),
+        tuple(f"{strength:g}" for strength in strengths),
+        *(tuple(getattr(point[axis], end) for point in points) for axis in (0, 1) for end in ("low", "high")),
+    )
     return Plot("Erasure against retention", "target seen", "others kept", (curve,), percent=True)

@@ -10,7 +10,9 @@ from jaxtyping import Bool, UInt8
 from esd_jax.demo import groups, probe, vocabulary
 from esd_jax.demo.groups import Target
 from esd_jax.evaluation import prompts
+from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
+from esd_jax.metrics.intervals import Estimate, clustered_rate, mean
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -49,16 +51,16 @@ class Question:
             batch_size=self.batch_size,
         )
 
-    def rate(self, pipeline: Pipeline) -> float:
+    def rate(self, pipeline: Pipeline) -> Estimate:
         """The share of a model's images in which the concept is seen."""
-        return float(np.mean(self.detect(self.draw(pipeline))))
+        return clustered_rate(self.detect(self.draw(pipeline)), np.arange(self.num_images) % len(self.prompts))
 
 
 def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     """For `erase(stop_when=)`: whether the concept is seen in at most such a share of images."""
     if not 0 <= rate < 1:
         raise ValueError(f"a rate to stop at must be in 0..1, not {rate}")
-    return lambda pipeline: question.rate(pipeline) <= rate
+    return lambda pipeline: question.rate(pipeline).value <= rate
 
 
 def detector(name: str, concept: str) -> tuple[Detect, str]:
@@ -102,11 +104,11 @@ def probed(target: Target) -> Detect:
     return detect
 
 
-def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Callable[[Pipeline], tuple[float, float]]:
+def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Judge:
     """A model -> (the rate at which the concept is seen, the mean SSIM to the base's images of other prompts)."""
     cases = prompts.load(kept).cases[: question.num_images]
     texts = tuple(case.prompt for case in cases)
     other = dataclasses.replace(question, prompts=texts, num_images=len(texts))
     first = other.draw(base)
     window = min(25, *first.shape[1:3])
-    return lambda model: (question.rate(model), float(np.mean(ssim(other.draw(model), first, window))))
+    return lambda model: (question.rate(model), mean(ssim(other.draw(model), first, window)))
