@@ -126,11 +126,29 @@ def test_capture():
         np.testing.assert_allclose(maps[name].sum(axis=-1), 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mid_block.attn2", "mid_block.attentions.0.transformer_blocks.0.attn1"])
-def test_capture_refuses_what_is_no_cross_attention(name):
+def test_self_attention_is_read_but_not_edited():
     apply, params = ours()
-    with pytest.raises(ValueError, match=f"no cross-attention is named '{name}'"):
-        apply(params, EMBEDDINGS, Attention(capture=(name,)))
+    own = tuple(name.replace("attn2", "attn1") for name in CROSS)
+    output, maps = apply(params, EMBEDDINGS, Attention(SCALE, DETACH, capture=(*own, CROSS[0])))
+    expected, _ = torch_unet(torch.from_numpy(EMBEDDINGS), scale=SCALE)
+    assert error(output, expected) <= 1e-8 and maps.keys() == {*own, CROSS[0]}
+    processors = {name: original().attn_processors[f"{name}.processor"] for name in own}
+    read = {name: ByHand() for name in own}
+    original().set_attn_processor({**original().attn_processors, **{f"{n}.processor": p for n, p in read.items()}})
+    original()(to_nchw(X), torch.from_numpy(TIMES), torch.from_numpy(EMBEDDINGS))
+    original().set_attn_processor(
+        {**original().attn_processors, **{f"{n}.processor": p for n, p in processors.items()}}
+    )
+    for name in own:
+        assert maps[name].shape == (2, HEADS, 6 * 4, 6 * 4)
+        assert error(maps[name], read[name].maps) <= 1e-8
+        np.testing.assert_allclose(maps[name].sum(axis=-1), 1, rtol=1e-12)
+
+
+def test_capture_refuses_unknown_names():
+    apply, params = ours()
+    with pytest.raises(ValueError, match="no attention is named 'mid_block.attn2'"):
+        apply(params, EMBEDDINGS, Attention(capture=("mid_block.attn2",)))
 
 
 @cache

@@ -14,12 +14,13 @@ from esd_jax.models.layers import Dtype, Rngs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Attention:
-    """What to read from, or change in, the cross-attention of a UNet. `attention=None` compiles to the fast path.
+    """What to change in the cross-attention of a UNet, and which maps to read. `attention=None` is the fast path.
 
     token_scale: multiplies the maps' columns after softmax, without renormalising (Prompt-to-Prompt re-weighting);
       captured maps show it.
     detach: tokens whose keys and values receive no gradient (Ablating Concepts detaches the first token).
-    capture: names of the modules whose maps are returned ("down_blocks.0.attentions.0.transformer_blocks.0.attn2").
+    capture: names of the modules whose maps are returned ("down_blocks.0.attentions.0.transformer_blocks.0.attn2");
+      self-attention, ".attn1", is read as it is.
     """
 
     token_scale: Float[Array, "batch tokens"] | None = None
@@ -33,6 +34,10 @@ class Seam:
 
     attention: Attention
     maps: dict[str, Float[Array, "batch heads queries tokens"]] = field(default_factory=dict)
+
+    def unedited(self, name: str) -> "Seam | None":
+        """For a module whose maps are at most read."""
+        return Seam(Attention(capture=(name,)), self.maps) if name in self.attention.capture else None
 
 
 class MultiHeadAttention(nnx.Module):

@@ -65,7 +65,7 @@ class BasicTransformerBlock(nnx.Module):
         seam: Seam | None = None,
     ) -> Float[Array, "batch queries channels"]:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(h, h, seam and seam.unedited(self.attn1.name))
         x = x + self.attn2(self.norm2(x), context, seam)
         return x + self.ff(self.norm3(x))
 

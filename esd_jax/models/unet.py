@@ -157,7 +157,7 @@ class UNet2DConditionModel(nnx.Module):
           x: noisy latents, NHWC, at unit variance.
           t: the training timestep, one for all or one for each example.
           conditioning: the encoded prompts; `pooled` and `time_ids` are required by SDXL.
-          attention: what to edit in, or capture from, the cross-attention maps.
+          attention: what to edit in the cross-attention maps, and which maps to capture.
 
         Returns:
           The raw output [batch, height, width, out_channels]; with `attention.capture`, (output, {name: maps}).
@@ -222,5 +222,5 @@ class UNet2DConditionModel(nnx.Module):
 
     def _check_capture(self, names: tuple[str, ...]) -> None:
         known = {m.name for _, m in nnx.iter_modules(self) if isinstance(m, MultiHeadAttention)}
-        if unknown := sorted(set(names) - {name for name in known if name.endswith("attn2")}):
-            raise ValueError(f"no cross-attention is named {unknown[0]!r}")
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"no attention is named {unknown[0]!r}")
