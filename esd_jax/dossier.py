@@ -45,7 +45,7 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     Raises FileNotFoundError, ValueError: what is missing.
     """
     path = Path(erased).expanduser()
-    if (path / "run.json").is_file():
+    if _is_run(path):
         found = api.restore(path, base=base)
         return diffusers.unmodified(found), found
     if base is None:
@@ -211,7 +211,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
         shown = picture if (folder / picture).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
-    for file in folder.rglob("*.safetensors"):
+    for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
         if evidence.record and evidence.record in files.read_records(read_header(file))[-1:]:
             annotate(file, card.facts(evidence), replacing=card.METADATA)
@@ -229,7 +229,7 @@ def facts(run: str | Path) -> dict[str, str]:
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     """All that is known of a run, or of a folder that evidence was kept in."""
     folder = Path(run).expanduser()
-    is_run = (folder / "run.json").is_file()
+    is_run = _is_run(folder)
     parts = _parts(folder / EVIDENCE if is_run else folder)
     if not is_run and not parts:
         raise FileNotFoundError(f"{folder} is no run, and holds no evidence: evaluate it first")
@@ -250,6 +250,10 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         weights=gather.weight_changes(erased),
     )
     return store.merged(title, record, [*parts, course])
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def _parts(folder: Path) -> list[Evidence]:

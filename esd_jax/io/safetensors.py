@@ -168,7 +168,8 @@ def annotate(path: Path, metadata: Mapping[str, str], *, replacing: str) -> None
     """Adds to a file's metadata, in place of all whose names begin with `replacing`. Its tensors stay as they are."""
     header = read_header(path)
     others = {name: text for name, text in header.metadata.items() if not name.startswith(replacing)}
-    write(path, header.entries, lambda key: read_bytes(header, key), {**others, **metadata})
+    if (told := {**others, **metadata}) != header.metadata:
+        write(path, header.entries, lambda key: read_bytes(header, key), told)
 
 
 def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
