@@ -4,6 +4,8 @@ pip install 'esd-jax[notebooks]' && python -m launch.notebooks
 python -m launch.notebooks --names=quickstart
 """
 
+import base64
+import io
 import re
 import sys
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from PIL import Image
 
 from launch import command
 from launch.results import say
@@ -37,10 +40,15 @@ def executed(name: str, **parameters: Any) -> None:
     import nbclient
 
     notebook = source(name, parameters)
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=None, kernel_name="python3", record_timing=False, coalesce_streams=True
+    ).execute()
     for cell in notebook.cells:
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if kept(output)]
+            for output in cell["outputs"]:
+                if figure := output.get("data", {}).get("image/png"):
+                    output["data"]["image/png"] = smaller(figure)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "jupytext": notebook.metadata["jupytext"]}
     jupytext.write(notebook, FOLDER / f"{name}.ipynb")
 
@@ -53,6 +61,14 @@ def kept(output: Any) -> bool:
     return output["name"] != "stderr" and bool(output["text"].strip())
 
 
+def smaller(figure: str) -> str:
+    """A figure with a palette of 256 colours, a third of its size; base64, as notebooks hold it."""
+    stream = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
+    image.quantize(256).save(stream, "PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 def source(name: str, parameters: Mapping[str, Any]) -> Any:
     """A notebook without outputs, with other values in the cell that is tagged "parameters".
 
@@ -63,9 +79,9 @@ def source(name: str, parameters: Mapping[str, Any]) -> Any:
     notebook = jupytext.read(FOLDER / f"{name}.py")
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     for parameter, value in parameters.items():
-        cell.source, found = re.subn(rf"(?m)^{parameter} = .*$", f"{parameter} = {value!r}", cell.source)
-        if not found:
+        if not re.search(rf"(?m)^{parameter} = ", cell.source):
             raise ValueError(f"{name} has no parameter {parameter!r}")
+        cell.source += f"\n{parameter} = {value!r}"
     return notebook
 
 

@@ -13,8 +13,14 @@ from launch import notebooks
 SMALL = {
     "quickstart": {"steps": 2, "images": 1},
     "inside_an_erasure": {"steps": 2},
-    "compare_methods": {},
-    "attack_and_defend": {},
+    "compare_methods": {"methods": ["emoji_uce"], "guidance": ["SLD medium"], "images": 2},
+    "attack_and_defend": {
+        "steps": 2,
+        "attack_steps": 2,
+        "seeds": 1,
+        "images": 2,
+        "defences": {"RECE": {"config": "emoji_rece"}},
+    },
 }
 NAMES = sorted(path.stem for path in notebooks.FOLDER.glob("*.py"))
 
