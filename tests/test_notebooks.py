@@ -14,13 +14,7 @@ SMALL = {
     "quickstart": {"steps": 2, "images": 1},
     "inside_an_erasure": {"steps": 2},
     "compare_methods": {"methods": ["emoji_uce"], "guidance": ["SLD medium"], "images": 2},
-    "attack_and_defend": {
-        "steps": 2,
-        "attack_steps": 2,
-        "seeds": 1,
-        "images": 2,
-        "defences": {"RECE": {"config": "emoji_rece"}},
-    },
+    "attack_and_defend": {"steps": 2, "steps_all": 2, "short": 2, "long": 2, "seeds": 1, "images": 2},
 }
 NAMES = sorted(path.stem for path in notebooks.FOLDER.glob("*.py"))
 
