@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from esd_jax import demo, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.io import diffusers
+from esd_jax.io import delta, diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import export
 from esd_jax.io.hub import resolve
@@ -69,6 +69,7 @@ def erase(
     config: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    start_from: Pipeline | str | Path | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     **fields: Any,
@@ -82,6 +83,8 @@ def erase(
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
       overwrite: replace an existing `output_dir`.
+      start_from: weights to train on from in place of the base's, which remains the teacher: what `opened` takes, made
+        by this package or any other. With steps=0 and an `output_dir` they become a checkpoint that can be resumed.
       stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
         `esd_jax.evaluation.seen.below`.
       **fields: any field of `Recipe`: subset=, steps=, learning_rate=, seed=, eta=, from_=, output_dir= ...
@@ -108,7 +111,27 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    return runs.run(base, plan, resume=resume, overwrite=overwrite, stop_when=stop_when, stop_every=stop_every)
+    if start_from is not None and not isinstance(start_from, Pipeline):
+        start_from = opened(base, start_from)
+    return runs.run(
+        base, plan, resume=resume, overwrite=overwrite, start_from=start_from, stop_when=stop_when,
+        stop_every=stop_every,
+    )  # fmt: skip
+
+
+def opened(base: Pipeline, path: str | Path) -> Pipeline:
+    """What was erased from a base: a run's folder, a delta file, a diffusers folder, or the folder of a UNet alone.
+
+    Raises FileNotFoundError, ValueError as their readers do.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        return delta.load_delta(base, path)
+    if (path / "run.json").is_file():
+        return restore(path)
+    if (path / "config.json").is_file():
+        return diffusers.with_unet(base, path)
+    return diffusers.load(path, dtype=base.dtype)
 
 
 def default_config(source: str, method: str) -> str:

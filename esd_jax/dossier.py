@@ -21,7 +21,7 @@ from esd_jax.evaluation.evidence import Evidence, as_json
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.evaluation.report.html import report as html
-from esd_jax.io import delta, diffusers
+from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header, writing
 from esd_jax.pipeline import Pipeline
@@ -51,9 +51,7 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     if base is None:
         raise ValueError(f"{erased} is no run, so it does not say what it was erased from: give the base, too")
     before = api.load(base)
-    if path.suffix == ".safetensors":
-        return before, delta.load_delta(before, path)
-    return before, api.load(erased)
+    return before, api.opened(before, path)
 
 
 def concept_of(erased: Pipeline, concept: str | None = None) -> str:

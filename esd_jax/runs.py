@@ -18,6 +18,7 @@ from PIL import Image
 from esd_jax import lora, sharding
 from esd_jax.diffusion import programs
 from esd_jax.io import delta, diffusers
+from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
@@ -36,6 +37,7 @@ from esd_jax.training.plan import changed_names
 from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
+STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -50,15 +52,20 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start_from: Pipeline | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
 ) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
+    if start_from is not None and resume:
+        raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
     method, inputs, shape = prepare(base, plan)
     tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size)
     names = changed_names(plan, base.network("unet"))
+    if start_from is not None:
+        _check_start(base, plan, names, start_from)
     theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
     step = make_step(
         method,
@@ -71,9 +78,9 @@ def run(
         weights=lora.weights if plan.rank else unchanged,
     )
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
-    state = init_state(start(base, plan, names, method, inputs), tx, plan.training.seed)
+    state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
-    record = describe(base, plan)
+    record = describe(base, plan, start_from)
 
     with (
         run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite) as folder,
@@ -91,6 +98,8 @@ def run(
             private = {**record, "local": {"base": plan.base, "images": plan.images}}
             if not resume:
                 run_folder.write_record(folder, private)
+            elif started := files.read_json(folder / "run.json").get(STARTED):
+                record[STARTED] = private[STARTED] = started
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
             if resume:
                 state = _resume(checkpoints, state, plan)
@@ -158,7 +167,14 @@ def transformation(plan: Recipe) -> optax.GradientTransformation:
     return averaging(plan.optimizer.transformation(), plan.settings.ema)
 
 
-def start(base: Pipeline, plan: Recipe, names: Sequence[str], method: Method | ClosedForm, inputs: Any) -> Params:
+def start(
+    base: Pipeline,
+    plan: Recipe,
+    names: Sequence[str],
+    method: Method | ClosedForm,
+    inputs: Any,
+    start_from: Pipeline | None = None,
+) -> Params:
     """What is trained, before the first step: the tensors at full precision, or the factors of their change.
 
     A method in closed form has its result here, and no steps.
@@ -167,7 +183,7 @@ def start(base: Pipeline, plan: Recipe, names: Sequence[str], method: Method | C
         shapes = base.network("unet").shapes
         key = jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1)
         return lora.initial({f"unet/{name}": shapes[name] for name in names}, plan.rank, key)
-    exact = diffusers.read_exact(base, [f"unet/{name}" for name in names])
+    exact = diffusers.read_exact(start_from or base, [f"unet/{name}" for name in names])
     return exact if plan.settings.trained else method.solve(exact, inputs)
 
 
@@ -178,12 +194,11 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
 
 
-def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
+def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -> dict[str, Any]:
     """What was erased, from what, how and with which versions: the record that travels with every export."""
     packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
     # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
-    source = Path(plan.base).expanduser()
-    name = source.resolve().name if source.exists() else plan.base
+    name = _public(plan.base)
     images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
     recorded = plan.flat() | {"base": name, "images": images}
     return {
@@ -193,7 +208,36 @@ def describe(base: Pipeline, plan: Recipe) -> dict[str, Any]:
         "base_sha256": diffusers.source_hash(base, "unet"),
         "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
         "versions": {package: version(package) for package in packages},
+        **({STARTED: _origin(start_from)} if start_from else {}),
     }
+
+
+def _public(source: str) -> str:
+    """What the world may know of where a checkpoint lies: of a folder, its name."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def _origin(start_from: Pipeline) -> dict[str, Any]:
+    """Where the weights came from that a run began with, instead of its base's."""
+    erased = json.loads(json.dumps(start_from.provenance.erased, default=str))
+    return {"name": _public(start_from.provenance.source), "erased": erased}
+
+
+def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:
+    """Raises ValueError for weights that a recipe cannot go on from."""
+    if plan.rank or not plan.settings.trained:
+        why = f"rank={plan.rank} trains a change of the base" if plan.rank else f"method {plan.method!r} does not train"
+        raise ValueError(f"{why}, so it cannot start from other weights: leave start_from out")
+    if start_from.configs["unet"] != base.configs["unet"]:
+        raise ValueError("start_from and the base have UNets of different architectures")
+    theirs, trained = start_from.params["unet"], set(names)
+    for name, ours in base.params["unet"].items():
+        if name not in trained and not jnp.array_equal(ours, theirs[name].astype(ours.dtype)):
+            raise ValueError(
+                f"start_from differs from the base in {name!r}, which subset {plan.subset!r} does not train: "
+                "its change would be lost"
+            )
 
 
 def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:

@@ -14,7 +14,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
-                  [--resume | --overwrite] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
 
 
@@ -25,6 +25,12 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
+    flags.DEFINE_string(
+        "start_from",
+        None,
+        "Weights to train on from: a run, a delta, or a diffusers folder, of a UNet alone or of all.",
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
     )
@@ -79,7 +85,8 @@ def run(values: flags.FlagValues) -> None:
             values.stop_below,
         )
     options = common.options(values, "resume overwrite stop_every")
-    runs.run(base, plan, stop_when=stop, **options)
+    start_from = api.opened(base, values.start_from) if values.start_from else None
+    runs.run(base, plan, start_from=start_from, stop_when=stop, **options)
     folder = Path(plan.output_dir).expanduser()
     print(
         f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"

@@ -130,6 +130,22 @@ def load_component(
     return params, {name: TensorFile(h.path, key) for name, (h, key) in places.items()}, records
 
 
+def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
+    """The base with the UNet of a folder that holds one alone (`unet.save_pretrained` of diffusers) as its own.
+
+    Raises FileNotFoundError, ValueError as `load` does, or if its architecture is another one.
+    """
+    folder = Path(folder).expanduser().absolute()
+    config = read_config(folder.parent, folder.name, "UNet2DConditionModel")
+    if config != base.configs["unet"]:
+        raise ValueError(f"{folder} and the base have UNets of different architectures")
+    params, sources, records = load_component(folder.parent, folder.name, config, dtype=base.dtype)
+    others = {name: source for name, source in base.provenance.tensors.items() if not name.startswith("unet/")}
+    tensors = others | {f"unet/{name}": source for name, source in sources.items()}
+    provenance = replace(base.provenance, source=str(folder), tensors=tensors, erased=tuple(records))
+    return replace(base, params={**base.params, "unet": params}, provenance=provenance, edits={})
+
+
 def read_architecture(folder: Path) -> tuple[dict[str, NetworkConfig], Schedule]:
     """The networks' configs, by component, and the schedule of a diffusers folder; it may lack weights."""
     components = _components(folder, files.read_json(folder / "model_index.json"))
