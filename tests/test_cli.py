@@ -654,6 +654,7 @@ assert not sys.modules.get("torch") and not sys.modules.get("diffusers"), "torch
 """
 
 
+@pytest.mark.slow
 def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
     """Without a compilation cache and without torch installed; then with both."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}

@@ -239,6 +239,7 @@ def test_images_may_be_given_or_left_out():
 # From the checkpoint to the export
 
 
+@pytest.mark.slow
 def test_a_run_from_checkpoint_to_export(tmp_path):
     """With both stages."""
     factories.make_sd1(tmp_path / "base")

@@ -52,6 +52,7 @@ def run(name):
     return figures
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs():
     assert len(run("quickstart")) == 2
 

@@ -119,6 +119,7 @@ def test_the_vae_loss_equals_torch(tiny):
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_equals_torch_and_averages_as_documented(tiny):
     params = {**prefixed(weights(tiny["unet"]), "unet"), **prefixed(weights(tiny["text_encoder"], 5), "text_encoder")}
     rng, size, key = np.random.default_rng(2), 5, jax.random.key(11)
