@@ -23,6 +23,7 @@ SAMPLER_OF_CLASS = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+MOST_TIMESTEPS = 100_000  # a config that asks for more is damaged
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -110,6 +111,8 @@ def add_noise(
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     """float64 [num_train_timesteps]: the variance added at each training timestep."""
     num = _option(config, "num_train_timesteps", 1000)
+    if not (isinstance(num, int) and 0 < num <= MOST_TIMESTEPS):
+        raise ValueError(f"num_train_timesteps={num} is no number of timesteps")
     start, end = _option(config, "beta_start", 0.0001), _option(config, "beta_end", 0.02)
     kind = _option(config, "beta_schedule", "linear")
     trained = _option(config, "trained_betas", None)
@@ -139,7 +142,13 @@ def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
-    return default if value is None else value
+    if value is None:
+        return default
+    # A number may be an int where the default is a float, or the other way round: files have both.
+    kind = (int, float) if isinstance(default, int | float) else type(default)
+    if default is not None and not isinstance(value, kind):
+        raise ValueError(f"scheduler config field {name}={value!r} must be of the type of {default!r}")
+    return value
 
 
 def _float32_or_wider(*arrays: ArrayLike) -> jnp.dtype:

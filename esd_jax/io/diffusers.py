@@ -235,7 +235,8 @@ def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
         raise ValueError(f"{folder}/model_index.json names a component outside its folder: {outside[0]!r}")
     components = {}
     for name, allowed in PIPELINES[kind].items():
-        found = (index.get(name) or [None, None])[1]
+        entry = index.get(name)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if found not in allowed:
             raise ValueError(f"{folder}: component {name} is a {found}, which is not implemented (only {allowed} are)")
         components[name] = found

@@ -16,6 +16,7 @@ WEIGHTS = re.compile(
     r"(?:\.index(?:\.(\w+))?\.json|\.(\w+)\.index\.json)?"
 )
 NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml")
+MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
@@ -24,12 +25,16 @@ OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weigh
 def read_json(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError or ValueError, naming the file, unless it holds a JSON object."""
     try:
+        if not path.is_file():  # a device would be read without end
+            raise FileNotFoundError(f"there is no file {path}; a diffusers folder needs it")
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{path} has {size:,} bytes, which no such file needs: copy or download it again")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}; a diffusers folder needs it") from None
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -73,6 +78,8 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: copy or download it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} names a shard that is no file's name: copy or download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:  # such a name would lead an export out of its folder

@@ -105,12 +105,18 @@ def read_bytes(header: Header, key: str) -> np.ndarray:
 
 
 def read(header: Header, key: str) -> np.ndarray:
-    """A tensor in torch layout and the file's dtype. Raises ValueError for a dtype that no weight here has."""
+    """A tensor in torch layout and the file's dtype.
+
+    Raises ValueError for a dtype that no weight here has, and for NaN or infinity: a network with one draws nothing.
+    """
     entry = header.entries[key]
     if entry.dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise ValueError(f"{header.path}: {key!r} has dtype {entry.dtype}, which is not implemented (only {known} are)")
-    return read_bytes(header, key).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    array = read_bytes(header, key).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{header.path}: {key!r} holds NaN or infinity: copy or download the file again")
+    return array
 
 
 def write(

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.models import layers
 from esd_jax.models.attention import dot_product_attention
-from esd_jax.models.config import require
+from esd_jax.models.config import require, typed
 from esd_jax.models.layers import Dtype, Rngs
 
 
@@ -45,8 +45,11 @@ class CLIPTextConfig:
         """
         require("CLIPText", "model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
         architectures = config.get("architectures") or ["CLIPTextModel"]
+        if not isinstance(architectures, list):
+            raise ValueError(f"CLIPText: config field architectures={architectures!r} is no list")
         require("CLIPText", "architectures", architectures[0], ("CLIPTextModel", "CLIPTextModelWithProjection"))
-        values = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        types = {f.name: f.type for f in fields(cls) if f.name != "with_projection"}
+        values = {k: typed("CLIPText", k, v, types[k]) for k, v in config.items() if k in types}
         return cls(**values, with_projection=architectures[0] == "CLIPTextModelWithProjection")
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 Config = TypeVar("Config")
+MOST_LAYERS = 1000  # a config that asks for more is damaged, and building them would not end
 
 
 def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> Config:
@@ -27,11 +29,37 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
             continue
         if name in only:
             require(network, name, value, only[name])
-        elif name in types and (value is not None or type(None) in get_args(types[name])):
-            values[name] = _frozen(value)
-        elif name in types or value is not None:
-            raise ValueError(f"{network}: config field {name}={value!r} is not implemented")
+        elif name in types:
+            values[name] = typed(network, name, value, types[name])
+        elif value is not None:
+            raise ValueError(f"{network}: config field {name}={_short(value)} is not implemented")
     return cls(**values)
+
+
+def typed(network: str, name: str, value: Any, kind: Any) -> Any:
+    """A field's value, lists as tuples. Raises ValueError, naming the field, if it cannot be what its type says."""
+    value = _frozen(value)
+    if not _fits(value, kind):
+        raise ValueError(f"{network}: config field {name}={_short(value)} is not implemented")
+    counts = value if isinstance(value, tuple) else (value,)
+    if "layers" in name and any(isinstance(n, int) and not 0 <= n <= MOST_LAYERS for n in counts):
+        raise ValueError(f"{network}: config field {name}={_short(value)} is no number of layers")
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:  # a list may hold lists: whether it may here, the config's own checks know
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0] | kind) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def require(network: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:

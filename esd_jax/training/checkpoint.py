@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a run: {theta, opt, step, key}, and what the run is. The only place that imports orbax."""
+"""Orbax checkpoints of a run: {theta, opt, step, key}, and what the run is; and trees of tensors alone.
+
+The only place that imports orbax.
+"""
 
 import contextlib
 import logging
@@ -117,6 +120,47 @@ class Checkpoints:
             f"the checkpoint of step {step} in {self.folder} is damaged or incomplete ({type(error).__name__}); "
             f"{f'delete its folder, and that of step {others[-1]} is the newest' if others else 'there is no other'}"
         )
+
+
+def save_tree(folder: Path, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Writes arrays by name, each in its own dtype, and what they are, as one checkpoint. It appears complete, or not.
+
+    Raises OSError in one line if it cannot be written; ValueError if `folder` exists.
+    """
+    with _checkpointer() as (ocp, checkpointer):
+        parts = {"params": ocp.args.StandardSave(dict(tree)), "meta": ocp.args.JsonSave(dict(meta))}
+        if folder.exists():
+            raise ValueError(f"{folder} exists")
+        try:
+            checkpointer.save(folder.absolute(), args=ocp.args.Composite(**parts))
+        except Exception as error:  # orbax passes on what its threads raise, of any type
+            reason = str(error).rsplit(": ", 1)[-1].split(" [")[0]
+            raise OSError(f"cannot write a checkpoint to {folder}: {reason}") from error
+
+
+def load_tree(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays by name, what they are) of a folder that `save_tree` wrote.
+
+    Raises FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    if not (folder / "params").is_dir():
+        raise FileNotFoundError(f"there is no checkpoint in {folder}")
+    with _checkpointer() as (ocp, checkpointer):
+        parts = {"params": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
+        try:
+            found = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**parts))
+        except Exception as error:
+            raise ValueError(f"the checkpoint in {folder} is damaged or incomplete ({type(error).__name__})") from error
+    return dict(found["params"]), dict(found["meta"])
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[tuple[Any, Any]]:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        yield ocp, checkpointer
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
