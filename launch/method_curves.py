@@ -36,7 +36,11 @@ TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 PENALTIES, SUBSETS = (0.0, 0.5, 1.0, 1.5, 5.0), ("xattn", "to_out")
 DRIFTING, PARTS = ("esd", "all_but_one", "sdd"), 6  # methods, and points along each one's updates
-FRONT = {"eta": (0.0, 0.5, 1.0), "learning_rate": (3e-4, 1e-3), "steps": (100, 200, 300, 400)}
+# ESD-x on a style, and ESD-u on an object, around their recipes.
+FRONT = {
+    "style": {"eta": (0.0, 0.5, 1.0), "learning_rate": (3e-4, 1e-3), "steps": (100, 200, 300, 400)},
+    "object": {"eta": (1.0, 2.0, 3.0), "learning_rate": (5e-5, 1e-4), "steps": (125, 250, 375, 500)},
+}
 RATES = (0.3, 0.1)  # target rates at which methods are compared
 
 FLAGS = flags.FlagValues()
@@ -124,9 +128,10 @@ def drift(base: Pipeline, target: Target) -> Models:
 
 
 def front(base: Pipeline, target: Target) -> Models:
-    config, steps = ENTRIES["esd"].recipes[target.kind], FRONT["steps"]
-    for eta in FRONT["eta"]:
-        for rate in FRONT["learning_rate"]:
+    config, grid = ENTRIES["esd"].recipes[target.kind], FRONT[target.kind]
+    steps = grid["steps"]
+    for eta in grid["eta"]:
+        for rate in grid["learning_rate"]:
             change = {"eta": eta, "learning_rate": rate}
             yield from updates(base, target, config, len(steps), change, steps=steps[-1], **change)
 
