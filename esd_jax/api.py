@@ -13,7 +13,6 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import export
-from esd_jax.io.hub import resolve
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
@@ -26,14 +25,23 @@ __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
 
 
 def load(
-    source: str | Path, *, dtype: Any = "float32", variant: str | None = None, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: Any = "float32",
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | Path | None = None,
+    ema: bool = False,
 ) -> Pipeline:
     """Loads a checkpoint.
 
     Args:
-      source: "emoji" (the model that the package carries), a diffusers folder, or a hub id ("org/name").
+      source: "emoji" (the model that the package carries), a diffusers folder, a hub id ("org/name"), or the single
+        `.safetensors` file that A1111 and ComfyUI open.
       dtype: compute dtype; the files may have any.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
+      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
+        it), by default told from the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or not implemented, and the mend.
@@ -43,23 +51,21 @@ def load(
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
-    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision)
+    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision, config=config, ema=ema)
     return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
 
 
 def architecture(
-    source: str | Path, *, variant: str | None = None, revision: str | None = None
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
 ) -> tuple[Mapping[str, NetworkConfig], Schedule]:
     """The network configs and the schedule of what `load` takes, or of a published architecture ("sd14", "sdxl", ...).
 
     No weights are read, or downloaded.
     """
     if str(source) in ARCHITECTURES:
-        folder = architectures.folder(str(source))
-    else:
-        source = demo.MODEL if str(source) == "emoji" else source
-        folder = resolve(source, variant=variant, revision=revision, weights=False)
-    return diffusers.read_architecture(folder)
+        return diffusers.read_architecture(architectures.folder(str(source)))
+    source = demo.MODEL if str(source) == "emoji" else source
+    return diffusers.describe(source, variant=variant, revision=revision, config=config)
 
 
 def erase(
