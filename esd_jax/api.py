@@ -124,13 +124,14 @@ def default_config(source: str, method: str) -> str:
     return "esd_x" if method == "esd" else method
 
 
-def restore(folder: str | Path, step: int | None = None, *, base: str | Path | None = None) -> Pipeline:
+def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None) -> Pipeline:
     """The erased pipeline of a run's checkpoint, without the original process.
 
     Args:
       folder: the run's.
       step: of the checkpoint; by default the newest.
-      base: where the run's base lies now, if it has moved.
+      base: where the run's base lies now, if it has moved; or the base itself, if `load` needs more to read it than
+        the run's record says (`config` or `ema` of a single file).
     """
     folder = Path(folder).expanduser()
     if not (folder / "run.json").is_file():
@@ -141,10 +142,13 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
         sha256 = record["base_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
-    try:
-        loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
+    if isinstance(base, Pipeline):
+        loaded, base = base, base.provenance.source
+    else:
+        try:
+            loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
     if (found := diffusers.source_hash(loaded, "unet")) != sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
     net, tx = loaded.network("unet"), runs.transformation(plan)

@@ -227,6 +227,7 @@ def test_the_moving_average(family, tmp_path):
     read = io.load(written, config=folder)
     for name, value in average.params["unet"].items():
         np.testing.assert_array_equal(read.params["unet"][name], 7 if name == "conv_in.bias" else value)
+    assert io.source_hash(average) != io.source_hash(plain)
     with pytest.raises(ValueError, match=one_line("moving average", "model_ema.", "ema=True")):
         io.load(file, config=folder, ema=True)
 
@@ -246,12 +247,10 @@ def test_into_the_file_that_a_folder_was_made_from(family, rounded, tmp_path):
     assert list(ours) == list(theirs) and {k for k in ours if ours[k] != theirs[k]} == {key}
     assert safetensors.torch.load_file(out)[key].eq(0.5).all()
 
-    other = pipeline.with_edits(io.read_exact(pipeline, pipeline.provenance.tensors))
-    other = export_single(
-        other.with_edits({n: v + 0.1 for n, v in other.edits.items() if n.startswith("vae/")}),
-        tmp_path / "other.safetensors",
-    )
-    with pytest.raises(ValueError, match=one_line("other.safetensors", "another model", "vae/", "into=")):
+    weight = "vae/decoder.mid_block.attentions.0.to_v.weight"
+    changed = pipeline.with_edits({weight: io.read_exact(pipeline, [weight])[weight].at[3, 5].add(0.1)})
+    other = export_single(changed, tmp_path / "other.safetensors", dtype=rounded)
+    with pytest.raises(ValueError, match=one_line("other.safetensors", "another model", weight, "into=")):
         export_single(edited, tmp_path / "no.safetensors", into=other)
     assert not (tmp_path / "no.safetensors").exists()
 
@@ -353,6 +352,27 @@ def test_a_file_without_the_name_of_the_text_model(sd1, tmp_path):
         np.testing.assert_array_equal(ours.params["text_encoder"][name], value)
     edited = ours.with_edits(io.read_exact(ours, [f"text_encoder/{Q}"]))
     assert raw(export_single(edited, tmp_path / "out.safetensors")) == raw(tmp_path / "old.safetensors")
+
+
+def test_clips_own_tokenizer_goes_with_the_file(tmp_path):
+    """An SDXL of CLIP's vocabulary whose configs come without tokenizers, as the published architectures do."""
+    pipe = factories.make_sdxl(tmp_path / "folder")
+    words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    pipe.text_encoder = factories.make_text_encoder(hidden_act="quick_gelu", **words)
+    pipe.text_encoder_2 = factories.make_text_encoder(hidden_act="gelu", projection_dim=factories.WIDTH, **words)
+    pipe.save_pretrained(tmp_path / "folder")
+    file = export_single(io.load(tmp_path / "folder"), tmp_path / "single.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(tmp_path / "folder" / name)
+    pipeline = io.load(file, config=tmp_path / "folder")
+    out = io.export(pipeline, tmp_path / "out")
+    reopened = diffusers.StableDiffusionXLPipeline.from_pretrained(out)
+    padding = (49407, 0)
+    for ours, theirs, pad in zip(pipeline.tokenizers, (reopened.tokenizer, reopened.tokenizer_2), padding, strict=True):
+        ids = theirs("a photo of a cat", padding="max_length", truncation=True).input_ids
+        assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [pad] * 70
+        assert ours(["a photo of a cat"])[0].tolist() == ids
+    assert io.load(out).encode_prompts(["a cat"], size=(16, 16)).pooled.shape == (1, factories.WIDTH)
 
 
 def test_marks_of_an_sdxl_that_predicts_v(tmp_path):

@@ -1,5 +1,6 @@
 """The names of single-file checkpoints at true size, without weights; what a file says of its family; its tokenizer."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from messages import one_line
 
 from esd_jax.io import configs as config_files
+from esd_jax.io import diffusers as io
 from esd_jax.io import ldm, ldm_file
 from esd_jax.io import safetensors as st
 from esd_jax.io.tensors import torch_shapes
@@ -55,9 +57,43 @@ def test_diffusers_reads_the_names_of_the_published_architectures(name):
         for tensor, value in ldm_oracle.from_ldm(checkpoint, component, config, xl=name == "sdxl").items()
     }
     assert found == shapes
-    # The family is told from the same names and shapes.
-    for guess in (header(keys), header(keys, alphas_cumprod=(1000,))):
-        assert ldm_file.config_folder(guess, None).name == {"sd21-base": "sd21"}.get(name, name)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_published_file_is_told_by_its_keys_and_shapes(name, tmp_path):
+    keys = shapes_of(name)[1]
+    others = {"alphas_cumprod": ("F32", (1000,)), "cond_stage_model.model.logit_scale": ("F32", ())}
+    entries = st.lay_out({key: ("F16", shape) for key, shape in keys.items()} | others)
+    entry = {key: {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.start, e.stop]} for key, e in entries.items()}
+    text = json.dumps(entry).encode()
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:  # gigabytes of nothing, which take no room on the disk
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + max(e.stop for e in entries.values()))
+
+    folder = architectures.folder({"sd21-base": "sd21"}.get(name, name))
+    found = st.read_header(file)
+    assert ldm_file.config_folder(found, None) == folder
+    configs, schedule = io.describe(file)
+    assert configs == config_files.read_architecture(folder)[0]
+    assert schedule.prediction_type == ("v_prediction" if "sd21" in name else "epsilon")
+    assert {name: source.key for name, source in ldm_file.locate(found, configs).items()} == {
+        name: place.key for name, place in shapes_of(folder.name)[2].items()
+    }
+    assert io.describe(file, config=name)[1].prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
+
+
+def test_families_that_are_not_implemented():
+    keys = shapes_of("sdxl")[1]
+    to_k = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+    for extra, words in (
+        ({"edm_mean": (4,)}, ["EDM"]),
+        ({"edm_vpred.sigma_max": ()}, ["EDM"]),
+        ({to_k: (640, 1280)}, ["1280 wide"]),
+    ):
+        with pytest.raises(ValueError, match=one_line("model.safetensors", "unknown family", *words, "config=")):
+            ldm_file.config_folder(header({**keys, **extra}), None)
 
 
 # A few names as the published files have them, so that nothing hangs on diffusers' converters alone.

@@ -19,7 +19,7 @@ from esd_jax.io import ldm_file, safetensors, tensors
 from esd_jax.io.configs import read_architecture, read_tokenizer, tokenizer_of
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
-from esd_jax.io.ldm import is_open_clip
+from esd_jax.io.ldm import EMA, is_open_clip
 from esd_jax.models.architectures import clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.params import Network, Params
@@ -242,13 +242,18 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
 
 
 def source_hash(pipeline: Pipeline, component: str = "unet") -> str:
-    """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal."""
+    """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
+
+    A moving average, which lies in the same file as what it averages, has another one.
+    """
     sources = pipeline.provenance.tensors
     paths = {source.path for name, source in sources.items() if name.startswith(component + "/")}
     if not paths:
         raise ValueError(f"{component!r} was not read from files, so they have no hash")
     stats = [(path, path.stat()) for path in sorted(paths)]
-    return _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    digest = _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    averaged = any(name.startswith(component + "/") and source.key.startswith(EMA) for name, source in sources.items())
+    return hashlib.sha256(f"{digest} {EMA}".encode()).hexdigest() if averaged else digest
 
 
 def _place(array: np.ndarray | Array, name: str, sharding: Placement) -> Array:

@@ -127,9 +127,10 @@ def _recognise(header: Header) -> str:
     keys = header.entries
     to_k = next((key for key in keys if key.startswith(ldm.UNET) and key.endswith("attn2.to_k.weight")), None)
     width = keys[to_k].shape[-1] if to_k else 0
-    if width not in WIDTHS or "edm_mean" in keys:
+    edm = any(key.startswith(("edm_mean", "edm_vpred.")) for key in keys)  # Playground 2.5, CosXL
+    if width not in WIDTHS or edm:
         known = ", ".join(f"{name} {width}" for width, name in WIDTHS.items())
-        what = "it is trained in EDM's parametrisation" if "edm_mean" in keys else f"its text is {width} wide"
+        what = "it is trained in EDM's parametrisation" if edm else f"its text is {width} wide"
         raise ValueError(
             f"{header.path} is of an unknown family: {what} ({known}); give a diffusers folder of its architecture "
             "as config="

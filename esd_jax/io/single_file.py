@@ -18,7 +18,6 @@ from esd_jax.pipeline import Pipeline, TensorFile
 
 # What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
 WEIGHTS = ("model.", ldm.EMA, ldm.VAE, ldm.TEXT, "conditioner.")
-SAMPLED = 8  # unedited tensors of each network that are compared with the file they are to go into
 
 
 def export_single(
@@ -43,8 +42,8 @@ def export_single(
     Args:
       pipeline: `pipeline.edits` is what differs from the source; its compute dtype does not matter.
       path: the file to write, "....safetensors". It appears complete or not at all.
-      into: the single file that a folder was made from. It must be the same model: names and shapes of all tensors
-        are compared, and the values of 8 unedited tensors of each network (up to rounding where the dtypes differ).
+      into: the single file that a folder was made from. It must be the same model: all tensors that are not edited
+        are compared with it, up to rounding where the dtypes differ, which reads both once.
       dtype: of all weights in the file; by default those that the source has.
       overwrite: lets a file at `path` be replaced.
       metadata: more metadata than the records of what was erased.
@@ -109,7 +108,7 @@ def _substitute(
         return array
 
     # A hash of what the file held before is one no more.
-    kept = {name: text for name, text in base.metadata.items() if not (names and "hash" in name)}
+    kept = {name: text for name, text in base.metadata.items() if not ((names or code) and "hash" in name)}
     _write(path, entries, tensor, {**kept, **told})
 
 
@@ -162,25 +161,27 @@ def _read_from_ema(pipeline: Pipeline) -> bool:
 def _check_same(
     pipeline: Pipeline, headers: Mapping[Path, Header], base: Header, places: Mapping[str, TensorFile]
 ) -> None:
-    """Raises ValueError, naming the tensor, if some of the pipeline's unedited tensors have other values in `base`."""
+    """Raises ValueError, naming the first, if one of the tensors in `places` has another value in `base`."""
     for component in pipeline.configs:
-        shapes = tensors.torch_shapes(pipeline.network(component))
-        names = sorted(name for name in places if name.startswith(f"{component}/"))
-        for name in names[:: max(1, len(names) // SAMPLED)]:
-            theirs = tensors.read_torch(base, places[name], shapes[name.partition("/")[2]])
+        for tensor, shape in tensors.torch_shapes(pipeline.network(component)).items():
+            if (name := f"{component}/{tensor}") not in places:
+                continue
+            theirs = tensors.read_torch(base, places[name], shape)
             ours = tensors.export_value(pipeline, headers, name, tensors.dtype_of(pipeline, headers, name))
-            coarse = max((ours.dtype, theirs.dtype), key=lambda dtype: ml_dtypes.finfo(dtype).eps)
-            limits = ml_dtypes.finfo(coarse)
-            if ours.dtype == theirs.dtype:
-                same = np.array_equal(ours, theirs)
-            else:  # one was rounded from the other, or both were
-                a, b = ours.astype(np.float64), theirs.astype(np.float64)
-                same = np.allclose(a, b, rtol=float(limits.eps), atol=float(limits.smallest_subnormal))
-            if not same:
+            if not _same(ours, theirs):
                 raise ValueError(
                     f"{base.path} is another model than {pipeline.provenance.source}: {name} differs (as "
                     f"{places[name].key}); give the file it was made from as into=, or leave that out"
                 )
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are equal; up to the rounding of the coarser dtype, if they have two."""
+    if a.dtype == b.dtype:
+        return np.array_equal(a, b)
+    limits = max((ml_dtypes.finfo(x.dtype) for x in (a, b)), key=lambda limits: limits.eps)
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return bool((np.abs(a - b) <= float(limits.eps) * np.abs(b) + float(limits.smallest_subnormal)).all())
 
 
 def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, Entry]:
