@@ -13,7 +13,6 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import delta, diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import export
-from esd_jax.io.hub import resolve
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
@@ -26,14 +25,23 @@ __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
 
 
 def load(
-    source: str | Path, *, dtype: Any = "float32", variant: str | None = None, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: Any = "float32",
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | Path | None = None,
+    ema: bool = False,
 ) -> Pipeline:
     """Loads a checkpoint.
 
     Args:
-      source: "emoji" (the model that the package carries), a diffusers folder, or a hub id ("org/name").
+      source: "emoji" (the model that the package carries), a diffusers folder, a hub id ("org/name"), or the single
+        `.safetensors` file that A1111 and ComfyUI open.
       dtype: compute dtype; the files may have any.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
+      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
+        it), by default told from the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
 
     Raises:
       FileNotFoundError, ValueError: naming what is missing or not implemented, and the mend.
@@ -43,23 +51,21 @@ def load(
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
-    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision)
+    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision, config=config, ema=ema)
     return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
 
 
 def architecture(
-    source: str | Path, *, variant: str | None = None, revision: str | None = None
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
 ) -> tuple[Mapping[str, NetworkConfig], Schedule]:
     """The network configs and the schedule of what `load` takes, or of a published architecture ("sd14", "sdxl", ...).
 
     No weights are read, or downloaded.
     """
     if str(source) in ARCHITECTURES:
-        folder = architectures.folder(str(source))
-    else:
-        source = demo.MODEL if str(source) == "emoji" else source
-        folder = resolve(source, variant=variant, revision=revision, weights=False)
-    return diffusers.read_architecture(folder)
+        return diffusers.read_architecture(architectures.folder(str(source)))
+    source = demo.MODEL if str(source) == "emoji" else source
+    return diffusers.describe(source, variant=variant, revision=revision, config=config)
 
 
 def erase(
@@ -141,13 +147,14 @@ def default_config(source: str, method: str) -> str:
     return "esd_x" if method == "esd" else method
 
 
-def restore(folder: str | Path, step: int | None = None, *, base: str | Path | None = None) -> Pipeline:
+def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None) -> Pipeline:
     """The erased pipeline of a run's checkpoint, without the original process.
 
     Args:
       folder: the run's.
       step: of the checkpoint; by default the newest.
-      base: where the run's base lies now, if it has moved.
+      base: where the run's base lies now, if it has moved; or the base itself, if `load` needs more to read it than
+        the run's record says (`config` or `ema` of a single file).
     """
     folder = Path(folder).expanduser()
     if not (folder / "run.json").is_file():
@@ -158,10 +165,13 @@ def restore(folder: str | Path, step: int | None = None, *, base: str | Path | N
         sha256 = record["base_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
-    try:
-        loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
+    if isinstance(base, Pipeline):
+        loaded, base = base, base.provenance.source
+    else:
+        try:
+            loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
     if (found := diffusers.source_hash(loaded, "unet")) != sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
     net, tx = loaded.network("unet"), runs.transformation(plan)

@@ -26,24 +26,33 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Where a tensor lies: its safetensors file, and the key that the file gives it."""
+    """Where a tensor lies.
+
+    path, key: its safetensors file, and the name that the file gives it.
+    part: (i, n) if the file keeps n tensors of one shape below each other under that key, of which this is number i.
+    transposed: whether the file keeps a matrix as its transpose.
+    """
 
     path: Path
     key: str
+    part: tuple[int, int] = (0, 1)
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Where a pipeline came from and what was done to it.
 
-    source: what the user named (a folder, a hub id, "emoji"); folder: where its files lie.
+    source: what the user named (a folder, a hub id, "emoji", a single file); folder: where its files lie.
+    file: the one file that holds all weights, if they came from such a one; `folder` has then the configs alone.
     variant, revision: of the files, as diffusers means them.
-    tensors: "unet/NAME" -> file and key, so that full precision and untouched bytes can be read again.
+    tensors: "unet/NAME" -> its place, so that full precision and untouched bytes can be read again.
     erased: one record per erasure (concepts, method, settings, seed, versions), oldest first.
     """
 
     source: str
     folder: Path | None = None
+    file: Path | None = None
     variant: str | None = None
     revision: str | None = None
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)
@@ -74,12 +83,7 @@ class Pipeline:
     edits: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self):
-        unet, latents = self.configs["unet"], self.configs["vae"].latent_channels
-        if (unet.in_channels, unet.out_channels) != (latents, latents):
-            raise ValueError(
-                f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels} for a VAE of {latents}: "
-                "inpainting, upscaling and variance-predicting models are not implemented"
-            )
+        check_channels(self.configs)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -136,6 +140,16 @@ class Pipeline:
         """Images in [-1, 1] -> the mean of their latents, scaled as the UNet knows them."""
         mean = self.network("vae").apply(self.params["vae"], images, "encode").mean
         return vae.scale(self.configs["vae"], mean.astype(jnp.float32))
+
+
+def check_channels(configs: Mapping[str, NetworkConfig]) -> None:
+    """Raises ValueError for a UNet that takes or gives anything but the VAE's latents."""
+    unet, latents = configs["unet"], configs["vae"].latent_channels
+    if (unet.in_channels, unet.out_channels) != (latents, latents):
+        raise ValueError(
+            f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels} for a VAE of {latents}: "
+            "inpainting, upscaling and variance-predicting models are not implemented"
+        )
 
 
 @lru_cache(maxsize=32)

@@ -1,6 +1,7 @@
 """Prompts -> token ids -> Conditioning: the tokenizers, and what each family takes from its text encoders."""
 
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from esd_jax.models.architectures import clip_bpe
 from esd_jax.models.clip import CLIPOutput
 from esd_jax.models.unet import Conditioning
 
@@ -38,6 +40,13 @@ class Tokenizer:
         backend = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         limit = backend.model_max_length
         return cls(backend, min(limit, max_length) if limit else max_length)
+
+    @classmethod
+    def clip(cls, pad_token: str, max_length: int) -> "Tokenizer":
+        """CLIP's own, which the package carries, for checkpoints that come without one."""
+        with tempfile.TemporaryDirectory() as folder:
+            clip_bpe.write_files(Path(folder), pad_token)
+            return cls.from_folder(Path(folder), max_length)
 
     def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
         """Token ids, padded to `max_length`.

@@ -173,7 +173,7 @@ plt.show()
 # - None of them holds. From each, a patient attacker who has the weights gets the style back in most pictures.
 # - What differs is the attacker's effort, and more training does not mean more of it: though every layer of ESD-all has
 #   changed, the hasty attack is enough for it.
-# - A search has luck of its own: with two other seeds, the patient attack on ESD-x brought the style back in 100% and in
+# - A search has luck of its own: with two other seeds, the patient attack on ESD-x brought the style back in 100% and
 #   56% of the pictures. Do not rank two defences by one attack of each: the bars hold the chance of images alone.
 #
 # Of RECE one can see why. It replaces every key and value matrix $W_0$ by $W = W_0 (1 + E)^\top$, with one $E$, however

@@ -289,7 +289,7 @@ def test_the_source(sd1, tmp_path, monkeypatch):
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(ValueError, match=one_line("model.ckpt", "pickle")):
         io.load(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=one_line("model.safetensors", "not implemented", "diffusers folder")):
+    with pytest.raises(FileNotFoundError, match=one_line("no file", "model.safetensors")):
         io.load("model.safetensors")
     with pytest.raises(ValueError, match=one_line("model_index.json is a file")):
         io.load(sd1[0] / "model_index.json")

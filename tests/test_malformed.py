@@ -137,7 +137,9 @@ def a_way_out(path, rng):
     """A shard index whose shards lie elsewhere, or do not exist."""
     names = list(header_of(path)[0])
     path.unlink()
-    shard = rng.choice(["../vae/diffusion_pytorch_model.safetensors", "/etc/passwd", "a/../../x", "gone.safetensors", 7])
+    shard = rng.choice(
+        ["../vae/diffusion_pytorch_model.safetensors", "/etc/passwd", "a/../../x", "gone.safetensors", 7]
+    )
     weight_map = rng.choice([dict.fromkeys(names, shard), [], {}, None, {"x": [shard]}])
     path.with_name(path.name + ".index.json").write_text(json.dumps({"weight_map": weight_map}))
 

@@ -1,4 +1,4 @@
-"""diffusers folders -> `Pipeline`, and what a pipeline's source files say of its tensors."""
+"""Checkpoints on disk -> `Pipeline`, and what a pipeline's source files say of its tensors."""
 
 import hashlib
 import json
@@ -15,34 +15,20 @@ from jaxtyping import Array
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import folder as files
-from esd_jax.io import safetensors
+from esd_jax.io import ldm_file, safetensors, tensors
+from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
+from esd_jax.io.ldm import EMA, is_open_clip
+from esd_jax.models.architectures import clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.models.unet_config import UNetConfig
-from esd_jax.models.vae import VAEConfig
-from esd_jax.params import Params
-from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network
+from esd_jax.params import Network, Params
+from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, check_channels, network
 from esd_jax.text import Tokenizer
 
-__all__ = ["export", "load", "load_component", "read_exact", "source_hash"]
+__all__ = ["describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash"]
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None
-CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
-# Pipeline class -> component -> the classes it may have.
-PIPELINES = {
-    "StableDiffusionPipeline": {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-        "text_encoder": CLIP,
-    },
-    "StableDiffusionXLPipeline": {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-        "text_encoder": CLIP,
-        "text_encoder_2": CLIP,
-    },
-}
 
 
 def load(
@@ -52,15 +38,23 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     sharding: Placement = None,
+    config: str | Path | None = None,
+    ema: bool = False,
 ) -> Pipeline:
     """Reads a Stable Diffusion 1.x, 2.x or SDXL checkpoint.
 
     Args:
-      source: a diffusers folder, or a hub id ("org/name").
+      source: a diffusers folder, a hub id ("org/name"), or a single `.safetensors` file in the layout that A1111 and
+        ComfyUI open (see `io.ldm`).
       dtype: the compute dtype, to which every tensor is cast as it is read.
       variant: which weight files to read ("fp16"); None, those whose names carry no variant. Never chosen silently.
       revision: of a hub id: branch, tag or commit.
       sharding: where the tensors go: None, one sharding for all, or (name "unet/NAME", JAX shape) -> sharding.
+      config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
+        "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers. By
+        default the file's keys and shapes tell the architecture; see `io.ldm_file.scheduler_changes` for what the
+        network predicts.
+      ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
     Components that sampling needs not (safety checker, feature extractor, ...) are not read; `export` copies them.
 
@@ -70,23 +64,80 @@ def load(
     dtype = safetensors.read_dtype(dtype)
     if dtype == np.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1")
+    if ldm_file.is_single_file(source):
+        if variant or revision:
+            raise ValueError(f"variant and revision are for diffusers folders and hub ids, but {source} is a file")
+        return _load_file(Path(source).expanduser().absolute(), dtype, sharding, config, ema)
+    if config is not None or ema:
+        raise ValueError(f"config and ema are for single .safetensors files, but {source} is none")
     folder = resolve(source, variant=variant, revision=revision).absolute()
     index = files.read_json(folder / "model_index.json")
     configs, schedule = read_architecture(folder)
-    tokenizers = tuple(
-        Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer"), config.max_position_embeddings)
-        for name, config in configs.items()
-        if isinstance(config, CLIPTextConfig)
-    )
-    params, tensors, erased = {}, {}, {}
-    for name, config in configs.items():
-        params[name], sources, records = load_component(
-            folder, name, config, dtype=dtype, variant=variant, sharding=sharding
+    texts = {name: config for name, config in configs.items() if isinstance(config, CLIPTextConfig)}
+    tokenizers = tuple(read_tokenizer(folder, name, config) for name, config in texts.items())
+    params, sources, erased = {}, {}, {}
+    for name, network_config in configs.items():
+        params[name], found, records = load_component(
+            folder, name, network_config, dtype=dtype, variant=variant, sharding=sharding
         )
-        tensors |= {f"{name}/{tensor}": source for tensor, source in sources.items()}
+        sources |= {f"{name}/{tensor}": source for tensor, source in found.items()}
         erased |= {json.dumps(record, sort_keys=True): record for record in records}
-    provenance = Provenance(str(source), folder, variant, revision, tensors, tuple(erased.values()))
+    provenance = Provenance(
+        str(source), folder, variant=variant, revision=revision, tensors=sources, erased=tuple(erased.values())
+    )
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
+
+
+def describe(
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
+) -> tuple[dict[str, NetworkConfig], Schedule]:
+    """The networks' configs and the schedule of what `load` takes. No weights are read, or downloaded."""
+    if ldm_file.is_single_file(source):
+        header = safetensors.read_header(Path(source).expanduser().absolute())
+        return _file_architecture(header, ldm_file.config_folder(header, config), config)
+    return read_architecture(resolve(source, variant=variant, revision=revision, weights=False))
+
+
+def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | Path | None, ema: bool) -> Pipeline:
+    header = safetensors.read_header(path)
+    folder = ldm_file.config_folder(header, config)
+    configs, schedule = _file_architecture(header, folder, config)
+    check_channels(ldm_file.with_channels(header, configs))
+    sources = ldm_file.locate(header, configs, ema=ema)
+    # What else the folder names (a safety checker, ...) is no part of the file.
+    index = dict(files.read_json(folder / "model_index.json"))
+    texts = {name: config for name, config in configs.items() if isinstance(config, CLIPTextConfig)}
+    known = {*configs, "scheduler", *(tokenizer_of(name) for name in texts)}
+    index |= {name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in known}
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    tokenizers = tuple(_file_tokenizer(folder, name, config) for name, config in texts.items())
+    params = {}
+    for name, network_config in configs.items():
+        net = network(network_config, dtype.name)
+        places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
+        params[name] = _read_network(name, net, places, dtype, sharding)
+    provenance = Provenance(str(path), folder, path, tensors=sources, erased=tuple(files.read_records(header)))
+    return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
+
+
+def _file_architecture(
+    header: safetensors.Header, folder: Path, config: str | Path | None
+) -> tuple[dict[str, NetworkConfig], Schedule]:
+    configs, schedule = read_architecture(folder)
+    return configs, Schedule.from_config({**schedule.config, **ldm_file.scheduler_changes(header, config)})
+
+
+def _file_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:
+    """The config folder's tokenizer, or CLIP's own, with the padding that goes with the text encoder's training."""
+    if (folder / tokenizer_of(text_encoder)).is_dir():
+        return read_tokenizer(folder, text_encoder, config)
+    if config.vocab_size != clip_bpe.VOCAB_SIZE:
+        raise FileNotFoundError(
+            f"{folder} has no {tokenizer_of(text_encoder)}, and {text_encoder} with {config.vocab_size} tokens does "
+            f"not read CLIP's: add the tokenizer's files to it"
+        )
+    return Tokenizer.clip("!" if is_open_clip(config) else clip_bpe.END, config.max_position_embeddings)
 
 
 def load_component(
@@ -105,16 +156,16 @@ def load_component(
     """
     net = network(config, jnp.dtype(dtype).name)
     headers = [safetensors.read_header(path) for path in files.weight_files(folder / component, variant)]
-    places: dict[str, tuple[safetensors.Header, str]] = {}
+    places: dict[str, tuple[safetensors.Header, TensorFile]] = {}
     for header in headers:
         for key in header.entries:
             name = files.tensor_name(component, key)
             if name in places:
-                raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1]!r} and {key!r}")
+                raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
             if name is not None:
-                places[name] = (header, key)
-    expected = {name: safetensors.file_shape(s.shape, net.layouts[name]) for name, s in net.shapes.items()}
-    found = {name: header.entries[key].shape for name, (header, key) in places.items()}
+                places[name] = (header, TensorFile(header.path, key))
+    expected = tensors.torch_shapes(net)
+    found = {name: tensors.found_shape(header, source) for name, (header, source) in places.items()}
     files.check_names(component, found, expected)
     for name, shape in expected.items():
         if found[name] != shape:
@@ -122,12 +173,9 @@ def load_component(
                 f"{component}: tensor {name!r} has shape {found[name]} in {places[name][0].path}, but config.json "
                 f"needs {shape}"
             )
-    params = {}
-    for name in net.shapes:
-        array = read_tensor(*places[name], net.layouts[name], dtype)
-        params[name] = _place(array, f"{component}/{name}", sharding)
+    params = _read_network(component, net, places, dtype, sharding)
     records = [record for header in headers for record in files.read_records(header)]
-    return params, {name: TensorFile(h.path, key) for name, (h, key) in places.items()}, records
+    return params, {name: source for name, (_, source) in places.items()}, records
 
 
 def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
@@ -141,31 +189,23 @@ def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
         raise ValueError(f"{folder} and the base have UNets of different architectures")
     params, sources, records = load_component(folder.parent, folder.name, config, dtype=base.dtype)
     others = {name: source for name, source in base.provenance.tensors.items() if not name.startswith("unet/")}
-    tensors = others | {f"unet/{name}": source for name, source in sources.items()}
-    provenance = replace(base.provenance, source=str(folder), tensors=tensors, erased=tuple(records))
+    located = others | {f"unet/{name}": source for name, source in sources.items()}
+    provenance = replace(base.provenance, source=str(folder), tensors=located, erased=tuple(records))
     return replace(base, params={**base.params, "unet": params}, provenance=provenance, edits={})
 
 
-def read_architecture(folder: Path) -> tuple[dict[str, NetworkConfig], Schedule]:
-    """The networks' configs, by component, and the schedule of a diffusers folder; it may lack weights."""
-    components = _components(folder, files.read_json(folder / "model_index.json"))
-    configs = {name: read_config(folder, name, kind) for name, kind in components.items()}
-    return configs, Schedule.from_config(files.read_json(folder / "scheduler" / "scheduler_config.json"))
-
-
-def read_config(folder: Path, component: str, kind: str) -> NetworkConfig:
-    """Reads a component's `config.json`; `kind` is its class in `model_index.json`, which decides what is built."""
-    config = files.read_json(folder / component / "config.json")
-    if kind in CLIP:
-        return CLIPTextConfig.from_dict({**config, "architectures": [kind]})
-    return (UNetConfig if component == "unet" else VAEConfig).from_dict(config)
-
-
-def read_tensor(header: safetensors.Header, key: str, layout: str, dtype: Any) -> np.ndarray:
-    """One tensor of a file in JAX layout and `dtype`, in memory of its own."""
-    # Cast before transposing: the transposition then moves half the bytes.
-    array = safetensors.read(header, key).astype(dtype, copy=False)
-    return np.ascontiguousarray(safetensors.from_file(array, layout))
+def _read_network(
+    component: str,
+    net: Network,
+    places: Mapping[str, tuple[safetensors.Header, TensorFile]],
+    dtype: Any,
+    sharding: Placement,
+) -> Params:
+    params = {}
+    for name, shape in net.shapes.items():
+        array = tensors.read_jax(*places[name], shape.shape, net.layouts[name], dtype)
+        params[name] = _place(array, f"{component}/{name}", sharding)
+    return params
 
 
 def unmodified(pipeline: Pipeline) -> Pipeline:
@@ -208,8 +248,9 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
         elif source := pipeline.provenance.tensors.get(name):
             if source.path not in headers:
                 headers[source.path] = safetensors.read_header(source.path)
-            layout = pipeline.network(component).layouts[tensor]
-            array = read_tensor(headers[source.path], source.key, layout, np.float32)
+            net = pipeline.network(component)
+            shape, layout = net.shapes[tensor].shape, net.layouts[tensor]
+            array = tensors.read_jax(headers[source.path], source, shape, layout, np.float32)
         else:
             array = pipeline.params[component][tensor].astype(jnp.float32)
         exact[name] = _place(array, name, sharding)
@@ -217,30 +258,18 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
 
 
 def source_hash(pipeline: Pipeline, component: str = "unet") -> str:
-    """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal."""
-    tensors = pipeline.provenance.tensors
-    paths = {source.path for name, source in tensors.items() if name.startswith(component + "/")}
+    """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
+
+    A moving average, which lies in the same file as what it averages, has another one.
+    """
+    sources = pipeline.provenance.tensors
+    paths = {source.path for name, source in sources.items() if name.startswith(component + "/")}
     if not paths:
         raise ValueError(f"{component!r} was not read from files, so they have no hash")
     stats = [(path, path.stat()) for path in sorted(paths)]
-    return _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
-
-
-def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """The networks that `model_index.json` names, with their classes; refuses by name what is not implemented."""
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise ValueError(f"{folder} holds a {kind}, which is not implemented (only {', '.join(PIPELINES)} are)")
-    if outside := [name for name in index if Path(name).name != name]:  # it would lead an export out of its folder
-        raise ValueError(f"{folder}/model_index.json names a component outside its folder: {outside[0]!r}")
-    components = {}
-    for name, allowed in PIPELINES[kind].items():
-        entry = index.get(name)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if found not in allowed:
-            raise ValueError(f"{folder}: component {name} is a {found}, which is not implemented (only {allowed} are)")
-        components[name] = found
-    return components
+    digest = _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    averaged = any(name.startswith(component + "/") and source.key.startswith(EMA) for name, source in sources.items())
+    return hashlib.sha256(f"{digest} {EMA}".encode()).hexdigest() if averaged else digest
 
 
 def _place(array: np.ndarray | Array, name: str, sharding: Placement) -> Array:

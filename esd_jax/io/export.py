@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -11,12 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from esd_jax.io import folder as files
-from esd_jax.io import safetensors
+from esd_jax.io import new_folder, safetensors
+from esd_jax.io.tensors import check_edits
 from esd_jax.pipeline import Pipeline
 
 
 def export(
-    pipeline: Pipeline, path: str | Path, *, overwrite: bool = False, metadata: Mapping[str, str] | None = None
+    pipeline: Pipeline,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Writes a checkpoint as diffusers opens it.
 
@@ -28,34 +36,46 @@ def export(
     other formats, and all weights but the variant that was loaded: a stale one next to an erased one would be a trap.
     A safety checker that exists only as a pickle is taken out of `model_index.json`, with a warning.
 
+    A checkpoint that was read from a single file gets a new folder: the configs that it was read with, CLIP's tokenizer
+    if they came without one, and its weights, tensor by tensor, in the file's dtypes.
+
     Args:
       pipeline: `pipeline.edits` is what differs from the source; its compute dtype does not matter.
       path: the new folder. It appears complete or not at all.
       overwrite: lets a diffusers folder at `path` be replaced, once the new one is complete.
       metadata: more metadata for the rewritten files.
+      max_shard_size: of a new folder: bytes of tensors in one weight file, beyond which a network is written as several
+        with an index. By default each network is one file.
+      variant: of a new folder: goes into the names of its weight files ("fp16"); it changes no dtype.
 
     Raises:
       FileNotFoundError, ValueError: nothing to copy from, `path` is taken, or a tensor is NaN or beyond its dtype.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path = Path(path).expanduser()
-    source = pipeline.provenance.folder
+    source, file = pipeline.provenance.folder, pipeline.provenance.file
     if source is None or not source.is_dir():
         raise FileNotFoundError(f"the folder that the checkpoint was read from is needed for export: {source}")
+    if file is None and (max_shard_size is not None or variant is not None):
+        raise ValueError("max_shard_size and variant are for checkpoints read from a single file; a folder keeps its")
+    if max_shard_size is not None and max_shard_size <= 0:
+        raise ValueError(f"max_shard_size={max_shard_size} is no number of bytes")
+    if variant is not None and not re.fullmatch(r"\w+", variant):
+        raise ValueError(f"variant={variant!r} is no word that a file's name can hold, such as 'fp16'")
     _check_target(path, source, overwrite)
-    networks = {component: pipeline.network(component) for component in pipeline.params}
-    shapes = {f"{component}/{name}": s.shape for component, net in networks.items() for name, s in net.shapes.items()}
-    for name, value in pipeline.edits.items():
-        if name not in shapes:
-            raise ValueError(f"the checkpoint has no tensor {name!r}, so its edit cannot be exported")
-        if value.shape != shapes[name]:
-            raise ValueError(f"the edit of {name!r} has shape {value.shape}, not {shapes[name]}")
+    if file and file.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{path} holds the file that the checkpoint was read from: export elsewhere")
+    check_edits(pipeline)
+    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with safetensors.writing(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _fill(partial, pipeline, source, {**files.write_records(pipeline.provenance.erased), **(metadata or {})})
+            if file:
+                new_folder.build(partial, pipeline, told, max_shard_size=max_shard_size, variant=variant)
+            else:
+                _fill(partial, pipeline, source, told)
             _move_into_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

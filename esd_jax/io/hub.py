@@ -32,7 +32,7 @@ def resolve(
             raise ValueError(f"revision={revision!r} is for models on the hub, but {path} is a local folder")
         return path
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path}: reading single .safetensors files is not implemented; give a diffusers folder")
+        raise ValueError(f"{path} is a single .safetensors file; here a diffusers folder or a hub id is needed")
     if path.is_file():
         refuse_pickle(path)
         raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")

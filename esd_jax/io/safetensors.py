@@ -98,14 +98,15 @@ def read_header(path: Path) -> Header:
     return Header(path, 8 + length, entries, metadata)
 
 
-def read_bytes(header: Header, key: str) -> np.ndarray:
-    """A tensor's bytes, uint8 [n], whatever its dtype."""
-    entry = header.entries[key]
-    return np.fromfile(header.path, np.uint8, count=entry.stop - entry.start, offset=header.data + entry.start)
+def read_bytes(header: Header, key: str, part: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """A tensor's bytes, uint8 [n], whatever its dtype; `part` = (i, n) reads the i-th of n equal pieces alone."""
+    entry, (i, n) = header.entries[key], part
+    size = (entry.stop - entry.start) // n
+    return np.fromfile(header.path, np.uint8, count=size, offset=header.data + entry.start + i * size)
 
 
-def read(header: Header, key: str) -> np.ndarray:
-    """A tensor in torch layout and the file's dtype.
+def read(header: Header, key: str, part: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """A tensor, or the i-th of n equal pieces of its rows, as the file has it.
 
     Raises ValueError for a dtype that no weight here has, and for NaN or infinity: a network with one draws nothing.
     """
@@ -113,10 +114,15 @@ def read(header: Header, key: str) -> np.ndarray:
     if entry.dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise ValueError(f"{header.path}: {key!r} has dtype {entry.dtype}, which is not implemented (only {known} are)")
-    array = read_bytes(header, key).view(DTYPES[entry.dtype]).reshape(entry.shape)
+    array = read_bytes(header, key, part).view(DTYPES[entry.dtype]).reshape(rows(entry.shape, part))
     if not np.isfinite(array).all():
         raise ValueError(f"{header.path}: {key!r} holds NaN or infinity: copy or download the file again")
     return array
+
+
+def rows(shape: tuple[int, ...], part: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of one of n equal pieces of a tensor's rows."""
+    return shape if part[1] == 1 else (shape[0] // part[1], *shape[1:])
 
 
 def write(

@@ -1,0 +1,174 @@
+"""What a single-file checkpoint is, and where its tensors lie in it."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd_jax.io import ldm, safetensors, tensors
+from esd_jax.io.hub import resolve
+from esd_jax.io.safetensors import Header
+from esd_jax.models import architectures
+from esd_jax.models.architectures import ARCHITECTURES
+from esd_jax.models.clip import CLIPTextConfig
+from esd_jax.models.vae import VAEConfig
+from esd_jax.pipeline import NetworkConfig, TensorFile, network
+
+# Width of the text that the UNet's cross-attention reads -> the published architecture that has it.
+WIDTHS = {768: "sd14", 1024: "sd21", 2048: "sdxl"}
+# The step count that Stability's SD 2 base (512 px, which predicts eps) carries; diffusers tells it by this, too.
+SD2_BASE_STEPS = 875000
+PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+def is_single_file(source: str | Path) -> bool:
+    """Whether a source names a single file, which may not exist."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() == ".safetensors" and not path.is_dir()
+
+
+def config_folder(header: Header, config: str | Path | None) -> Path:
+    """The folder of config files that a single file needs.
+
+    Args:
+      header: of the file.
+      config: a published architecture ("sd14", "sd21", "sd21-base", "sdxl"), or a diffusers folder or hub id of the
+        same architecture; None to tell one by the file's keys and shapes.
+
+    Raises ValueError for a file that is no checkpoint, or of a family that is not implemented.
+    """
+    if ldm.UNET + "input_blocks.0.0.weight" not in header.entries:
+        raise ValueError(f"{header.path} is no Stable Diffusion checkpoint: {_instead(header)}")
+    name = _recognise(header) if config is None else str(config)
+    folder = architectures.folder(name) if name in ARCHITECTURES else resolve(config, weights=False)
+    return folder.absolute()
+
+
+def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, Any]:
+    """What a file says of its noise schedule that its architecture's `scheduler_config.json` does not.
+
+    In this order: a `config` that was given is right; metadata (ModelSpec's `modelspec.prediction_type`); the keys
+    `v_pred` and `ztsnr`, by which ComfyUI tells an SDXL that predicts v, and one that was trained from pure noise. An
+    SD 2 that says nothing is taken to predict v, as diffusers takes it, with a warning.
+    """
+    if config is not None:
+        return {}
+    if said := PREDICTIONS.get(header.metadata.get(PREDICTION, "")):
+        changes: dict[str, Any] = {"prediction_type": said}
+    elif "v_pred" in header.entries:
+        changes = {"prediction_type": "v_prediction"}
+    elif _recognise(header) == "sd21":
+        if _global_step(header) == SD2_BASE_STEPS:
+            changes = {"prediction_type": "epsilon"}
+        else:
+            changes = {}
+            warnings.warn(
+                f"{header.path} does not say what it predicts: it is taken for v (768 px); if it predicts eps "
+                "(512 px, base), load it with config='sd21-base'",
+                stacklevel=4,
+            )
+    else:
+        changes = {}
+    if "ztsnr" in header.entries:  # the last timestep is pure noise, so sampling has to begin there
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
+
+
+def with_channels(header: Header, configs: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:
+    """The configs with as many channels of the UNet's input as the file has: 9 in an inpainting model."""
+    channels = header.entries[ldm.UNET + "input_blocks.0.0.weight"].shape[1]
+    return {**configs, "unet": replace(configs["unet"], in_channels=channels)}
+
+
+def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = False) -> dict[str, TensorFile]:
+    """ "unet/NAME" -> its place in a single file, for every tensor of the networks.
+
+    Keys that no network needs (`model_ema.*`, `alphas_cumprod`, SD 2's last text layer, ...) are left alone.
+
+    Args:
+      header: of the file.
+      configs: component -> config.
+      ema: take the UNet from its moving average, `model_ema.*`.
+
+    Raises ValueError, in one line, if a network is missing or of another shape.
+    """
+    path, entries, found, all_places = header.path, header.entries, {}, ldm.places(configs)
+    for component, config in configs.items():
+        places = {name: place for name, place in all_places.items() if name.startswith(f"{component}/")}
+        if component == "unet" and ema:
+            places = {name: ldm.Place(ldm.ema_key(place.key)) for name, place in places.items()}
+        shapes = tensors.torch_shapes(network(config, "float32"))
+        for name, place in places.items():
+            key = next((key for key in (place.key, _old_key(place.key)) if key in entries), None)
+            if key is not None:
+                found[name] = TensorFile(path, key, place.part, place.transposed)
+        missing = [name for name in places if name not in found]
+        if len(missing) == len(places):
+            raise ValueError(f"{path} holds no {_what(config, ema)}: give a complete checkpoint")
+        if missing:
+            raise _mismatch(path, component, f"{len(missing)} tensors are missing, first {places[missing[0]].key!r}")
+        for name, place in places.items():
+            shape = shapes[name.partition("/")[2]]
+            if not tensors.fits(tensors.found_shape(header, found[name]), shape):
+                key = found[name].key
+                said = f"{key!r} has shape {entries[key].shape}, not {place.whole_shape(shape)}"
+                raise _mismatch(path, component, said)
+    used = {source.key for source in found.values()}
+    if not ema and (unknown := next((k for k in entries if k.startswith(ldm.UNET) and k not in used), None)):
+        raise _mismatch(path, "unet", f"{unknown!r} is unknown")
+    return found
+
+
+def _recognise(header: Header) -> str:
+    """The published architecture whose UNet reads text of the file's width."""
+    keys = header.entries
+    to_k = next((key for key in keys if key.startswith(ldm.UNET) and key.endswith("attn2.to_k.weight")), None)
+    width = keys[to_k].shape[-1] if to_k else 0
+    edm = any(key.startswith(("edm_mean", "edm_vpred.")) for key in keys)  # Playground 2.5, CosXL
+    if width not in WIDTHS or edm:
+        known = ", ".join(f"{name} {width}" for width, name in WIDTHS.items())
+        what = "it is trained in EDM's parametrisation" if edm else f"its text is {width} wide"
+        raise ValueError(
+            f"{header.path} is of an unknown family: {what} ({known}); give a diffusers folder of its architecture "
+            "as config="
+        )
+    return WIDTHS[width]
+
+
+def _instead(header: Header) -> str:
+    keys = list(header.entries)
+    if any(".lora_" in key or "lora_unet" in key or ".lokr_" in key for key in keys):
+        return "it is a LoRA, a change to a checkpoint; merge it into one first"
+    if any(key.startswith(("down_blocks.", "encoder.", "text_model.")) for key in keys):
+        return "it is one network of a diffusers folder; give that folder, which holds model_index.json"
+    return f"it lacks {ldm.UNET}input_blocks.0.0.weight and begins with {keys[0]!r}" if keys else "it holds no tensors"
+
+
+def _old_key(key: str) -> str:
+    """CLIP's key as transformers before 4.0 named it, which some files still have."""
+    return key.replace(".transformer.text_model.", ".transformer.")
+
+
+def _what(config: NetworkConfig, ema: bool) -> str:
+    if isinstance(config, VAEConfig):
+        return f"VAE ({ldm.VAE}*)"
+    if isinstance(config, CLIPTextConfig):
+        return f"text encoder of this kind ({ldm.TEXT}* in SD 1 and SD 2, conditioner.* in SDXL)"
+    return f"moving average of its UNet ({ldm.EMA}*), so it cannot be loaded with ema=True" if ema else "UNet"
+
+
+def _mismatch(path: Path, component: str, said: str) -> ValueError:
+    return ValueError(
+        f"{path} is of another architecture than its config: {component}: {said}; give a diffusers folder of its "
+        "architecture as config="
+    )
+
+
+def _global_step(header: Header) -> int | None:
+    entry = header.entries.get("global_step")
+    if entry is None or entry.dtype != "I64" or entry.shape not in ((), (1,)):
+        return None
+    return int(safetensors.read_bytes(header, "global_step").view(np.int64)[0])

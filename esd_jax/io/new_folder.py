@@ -1,0 +1,85 @@
+"""A diffusers folder built anew, for a checkpoint that was read from a single file."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from esd_jax.io import safetensors, tensors
+from esd_jax.io.configs import tokenizer_of
+from esd_jax.io.ldm import is_open_clip
+from esd_jax.io.safetensors import DTYPES, Entry
+from esd_jax.models.architectures import clip_bpe
+from esd_jax.pipeline import Pipeline
+
+
+def build(
+    target: Path, pipeline: Pipeline, metadata: Mapping[str, str], *, max_shard_size: int | None, variant: str | None
+) -> None:
+    """Writes all of a checkpoint into the folder `target`, which exists; see `export`."""
+    source, headers = pipeline.provenance.folder, tensors.headers_of(pipeline)
+    _write_json(target / "model_index.json", pipeline.index)
+    (target / "scheduler").mkdir()
+    _write_json(target / "scheduler" / "scheduler_config.json", pipeline.schedule.config)
+    for component, config in pipeline.configs.items():
+        (target / component).mkdir()
+        shutil.copyfile(source / component / "config.json", target / component / "config.json")
+        text, net = component in pipeline.text_encoders, pipeline.network(component)
+        specs, names = {}, {}
+        for tensor, shape in tensors.torch_shapes(net).items():
+            # As the published models have it; readers of transformers 5 alone would do without.
+            key = f"text_model.{tensor}" if text and not tensor.startswith("text_projection") else tensor
+            names[key] = f"{component}/{tensor}"
+            specs[key] = (tensors.dtype_of(pipeline, headers, names[key]), shape)
+        edited = component == "unet" or any(name in pipeline.edits for name in names.values())
+        files = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
+        for file, entries in files.items():
+
+            def tensor(key: str, entries: dict[str, Entry] = entries, names: dict[str, str] = names) -> np.ndarray:
+                return tensors.export_value(pipeline, headers, names[key], entries[key].dtype)
+
+            safetensors.write(target / component / file, entries, tensor, metadata if edited else {})
+        if len(files) > 1:
+            _write_index(target / component, files, variant)
+        if text:
+            folder = tokenizer_of(component)
+            if (source / folder).is_dir():
+                shutil.copytree(source / folder, target / folder)
+            else:
+                clip_bpe.write_files(target / folder, "!" if is_open_clip(config) else clip_bpe.END)
+
+
+def _shards(
+    stem: str, specs: Mapping[str, tuple[str, tuple[int, ...]]], limit: int | None, variant: str | None
+) -> dict[str, dict[str, Entry]]:
+    """File name -> what it holds, each at most `limit` bytes of tensors, unless a single one is larger."""
+    order = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    size = 0
+    for key in order:
+        code, shape = specs[key]
+        more = int(np.prod(shape, dtype=np.int64)) * DTYPES[code].itemsize
+        if limit and shards[-1] and size + more > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = specs[key]
+        size += more
+    stem, n = stem + (f".{variant}" if variant else ""), len(shards)
+    names = [f"{stem}.safetensors"] if n == 1 else [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    return {name: safetensors.lay_out(shard) for name, shard in zip(names, shards, strict=True)}
+
+
+def _write_index(folder: Path, files: Mapping[str, Mapping[str, Entry]], variant: str | None) -> None:
+    """The list of shards, named as diffusers names it: "....safetensors.index.fp16.json"."""
+    total = sum(entry.stop - entry.start for entries in files.values() for entry in entries.values())
+    weight_map = {key: file for file, entries in files.items() for key in entries}
+    stem = next(iter(files)).partition(f".{variant}-" if variant else "-0")[0]
+    suffix = f".{variant}" if variant else ""
+    contents = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / f"{stem}.safetensors.index{suffix}.json", contents)
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,202 @@
+"""`Pipeline` -> the single `.safetensors` file that A1111 and ComfyUI open.
+
+Two ways lead there. With a file to start from, its edited tensors are substituted and all else stays as it is. From a
+diffusers folder, the file is built: the same values under the names of `io.ldm`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from esd_jax.io import folder as files
+from esd_jax.io import ldm, ldm_file, safetensors, tensors
+from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
+from esd_jax.pipeline import Pipeline, TensorFile
+
+# What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
+WEIGHTS = ("model.", ldm.EMA, ldm.VAE, ldm.TEXT, "conditioner.")
+
+
+def export_single(
+    pipeline: Pipeline,
+    path: str | Path,
+    *,
+    into: str | Path | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a checkpoint as one file.
+
+    For a pipeline that was read from a single file, or with `into`, that file is copied with the edited tensors in
+    place of its own: the same keys, order and dtypes, all other bytes untouched. Only the moving average of the UNet
+    (`model_ema.*`), if there is one, is left out once the UNet is edited: it would still draw what was erased. A
+    pipeline that was read from the moving average (`ema=True`) is written as the file's UNet.
+
+    A pipeline of a diffusers folder becomes a file of its own, tensor by tensor, in the folder's dtypes. It has what
+    the folder has: of SD 2's text encoder 23 layers, since the last one is never used.
+
+    Args:
+      pipeline: `pipeline.edits` is what differs from the source; its compute dtype does not matter.
+      path: the file to write, "....safetensors". It appears complete or not at all.
+      into: the single file that a folder was made from. It must be the same model: all tensors that are not edited
+        are compared with it, up to rounding where the dtypes differ, which reads both once.
+      dtype: of all weights in the file; by default those that the source has.
+      overwrite: lets a file at `path` be replaced.
+      metadata: more metadata than the records of what was erased.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing to copy from, `path` is taken, `into` is another model, or a tensor is
+        NaN or beyond its dtype.
+      OSError: one line: no permission, no space left, ... What was there is unchanged.
+    """
+    path = Path(path).expanduser()
+    base = pipeline.provenance.file if into is None else Path(into).expanduser().absolute()
+    code = None if dtype is None else CODES[safetensors.read_dtype(dtype)]
+    if not pipeline.provenance.tensors:
+        raise FileNotFoundError("the checkpoint was not read from files, and its own are needed to export it")
+    _check_target(pipeline, path, base, overwrite)
+    tensors.check_edits(pipeline)
+    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
+    headers = tensors.headers_of(pipeline)
+    if base is None:
+        _build(pipeline, headers, path, code, told)
+    else:
+        _substitute(pipeline, headers, safetensors.read_header(base), path, code, told)
+    return path
+
+
+def _check_target(pipeline: Pipeline, path: Path, base: Path | None, overwrite: bool) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a single file is a .safetensors file")
+    sources = {source.path.resolve() for source in pipeline.provenance.tensors.values()}
+    if path.resolve() in sources | ({base.resolve()} if base else set()):
+        raise ValueError(f"{path} is a file that the checkpoint is read from: export elsewhere")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
+
+
+def _substitute(
+    pipeline: Pipeline, headers: Mapping[Path, Header], base: Header, path: Path, code: str | None, told: dict[str, str]
+) -> None:
+    """Copies a single file, one tensor at a time, with the pipeline's tensors in place of those that differ."""
+    places = ldm_file.locate(base, pipeline.configs)
+    names = set(pipeline.edits)
+    if _read_from_ema(pipeline):
+        names |= {name for name in places if name.startswith("unet/")}
+    if base.path != pipeline.provenance.file:
+        _check_same(pipeline, headers, base, {name: place for name, place in places.items() if name not in names})
+    replaced: dict[str, list[str]] = {}
+    for name in sorted(names):
+        replaced.setdefault(places[name].key, []).append(name)
+    stale = ldm.EMA if any(name.startswith("unet/") for name in names) else None
+    entries = {key: entry for key, entry in base.entries.items() if not (stale and key.startswith(stale))}
+    if code or len(entries) != len(base.entries):
+        entries = _laid_out_anew(entries, code)
+
+    def tensor(key: str) -> np.ndarray:
+        same = entries[key].dtype == base.entries[key].dtype
+        if key not in replaced and same:
+            return safetensors.read_bytes(base, key)
+        array = safetensors.read(base, key)
+        array = array if same else safetensors.cast(key, array, entries[key].dtype)
+        for name in replaced.get(key, ()):
+            tensors.put(array, places[name], tensors.export_value(pipeline, headers, name, entries[key].dtype))
+        return array
+
+    # A hash of what the file held before is one no more.
+    kept = {name: text for name, text in base.metadata.items() if not ((names or code) and "hash" in name)}
+    _write(path, entries, tensor, {**kept, **told})
+
+
+def _build(
+    pipeline: Pipeline, headers: Mapping[Path, Header], path: Path, code: str | None, told: dict[str, str]
+) -> None:
+    """Writes a file of the pipeline's tensors alone, wide dtypes first (which aligns each), then by key."""
+    says = {kind: said for said, kind in ldm_file.PREDICTIONS.items()}
+    if (kind := pipeline.schedule.prediction_type) not in says:
+        raise ValueError(f"the checkpoint predicts {kind!r}, which no reader of single files knows")
+    places, shapes = ldm.places(pipeline.configs), {}
+    for component in pipeline.configs:
+        named = tensors.torch_shapes(pipeline.network(component))
+        shapes |= {f"{component}/{name}": shape for name, shape in named.items()}
+    stacked: dict[str, list[str]] = {}
+    for name, place in places.items():
+        stacked.setdefault(place.key, []).append(name)
+    specs = {}
+    for key, names in stacked.items():
+        found = {code or tensors.dtype_of(pipeline, headers, name) for name in names}
+        widest = max(found, key=lambda code: (DTYPES[code].itemsize, code))
+        specs[key] = (widest, places[names[0]].whole_shape(shapes[names[0]]))
+    specs |= {key: ("F32", (0,)) for key in _marks(pipeline)}
+    order = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
+    entries = safetensors.lay_out({key: specs[key] for key in order})
+
+    def tensor(key: str) -> np.ndarray:
+        entry = entries[key]
+        array = np.empty(entry.shape, DTYPES[entry.dtype])
+        for name in stacked.get(key, ()):
+            place = TensorFile(path, key, places[name].part, places[name].transposed)
+            tensors.put(array, place, tensors.export_value(pipeline, headers, name, entry.dtype))
+        return array
+
+    _write(path, entries, tensor, {ldm_file.PREDICTION: says[kind], **told})
+
+
+def _marks(pipeline: Pipeline) -> list[str]:
+    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one that was trained from pure noise."""
+    if len(pipeline.text_encoders) < 2 or pipeline.schedule.prediction_type != "v_prediction":
+        return []
+    return ["v_pred", *(["ztsnr"] if pipeline.schedule.option("rescale_betas_zero_snr", False) else [])]
+
+
+def _read_from_ema(pipeline: Pipeline) -> bool:
+    sources = pipeline.provenance.tensors
+    return any(name.startswith("unet/") and source.key.startswith(ldm.EMA) for name, source in sources.items())
+
+
+def _check_same(
+    pipeline: Pipeline, headers: Mapping[Path, Header], base: Header, places: Mapping[str, TensorFile]
+) -> None:
+    """Raises ValueError, naming the first, if one of the tensors in `places` has another value in `base`."""
+    for component in pipeline.configs:
+        for tensor, shape in tensors.torch_shapes(pipeline.network(component)).items():
+            if (name := f"{component}/{tensor}") not in places:
+                continue
+            theirs = tensors.read_torch(base, places[name], shape)
+            ours = tensors.export_value(pipeline, headers, name, tensors.dtype_of(pipeline, headers, name))
+            if not _same(ours, theirs):
+                raise ValueError(
+                    f"{base.path} is another model than {pipeline.provenance.source}: {name} differs (as "
+                    f"{places[name].key}); give the file it was made from as into=, or leave that out"
+                )
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are equal; up to the rounding of the coarser dtype, if they have two."""
+    if a.dtype == b.dtype:
+        return np.array_equal(a, b)
+    limits = max((ml_dtypes.finfo(x.dtype) for x in (a, b)), key=lambda limits: limits.eps)
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return bool((np.abs(a - b) <= float(limits.eps) * np.abs(b) + float(limits.smallest_subnormal)).all())
+
+
+def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, Entry]:
+    """The same tensors without gaps, weights in the dtype `code`; the keys and the bytes keep their order."""
+    moved, start = {}, 0
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        dtype, size = entry.dtype, entry.stop - entry.start
+        if code and dtype in DTYPES and key.startswith(WEIGHTS):
+            dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
+        moved[key] = Entry(dtype, entry.shape, start, start + size)
+        start += size
+    return {key: moved[key] for key in entries}
+
+
+def _write(path: Path, entries: Mapping[str, Entry], tensor: Any, metadata: Mapping[str, str]) -> None:
+    with safetensors.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.write(path, entries, tensor, metadata)

@@ -1,0 +1,96 @@
+"""One tensor out of its source file, and into another: which rows, which way up, in which dtype."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd_jax.io import safetensors
+from esd_jax.io.safetensors import Header
+from esd_jax.params import Network
+from esd_jax.pipeline import Pipeline, TensorFile
+
+
+def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
+    """name -> torch shape of a network's tensors."""
+    return {name: safetensors.file_shape(shape.shape, net.layouts[name]) for name, shape in net.shapes.items()}
+
+
+def found_shape(header: Header, source: TensorFile) -> tuple[int, ...]:
+    """The torch shape of a tensor as its file has it."""
+    shape = safetensors.rows(header.entries[source.key].shape, source.part)
+    return shape[::-1] if source.transposed else shape
+
+
+def fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same but for ones at their end: a 1x1 convolution holds the values of a matrix."""
+    n = min(len(found), len(expected))
+    return found[:n] == expected[:n] and all(size == 1 for size in found[n:] + expected[n:])
+
+
+def read_torch(header: Header, source: TensorFile, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in torch layout, of torch shape `shape`, in the file's dtype."""
+    array = safetensors.read(header, source.key, source.part)
+    return (array.T if source.transposed else array).reshape(shape)
+
+
+def read_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout: str, dtype: Any) -> np.ndarray:
+    """A tensor in JAX layout, of JAX shape `shape`, in `dtype` and in memory of its own."""
+    # Cast before transposing: the transposition then moves half the bytes.
+    array = read_torch(header, source, safetensors.file_shape(shape, layout)).astype(dtype, copy=False)
+    return np.ascontiguousarray(safetensors.from_file(array, layout))
+
+
+def put(array: np.ndarray, source: TensorFile, values: np.ndarray) -> None:
+    """Writes a tensor's values, in torch layout, to its place in `array`, which is all that lies under its key."""
+    i, n = source.part
+    rows = array.shape[0] // n
+    place = array[i * rows : (i + 1) * rows]
+    place[...] = (values.T if source.transposed else values).reshape(place.shape)
+
+
+def headers_of(pipeline: Pipeline) -> dict[Path, Header]:
+    """The header of every file that the pipeline was read from."""
+    paths = {source.path for source in pipeline.provenance.tensors.values()}
+    return {path: safetensors.read_header(path) for path in sorted(paths)}
+
+
+def dtype_of(pipeline: Pipeline, headers: Mapping[Path, Header], name: str) -> str:
+    """The dtype code in which a tensor's file has it."""
+    source = pipeline.provenance.tensors[name]
+    return headers[source.path].entries[source.key].dtype
+
+
+def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, dtype: str) -> np.ndarray:
+    """What an export writes for a tensor: as it was edited, else as its file has it.
+
+    Args:
+      pipeline: read from files, whose headers are `headers`.
+      name: "unet/NAME".
+      dtype: the code of the dtype to write.
+
+    Returns:
+      torch layout; untouched bits if the file has it in `dtype`.
+
+    Raises ValueError if an edit is not finite, or a value is beyond the range of `dtype`.
+    """
+    component, _, tensor = name.partition("/")
+    net = pipeline.network(component)
+    layout, shape = net.layouts[tensor], net.shapes[tensor].shape
+    if name in pipeline.edits:
+        return safetensors.cast(name, safetensors.to_file(np.asarray(pipeline.edits[name]), layout), dtype)
+    source = pipeline.provenance.tensors[name]
+    array = read_torch(headers[source.path], source, safetensors.file_shape(shape, layout))
+    return array if array.dtype == safetensors.DTYPES[dtype] else safetensors.cast(name, array, dtype)
+
+
+def check_edits(pipeline: Pipeline) -> None:
+    """Raises ValueError for an edit whose name or shape the checkpoint does not have."""
+    for name, value in pipeline.edits.items():
+        component, _, tensor = name.partition("/")
+        shapes = pipeline.network(component).shapes if component in pipeline.params else {}
+        if tensor not in shapes:
+            raise ValueError(f"the checkpoint has no tensor {name!r}, so its edit cannot be exported")
+        if value.shape != shapes[tensor].shape:
+            raise ValueError(f"the edit of {name!r} has shape {value.shape}, not {shapes[tensor].shape}")
