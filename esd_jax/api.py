@@ -10,9 +10,14 @@ import jax.numpy as jnp
 
 from esd_jax import demo, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.io import delta, diffusers
+from esd_jax.io import diffusers
 from esd_jax.io import folder as files
+from esd_jax.io.delta import load_delta
+from esd_jax.io.difference import apply_difference, is_difference
 from esd_jax.io.diffusers import export
+from esd_jax.io.ldm import UNET
+from esd_jax.io.lora_merge import is_lora, merge_lora
+from esd_jax.io.safetensors import read_header
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
@@ -126,18 +131,30 @@ def erase(
 
 
 def opened(base: Pipeline, path: str | Path) -> Pipeline:
-    """What was erased from a base: a run's folder, a delta file, a diffusers folder, or the folder of a UNet alone.
+    """What was erased from a base, whatever it lies in.
+
+    Args:
+      base: what it was erased from.
+      path: a run's folder, a diffusers folder (of a UNet alone, or of all), or a .safetensors file: a delta, a
+        difference, a LoRA, or a single-file checkpoint.
 
     Raises FileNotFoundError, ValueError as their readers do.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".safetensors":
-        return delta.load_delta(base, path)
-    if (path / "run.json").is_file():
-        return restore(path)
-    if (path / "config.json").is_file():
-        return diffusers.with_unet(base, path)
-    return diffusers.load(path, dtype=base.dtype)
+    if path.suffix != ".safetensors":
+        if (path / "run.json").is_file():
+            return restore(path, base=base)
+        if (path / "config.json").is_file():
+            return diffusers.with_unet(base, path)
+        return diffusers.load(path, dtype=base.dtype)
+    header = read_header(path)
+    if is_difference(header):
+        return apply_difference(base, path)
+    if is_lora(header):
+        return merge_lora(base, path)
+    if any(key.startswith(UNET) for key in header.entries):
+        return diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+    return load_delta(base, path)
 
 
 def default_config(source: str, method: str) -> str:

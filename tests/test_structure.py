@@ -20,7 +20,7 @@ FLOORS = [
     {"sampling"},
     {"demo", "training", "io"},
     {"recipe", "evaluation"},
-    {"runs"},
+    {"exports", "runs"},
     {"api"},
     {"dossier", "search"},
     {"cli", "__init__"},

@@ -1,43 +1,95 @@
-"""`esd-jax export`: write a run's checkpoint, or a base with deltas, as a diffusers folder or a delta."""
+"""`esd-jax export`: write a run's checkpoint, or a base with what was erased from it, in any format."""
+
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
 
+FORMATS = ("folder", "single", "delta", "difference", "lora", "kohya", "orbax")
 USAGE = """\
-  esd-jax export  --run=RUN [--base=BASE] | --base=BASE --delta=FILE   write a run's checkpoint, or what a delta makes
-                  --output=OUTPUT [--format=folder|delta]"""
+  esd-jax export  --run=RUN [--base=BASE] | --base=BASE --delta=FILE | --base=BASE --merge=FILE*STRENGTH ...
+                  --output=OUTPUT [--format=folder|single|delta|difference|lora|kohya|orbax|all] [--strength=0.8]
+                                           write a run's checkpoint, or a base with what was erased from it"""
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint is exported.", flag_values=values)
     flags.DEFINE_integer("step", None, "With --run: the checkpoint of this step.", flag_values=values)
     flags.DEFINE_string(
-        "base", None, "The checkpoint that --delta changes; with --run: where its base lies now.", flag_values=values
+        "base", None, "What --delta or --merge changes; with --run: where its base lies now.", flag_values=values
     )
     flags.DEFINE_multi_string("delta", [], "With --base: an ESD delta file to apply.", flag_values=values)
-    flags.DEFINE_string("output", None, "Where to: a folder, or a .safetensors file.", flag_values=values)
-    flags.DEFINE_enum("format", "folder", ["folder", "delta"], "diffusers folder or ESD delta.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "merge",
+        [],
+        "With --base: a delta, difference, LoRA, run or folder, with a strength after '*' (cat.safetensors*0.8): "
+        "their changes are summed.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output", None, "Where to: a folder or a .safetensors file; of several formats, a folder.", flag_values=values
+    )
+    flags.DEFINE_list("format", ["folder"], f"{', '.join(FORMATS)}; several, or all.", flag_values=values)
+    flags.DEFINE_float("strength", 1.0, "How much of the change is written: 0 is the base.", flag_values=values)
+    flags.DEFINE_string(
+        "into", None, "single: the base's own single file, whose other keys are kept.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "dtype", None, "delta, difference, lora, kohya: float32, float16 or bfloat16.", flag_values=values
+    )
+    flags.DEFINE_integer("rank", None, "lora, kohya: the rank of every matrix.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float(
+        "energy", None, "lora, kohya: the least rank that keeps this share of a change.", flag_values=values
+    )
+    flags.DEFINE_bool("verify", True, "Read again what was written, and compare it with memory.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, dossier
-    from esd_jax.io import delta
+    from esd_jax import dossier, exports
+    from esd_jax.io.diffusers import with_strength
 
-    output = common.output(values)
-    if not values.run and not (values.base and values.delta):
-        raise ValueError("export needs --run, or --base and at least one --delta")
+    several = "all" in values.format or len(values.format) > 1
+    formats = FORMATS if "all" in values.format else tuple(values.format)
+    output = Path(common.required(values, "output")).expanduser() if several else common.output(values)
+    if not values.run and not (values.base and (values.delta or values.merge)):
+        raise ValueError("export needs --run, or --base and at least one --delta or --merge")
     if values.step is not None and not values.run:
         raise ValueError("--step names a run's checkpoint: it needs --run")
-    if values.format == "folder" and output.suffix == ".safetensors":
-        raise ValueError(f"{output} is a file's name: give --format=delta, or a folder's name")
+    is_file, to_file = output.suffix == ".safetensors", not several and formats[0] not in ("folder", "orbax")
+    if is_file != to_file:
+        raise ValueError(
+            f"{output}: format {formats[0]!r} is written to a {'.safetensors file' if to_file else 'folder'}"
+        )
     pipeline = common.model(values, values.step)
-    write = api.export if values.format == "folder" else delta.export_delta
+    pipeline = _merged(pipeline, values.merge) if values.merge else pipeline
+    pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)
     # What is known of a run is known of its newest checkpoint alone.
-    known = values.run and values.step is None and not values.delta
-    print(write(pipeline, output, overwrite=values.overwrite, metadata=dossier.facts(values.run) if known else None))
+    known = values.run and values.step is None and not (values.delta or values.merge) and values.strength == 1
+    options = {
+        name: values[name].value for name in ("into", "dtype", "rank", "energy") if values[name].value is not None
+    }
+    options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
+    if several:
+        for written in exports.export_all(pipeline, output, formats, **options):
+            common.say(str(written))
+    else:
+        common.say(str(exports.export(pipeline, output, formats[0], **options)))
+
+
+def _merged(base: Any, parts: list[str]) -> Any:
+    """The base with the sum of what several erasures changed; says where they disagree."""
+    from esd_jax import api
+    from esd_jax.io import merge
+
+    pairs = [part.rpartition("*") if "*" in part else (part, "*", "1") for part in parts]
+    sources = [(api.opened(base, path), common.number("strength", strength)) for path, _, strength in pairs]
+    merged, conflicts = merge.merge(base, sources)
+    common.say(str(conflicts))
+    return merged
 
 
 VERB = Verb(USAGE, define, run)

@@ -14,6 +14,7 @@ import numpy as np
 
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors
+from esd_jax.io.difference import is_difference
 from esd_jax.pipeline import Pipeline
 from esd_jax.selection import REGEX
 
@@ -86,6 +87,8 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
     net = pipeline.network("unet")
     if not header.entries:
         raise ValueError(f"{path} holds no tensors")
+    if is_difference(header):
+        raise ValueError(f"{path} is a difference file, whose values are added: it is no delta")
     if unknown := sorted(header.entries.keys() - net.shapes.keys()):
         raise ValueError(f"{path} holds a tensor that the UNet does not have: {unknown[0]!r}")
     edits = {}

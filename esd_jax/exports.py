@@ -1,0 +1,292 @@
+"""An erased checkpoint written in the formats that people use, and read again to see that it is what memory holds."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from esd_jax.io import delta, difference, diffusers, lora, lora_merge, safetensors, single_file, tensors
+from esd_jax.io import folder as files
+from esd_jax.io.diffusers import read_exact, unmodified
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+from esd_jax.training import checkpoint
+
+DTYPES = ("float32", "float16", "bfloat16")
+STEPS = 4  # of the sampler, for the image that is compared
+AT_ONCE = 64  # tensors that are compared at a time
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form in which a checkpoint is written.
+
+    what: it, in words. options: what `write` takes besides `overwrite` and `metadata`.
+    write: (pipeline, path, **options) -> the path, or what could not be carried.
+    read: (the base, path) -> the pipeline that a user of the file has.
+    ending: of the file's name, after the checkpoint's.
+    whole: whether it holds the whole checkpoint, not the change alone.
+    exact: whether it carries every trained tensor, rounded to the file's dtype.
+    """
+
+    what: str
+    write: Callable[..., Any]
+    read: Callable[[Pipeline, Path], Pipeline]
+    ending: str
+    options: tuple[str, ...] = ()
+    whole: bool = False
+    exact: bool = True
+
+
+def _load(base: Pipeline, path: Path) -> Pipeline:
+    return diffusers.load(path, dtype=base.dtype, variant=base.provenance.variant if path.is_dir() else None)
+
+
+def _load_single(base: Pipeline, path: Path) -> Pipeline:
+    return diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+
+
+def _lora(style: str) -> Callable[..., Any]:
+    return lambda pipeline, path, **options: lora.export_lora(pipeline, path, style=style, **options)
+
+
+def _write_orbax(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[str, str] | None = None) -> Path:
+    """The whole UNet by diffusers' names, in JAX's layouts: trained tensors in float32, others as in their file."""
+    if path.exists():
+        if not overwrite:
+            raise ValueError(f"{path} exists: pass overwrite=True to replace it, or choose another name")
+        checkpoint.load_tree(path)  # nothing else is replaced
+        shutil.rmtree(path)
+    names = [f"unet/{name}" for name in pipeline.params["unet"]]
+    if others := sorted(pipeline.edits.keys() - set(names)):
+        raise ValueError(f"this holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
+    tree = {name: np.asarray(value) for name, value in read_exact(pipeline, names).items()}
+    headers = tensors.headers_of(pipeline)
+    for name in names:
+        if name not in pipeline.edits:  # exact: it came from there
+            tree[name] = tree[name].astype(safetensors.DTYPES[tensors.dtype_of(pipeline, headers, name)])
+    meta = {"erased": json.loads(json.dumps(list(pipeline.provenance.erased), default=str))}
+    meta |= {"edited": sorted(pipeline.edits), "base_sha256": diffusers.source_hash(pipeline), **(metadata or {})}
+    checkpoint.save_tree(path, tree, meta)
+    return path
+
+
+def _read_orbax(base: Pipeline, path: Path) -> Pipeline:
+    tree, meta = checkpoint.load_tree(path)
+    if (found := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
+        raise ValueError(f"{path} was made of another base: its UNet has sha256 {expected}, not {found}")
+    erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
+    provenance = dataclasses.replace(base.provenance, erased=tuple(meta["erased"]))
+    return dataclasses.replace(erased, provenance=provenance)
+
+
+FORMATS: Mapping[str, Format] = {
+    "folder": Format("diffusers folder", diffusers.export, _load, "", whole=True),
+    "single": Format(
+        "single file for A1111 and ComfyUI", single_file.export_single, _load_single, ".safetensors",
+        options=("into",), whole=True,
+    ),
+    "delta": Format(
+        "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors", options=("dtype",)
+    ),
+    "difference": Format(
+        "difference to the base, with a strength knob", difference.export_difference, difference.apply_difference,
+        "-difference.safetensors", options=("dtype",), exact=False,
+    ),
+    "lora": Format(
+        "LoRA for diffusers", _lora("diffusers"), lora_merge.merge_lora, "-lora.safetensors",
+        options=("rank", "energy", "dtype"), exact=False,
+    ),
+    "kohya": Format(
+        "LoRA for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
+        options=("rank", "energy", "dtype"), exact=False,
+    ),
+    "orbax": Format("Orbax tree of the UNet", _write_orbax, _read_orbax, "-orbax"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and what reading it again has shown.
+
+    carried: the share of the change, as a sum of squares, that the file has: 1 - |memory - file|^2 / |change|^2.
+    dtypes: in which the trained tensors lie; empty for a format that holds something else.
+    changed, others: how many tensors were compared: the trained ones, and those that must be as they were.
+    levels: the greatest difference, of 255, between the images that memory and the file draw.
+    report: the writer's own words about what it could not carry.
+    """
+
+    format: str
+    path: Path
+    carried: float | None = None
+    dtypes: tuple[str, ...] = ()
+    changed: int = 0
+    others: int = 0
+    levels: int | None = None
+    report: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}  {FORMATS[self.format].what}, {_size(self.path)}"]
+        if self.carried is not None:
+            kept = f", {self.others} others as they were" if self.others else ""
+            within = f" in {' and '.join(self.dtypes)}" if self.dtypes else f", {self.carried:.4%} of the change"
+            image = f"; the same image within {self.levels} of 255" if FORMATS[self.format].exact else ""
+            image = image or f"; an image differs by up to {self.levels} of 255"
+            lines.append(f"  verified: {self.changed} trained tensors{within}{kept}{image}")
+        return "\n".join([*lines, *(f"  {line}" for line in self.report.splitlines())])
+
+
+def export(
+    pipeline: Pipeline,
+    path: str | Path,
+    format: str = "folder",
+    *,
+    verify: bool = False,
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Written:
+    """Writes a checkpoint.
+
+    Args:
+      pipeline: an erased checkpoint.
+      path: the folder or file.
+      format: one of `FORMATS`.
+      verify: read it again and compare; see `verified`.
+      overwrite: lets what is at `path` be replaced.
+      metadata: more metadata than the records of what was erased.
+      **options: of the format: into, dtype, rank, energy.
+
+    Raises:
+      ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which
+        case nothing is left at `path`.
+      OSError: one line: no permission, no space left, ...
+    """
+    path = Path(path).expanduser()
+    kind = _format(format)
+    if unknown := sorted(name for name in options if name not in kind.options):
+        fits = ", ".join(name for name, other in FORMATS.items() if unknown[0] in other.options)
+        raise ValueError(f"format {format!r} takes no {unknown[0]}" + (f"; {fits} do" if fits else ""))
+    told = kind.write(pipeline, path, overwrite=overwrite, metadata=metadata, **options)
+    report = "" if isinstance(told, Path) else str(told)
+    if not verify:
+        return Written(format, path, report=report)
+    try:
+        return verified(pipeline, path, format, report)
+    except BaseException:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def export_all(
+    pipeline: Pipeline, folder: str | Path, formats: Iterable[str] = tuple(FORMATS), **options: Any
+) -> list[Written]:
+    """Writes a checkpoint in several formats into one folder, named after the base and what was erased.
+
+    Args: as in `export`; each format takes those of the options that it knows.
+    """
+    folder, stem, made = Path(folder).expanduser(), name_of(pipeline), []
+    general = {name: options.pop(name) for name in ("verify", "overwrite", "metadata") if name in options}
+    for name in formats:
+        own = {option: value for option, value in options.items() if option in _format(name).options}
+        made.append(export(pipeline, folder / f"{stem}{FORMATS[name].ending}", name, **general, **own))
+    return made
+
+
+def name_of(pipeline: Pipeline) -> str:
+    """What a checkpoint's files are called: "emoji-without-neon_style"."""
+    texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
+    base = Path(pipeline.provenance.source).name.removesuffix(".safetensors")
+    said = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
+    return f"{base}-without-{said}".encode()[:180].decode(errors="ignore")
+
+
+def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "") -> Written:
+    """Reads what was written, as its user would, and compares it with memory.
+
+    Every trained tensor must be memory's in some dtype (of a difference or LoRA, the share of the change is given
+    instead); every other tensor of a whole checkpoint must have the base's bits, under the base's dtype; no number may
+    be NaN or infinite; the records of what was erased must be there; and of an exact format the image of one seed must
+    be the one that memory draws when its trained tensors are rounded alike.
+
+    Raises ValueError, naming the first thing that is wrong.
+    """
+    kind, base = _format(format), unmodified(pipeline)
+    again = kind.read(base, path)
+    names, dtypes, lost, change = list(pipeline.edits), set(), 0.0, 0.0
+    for some in _chunks(names):
+        found, before = read_exact(again, some), read_exact(base, some)
+        for name in some:
+            ours, theirs, first = (np.asarray(tree[name]) for tree in (pipeline.edits, found, before))
+            if not np.isfinite(theirs).all():
+                raise ValueError(f"{path} does not verify: {name} holds NaN or infinity")
+            if kind.exact:
+                dtypes.add(_dtype_of(ours, theirs, name, path))
+            lost += float(np.sum(np.square(ours - theirs, dtype=np.float64)))
+            change += float(np.sum(np.square(ours - first, dtype=np.float64)))
+    others = _check_others(base, again, pipeline.edits, path) if kind.whole else 0
+    records = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
+    if json.loads(json.dumps(list(records), default=str)) != json.loads(
+        json.dumps(list(pipeline.provenance.erased), default=str)
+    ):
+        raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
+    carried = 1 - lost / change if change else 1.0
+    levels = _compare_images(pipeline, again, names, kind.exact, path)
+    return Written(format, path, carried, tuple(sorted(dtypes)), len(names), others, levels, report)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"format={name!r} is unknown; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _dtype_of(ours: np.ndarray, theirs: np.ndarray, name: str, path: Path) -> str:
+    """The dtype in which a file holds memory's values. Raises ValueError if it holds others."""
+    for dtype in DTYPES:
+        if np.array_equal(ours.astype(jnp.dtype(dtype)).astype(np.float32), theirs):
+            return dtype
+    worst = float(np.abs(ours - theirs).max())
+    raise ValueError(f"{path} does not verify: {name} differs from memory's values by up to {worst:.3g}")
+
+
+def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], path: Path) -> int:
+    """How many tensors were not trained, after finding all of them as they were. Raises ValueError for another one."""
+    names = [f"{part}/{name}" for part, params in base.params.items() for name in params]
+    if missing := sorted(set(names) ^ {f"{part}/{name}" for part, params in again.params.items() for name in params}):
+        raise ValueError(f"{path} does not verify: {missing[0]} is in it or in the base alone")
+    others = [name for name in names if name not in edits]
+    for some in _chunks(others):
+        before, after = read_exact(base, some), read_exact(again, some)
+        for name in some:
+            if np.asarray(before[name]).tobytes() != np.asarray(after[name]).tobytes():
+                raise ValueError(f"{path} does not verify: {name} was not trained, but is not as it was")
+    return len(others)
+
+
+def _compare_images(pipeline: Pipeline, again: Pipeline, names: Sequence[str], exact: bool, path: Path) -> int:
+    """The greatest difference of 255 between one image of memory's and the file's."""
+    texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
+    draw = lambda model: sample(model, [texts[0] if texts else ""], num_steps=STEPS)[0].astype(int)  # noqa: E731
+    theirs = draw(again)
+    if exact:
+        rounded = pipeline.with_edits(read_exact(again, names))
+        if np.abs(draw(rounded) - theirs).max() > 0:
+            raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
+    return int(np.abs(draw(pipeline) - theirs).max())
+
+
+def _chunks(names: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE))
+
+
+def _size(path: Path) -> str:
+    size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,123 @@
+"""Several erasures of one base as one: the sum of what each changed, and where they disagree."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.pipeline import Pipeline
+
+SHOWN = 5  # tensors in the table
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A tensor that several parts change.
+
+    name: "unet/NAME". cosine: the least between two parts' changes; -1 is opposite. cancelled: the share of the parts'
+    energy that is gone from their sum, 1 - |sum|^2 / sum of |each|^2; below zero where they add up.
+    """
+
+    name: str
+    cosine: float
+    cancelled: float
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """Where the parts of a merge touch the same tensors.
+
+    parts: how many were merged; changed: how many tensors are changed by any; shared: those changed by several, the
+    one whose energy is cancelled most first; cosines: of the whole changes of every two parts, by their numbers.
+    """
+
+    parts: int
+    changed: int
+    shared: tuple[Conflict, ...]
+    cosines: Mapping[tuple[int, int], float]
+
+    def __str__(self) -> str:
+        lines = [
+            f"merged {self.parts} parts: {self.changed} tensors change, {len(self.shared)} of them by several parts"
+        ]
+        if self.shared:
+            pairs = ", ".join(f"{a + 1} and {b + 1}: {cosine:+.3f}" for (a, b), cosine in self.cosines.items())
+            lines.append(f"cosine between the changes of parts {pairs}")
+            lines.append("most cancelled:")
+            lines += [
+                f"  {100 * one.cancelled:6.1f}%  cosine {one.cosine:+.3f}  {one.name}" for one in self.shared[:SHOWN]
+            ]
+        return "\n".join(lines)
+
+
+def merge(base: Pipeline, parts: Sequence[tuple[Pipeline, float]]) -> tuple[Pipeline, Conflicts]:
+    """The base with the sum of what several erasures of it changed, each multiplied with its own strength.
+
+    Args:
+      base: as its files have it.
+      parts: (an erased pipeline of the same base, its strength); see `api.opened` for what lies in files.
+
+    Returns:
+      the merged pipeline, with the records of all parts; and where they disagree.
+
+    Raises ValueError for no parts, a base with edits, or a part of another base.
+    """
+    if not parts:
+        raise ValueError("there is nothing to merge: give at least one part")
+    if base.edits:
+        raise ValueError("the base of a merge has edits: export and load it")
+    expected = source_hash(base)
+    changes: list[dict[str, Array]] = []
+    for part, strength in parts:
+        changes.append(_change(base, part, strength, expected))
+    names = sorted({name for change in changes for name in change})
+    shared, dots, edits = [], np.zeros((len(parts), len(parts))), {}
+    for name in names:
+        own = {i: np.asarray(change[name], np.float64).ravel() for i, change in enumerate(changes) if name in change}
+        total = sum(own.values())
+        first = _exact(base, name)
+        edits[name] = first + jnp.asarray(total.reshape(first.shape), jnp.float32)
+        for (i, a), (j, b) in itertools.combinations_with_replacement(own.items(), 2):
+            dots[i, j] += a @ b
+        if len(own) > 1:
+            energy = sum(float(a @ a) for a in own.values())
+            cosines = [_cosine(a @ b, a @ a, b @ b) for a, b in itertools.combinations(own.values(), 2)]
+            shared.append(Conflict(name, min(cosines), 1 - float(total @ total) / energy if energy else 0.0))
+    pairs = itertools.combinations(range(len(parts)), 2)
+    whole = {(i, j): _cosine(dots[i, j], dots[i, i], dots[j, j]) for i, j in pairs}
+    record = {"merged": [{"strength": strength, "erased": list(part.provenance.erased)} for part, strength in parts]}
+    conflicts = Conflicts(len(parts), len(names), tuple(sorted(shared, key=lambda one: -one.cancelled)), whole)
+    return base.with_edits(edits, record), conflicts
+
+
+def _exact(pipeline: Pipeline, name: str) -> Array:
+    return read_exact(pipeline, [name])[name]
+
+
+def _change(base: Pipeline, part: Pipeline, strength: float, expected: str) -> dict[str, Array]:
+    """What a part changed, times its strength."""
+    names = list(part.edits)
+    if source_hash(part) != expected:
+        # A checkpoint that was written whole: what differs from the base is its change.
+        if part.configs["unet"] != base.configs["unet"]:
+            raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
+        claimed = {record.get("base_sha256") for record in part.provenance.erased} - {None}
+        if claimed and expected not in claimed:
+            raise ValueError(f"{part.provenance.source} was erased from another base")
+        names = [f"unet/{name}" for name in base.params["unet"]]
+    found = {}
+    for name in names:
+        change = _exact(part, name) - _exact(base, name)
+        if name in part.edits or bool(jnp.any(change)):
+            found[name] = jnp.float32(strength) * change
+    if not found:
+        raise ValueError(f"{part.provenance.source} changes nothing")
+    return found
+
+
+def _cosine(dot: float, a: float, b: float) -> float:
+    return float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0

@@ -1,0 +1,248 @@
+"""LoRA files, written and read, against diffusers and peft on tiny pipelines."""
+
+import json
+
+import diffusers
+import factories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from messages import one_line
+from torch_oracle import to_nchw, to_nhwc
+
+import esd_jax
+from esd_jax import api
+from esd_jax.io import ldm
+from esd_jax.io.diffusers import read_exact
+from esd_jax.io.lora import export_lora, factors
+from esd_jax.io.lora_merge import merge_lora
+from esd_jax.selection import select
+
+MAKE = {"sd1": factories.make_sd1, "sdxl": factories.make_sdxl}
+PROMPTS = ["a photo of the cat", "dogs"]
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def family(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    MAKE[request.param](folder)
+    return folder, esd_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd1")
+    factories.make_sd1(folder)
+    return esd_jax.load(folder)
+
+
+def edited(base, subset, rank=None, size=0.05):
+    """A checkpoint whose tensors of a subset are changed, each matrix by a product of some rank if one is given."""
+    changed, shapes = {}, base.network("unet").shapes
+    for i, name in enumerate(select(subset, base.network("unet").layouts)):
+        key = jax.random.fold_in(jax.random.key(5), i)
+        noise = size * jax.random.normal(key, shapes[name].shape)
+        if rank and noise.ndim > 1:
+            flat = np.asarray(noise).reshape(-1, noise.shape[-1])
+            u, s, v = np.linalg.svd(flat, full_matrices=False)
+            noise = jnp.asarray(((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(noise.shape))
+        changed[f"unet/{name}"] = read_exact(base, [f"unet/{name}"])[f"unet/{name}"] + noise
+    return base.with_edits(changed, {"concepts": [{"text": "cat"}], "base_sha256": "x"})
+
+
+def noise(n):
+    return np.random.default_rng(0).normal(size=(n, 8, 8, 4)).astype(np.float32)
+
+
+@torch.no_grad()
+def drawn_by_diffusers(folder, latents, file=None):
+    kind = diffusers.StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else None
+    pipe = (kind or diffusers.StableDiffusionPipeline).from_pretrained(folder)
+    if file is not None:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    final = pipe(PROMPTS, latents=to_nchw(latents), **options).images
+    return to_nhwc(pipe.vae.decode(final / pipe.vae.config.scaling_factor).sample)
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")  # PEFT cannot fuse it where q, k and v have no bias
+@pytest.mark.parametrize("subset", ["esd-x", "esd-u"])
+def test_at_full_rank_diffusers_draws_what_the_erased_model_draws(family, subset, tmp_path):
+    """Matrices, kernels and biases: what `load_lora_weights` makes of the file is the erased checkpoint."""
+    folder, base = family
+    erased, latents = edited(base, subset, size=0.02), noise(2)
+    whole = esd_jax.export(erased, tmp_path / "whole")
+    report = export_lora(erased, tmp_path / "lora.safetensors", rank=10**6, dtype="float32")
+    assert report.residual < 1e-10 and report.left_out == ()
+    expected = drawn_by_diffusers(whole, latents)
+    found = drawn_by_diffusers(folder, latents, tmp_path / "lora.safetensors")
+    assert np.abs(found - expected).max() <= 2e-3
+    assert np.abs(drawn_by_diffusers(folder, latents) - expected).max() > 0.02
+
+
+def test_the_image_nears_the_erased_one_as_the_residual_falls(base, tmp_path):
+    erased, latents = edited(base, "esd-x-strict"), noise(2)
+    folder = base.provenance.folder
+    expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
+    residuals, errors = [], []
+    for rank in (1, 2, 4, 8, 16, 32):
+        report = export_lora(erased, tmp_path / f"{rank}.safetensors", rank=rank, dtype="float32")
+        found = drawn_by_diffusers(folder, latents, tmp_path / f"{rank}.safetensors")
+        residuals.append(report.residual)
+        errors.append(float(np.abs(found - expected).mean()))
+    assert all(after < before for before, after in zip(residuals, residuals[1:], strict=False)), residuals
+    assert all(after < before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert residuals[-1] < 1e-10 and errors[-1] < 1e-4
+
+
+def test_kohyas_keys_open_in_diffusers_too(family, tmp_path):
+    folder, base = family
+    erased, latents = edited(base, "esd-x-strict"), noise(2)
+    report = export_lora(erased, tmp_path / "kohya.safetensors", rank=64, style="kohya", dtype="float32")
+    assert report.residual < 1e-10
+    keys = safetensors.numpy.load_file(tmp_path / "kohya.safetensors").keys()
+    assert {key.rpartition(".")[2] for key in keys} == {"weight", "alpha"}
+    two = len(base.text_encoders) == 2
+    assert all(
+        key.startswith("lora_unet_" + ("input" if two else "down")) for key in keys if "input" in key or "down_b" in key
+    )
+    expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
+    found = drawn_by_diffusers(folder, latents, tmp_path / "kohya.safetensors")
+    assert np.abs(found - expected).max() <= 2e-3
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya"])
+def test_what_was_written_is_read_again(family, style, tmp_path):
+    _, base = family
+    erased = edited(base, "esd-u")
+    report = export_lora(erased, tmp_path / "a.safetensors", rank=10**6, style=style, dtype="float32")
+    again = merge_lora(base, tmp_path / "a.safetensors")
+    carried = erased.edits.keys() - set(report.left_out)
+    assert again.edits.keys() == carried and (style == "diffusers") == (not report.left_out)
+    for name in carried:
+        np.testing.assert_allclose(again.edits[name], erased.edits[name], atol=2e-6)
+    half = merge_lora(base, tmp_path / "a.safetensors", strength=0.5)
+    for name in carried:
+        middle = (read_exact(base, [name])[name] + erased.edits[name]) / 2
+        np.testing.assert_allclose(half.edits[name], middle, atol=2e-6)
+    assert api.opened(base, tmp_path / "a.safetensors").edits.keys() == carried
+
+
+def test_names_that_other_trainers_give_a_module(base, tmp_path):
+    """One change of one matrix in every spelling, with alpha, and in a text encoder."""
+    rng = np.random.default_rng(0)
+    down, up = rng.normal(size=(2, 32)).astype(np.float32), rng.normal(size=(32, 2)).astype(np.float32)
+    unet, module = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0", "attn2.to_out.0"
+    place = ldm.places({"unet": base.configs["unet"]})[unet + ".weight"].key
+    bare = unet.removeprefix("unet/")
+    spellings = {
+        f"unet.{bare}.lora_A.weight": f"unet.{bare}.lora_B.weight",
+        f"base_model.model.{bare}.lora_A.default.weight": f"base_model.model.{bare}.lora_B.default.weight",
+        f"unet.{bare}.lora.down.weight": f"unet.{bare}.lora.up.weight",
+        f"unet.{bare.replace(module, 'attn2.processor.to_out')}_lora.down.weight": (
+            f"unet.{bare.replace(module, 'attn2.processor.to_out')}_lora.up.weight"
+        ),
+        f"lora_unet_{bare.replace('.', '_')}.lora_down.weight": f"lora_unet_{bare.replace('.', '_')}.lora_up.weight",
+    }
+    ldm_name = "lora_unet_" + place.removeprefix(ldm.UNET).removesuffix(".weight").replace(".", "_")
+    spellings[f"{ldm_name}.lora_down.weight"] = f"{ldm_name}.lora_up.weight"
+    first = read_exact(base, [f"{unet}.weight"])[f"{unet}.weight"]
+    for one, other in spellings.items():
+        safetensors.numpy.save_file({one: down, other: up}, tmp_path / "x.safetensors")
+        found = merge_lora(base, tmp_path / "x.safetensors", 0.5)
+        assert found.edits.keys() == {f"{unet}.weight"}, one
+        np.testing.assert_allclose(found.edits[f"{unet}.weight"], first + 0.5 * (up @ down).T, atol=1e-5)
+    stem = ldm_name + ".alpha"
+    file = {f"{ldm_name}.lora_down.weight": down, f"{ldm_name}.lora_up.weight": up, stem: np.float32(1)}
+    safetensors.numpy.save_file({key: np.asarray(value) for key, value in file.items()}, tmp_path / "x.safetensors")
+    found = merge_lora(base, tmp_path / "x.safetensors")
+    np.testing.assert_allclose(found.edits[f"{unet}.weight"], first + 0.5 * (up @ down).T, atol=1e-5)
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    safetensors.numpy.save_file(
+        {f"{text}.lora_down.weight": down, f"{text}.lora_up.weight": up}, tmp_path / "x.safetensors"
+    )
+    name = "text_encoder/encoder.layers.0.self_attn.q_proj.weight"
+    found = merge_lora(base, tmp_path / "x.safetensors")
+    np.testing.assert_allclose(found.edits[name], read_exact(base, [name])[name] + (up @ down).T, atol=1e-5)
+
+
+def test_rank_and_energy(base, tmp_path):
+    erased = edited(base, "esd-x-strict", rank=3)
+    exact = export_lora(erased, tmp_path / "a.safetensors", energy=1 - 1e-9, dtype="float32")
+    assert {rank for rank, _ in exact.ranks.values()} == {3} and exact.residual < 1e-9
+    half = export_lora(erased, tmp_path / "b.safetensors", energy=0.5)
+    assert {rank for rank, _ in half.ranks.values()} <= {1, 2} and 0 < half.residual <= 0.5
+    assert min(half.kept.values()) >= 0.5 - 1e-6
+    with safetensors.safe_open(tmp_path / "b.safetensors", "np") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["esd_jax.lora"])["residual"] == pytest.approx(half.residual)
+    assert json.loads(metadata["esd_jax"])[0]["concepts"] == [{"text": "cat"}]
+    assert f"{1 - half.residual:.4%} of the change" in str(half)
+
+
+def test_what_cannot_be_carried_is_counted(base, tmp_path):
+    """Norms in both styles; biases in kohya's, or where they are not wanted."""
+    erased = edited(base, "regex:norm|attn2.to_out")
+    change = {
+        name: np.square(np.asarray(value - read_exact(base, [name])[name])).sum()
+        for name, value in erased.edits.items()
+    }
+    for options in ({"style": "kohya"}, {"biases": False}, {}):
+        report = export_lora(erased, tmp_path / "a.safetensors", rank=64, dtype="float32", overwrite=True, **options)
+        wanted = {n for n in change if "norm" in n or (options and n.endswith(".bias"))}
+        assert set(report.left_out) == wanted
+        lost = sum(change[name] for name in wanted) / sum(change.values())
+        assert report.residual == pytest.approx(lost, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (9, 9)])
+def test_factors_are_the_nearest_of_their_rank(shape):
+    change = np.random.default_rng(1).normal(size=shape)
+    u, s, v = np.linalg.svd(change, full_matrices=False)
+    for rank in (1, 3, 6):
+        down, up = factors(change, rank)
+        np.testing.assert_allclose(up @ down, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-10)
+    np.testing.assert_allclose(np.prod(factors(np.zeros(shape), 2)[0].shape), 2 * shape[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"unet.nowhere.lora_A.weight": (2, 32), "unet.nowhere.lora_B.weight": (32, 2)}, ["no module", "nowhere"]),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, ["conv_in", "lacks its other factor"]),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (31, 2, 1, 1)}, ["does not fit"]),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 3, 1, 1)}, ["does not fit"]),
+        ({"unet.conv_in.lora_magnitude_vector": (32,)}, ["DoRA", "not implemented"]),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, ["LoHa", "not implemented"]),
+        ({"conv_in.weight": (32, 4, 3, 3)}, ["no key of a LoRA"]),
+        ({}, ["holds no LoRA"]),
+    ],
+)  # fmt: skip
+def test_files_that_are_refused(base, content, words, tmp_path):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in content.items()}, file)
+    with pytest.raises(ValueError, match=one_line(file, *words)):
+        merge_lora(base, file)
+
+
+def test_what_cannot_be_written(base, tmp_path):
+    erased = edited(base, "esd-x-strict")
+    (tmp_path / "there.safetensors").touch()
+    for path, options, words in [
+        ("x.bin", {}, [".safetensors"]),
+        ("there.safetensors", {}, ["exists", "overwrite=True"]),
+        ("x.safetensors", {"rank": 0}, ["rank=0"]),
+        ("x.safetensors", {"rank": 1, "energy": 0.5}, ["one of them"]),
+        ("x.safetensors", {"energy": 1.5}, ["energy=1.5"]),
+        ("x.safetensors", {"style": "peft"}, ["style='peft'", "kohya"]),
+    ]:
+        with pytest.raises(ValueError, match=one_line(*words)):
+            export_lora(erased, tmp_path / path, **options)
+    with pytest.raises(ValueError, match=one_line("no UNet tensor is edited")):
+        export_lora(base, tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
