@@ -342,6 +342,22 @@ def test_the_public_functions_take_a_file(sd1, tmp_path):
     assert esd_jax.load(out).params["unet"]["conv_in.bias"].tolist() == [1.0] * 32
 
 
+def test_erasing_from_a_file(sd1, tmp_path):
+    folder, _, file = sd1
+    base = esd_jax.load(file, config=folder)
+    erased = esd_jax.erase(base, "cat", method="uce", output_dir=str(tmp_path / "run"))
+    assert len(erased.edits) == 8  # K and V of four cross-attentions
+    out = export_single(erased, tmp_path / "out.safetensors")
+    assert sum(ours != theirs for ours, theirs in zip(raw(out).values(), raw(file).values(), strict=True)) == 8
+    again, model = esd_jax.load(out, config=folder), esd_jax.load(tmp_path / "run" / "model")
+    restored = api.restore(tmp_path / "run", base=base)
+    for name, value in erased.edits.items():
+        np.testing.assert_array_equal(again.params["unet"][name.removeprefix("unet/")], value)
+        np.testing.assert_array_equal(model.params["unet"][name.removeprefix("unet/")], value)
+        np.testing.assert_array_equal(restored.edits[name], value)
+    assert [record["recipe"]["method"] for record in again.provenance.erased] == ["uce"]
+
+
 def test_a_file_without_the_name_of_the_text_model(sd1, tmp_path):
     """As old files have CLIP's keys."""
     tensors = safetensors.torch.load_file(sd1[2])
@@ -405,6 +421,7 @@ def replace_all(tensors):
 IN = f"{UNET}input_blocks.0.0.weight"
 WRONG = {
     "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-100]), ["damaged or incomplete", "download it again"]),
+    "a pickle by another name": (lambda f: torch.save({"a": torch.ones(3)}, f), ["damaged or incomplete"]),
     "a LoRA": (
         replace_all({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 32)}),
         ["LoRA", "merge"],
@@ -426,6 +443,10 @@ WRONG = {
         lambda f: rewrite(f, lambda t: t.update({IN: torch.ones(32, 9, 3, 3)})),
         ["takes 9 channels", "inpainting", "not implemented"],
     ),
+    "a number for a matrix": (
+        lambda f: rewrite(f, lambda t: t.update({IN: torch.tensor(1.0)})),
+        ["input_blocks.0.0.weight", "()", "(32, 4, 3, 3)"],
+    ),
     "an integer matrix": (
         lambda f: rewrite(f, lambda t: t.update({IN: t[IN].char()})),
         ["input_blocks.0.0.weight", "I8", "not implemented"],
@@ -442,12 +463,26 @@ def test_a_file_that_is_wrong(sd1, wrong, tmp_path):
         io.load(file, config=sd1[0])
 
 
+def test_a_fused_tensor_that_is_wrong(tmp_path):
+    ldm_oracle.make("sd2", tmp_path / "folder")
+    file = export_single(io.load(tmp_path / "folder"), tmp_path / "model.safetensors")
+    key = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
+    for rows in (32, 97):
+        rewrite(file, lambda t, rows=rows: t.update({key: torch.ones(rows, 32)}))
+        with pytest.raises(ValueError, match=one_line("text_encoder", key, f"({rows}, 32)", "(96, 32)")):
+            io.load(file, config=tmp_path / "folder")
+
+
 def test_wrong_sources(sd1, tmp_path):
     folder, _, file = sd1
     with pytest.raises(ValueError, match=one_line("single.safetensors", "unknown family", "32 wide", "config=")):
         io.load(file)
     with pytest.raises(ValueError, match=one_line("single.safetensors", "another architecture", "config=")):
         io.load(file, config="sd14")
+    with pytest.raises(FileNotFoundError, match=one_line(tmp_path / "nowhere", "diffusers folder")):
+        io.load(file, config=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=one_line("single.safetensors", "diffusers folder")):
+        io.load(file, config=file)
     with pytest.raises(FileNotFoundError, match=one_line("nowhere.safetensors")):
         io.load(tmp_path / "nowhere.safetensors")
     (tmp_path / "model.ckpt").touch()
