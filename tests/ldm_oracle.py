@@ -7,17 +7,17 @@ from diffusers.loaders import single_file_utils as converters
 OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
 
-def make(family, folder, dtype=torch.float32):
+def make(family, folder, dtype=torch.float32, seed=0):
     """A tiny folder whose UNet says little, so that images can be compared; see `test_api.make_calm`.
 
     SDXL's second text encoder is wider than the first, by which diffusers tells them apart, and than its projection.
     """
     if family == "sdxl":
         sizes = {"cross_attention_dim": factories.WIDTH + 48, "projection_class_embeddings_input_dim": 6 * 8 + 40}
-        pipe = factories.make_sdxl(folder, **sizes)
+        pipe = factories.make_sdxl(folder, seed=seed, **sizes)
         pipe.text_encoder_2 = factories.make_text_encoder(hidden_act="gelu", hidden_size=48, projection_dim=40)
     else:
-        pipe = {"sd1": factories.make_sd1, "sd2": factories.make_sd2}[family](folder)
+        pipe = {"sd1": factories.make_sd1, "sd2": factories.make_sd2}[family](folder, seed=seed)
     with torch.no_grad():
         for value in pipe.unet.conv_out.parameters():
             value.mul_(0.1)

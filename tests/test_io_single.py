@@ -232,6 +232,27 @@ def test_the_moving_average(family, tmp_path):
         io.load(file, config=folder, ema=True)
 
 
+def test_what_was_read_from_elsewhere_is_written_too(sd1, tmp_path):
+    """A UNet of another checkpoint in a pipeline that came from a file: no edit, but not the file's own either."""
+    pipeline = io.load(sd1[2], config=sd1[0])
+    ldm_oracle.make("sd1", tmp_path / "other", seed=1)
+    other = io.load(tmp_path / "other")
+    sources = {
+        name: (other if name.startswith("unet/") else pipeline).provenance.tensors[name]
+        for name in pipeline.provenance.tensors
+    }
+    provenance = dataclasses.replace(pipeline.provenance, tensors=sources)
+    mixed = dataclasses.replace(
+        pipeline, params={**pipeline.params, "unet": other.params["unet"]}, provenance=provenance
+    )
+    out = io.load(export_single(mixed, tmp_path / "out.safetensors"), config=sd1[0])
+    folder = io.load(io.export(mixed, tmp_path / "out"))
+    for component, params in mixed.params.items():
+        for name, value in params.items():
+            np.testing.assert_array_equal(out.params[component][name], value)
+            np.testing.assert_array_equal(folder.params[component][name], value)
+
+
 @pytest.mark.parametrize("rounded", [None, "float16", "bfloat16"])
 def test_into_the_file_that_a_folder_was_made_from(family, rounded, tmp_path):
     folder, _, file = family
@@ -297,8 +318,9 @@ def test_diffusers_draws_the_same(family):
 
 def test_shards_and_variant(family, tmp_path):
     folder, pipe, file = family
+    variant = None if folder.parent.name.startswith("sd2") else "fp16"
     pipeline = io.load(file, config=folder).with_edits({"unet/conv_in.bias": jnp.full(32, 2.0)}, {"concepts": ["cat"]})
-    out = io.export(pipeline, tmp_path / "out", max_shard_size=100_000, variant="fp16", metadata={"title": "t"})
+    out = io.export(pipeline, tmp_path / "out", max_shard_size=100_000, variant=variant, metadata={"title": "t"})
     shards = sorted((out / "unet").glob("*.safetensors"))
     assert len(shards) > 1
     for shard in shards:
@@ -308,19 +330,19 @@ def test_shards_and_variant(family, tmp_path):
     # diffusers and transformers name theirs likewise.
     for component in ("unet", "text_encoder"):
         model = getattr(pipe, component)
-        model.save_pretrained(tmp_path / "theirs" / component, max_shard_size="100KB", variant="fp16")
+        model.save_pretrained(tmp_path / "theirs" / component, max_shard_size="100KB", variant=variant)
         (theirs,) = (tmp_path / "theirs" / component).glob("*.index*")
         ours, index = json.loads((out / component / theirs.name).read_text()), json.loads(theirs.read_text())
         assert ours["metadata"]["total_size"] == index["metadata"]["total_size"] and ours.keys() == index.keys()
         pattern = {path.name.split("-")[0] for path in theirs.parent.glob("*.safetensors")}
         assert {path.name.split("-")[0] for path in (out / component).glob("*.safetensors")} == pattern
-    reopened = type(pipe).from_pretrained(out, variant="fp16")
+    reopened = type(pipe).from_pretrained(out, variant=variant)
     for component in pipeline.params:
         expected = getattr(pipe, component).state_dict()
         if component == "unet":
             expected["conv_in.bias"] = torch.full((32,), 2.0)
         assert_same_bits(getattr(reopened, component).state_dict(), expected)
-    ours = io.load(out, variant="fp16")
+    ours = io.load(out, variant=variant)
     assert ours.provenance.erased == ({"concepts": ["cat"]},)
     with pytest.raises(ValueError, match=one_line("max_shard_size", "single file")):
         io.export(io.load(folder), tmp_path / "no", max_shard_size=5)
@@ -340,6 +362,22 @@ def test_the_public_functions_take_a_file(sd1, tmp_path):
     )
     out = esd_jax.export(edited, tmp_path / "out")
     assert esd_jax.load(out).params["unet"]["conv_in.bias"].tolist() == [1.0] * 32
+
+
+def test_erasing_from_a_file(sd1, tmp_path):
+    folder, _, file = sd1
+    base = esd_jax.load(file, config=folder)
+    erased = esd_jax.erase(base, "cat", method="uce", output_dir=str(tmp_path / "run"))
+    assert len(erased.edits) == 8  # K and V of four cross-attentions
+    out = export_single(erased, tmp_path / "out.safetensors")
+    assert sum(ours != theirs for ours, theirs in zip(raw(out).values(), raw(file).values(), strict=True)) == 8
+    again, model = esd_jax.load(out, config=folder), esd_jax.load(tmp_path / "run" / "model")
+    restored = api.restore(tmp_path / "run", base=base)
+    for name, value in erased.edits.items():
+        np.testing.assert_array_equal(again.params["unet"][name.removeprefix("unet/")], value)
+        np.testing.assert_array_equal(model.params["unet"][name.removeprefix("unet/")], value)
+        np.testing.assert_array_equal(restored.edits[name], value)
+    assert [record["recipe"]["method"] for record in again.provenance.erased] == ["uce"]
 
 
 def test_a_file_without_the_name_of_the_text_model(sd1, tmp_path):
@@ -405,6 +443,7 @@ def replace_all(tensors):
 IN = f"{UNET}input_blocks.0.0.weight"
 WRONG = {
     "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-100]), ["damaged or incomplete", "download it again"]),
+    "a pickle by another name": (lambda f: torch.save({"a": torch.ones(3)}, f), ["damaged or incomplete"]),
     "a LoRA": (
         replace_all({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 32)}),
         ["LoRA", "merge"],
@@ -426,6 +465,10 @@ WRONG = {
         lambda f: rewrite(f, lambda t: t.update({IN: torch.ones(32, 9, 3, 3)})),
         ["takes 9 channels", "inpainting", "not implemented"],
     ),
+    "a number for a matrix": (
+        lambda f: rewrite(f, lambda t: t.update({IN: torch.tensor(1.0)})),
+        ["input_blocks.0.0.weight", "()", "(32, 4, 3, 3)"],
+    ),
     "an integer matrix": (
         lambda f: rewrite(f, lambda t: t.update({IN: t[IN].char()})),
         ["input_blocks.0.0.weight", "I8", "not implemented"],
@@ -442,12 +485,26 @@ def test_a_file_that_is_wrong(sd1, wrong, tmp_path):
         io.load(file, config=sd1[0])
 
 
+def test_a_fused_tensor_that_is_wrong(tmp_path):
+    ldm_oracle.make("sd2", tmp_path / "folder")
+    file = export_single(io.load(tmp_path / "folder"), tmp_path / "model.safetensors")
+    key = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
+    for rows in (32, 97):
+        rewrite(file, lambda t, rows=rows: t.update({key: torch.ones(rows, 32)}))
+        with pytest.raises(ValueError, match=one_line("text_encoder", key, f"({rows}, 32)", "(96, 32)")):
+            io.load(file, config=tmp_path / "folder")
+
+
 def test_wrong_sources(sd1, tmp_path):
     folder, _, file = sd1
     with pytest.raises(ValueError, match=one_line("single.safetensors", "unknown family", "32 wide", "config=")):
         io.load(file)
     with pytest.raises(ValueError, match=one_line("single.safetensors", "another architecture", "config=")):
         io.load(file, config="sd14")
+    with pytest.raises(FileNotFoundError, match=one_line(tmp_path / "nowhere", "diffusers folder")):
+        io.load(file, config=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=one_line("single.safetensors", "diffusers folder")):
+        io.load(file, config=file)
     with pytest.raises(FileNotFoundError, match=one_line("nowhere.safetensors")):
         io.load(tmp_path / "nowhere.safetensors")
     (tmp_path / "model.ckpt").touch()

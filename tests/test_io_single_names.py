@@ -24,7 +24,7 @@ END = clip_bpe.END
 
 
 def shapes_of(name):
-    """ "unet/NAME" -> torch shape, and key -> shape in a single file, of a published architecture."""
+    """Of a published architecture: "unet/NAME" -> torch shape, key -> shape in a single file, and the places."""
     configs, _ = config_files.read_architecture(architectures.folder(name))
     shapes = {
         f"{component}/{tensor}": shape
@@ -156,7 +156,10 @@ def test_what_a_file_says_of_its_schedule():
         assert changes(sd1, {"modelspec.prediction_type": "v"}) == {"prediction_type": "v_prediction"}
         assert changes(sdxl, v_pred=1) == {"prediction_type": "v_prediction"}
         assert changes(sdxl, v_pred=1, ztsnr=1)["rescale_betas_zero_snr"] is True
-        assert ldm_file.scheduler_changes(sd2, "sd21-base") == {}
+        assert ldm_file.scheduler_changes(sd2, "sd21-base") == ldm_file.scheduler_changes(sd2, "sd21") == {}
+        marked = st.Header(sdxl.path, 0, {**sdxl.entries, "v_pred": st.Entry("F32", (0,), 0, 0)}, {})
+        assert ldm_file.scheduler_changes(marked, "sdxl") == {"prediction_type": "v_prediction"}
+        assert ldm_file.scheduler_changes(marked, architectures.folder("sdxl")) == {}
     with pytest.warns(UserWarning, match=one_line("model.safetensors", "does not say", "config='sd21-base'")):
         assert changes(sd2) == {}
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: diffusers folders, the hub, deltas. The only place that transposes tensors."""
+"""Checkpoints on disk: diffusers folders, single files, the hub, deltas. The only place that transposes tensors."""

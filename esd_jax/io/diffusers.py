@@ -165,7 +165,7 @@ def load_component(
             if name is not None:
                 places[name] = (header, TensorFile(header.path, key))
     expected = tensors.torch_shapes(net)
-    found = {name: tensors.found_shape(header, source) for name, (header, source) in places.items()}
+    found = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
     files.check_names(component, found, expected)
     for name, shape in expected.items():
         if found[name] != shape:

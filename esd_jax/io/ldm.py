@@ -54,7 +54,7 @@ class Place:
 
 
 def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32") -> dict[str, Place]:
-    """ "unet/NAME" -> its place, for every tensor of the networks.
+    """Where every tensor of the networks lies: "unet/NAME" -> its place.
 
     Args:
       configs: component -> config, as `Pipeline` has them. With a second text encoder, the names are SDXL's.

@@ -50,28 +50,27 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
 def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, Any]:
     """What a file says of its noise schedule that its architecture's `scheduler_config.json` does not.
 
-    In this order: a `config` that was given is right; metadata (ModelSpec's `modelspec.prediction_type`); the keys
-    `v_pred` and `ztsnr`, by which ComfyUI tells an SDXL that predicts v, and one that was trained from pure noise. An
-    SD 2 that says nothing is taken to predict v, as diffusers takes it, with a warning.
+    A `config` that is a folder, or one of the two SD 2, is right. Else, in this order: metadata (ModelSpec's
+    `modelspec.prediction_type`); the keys `v_pred` and `ztsnr`, by which ComfyUI tells an SDXL that predicts v, and one
+    that was trained from pure noise. An SD 2 that says nothing is taken to predict v, as diffusers takes it, with a
+    warning.
     """
-    if config is not None:
+    name = _recognise(header) if config is None else str(config)
+    if name not in ARCHITECTURES or (config is not None and name.startswith("sd21")):
         return {}
+    changes: dict[str, Any] = {}
     if said := PREDICTIONS.get(header.metadata.get(PREDICTION, "")):
-        changes: dict[str, Any] = {"prediction_type": said}
+        changes["prediction_type"] = said
     elif "v_pred" in header.entries:
-        changes = {"prediction_type": "v_prediction"}
-    elif _recognise(header) == "sd21":
-        if _global_step(header) == SD2_BASE_STEPS:
-            changes = {"prediction_type": "epsilon"}
-        else:
-            changes = {}
-            warnings.warn(
-                f"{header.path} does not say what it predicts: it is taken for v (768 px); if it predicts eps "
-                "(512 px, base), load it with config='sd21-base'",
-                stacklevel=4,
-            )
-    else:
-        changes = {}
+        changes["prediction_type"] = "v_prediction"
+    elif name == "sd21" and _global_step(header) == SD2_BASE_STEPS:
+        changes["prediction_type"] = "epsilon"
+    elif name == "sd21":
+        warnings.warn(
+            f"{header.path} does not say what it predicts: it is taken for v (768 px); if it predicts eps (512 px, "
+            "base), load it with config='sd21-base'",
+            stacklevel=4,
+        )
     if "ztsnr" in header.entries:  # the last timestep is pure noise, so sampling has to begin there
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changes
@@ -79,12 +78,12 @@ def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, An
 
 def with_channels(header: Header, configs: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:
     """The configs with as many channels of the UNet's input as the file has: 9 in an inpainting model."""
-    channels = header.entries[ldm.UNET + "input_blocks.0.0.weight"].shape[1]
-    return {**configs, "unet": replace(configs["unet"], in_channels=channels)}
+    shape = header.entries[ldm.UNET + "input_blocks.0.0.weight"].shape
+    return {**configs, "unet": replace(configs["unet"], in_channels=shape[1])} if len(shape) == 4 else dict(configs)
 
 
 def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = False) -> dict[str, TensorFile]:
-    """ "unet/NAME" -> its place in a single file, for every tensor of the networks.
+    """Where every tensor of the networks lies in a single file: "unet/NAME" -> its place.
 
     Keys that no network needs (`model_ema.*`, `alphas_cumprod`, SD 2's last text layer, ...) are left alone.
 
@@ -111,11 +110,9 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
         if missing:
             raise _mismatch(path, component, f"{len(missing)} tensors are missing, first {places[missing[0]].key!r}")
         for name, place in places.items():
-            shape = shapes[name.partition("/")[2]]
-            if not tensors.fits(tensors.found_shape(header, found[name]), shape):
-                key = found[name].key
-                said = f"{key!r} has shape {entries[key].shape}, not {place.whole_shape(shape)}"
-                raise _mismatch(path, component, said)
+            shape, needed = entries[found[name].key].shape, place.whole_shape(shapes[name.partition("/")[2]])
+            if not tensors.fits(shape, needed):
+                raise _mismatch(path, component, f"{found[name].key!r} has shape {shape}, not {needed}")
     used = {source.key for source in found.values()}
     if not ema and (unknown := next((k for k in entries if k.startswith(ldm.UNET) and k not in used), None)):
         raise _mismatch(path, "unet", f"{unknown!r} is unknown")
@@ -126,7 +123,7 @@ def _recognise(header: Header) -> str:
     """The published architecture whose UNet reads text of the file's width."""
     keys = header.entries
     to_k = next((key for key in keys if key.startswith(ldm.UNET) and key.endswith("attn2.to_k.weight")), None)
-    width = keys[to_k].shape[-1] if to_k else 0
+    width = keys[to_k].shape[-1] if to_k and keys[to_k].shape else 0
     edm = any(key.startswith(("edm_mean", "edm_vpred.")) for key in keys)  # Playground 2.5, CosXL
     if width not in WIDTHS or edm:
         known = ", ".join(f"{name} {width}" for width, name in WIDTHS.items())

@@ -82,12 +82,12 @@ def _check_target(pipeline: Pipeline, path: Path, base: Path | None, overwrite: 
 def _substitute(
     pipeline: Pipeline, headers: Mapping[Path, Header], base: Header, path: Path, code: str | None, told: dict[str, str]
 ) -> None:
-    """Copies a single file, one tensor at a time, with the pipeline's tensors in place of those that differ."""
+    """Copies a single file, one tensor at a time, with what is edited, or was read from elsewhere, in its place."""
     places = ldm_file.locate(base, pipeline.configs)
-    names = set(pipeline.edits)
-    if _read_from_ema(pipeline):
-        names |= {name for name in places if name.startswith("unet/")}
-    if base.path != pipeline.provenance.file:
+    names, sources = set(pipeline.edits), pipeline.provenance.tensors
+    if base.path == pipeline.provenance.file:  # what was not read from there (but from the moving average, ...)
+        names |= {name for name in places if places[name] != sources[name]}
+    else:
         _check_same(pipeline, headers, base, {name: place for name, place in places.items() if name not in names})
     replaced: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -151,11 +151,6 @@ def _marks(pipeline: Pipeline) -> list[str]:
     if len(pipeline.text_encoders) < 2 or pipeline.schedule.prediction_type != "v_prediction":
         return []
     return ["v_pred", *(["ztsnr"] if pipeline.schedule.option("rescale_betas_zero_snr", False) else [])]
-
-
-def _read_from_ema(pipeline: Pipeline) -> bool:
-    sources = pipeline.provenance.tensors
-    return any(name.startswith("unet/") and source.key.startswith(ldm.EMA) for name, source in sources.items())
 
 
 def _check_same(

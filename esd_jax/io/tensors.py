@@ -17,12 +17,6 @@ def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
     return {name: safetensors.file_shape(shape.shape, net.layouts[name]) for name, shape in net.shapes.items()}
 
 
-def found_shape(header: Header, source: TensorFile) -> tuple[int, ...]:
-    """The torch shape of a tensor as its file has it."""
-    shape = safetensors.rows(header.entries[source.key].shape, source.part)
-    return shape[::-1] if source.transposed else shape
-
-
 def fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether two shapes are the same but for ones at their end: a 1x1 convolution holds the values of a matrix."""
     n = min(len(found), len(expected))
