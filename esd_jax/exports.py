@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from esd_jax.io import delta, difference, diffusers, lora, lora_merge, safetensors, single_file, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
+from esd_jax.io.export import move_into_place
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 from esd_jax.training import checkpoint
@@ -63,7 +65,6 @@ def _write_orbax(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: M
         if not overwrite:
             raise ValueError(f"{path} exists: pass overwrite=True to replace it, or choose another name")
         checkpoint.load_tree(path)  # nothing else is replaced
-        shutil.rmtree(path)
     names = [f"unet/{name}" for name in pipeline.params["unet"]]
     if others := sorted(pipeline.edits.keys() - set(names)):
         raise ValueError(f"this holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
@@ -74,7 +75,12 @@ def _write_orbax(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: M
             tree[name] = tree[name].astype(safetensors.DTYPES[tensors.dtype_of(pipeline, headers, name)])
     meta = {"erased": json.loads(json.dumps(list(pipeline.provenance.erased), default=str))}
     meta |= {"edited": sorted(pipeline.edits), "base_sha256": diffusers.source_hash(pipeline), **(metadata or {})}
-    checkpoint.save_tree(path, tree, meta)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        checkpoint.save_tree(partial, tree, meta)
+        move_into_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -136,7 +142,9 @@ class Written:
         lines = [f"{self.path}  {FORMATS[self.format].what}, {_size(self.path)}"]
         if self.carried is not None:
             kept = f", {self.others} others as they were" if self.others else ""
-            within = f" in {' and '.join(self.dtypes)}" if self.dtypes else f", {self.carried:.4%} of the change"
+            within = f" in {' and '.join(self.dtypes)}" if self.dtypes else ""
+            if self.carried < 0.9999:
+                within += f", {self.carried:.2%} of the change"
             image = f"; the same image within {self.levels} of 255" if FORMATS[self.format].exact else ""
             image = image or f"; an image differs by up to {self.levels} of 255"
             lines.append(f"  verified: {self.changed} trained tensors{within}{kept}{image}")

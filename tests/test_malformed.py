@@ -10,8 +10,7 @@ import factories
 import pytest
 
 import esd_jax
-from esd_jax import api
-from esd_jax.io.delta import export_delta
+from esd_jax import api, exports
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SAFETENSORS = (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
@@ -152,6 +151,9 @@ OF_JSON = (cut_in_header, nothing, empty, noise, link, a_folder, no_object, anot
 OF_FILES = tuple(change for change in OF_WEIGHTS if change not in (nothing, a_way_out, no_entry))
 
 
+FILES = {f"{format}.safetensors": format for format in ("delta", "difference", "lora", "kohya", "single")}
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """A folder with a checkpoint, and every single file that one can be read from or changed by."""
@@ -159,22 +161,20 @@ def sound(tmp_path_factory):
     factories.make_sd1(folder / BASE)
     base = esd_jax.load(folder / BASE)
     erased = esd_jax.erase(base, "cat", method="uce", config="uce", dtype="float32")
-    export_delta(erased, folder / "delta.safetensors", dtype="float32")
-    api.opened(base, folder / "delta.safetensors")
+    for name, format in FILES.items():
+        exports.export(erased, folder / name, format, **({} if format == "single" else {"dtype": "float32"}))
+        api.opened(base, folder / name)
     return folder, base
 
 
 def cases():
     """(file, mutation, seed) of each of the 200."""
     rng, found = random.Random(0), []
-    kinds = [(SAFETENSORS, OF_WEIGHTS), (CONFIGS, OF_JSON), (FILES, OF_FILES)]
+    kinds = [(SAFETENSORS, OF_WEIGHTS), (CONFIGS, OF_JSON), (tuple(FILES), OF_FILES)]
     for number in range(200):
         names, changes = kinds[number % 3]
         found.append((names[(number // 3) % len(names)], changes[(number // 3) % len(changes)], rng.randrange(2**32)))
     return found
-
-
-FILES = ("delta.safetensors",)
 
 
 def test_two_hundred_damaged_inputs(sound, tmp_path):

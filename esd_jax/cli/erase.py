@@ -10,11 +10,13 @@ from ml_collections import config_flags
 from esd_jax import selection
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.cli.export import FORMATS, chosen
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
-                  [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
+                  [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
 
 
@@ -25,6 +27,12 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
+    flags.DEFINE_list(
+        "export",
+        [],
+        f"Formats written to the run's folder exports/, and verified: {', '.join(FORMATS)}; several, or all.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "start_from",
         None,
@@ -63,7 +71,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, recipe, runs
+    from esd_jax import api, exports, recipe, runs
 
     plan = recipe.make(**values.config.to_dict())
     if values.arch and not values.dry_run:
@@ -73,6 +81,7 @@ def run(values: flags.FlagValues) -> None:
         return
     if not plan.output_dir:
         raise ValueError("erase needs --config.output_dir, the run's folder")
+    formats = chosen(values.export, "export")
     _ = plan.concepts
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     stop = None
@@ -86,12 +95,14 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    runs.run(base, plan, start_from=start_from, stop_when=stop, **options)
+    erased = runs.run(base, plan, start_from=start_from, stop_when=stop, **options)
     folder = Path(plan.output_dir).expanduser()
     print(
         f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
         f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
     )
+    for written in exports.export_all(erased, folder / "exports", formats, verify=True, overwrite=True):
+        common.say(str(written))
 
 
 def _dry_run(plan: Any, arch: str | None) -> None:

@@ -1,5 +1,6 @@
 """`esd-jax export`: write a run's checkpoint, or a base with what was erased from it, in any format."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier, exports
     from esd_jax.io.diffusers import with_strength
 
-    several = "all" in values.format or len(values.format) > 1
-    formats = FORMATS if "all" in values.format else tuple(values.format)
+    formats = chosen(values.format, "format")
+    several = len(formats) > 1
     output = Path(common.required(values, "output")).expanduser() if several else common.output(values)
     if not values.run and not (values.base and (values.delta or values.merge)):
         raise ValueError("export needs --run, or --base and at least one --delta or --merge")
@@ -80,14 +81,22 @@ def run(values: flags.FlagValues) -> None:
         common.say(str(exports.export(pipeline, output, formats[0], **options)))
 
 
+def chosen(names: Sequence[str], flag: str) -> tuple[str, ...]:
+    """The formats that a flag names. Raises ValueError for an unknown one."""
+    if unknown := [name for name in names if name not in (*FORMATS, "all")]:
+        raise ValueError(f"--{flag}={unknown[0]} is unknown; choose from {', '.join(FORMATS)}, or all")
+    return FORMATS if "all" in names else tuple(names)
+
+
 def _merged(base: Any, parts: list[str]) -> Any:
     """The base with the sum of what several erasures changed; says where they disagree."""
     from esd_jax import api
     from esd_jax.io import merge
 
     pairs = [part.rpartition("*") if "*" in part else (part, "*", "1") for part in parts]
-    sources = [(api.opened(base, path), common.number("strength", strength)) for path, _, strength in pairs]
-    merged, conflicts = merge.merge(base, sources)
+    strengths = [common.number("strength", strength) for _, _, strength in pairs]
+    erased = [api.opened(base, path) for path, _, _ in pairs]
+    merged, conflicts = merge.merge(base, list(zip(erased, strengths, strict=True)))
     common.say(str(conflicts))
     return merged
 

@@ -76,7 +76,7 @@ def export(
                 new_folder.build(partial, pipeline, told, max_shard_size=max_shard_size, variant=variant)
             else:
                 _fill(partial, pipeline, source, told)
-            _move_into_place(partial, path)
+            move_into_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -168,7 +168,7 @@ def _rewrite(path: Path, target: Path, edits: list[Edit], pipeline: Pipeline, me
     safetensors.write(target, header.entries, tensor, {**header.metadata, **metadata})
 
 
-def _move_into_place(partial: Path, path: Path) -> None:
+def move_into_place(partial: Path, path: Path) -> None:
     """Puts a complete folder at `path`; what was there goes only once its place is taken."""
     if not path.exists():
         partial.rename(path)

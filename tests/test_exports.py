@@ -1,0 +1,222 @@
+"""Every format: written, read again and compared; and what is wrong is found."""
+
+import json
+
+import factories
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from messages import one_line
+
+import esd_jax
+from esd_jax import api, cli, exports
+from esd_jax.exports import FORMATS
+from esd_jax.io.diffusers import read_exact
+
+FIELDS = {
+    "steps": 2, "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-3, "seed": 7, "dtype": "float32",
+}  # fmt: skip
+UNET = "unet/diffusion_pytorch_model.safetensors"
+STEM = "sd1-without-cat"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, and the erased pipeline in memory; the base's files are in float16."""
+    folder = tmp_path_factory.mktemp("runs")
+    factories.make_sd1(folder / "sd1", dtype=torch.float16)
+    base = esd_jax.load(folder / "sd1")
+    return folder / "run", esd_jax.erase(base, "cat", output_dir=folder / "run", **FIELDS)
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all")
+    made = exports.export_all(run[1], folder, verify=True, metadata={"esd_jax.note": "x"}, rank=1000)
+    return folder, {one.format: one for one in made}
+
+
+def test_all_formats_verify(run, written):
+    folder, made = written
+    assert made.keys() == FORMATS.keys() and len(list(folder.iterdir())) == len(FORMATS)
+    total = sum(len(params) for params in run[1].params.values())
+    for name, one in made.items():
+        assert one.path == folder / f"{STEM}{FORMATS[name].ending}" and one.path.exists()
+        assert one.changed == len(run[1].edits)
+        assert one.others == (total - one.changed if FORMATS[name].whole else 0)
+        assert one.carried > (0.9 if name == "delta" else 0.99) and one.levels <= 1  # a delta holds W, not its change
+    dtypes = {name: one.dtypes for name, one in made.items()}
+    assert dtypes["folder"] == dtypes["single"] == ("float16",) and dtypes["orbax"] == ("float32",)
+    assert dtypes["delta"] == ("bfloat16",) and dtypes["difference"] == dtypes["lora"] == ()
+    assert f"verified: {len(run[1].edits)} trained tensors in float16, " in str(made["folder"])
+    assert "% of the change" in str(made["lora"]) and "not carried" in str(made["kohya"])
+
+
+def test_lossless_formats_draw_what_the_folder_draws(run, written):
+    folder, made = written
+    base = esd_jax.load(run[1].provenance.folder)
+    draw = lambda model: esd_jax.sample(model, ["cat", "dogs"], num_steps=3)  # noqa: E731
+    expected = draw(api.opened(base, made["folder"].path))
+    np.testing.assert_array_equal(draw(api.opened(base, made["single"].path)), expected)
+    exact = exports.export(run[1], folder / "exact.safetensors", "delta", dtype="float32").path
+    np.testing.assert_array_equal(draw(api.opened(base, exact)), draw(run[1]))
+    np.testing.assert_array_equal(draw(FORMATS["orbax"].read(base, made["orbax"].path)), draw(run[1]))
+
+
+def test_every_file_says_what_was_erased(run, written):
+    for name, one in written[1].items():
+        files = [one.path] if one.path.is_file() else [one.path / UNET]
+        if name == "orbax":
+            continue  # its records are compared by `verified`
+        with safetensors.safe_open(files[0], "np") as file:
+            metadata = file.metadata()
+        assert json.loads(metadata["esd_jax"])[0]["concepts"][0]["text"] == "cat" and metadata["esd_jax.note"] == "x"
+
+
+def damaged(path, change):
+    """Changes one tensor of a file, or of a folder's UNet."""
+    file = path / UNET if path.is_dir() else path
+    with safetensors.safe_open(file, "np") as content:
+        metadata = content.metadata()
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("format", ["folder", "single", "delta", "difference"])
+def test_damage_is_found(run, format, tmp_path):
+    """A trained value, an untrained one, or an infinite one."""
+    erased = run[1]
+    key = next(iter(sorted(erased.edits))).removeprefix("unet/")
+    other = "conv_in.bias"
+    if format == "single":
+        key, other = (
+            "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+            ("model.diffusion_model.input_blocks.0.0.bias"),
+        )
+
+    def trained(tensors):
+        tensors[key] = tensors[key] + tensors[key].dtype.type(0.5)
+
+    def untrained(tensors):
+        tensors[other] = tensors[other] + tensors[other].dtype.type(0.5)
+
+    def infinite(tensors):
+        tensors[key] = np.full_like(tensors[key], np.inf)
+
+    cases = [(infinite, ["infinity"])]
+    if FORMATS[format].exact:  # else there are no values of memory's to compare with: the share that is carried says it
+        cases += [(trained, ["does not verify", "differs from memory"])]
+    if FORMATS[format].whole:
+        cases += [(untrained, ["unet/conv_in.bias", "was not trained"])]
+    for change, words in cases:
+        path = tmp_path / f"{change.__name__}{FORMATS[format].ending}"
+        options = {"dtype": "float32"} if format == "delta" else {}
+        exports.export(erased, path, format, **options)
+        exports.verified(erased, path, format)
+        damaged(path, change)
+        with pytest.raises(ValueError, match=one_line(path, *words)):
+            exports.verified(erased, path, format)
+
+
+def test_what_does_not_verify_is_not_left(run, tmp_path, monkeypatch):
+    write = FORMATS["folder"].write
+
+    def wrong(pipeline, path, **options):
+        made = write(pipeline, path, **options)
+        damaged(path, lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"] * 2}))
+        return made
+
+    format = exports.dataclasses.replace(FORMATS["folder"], write=wrong)
+    monkeypatch.setattr(exports, "FORMATS", {**FORMATS, "folder": format})
+    with pytest.raises(ValueError, match=one_line("conv_in.bias", "was not trained")):
+        exports.export(run[1], tmp_path / "x", verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_says_how_much_it_carries(run, tmp_path):
+    shares = [
+        exports.export(run[1], tmp_path / f"{rank}.safetensors", "lora", verify=True, rank=rank).carried
+        for rank in (1, 4, 32)
+    ]
+    assert shares[0] < shares[1] < shares[2] and shares[2] > 0.99
+
+
+def test_wrong_options(run, tmp_path):
+    for format, options, words in [
+        ("zip", {}, ["format='zip'", "folder, single"]),
+        ("folder", {"rank": 4}, ["takes no rank", "lora, kohya"]),
+        ("orbax", {"colour": 1}, ["takes no colour"]),
+    ]:
+        with pytest.raises(ValueError, match=one_line(*words)):
+            exports.export(run[1], tmp_path / "x", format, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_orbax_tree_belongs_to_its_base_and_replaces_only_its_like(run, written, tmp_path):
+    path = written[1]["orbax"].path
+    factories.make_sd1(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=one_line(path, "another base")):
+        FORMATS["orbax"].read(esd_jax.load(tmp_path / "other"), path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    for folder, options in ((path, {}), (tmp_path / "full", {"overwrite": True})):
+        with pytest.raises((ValueError, FileNotFoundError), match=one_line(folder)):
+            exports.export(run[1], folder, "orbax", **options)
+    assert (tmp_path / "full" / "letter.txt").exists()
+    exports.export(run[1], path, "orbax", overwrite=True)
+    base = esd_jax.load(run[1].provenance.folder)
+    again = FORMATS["orbax"].read(base, path)
+    np.testing.assert_array_equal(*(np.asarray(next(iter(p.edits.values()))) for p in (again, run[1])))
+
+
+# The command.
+
+
+def said(capsys, *argv):
+    code = cli.main([str(word) for word in argv])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_writes_all_formats(run, tmp_path, capsys):
+    code, out, err = said(capsys, "export", f"--run={run[0]}", f"--output={tmp_path}", "--format=all", "--rank=4")
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {STEM + format.ending for format in FORMATS.values()}
+    assert out.count("verified: ") == len(FORMATS) and out.count("rank 4 in ") == 2
+    assert set(cli.export.FORMATS) == FORMATS.keys()
+
+
+def test_the_command_with_strengths_and_merges(run, written, tmp_path, capsys):
+    base, paths = run[1].provenance.folder, {name: one.path for name, one in written[1].items()}
+    half = tmp_path / "half.safetensors"
+    assert said(capsys, "export", f"--run={run[0]}", "--strength=0.5", "--format=delta", "--dtype=float32",
+                f"--output={half}")[0] == 0  # fmt: skip
+    first, loaded = read_exact(run[1], run[1].edits), esd_jax.load(base)
+    before = read_exact(loaded, run[1].edits)
+    for name, value in api.opened(loaded, half).edits.items():
+        np.testing.assert_allclose(value, (first[name] + before[name]) / 2, atol=1e-7)
+    code, out, err = said(
+        capsys, "export", f"--base={base}", f"--merge={paths['difference']}*0.25", f"--merge={paths['lora']}*0.25",
+        "--format=delta", "--dtype=float32", f"--output={tmp_path / 'sum.safetensors'}",
+    )  # fmt: skip
+    assert (code, err) == (0, "") and out.startswith("merged 2 parts: ") and "verified: " in out
+    for name, value in api.opened(loaded, tmp_path / "sum.safetensors").edits.items():
+        np.testing.assert_allclose(value, (first[name] + before[name]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--format=lora"], [".safetensors file"]),
+        (["--format=folder", "--output=x.safetensors"], ["written to a folder"]),
+        (["--format=nothing"], ["--format=nothing is unknown", "kohya"]),
+        (["--merge=x*a"], ["strength=a is no number"]),
+    ],
+)
+def test_wrong_commands_end_in_one_line(run, flags, words, tmp_path, capsys):
+    base = [] if "--merge" not in flags[0] else [f"--base={run[1].provenance.folder}"]
+    first = [f"--run={run[0]}"] if not base else []
+    code, out, err = said(capsys, "export", *first, *base, f"--output={tmp_path / 'x'}", *flags)
+    assert code == 2 and out == "" and err.count("\n") == 1 and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())
