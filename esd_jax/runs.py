@@ -22,6 +22,7 @@ from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
+from esd_jax.io.tensors import check_sources
 from esd_jax.methods.method import ClosedForm, Method, Tools
 from esd_jax.methods.preservation import preserving
 from esd_jax.params import Params, partition, prefixed
@@ -59,6 +60,8 @@ def run(
     """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
+    if plan.output_dir:
+        check_sources(base)
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
     method, inputs, shape = prepare(base, plan)

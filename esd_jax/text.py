@@ -3,8 +3,8 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ class PromptTruncated(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A CLIP tokenizer and the length to which it pads: the text encoder's number of positions."""
+    """A CLIP tokenizer and the length to which it pads: the text encoder's number of positions.
+
+    expansions: a word -> the words that stand for it, of textual inversions with several vectors.
+    """
 
     backend: Any
     max_length: int
+    expansions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> "Tokenizer":
@@ -54,6 +58,7 @@ class Tokenizer:
         A prompt that is too long is cut as diffusers cuts it, with one warning that names the lost words. With
         `strict`, for concepts, it is a ValueError: a concept must be erased as it is written.
         """
+        prompts = [self._expanded(prompt) for prompt in prompts]
         for prompt in prompts:
             ids = self.backend(prompt, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
             if len(ids) <= self.max_length - 2:
@@ -63,8 +68,13 @@ class Tokenizer:
             if strict:
                 raise ValueError(f"concept {prompt!r} is too long: {message}; use a shorter concept")
             warnings.warn(f"prompt {prompt!r} is too long: {message}", PromptTruncated, stacklevel=2)
-        padded = self.backend(list(prompts), truncation=True, padding="max_length", max_length=self.max_length)
+        padded = self.backend(prompts, truncation=True, padding="max_length", max_length=self.max_length)
         return np.asarray(padded["input_ids"], np.int32)
+
+    def _expanded(self, prompt: str) -> str:
+        for word, words in self.expansions.items():
+            prompt = prompt.replace(word, words)
+        return prompt
 
 
 def conditioning(outputs: Sequence[CLIPOutput], size: tuple[int, int]) -> Conditioning:

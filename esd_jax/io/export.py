@@ -13,7 +13,7 @@ import numpy as np
 
 from esd_jax.io import folder as files
 from esd_jax.io import new_folder, safetensors
-from esd_jax.io.tensors import check_edits
+from esd_jax.io.tensors import check_edits, check_sources
 from esd_jax.pipeline import Pipeline
 
 
@@ -66,6 +66,7 @@ def export(
     if file and file.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path} holds the file that the checkpoint was read from: export elsewhere")
     check_edits(pipeline)
+    check_sources(pipeline)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with safetensors.writing(path):

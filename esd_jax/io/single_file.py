@@ -60,6 +60,7 @@ def export_single(
         raise FileNotFoundError("the checkpoint was not read from files, and its own are needed to export it")
     _check_target(pipeline, path, base, overwrite)
     tensors.check_edits(pipeline)
+    tensors.check_sources(pipeline)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     headers = tensors.headers_of(pipeline)
     if base is None:

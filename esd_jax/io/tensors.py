@@ -79,6 +79,17 @@ def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, 
     return array if array.dtype == safetensors.DTYPES[dtype] else safetensors.cast(name, array, dtype)
 
 
+def check_sources(pipeline: Pipeline) -> None:
+    """Raises ValueError for a tensor that no file has, and no edit says: a word that was added in memory."""
+    known = pipeline.provenance.tensors.keys() | pipeline.edits.keys()
+    for component, params in pipeline.params.items():
+        if lost := next((name for name in params if f"{component}/{name}" not in known), None):
+            raise ValueError(
+                f"{component}/{lost} was changed in memory alone (an added embedding): save the checkpoint with it "
+                "from diffusers, and load that; or export a delta, difference or LoRA"
+            )
+
+
 def check_edits(pipeline: Pipeline) -> None:
     """Raises ValueError for an edit whose name or shape the checkpoint does not have."""
     for name, value in pipeline.edits.items():

@@ -1,0 +1,88 @@
+"""Textual-inversion embeddings (Gal et al. 2022): files that teach the text encoders a new word."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from esd_jax.io import safetensors
+from esd_jax.pipeline import Pipeline
+from esd_jax.text import Tokenizer
+
+TABLE = "embeddings.token_embedding.weight"
+# Keys of the trainers' files: one encoder (A1111), SDXL's two (kohya, ComfyUI); diffusers writes the word itself.
+KEYS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+
+
+def add_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None) -> Pipeline:
+    """The checkpoint with a word that an embedding file teaches it, in memory.
+
+        pipeline = add_embedding(pipeline, "cat-toy.safetensors", "<cat-toy>")
+        sample(pipeline, ["a photo of <cat-toy>"])
+
+    The files of the text encoder do not have the word, so such a pipeline exports as a delta, difference or LoRA alone.
+    For a folder that has it, `load_textual_inversion` and `save_pretrained` of diffusers make one, which `load` reads.
+
+    Args:
+      pipeline: a checkpoint whose text encoders have the embedding's widths.
+      path: a .safetensors file: {word: [n, width]} or {"emb_params": ...}; of SDXL {"clip_l": ..., "clip_g": ...}. An
+        embedding of n > 1 vectors becomes n tokens, wherever its word stands.
+      token: the word; by default the one in the file, or the file's name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is a pickle or damaged, is no embedding for this checkpoint, or the word is known already.
+    """
+    path = Path(path).expanduser()
+    vectors, named = _read(pipeline, path)
+    token = token or named or path.stem
+    params, configs, located = dict(pipeline.params), dict(pipeline.configs), dict(pipeline.provenance.tensors)
+    tokenizers = []
+    for encoder, tokenizer in zip(pipeline.text_encoders, pipeline.tokenizers, strict=True):
+        rows = vectors[encoder]
+        taught, ids = _teach(tokenizer, token, len(rows), path)
+        tokenizers.append(taught)
+        table = params[encoder][TABLE]
+        size = max(table.shape[0], max(ids) + 1)
+        table = jnp.zeros((size, table.shape[1]), table.dtype).at[: table.shape[0]].set(table)
+        params[encoder] = {**params[encoder], TABLE: table.at[jnp.asarray(ids)].set(jnp.asarray(rows, table.dtype))}
+        configs[encoder] = replace(configs[encoder], vocab_size=size)
+        located.pop(f"{encoder}/{TABLE}", None)
+    provenance = replace(pipeline.provenance, tensors=located)
+    return replace(pipeline, params=params, configs=configs, tokenizers=tuple(tokenizers), provenance=provenance)
+
+
+def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray, "n width"]], str | None]:
+    """Encoder -> its vectors, and the word if the file has it."""
+    header = safetensors.read_header(path)
+    found: dict[str, np.ndarray] = {}
+    named = None
+    for key in header.entries:
+        encoder = KEYS.get(key)
+        if encoder is None and len(header.entries) == 1:
+            encoder, named = "text_encoder", key
+        if encoder is None:
+            raise ValueError(f"{path}: {key!r} is no key of a textual-inversion embedding")
+        array = safetensors.read(header, key).astype(np.float32)
+        found[encoder] = array[None] if array.ndim == 1 else array
+    widths = {encoder: pipeline.configs[encoder].hidden_size for encoder in pipeline.text_encoders}
+    fits = {encoder: rows.shape[-1] for encoder, rows in found.items() if rows.ndim == 2 and len(rows)} == widths
+    if not fits or len({len(rows) for rows in found.values()}) != 1:
+        shapes = {encoder: rows.shape for encoder, rows in found.items()}
+        raise ValueError(f"{path} is no embedding for this checkpoint: it has {shapes}, but the widths are {widths}")
+    return found, named
+
+
+def _teach(tokenizer: Tokenizer, token: str, count: int, path: Path) -> tuple[Tokenizer, list[int]]:
+    """A tokenizer that knows a word of so many tokens, and their ids."""
+    backend = copy.deepcopy(tokenizer.backend)
+    words = [token, *(f"{token}_{i}" for i in range(1, count))]
+    if known := [word for word in words if word in backend.get_vocab()]:
+        raise ValueError(f"{path}: the tokenizer knows {known[0]!r} already: give another token")
+    backend.add_tokens(words)
+    expansions = {**tokenizer.expansions, **({token: " ".join(words)} if count > 1 else {})}
+    return replace(tokenizer, backend=backend, expansions=expansions), backend.convert_tokens_to_ids(words)

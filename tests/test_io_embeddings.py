@@ -1,0 +1,100 @@
+"""Textual-inversion embeddings, and folders whose text encoder has learned words, against diffusers."""
+
+import factories
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from messages import one_line
+
+import esd_jax
+from esd_jax import exports
+from esd_jax.io.embeddings import add_embedding
+
+MAKE = {"sd1": factories.make_sd1, "sdxl": factories.make_sdxl}
+PROMPTS = ["a photo of <toy>", "<toy> and a dog", "a cat"]
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def family(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, MAKE[request.param](folder), request.param
+
+
+def vectors(n, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, factories.WIDTH)).astype(np.float32)
+
+
+@torch.no_grad()
+def encoded(pipe):
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    found = pipe.encode_prompt(PROMPTS, **options)
+    return found[0].numpy(), None if len(found) == 2 else found[2].numpy()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_word_is_encoded_as_diffusers_encodes_it(family, count, tmp_path):
+    folder, _, kind = family
+    pipe = type(family[1]).from_pretrained(folder)
+    if kind == "sd1":
+        safetensors.numpy.save_file({"emb_params": vectors(count)}, tmp_path / "toy.safetensors")
+        pipe.load_textual_inversion(tmp_path / "toy.safetensors", token="<toy>")
+    else:
+        both = {"clip_l": vectors(count), "clip_g": vectors(count, 1)}
+        safetensors.numpy.save_file(both, tmp_path / "toy.safetensors")
+        for key, name in (("clip_l", ""), ("clip_g", "_2")):
+            pipe.load_textual_inversion(
+                torch.from_numpy(both[key]), token="<toy>",
+                text_encoder=getattr(pipe, "text_encoder" + name), tokenizer=getattr(pipe, "tokenizer" + name),
+            )  # fmt: skip
+    base = esd_jax.load(folder)
+    taught = add_embedding(base, tmp_path / "toy.safetensors", "<toy>")
+    embeddings, pooled = encoded(pipe)
+    ours = taught.encode_prompts(PROMPTS)
+    np.testing.assert_allclose(ours.embeddings, embeddings, atol=2e-5)
+    if pooled is not None:
+        np.testing.assert_allclose(ours.pooled, pooled, atol=2e-5)
+    before = base.encode_prompts(PROMPTS)
+    assert np.abs(ours.embeddings[0] - before.embeddings[0]).max() > 0.1
+    np.testing.assert_array_equal(ours.embeddings[2], before.embeddings[2])
+    # The same from a folder that diffusers saves with it.
+    if count == 1:
+        pipe.save_pretrained(tmp_path / "saved")
+        np.testing.assert_allclose(esd_jax.load(tmp_path / "saved").encode_prompts(PROMPTS).embeddings, ours.embeddings)
+        saved = esd_jax.export(esd_jax.load(tmp_path / "saved"), tmp_path / "again")
+        reopened = type(pipe).from_pretrained(saved)
+        np.testing.assert_array_equal(encoded(reopened)[0], embeddings)
+
+
+def test_a_learned_word_is_erased_and_exported_without_the_text_encoder(tmp_path):
+    factories.make_sd1(tmp_path / "base")
+    safetensors.numpy.save_file({"<toy>": vectors(2)}, tmp_path / "learned.safetensors")
+    base = add_embedding(esd_jax.load(tmp_path / "base"), tmp_path / "learned.safetensors")
+    fields = {"steps": 1, "sampling_steps": 2, "timestep_mode": "grid", "dtype": "float32"}
+    with pytest.raises(ValueError, match=one_line("text_encoder", "embedding", "diffusers")):
+        esd_jax.erase(base, "<toy>", output_dir=tmp_path / "run", **fields)
+    erased = esd_jax.erase(base, "<toy>", **fields)
+    for format in ("folder", "single"):
+        with pytest.raises(ValueError, match=one_line("text_encoder", "embedding", "delta")):
+            exports.export(erased, tmp_path / f"x{exports.FORMATS[format].ending}", format)
+    for format in ("delta", "difference", "lora"):
+        exports.export(erased, tmp_path / f"{format}.safetensors", format, verify=True)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"emb_params": (2, 7)}, ["widths", "32"]),
+        ({"emb_params": (0, 32)}, ["no embedding"]),
+        ({"clip_l": (2, 32), "clip_g": (2, 32)}, ["no embedding for this checkpoint"]),
+        ({"a": (2, 32), "b": (2, 32)}, ["'a' is no key"]),
+        ({"cat</w>": (1, 32)}, ["knows 'cat</w>' already"]),
+    ],
+)
+def test_files_that_are_refused(content, words, tmp_path):
+    factories.make_sd1(tmp_path / "base")
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in content.items()}, file)
+    with pytest.raises(ValueError, match=one_line(file, *words)):
+        add_embedding(esd_jax.load(tmp_path / "base"), file)
