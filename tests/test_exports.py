@@ -220,3 +220,14 @@ def test_wrong_commands_end_in_one_line(run, flags, words, tmp_path, capsys):
     code, out, err = said(capsys, "export", *first, *base, f"--output={tmp_path / 'x'}", *flags)
     assert code == 2 and out == "" and err.count("\n") == 1 and all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
+
+
+def test_erase_exports_what_it_is_asked_for(run, tmp_path, capsys):
+    fields = {**FIELDS, "steps": 1, "base": run[1].provenance.folder, "concept": "dog", "output_dir": tmp_path / "run"}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    code, out, err = said(capsys, "erase", "--config=esd_x", "--export=delta,rar", *flags)
+    assert code == 2 and "--export=rar is unknown" in err and not (tmp_path / "run").exists()
+    code, out, _ = said(capsys, "erase", "--config=esd_x", "--export=delta,kohya", *flags)
+    assert code == 0 and out.count("verified: ") == 2
+    names = {path.name for path in (tmp_path / "run" / "exports").iterdir()}
+    assert names == {"sd1-without-dog-delta.safetensors", "sd1-without-dog-lora-kohya.safetensors"}
