@@ -297,4 +297,7 @@ def _chunks(names: Sequence[str]) -> Iterable[Sequence[str]]:
 
 def _size(path: Path) -> str:
     size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit or unit == 1e3
+    )
+    return f"{size / unit:.3g} {name}"
