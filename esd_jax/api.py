@@ -76,7 +76,8 @@ def erase(
     """Erases a concept from a checkpoint.
 
     Args:
-      base: a pipeline, which keeps its own dtype; or what `load` takes.
+      base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
+        VAE are not on the device in training.
       concept: what to erase ("Van Gogh"), or several.
       config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
@@ -100,6 +101,7 @@ def erase(
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = recipe.read(config or default_config(source, fields.get("method", "esd"))).to_dict()
     plan = recipe.make(**{**settings, **fields, "base": source})
+    own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
@@ -108,7 +110,8 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    return runs.run(base, plan, resume=resume, overwrite=overwrite, stop_when=stop_when, stop_every=stop_every)
+    options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
+    return runs.run(base, plan, own=own, **options)
 
 
 def default_config(source: str, method: str) -> str:
