@@ -88,7 +88,8 @@ def erase(
     """Erases a concept from a checkpoint.
 
     Args:
-      base: a pipeline, which keeps its own dtype; or what `load` takes.
+      base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
+        VAE are not on the device in training.
       concept: what to erase ("Van Gogh"), or several.
       config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
@@ -114,6 +115,7 @@ def erase(
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = recipe.read(config or default_config(source, fields.get("method", "esd"))).to_dict()
     plan = recipe.make(**{**settings, **fields, "base": source})
+    own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
@@ -124,10 +126,8 @@ def erase(
     )  # what `restore` will load again
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
-    return runs.run(
-        base, plan, resume=resume, overwrite=overwrite, start_from=start_from, stop_when=stop_when,
-        stop_every=stop_every,
-    )  # fmt: skip
+    options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
+    return runs.run(base, plan, start_from=start_from, own=own, **options)
 
 
 def opened(base: Pipeline, path: str | Path) -> Pipeline:

@@ -9,7 +9,7 @@ import importlib.util
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from esd_jax.methods import METHODS
 from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Settings
+from esd_jax.methods.method import Settings, choose
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
 
@@ -38,10 +38,12 @@ class Recipe:
     subset: which tensors are trained, a name of `esd_jax.selection.SUBSETS` or "regex:PATTERN".
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
+    null: what a trained method takes for "no prompt", in its trajectories and losses: "empty", the encoded empty
+      prompt, as the released codes do, or "zeros", from which diffusers guides SDXL without a negative prompt.
     images: the user's image files, separated by ";"; what a method does with them, its file says.
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
-    remat: recompute activations in the backward pass (less memory, a few per cent slower).
+    remat: recompute activations in the backward pass (less memory, a few per cent slower); SDXL's UNet always does.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
     preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone.
@@ -58,6 +60,7 @@ class Recipe:
     subset: str = "esd-x"
     rank: int = 0
     preserve_weight: float = 1.0
+    null: str = "empty"
     images: str | None = None
     dtype: str = "float32"
     variant: str | None = None
@@ -78,6 +81,9 @@ class Recipe:
             raise ValueError(f"method={self.method!r} is given {type(self.settings).__name__}'s settings")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose float32 or bfloat16")
+        choose(self, null=("empty", "zeros"))
+        if self.null != "empty" and not self.settings.trained:
+            raise ValueError(f"null={self.null!r}: method {self.method!r} solves for its result, without guidance")
         if self.rank < 0:
             raise ValueError(f"rank={self.rank} must be at least 1, or 0 for no low-rank change")
         for name, value in (("rank", self.rank), ("steps", self.training.steps)):
@@ -116,16 +122,20 @@ class Recipe:
         return given
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flat name."""
+        """Every field by its flat name; those of `UNSAID` only where they are given."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PARTS}
         for part in PARTS:
             values |= dataclasses.asdict(getattr(self, part))
-        return values
+        return {name: v for name, v in values.items() if name not in UNSAID or v != UNSAID[name]}
 
 
 PARTS = ("settings", "optimizer", "training")
 FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a concept
 SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hold several texts, separated by ";"
+
+# Fields that came after results were kept under the others, and their defaults. A record or config does not name them
+# unless they differ, so that what was made before them is still found, resumed and restored.
+UNSAID = {"null": "empty", "as_released": False}
 
 
 def make(**flat: Any) -> Recipe:
@@ -172,8 +182,18 @@ def preset(method: str, variant: str | None = None, **changes: Any) -> ConfigDic
         raise ValueError(f"method {method!r} has no preset {variant!r}; choose one of {', '.join(presets)}")
     flat = make(method=method, **presets[variant]).flat()
     config = ConfigDict({k: config_dict.placeholder(_type_of(k, method)) if v is None else v for k, v in flat.items()})
+    complete(config, changes)
     config.update(changes)
     return config
+
+
+def complete(config: ConfigDict, names: Iterable[str]) -> None:
+    """Gives a config, with their defaults, those of the named fields that it leaves unsaid."""
+    for name in UNSAID.keys() & set(names):
+        if name not in config:
+            check_field(name, config.method)
+            with config.unlocked():
+                config[name] = UNSAID[name]
 
 
 def read(name: str) -> ConfigDict:

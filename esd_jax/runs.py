@@ -16,7 +16,7 @@ import optax
 from PIL import Image
 
 from esd_jax import lora, sharding
-from esd_jax.diffusion import programs
+from esd_jax.diffusion import guidance, programs
 from esd_jax.io import delta, diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
@@ -25,6 +25,7 @@ from esd_jax.io.images import read_images
 from esd_jax.io.tensors import check_sources
 from esd_jax.methods.method import ClosedForm, Method, Tools
 from esd_jax.methods.preservation import preserving
+from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
@@ -34,7 +35,7 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
-from esd_jax.training.plan import changed_names
+from esd_jax.training.plan import changed_names, recomputes
 from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
@@ -56,8 +57,13 @@ def run(
     start_from: Pipeline | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
+    own: bool = False,
 ) -> Pipeline:
-    """Carries out a recipe on a loaded base; `erase` with everything said. See there."""
+    """Carries out a recipe on a loaded base; `erase` with everything said. See there.
+
+    own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
+      and come back with the result.
+    """
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
     if plan.output_dir:
@@ -65,6 +71,8 @@ def run(
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
     method, inputs, shape = prepare(base, plan)
+    if own:
+        base = parked(base)
     tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size)
     names = changed_names(plan, base.network("unet"))
     if start_from is not None:
@@ -128,7 +136,20 @@ def run(
         if folder:
             export(erased, folder / MODEL, overwrite=True)
             export_delta(erased, folder / delta_name(plan), overwrite=True)
-    return erased
+    return dataclasses.replace(erased, params=jax.device_put(erased.params)) if own else erased
+
+
+def parked(base: Pipeline) -> Pipeline:
+    """The base with all but its UNet in the host's memory, from where it is used as before, but slower.
+
+    The base itself can no longer be used: who else holds these arrays would keep them on the devices.
+    """
+    params = dict(base.params)
+    for component in params.keys() - {"unet"}:
+        params[component] = {name: np.array(value) for name, value in base.params[component].items()}
+        for value in base.params[component].values():
+            value.delete()
+    return dataclasses.replace(base, params=params)
 
 
 def delta_name(plan: Recipe) -> str:
@@ -142,14 +163,19 @@ def prepare(base: Pipeline, plan: Recipe) -> tuple[Method, Any, tuple[int, int, 
     """The method of a recipe over a base, its traced inputs, and the shape of one example's latents."""
     size, factor = image_size(base.configs, plan.height, plan.width), base.configs["vae"].factor
     shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
-    network = base.network("unet", remat=plan.remat)
+    network = base.network("unet", remat=recomputes(plan, base.configs["unet"]))
     to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        encoded = base.encode_prompts(prompts, size=size, strict=True)
+        return encoded if plan.null == "empty" else guidance.zeroed(encoded, np.asarray([not p for p in prompts]))
+
     tools = Tools(
         unet=network,
         schedule=base.schedule,
         shape=shape,
         subset=select(plan.subset, network.layouts),
-        encode=lambda prompts: base.encode_prompts(prompts, size=size, strict=True),
+        encode=encode,
         tokens=base.tokenizers[0],
         sample=lambda prompts, **options: sample(base, prompts, height=size[0], width=size[1], **options),
         to_latents=lambda images: to_latents(base.params["vae"], images),

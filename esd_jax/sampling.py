@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from esd_jax import sharding
-from esd_jax.diffusion import programs, prompt_to_prompt, samplers
+from esd_jax.diffusion import guidance, programs, prompt_to_prompt, samplers
 from esd_jax.diffusion.programs import Told, to_uint8
 from esd_jax.diffusion.rules import Rule
 from esd_jax.models.unet import Conditioning
@@ -48,7 +48,8 @@ def sample(
       seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
       num_steps: sampler steps.
       guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
-      negative_prompt: takes the place of the empty prompt; one for all, or one per image.
+      negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
+        checkpoint that says so, as SDXL's do, is guided from zeros; "" is encoded.
       sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names.
       eta: DDIM's stochasticity, 0 to 1.
       latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
@@ -291,5 +292,4 @@ def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size
     null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
     if not pipeline.zeros_for_empty_prompt:
         return null
-    given = jnp.asarray([negative is not None for negative in negatives], jnp.float32)
-    return Conditioning(null.embeddings * given[:, None, None], null.pooled * given[:, None], null.time_ids)
+    return guidance.zeroed(null, np.asarray([negative is None for negative in negatives]))

@@ -162,6 +162,8 @@ def compvis_ddim(eps: Eps, x: Tensor, k: int) -> Tensor:
     for index in reversed(range(len(grid))):
         e = eps(x, int(grid[index]))
         a, b = level[index].to(x.dtype), below[index].to(x.dtype)
+        if SD14.get("prediction_type") == "v_prediction":  # v = sqrt(a) e - sqrt(1 - a) x0
+            e = a.sqrt() * e + (1 - a).sqrt() * x
         x0 = (x - (1 - a).sqrt() * e) / a.sqrt()
         x = b.sqrt() * x0 + (1 - b).sqrt() * e
         if index == k - 1:  # never so for k = 0

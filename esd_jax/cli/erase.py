@@ -65,6 +65,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
     config = recipe.read(name)
     for field in changed:
         recipe.check_field(field, config.get("method", "esd"))
+    recipe.complete(config, changed)
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *rest])
     return rest
@@ -95,7 +96,7 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    erased = runs.run(base, plan, start_from=start_from, stop_when=stop, **options)
+    erased = runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, **options)
     folder = Path(plan.output_dir).expanduser()
     print(
         f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"

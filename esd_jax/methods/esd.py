@@ -43,6 +43,9 @@ class ESD:
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
+    as_released: two slips of the released SDXL code. x_t is scored as Euler's sampler keeps it, up to 13 times larger
+      than the network was trained on, since it is not scaled; and its trajectory is guided from zeros, though the null
+      that is scored is the encoded empty prompt.
     """
 
     sample_with: str = "student"
@@ -53,6 +56,7 @@ class ESD:
     eta: float = 1.0
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
+    as_released: bool = False
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
@@ -70,6 +74,11 @@ class ESD:
             "sample_with": "teacher", "sampler": "pndm", "timestep_mode": "grid", "anchor": "from",
             "sample_prompt": "from", "eta": 2.0,
             "subset": "esd-x", "optimizer": "adam", "learning_rate": 5e-5, "steps": 200,
+        },
+        "sdxl": {
+            "sample_with": "teacher", "sampler": "euler", "timestep_mode": "grid", "anchor": "from",
+            "sample_prompt": "from", "eta": 1.0, "sampling_guidance": 2.0,
+            "subset": "esd-x", "optimizer": "adam", "learning_rate": 2e-4, "steps": 200,
         },
         "alt": {
             "timestep_mode": "alt1000", "eta": 2.0,
@@ -195,10 +204,11 @@ class Method:
             x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, draws.t.astype(jnp.int32))
         else:
             params = models.student if self.settings.sample_with == "student" else models.base
+            start = guidance.zeroed(null) if self.settings.as_released else null
             guided = guidance.classifier_free(
-                partial(denoise, self.unet, params), take("sample"), null, inputs.sampling_guidance
+                partial(denoise, self.unet, params), take("sample"), start, inputs.sampling_guidance
             )
-            x = self.trajectory.run(guided, draws.noise, draws.index)
+            x = self.trajectory.run(guided, draws.noise, draws.index, scale=not self.settings.as_released)
 
         score = partial(evaluate, self.unet, models.base, x, draws.t)
         if self.separate_anchor:

@@ -60,10 +60,16 @@ class Trajectory:
         noise: Float[Array, "batch height width channel"],
         index: Int[Array, ""],
         memory: Any = None,
+        scale: bool = True,
     ) -> Float[Array, "batch height width channel"]:
-        """x_t, as the network takes it, from unit Gaussian noise. `denoise` and `memory`: as in `samplers.run`."""
+        """x_t from unit Gaussian noise: as the network takes it, or, without `scale`, as the sampler keeps it.
+
+        `denoise` and `memory`: as in `samplers.run`.
+        """
         sampler, updates = self.sampler, jnp.asarray(self.num_updates)[index]
         x = samplers.run(sampler, denoise, noise * sampler.initial_scale, stop=updates, memory=memory)
+        if not scale:
+            return x
         # Euler and LMS keep x at unit signal; the network is scored on what it was trained on, unit variance. Only
         # DDIM's trajectories run to the end of the table, and its scale is 1 throughout.
         last = len(sampler.input_scale) - 1

@@ -14,6 +14,8 @@ from esd_jax.params import Network, num_bytes, num_scalars, prefixed
 from esd_jax.pipeline import NetworkConfig, image_size, network
 from esd_jax.selection import select
 
+LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +48,13 @@ class Plan:
         return "\n".join(lines)
 
 
+def recomputes(recipe: Any, unet: UNetConfig) -> bool:
+    """Whether the backward pass recomputes activations: where the recipe says so, and for a UNet of SDXL's size."""
+    # At 1024 px in bfloat16 the activations would take 26 GiB, and everything else 16; recomputing costs one forward
+    # pass, of about 50 in a step of ESD.
+    return recipe.remat or num_scalars(network(unet, "float32").shapes) >= LARGE
+
+
 def changed_names(recipe: Any, net: Network) -> tuple[str, ...]:
     """The tensors that a recipe changes."""
     names = select(recipe.subset, net.layouts)
@@ -70,7 +79,7 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
     """
     unet: UNetConfig = configs["unet"]
     dtype = jnp.dtype(recipe.dtype)
-    net = network(unet, dtype.name, recipe.remat)
+    net = network(unet, dtype.name, recomputes(recipe, unet))
     names = changed_names(recipe, net)
     changed, trained = {name: net.shapes[name] for name in names}, theta_shapes(recipe, net)
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
@@ -81,7 +90,7 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) 
     others = {name: config for name, config in configs.items() if name != "unet"}
     memory = {
         f"UNet, {dtype.name}": num_bytes(params),
-        f"text encoders and VAE, {dtype.name}": sum(
+        f"text encoders and VAE, {dtype.name}, until training starts": sum(
             num_bytes(network(config, dtype.name).shapes, dtype) for config in others.values()
         ),
     }
