@@ -21,6 +21,7 @@ SAMPLER_OF_CLASS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -110,8 +111,11 @@ def add_noise(
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     """float64 [num_train_timesteps]: the variance added at each training timestep."""
     num = _option(config, "num_train_timesteps", 1000)
-    start, end = _option(config, "beta_start", 0.0001), _option(config, "beta_end", 0.02)
-    kind = _option(config, "beta_schedule", "linear")
+    # The class defaults are DDPM's, but Stable Diffusion's of the one class that was made for it.
+    lcm = config.get("_class_name") == "LCMScheduler"
+    defaults = (0.00085, 0.012, "scaled_linear") if lcm else (0.0001, 0.02, "linear")
+    names = ("beta_start", "beta_end", "beta_schedule")
+    start, end, kind = (_option(config, name, default) for name, default in zip(names, defaults, strict=True))
     trained = _option(config, "trained_betas", None)
     if trained is not None:
         betas = np.asarray(trained, np.float64)
