@@ -748,6 +748,18 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
         assert select(plan.subset, network(configs["unet"], plan.dtype).layouts)
 
 
+def test_fields_that_configs_leave_unsaid_have_flags(monkeypatch, capsys):
+    plans = []
+    verb = dataclasses.replace(cli.VERBS["erase"], run=lambda v: plans.append(v.config.to_dict()))
+    monkeypatch.setitem(cli.VERBS, "erase", verb)
+    assert cli.main(["erase", "--config=esd2025_sdxl", "--config.null=zeros", "--config.as_released"]) == 0
+    assert cli.main(["erase", "--config=esd2025_sdxl"]) == 0
+    assert (plans[0].pop("null"), plans[0].pop("as_released")) == ("zeros", True) and plans[0] == plans[1]
+    assert cli.main(["erase", "--config=sdd", "--config.as_released"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "as_released" in error and "'esd'" in error
+
+
 def test_the_package_knows_its_configs():
     assert tuple(recipe.config_names()) == tuple(CONFIGS)
     for name in CONFIGS:
