@@ -115,6 +115,8 @@ def test_text_encoders_and_vae_are_not_on_the_device_in_training(folder, monkeyp
     base = esd_jax.load(folder)
     again = esd_jax.erase(base, "cat", **fields)
     assert at_start["others"] > others
+    order = lambda pipeline: [(c, name) for c, tensors in pipeline.params.items() for name in tensors]  # noqa: E731
+    assert order(erased) == order(base)
     for component, tensors in base.params.items():
         for name, value in tensors.items():
             assert again.params[component][name] is value or component == "unet"
