@@ -136,7 +136,7 @@ def run(
         if folder:
             export(erased, folder / MODEL, overwrite=True)
             export_delta(erased, folder / delta_name(plan), overwrite=True)
-    return dataclasses.replace(erased, params=jax.device_put(erased.params)) if own else erased
+    return unparked(erased) if own else erased
 
 
 def parked(base: Pipeline) -> Pipeline:
@@ -150,6 +150,15 @@ def parked(base: Pipeline) -> Pipeline:
         for value in base.params[component].values():
             value.delete()
     return dataclasses.replace(base, params=params)
+
+
+def unparked(pipeline: Pipeline) -> Pipeline:
+    """All of it on the device again. The tensors keep their order, which jax.device_put of a dict does not."""
+    params = {
+        component: {name: jax.device_put(value) for name, value in tensors.items()}
+        for component, tensors in pipeline.params.items()
+    }
+    return dataclasses.replace(pipeline, params=params)
 
 
 def delta_name(plan: Recipe) -> str:

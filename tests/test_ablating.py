@@ -450,6 +450,7 @@ def run_end_to_end(base: Any, folder: Any, text: str, fields: dict[str, Any]) ->
     return resumed
 
 
+@pytest.mark.slow
 def test_a_run_from_checkpoint_to_export(tmp_path):
     factories.make_sd1(tmp_path / "base")
     base = esd_jax.load(tmp_path / "base")

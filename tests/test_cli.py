@@ -160,7 +160,7 @@ WRONG_COMMANDS = {
     "export --base=emoji --delta=x.safetensors --step=3 --output=y": ["--step", "--run"],
     "export --run=nowhere --output=x": ["nowhere", "run.json"],
     "export --run=nowhere --output=x --format=ckpt": ["ckpt", "delta"],
-    "export --run=nowhere --output=x.safetensors": ["x.safetensors", "--format=delta"],
+    "export --run=nowhere --output=x.safetensors": ["x.safetensors", "--format=single"],
 }
 
 
@@ -348,7 +348,7 @@ def test_outputs_are_replaced_only_when_asked(esd, base, finished, tmp_path):
         ([*export, "--overwrite"], "file", ["a file", "a folder should be"]),
         ([*export, "--overwrite"], "folder", ["no diffusers folder"]),
         ([*export, "--step=7"], "x", ["no checkpoint of step 7"]),
-        ([*export, "--overwrite", "--format=delta"], "x", ["x", ".safetensors file"]),
+        ([*export, "--overwrite", "--format=single"], "x", ["x", ".safetensors file"]),
         (export, "file/x", ["cannot write", "file/x"]),
         (erase(base, tmp_path / "file"), "x", ["file", "must be a folder"]),
         (erase(base, tmp_path / "folder"), "x", ["folder", "exists", "another output_dir"]),
@@ -747,6 +747,18 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
         configs, schedule = api.architecture(arch)
         assert plan.settings.evaluations(Schedule.from_config(schedule.config), plan.images is not None) >= 0
         assert select(plan.subset, network(configs["unet"], plan.dtype).layouts)
+
+
+def test_fields_that_configs_leave_unsaid_have_flags(monkeypatch, capsys):
+    plans = []
+    verb = dataclasses.replace(cli.VERBS["erase"], run=lambda v: plans.append(v.config.to_dict()))
+    monkeypatch.setitem(cli.VERBS, "erase", verb)
+    assert cli.main(["erase", "--config=esd2025_sdxl", "--config.null=zeros", "--config.as_released"]) == 0
+    assert cli.main(["erase", "--config=esd2025_sdxl"]) == 0
+    assert (plans[0].pop("null"), plans[0].pop("as_released")) == ("zeros", True) and plans[0] == plans[1]
+    assert cli.main(["erase", "--config=sdd", "--config.as_released"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "as_released" in error and "'esd'" in error
 
 
 def test_the_package_knows_its_configs():

@@ -209,7 +209,7 @@ def test_the_command_with_strengths_and_merges(run, written, tmp_path, capsys):
     ("flags", "words"),
     [
         (["--format=lora"], [".safetensors file"]),
-        (["--format=folder", "--output=x.safetensors"], ["written to a folder"]),
+        (["--format=folder", "--output=x.safetensors"], ["give a folder"]),
         (["--format=nothing"], ["--format=nothing is unknown", "kohya"]),
         (["--merge=x*a"], ["strength=a is no number"]),
     ],

@@ -35,6 +35,7 @@ def test_it_knows_the_artwork(pictures, verdict):
     assert_known(pictures, verdict)
 
 
+@pytest.mark.slow
 def test_it_knows_the_artwork_as_a_lossy_model_draws_it(pictures):
     changed = training.augmented(jax.random.key(3), pictures.images, 0.5)
     assert_known(pictures, probe.classify(np.asarray((changed + 1) * 127.5).round().astype(np.uint8)))

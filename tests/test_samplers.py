@@ -56,7 +56,7 @@ def reference_scheduler(sampler, raw, num_steps):
 def reference_trajectory(scheduler, x, monkeypatch, **step_options):
     """[x before the first step, ..., x after the last step] as NHWC."""
     noise = iter(torch.tensor(z, dtype=x.dtype).permute(0, 3, 1, 2) for z in NOISE)
-    for module in ("scheduling_ddim", "scheduling_euler_ancestral_discrete"):
+    for module in ("scheduling_ddim", "scheduling_euler_ancestral_discrete", "scheduling_lcm"):
         monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *args, **kwargs: next(noise))
     x = x.permute(0, 3, 1, 2) * scheduler.init_noise_sigma
     trajectory = [x]
@@ -151,6 +151,10 @@ CASES = [
     ("dpmpp_2m", KARRAS | {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "sigma_max": 30.0}),
     ("dpmpp_2m", ZERO_SNR),
     ("dpmpp_2m", ZERO_SNR | TRAILING),
+    ("lcm", {}),
+    ("lcm", V | {"original_inference_steps": 40, "timestep_scaling": 0.1}),
+    ("lcm", X0),
+    ("lcm", ZERO_SNR),
 ]
 
 
@@ -191,6 +195,17 @@ def test_short_multistep_runs_are_those_of_diffusers(name, num_steps, monkeypatc
     theirs = reference_trajectory(
         reference_scheduler(name, raw, num_steps), torch.tensor(START, dtype=torch.float32), monkeypatch
     )
+    sampler = make_sampler(Schedule.from_config(raw), num_steps=num_steps)
+    assert_same_trajectory(our_trajectory(sampler, jnp.float32(START)), theirs, 1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("name, options", [("euler", TRAILING), ("euler_ancestral", TRAILING), ("lcm", {})])
+def test_few_steps_are_those_of_diffusers(name, options, num_steps, monkeypatch):
+    """SDXL-Lightning, SDXL-Turbo and latent consistency models."""
+    raw = config(name, **options)
+    x = torch.tensor(START, dtype=torch.float32)
+    theirs = reference_trajectory(reference_scheduler(name, raw, num_steps), x, monkeypatch)
     sampler = make_sampler(Schedule.from_config(raw), num_steps=num_steps)
     assert_same_trajectory(our_trajectory(sampler, jnp.float32(START)), theirs, 1e-4)
 
@@ -240,6 +255,8 @@ def test_timesteps_and_scales_are_those_of_diffusers(name, spacing, offset):
     schedule = Schedule.from_config(raw)
     scheduler = getattr(diffusers, CLASS_OF_SAMPLER[name]).from_config(raw)
     for num_steps in (1, 2, 3, 7, 16, 20, 28, 35, 48, 50, 80, 100, 333):
+        if name == "lcm" and num_steps > 50:
+            continue
         scheduler.set_timesteps(num_steps)
         sampler = make_sampler(schedule, num_steps=num_steps)
         theirs = scheduler.timesteps.numpy()
@@ -304,7 +321,7 @@ def test_trailing_grid_never_leaves_the_schedule():
         assert len(timesteps) == num_steps and timesteps[0] == 999 and (np.diff(timesteps) < 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "euler_ancestral"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("euler_ancestral", "lcm")])
 def test_x_after_r_steps_is_at_the_noise_level_of_timestep_r(name):
     """With a network that knows the noise, x stays x0 plus that noise at every step, PNDM's doubled call included."""
     schedule = Schedule.from_config(SD14)
@@ -373,6 +390,9 @@ def test_the_checkpoints_own_sampler_is_the_default():
         ("euler", {"timestep_type": "continuous"}, "timestep_type=continuous"),
         ("euler", {"final_sigmas_type": "one"}, "final_sigmas_type 'one'"),
         ("euler_ancestral", X0, "'sample'"),
+        ("lcm", {"clip_sample": True}, "clip_sample=True"),
+        ("lcm", {"original_inference_steps": 10}, "'lcm' makes at most 10 steps .* not 20"),
+        ("lcm", {"rescale_betas_zero_snr": True}, "'lcm' would divide by zero at timestep 999"),
         ("dpmpp_2m", {"solver_order": 3}, "solver_order=3"),
         ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type=sde-dpmsolver\+\+"),
         ("dpmpp_2m", {"solver_type": "bh2"}, "solver_type=bh2"),

@@ -1,5 +1,7 @@
 """SDXL and SD 2 from prompt to image and through a run: the null, the sizes, memory, every method."""
 
+import math
+
 import diffusers
 import factories
 import jax
@@ -12,9 +14,14 @@ from test_api import assert_same_images, make_calm, uint8
 from torch_oracle import to_nchw, to_nhwc
 
 import esd_jax
-from esd_jax import runs
+from esd_jax import api, recipe, runs
 from esd_jax.diffusion import guidance, samplers
-from esd_jax.params import num_bytes
+from esd_jax.methods.method import Tools
+from esd_jax.models.unet import Conditioning
+from esd_jax.params import num_bytes, num_scalars, partition, prefixed
+from esd_jax.pipeline import network
+from esd_jax.training.plan import changed_names, recomputes, theta_shapes
+from esd_jax.training.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
@@ -108,6 +115,8 @@ def test_text_encoders_and_vae_are_not_on_the_device_in_training(folder, monkeyp
     base = esd_jax.load(folder)
     again = esd_jax.erase(base, "cat", **fields)
     assert at_start["others"] > others
+    order = lambda pipeline: [(c, name) for c, tensors in pipeline.params.items() for name in tensors]  # noqa: E731
+    assert order(erased) == order(base)
     for component, tensors in base.params.items():
         for name, value in tensors.items():
             assert again.params[component][name] is value or component == "unet"
@@ -115,6 +124,7 @@ def test_text_encoders_and_vae_are_not_on_the_device_in_training(folder, monkeyp
             np.testing.assert_array_equal(erased.params[component][name], value)
 
 
+@pytest.mark.slow
 def test_previews_of_a_parked_base(folder, tmp_path):
     fields = {"config": "esd2025_sdxl", "steps": 0, "dtype": "float32", "preview_every": 1, "preview_steps": 2}
     fields |= {"preview_prompts": "dog", "sampling_steps": 4}
@@ -158,3 +168,55 @@ def test_every_method_erases_from_sdxl(method, folder, tmp_path):
 def test_textual_inversion_is_refused_for_two_text_encoders(folder):
     with pytest.raises(ValueError, match=one_line("inversion_steps", "one text encoder", "inversion_steps=0")):
         esd_jax.erase(folder, "the cat", config="forget_me_not")
+
+
+# At its true size
+
+
+@pytest.fixture(scope="module")
+def true_size():
+    """(configs, schedule, the recipe of `sdxl_style`)."""
+    return *api.architecture("sdxl"), recipe.make(**recipe.read("sdxl_style").to_dict())
+
+
+@pytest.mark.slow
+def test_unet_of_true_size_runs(true_size):
+    """2,567,463,684 parameters in bfloat16, on latents of 8 x 8."""
+    unet = network(true_size[0]["unet"], "bfloat16")
+    block = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)  # again and again: it is faster
+    params = {}
+    for name, shape in unet.shapes.items():
+        if unet.layouts[name] == "vector":  # norms' scales are 1, biases 0
+            params[name] = jnp.full(shape.shape, float(name.endswith("weight")), jnp.bfloat16)
+        else:
+            scaled = (block * math.prod(shape.shape[:-1]) ** -0.5).astype(jnp.bfloat16)
+            params[name] = jnp.asarray(np.resize(scaled, shape.shape))
+    assert num_scalars(params) == 2_567_463_684
+    said = Conditioning(jnp.ones((1, 77, 2048)), jnp.ones((1, 1280)), jnp.asarray([[64.0, 64, 0, 0, 64, 64]]))
+    output = jax.jit(unet.apply)(params, jnp.asarray(LATENTS[:1, :, :8]), jnp.float32(500), said)
+    assert output.shape == (1, 8, 8, 4) and np.isfinite(output.astype(np.float32)).all() and np.std(output) > 0
+
+
+@pytest.mark.slow
+def test_the_whole_step_of_true_size_is_traced_without_memory(true_size):
+    """1024 pixels, esd-x in bfloat16: what goes in comes out, 545,670,400 trained scalars with Adam's two moments."""
+    configs, schedule, plan = true_size
+    dtype = jnp.dtype("bfloat16")
+    net = network(configs["unet"], dtype.name, recomputes(plan, configs["unet"]))
+    shapes = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
+    theta_0, frozen = (prefixed(part, "unet") for part in partition(shapes, changed_names(plan, net)))
+
+    def encode(prompts):
+        of = lambda *shape: jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32)  # noqa: E731
+        return Conditioning(of(77, 2048), of(1280), of(6))
+
+    tools = Tools(net, schedule, (128, 128, 4), (), encode, None, None, None)
+    method, inputs = plan.settings.make(tools, plan.concepts)
+    tx = runs.transformation(plan)
+    step = make_step(method, tx, compute_dtype=dtype, shape=(128, 128, 4))
+    state = jax.eval_shape(lambda theta: init_state(theta, tx, 0), theta_shapes(plan, net))
+    before = sum(a.nbytes for a in jax.live_arrays())
+    after, metrics = jax.eval_shape(step, state, theta_0, frozen, inputs)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert num_scalars(after.theta) == 545_670_400 and metrics.loss.shape == ()
+    assert sum(a.nbytes for a in jax.live_arrays()) - before < 1_000_000

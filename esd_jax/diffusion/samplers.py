@@ -41,6 +41,7 @@ _ONLY = {
         "use_flow_sigmas": False,
         "use_dynamic_shifting": False,
     },
+    "lcm": {"thresholding": False, "clip_sample": False},
 }
 
 
@@ -63,8 +64,8 @@ def make_sampler(
     Options come from the schedule's config; a missing one takes the default of the diffusers class that belongs to
     `name`, as `Class.from_config(config)` does there. `spacing` ("leading", "linspace", "trailing") and `karras`
     (Euler, LMS and DPM-Solver++) override the config. `eta` is DDIM's: 0 is deterministic, 1 as noisy as DDPM. PNDM
-    makes `num_steps + 1` network calls. Raises `ValueError` for what is not implemented, and for a grid that leaves
-    the schedule or makes the sampler divide by zero.
+    makes `num_steps + 1` network calls; LCM has a spacing of its own. Raises `ValueError` for what is not implemented,
+    and for a grid that leaves the schedule or makes the sampler divide by zero.
     """
     name = "pndm" if name == "plms" else name or default_sampler(schedule)
     if name not in SAMPLERS:
@@ -85,6 +86,8 @@ def make_sampler(
         return solvers.ddim(schedule, num_steps, spacing, eta)
     if name == "pndm":
         return solvers.pndm(schedule, num_steps, spacing)
+    if name == "lcm":
+        return solvers.lcm(schedule, num_steps)
     if name == "euler_ancestral":
         return solvers.euler_ancestral(schedule, num_steps, spacing)
     build = {"lms": solvers.lms, "euler": solvers.euler, "dpmpp_2m": solvers.dpmpp_2m}[name]

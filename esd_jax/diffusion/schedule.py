@@ -21,6 +21,7 @@ SAMPLER_OF_CLASS = {
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000  # a config that asks for more is damaged
@@ -113,8 +114,11 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     num = _option(config, "num_train_timesteps", 1000)
     if not (isinstance(num, int) and 0 < num <= MOST_TIMESTEPS):
         raise ValueError(f"num_train_timesteps={num} is no number of timesteps")
-    start, end = _option(config, "beta_start", 0.0001), _option(config, "beta_end", 0.02)
-    kind = _option(config, "beta_schedule", "linear")
+    # The class defaults are DDPM's, but Stable Diffusion's of the one class that was made for it.
+    lcm = config.get("_class_name") == "LCMScheduler"
+    defaults = (0.00085, 0.012, "scaled_linear") if lcm else (0.0001, 0.02, "linear")
+    names = ("beta_start", "beta_end", "beta_schedule")
+    start, end, kind = (_option(config, name, default) for name, default in zip(names, defaults, strict=True))
     trained = _option(config, "trained_betas", None)
     if trained is not None:
         betas = np.asarray(trained, np.float64)

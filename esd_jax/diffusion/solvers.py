@@ -1,10 +1,10 @@
-"""The six solvers, each a table of coefficients computed on the host in float64.
+"""The seven solvers, each a table of coefficients computed on the host in float64.
 
 With (x0_i, eps_i) read off the network's output at step i, every one of them is
 
     x_{i+1} = a_i x0_i + b_i eps_i + sum_k c_ik m_{i-k} + d_i z_i,        k = 1, 2, ...
 
-where z is fresh noise and m what the solver remembers: nothing (DDIM, Euler), eps (LMS) or x0 (DPM-Solver++). PLMS
+where z is fresh noise and m what the solver remembers: nothing (DDIM, Euler, LCM), eps (LMS) or x0 (DPM-Solver++). PLMS
 remembers raw network outputs and averages them before it reads off the pair.
 """
 
@@ -164,6 +164,36 @@ def pndm(schedule: Schedule, num_steps: int, spacing: str) -> Sampler:
 
     _check_finite("pndm", now, a, b)
     return Sampler("pndm", timesteps, 1.0, np.ones(len(timesteps)), False, init, step)
+
+
+def lcm(schedule: Schedule, num_steps: int) -> Sampler:
+    """Multistep consistency sampling (Luo et al. 2023, Algorithm 3): a finished image, noised anew for the next step.
+
+    x' = sqrt(alpha_bar') f + sqrt(1 - alpha_bar') z,      f = c_out x0 + c_skip x,      after the last step x' = f,
+
+    with the boundary conditions c of consistency models (Song et al. 2023, App. C) at 10 t. The grid is a part of the
+    `original_inference_steps` (50) that the network was distilled on. Raises ValueError for more steps than those.
+    """
+    original, num_train = schedule.option("original_inference_steps", 50), schedule.num_train_timesteps
+    if not num_steps <= original <= num_train:
+        raise ValueError(f"sampler 'lcm' makes at most {original} steps (original_inference_steps), not {num_steps}")
+    distilled = np.arange(1, original + 1)[::-1] * (num_train // original) - 1
+    timesteps = distilled[np.linspace(0, original, num_steps, endpoint=False).astype(int)]
+    now = schedule.alpha_bar[timesteps]
+    if schedule.prediction_type == "epsilon":
+        grids.check_signal(timesteps, now, "lcm")
+    then = np.append(schedule.alpha_bar[timesteps[1:]], 1.0)
+    scaled, data = timesteps * schedule.option("timestep_scaling", 10.0), 0.5
+    skip, out = data**2 / (scaled**2 + data**2), scaled / np.sqrt(scaled**2 + data**2)
+    return _linear(
+        "lcm",
+        schedule,
+        timesteps,
+        now,
+        a=np.sqrt(then) * (out + skip * np.sqrt(now)),  # x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+        b=np.sqrt(then) * skip * np.sqrt(1 - now),
+        d=np.sqrt(1 - then),
+    )
 
 
 def _linear(

@@ -156,9 +156,9 @@ def _applied(pipeline: Pipeline, module: str, change: Change, strength: float, p
             continue  # PEFT gives every adapted layer a bias, if it gives one
         _require(name in shapes and value.size == int(np.prod(shapes[name])), change.keys[0], path)
         _require(value.shape[0] == shapes[name][0], change.keys[0], path)
-        first = read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"]
+        first = np.asarray(read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"])
         added = safetensors.from_file(value.reshape(shapes[name]), net.layouts[name])
-        edits[f"{component}/{name}"] = first + jnp.float32(strength) * jnp.asarray(np.ascontiguousarray(added))
+        edits[f"{component}/{name}"] = jnp.asarray(first + np.float32(strength) * added)
     return edits
 
 
