@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esd_jax import demo, recipe, runs
+from esd_jax import demo, exports, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
-from esd_jax.io.diffusers import export
 from esd_jax.io.ldm import UNET
 from esd_jax.io.lora_merge import is_lora, merge_lora
 from esd_jax.io.safetensors import read_header
@@ -155,6 +154,27 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     if any(key.startswith(UNET) for key in header.entries):
         return diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
     return load_delta(base, path)
+
+
+def export(
+    pipeline: Pipeline,
+    path: str | Path,
+    *,
+    format: str = "folder",
+    verify: bool = False,
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Path:
+    """Writes a checkpoint: a diffusers folder, or another of `exports.FORMATS`.
+
+        export(erased, "emoji-without-neon")
+        export(erased, "lora.safetensors", format="lora", rank=4)
+
+    Args: see `exports.export`, which also says what `verify` has found.
+    """
+    told = {"verify": verify, "overwrite": overwrite, "metadata": metadata}
+    return exports.export(pipeline, path, format, **told, **options).path
 
 
 def default_config(source: str, method: str) -> str:

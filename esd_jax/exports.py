@@ -17,6 +17,7 @@ from esd_jax.io import delta, difference, diffusers, lora, lora_merge, safetenso
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.io.export import move_into_place
+from esd_jax.io.folder import variant_of
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 from esd_jax.training import checkpoint
@@ -48,7 +49,8 @@ class Format:
 
 
 def _load(base: Pipeline, path: Path) -> Pipeline:
-    return diffusers.load(path, dtype=base.dtype, variant=base.provenance.variant if path.is_dir() else None)
+    found = {variant_of(file.name) for file in (path / "unet").iterdir()} - {None}
+    return diffusers.load(path, dtype=base.dtype, variant=next(iter(found), None) or None)
 
 
 def _load_single(base: Pipeline, path: Path) -> Pipeline:
@@ -94,7 +96,9 @@ def _read_orbax(base: Pipeline, path: Path) -> Pipeline:
 
 
 FORMATS: Mapping[str, Format] = {
-    "folder": Format("diffusers folder", diffusers.export, _load, "", whole=True),
+    "folder": Format(
+        "diffusers folder", diffusers.export, _load, "", options=("max_shard_size", "variant"), whole=True
+    ),
     "single": Format(
         "single file for A1111 and ComfyUI", single_file.export_single, _load_single, ".safetensors",
         options=("into",), whole=True,
@@ -170,7 +174,7 @@ def export(
       verify: read it again and compare; see `verified`.
       overwrite: lets what is at `path` be replaced.
       metadata: more metadata than the records of what was erased.
-      **options: of the format: into, dtype, rank, energy.
+      **options: of the format: into, dtype, rank, energy, max_shard_size, variant; its writer says what they mean.
 
     Raises:
       ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which

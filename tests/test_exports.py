@@ -64,6 +64,15 @@ def test_lossless_formats_draw_what_the_folder_draws(run, written):
     np.testing.assert_array_equal(draw(FORMATS["orbax"].read(base, made["orbax"].path)), draw(run[1]))
 
 
+def test_a_single_file_becomes_a_sharded_folder_of_a_variant(run, written, tmp_path):
+    base = esd_jax.load(written[1]["single"].path, config=run[1].provenance.folder)
+    name = next(iter(run[1].edits))
+    edited = base.with_edits({name: read_exact(base, [name])[name] + 0.5}, {"concepts": [{"text": "cat"}]})
+    path = esd_jax.export(edited, tmp_path / "x", verify=True, max_shard_size=500_000, variant="fp16")
+    assert len(list((path / "unet").glob("*.fp16-*-of-*.safetensors"))) > 1
+    assert (path / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+
+
 def test_every_file_says_what_was_erased(run, written):
     for name, one in written[1].items():
         files = [one.path] if one.path.is_file() else [one.path / UNET]

@@ -45,6 +45,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "energy", None, "lora, kohya: the least rank that keeps this share of a change.", flag_values=values
     )
+    flags.DEFINE_integer(
+        "max_shard_size", None, "folder of a single file: bytes in one weight file.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_string("variant", None, "folder of a single file: in its files' names, fp16.", flag_values=values)
     flags.DEFINE_bool("verify", True, "Read again what was written, and compare it with memory.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
 
@@ -69,9 +73,8 @@ def run(values: flags.FlagValues) -> None:
     pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)
     # What is known of a run is known of its newest checkpoint alone.
     known = values.run and values.step is None and not (values.delta or values.merge) and values.strength == 1
-    options = {
-        name: values[name].value for name in ("into", "dtype", "rank", "energy") if values[name].value is not None
-    }
+    options = common.options(values, "into dtype rank energy max_shard_size variant")
+    options = {name: value for name, value in options.items() if value is not None}
     options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
     if several:
         for written in exports.export_all(pipeline, output, formats, **options):
