@@ -3,7 +3,7 @@
     esd-jax erase --config=sdxl_object --config.concept="golden retriever" --config.output_dir=runs/retriever
 
 esd2025_sdxl with all but cross-attention trained: the released code's rule for SDXL, and its learning rate for it. Its
-authors call this experimental. On a GPU: about 43 GiB.
+authors call this experimental. On a GPU: about 40 GiB.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
 """SDXL and SD 2 from prompt to image and through a run: the null, the sizes, memory, every method."""
 
+import dataclasses
 import math
 
 import diffusers
@@ -20,7 +21,7 @@ from esd_jax.methods.method import Tools
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import num_bytes, num_scalars, partition, prefixed
 from esd_jax.pipeline import network
-from esd_jax.training.plan import changed_names, recomputes, theta_shapes
+from esd_jax.training.plan import changed_names, make_plan, recomputes, theta_shapes
 from esd_jax.training.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -85,6 +86,23 @@ def test_images_with_every_null_are_those_of_diffusers(family, tmp_path):
     assert same == (family == "sd2") and not np.array_equal(images[""], images["dog"])
 
 
+def test_few_steps_without_guidance_are_those_of_diffusers(tmp_path):
+    """SDXL-Lightning's way: Euler, "trailing", four steps, no guidance."""
+    pipe = make_calm("sdxl", tmp_path)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    theirs = drawn_by_diffusers(pipe, None, 4, 0.0)
+    options = {"latents": LATENTS, "num_steps": 4, "height": SIZE[0], "width": SIZE[1]}
+    ours = esd_jax.load(tmp_path)
+    assert_same_images(esd_jax.sample(ours, PROMPTS, guidance_scale=0.0, **options), uint8(theirs))
+
+
+def test_trajectories_need_a_sampler_without_noise(folder):
+    for sampler in ("lcm", "euler_ancestral"):
+        with pytest.raises(ValueError, match=one_line(sampler, "noise", "'ddim'")):
+            esd_jax.erase(folder, "cat", config="esd2025_sdxl", sampler=sampler)
+
+
 # Memory
 
 
@@ -127,11 +145,8 @@ def test_text_encoders_and_vae_are_not_on_the_device_in_training(folder, monkeyp
 @pytest.mark.slow
 def test_previews_of_a_parked_base(folder, tmp_path):
     fields = {"config": "esd2025_sdxl", "steps": 0, "dtype": "float32", "preview_every": 1, "preview_steps": 2}
-    fields |= {"preview_prompts": "dog", "sampling_steps": 4}
-    esd_jax.erase(folder, "cat", output_dir=tmp_path / "run", **{**fields, "steps": 1})
-    assert [file.name for file in sorted((tmp_path / "run" / "previews").iterdir())] == [
-        "step_000000.png", "step_000001.png"
-    ]  # fmt: skip
+    esd_jax.erase(folder, "cat", output_dir=tmp_path / "run", preview_prompts="dog", preview_guidance=1.0, **fields)
+    assert [file.name for file in (tmp_path / "run" / "previews").iterdir()] == ["step_000000.png"]
 
 
 # Every method
@@ -152,17 +167,19 @@ METHODS = {
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=() if m in ("uce", "rece") else pytest.mark.slow) for m in METHODS]
 )
-def test_every_method_erases_from_sdxl(method, folder, tmp_path):
-    base, fields = esd_jax.load(folder), {"config": method, **METHODS[method]}
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd2", marks=pytest.mark.slow)])
+def test_every_method_erases(family, method, folder, tmp_path):
+    if family == "sd2":
+        factories.make_sd2(folder := tmp_path / "sd2")
+    base, fields = esd_jax.load(folder), {"config": method, "dtype": "float32", **METHODS[method]}
     if method == "forget_me_not":
-        fields["template"] = "a photo of {concept}"
-    erased = esd_jax.erase(base, "the cat", method=method, dtype="float32", **fields)
+        fields |= {"template": "a photo of {concept}", "inversion_steps": 2 if family == "sd2" else 0}
+    erased = esd_jax.erase(base, "the cat", method=method, **fields)
     for name, value in erased.edits.items():
         assert np.isfinite(value).all() and np.any(value != base.params["unet"][name.removeprefix("unet/")]), name
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(esd_jax.export(erased, tmp_path / "out"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(esd_jax.export(erased, tmp_path / "out"))
     theirs = dict(pipe.unet.named_parameters())
-    for name, value in erased.edits.items():
-        assert theirs[name.removeprefix("unet/")].numel() == value.size
+    assert all(theirs[name.removeprefix("unet/")].numel() == value.size for name, value in erased.edits.items())
 
 
 def test_textual_inversion_is_refused_for_two_text_encoders(folder):
@@ -195,6 +212,20 @@ def test_unet_of_true_size_runs(true_size):
     said = Conditioning(jnp.ones((1, 77, 2048)), jnp.ones((1, 1280)), jnp.asarray([[64.0, 64, 0, 0, 64, 64]]))
     output = jax.jit(unet.apply)(params, jnp.asarray(LATENTS[:1, :, :8]), jnp.float32(500), said)
     assert output.shape == (1, 8, 8, 4) and np.isfinite(output.astype(np.float32)).all() and np.std(output) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("subset", "gib"), [("esd-x", 15.9), ("esd-u-sdxl", 40.2)])
+def test_the_dry_runs_memory(true_size, subset, gib):
+    """UNet, text encoders and VAE in bfloat16; theta, its gradient and Adam's moments in float32, its bfloat16 copy."""
+    configs, schedule, plan = true_size
+    size = make_plan(configs, schedule, dataclasses.replace(plan, subset=subset))
+    others = sum(num_scalars(network(c, "bfloat16").shapes) for name, c in configs.items() if name != "unet")
+    counted = 2 * 2_567_463_684 + 2 * others + size.trained * (4 + 4 + 8 + 2)
+    # What is left are the activations that recomputing keeps: the inputs of the blocks.
+    assert 0.2 * 2**30 < sum(size.memory.values()) - counted < 0.4 * 2**30
+    assert sum(size.memory.values()) / 2**30 == pytest.approx(gib, abs=0.1) and size.total == 2_567_463_684
+    assert recomputes(plan, configs["unet"]) and not plan.remat
 
 
 @pytest.mark.slow
