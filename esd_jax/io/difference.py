@@ -98,9 +98,9 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
             raise ValueError(
                 f"{path}: {key!r} of shape {entry.shape} does not fit the UNet, which has {shapes.get(key)}"
             )
-        change = np.ascontiguousarray(safetensors.from_file(safetensors.read(header, key), net.layouts[key]))
-        first = read_exact(base, [f"unet/{key}"])[f"unet/{key}"]
-        edits[f"unet/{key}"] = first + jnp.float32(strength) * jnp.asarray(change, jnp.float32)
+        change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
+        first = np.asarray(read_exact(base, [f"unet/{key}"])[f"unet/{key}"])
+        edits[f"unet/{key}"] = jnp.asarray(first + np.float32(strength) * change)
     record = {"difference": path.name, "strength": strength, "erased": files.read_records(header)}
     return base.with_edits(edits, record)
 
