@@ -40,6 +40,7 @@ OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
     "lora_mid": "Tucker decomposition", ".on_input": "IA3",
 }  # fmt: skip
+INTEGERS = {"I64": np.int64, "I32": np.int32}  # of alphas: scripts that extract a LoRA write its rank as it is
 PREFIXES = ("", "base_model.model.")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves an adapter
 
@@ -79,7 +80,7 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
         change = found.setdefault(module, Change())
         if getattr(change, part) is not None:
             raise ValueError(f"{path}: {key!r} gives a second {part} for the same module")
-        setattr(change, part, safetensors.read(header, key).astype(np.float32))
+        setattr(change, part, _read(header, key, part))
         change.keys.append(key)
     if all(change.down is change.up is change.diff is None for change in found.values()):
         raise ValueError(f"{path} holds no LoRA")
@@ -143,6 +144,16 @@ def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, s
     if any(key.endswith(ending) for ending in PARTS):
         raise ValueError(f"{header.path}: the checkpoint has no module for {key!r}: the LoRA is for another model")
     raise ValueError(f"{header.path}: {key!r} is no key of a LoRA")
+
+
+def _read(header: Header, key: str, part: str) -> np.ndarray:
+    """A tensor in float32. Raises ValueError for NaN and infinity."""
+    whole = INTEGERS.get(header.entries[key].dtype) if part == "alpha" else None
+    array = safetensors.read(header, key) if whole is None else safetensors.read_bytes(header, key).view(whole)
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{header.path}: {key!r} holds NaN or infinity")
+    return array
 
 
 def _configs(header: Header) -> dict[str, Mapping[str, Any]]:
