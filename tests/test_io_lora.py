@@ -232,6 +232,8 @@ def test_the_scale_is_what_the_file_says(base, tmp_path):
     kohya = {f"{flat}.{key}": np.asarray(value) for key, value in kohya.items()}
     safetensors.numpy.save_file(kohya, tmp_path / "kohya.safetensors")
     check(tmp_path / "kohya.safetensors", 2 / 4, 1)
+    safetensors.numpy.save_file({**kohya, f"{flat}.alpha": np.asarray(8)}, tmp_path / "kohya.safetensors")
+    check(tmp_path / "kohya.safetensors", 8 / 4, 1)
 
     parts = {"lora_A.weight": down, "lora_B.weight": up, "lora_B.bias": bias}
     (tmp_path / "peft").mkdir()
@@ -322,6 +324,14 @@ def test_files_that_are_refused(base, content, words, tmp_path):
     safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in content.items()}, file)
     with pytest.raises(ValueError, match=one_line(file, *words)):
         merge_lora(base, file)
+
+
+def test_numbers_that_are_none_are_refused(base, tmp_path):
+    file = {"unet.conv_in.lora_A.weight": np.ones((1, 4, 3, 3), np.float32)}
+    file["unet.conv_in.lora_B.weight"] = np.full((32, 1, 1, 1), np.nan, np.float32)
+    safetensors.numpy.save_file(file, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=one_line("x.safetensors", "conv_in.lora_B", "NaN")):
+        merge_lora(base, tmp_path / "x.safetensors")
 
 
 def test_what_cannot_be_written(base, tmp_path):
