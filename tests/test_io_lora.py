@@ -56,11 +56,14 @@ def noise(n):
 
 
 @torch.no_grad()
-def drawn_by_diffusers(folder, latents, file=None):
+def drawn_by_diffusers(folder, latents, file=None, fuse=False):
     kind = diffusers.StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else None
     pipe = (kind or diffusers.StableDiffusionPipeline).from_pretrained(folder)
     if file is not None:
         pipe.load_lora_weights(file.parent, weight_name=file.name)
+    if fuse:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -128,6 +131,26 @@ def test_diffusers_is_told_the_scale_of_every_module(base, tmp_path, monkeypatch
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), tmp_path / "untold.safetensors")  # B A as it is
     whole = esd_jax.export(merge_lora(base, tmp_path / "untold.safetensors"), tmp_path / "whole")
     assert np.abs(found - drawn_by_diffusers(whole, latents)).max() <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
+def test_without_biases_it_can_be_fused(base, tmp_path):
+    """Keys and values have no bias for PEFT to add to, so with the output's it refuses, and says so."""
+    erased, latents, folder = edited(base, "esd-x", size=0.02), noise(2), base.provenance.folder
+    for biases in (True, False):
+        export_lora(erased, tmp_path / f"{biases}.safetensors", rank=8, dtype="float32", biases=biases)
+    fused = drawn_by_diffusers(folder, latents, tmp_path / "False.safetensors", fuse=True)
+    np.testing.assert_allclose(fused, drawn_by_diffusers(folder, latents, tmp_path / "False.safetensors"), atol=1e-4)
+    with pytest.raises(RuntimeError, match="base layer has no bias"):
+        drawn_by_diffusers(folder, latents, tmp_path / "True.safetensors", fuse=True)
+
+
+def test_sd2_is_named_as_a1111_knows_it(tmp_path):
+    factories.make_sd2(tmp_path / "sd2")
+    base = esd_jax.load(tmp_path / "sd2")
+    export_lora(edited(base, "regex:conv_in"), tmp_path / "x.safetensors", rank=1, style="kohya")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "np") as file:
+        assert (file.metadata()["ss_v2"], file.metadata()["ss_base_model_version"]) == ("True", "sd_v2_v")
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
