@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.io import folder as files
-from esd_jax.io import ldm, safetensors, tensors
+from esd_jax.io import ldm, safetensors
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import PEFT
 from esd_jax.io.safetensors import Header
@@ -196,7 +196,6 @@ def _applied(
     """The edited tensors of one module."""
     component, _, bare = module.partition("/")
     net = pipeline.network(component)
-    shapes = tensors.torch_shapes(net)
     if (change.down is None) != (change.up is None):
         raise ValueError(f"{path}: {change.keys[0]!r} lacks its other factor")
     wanted: dict[str, np.ndarray] = {}
@@ -218,10 +217,11 @@ def _applied(
         name = f"{bare}.{leaf}"
         if leaf == "bias" and not value.any():
             continue  # PEFT gives every adapted layer a bias, if it gives one: here it changes nothing
-        _require(name in shapes and value.size == int(np.prod(shapes[name])), change.keys[0], path)
-        _require(value.shape[0] == shapes[name][0], change.keys[0], path)
+        _require(name in net.shapes and value.size == net.shapes[name].size, change.keys[0], path)
+        shape = safetensors.file_shape(net.shapes[name].shape, net.layouts[name])
+        _require(value.shape[0] == shape[0], change.keys[0], path)
         first = np.asarray(read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"])
-        added = safetensors.from_file(value.reshape(shapes[name]), net.layouts[name])
+        added = safetensors.from_file(value.reshape(shape), net.layouts[name])
         edits[f"{component}/{name}"] = jnp.asarray(first + np.float32(strength) * added)  # NumPy compiles no shape
     return edits
 
