@@ -187,9 +187,9 @@ def test_what_was_written_is_read_again(family, style, tmp_path):
     carried = erased.edits.keys() - set(report.left_out)
     assert again.edits.keys() == carried and (style == "diffusers") == (not report.left_out)
     for name in carried:
-        np.testing.assert_allclose(again.edits[name], erased.edits[name], atol=2e-6)
+        np.testing.assert_allclose(np.asarray(again.edits[name]), np.asarray(erased.edits[name]), atol=2e-6)
     half = merge_lora(base, tmp_path / "a.safetensors", strength=0.5)
-    for name in carried:
+    for name in sorted(carried)[:20]:
         middle = (np.asarray(read_exact(base, [name])[name]) + np.asarray(erased.edits[name])) / 2
         np.testing.assert_allclose(half.edits[name], middle, atol=2e-6)
     assert api.opened(base, tmp_path / "a.safetensors").edits.keys() == carried
@@ -281,12 +281,14 @@ def test_the_scale_is_what_the_file_says(base, tmp_path):
             merge_lora(base, tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 1 - 1e-6}])
-def test_a_training_of_low_rank_is_exported_as_it_is(base, options, tmp_path):
+def test_a_training_of_low_rank_is_exported_as_it_is(base, tmp_path):
+    """What is left is float32's rounding of the trained tensors, which grows beside a smaller change."""
     fields = {"concept": "cat style", "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-2}
     erased = esd_jax.erase(base.provenance.folder, rank=2, steps=3, **fields)
-    report = export_lora(erased, tmp_path / "x.safetensors", dtype="float32", **options)
-    assert {rank for rank, _ in report.ranks.values()} == {2} and report.residual < 1e-11
+    for style, options in [("diffusers", {"rank": 2}), ("kohya", {"rank": 2}), ("diffusers", {"energy": 1 - 1e-6})]:
+        file = tmp_path / "x.safetensors"
+        report = export_lora(erased, file, style=style, dtype="float32", overwrite=True, **options)
+        assert {rank for rank, _ in report.ranks.values()} == {2} and report.residual < 1e-11
 
 
 def test_rank_and_energy(base, tmp_path):
