@@ -11,7 +11,7 @@ import esd_jax
 from esd_jax import api
 from esd_jax.io.delta import export_delta, load_delta
 from esd_jax.io.difference import apply_difference, export_difference
-from esd_jax.io.diffusers import read_exact
+from esd_jax.io.diffusers import read_exact, source_hash
 from esd_jax.io.lora import export_lora
 from esd_jax.io.merge import merge
 
@@ -154,3 +154,19 @@ def test_what_cannot_be_merged(base, tmp_path):
     other = other.with_edits({}, {"base_sha256": "0" * 64})
     with pytest.raises(ValueError, match=one_line("another base")):
         merge(base, [(other, 1.0)])
+
+
+def test_a_delta_of_another_base_is_no_part(base, tmp_path):
+    """Its values are whole tensors, which would bring the other base along; a LoRA's are only added."""
+    cat, _ = changed(base, [K])
+    elsewhere = cat.with_edits({}, {"base_sha256": "0" * 64})
+    delta = export_delta(elsewhere, tmp_path / "delta.safetensors", dtype="float32")
+    with pytest.raises(ValueError, match=one_line("delta.safetensors", "another base", "force=True")):
+        merge(base, [(load_delta(base, delta), 1.0)])
+    merged, _ = merge(base, [(load_delta(base, delta), 1.0)], force=True)
+    np.testing.assert_allclose(merged.edits[K], cat.edits[K], atol=1e-6)
+    lora = export_lora(elsewhere, tmp_path / "lora.safetensors", rank=64, dtype="float32").path
+    merged, _ = merge(base, [(api.opened(base, lora), 1.0)])
+    np.testing.assert_allclose(merged.edits[K], cat.edits[K], atol=1e-6)
+    here = cat.with_edits({}, {"base_sha256": source_hash(base)})
+    merge(base, [(load_delta(base, export_delta(here, tmp_path / "here.safetensors")), 1.0)])

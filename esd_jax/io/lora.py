@@ -5,10 +5,16 @@
 A convolution's kernel is taken as one matrix [outputs, inputs * height * width]: A is a convolution of its size, B one
 of 1x1. The factors are the change's truncated singular value decomposition, the nearest of their rank (Eckart & Young
 1936).
+
+Every module's scale is said outright, because loaders guess it wrong where ranks differ: diffusers took the first
+module's rank for every alpha until August 2026 (its pull request 14409), so PEFT's files carry their `LoraConfig`; and
+it loses the alphas of kohya's attention layers, so kohya's files have one alpha for all, 1, and their factors are
+greater by sqrt(rank).
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,8 @@ from esd_jax.pipeline import Pipeline
 
 STYLES = ("diffusers", "kohya")
 ENERGY = 0.99  # of a change, which is kept by default
+PEFT = "lora_adapter_metadata"  # where diffusers keeps a file's `LoraConfig`, as JSON
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of a text encoder, those that loaders adapt
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def export_lora(
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> LoraReport:
-    """Writes the change of an erased UNet as a LoRA.
+    """Writes the change of an erased checkpoint, its UNet's and its text encoders', as a LoRA.
 
     Args:
       pipeline: an erased checkpoint, and files that say what it was before.
@@ -79,52 +87,48 @@ def export_lora(
       metadata: more metadata than the records of what was erased.
 
     Raises:
-      ValueError: nothing in it is edited, or something besides the UNet; a number out of range; or `path` is taken.
+      ValueError: no matrix of it is edited; a number out of range; or `path` is taken.
       OSError: one line: no permission, no space left, ...
     """
     path, code = Path(path).expanduser(), safetensors.CODES[safetensors.read_dtype(dtype)]
     _check(pipeline, path, rank, energy, style, overwrite)
-    net, base = pipeline.network("unet"), unmodified(pipeline)
-    modules = _module_names(pipeline, style)
-    written: dict[str, np.ndarray] = {}
-    ranks, kept, left_out, lost, total = {}, {}, [], 0.0, 0.0
-    changes: dict[str, np.ndarray] = {}
-    matrices = {name for name in pipeline.edits if net.layouts[name.removeprefix("unet/")] in ("linear", "conv")}
-    for name in sorted(pipeline.edits):
-        tensor = name.removeprefix("unet/")
-        change = np.asarray(pipeline.edits[name], np.float64) - np.asarray(read_exact(base, [name])[name], np.float64)
-        change = safetensors.to_file(change, net.layouts[tensor])
-        energy_of = float(np.sum(np.square(change)))
-        total += energy_of
-        module, _, leaf = tensor.rpartition(".")
-        if name in matrices:
-            down, up = (_rounded(name, part, code) for part in factors(change.reshape(len(change), -1), rank, energy))
-            missing = float(np.sum(np.square(change.reshape(len(change), -1) - _product(up, down))))
-            ranks[name] = (len(down), min(up.shape[0], down.shape[1]))
-            kept[name] = 1 - missing / energy_of if energy_of else 1.0
-            lost += missing
-            outer = (1,) * (change.ndim - 2)
-            shapes = ((len(down), *change.shape[1:]), (*up.shape, *outer))
-            for key, part, shape in zip(_keys(modules[module], style), (down, up), shapes, strict=True):
-                written[key] = part.reshape(shape)
-            if style == "kohya":
-                written[modules[module] + ".alpha"] = np.asarray(len(down), safetensors.DTYPES[code])
-        elif leaf == "bias" and f"unet/{module}.weight" in matrices and style == "diffusers" and biases:
-            changes[module] = change
-        else:
-            left_out.append(name)
-            lost += energy_of
-    if not ranks:
+    base, modules = unmodified(pipeline), _module_names(pipeline, style)
+    matrices = {name.removesuffix(".weight"): name for name in sorted(pipeline.edits)}
+    matrices = {module: name for module, name in matrices.items() if name.endswith(".weight") and module in modules}
+    if not matrices:
         raise ValueError("no matrix is edited, so there is no LoRA to write: export a difference, or the whole folder")
-    if changes:  # PEFT gives every adapted layer a bias, or none
-        for name in ranks:
-            module = name.removeprefix("unet/").removesuffix(".weight")
-            bias = changes.get(module, np.zeros(len(written[f"{modules[module]}.lora_B.weight"])))
-            stored = _rounded(name, bias, code)
-            lost += float(np.sum(np.square(bias - stored.astype(np.float64))))
-            written[f"{modules[module]}.lora_B.bias"] = stored
-    report = LoraReport(path, lost / total if total else 0.0, ranks, kept, tuple(left_out))
-    told = {**files.write_records(pipeline.provenance.erased), **_described(report, style), **(metadata or {})}
+    vectors = {f"{module}.bias" for module in matrices} & pipeline.edits.keys()
+    vectors = vectors if biases and style == "diffusers" else set()
+    biased = {_network(name) for name in vectors}  # PEFT gives every adapted layer of a network a bias, or none
+    written: dict[str, np.ndarray] = {}
+    ranks, kept, lost, total = {}, {}, 0.0, 0.0
+    for module, name in matrices.items():
+        change = _change(pipeline, base, name)
+        flat = change.reshape(len(change), -1)
+        down, up = factors(flat, rank, energy)
+        scale = 1 / len(down) if style == "kohya" else 1.0  # alpha / rank
+        down, up = (_rounded(name, part / scale**0.5, code) for part in (down, up))
+        missing = _energy(flat - scale * _product(up, down))
+        ranks[name], kept[name] = (len(down), min(flat.shape)), 1 - missing / (_energy(flat) or 1.0)
+        lost, total = lost + missing, total + _energy(flat)
+        down_key, up_key = _keys(modules[module], style)
+        written[down_key] = down.reshape(-1, *change.shape[1:])
+        written[up_key] = up.reshape(*up.shape, *(1,) * (change.ndim - 2))
+        if style == "kohya":
+            written[modules[module] + ".alpha"] = np.ones((), safetensors.DTYPES[code])
+        if _network(name) in biased:
+            vector = f"{module}.bias"
+            exact = _change(pipeline, base, vector) if vector in vectors else np.zeros(len(change))
+            written[f"{modules[module]}.lora_B.bias"] = bias = _rounded(vector, exact, code)
+            lost, total = lost + _energy(exact - bias.astype(np.float64)), total + _energy(exact)
+    left_out = tuple(sorted(pipeline.edits.keys() - set(matrices.values()) - vectors))
+    for name in left_out:
+        energy_of = _energy(_change(pipeline, base, name))
+        lost, total = lost + energy_of, total + energy_of
+    report = LoraReport(path, lost / total if total else 0.0, ranks, kept, left_out)
+    told = {**files.write_records(pipeline.provenance.erased), **_described(pipeline, report), **(metadata or {})}
+    if style == "diffusers":
+        told = {PEFT: json.dumps(_peft_config(ranks, biased)), **told}
     with safetensors.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.save(path, written, told)
@@ -143,8 +147,10 @@ def factors(
     side = change if wide else change.T
     squares, basis = np.linalg.eigh(side @ side.T)
     squares, basis = np.maximum(squares[::-1], 0), basis[:, ::-1]
-    if rank is None:
-        share = np.cumsum(squares) / max(float(squares.sum()), np.finfo(float).tiny)
+    if rank is None and not squares.any():
+        rank = 1
+    elif rank is None:
+        share = np.cumsum(squares) / squares.sum()
         rank = int(np.searchsorted(share, ENERGY if energy is None else energy) + 1)
     basis = basis[:, : min(rank, basis.shape[1])]
     inner = basis.T @ side
@@ -152,6 +158,22 @@ def factors(
     scale = np.sqrt(np.maximum(np.linalg.norm(inner, axis=1), np.finfo(float).tiny))
     basis, inner = basis * scale, inner / scale[:, None]
     return (inner, basis) if wide else (basis.T, inner.T)
+
+
+def _network(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _change(pipeline: Pipeline, base: Pipeline, name: str) -> np.ndarray:
+    """What was added to an edited tensor, float64 in torch layout."""
+    network, _, tensor = name.partition("/")
+    before = np.asarray(read_exact(base, [name])[name], np.float64)
+    change = np.asarray(pipeline.edits[name], np.float64) - before
+    return safetensors.to_file(change, pipeline.network(network).layouts[tensor])
+
+
+def _energy(array: np.ndarray) -> float:
+    return float(np.sum(np.square(array)))
 
 
 def _product(up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -168,24 +190,51 @@ def _keys(module: str, style: str) -> tuple[str, str]:
 
 
 def _module_names(pipeline: Pipeline, style: str) -> dict[str, str]:
-    """diffusers' module -> what a style calls it."""
-    names = [name.rpartition(".")[0] for name in pipeline.network("unet").shapes]
-    if style == "diffusers":
-        return {name: f"unet.{name}" for name in names}
-    if len(pipeline.text_encoders) == 1:
-        return {name: "lora_unet_" + name.replace(".", "_") for name in names}
-    places = ldm.places({"unet": pipeline.configs["unet"]})
-    return {
-        name.removeprefix("unet/").rpartition(".")[0]: "lora_unet_"
-        + place.key.removeprefix(ldm.UNET).rpartition(".")[0].replace(".", "_")
-        for name, place in places.items()
+    """ "unet/MODULE" -> what a style calls it, of every module that it can carry."""
+    networks = {name: pipeline.network(name).layouts for name in ("unet", *pipeline.text_encoders)}
+    modules = {
+        (network, name.rpartition(".")[0])
+        for network, layouts in networks.items()
+        for name, layout in layouts.items()
+        if layout in ("linear", "conv") and (network == "unet" or name.split(".")[-2] in TEXT_LAYERS)
     }
+    full = {(n, module): module if n == "unet" else f"text_model.{module}" for n, module in modules}
+    if style == "diffusers":
+        return {f"{n}/{module}": f"{n}.{full[n, module]}" for n, module in modules}
+    two = len(pipeline.text_encoders) == 2
+    if two:
+        for name, place in ldm.places({"unet": pipeline.configs["unet"]}).items():
+            full["unet", name.removeprefix("unet/").rpartition(".")[0]] = place.key.removeprefix(ldm.UNET).rpartition(
+                "."
+            )[0]
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    return {f"{n}/{module}": prefixes[n] + full[n, module].replace(".", "_") for n, module in modules}
 
 
-def _described(report: LoraReport, style: str) -> dict[str, str]:
+def _peft_config(ranks: Mapping[str, tuple[int, int]], biased: Iterable[str]) -> dict[str, Any]:
+    """The `LoraConfig` of each network, under names that begin with "unet.", as diffusers writes it."""
+    config: dict[str, Any] = {}
+    for network in sorted({_network(name) for name in ranks}):
+        # A text encoder's modules begin with "text_model." in some versions of transformers; PEFT compares endings.
+        own = {name.removeprefix(f"{network}/").removesuffix(".weight"): rank for name, (rank, _) in ranks.items()
+               if _network(name) == network}  # fmt: skip
+        usual = Counter(own.values()).most_common(1)[0][0]
+        other = {module: rank for module, rank in own.items() if rank != usual}
+        fields = {"r": usual, "lora_alpha": usual, "rank_pattern": other, "alpha_pattern": other}
+        fields |= {"target_modules": list(own), "lora_bias": network in biased}
+        config |= {f"{network}.{field}": value for field, value in fields.items()}
+    return config
+
+
+def _described(pipeline: Pipeline, report: LoraReport) -> dict[str, str]:
+    """What the file says of itself, and the names of its base by which A1111 lists it among those that fit."""
     told = {"residual": report.residual, "left_out": list(report.left_out)}
     told |= {"ranks": {name: rank for name, (rank, _) in report.ranks.items()}}
-    kohya = {"ss_network_module": "networks.lora", "ss_base_model_version": ""} if style == "kohya" else {}
+    second = ldm.is_open_clip(pipeline.configs["text_encoder"])
+    version = f"sd_v{1 + second}" + ("_v" if pipeline.schedule.prediction_type == "v_prediction" else "")
+    if len(pipeline.text_encoders) == 2:
+        second, version = False, "sdxl_base_v1-0"
+    kohya = {"ss_network_module": "networks.lora", "ss_base_model_version": version, "ss_v2": str(second)}
     return {"esd_jax.lora": json.dumps(told), **kohya}
 
 
@@ -202,8 +251,6 @@ def _check(pipeline: Pipeline, path: Path, rank: int | None, energy: float | Non
         raise ValueError(f"rank={rank} must be at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must be above 0 and at most 1")
-    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
-        raise ValueError(f"a LoRA holds the UNet's change alone, but {others[0]!r} is edited: export the whole folder")
     if not pipeline.edits:
-        raise ValueError("no UNet tensor is edited, so there is no LoRA to write")
+        raise ValueError("no tensor is edited, so there is no LoRA to write")
     tensors.check_edits(pipeline)

@@ -2,18 +2,25 @@
 
 Modules are named in four ways (PEFT's, diffusers' older ones, and kohya's after diffusers' or the single file's names,
 whose dots became "_"), so the names that a file may use are derived from the networks' own, never parsed out of it.
+Alphas are kohya's ("MODULE.alpha"), or those of the `LoraConfig` that diffusers writes into a file's metadata and PEFT
+beside the file; without any, alpha is the rank.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from esd_jax.io import ldm, safetensors, tensors
+from esd_jax.io import folder as files
+from esd_jax.io import ldm, safetensors
 from esd_jax.io.diffusers import read_exact
+from esd_jax.io.lora import PEFT
 from esd_jax.io.safetensors import Header
 from esd_jax.pipeline import Pipeline
 
@@ -24,25 +31,29 @@ LINEAR = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
 PARTS = {
     **dict.fromkeys((*DOWN, LINEAR[0]), "down"),
     **dict.fromkeys((*UP, LINEAR[1]), "up"),
-    **dict.fromkeys((".lora_B.bias", ".lora_B.default.bias", ".diff_b"), "bias"),
+    **dict.fromkeys((".lora_B.bias", ".lora_B.default.bias"), "bias"),
     ".diff": "diff",
+    ".diff_b": "diff_bias",
     ".alpha": "alpha",
 }
 OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
     "lora_mid": "Tucker decomposition", ".on_input": "IA3",
 }  # fmt: skip
+INTEGERS = {"I64": np.int64, "I32": np.int32}  # of alphas: scripts that extract a LoRA write its rank as it is
 PREFIXES = ("", "base_model.model.")
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves an adapter
 
 
 @dataclass
 class Change:
-    """What a file says of one module."""
+    """What a file says of one module: B A and a bias, which are scaled, or whole differences, which are not."""
 
     down: np.ndarray | None = None
     up: np.ndarray | None = None
     bias: np.ndarray | None = None
     diff: np.ndarray | None = None
+    diff_bias: np.ndarray | None = None
     alpha: np.ndarray | None = None
     keys: list[str] = field(default_factory=list)
 
@@ -69,15 +80,16 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
         change = found.setdefault(module, Change())
         if getattr(change, part) is not None:
             raise ValueError(f"{path}: {key!r} gives a second {part} for the same module")
-        setattr(change, part, safetensors.read(header, key).astype(np.float32))
+        setattr(change, part, _read(header, key, part))
         change.keys.append(key)
     if all(change.down is change.up is change.diff is None for change in found.values()):
         raise ValueError(f"{path} holds no LoRA")
-    edits = {}
+    configs, edits = _configs(header), {}
     for module, change in found.items():
-        edits |= _applied(pipeline, module, change, strength, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return pipeline.with_edits(edits, {"lora": path.name, "sha256": sha256, "strength": strength})
+        scale = _scale(module, change, configs, path)
+        edits |= _applied(pipeline, module, change, scale, strength, path)
+    record = {"lora": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "strength": strength}
+    return pipeline.with_edits(edits, {**record, "erased": files.read_records(header)})
 
 
 def is_lora(header: Header) -> bool:
@@ -96,9 +108,13 @@ def _modules(pipeline: Pipeline) -> dict[str, str]:
             full = module if not text or tensor.startswith("text_projection") else f"text_model.{module}"
             for known in {module, full}:
                 names |= {f"{prefix}{component}.{known}": target for prefix in PREFIXES}
-            # The older diffusers kept an attention's adapters in its processor: "attn2.processor.to_out_lora".
+            # The older diffusers kept an attention's adapters in its processor, "attn2.processor.to_out_lora", and
+            # first without saying of which network; and named a text encoder's like a UNet's, "self_attn.to_q_lora".
             head, _, projection = module.removesuffix(".0").rpartition(".")
-            names[f"{component}.{head}.processor.{projection}"] = target
+            if text:
+                names[f"{component}.text_model.{head}.to_{projection.removesuffix('_proj')}"] = target
+            else:
+                names |= {f"{prefix}{head}.processor.{projection}": target for prefix in ("", "unet.")}
             for kohya in _kohya_prefixes(pipeline, component):
                 names[kohya + full.replace(".", "_")] = target
             if not text:
@@ -130,17 +146,61 @@ def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, s
     raise ValueError(f"{header.path}: {key!r} is no key of a LoRA")
 
 
-def _applied(pipeline: Pipeline, module: str, change: Change, strength: float, path: Path) -> dict[str, jnp.ndarray]:
+def _read(header: Header, key: str, part: str) -> np.ndarray:
+    """A tensor in float32. Raises ValueError for NaN and infinity."""
+    whole = INTEGERS.get(header.entries[key].dtype) if part == "alpha" else None
+    array = safetensors.read(header, key) if whole is None else safetensors.read_bytes(header, key).view(whole)
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{header.path}: {key!r} holds NaN or infinity")
+    return array
+
+
+def _configs(header: Header) -> dict[str, Mapping[str, Any]]:
+    """Network -> the `LoraConfig` that a file has for it; "" is any network."""
+    if header.path.name == PEFT_FILE and (beside := header.path.with_name(PEFT_CONFIG)).is_file():
+        return {"": files.read_json(beside)}
+    configs: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in json.loads(header.metadata.get(PEFT, "{}")).items():
+            network, _, field_name = key.partition(".")
+            configs.setdefault(network, {})[field_name] = value
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{header.path}: the metadata {PEFT!r} are no JSON object ({error})") from error
+    return configs
+
+
+def _scale(module: str, change: Change, configs: Mapping[str, Mapping[str, Any]], path: Path) -> float:
+    """alpha / rank of a module, or what else a file says that B A is multiplied with."""
+    rank = change.down.shape[0] if change.down is not None and change.down.ndim else 0
+    network, _, bare = module.partition("/")
+    config = configs.get(network, configs.get("", {}))
+    if change.alpha is not None:
+        _require(change.alpha.size == 1, change.keys[0], path)
+        alpha, root = change.alpha.reshape(-1)[0], 1.0
+    else:
+        full = bare if network == "unet" else f"text_model.{bare}"
+        try:
+            patterns = (config.get("alpha_pattern") or {}).items()
+            own = [value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", full)]
+            alpha = float(own[0] if own else config.get("lora_alpha", rank))
+        except (re.error, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: its LoraConfig gives {full!r} no alpha ({error})") from error
+        root = 0.5 if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+    return float(alpha) / max(rank, 1) ** root
+
+
+def _applied(
+    pipeline: Pipeline, module: str, change: Change, scale: float, strength: float, path: Path
+) -> dict[str, jnp.ndarray]:
     """The edited tensors of one module."""
     component, _, bare = module.partition("/")
     net = pipeline.network(component)
-    shapes = tensors.torch_shapes(net)
     if (change.down is None) != (change.up is None):
         raise ValueError(f"{path}: {change.keys[0]!r} lacks its other factor")
     wanted: dict[str, np.ndarray] = {}
     if change.down is not None:
         rank = change.down.shape[0] if change.down.ndim else 0
-        scale = 1.0 if change.alpha is None else float(change.alpha.reshape(-1)[0]) / max(rank, 1)
         _require(change.up.ndim in (2, 4) and change.down.ndim in (2, 4) and rank > 0, change.keys[0], path)
         _require(change.up.size == change.up.shape[0] * rank, change.keys[0], path)
         wanted["weight"] = scale * (change.up.reshape(-1, rank) @ change.down.reshape(rank, -1))
@@ -148,17 +208,21 @@ def _applied(pipeline: Pipeline, module: str, change: Change, strength: float, p
         _require("weight" not in wanted, change.keys[0], path)
         wanted["weight"] = change.diff
     if change.bias is not None:
-        wanted["bias"] = change.bias
+        _require(change.down is not None, change.keys[0], path)
+        wanted["bias"] = scale * change.bias
+    if change.diff_bias is not None:
+        wanted["bias"] = change.diff_bias
     edits = {}
     for leaf, value in wanted.items():
         name = f"{bare}.{leaf}"
-        if name not in shapes and not value.any():
-            continue  # PEFT gives every adapted layer a bias, if it gives one
-        _require(name in shapes and value.size == int(np.prod(shapes[name])), change.keys[0], path)
-        _require(value.shape[0] == shapes[name][0], change.keys[0], path)
+        if leaf == "bias" and not value.any():
+            continue  # PEFT gives every adapted layer a bias, if it gives one: here it changes nothing
+        _require(name in net.shapes and value.size == net.shapes[name].size, change.keys[0], path)
+        shape = safetensors.file_shape(net.shapes[name].shape, net.layouts[name])
+        _require(value.shape[0] == shape[0], change.keys[0], path)
         first = np.asarray(read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"])
-        added = safetensors.from_file(value.reshape(shapes[name]), net.layouts[name])
-        edits[f"{component}/{name}"] = jnp.asarray(first + np.float32(strength) * added)
+        added = safetensors.from_file(value.reshape(shape), net.layouts[name])
+        edits[f"{component}/{name}"] = jnp.asarray(first + np.float32(strength) * added)  # NumPy compiles no shape
     return edits
 
 

@@ -54,33 +54,37 @@ class Conflicts:
         return "\n".join(lines)
 
 
-def merge(base: Pipeline, parts: Sequence[tuple[Pipeline, float]]) -> tuple[Pipeline, Conflicts]:
+def merge(
+    base: Pipeline, parts: Sequence[tuple[Pipeline, float]], *, force: bool = False
+) -> tuple[Pipeline, Conflicts]:
     """The base with the sum of what several erasures of it changed, each multiplied with its own strength.
 
     Args:
       base: as its files have it.
       parts: (an erased pipeline of the same base, its strength); see `api.opened` for what lies in files.
+      force: take parts of another base too. Whole tensors (a delta, a checkpoint) then bring what sets the two bases
+        apart with them. What was added to another base (a LoRA) is never refused: it is made to be moved.
 
     Returns:
       the merged pipeline, with the records of all parts; and where they disagree.
 
-    Raises ValueError for no parts, a base with edits, or a part of another base.
+    Raises ValueError for no parts, a base with edits, or a part that says it was erased from another base.
     """
     if not parts:
         raise ValueError("there is nothing to merge: give at least one part")
     if base.edits:
         raise ValueError("the base of a merge has edits: export and load it")
     expected = source_hash(base)
-    changes: list[dict[str, Array]] = []
+    changes: list[dict[str, np.ndarray]] = []
     for part, strength in parts:
-        changes.append(_change(base, part, strength, expected))
+        changes.append(_change(base, part, strength, expected, force))
     names = sorted({name for change in changes for name in change})
     shared, dots, edits = [], np.zeros((len(parts), len(parts))), {}
     for name in names:
         own = {i: np.asarray(change[name], np.float64).ravel() for i, change in enumerate(changes) if name in change}
         total = sum(own.values())
-        first = _exact(base, name)
-        edits[name] = first + jnp.asarray(total.reshape(first.shape), jnp.float32)
+        first = np.asarray(_exact(base, name))
+        edits[name] = jnp.asarray(first + total.reshape(first.shape), jnp.float32)
         for (i, a), (j, b) in itertools.combinations_with_replacement(own.items(), 2):
             dots[i, j] += a @ b
         if len(own) > 1:
@@ -98,22 +102,30 @@ def _exact(pipeline: Pipeline, name: str) -> Array:
     return read_exact(pipeline, [name])[name]
 
 
-def _change(base: Pipeline, part: Pipeline, strength: float, expected: str) -> dict[str, Array]:
+def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, force: bool) -> dict[str, np.ndarray]:
     """What a part changed, times its strength."""
-    names = list(part.edits)
+    names, records = list(part.edits), part.provenance.erased
     if source_hash(part) != expected:
         # A checkpoint that was written whole: what differs from the base is its change.
         if part.configs["unet"] != base.configs["unet"]:
             raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
-        claimed = {record.get("base_sha256") for record in part.provenance.erased} - {None}
-        if claimed and expected not in claimed:
-            raise ValueError(f"{part.provenance.source} was erased from another base")
         names = [f"unet/{name}" for name in base.params["unet"]]
+        claims = [(part.provenance.source, records)]
+    else:
+        own = records[len(base.provenance.erased) :]
+        claims = [(record["delta"], record["erased"]) for record in own if "delta" in record]
+    for file, of_file in claims:
+        claimed = {record.get("base_sha256") for record in of_file if isinstance(record, Mapping)} - {None}
+        if claimed and expected not in claimed and not force:
+            raise ValueError(
+                f"{file} was erased from another base, whose UNet has sha256 {sorted(claimed)[0][:12]}..., not "
+                f"{expected[:12]}... (force=True merges it all the same)"
+            )
     found = {}
     for name in names:
-        change = _exact(part, name) - _exact(base, name)
-        if name in part.edits or bool(jnp.any(change)):
-            found[name] = jnp.float32(strength) * change
+        change = np.asarray(_exact(part, name)) - np.asarray(_exact(base, name))
+        if name in part.edits or change.any():
+            found[name] = np.float32(strength) * change
     if not found:
         raise ValueError(f"{part.provenance.source} changes nothing")
     return found
