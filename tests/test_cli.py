@@ -487,6 +487,7 @@ def test_a_failing_new_run_gives_the_old_one_back(esd, base, run, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_aside_until_the_new_one_has_ended_well(esd, base, run, finished, tmp_path):
     code, out, err = esd(*erase(base, run, "--overwrite", **LATER))
     assert_refused((code, out, last_line(err)), "step 3", tmp_path / ".run.replaced")

@@ -102,6 +102,7 @@ def test_standardised_latents_reconstruct_the_same_pictures(tiny):
     np.testing.assert_allclose(autoencoder.encode(net, params, pictures(12), batch_size=8), before.mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_vae_loss_equals_torch(tiny):
     net, params, key = network(tiny["vae"], "float32"), weights(tiny["vae"]), jax.random.key(3)
     images = autoencoder.to_signed(pictures(3))

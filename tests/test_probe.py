@@ -108,6 +108,7 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
             probe.load(file)
 
 
+@pytest.mark.slow
 def test_augmentation_keeps_the_range_and_depends_on_the_key(pictures):
     one, same, other = (training.augmented(jax.random.key(seed), pictures.images[:4]) for seed in (0, 0, 1))
     assert one.shape == (4, 64, 64, 3) and float(abs(one).max()) <= 1

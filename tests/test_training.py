@@ -111,6 +111,7 @@ def test_sigterm_saves_and_resume_is_bit_identical(base, uninterrupted, tmp_path
     assert_same_bits(weights(run), uninterrupted)
 
 
+@pytest.mark.slow
 def test_extending_a_finished_run_equals_one_long_run(base, tmp_path):
     fields = {**FIELDS, "steps": 3}
     esd_jax.erase(base, output_dir=str(tmp_path / "run"), **fields)
