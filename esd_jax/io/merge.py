@@ -49,7 +49,8 @@ class Conflicts:
             lines.append(f"cosine between the changes of parts {pairs}")
             lines.append("most cancelled:")
             lines += [
-                f"  {100 * max(one.cancelled, 0):6.1f}%  cosine {one.cosine:+.3f}  {one.name}" for one in self.shared[:SHOWN]
+                f"  {100 * max(one.cancelled, 0):6.1f}%  cosine {one.cosine:+.3f}  {one.name}"
+                for one in self.shared[:SHOWN]
             ]
         return "\n".join(lines)
 
