@@ -81,12 +81,12 @@ def main(output: str) -> None:
 
         step = make_step(Witness, recorder, **options)
         state = init_state({name: jnp.zeros(shape) for name, shape in slots.items()}, recorder, seed=0)
-        state, bank = sharding.replicate((state, inputs), mesh)
+        state, bank = sharding.place((state, inputs), mesh)
         state, _ = step(state, {}, {}, bank)
         found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
 
         step = make_step(method, tx, **options)
-        arguments = sharding.replicate((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
+        arguments = sharding.place((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
         state, losses, before = arguments[0], [], len(compilations)
         for _ in range(STEPS):
             state, metrics = step(state, *arguments[1:])

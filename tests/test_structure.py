@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
 FLOORS = [
     {"models"},
     {"params"},
-    {"diffusion", "lora", "metrics", "selection", "sharding", "text"},
+    {"diffusion", "hosts", "lora", "metrics", "selection", "sharding", "text"},
     {"methods", "pipeline"},
     {"sampling"},
     {"demo", "training", "io"},

@@ -135,7 +135,7 @@ def make_step(
       shape: of one example's latents (height, width, channel).
       batch_size: examples per evaluation; they share one timestep, so that one loop serves them all.
       accumulate: batches whose gradients are averaged before the update, each with its own timestep.
-      mesh: spreads the batch over its data axis.
+      mesh: what the batch is spread over, and the weights as `sharding.placement` says.
       weights: (theta, theta_0) -> the student's tensors; by default they are what is trained.
     """
 
@@ -175,6 +175,7 @@ def make_step(
         loss, grads, t = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        return State(theta, opt, state.step + 1, state.key), Metrics(loss, optax.tree.norm(grads), t)
+        new = sharding.constrained(State(theta, opt, state.step + 1, state.key), mesh)
+        return new, Metrics(loss, optax.tree.norm(grads), t)
 
     return jax.jit(step, donate_argnums=0)
