@@ -16,7 +16,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
-                  [--multihost] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
 
 
@@ -24,6 +24,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.", flag_values=values)
     flags.DEFINE_enum(
         "arch", None, ARCHITECTURES, "With --dry_run: an architecture in place of a base.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "compile",
+        False,
+        "With --dry_run: also compile the step, and print what XLA says of it.",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "multihost", False, "Join the other processes of this job, which run the same command.", flag_values=values
@@ -82,8 +88,10 @@ def run(values: flags.FlagValues) -> None:
     plan = recipe.make(**values.config.to_dict())
     if values.arch and not values.dry_run:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
+    if values.compile and not values.dry_run:
+        raise ValueError("--compile describes a run without weights: it needs --dry_run")
     if values.dry_run:
-        _dry_run(plan, values.arch)
+        _dry_run(plan, values.arch, values.compile)
         return
     if not plan.output_dir:
         raise ValueError("erase needs --config.output_dir, the run's folder")
@@ -113,13 +121,17 @@ def run(values: flags.FlagValues) -> None:
         common.say(str(written))
 
 
-def _dry_run(plan: Any, arch: str | None) -> None:
+def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
     from esd_jax import api
+    from esd_jax.training import ahead
     from esd_jax.training.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
     size = make_plan(configs, schedule, plan)
     print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
+    if compiling:
+        made = ahead.compiled(configs, schedule, plan)
+        print(f"{made}\n          {size.peak / made.peak:.2f} of it is what the plan expects")
 
 
 def _notes() -> str:

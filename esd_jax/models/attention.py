@@ -160,7 +160,19 @@ def attention_maps(q: Array, k: Array, mask: Array | None = None) -> Float[Array
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
+    return softmax(logits)
+
+
+@jax.custom_jvp
+def softmax(logits: Float[Array, "*rows columns"]) -> Float[Array, "*rows columns"]:
+    """Over the last axis, keeping for the backward pass its result alone; jax.nn's keeps the exponentials besides."""
     return jax.nn.softmax(logits, axis=-1)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    maps, change = jax.lax.optimization_barrier(softmax(*primals)), tangents[0]
+    return maps, maps * (change - jnp.sum(maps * change, axis=-1, keepdims=True))
 
 
 def weighted_values(maps: Array, v: Array) -> Float[Array, "batch queries heads size"]:

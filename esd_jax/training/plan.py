@@ -1,20 +1,21 @@
 """What a run will train, hold in memory and compute, worked out from shapes alone: nothing is allocated."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from esd_jax import lora
-from esd_jax.models.unet import Conditioning
+from esd_jax import sharding
 from esd_jax.models.unet_config import UNetConfig
-from esd_jax.params import Network, num_bytes, num_scalars, prefixed
+from esd_jax.params import num_bytes, num_scalars
 from esd_jax.pipeline import NetworkConfig, image_size, network
-from esd_jax.selection import select
-
-LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
+from esd_jax.training import liveness
+from esd_jax.training.shapes import Unknown, abstract, changed_names, conditioning, recomputes, theta_shapes
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Plan:
     """A run's size.
 
     names: the tensors that are trained. trained, total: scalars of those, and of the UNet.
-    memory: what occupies memory -> bytes. The activations are what the unfused backward pass would store, so XLA needs
-      less for them; what it needs besides, for one layer at a time, is not counted.
+    devices: how many share the batch.
+    memory: what a step keeps in the memory of each -> bytes.
+    before: bytes of what is there besides until the first step.
     forward_flops: of one UNet evaluation of one example.
     step_flops: of one update, on average over the drawn timesteps.
     """
@@ -31,110 +33,120 @@ class Plan:
     names: tuple[str, ...]
     trained: int
     total: int
+    devices: int
     memory: Mapping[str, int]
+    before: int
     forward_flops: float
     step_flops: float
 
+    @property
+    def peak(self) -> int:
+        """Bytes that a step occupies on each device."""
+        return sum(self.memory.values())
+
+    @property
+    def certain(self) -> int:
+        """Of those, what lies there throughout, however the step is compiled."""
+        return self.peak - self.memory.get(STEP, 0)
+
     def __str__(self) -> str:
+        each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         lines = [
             f"trained   {len(self.names)} tensors, {self.trained:,} scalars "
             f"({self.trained / self.total:.2%} of the UNet's {self.total:,})",
             *(f"          {name}" for name in _abridged(self.names)),
-            f"memory    about {_bytes(sum(self.memory.values()))}",
-            *(f"          {_bytes(size):>10}  {what}" for what, size in self.memory.items()),
+            f"memory    about {readable(self.peak)}{each}, and {readable(self.before)} until the first step",
+            *(f"          {readable(size):>10}  {what}" for what, size in self.memory.items()),
             f"compute   {self.forward_flops / 1e12:.3g} TFLOP a UNet evaluation, "
             f"{self.step_flops / 1e12:.3g} TFLOP an update on average",
         ]
         return "\n".join(lines)
 
 
-def recomputes(recipe: Any, unet: UNetConfig) -> bool:
-    """Whether the backward pass recomputes activations: where the recipe says so, and for a UNet of SDXL's size."""
-    # At 1024 px in bfloat16 the activations would take 26 GiB, and everything else 16; recomputing costs one forward
-    # pass, of about 50 in a step of ESD.
-    return recipe.remat or num_scalars(network(unet, "float32").shapes) >= LARGE
+# What a step computes and forgets: an estimate, where everything else is counted.
+STEP = "activations, gradients and copies of a step"
 
 
-def changed_names(recipe: Any, net: Network) -> tuple[str, ...]:
-    """The tensors that a recipe changes."""
-    names = select(recipe.subset, net.layouts)
-    return lora.adaptable(names, net.shapes) if recipe.rank else names
-
-
-def theta_shapes(recipe: Any, net: Network) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What a recipe trains, "unet/NAME": the tensors that it changes, or the factors of their change."""
-    changed = prefixed({name: net.shapes[name] for name in changed_names(recipe, net)}, "unet")
-    if not recipe.rank:
-        return changed
-    return jax.eval_shape(lambda: lora.initial(changed, recipe.rank, jax.random.key(0)))
-
-
-def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any) -> Plan:
+def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh: Mesh | None = None) -> Plan:
     """Plans a run.
 
     Args:
       configs: component -> architecture.
       schedule: the checkpoint's `Schedule`.
-      recipe: the `Recipe`; its concept and base are not read.
+      recipe: the `Recipe`; its base is not read, and its concept may be empty.
+      mesh: what the run is spread over; by default what it would be here.
     """
     unet: UNetConfig = configs["unet"]
     dtype = jnp.dtype(recipe.dtype)
     net = network(unet, dtype.name, recomputes(recipe, unet))
     names = changed_names(recipe, net)
-    changed, trained = {name: net.shapes[name] for name in names}, theta_shapes(recipe, net)
+    trained = theta_shapes(recipe, net)
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
+    mesh = sharding.make_mesh(batch, fsdp=recipe.fsdp) if mesh is None else mesh
 
     params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
-    one, several = (_inputs(configs, recipe, n) for n in (1, batch))
-    forward = jax.jit(net.apply).lower(params, *one).cost_analysis()["flops"]
-    others = {name: config for name, config in configs.items() if name != "unet"}
-    memory = {
-        f"UNet, {dtype.name}": num_bytes(params),
-        f"text encoders and VAE, {dtype.name}, until training starts": sum(
-            num_bytes(network(config, dtype.name).shapes, dtype) for config in others.values()
-        ),
-    }
-    if not recipe.settings.trained:
-        memory["changed tensors, float32"] = num_bytes(changed, jnp.float32)
+    forward = jax.jit(net.apply).lower(params, *one_example(configs, recipe)).cost_analysis()["flops"]
+    others = [network(config, dtype.name).shapes for name, config in configs.items() if name != "unet"]
+    if recipe.settings.trained:
+        memory = _step(configs, schedule, recipe, mesh)
     else:
-        optimizer = jax.eval_shape(recipe.optimizer.transformation().init, trained)
-        memory |= {
-            f"trained tensors: float32, gradient, {dtype.name} copy": 2 * num_bytes(trained, jnp.float32)
-            + num_bytes(changed, dtype),
-            f"{recipe.optimizer.optimizer}'s state, float32": _size(optimizer),
-            f"activations of the student's backward pass, batch {batch}": _activations(net, params, names, several),
-        }
-        if recipe.settings.ema is not None:
-            memory["average of the trained tensors, float32"] = num_bytes(trained, jnp.float32)
+        memory = {f"UNet, {dtype.name}": num_bytes(params), "changed tensors, float32": num_bytes(trained, jnp.float32)}
     evaluations = batch * accumulate * recipe.settings.evaluations(schedule, recipe.images is not None)
-    return Plan(names, num_scalars(trained), num_scalars(params), memory, forward, forward * evaluations)
+    return Plan(
+        names,
+        num_scalars(trained),
+        num_scalars(params),
+        mesh.size,
+        memory,
+        sum(num_bytes(shapes, dtype) for shapes in others),
+        forward,
+        forward * evaluations,
+    )
 
 
-def _activations(net: Network, params: Mapping[str, Any], names: tuple[str, ...], inputs: tuple[Any, ...]) -> int:
-    """Bytes that the backward pass over the named tensors needs stored."""
+def _step(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh: Mesh) -> dict[str, int]:
+    """What lies in the memory of each device during a step."""
+    dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape["fsdp"]
+    # Each device computes what one alone would compute of its part of the batch.
+    share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // mesh.size))
+    alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1])
+    given = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
+    try:
+        step, arguments = abstract(*given)
+    except Unknown:
+        step, arguments = abstract(*given, student_alone=True)
+    state, *base, inputs = jax.tree.map(_on_each, arguments, sharding.placements(arguments, mesh))
+    memory = {
+        f"UNet, {dtype}": _total(base),
+        "trained tensors, float32": _total(state.theta),
+        f"{recipe.optimizer.optimizer}'s state, float32": _total(state.opt),
+        "prompts and images": _total(inputs),
+    }
+    if split > 1:
+        memory["weights gathered from the other devices"] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)
+    # The new state is written over the old one.
+    in_place, on_cpu = len(jax.tree.leaves(state)), mesh.devices.flat[0].platform == "cpu"
+    return memory | {STEP: liveness.peak(step.trace(*arguments).jaxpr, in_place, copies=on_cpu)}
 
-    def residuals(theta: Any, rest: Any, *inputs: Any) -> Any:
-        return jax.vjp(lambda theta: net.apply({**rest, **theta}, *inputs), theta)[1]
 
-    theta, rest = ({n: s for n, s in params.items() if (n in names) == own} for own in (True, False))
-    saved = jax.tree.leaves(jax.eval_shape(residuals, theta, rest, *inputs))
-    # The weights are among the saved values, but they exist anyway.
-    known = {s.shape for s in params.values()}
-    return _size([leaf for leaf in saved if leaf.shape not in known or leaf.ndim < 2])
+def _on_each(array: Any, placed: Any) -> int:
+    """Bytes of an array on each device."""
+    return math.prod(placed.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _size(array: Any) -> int:
+    return array.size * array.dtype.itemsize
 
 
-def _inputs(configs: Mapping[str, NetworkConfig], recipe: Any, batch: int) -> tuple[Any, ...]:
-    unet, factor = configs["unet"], configs["vae"].factor
-    height, width = (side // factor for side in image_size(configs, recipe.height, recipe.width))
-    shape = lambda *s: jax.ShapeDtypeStruct((batch, *s), jnp.float32)  # noqa: E731
-    conditioning = Conditioning(shape(configs["text_encoder"].max_position_embeddings, max(unet.contexts)))
-    if unet.addition_embed_type:
-        conditioning = Conditioning(conditioning.embeddings, shape(configs["text_encoder_2"].projection_dim), shape(6))
-    return shape(height, width, unet.in_channels), jax.ShapeDtypeStruct((), jnp.float32), conditioning
+def _total(sizes: Any) -> int:
+    return sum(jax.tree.leaves(sizes))
+
+
+def one_example(configs: Mapping[str, NetworkConfig], recipe: Any) -> tuple[Any, ...]:
+    """The shapes of what a UNet is given for one example: (x, t, conditioning)."""
+    height, width = (side // configs["vae"].factor for side in image_size(configs, recipe.height, recipe.width))
+    x = jax.ShapeDtypeStruct((1, height, width, configs["unet"].in_channels), jnp.float32)
+    return x, jax.ShapeDtypeStruct((), jnp.float32), conditioning(configs, 1)
 
 
 def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:
@@ -143,5 +155,6 @@ def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:
     return [*names[:shown], f"... and {len(names) - shown} more"]
 
 
-def _bytes(size: float) -> str:
+def readable(size: float) -> str:
+    """A number of bytes, as people say it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,90 @@
+"""The step of a recipe, compiled ahead of time from shapes alone: no weights are read, and nothing runs.
+
+What XLA then says of its own program is what a run will need, on the devices that are here or on a TPU that is not.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from esd_jax import sharding
+from esd_jax.pipeline import NetworkConfig
+from esd_jax.training.collectives import Collective, collectives
+from esd_jax.training.plan import readable
+from esd_jax.training.shapes import abstract
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What XLA says of a compiled step, for one device of those that share it.
+
+    arguments, outputs, aliased, temporaries: bytes; of the outputs, those aliased lie where arguments lay.
+    flops: of one pass through the program, where the body of a loop counts once, however often it will run.
+    seconds: that compiling took. devices: how many there are.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    flops: float
+    seconds: float
+    devices: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the step occupies: what it is given, what it makes, and what it needs meanwhile."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+    def __str__(self) -> str:
+        new = self.outputs - self.aliased
+        lines = [
+            f"compiled  in {self.seconds:.0f} s for {self.devices} {'devices' if self.devices > 1 else 'device'}",
+            f"          {readable(self.peak):>10}  on each: arguments {readable(self.arguments)}, "
+            f"temporaries {readable(self.temporaries)}, new outputs {readable(new)}",
+            f"          {self.flops / 1e12:.3g} TFLOP on each, where the sampling loop's body counts once",
+            *(f"          {readable(c.bytes):>10}  {c}" for c in self.collectives),
+        ]
+        return "\n".join(lines)
+
+
+def compiled(
+    configs: Mapping[str, NetworkConfig],
+    schedule: Any,
+    recipe: Any,
+    mesh: Mesh | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Ahead:
+    """Compiles the step of a recipe.
+
+    Args:
+      configs: component -> architecture.
+      schedule: the checkpoint's `Schedule`.
+      recipe: the `Recipe`; its base is not read, and its concept may be empty.
+      mesh: for which devices; by default as many of `devices` as share the batch, as in a run.
+      devices: by default those that are here; or those of a `jax.experimental.topologies` description.
+
+    Raises ValueError for a method that looks at a checkpoint's weights before its first step, or has no steps.
+    """
+    if mesh is None:
+        mesh = sharding.make_mesh(recipe.training.batch_size, devices, fsdp=recipe.fsdp)
+    step, arguments = abstract(configs, schedule, recipe, mesh)
+    lowered = step.lower(*arguments)
+    began = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory, costs = program.memory_analysis(), program.cost_analysis()
+    return Ahead(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        costs.get("flops", float("nan")),
+        seconds,
+        mesh.size,
+        collectives(program.as_text()),
+    )

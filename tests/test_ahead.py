@@ -1,0 +1,148 @@
+"""A step compiled from shapes: what XLA says of it, and what the plan expects."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from esd_jax.training import ahead, liveness
+from esd_jax.training.collectives import Collective, collectives
+from esd_jax.training.plan import STEP, make_plan
+from launch.benchmarks import child, work
+
+PROGRAM = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  ROOT %permuted = f32[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+%body (carry: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %gathered = bf16[16,16]{1,0} all-gather(%weight), channel_id=1, dimensions={0}
+  %started = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%weight), channel_id=2, dimensions={0}
+  %ended = bf16[16,16]{1,0} all-gather-done(%started)
+  %called = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%inner
+}
+
+%condition (carry: (s32[], bf16[8,16])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %loop = (s32[], bf16[8,16]{1,0}) while(%carry), condition=%condition, body=%body
+  ROOT %total = (f32[4,4]{1,0}, f32[]) all-reduce(%x, %y), channel_id=3, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_by_kind_and_place():
+    assert collectives(PROGRAM) == (
+        Collective("all-gather", True, 2, 2 * 16 * 16 * 2),
+        Collective("all-reduce", False, 1, 4 * 4 * 4 + 4),
+        Collective("collective-permute", True, 1, 8 * 16 * 4),
+    )
+    assert str(collectives(PROGRAM)[1]) == "1 all-reduce, outside of loops"
+
+
+def peak(f, *shapes, in_place=0):
+    return liveness.peak(jax.make_jaxpr(f)(*(jnp.zeros(s) for s in shapes)), in_place)
+
+
+def test_only_what_a_compiler_writes_to_memory_is_counted():
+    n, side = 4 * 32 * 32, (32, 32)
+    assert peak(lambda a: a @ a, side) == n
+    assert peak(lambda a: jnp.tanh(a @ a) + 1, side) == n  # computed over the product
+    assert peak(lambda a: ((a + 1) * 2).sum(), side) == 4  # on the way to the sum
+    assert peak(lambda a: (a @ a) @ (a @ a), side) == 3 * n
+    assert peak(lambda a: (a + 1) @ a, side) == 2 * n  # a product cannot add on the way
+    assert peak(lambda a: a + 1, side, in_place=1) == 0
+    assert peak(lambda a: (a @ a, a + 1), side, in_place=1) == 2 * n  # a product is made elsewhere
+
+
+def test_a_loop_needs_what_one_round_needs():
+    n, side = 4 * 32 * 32, (32, 32)
+    once = peak(lambda a: jnp.tanh(a @ a) @ a, side)
+    looped = peak(lambda a: jax.lax.fori_loop(0, a[0, 0].astype(int), lambda _, x: jnp.tanh(x @ x) @ x, a), side)
+    assert once == 2 * n and once <= looped <= once + n + 64
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    configs, schedule = work.architecture("tiny")
+    plan = work.plan("tiny", "esd-x", 1, "float32")
+    return configs, schedule, plan, make_plan(configs, schedule, plan)
+
+
+def test_the_compiled_step_is_told_from_shapes(tiny):
+    configs, schedule, plan, size = tiny
+    made = ahead.compiled(configs, schedule, plan, devices=jax.devices()[:1])
+    assert made.collectives == () and made.devices == 1
+    # Arguments are counted to the byte, but for the key, the step, and Adam's own count.
+    assert 0 <= made.arguments - size.certain < 64
+    assert made.aliased >= 3 * 4 * size.trained and made.outputs - made.aliased < 1024
+    # Of so small a network the temporaries are little; its loop counts once, and each evaluation of the two prompts.
+    assert 0.5 < size.memory[STEP] / made.temporaries < 1.5
+    assert 6 < made.flops / size.forward_flops < 9
+    assert "sampling loop's body counts once" in str(made)
+
+
+def test_a_method_that_needs_weights_is_planned_by_its_student_alone(tiny):
+    from esd_jax import recipe
+
+    configs, schedule, plan, size = tiny
+    other = recipe.make(**{**recipe.preset("ablating").to_dict(), "concept": "Van Gogh", "subset": "esd-x",
+                           "replace_with": "painting", "batch_size": 1})  # fmt: skip
+    planned = make_plan(configs, schedule, other)
+    assert 0 < planned.memory[STEP] < 2 * size.memory[STEP]
+    with pytest.raises(ValueError, match="uses a checkpoint's weights before its first step"):
+        ahead.compiled(configs, schedule, other, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="there is no step to compile"):
+        ahead.compiled(configs, schedule, recipe.make(method="uce"), devices=jax.devices()[:1])
+
+
+def test_each_device_has_its_share(tiny):
+    configs, schedule, plan, size = tiny
+    eight = dataclasses.replace(plan, training=dataclasses.replace(plan.training, batch_size=8))
+    alone = make_plan(configs, schedule, eight)
+    assert alone.devices == 1 and alone.memory[STEP] > 3 * size.memory[STEP]
+    # As in a run on eight devices, which takes a process of its own.
+    code = """
+from esd_jax.training.plan import STEP, make_plan
+from launch.benchmarks import work
+configs, schedule = work.architecture("tiny")
+size = make_plan(configs, schedule, work.plan("tiny", "esd-x", 8, "float32"))
+print(size.devices, size.memory[STEP])
+"""
+    output = child.output([sys.executable, "-c", code], child.environment(8))
+    assert output.split() == ["8", str(size.memory[STEP])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", work.METHODS)
+def test_the_plan_is_near_what_true_size_needs(method):
+    """SD 1.4 in float32, compiled and not run."""
+    configs, schedule = work.architecture("sd14")
+    recipe = work.plan("sd14", method, 1, "float32")
+    made = ahead.compiled(configs, schedule, recipe, devices=jax.devices()[:1])
+    assert make_plan(configs, schedule, recipe).peak == pytest.approx(made.peak, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'esd-jax[tpu]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_step_compiles_for_a_tpu(topology):
+    """On four chips the gradient is added up once, after the sampling loop, and nothing else but scalars."""
+    options = {"arch": "tiny", "method": "esd-x", "batch_size": 0, "dtype": "bfloat16", "topology": topology}
+    found = child.result("compile", child.tpu_environment(), **options)
+    assert "error" not in found, found["error"]
+    assert found["devices"] == 4 and "TPU v5" in found["kind"] and found["flops"] > 0
+    assert {c["kind"] for c in found["collectives"]} == {"all-reduce"}
+    assert not any(c["inside"] for c in found["collectives"])
+    assert sum(c["bytes"] for c in found["collectives"]) == pytest.approx(found["gradient"], rel=0.01)
