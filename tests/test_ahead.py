@@ -10,7 +10,7 @@ import pytest
 
 from esd_jax.training import ahead, liveness
 from esd_jax.training.collectives import Collective, collectives
-from esd_jax.training.plan import STEP, make_plan
+from esd_jax.training.plan import STEP, check, compared, make_plan
 from launch.benchmarks import child, work
 
 PROGRAM = """HloModule jit_step
@@ -93,6 +93,17 @@ def test_the_compiled_step_is_told_from_shapes(tiny):
     assert "sampling loop's body counts once" in str(made)
 
 
+def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(tiny):
+    size = tiny[-1]
+    assert check(size, size.peak) is None
+    assert "if it fails, give dtype='bfloat16'" in check(size, size.peak - 1)
+    with pytest.raises(
+        ValueError, match="the weights and the optimizer's state take 1.1 MiB, but a device has 1.0 KiB"
+    ):
+        check(size, 1024)
+    assert compared(size, 2 * size.before) == "memory  1.54 GiB of each device at most, 2.00 of what the plan expected"
+
+
 def test_a_method_that_needs_weights_is_planned_by_its_student_alone(tiny):
     from esd_jax import recipe
 
@@ -104,7 +115,7 @@ def test_a_method_that_needs_weights_is_planned_by_its_student_alone(tiny):
     with pytest.raises(ValueError, match="uses a checkpoint's weights before its first step"):
         ahead.compiled(configs, schedule, other, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="there is no step to compile"):
-        ahead.compiled(configs, schedule, recipe.make(method="uce"), devices=jax.devices()[:1])
+        ahead.compiled(configs, schedule, recipe.make(method="uce", steps=0), devices=jax.devices()[:1])
 
 
 def test_each_device_has_its_share(tiny):

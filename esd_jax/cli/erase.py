@@ -82,6 +82,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, exports, hosts, recipe, runs
+    from esd_jax.training.plan import compared
 
     if values.multihost:
         hosts.join()
@@ -97,6 +98,7 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("erase needs --config.output_dir, the run's folder")
     formats = chosen(values.export, "export")
     _ = plan.concepts
+    size = _planned(plan)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     stop = None
     if values.stop_below is not None:
@@ -117,8 +119,34 @@ def run(values: flags.FlagValues) -> None:
         f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
         f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
     )
+    if size and (used := _memory("peak_bytes_in_use")):
+        print("  " + compared(size, used))
     for written in exports.export_all(erased, folder / "exports", formats, verify=True, overwrite=True):
         common.say(str(written))
+
+
+def _planned(plan: Any) -> Any:
+    """The plan of a run, where the device says how much memory it has; checked before anything is loaded.
+
+    Raises ValueError if the run cannot fit.
+    """
+    from esd_jax import api
+    from esd_jax.training.plan import check, make_plan
+
+    if not (limit := _memory("bytes_limit")):
+        return None
+    configs, schedule = api.architecture(plan.base, variant=plan.variant, revision=plan.revision)
+    size = make_plan(configs, schedule, plan)
+    if warning := check(size, limit):
+        common.say(f"warning: {warning}")
+    return size
+
+
+def _memory(what: str) -> int | None:
+    """What the first device says of its memory, in bytes; None on CPUs, which say nothing."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get(what)
 
 
 def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:

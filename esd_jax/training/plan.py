@@ -63,6 +63,28 @@ class Plan:
         return "\n".join(lines)
 
 
+def check(size: Plan, limit: int) -> str | None:
+    """A warning if a run is expected to need more memory than a device has, of which `limit` bytes can be used.
+
+    Raises ValueError if it cannot but need more.
+    """
+    less = "give dtype='bfloat16', remat=True, a smaller subset, rank, batch_size, height or width, or fsdp"
+    if size.certain > limit:
+        has = f"a device has {readable(limit)}"
+        raise ValueError(f"the weights and the optimizer's state take {readable(size.certain)}, but {has}: {less}")
+    if size.peak <= limit:
+        return None
+    return (
+        f"this run needs about {readable(size.peak)} of memory, but a device has {readable(limit)}: if it fails, {less}"
+    )
+
+
+def compared(size: Plan, used: int) -> str:
+    """How a plan came out, after a run that used so many bytes of a device at most."""
+    ratio = used / max(size.peak, size.before)
+    return f"memory  {readable(used)} of each device at most, {ratio:.2f} of what the plan expected"
+
+
 # What a step computes and forgets: an estimate, where everything else is counted.
 STEP = "activations, gradients and copies of a step"
 
@@ -157,4 +179,6 @@ def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:
 
 def readable(size: float) -> str:
     """A number of bytes, as people say it."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from esd_jax.training import ahead, plan
 from esd_jax.training.plan import readable
@@ -28,7 +29,7 @@ def compile_step(arch: str, method: str, batch_size: int, dtype: str, topology: 
         **dataclasses.asdict(made),
         "peak": made.peak,
         "planned": size.peak,
-        "gradient": 4 * size.trained,
+        "gradient": jnp.dtype(dtype).itemsize * size.trained,
         "kind": devices[0].device_kind,
         "versions": versions("jax", *(["libtpu"] if topology else [])),
     }
@@ -55,7 +56,7 @@ def versions(*packages: str) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A markdown table of `compile_step`'s findings, each beside the options that it was asked for with."""
-    header = ["step", "devices", "batch", "memory of each", "of it temporaries", "GFLOP of each", "compiled in",
+    header = ["step", "devices", "batch", "memory of each", "of it temporaries", "TFLOP of each", "compiled in",
               "messages, bytes on each"]  # fmt: skip
     lines = []
     for row in rows:
@@ -74,7 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 batch or row["devices"],
                 readable(row["peak"]),
                 readable(row["temporaries"]),
-                f"{row['flops'] / 1e9:,.0f}",
+                f"{row['flops'] / 1e12:.3g}",
                 f"{row['seconds']:.0f} s",
                 "; ".join(messages) or "none",
             ]
