@@ -18,11 +18,11 @@ CHEAP = {
     "not", "or", "pad", "real", "rev", "round", "select_n", "sign", "slice", "square", "sub", "transpose", "xor",
     "shift_left", "shift_right_logical",
 }  # fmt: skip
-# The same, but not twice.
-DEAR = {
-    "cos", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rem", "rsqrt",
-    "sin", "sqrt", "tanh", "cbrt",
-}  # fmt: skip
+# The same, but not once more for every element of something larger.
+DEAR = {"cos", "div", "exp", "exp2", "expm1", "log", "log1p", "pow", "rem", "rsqrt", "sin", "sqrt", "cbrt"}
+# Many operations each, so that they are not computed twice: how many values of theirs are kept for several readers. Of
+# erfc it is the result, an exponential and their product.
+LONG = {"erf": 3, "erf_inv": 3, "erfc": 3, "logistic": 1, "tanh": 1}
 # Written to memory, but able to compute their operands on the way.
 READERS = {
     "argmax", "argmin", "cumsum", "dynamic_slice", "gather", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
@@ -73,6 +73,9 @@ def _peak(jaxpr: Jaxpr, in_place: int, copies: bool) -> int:
         if value.node is not None and _fusible(value.node):
             value.size = 0
     stored = {value for _, made in program for value in made if _stored(value)}
+    for value in stored:
+        if len(value.users) > 1:
+            value.size *= LONG.get(value.node.kind, 1)
     return _simulate(program, stored, results)
 
 
@@ -147,11 +150,14 @@ def _stored(value: Value) -> bool:
     """Whether a value gets memory of its own."""
     if not _fusible(value.node) or value.kept:
         return True
-    return any(not _able(user) or (value.node.kind in DEAR and user.sizes[0] > value.size) for user in value.users)
+    if value.node.kind in LONG and len(value.users) > 1:
+        return True
+    dear = value.node.kind not in CHEAP
+    return any(not _able(user) or (dear and user.sizes[0] > value.size) for user in value.users)
 
 
 def _fusible(node: Node | None) -> bool:
-    return node is not None and (node.kind in CHEAP or node.kind in DEAR)
+    return node is not None and (node.kind in CHEAP or node.kind in DEAR or node.kind in LONG)
 
 
 def _able(user: Node) -> bool:
@@ -161,7 +167,7 @@ def _able(user: Node) -> bool:
 
 def _thin(node: Node) -> bool:
     """Whether a value is computed from at most one operand of its own size: computing it again reads no more."""
-    return _fusible(node) and sum(value.size >= node.sizes[0] for value in node.reads) <= 1
+    return _fusible(node) and node.kind not in LONG and sum(value.size >= node.sizes[0] for value in node.reads) <= 1
 
 
 def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
@@ -194,7 +200,7 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
         fresh = [value for value in made if value in stored]
         gone = dying[i]
         size = sum(value.size for value in fresh)
-        if fresh and node.kind in CHEAP | DEAR:
+        if fresh and _fusible(node):
             # It may take over the place of an operand that dies here.
             size -= next((value.size for value in gone if value not in fresh and value.size == fresh[0].size), 0)
             live += size
