@@ -36,7 +36,7 @@ def output(command: list[str], env: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def result(kind: str, env: Mapping[str, str], **options: Any) -> dict[str, Any]:
+def result(kind: str, env: Mapping[str, str], /, **options: Any) -> dict[str, Any]:
     """What `measure` of a kind finds in a process of its own; {"error": ...} if that fails."""
     command = [sys.executable, "-m", HERE, f"--child={kind}", f"--options={json.dumps(options)}"]
     try:
