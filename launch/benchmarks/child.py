@@ -23,7 +23,9 @@ def environment(devices: int | None = None) -> dict[str, str]:
 def tpu_environment() -> dict[str, str]:
     """Of a process that compiles for TPUs which are not there: what libtpu otherwise asks Google's cloud about."""
     named = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    return environment() | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"} | named
+    # libtpu lets one process have the chips; here nobody asks for any.
+    alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return environment() | alone | named
 
 
 def output(command: list[str], env: Mapping[str, str]) -> str:
