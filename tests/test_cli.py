@@ -105,6 +105,7 @@ WRONG_COMMANDS = {
     "erase --config=emoji --prompts=cat": ["prompts", "erase --help"],
     "erase --config=emoji neon": ["'neon'", "--name=value"],
     "erase --config=emoji --arch=sd14": ["--arch", "--dry_run"],
+    "erase --config=emoji --compile": ["--compile", "--dry_run"],
     "erase --config=emoji --dry_run --arch=sd15": ["sd15", "sd14", "sdxl"],
     "erase --config=emoji": ["--config.output_dir"],
     "erase --config=emoji --dry_run --config.height=7": ["7x64", "multiple of 4"],
