@@ -35,6 +35,8 @@ class SDD:
       example draws its own; "composite": all of them, joined by ", "; "sequential": each for `steps_per_concept`
       updates, the last one from then on.
     steps_per_concept: of the order "sequential", and of no other.
+    sample_prompt: what the trajectory is conditioned on. "all": every concept, joined by ", "; "concept": the one that
+      the step is about, for more concepts than fit a prompt.
     sampling_steps, sampling_guidance: of the average's DDIM trajectory.
     fix_k0: x_t after no sampler step is pure noise. In the released code (False) it is a finished image, which is
       scored at the noisiest timesteps all the same: its "stop after k" test never fires for k = 0.
@@ -43,6 +45,7 @@ class SDD:
 
     concept_order: str = "iterative"
     steps_per_concept: int | None = None
+    sample_prompt: str = "all"
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
     fix_k0: bool = True
@@ -50,7 +53,10 @@ class SDD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    CHOICES: ClassVar = {"concept_order": ("iterative", "random", "composite", "sequential")}
+    CHOICES: ClassVar = {
+        "concept_order": ("iterative", "random", "composite", "sequential"),
+        "sample_prompt": ("all", "concept"),
+    }
     PRESETS: ClassVar = {
         "paper": {
             "subset": "xattn", "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-4,
@@ -94,7 +100,7 @@ class SDD:
         return {
             "concept": lambda c: c.text,
             "anchor": lambda c: c.replace_with[0] if c.replace_with else "",
-            "sample": lambda c: joined,
+            "sample": lambda c: joined if self.sample_prompt == "all" else c.text,
         }
 
 

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.runs.record import STARTED, describe
 from esd_jax.sampling import sample
 from esd_jax.selection import select
 from esd_jax.training import run_folder
@@ -40,7 +39,6 @@ from esd_jax.training.plan import changed_names, recomputes
 from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
-STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -245,36 +243,6 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     if not plan.rank:
         return theta
     return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
-
-
-def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -> dict[str, Any]:
-    """What was erased, from what, how and with which versions: the record that travels with every export."""
-    packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
-    # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
-    name = _public(plan.base)
-    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
-    recorded = plan.flat() | {"base": name, "images": images}
-    return {
-        # Tuples as lists, which is how JSON gives them back.
-        "concepts": json.loads(json.dumps([dataclasses.asdict(concept) for concept in plan.concepts])),
-        "base": name,
-        "base_sha256": diffusers.source_hash(base, "unet"),
-        "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
-        "versions": {package: version(package) for package in packages},
-        **({STARTED: _origin(start_from)} if start_from else {}),
-    }
-
-
-def _public(source: str) -> str:
-    """What the world may know of where a checkpoint lies: of a folder, its name."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
-
-
-def _origin(start_from: Pipeline) -> dict[str, Any]:
-    """Where the weights came from that a run began with, instead of its base's."""
-    erased = json.loads(json.dumps(start_from.provenance.erased, default=str))
-    return {"name": _public(start_from.provenance.source), "erased": erased}
 
 
 def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:
