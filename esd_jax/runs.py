@@ -17,7 +17,7 @@ from PIL import Image
 
 from esd_jax import lora, sharding
 from esd_jax.diffusion import guidance, programs
-from esd_jax.io import delta, diffusers
+from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
@@ -39,6 +39,7 @@ from esd_jax.training.plan import changed_names, recomputes
 from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
+EXPORTS = "exports"  # and that of its other formats
 STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
@@ -58,11 +59,13 @@ def run(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     own: bool = False,
+    then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there.
 
     own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
       and come back with the result.
+    then: called with the result while the folder is still this run's alone, to write more into it.
     """
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
@@ -118,6 +121,8 @@ def run(
             log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
             stack.callback(log.close)
             preview = _preview(base, plan, names, folder)
+            for place in (folder, folder / EXPORTS):
+                leftovers.sweep_folder(place)
         as_pipeline = lambda theta: base.with_edits(edits(base, plan, names, theta))  # noqa: E731
         state = train(
             step,
@@ -136,7 +141,10 @@ def run(
         if folder:
             export(erased, folder / MODEL, overwrite=True)
             export_delta(erased, folder / delta_name(plan), overwrite=True)
-    return unparked(erased) if own else erased
+        erased = unparked(erased) if own else erased
+        if then:
+            then(erased)
+    return erased
 
 
 def parked(base: Pipeline) -> Pipeline:
@@ -282,7 +290,7 @@ def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
     """The newest checkpoint's state; the one given if a run was killed before its first."""
     if checkpoints.latest is None:
         return state
-    state = checkpoints.restore(state)
+    state = checkpoints.resume(state)
     if (made := int(state.step)) > plan.training.steps:
         raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
     return state
