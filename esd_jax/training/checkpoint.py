@@ -21,6 +21,7 @@ import numpy as np
 
 from esd_jax.training.step import State
 
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
 CHECKSUM = "checksum"  # the key in a checkpoint's meta of {"meta": ..., "state": ...}, both CRC-32
 
 
@@ -48,9 +49,10 @@ class Checkpoints:
                 raise FileNotFoundError(f"no checkpoint in {folder}")
             options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         else:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-            )
+            # Of a save that was killed. The manager would remove it later, at the same time as all else.
+            for path in folder.glob(f"*{TEMPORARY}*") if jax.process_index() == 0 else ():
+                shutil.rmtree(path, ignore_errors=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
