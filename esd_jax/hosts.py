@@ -80,20 +80,14 @@ class Vote:
     if bool(pending):             # later: the answer to that very call
     """
 
-    def __init__(self, mesh: Mesh | None = None):
-        """mesh: one that spans the devices of all processes; not needed where there is one process."""
-        self._mesh = mesh if jax.process_count() > 1 else None
-        if self._mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._any = jax.jit(lambda votes: votes.any(), out_shardings=everywhere)
+    def __init__(self, mesh: Mesh):
+        """mesh: one that spans the devices of all processes."""
+        self._size, self._each = mesh.size, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, yes: bool) -> Any:
         """This process's vote; what comes back is the answer of all, as something that `bool` takes."""
-        if self._mesh is None:
-            return yes
-        shape = (self._mesh.size,)
-        return self._any(jax.make_array_from_callback(shape, self._each, lambda _: np.asarray([yes])))
+        return self._any(jax.make_array_from_callback((self._size,), self._each, lambda _: np.asarray([yes])))
 
 
 def _broadcast(text: str) -> str:

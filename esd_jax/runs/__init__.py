@@ -16,7 +16,7 @@ from PIL import Image
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.diffusion import guidance, programs
-from esd_jax.io import delta, diffusers
+from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
@@ -39,6 +39,7 @@ from esd_jax.training.plan import changed_names, recomputes
 from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
+EXPORTS = "exports"  # and that of its other formats
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -57,11 +58,13 @@ def run(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     own: bool = False,
+    then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there.
 
     own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
       and come back with the result.
+    then: called with the result while the folder is still this run's alone, to write more into it.
     """
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
@@ -120,6 +123,8 @@ def run(
                     run_folder.write_record(folder, private)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
                 stack.callback(log.close)
+                for place in (folder, folder / EXPORTS):
+                    leftovers.sweep_folder(place)
             preview = _preview(base, plan, folder)
 
         def erased(theta: Params, record: dict[str, Any] | None = None) -> Pipeline:
@@ -137,13 +142,17 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
+            agree=hosts.Vote(mesh) if jax.process_count() > 1 else None,
         )
         made = erased(result(state), {**record, "step": int(state.step)})
         if folder and hosts.first():
             export(made, folder / MODEL, overwrite=True)
             export_delta(made, folder / delta_name(plan), overwrite=True)
-        hosts.wait("the run is exported")
-    return unparked(made) if own else made
+        made = unparked(made) if own else made
+        if then:
+            then(made)
+        hosts.wait("the run's files are written")
+    return made
 
 
 def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
@@ -265,7 +274,7 @@ def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
     """The newest checkpoint's state; the one given if a run was killed before its first."""
     if checkpoints.latest is None:
         return state
-    state = checkpoints.restore(state)
+    state = checkpoints.resume(state)
     if (made := int(state.step)) > plan.training.steps:
         raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
     return state
