@@ -62,7 +62,7 @@ def agreed(make: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if "error" in told:
-        raise RuntimeError(f"the first process of this job failed: {told['error']}")
+        raise ValueError(f"the first process of this job failed: {told['error']}")
     return told["value"]
 
 

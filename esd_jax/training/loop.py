@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from esd_jax import hosts
 from esd_jax.params import Params
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
@@ -204,7 +205,10 @@ def _signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def _progress(total: int, first: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar with the loss and the time left on a terminal; a line now and then elsewhere."""
+    """A bar with the loss and the time left on a terminal; a line now and then elsewhere; of several processes, one."""
+    if not hosts.first():
+        yield lambda number, loss: None
+        return
     if not sys.stderr.isatty():
         yield _lines(total, first)
         return
