@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import factories
 import fault_child

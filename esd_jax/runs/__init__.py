@@ -90,6 +90,8 @@ def run(
         mesh=mesh,
         weights=lora.weights if plan.rank else unchanged,
     )
+    if several := jax.process_count() > 1:
+        step = hosts.voting(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
@@ -142,7 +144,7 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
-            agree=hosts.Vote(mesh) if jax.process_count() > 1 else None,
+            votes=several,
         )
         made = erased(result(state), {**record, "step": int(state.step)})
         if folder and hosts.first():

@@ -59,7 +59,7 @@ class NotFinite(FloatingPointError):
     """A loss or gradient that is NaN or infinite; the last good checkpoint is kept."""
 
 
-StepFunction = Callable[[State, Params, Params, Any], tuple[State, Metrics]]
+StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.voting`
 
 
 def train(
@@ -75,7 +75,7 @@ def train(
     preview: Callable[[int, Params], None] | None = None,
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
-    agree: Callable[[bool], Any] | None = None,
+    votes: bool = False,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
 
@@ -85,9 +85,8 @@ def train(
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
       stop_when: called with theta every `stop_every` steps; where it says so, training ends as if that step were the
         last. It must depend on theta alone, so that a run that is resumed ends at the same step.
-      agree: for a run of several processes, which must all stop at the same step: called after each step is started,
-        with whether this process was asked to stop. It returns what is true, once it is fetched with the step's
-        metrics, if any process was. All then stop `AHEAD` steps later. None: this process alone decides, at once.
+      votes: of a run of several processes, which must all stop at the same step: `step` is `hosts.voting`'s. All stop
+        `AHEAD` steps after any was asked to; a run of one process stops at once.
 
     Returns the last state.
 
@@ -145,10 +144,14 @@ def train(
         done = ended(number)  # a run that is resumed may have been killed where it was to stop
         while not done:
             number += 1
-            state, metrics = step(state, theta_0, frozen, inputs)
-            pending.append((number, metrics, agree(stop.is_set()) if agree else False))
+            asked = False
+            if votes:
+                state, metrics, asked = step(state, theta_0, frozen, inputs, stop.is_set())
+            else:
+                state, metrics = step(state, theta_0, frozen, inputs)
+            pending.append((number, metrics, asked))
             drain(AHEAD)
-            if told or (agree is None and stop.is_set()):
+            if told or (stop.is_set() and not votes):
                 save()
                 if checkpoints:
                     checkpoints.wait()
@@ -163,7 +166,7 @@ def train(
         save()
         if checkpoints:
             checkpoints.wait()
-        if told or (agree is None and stop.is_set()):
+        if told or (stop.is_set() and not votes):
             raise stopped(number)
     return state
 
