@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import factories
 import fault_child
@@ -24,7 +23,7 @@ import pytest
 from messages import one_line
 from safetensors.numpy import load_file
 
-from esd_jax import cli
+from esd_jax import cli, runs
 from esd_jax.io import leftovers
 from esd_jax.training import loop, run_folder
 from esd_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
@@ -48,9 +47,9 @@ def base(tmp_path_factory):
     return folder
 
 
-def erase(base, run, *flags, **fields):
+def erase(base, run, *flags, config="esd_x", **fields):
     settings = {**FIELDS, "base": base, "output_dir": run, **fields}
-    return ["erase", "--config=esd_x", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
+    return ["erase", f"--config={config}", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
 
 
 def child(*commands, environment=None, **spec):
@@ -624,3 +623,118 @@ def test_a_signal_in_the_last_step_is_not_lost():
 
     with pytest.raises(loop.Stopped, match="stopped at step 10 of 10"):
         train(last, make_state(), {}, {}, None, Training(steps=10))
+
+
+# The command line around a step that is plain arithmetic.
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Runs compile no step; one may be given."""
+
+    def use(step=fault_child.toy_step):
+        monkeypatch.setattr(runs, "make_step", lambda *_, **__: step)
+
+    use()
+    return use
+
+
+def test_a_run_whose_weights_become_nan(base, tmp_path, capsys, toy):
+    fields = {"preview_every": 0, "steps": 8}
+    assert cli.main(erase(base, tmp_path / "whole", **fields)) == 0
+
+    def poisoned(state, *rest):
+        state, metrics = fault_child.toy_step(state, *rest)
+        if int(state.step) == 5:
+            state = state._replace(theta={name: value * jnp.nan for name, value in state.theta.items()})
+        return state, metrics._replace(loss=metrics.loss + 0 * sum(value.sum() for value in state.theta.values()))
+
+    toy(poisoned)
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert cli.main(erase(base, run, **fields)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("esd-jax: error: loss is nan") and "at step 5" in last and "step 3 in " in last
+    assert {path.name for path in run.iterdir()} == {"run.json", "log.jsonl", "checkpoints", "previews"}
+    toy()
+    assert cli.main(erase(base, run, "--resume", **fields)) == 0
+    assert_same(outcome(run), outcome(tmp_path / "whole"))
+
+
+def test_a_run_that_is_asked_to_stop(base, tmp_path, capsys, toy):
+    """By SIGTERM, and by a user on a terminal."""
+    fields = {"preview_every": 0, "steps": 8}
+    for number in (signal.SIGTERM, signal.SIGINT):
+
+        def stopped(state, *rest, number=number):
+            if int(state.step) == 4:
+                os.kill(os.getpid(), number)
+            return fault_child.toy_step(state, *rest)
+
+        toy(stopped)
+        run = tmp_path / number.name
+        assert cli.main(erase(base, run, **fields)) == 128 + signal.SIGTERM
+        assert capsys.readouterr().err.splitlines()[-1] == "esd-jax: stopped at step 5 of 8; --resume continues it"
+        assert steps_in(run / "checkpoints") == ["3", "5"] and not (run / ".lock").exists()
+        toy()
+        assert cli.main(erase(base, run, "--resume", **fields)) == 0
+        assert len(log_of(run)) == 8
+
+
+def test_the_command_refuses_a_folder_in_use(base, tmp_path, capsys, toy):
+    with opened(str(tmp_path / "run"), None, False, False) as folder:
+        run_folder.write_record(folder, {})
+        for flag in ("--resume", "--overwrite"):
+            assert cli.main(erase(base, folder, flag)) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith(f"esd-jax: error: another run is using {folder}: wait until ")
+            assert err.count("\n") == 1
+
+
+LOCALES = {
+    "none": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "one that is not there": {"LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.ISO-8859-1"},
+    "an encoding of its own": {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1", "LC_NUMERIC": "de_DE"},
+}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_locale(base, tmp_path):
+    """A concept with letters that ASCII lacks, from a config file; stopped in one locale and resumed in another."""
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from esd_jax import recipe\n"
+        "def get_config(): return recipe.preset('esd', 'paper', concept='Käthe Kollwitz, Öl')\n",
+        encoding="utf-8",
+    )
+    utf8 = {"PYTHONUTF8": "1"}
+
+    def command(run, *flags, **fields):
+        words = erase(base, run, *flags, config=config, **{"preview_every": 0, "steps": 5, **fields})
+        return [word for word in words if "concept=" not in word]
+
+    ended(child(command(tmp_path / "whole"), environment=utf8, toy=True))
+    expected = outcome(tmp_path / "whole")
+    (delta,) = expected["delta"].values()
+    for name, environment in LOCALES.items():
+        run = tmp_path / name
+        ended(child(command(run, steps=3), environment=utf8, toy=True))
+        ended(child(command(run, "--resume"), environment=environment, toy=True, hours=-24 * 365))
+        found = outcome(run)
+        assert delta in found["delta"].values()
+        for part in ("checkpoints", "weights", "log"):
+            assert found[part] == expected[part], name
+        # And one that began in this locale.
+        out, err = ended(child(command(run, "--overwrite"), environment=environment, toy=True))
+        assert outcome(run)["weights"] == expected["weights"], name
+        assert out.startswith("erased 'K") and "Traceback" not in err
+
+
+def test_text_that_a_locale_cannot_read_is_refused(base, tmp_path):
+    """It would be another concept."""
+    environment = {**os.environ, **LOCALES["none"]}
+    command = [sys.executable, "-m", "esd_jax.cli", *map(str, erase(base, tmp_path / "run", concept="Öl"))]
+    found = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+    assert (found.returncode, found.stdout) == (2, b"") and found.stderr.count(b"\n") == 1
+    assert b"no text in this locale's encoding, ascii: set PYTHONUTF8=1" in found.stderr
+    assert not (tmp_path / "run").exists()
