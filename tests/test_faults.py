@@ -38,6 +38,7 @@ FIELDS = {
 }  # fmt: skip
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 CHILD = Path(fault_child.__file__)
+ROOT = CHILD.parent.parent  # the code that is tested, also in processes that start elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def child(*commands, environment=None, **spec):
     spec = {**spec, "commands": [[str(word) for word in command] for command in commands]}
     return subprocess.Popen(
         [sys.executable, CHILD, json.dumps(spec, default=str)],
-        env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

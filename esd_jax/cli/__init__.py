@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,9 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's; read when JAX is imported
     logging.disable()
     # Stays: when a checkpoint cannot be written, the threads that write it complain until the process ends.
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).addFilter(lambda _: False)
     try:
         from esd_jax.text import PromptTruncated
         from esd_jax.training.checkpoint import DamagedCheckpoint
