@@ -58,7 +58,8 @@ def child(*commands, environment=None, **spec):
     spec = {**spec, "commands": [[str(word) for word in command] for command in commands]}
     return subprocess.Popen(
         [sys.executable, CHILD, json.dumps(spec, default=str)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
     )  # fmt: skip
 
 
