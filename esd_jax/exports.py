@@ -232,7 +232,7 @@ def name_of(pipeline: Pipeline) -> str:
     texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
     base = Path(pipeline.provenance.source).name.removesuffix(".safetensors")
     said = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
-    return f"{base}-without-{said}".encode()[:180].decode(errors="ignore")
+    return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
 
 
 def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "") -> Written:

@@ -23,7 +23,7 @@ import pytest
 from messages import one_line
 from safetensors.numpy import load_file
 
-from esd_jax import cli
+from esd_jax import cli, runs
 from esd_jax.io import leftovers
 from esd_jax.training import loop, run_folder
 from esd_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
@@ -34,10 +34,11 @@ from esd_jax.training.step import Metrics, Optimizer, State, init_state
 STEPS = 20
 FIELDS = {
     "concept": "cat style", "steps": STEPS, "checkpoint_every": 3, "sampling_steps": 4, "timestep_mode": "grid",
-    "learning_rate": 1e-3, "seed": 3, "preview_every": 8, "preview_steps": 2,
+    "learning_rate": 1e-3, "seed": 3,
 }  # fmt: skip
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 CHILD = Path(fault_child.__file__)
+ROOT = CHILD.parent.parent  # the code that is tested, also in processes that start elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def base(tmp_path_factory):
     return folder
 
 
-def erase(base, run, *flags, **fields):
+def erase(base, run, *flags, config="esd_x", **fields):
     settings = {**FIELDS, "base": base, "output_dir": run, **fields}
-    return ["erase", "--config=esd_x", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
+    return ["erase", f"--config={config}", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
 
 
 def child(*commands, environment=None, **spec):
@@ -57,7 +58,8 @@ def child(*commands, environment=None, **spec):
     spec = {**spec, "commands": [[str(word) for word in command] for command in commands]}
     return subprocess.Popen(
         [sys.executable, CHILD, json.dumps(spec, default=str)],
-        env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
     )  # fmt: skip
 
 
@@ -79,12 +81,11 @@ def outcome(run):
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     metas = [json.loads((run / "checkpoints" / str(step) / "meta" / "metadata").read_text()) for step in steps]
     files = {path.relative_to(run) for path in run.rglob("*") if path.relative_to(run).parts[0] != "checkpoints"}
-    pictures = {path.name: path.read_bytes() for path in (run / "previews").iterdir()}
     weights = {name: value.tobytes() for name, value in load_file(run / UNET).items()}
     delta = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
     return {
         "checkpoints": dict(zip(steps, (meta["checksum"]["state"] for meta in metas), strict=True)),
-        "files": sorted(map(str, files)), "previews": pictures, "weights": weights, "delta": delta, "log": log_of(run),
+        "files": sorted(map(str, files)), "weights": weights, "delta": delta, "log": log_of(run),
     }  # fmt: skip
 
 
@@ -120,13 +121,10 @@ def killed(process, file, target, delay):
 
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory):
-    """(the outcome, how long each phase takes, a finished run with another seed, the environment) of a warm run."""
+    """(the outcome, how long each phase takes, a finished run with another seed, the environment)."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    ended(child(erase(base, folder / "other", "--export=delta", seed=4), environment=environment))
+    environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # in the cache that all tests share
+    ended(child(erase(base, folder / "other", "--export=delta", seed=4, steps=2), environment=environment))
     ended(child(erase(base, folder / "run", "--export=delta"), environment=environment, phases=folder / "phases"))
     events = timeline(folder / "phases")
     lasts = {first[:2]: second[2] - first[2] for first, second in zip(events, events[1:], strict=False)}
@@ -139,7 +137,7 @@ def test_kills_at_random_moments_lose_nothing(base, undisturbed, tmp_path, part)
     """Ten kills in each part: of new runs, of runs that replace another, and of runs that are resumed after a kill."""
     expected, lasts, other, environment = undisturbed
     draw, kills, where, tries = random.Random(part), 0, Counter(), 0
-    phases = [phase for phase in fault_child.PHASES if phase != "end"]
+    phases = [phase for phase in fault_child.PHASES if any(event[0] == phase for event in lasts)]
     targets = phases[part:] + phases[:part]
     while kills < 10:
         tries += 1
@@ -149,7 +147,7 @@ def test_kills_at_random_moments_lose_nothing(base, undisturbed, tmp_path, part)
         if tries % 3 == 0:
             shutil.copytree(other, run)
             flags.append("--overwrite")
-        in_chain = draw.randint(1, 3)
+        in_chain = draw.randint(2, 5)
         while not done:
             file = tmp_path / f"phases{tries}.{in_chain}"
             process = child(erase(base, run, *flags), environment=environment, phases=file)
@@ -190,7 +188,9 @@ def test_a_second_start_compiles_nothing(base, tmp_path):
     }
     counts = []
     for i, fields in enumerate([{}, {}, {"concept": "the dog", "seed": 5, "eta": 2.0}]):
-        command = erase(base, tmp_path / str(i), "--export=delta", **{"steps": 3, "preview_every": 3, **fields})
+        command = erase(
+            base, tmp_path / str(i), "--export=delta", **{"steps": 3, "preview_every": 3, "preview_steps": 2, **fields}
+        )
         out, _ = ended(child(command, environment=environment, count=True))
         counts.append(json.loads(out.splitlines()[-1]))
     assert counts[0]["cache_misses"] > 5
@@ -202,8 +202,8 @@ def test_a_second_start_compiles_nothing(base, tmp_path):
 
 
 FULL = {  # what is being written when the disk is full -> (where the limit begins, its bytes, words of the message)
-    "a checkpoint": (("save", 2), 2000, ["cannot write a checkpoint", "checkpoints", "too large"]),
-    "the log": (("step", 7), 500, ["cannot write to", "too large"]),
+    "a checkpoint": (("save", 4), 2000, ["cannot write a checkpoint", "checkpoints", "too large"]),
+    "the log": (("step", 11), 500, ["cannot write to", "too large"]),
     "the model": (("model", 1), 200_000, ["cannot write", "model", "too large", "unchanged"]),
     "an export": (("exports", 1), 20_000, ["cannot write", "exports", "too large", "unchanged"]),
 }
@@ -213,7 +213,7 @@ FULL = {  # what is being written when the disk is full -> (where the limit begi
 def test_a_disk_that_becomes_full(base, tmp_path):
     """The limit on a file's size stands in for the end of the disk. With room again, the run goes on."""
     whole = tmp_path / "whole"
-    fields = {"preview_every": 0, "steps": 12}
+    fields = {"steps": 12}
     ended(child(erase(base, whole, "--export=delta", **fields), toy=True))
     expected = outcome(whole)
     for what, (where, limit, words) in FULL.items():
@@ -615,6 +615,22 @@ class Late:
         return self.value()
 
 
+def test_previews_are_drawn_again_where_a_kill_may_have_lost_them(tmp_path):
+    """A preview stands before the checkpoint of its step; a run that was stopped at such a step draws it first."""
+    drawn, saved = [], []
+
+    def preview(number, theta):
+        drawn.append(number)
+        saved.append(steps_in(tmp_path) if tmp_path.exists() else [])
+
+    settings, state = Training(steps=10, checkpoint_every=5, preview_every=5, keep_checkpoints=9), make_state()
+    with Checkpoints(tmp_path, {}, keep=9) as checkpoints:
+        train(plain_step(), state, {}, {}, None, settings, checkpoints=checkpoints, preview=preview)
+        assert drawn == [0, 5, 10] and saved[1] == [] and "10" not in saved[2]
+        train(plain_step(), checkpoints.restore(make_state(), step=5), {}, {}, None, settings, preview=preview)
+    assert drawn[3:] == [5, 10]
+
+
 def test_a_signal_in_the_last_step_is_not_lost():
     def last(state, *rest):
         if int(state.step) == 9:
@@ -623,3 +639,118 @@ def test_a_signal_in_the_last_step_is_not_lost():
 
     with pytest.raises(loop.Stopped, match="stopped at step 10 of 10"):
         train(last, make_state(), {}, {}, None, Training(steps=10))
+
+
+# The command line around a step that is plain arithmetic.
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Runs compile no step; one may be given."""
+
+    def use(step=fault_child.toy_step):
+        monkeypatch.setattr(runs, "make_step", lambda *_, **__: step)
+
+    use()
+    return use
+
+
+def test_a_run_whose_weights_become_nan(base, tmp_path, capsys, toy):
+    fields = {"steps": 8}
+    assert cli.main(erase(base, tmp_path / "whole", **fields)) == 0
+
+    def poisoned(state, *rest):
+        state, metrics = fault_child.toy_step(state, *rest)
+        if int(state.step) == 5:
+            state = state._replace(theta={name: value * jnp.nan for name, value in state.theta.items()})
+        return state, metrics._replace(loss=metrics.loss + 0 * sum(value.sum() for value in state.theta.values()))
+
+    toy(poisoned)
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert cli.main(erase(base, run, **fields)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("esd-jax: error: loss is nan") and "at step 5" in last and "step 3 in " in last
+    assert {path.name for path in run.iterdir()} == {"run.json", "log.jsonl", "checkpoints", "previews"}
+    toy()
+    assert cli.main(erase(base, run, "--resume", **fields)) == 0
+    assert_same(outcome(run), outcome(tmp_path / "whole"))
+
+
+def test_a_run_that_is_asked_to_stop(base, tmp_path, capsys, toy):
+    """By SIGTERM, and by a user on a terminal."""
+    fields = {"steps": 8}
+    for number in (signal.SIGTERM, signal.SIGINT):
+
+        def stopped(state, *rest, number=number):
+            if int(state.step) == 4:
+                os.kill(os.getpid(), number)
+            return fault_child.toy_step(state, *rest)
+
+        toy(stopped)
+        run = tmp_path / number.name
+        assert cli.main(erase(base, run, **fields)) == 128 + signal.SIGTERM
+        assert capsys.readouterr().err.splitlines()[-1] == "esd-jax: stopped at step 5 of 8; --resume continues it"
+        assert steps_in(run / "checkpoints") == ["3", "5"] and not (run / ".lock").exists()
+        toy()
+        assert cli.main(erase(base, run, "--resume", **fields)) == 0
+        assert len(log_of(run)) == 8
+
+
+def test_the_command_refuses_a_folder_in_use(base, tmp_path, capsys, toy):
+    with opened(str(tmp_path / "run"), None, False, False) as folder:
+        run_folder.write_record(folder, {})
+        for flag in ("--resume", "--overwrite"):
+            assert cli.main(erase(base, folder, flag)) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith(f"esd-jax: error: another run is using {folder}: wait until ")
+            assert err.count("\n") == 1
+
+
+LOCALES = {
+    "none": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "one that is not there": {"LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.ISO-8859-1"},
+    "an encoding of its own": {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1", "LC_NUMERIC": "de_DE"},
+}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_locale(base, tmp_path):
+    """A concept with letters that ASCII lacks, from a config file; stopped in one locale and resumed in another."""
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from esd_jax import recipe\n"
+        "def get_config(): return recipe.preset('esd', 'paper', concept='Käthe Kollwitz, Öl')\n",
+        encoding="utf-8",
+    )
+    utf8 = {"PYTHONUTF8": "1"}
+
+    def command(run, *flags, **fields):
+        words = erase(base, run, *flags, config=config, **{"steps": 5, **fields})
+        return [word for word in words if "concept=" not in word]
+
+    ended(child(command(tmp_path / "whole"), environment=utf8, toy=True))
+    expected = outcome(tmp_path / "whole")
+    (delta,) = expected["delta"].values()
+    for name, environment in LOCALES.items():
+        run = tmp_path / name
+        ended(child(command(run, steps=3), environment=utf8, toy=True))
+        ended(child(command(run, "--resume"), environment=environment, toy=True, hours=-24 * 365))
+        found = outcome(run)
+        assert delta in found["delta"].values()
+        for part in ("checkpoints", "weights", "log"):
+            assert found[part] == expected[part], name
+        # And one that began in this locale.
+        out, err = ended(child(command(run, "--overwrite"), environment=environment, toy=True))
+        assert outcome(run)["weights"] == expected["weights"], name
+        assert out.startswith("erased 'K") and "Traceback" not in err
+
+
+def test_text_that_a_locale_cannot_read_is_refused(base, tmp_path):
+    """It would be another concept."""
+    environment = {**os.environ, **LOCALES["none"]}
+    command = [sys.executable, "-m", "esd_jax.cli", *map(str, erase(base, tmp_path / "run", concept="Öl"))]
+    found = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+    assert (found.returncode, found.stdout) == (2, b"") and found.stderr.count(b"\n") == 1
+    assert b"no text in this locale's encoding, ascii: set PYTHONUTF8=1" in found.stderr
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-NAME = re.compile(r"\.(?P<output>.+)\.(?P<process>\d+)\.(?P<kind>partial|old)")
+NAME = re.compile(r"\.(?P<output>.+)\.(?P<process>\d+)\.(?P<kind>partial|old|kept)")
 
 
 def partial(path: Path) -> Path:
@@ -20,11 +20,11 @@ def old(path: Path) -> Path:
 
 
 def kept(path: Path) -> Path:
-    """A second name, in `old`, for all files at `path`, which takes no space where the file system has links.
+    """A second name for all files at `path`, which takes no space where the file system has links.
 
     That they are not changed in place, but replaced, is on whoever writes to `path`.
     """
-    copy = old(path)
+    copy = path.with_name(f".{path.name}.{os.getpid()}.kept")
     remove(copy)
     if path.is_dir():
         shutil.copytree(path, copy, copy_function=_link)
@@ -43,9 +43,15 @@ def _link(source: str | Path, target: str | Path) -> None:
 def sweep(path: Path) -> None:
     """Removes what killed exports to `path` have left. What was there before comes back if its place is empty.
 
-    An export that goes on in another process of this machine keeps its files.
+    An export that goes on in another process of this machine keeps its files; so does the caller of `kept`.
     """
-    _sweep(path.parent, lambda output, process: output == path.name and not _alive(process))
+
+    def dead(output: str, process: int, kind: str) -> bool:
+        # In a container, a new process often has the number of the one that was killed.
+        own = process == os.getpid()
+        return output == path.name and (kind != "kept" if own else not _alive(process))
+
+    _sweep(path.parent, dead)
 
 
 def sweep_folder(folder: Path) -> None:
@@ -53,14 +59,14 @@ def sweep_folder(folder: Path) -> None:
     _sweep(folder, lambda *_: True)
 
 
-def _sweep(folder: Path, dead: Callable[[str, int], bool]) -> None:
+def _sweep(folder: Path, dead: Callable[[str, int, str], bool]) -> None:
     if not folder.is_dir():
         return
     for left in sorted(folder.iterdir()):
         found = NAME.fullmatch(left.name)
-        if not found or not dead(found["output"], int(found["process"])):
+        if not found or not dead(found["output"], int(found["process"]), found["kind"]):
             continue
-        if found["kind"] == "old" and not os.path.lexists(output := folder / found["output"]):
+        if found["kind"] != "partial" and not os.path.lexists(output := folder / found["output"]):
             left.rename(output)
         else:
             remove(left)
@@ -72,9 +78,7 @@ def remove(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process other than this one runs under a number."""
-    if process == os.getpid():  # in a container, a new process often has the number of the one that was killed
-        return False
+    """Whether a process runs under a number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -61,8 +61,10 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             with self._writing():
-                self._manager.wait_until_finished()
-                self._manager.close()
+                try:
+                    self._manager.wait_until_finished()
+                finally:
+                    self._manager.close()
         except OSError:
             if error is None:  # else it is known
                 raise

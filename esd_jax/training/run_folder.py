@@ -49,14 +49,14 @@ def opened(
         yield folder
         return
     replaced = _beside(folder, "replaced")
-    _check(folder, source, resume, overwrite)
     with contextlib.ExitStack() as locks:
         try:
+            _check(folder, source, resume, overwrite)
             _prepare(folder, replaced, resume, locks)
-        except BlockingIOError:
-            raise
         except OSError as error:
-            raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
+            if not error.errno:  # one of ours, which says it all
+                raise
+            raise OSError(f"cannot write to {folder}: {error.strerror}") from error
         replaces = replaced.exists()
         try:
             yield folder
