@@ -36,7 +36,7 @@ from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
 from esd_jax.training.plan import changed_names, recomputes
-from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
+from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
 STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
@@ -91,6 +91,8 @@ def run(
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
+    memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
+    state = state._replace(memory=sharding.spread(memory, mesh))
     record = describe(base, plan, start_from)
 
     with (

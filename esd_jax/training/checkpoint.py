@@ -59,7 +59,11 @@ class Checkpoints:
         args = self._ocp.args
         with self._writing():
             self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(self.meta))
+                step,
+                args=args.Composite(
+                    **{name: args.StandardSave(part) for name, part in _parts(state).items()},
+                    meta=args.JsonSave(self.meta),
+                ),
             )
 
     def wait(self) -> None:
@@ -107,12 +111,13 @@ class Checkpoints:
                     f"the checkpoint in {self.folder} was made with {name}={meta.get(name)!r}, not "
                     f"{self.meta.get(name)!r}: resume with the same settings, or start anew in another output_dir"
                 )
-        target = jax.tree.map(_abstract, like._asdict())
+        target = jax.tree.map(_abstract, _parts(like))
         try:
-            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
+            parts = args.Composite(**{name: args.StandardRestore(part) for name, part in target.items()})
+            restored = self._manager.restore(step, args=parts)
+            return State(**restored["state"], **({"memory": restored["memory"]} if "memory" in target else {}))
         except Exception as error:
             raise ValueError(self._damaged(step, error)) from error
-        return State(**restored)
 
     def _damaged(self, step: int, error: Exception) -> str:
         others = sorted(set(self._manager.all_steps()) - {step})
@@ -161,6 +166,14 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         yield ocp, checkpointer
+
+
+def _parts(state: State) -> dict[str, Any]:
+    """A state as what lies in folders of its own. A method's memory is one only where there is any, so that runs
+    without look as they always did, and so that the weights can be read without knowing what else was kept."""
+    fields = state._asdict()
+    memory = fields.pop("memory")
+    return {"state": fields, **({"memory": memory} if jax.tree.leaves(memory) else {})}
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
