@@ -90,6 +90,11 @@ class ESD:
             "timestep_mode": "alt1000", "eta": 2.0,
             "subset": "esd-all", "optimizer": "adam", "learning_rate": 2e-5, "steps": 200,
         },
+        "fast": {
+            "sample_with": "teacher", "sampler": "dpmpp_2m", "timestep_mode": "grid", "sampling_steps": 20,
+            "updates_per_trajectory": 10, "trajectory_buffer": 4,
+            "subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000,
+        },
     }  # fmt: skip
 
     def __post_init__(self):
