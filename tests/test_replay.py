@@ -9,16 +9,19 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from esd_world import ATTRIBUTE, EVERYWHERE, SCHEDULE, SHAPE, make, world
+from esd_world import ATTRIBUTE, EVERYWHERE, SCHEDULE, SHAPE, make, tools, world
 from messages import one_line
 from torch_oracle import exactly
 
 from esd_jax import api, recipe, sharding
-from esd_jax.diffusion import guidance
 from esd_jax.methods import esd
+from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Models
 from esd_jax.methods.preservation import preserving
+from esd_jax.methods.replay import Replaying
+from esd_jax.methods.sdd import SDD
+from esd_jax.methods.trajectories import Draws
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import blank_memory, init_state, make_step
 
@@ -28,23 +31,12 @@ TEACHER = {**GRID, "sample_with": "teacher"}
 RING = {"updates_per_trajectory": 2, "trajectory_buffer": 2}
 
 
-def kept(dtype: str = "float32", pairs: Any = EVERYWHERE, **fields: Any) -> tuple[esd.Replaying, esd.Inputs]:
+def kept(dtype: str = "float32", pairs: Any = EVERYWHERE, **fields: Any) -> tuple[Replaying, esd.Inputs]:
     return make(world("toy", dtype), "paper", pairs, **{**RING, **fields})
 
 
 def noises(dtype: str, n: int = 2) -> jax.Array:
     return jnp.asarray(np.random.default_rng(5).standard_normal((n, *SHAPE)), dtype)
-
-
-def guided(method: esd.Replaying, inputs: esd.Inputs, concept: jax.Array) -> Any:
-    """(x, t, i) -> (output, predictions), by the teacher."""
-    pair = method.pair(Models(None, world("toy", "float64").teacher), concept, inputs)
-
-    def predict(x: jax.Array, t: jax.Array, i: jax.Array) -> Any:
-        predictions = pair(x, t)
-        return guidance.cfg(*predictions, inputs.sampling_guidance), predictions
-
-    return predict
 
 
 @pytest.mark.parametrize(
@@ -63,7 +55,8 @@ def test_every_point_is_what_sampling_up_to_it_gives(fields):
     with exactly("float64"):
         method, inputs = kept("float64", **fields)
         concept, noise = jnp.array([1, 0]), noises("float64")
-        predict, trajectory = guided(method, inputs, concept), method.trajectory
+        models, trajectory = Models(None, world("toy", "float64").teacher), method.replay.trajectory
+        predict = method.method.predict(models, concept, inputs)
         memory = jax.jit(lambda noise: method.replay.record(predict, noise, concept))(noise)
         run = jax.jit(lambda i: trajectory.run(lambda x, t: predict(x, t, 0)[0], noise, i))
         assert memory.x.shape == (2, max(trajectory.num_updates[trajectory.support]) + 1, *SHAPE)
@@ -96,6 +89,50 @@ def test_kept_predictions_give_the_target_that_evaluating_anew_gives(anchor):
     np.testing.assert_allclose(*targets, atol=1e-6)
 
 
+OTHERS = {
+    "sdd": (SDD, {"sampling_steps": STEPS, "concept_order": "random"}),
+    "sdd, a finished image": (SDD, {"sampling_steps": STEPS, "concept_order": "random", "fix_k0": False}),
+    "all_but_one": (AllButOne, {"sampling_steps": STEPS, "delta_warmup": 2}),
+    "all_but_one, without penalty": (AllButOne, {"sampling_steps": STEPS, "delta_warmup": 2, "penalty": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_score_what_they_would_have_sampled(name):
+    """One example has one timestep either way, so that the plain method's step is the oracle."""
+    cls, fields = OTHERS[name]
+    w = world("toy", "float64")
+    concepts = (Concept("a cat"), Concept("Van Gogh", replace_with=("a painting",)))
+    with exactly("float64"):
+        (plain, inputs), (method, _) = (cls(**fields, **more).make(tools(w), concepts) for more in ({}, RING))
+        models = Models(w.student, w.teacher, w.student)
+        afresh, recall, prepare = map(jax.jit, (plain.prepare, method.recall, method.prepare))
+        blank = jax.tree.map(lambda a: a[:, 0].astype("float64"), blank_memory(method, SHAPE, 1))
+        blank = blank._replace(concept=blank.concept.astype(int))
+        seen = set()
+        for seed in range(6):
+            draws = method.draw(0, None, jax.random.split(jax.random.key(seed), 1), SHAPE, inputs)
+            draws = draws._replace(t=draws.t.astype("float32"))  # as the sampler tells it
+            points = recall(models, draws, blank, jnp.int32(0), inputs)[1]
+            same = Draws(draws.index[0], draws.t[0], draws.concept, draws.noise)
+            ours, theirs = prepare(models, points, inputs), afresh(models, same, inputs)
+            for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(np.ravel(mine), np.ravel(other), rtol=1e-9, atol=1e-10)
+            seen.add((int(draws.index[0]), int(draws.concept[0])))
+    assert len(seen) > 3 and {concept for _, concept in seen} == {0, 1}
+
+
+def test_an_order_of_concepts_holds_for_updates_and_not_for_trajectories():
+    w, concepts = world("toy", "float32"), [Concept("a cat"), Concept("Van Gogh")]
+    method, inputs = SDD(**RING, sampling_steps=STEPS).make(tools(w), concepts)
+    memory = jax.tree.map(lambda a: a[:, 0], blank_memory(method, SHAPE, 2))
+    models = Models(w.student, w.teacher, w.student)
+    for step in range(4):
+        draws = method.draw(step, None, jax.random.split(jax.random.key(step), 2), SHAPE, inputs)
+        memory, points = method.recall(models, draws, memory, jnp.int32(step), inputs)
+        assert points.concept.tolist() == [step % 2] * 2
+
+
 def test_predictions_are_kept_only_where_they_are_the_targets_own():
     count = lambda pairs=EVERYWHERE, **fields: kept(pairs=pairs, **fields)[0].replay.predictions  # noqa: E731
     assert count(**TEACHER) == count(**TEACHER, sampler="dpmpp_2m") == 2
@@ -115,7 +152,7 @@ def test_slots_are_filled_before_they_are_drawn_and_points_are_uniform():
         assert set(np.asarray(draws.slot)) == set(range(filled))
     pairs = np.asarray(draws.slot) * STEPS + np.asarray(draws.index)
     assert scipy.stats.chisquare(np.bincount(pairs, minlength=2 * STEPS)).pvalue > 1e-3
-    np.testing.assert_array_equal(draws.t, method.trajectory.t_low[draws.index])
+    np.testing.assert_array_equal(draws.t, method.replay.trajectory.t_low[draws.index])
     assert scipy.stats.kstest(np.ravel(draws.noise), "norm").pvalue > 1e-3 and 0.45 < draws.concept.mean() < 0.55
 
 
@@ -141,8 +178,9 @@ def test_a_run_by_hand(fields):
 
     w, key = world("toy", "float32"), jax.random.key(7)
     theta, ring, expected = w.teacher, [], []
-    gradient, prepare = jax.jit(jax.value_and_grad(method.loss)), jax.jit(method.prepare)
+    gradient = jax.jit(jax.value_and_grad(method.loss))
     plain, _ = make(w, "paper", EVERYWHERE, **fields)
+    afresh = jax.jit(plain.prepare)
     for step in range(7):
         examples = jax.random.split(jax.random.fold_in(key, step))[1]
         draws = method.draw(step, None, sharding.per_example_keys(examples, jnp.arange(2)), SHAPE, inputs)
@@ -151,19 +189,18 @@ def test_a_run_by_hand(fields):
             drawn = []
             for index in range(STEPS):
                 given = esd.Draws(jnp.int32(index), jnp.float32(0), draws.concept, draws.noise, jnp.zeros(2, int))
-                drawn.append(jax.jit(plain.prepare)(models, given, inputs).x)
+                drawn.append(afresh(models, given, inputs).x)
             entry = (np.stack(drawn), np.asarray(draws.concept))
             ring = [*ring, entry] if len(ring) < 2 else [entry if step // 2 % 2 == s else ring[s] for s in (0, 1)]
         chosen = [(int(s), int(i)) for s, i in zip(draws.slot, draws.index, strict=True)]
         x = jnp.stack([ring[s][0][i, example] for example, (s, i) in enumerate(chosen)])
         concept = jnp.array([ring[s][1][example] for example, (s, _) in enumerate(chosen)])
-        scored = plain.scored(w.teacher, x, draws.t, concept, inputs)
+        scored = plain.scored(models, x, draws.t, concept, (), inputs)
         loss, grads = gradient(theta, scored)
         expected.append(float(loss))
         theta = {name: value - 0.1 * grads[name] for name, value in theta.items()}
-    del prepare
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert len({len(ring), len(set(losses)) - 5}) == 1 and np.ptp(losses) > 0
+    assert len(set(losses)) == 7
     np.testing.assert_allclose(state.memory.x[:, 0, 1, -1], ring[1][0][-1], atol=1e-4)
 
 
@@ -206,9 +243,8 @@ def test_a_run_without_memory_has_none_on_disk(tmp_path):
 def test_a_loss_on_what_is_preserved_goes_with_it():
     w = world("toy", "float32")
     method, inputs = kept(**TEACHER)
-    tools = dataclasses.make_dataclass("Tools", ["encode", "schedule", "unet"])(w.encode, SCHEDULE, w.network)
     both = {
-        weight: walk(*preserving(method, inputs, tools, [Concept("a cat", preserve=("a lion",))], weight), 3)
+        weight: walk(*preserving(method, inputs, tools(w), [Concept("a cat", preserve=("a lion",))], weight), 3)
         for weight in (0.0, 1.0)
     }
     np.testing.assert_allclose(both[0.0][1], walk(method, inputs, 3)[1], rtol=1e-5)
@@ -224,6 +260,10 @@ def test_what_an_update_costs():
     assert count(sampling_steps=20, timestep_mode="grid", sample_with="teacher") == 2 * 9.5 + 2 + 3
     fast = recipe.make(**recipe.read("fast").to_dict()).settings
     assert fast.evaluations(api.architecture("sd14")[1], images=False) == 7
+    for settings, fresh in ((SDD, 2 * 24.5 + 4), (AllButOne, 2 * 17 + 2 + 6)):
+        kept_too = settings(updates_per_trajectory=5).evaluations(SCHEDULE, images=False)
+        assert settings().evaluations(SCHEDULE, images=False) == fresh
+        assert kept_too == {SDD: 2 * 49 / 5 + 4, AllButOne: 2 * 35 / 5 + 6}[settings]
     method, _ = kept(**TEACHER)
     assert method.replay.calls == STEPS and kept(**GRID)[0].replay.calls == STEPS - 1
 

@@ -22,7 +22,7 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
-from esd_jax.methods.replay import Replay
+from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Trajectory
 from esd_jax.params import Network, Params
 
@@ -106,19 +106,19 @@ class ESD:
                 "trajectory_buffer at 1"
             )
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """ESD for the concepts' kinds of anchor."""
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
-        if not replay.wanted(self):
-            method = Method(self, tools.unet, tools.schedule, trajectory, separate)
-        elif tools.images is not None:
-            raise ValueError("with images nothing is sampled: leave updates_per_trajectory and trajectory_buffer at 1")
-        else:
-            own = all(roles["sample"](c) == c.text for c in concepts)
-            predictions = 2 if self.predicts(trajectory) and own and not separate else 0
-            kept = Replay(trajectory, self.updates_per_trajectory, self.trajectory_buffer, predictions)
-            method = Replaying(self, tools.unet, tools.schedule, trajectory, separate, kept)
+        method = Method(self, tools.unet, tools.schedule, trajectory, separate)
+        own = all(roles["sample"](c) == c.text for c in concepts)
+        predictions = 2 if self.predicts(trajectory) and own and not separate else 0
+        if (kept := replay.of(self, trajectory, predictions)) is not None:
+            if tools.images is not None:
+                raise ValueError(
+                    "with images nothing is sampled: leave updates_per_trajectory and trajectory_buffer at 1"
+                )
+            method = Replaying(method, kept)
         eta = self.eta * jnp.asarray([c.strength for c in concepts], jnp.float32)
         bank = make_bank(tools.encode, concepts, roles)
         return method, Inputs(bank, eta, jnp.float32(self.sampling_guidance), tools.images)
@@ -129,10 +129,9 @@ class ESD:
         Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these.
         """
         trajectory = make_trajectory(self, schedule)
-        if not replay.wanted(self):
-            return (0.0 if images else 2 * trajectory.mean_updates) + 2 + 3
         known = self.predicts(trajectory) and self.sample_prompt == "concept"
-        kept = Replay(trajectory, self.updates_per_trajectory, self.trajectory_buffer, 2 * known)
+        if (kept := replay.of(self, trajectory, 2 * known)) is None:
+            return (0.0 if images else 2 * trajectory.mean_updates) + 2 + 3
         return 2 * kept.calls / kept.every + (0 if known else 2) + 3
 
     def predicts(self, trajectory: Trajectory) -> bool:
@@ -245,7 +244,17 @@ class Method:
                 draws.index,
                 scale=not self.settings.as_released,
             )
-        return self.scored(models.base, x, draws.t, draws.concept, inputs)
+        return self.scored(models, x, draws.t, draws.concept, (), inputs)
+
+    def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
+        """What samples whole trajectories, with (eps_null, eps_c)."""
+        pair = self.pair(models, concept, inputs)
+
+        def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
+            predictions = pair(x, t)
+            return guidance.cfg(*predictions, inputs.sampling_guidance), predictions
+
+        return guided
 
     def pair(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., tuple[Array, ...]]:
         """(x, t) -> (eps_null, eps_c), by the model that trajectories are taken from."""
@@ -256,16 +265,19 @@ class Method:
 
     def scored(
         self,
-        teacher: Params,
+        models: Models,
         x: Float[Array, "batch height width channel"],
         t: Float[Array, "*batch"],
         index: Int[Array, " batch"],
+        predictions: tuple[Array, ...],
         inputs: Inputs,
-        predictions: tuple[Array, ...] = (),
     ) -> Scored:
-        """What the student should say about x_t. index: the examples' concepts; predictions: (eps_null, eps_c)."""
+        """What the student should say about x_t.
+
+        index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
+        """
         take = lambda role: inputs.bank.take(role, index)  # noqa: E731
-        score = partial(evaluate, self.unet, teacher, x, t)
+        score = partial(evaluate, self.unet, models.base, x, t)
         if self.separate_anchor:
             eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])
         else:
@@ -277,40 +289,3 @@ class Method:
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.unet, student, batch)
-
-
-@dataclass(frozen=True, eq=False)
-class Replaying(Method):
-    """The same over kept trajectories."""
-
-    replay: Replay
-
-    def memory(self, shape: tuple[int, ...]) -> replay.Memory:
-        """The shapes of what is kept for each example from update to update."""
-        return self.replay.memory(shape)
-
-    def draw(
-        self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs
-    ) -> replay.Draws:
-        """The random choices of a step; the examples share none."""
-        return self.replay.draw(step, example_keys, shape, inputs.bank.num_concepts)
-
-    def recall(
-        self, models: Models, draws: replay.Draws, memory: replay.Memory, step: Array, inputs: Inputs
-    ) -> tuple[replay.Memory, replay.Points]:
-        """The memory after this step's drawing, and the points that the step is made of."""
-
-        def predict(concept: Array) -> replay.Predict:
-            pair = self.pair(models, concept, inputs)
-
-            def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
-                predictions = pair(x, t)
-                return guidance.cfg(*predictions, inputs.sampling_guidance), predictions
-
-            return guided
-
-        return self.replay.recall(memory, draws, step, predict)
-
-    def prepare(self, models: Models, points: replay.Points, inputs: Inputs) -> Scored:
-        """What the student should say about the points. Nothing here carries a gradient."""
-        return self.scored(models.base, points.x, points.t, points.concept, inputs, points.predictions)

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
+from esd_jax.methods.method import Models
 from esd_jax.methods.trajectories import Trajectory
+from esd_jax.params import Params
 
 # (x_t as the network takes it, t, sampler step) -> (the sampler's output, what is kept of the predictions)
 Predict = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
@@ -149,3 +151,48 @@ class Replay:
         if not self.predictions:  # nothing was evaluated at the last point
             points = points.at[:, last].set(self.trajectory.scaled(x, last))
         return Memory(points, tuple(predictions), concept)
+
+
+def of(settings: Any, trajectory: Trajectory, predictions: int = 0) -> Replay | None:
+    """What a method's settings ask for; None: that every update samples afresh."""
+    if not wanted(settings):
+        return None
+    return Replay(trajectory, settings.updates_per_trajectory, settings.trajectory_buffer, predictions)
+
+
+@dataclass(frozen=True, eq=False)
+class Replaying:
+    """A method over kept trajectories.
+
+    method: has `scored(models, x, t, concepts, predictions, inputs)`, what an update is scored on at points x_t;
+      `predict(models, concepts, inputs)`, which samples; and a `loss`.
+    order: where a trajectory serves any concept, (step, drawn concepts, their number) -> the concepts of an update.
+    """
+
+    method: Any
+    replay: Replay
+    order: Callable[[Array, Array, int], Array] | None = None
+
+    def memory(self, shape: tuple[int, ...]) -> Memory:
+        """The shapes of what is kept for each example from update to update."""
+        return self.replay.memory(shape)
+
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Draws:
+        """The random choices of a step; the examples share none, but for what an order says."""
+        draws = self.replay.draw(step, example_keys, shape, inputs.bank.num_concepts)
+        if self.order is None:
+            return draws
+        return draws._replace(concept=self.order(step, draws.concept, inputs.bank.num_concepts))
+
+    def recall(self, models: Models, draws: Draws, memory: Memory, step: Array, inputs: Any) -> tuple[Memory, Points]:
+        """The memory after this step's drawing, and the points that the step is made of."""
+        predict = lambda concept: self.method.predict(models, concept, inputs)  # noqa: E731
+        memory, points = self.replay.recall(memory, draws, step, predict)
+        return memory, points if self.order is None else points._replace(concept=draws.concept)
+
+    def prepare(self, models: Models, points: Points, inputs: Any) -> Any:
+        """What the student is scored on at the points. Nothing here carries a gradient."""
+        return self.method.scored(models, points.x, points.t, points.concept, points.predictions, inputs)
+
+    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
+        return self.method.loss(student, batch)
