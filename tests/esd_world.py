@@ -64,7 +64,8 @@ class ToyTorch(torch.nn.Module):
 def toy(params: Params, x: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
     linear = lambda name, h: h @ params[f"{name}.weight"] + params[f"{name}.bias"]  # noqa: E731
     text = jnp.tanh(linear("text", conditioning.embeddings)).mean(1)[:, None, None]
-    time = jnp.cos(jnp.reshape(t, (-1, 1, 1, 1)) * jnp.arange(8) / 500).astype(x.dtype)  # one t, or one for each
+    t = t if jnp.ndim(t) == 0 else t[:, None, None, None]  # one for all, or one for each
+    time = jnp.cos(t * jnp.arange(8) / 500).astype(x.dtype)
     return linear("out", jnp.tanh(linear("image", x) + text + time))
 
 
