@@ -109,7 +109,8 @@ class Pipeline:
                 raise ValueError(f"the checkpoint has no tensor {name!r}")
             if old.shape != value.shape:
                 raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
-            params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), old.sharding)
+            # A tensor that waits in the host's memory (`runs.parked`) has no place on a device yet.
+            params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), getattr(old, "sharding", None))
         erased = self.provenance.erased + ((record,) if record else ())
         provenance = replace(self.provenance, erased=erased)
         return replace(self, params=params, edits={**self.edits, **edits}, provenance=provenance)

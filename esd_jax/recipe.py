@@ -44,6 +44,7 @@ class Recipe:
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
     remat: recompute activations in the backward pass (less memory, a few per cent slower); SDXL's UNet always does.
+    fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
     preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone.
@@ -66,6 +67,7 @@ class Recipe:
     variant: str | None = None
     revision: str | None = None
     remat: bool = False
+    fsdp: int = 1
     height: int | None = None
     width: int | None = None
     output_dir: str | None = None
@@ -89,6 +91,8 @@ class Recipe:
         for name, value in (("rank", self.rank), ("steps", self.training.steps)):
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
+        if self.fsdp < 1:
+            raise ValueError(f"fsdp={self.fsdp} must be at least 1")
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise ValueError(f"{name}={side} must be at least 1 pixel")
@@ -135,7 +139,10 @@ SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hol
 
 # Fields that came after results were kept under the others, and their defaults. A record or config does not name them
 # unless they differ, so that what was made before them is still found, resumed and restored.
-UNSAID = {"null": "empty", "as_released": False, "updates_per_trajectory": 1, "trajectory_buffer": 1}
+UNSAID = {
+    "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
+    "trajectory_buffer": 1,
+}  # fmt: skip
 
 
 def make(**flat: Any) -> Recipe:

@@ -89,7 +89,7 @@ def sample(
     params = {name: pipeline.params[name] for name in ("unet", "vae")}
     mesh = sharding.make_mesh(rows, jax.local_devices())
     if mesh.size > 1:
-        params = sharding.replicate(params, mesh)
+        params = sharding.place(params, mesh)
     for index in _batches(n, batch_size):
         noise, told, own_keys = jnp.asarray(latents)[index], tell(index), keys[index]
         if mesh.size > 1:

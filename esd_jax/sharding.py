@@ -1,4 +1,8 @@
-"""Devices: one data axis over them, and random keys that do not depend on how many there are."""
+"""Devices: a mesh (data, fsdp) over them, where tensors lie on it, and random keys that do not depend on its size.
+
+A batch is split over both axes. Weights are copied along "data" and split along "fsdp" (fully sharded data parallelism,
+ZeRO stage 3: Rajbhandari et al. 2020), where each device gathers a tensor when it needs it and forgets it again.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,40 +10,133 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from esd_jax.params import Network
 
-def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data",) over as many of the devices (default: all there are) as divide the batch evenly.
+AXES = ("data", "fsdp")
+# Smaller tensors are copied: gathering them would take longer than they are worth. In scalars.
+SPLIT_FROM = 2**16
 
-    Raises ValueError for all devices of several hosts, for which runs are not coordinated yet.
+
+def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh ("data", "fsdp") over as many of the devices (default: all there are) as divide the batch evenly.
+
+    fsdp: over how many devices each tensor is split.
+
+    Raises ValueError if that does not divide them, or if a device of a job of several hosts would be left without work.
     """
-    if devices is None and jax.process_count() > 1:
-        raise ValueError("training on several hosts is not implemented: start one process")
+    everywhere = devices is None
     devices = jax.devices() if devices is None else list(devices)
-    devices = devices[: math.gcd(batch_size, len(devices))]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    count = math.gcd(batch_size, len(devices))
+    if everywhere and jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"batch_size={batch_size} does not give each of the {len(devices)} devices of this job as many examples: "
+            f"choose a multiple of {len(devices)}"
+        )
+    if count % fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} must divide the devices that share a batch, here {count} of {len(devices)} "
+            f"(as many as divide batch_size={batch_size})"
+        )
+    shape = (count // fsdp, fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def placement(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where a tensor lies: of a network's weights, the largest axis that the mesh's fsdp axis divides is split, unless
+    the tensor is small; norms, biases and whatever is no tensor of a network are copied.
+
+    name: "unet/down_blocks.0.resnets.0.conv1.weight", say.
+    """
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    is_matrix = name.endswith("weight") and len(shape) > 1
+    if parts == 1 or not is_matrix or not divisible or math.prod(shape) < SPLIT_FROM:
+        return NamedSharding(mesh, PartitionSpec())
+    axis = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+
+def placements(tree: Any, mesh: Mesh) -> Any:
+    """`placement` for every array (or shape) of a tree, under the name of the innermost dictionary entry around it."""
+    return jax.tree_util.tree_map_with_path(lambda path, a: placement(_name(path), a.shape, mesh), tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Every array where `placements` says, on the devices of all hosts; each host must hold the same values."""
+    return jax.tree.map(_put, tree, placements(tree, mesh))
+
+
+def constrained(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: asks that arrays stay where `placements` says."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, placements(tree, mesh))
+
+
+def fetched(tree: Any, mesh: Mesh) -> Any:
+    """Whole copies of what lies on a mesh, on this process's first device of it: the inverse of `place`.
+
+    Every process must take part, and each gets a copy.
+    """
+    if mesh.size == 1:
+        return tree
+    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(lambda a: a.addressable_data(0), whole)
+
+
+def gathering(network: Network, mesh: Mesh) -> Network:
+    """The same network, whose split tensors are gathered anew in every evaluation.
+
+    In a sampler's loop the tensors do not change, so that XLA would gather all of them before it, and keep them. The
+    backward pass keeps those that its forward pass gathered: to gather them once more saved no memory where it was
+    measured.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return network
+
+    def apply(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        split = {name: a for name, a in params.items() if not placement(name, a.shape, mesh).is_fully_replicated}
+        # As far as XLA can see, what comes out depends on x, and so changes from one evaluation to the next.
+        split, x = jax.lax.optimization_barrier((split, x))
+        # Else XLA may take the products of the parts, and add up activations in place of gathering weights.
+        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec()))
+        return network.apply({**params, **split}, x, *args, **kwargs)
+
+    return Network(apply, network.shapes, network.layouts)
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays with a leading batch axis, each device with its part of it."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.tree.map(lambda a: _put(a, NamedSharding(mesh, PartitionSpec(AXES))), tree)
 
 
 def split_batch(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: asks that arrays with a leading batch axis be spread over the data axis."""
+    """Inside jit: asks that arrays with a leading batch axis be spread over the mesh."""
     if mesh is None:
         return tree
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, sharding) if a.ndim else a, tree)
 
 
 def per_example_keys(key: Array, indices: Int[Array, " batch"]) -> Array:
     """One key per global example index: the same on one device or on 256, at any batch size."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(indices))
+
+
+def _put(array: Any, sharding: NamedSharding) -> Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(array))
+        put = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
+        return jax.random.wrap_key_data(put, impl=jax.random.key_impl(array))
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _name(path: Sequence[Any]) -> str:
+    return next((str(entry.key) for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")

@@ -160,7 +160,7 @@ def walker(base: Pipeline, plan: recipe.Recipe) -> Callable[[int], float]:
     options = {"shape": shape, "batch_size": batch, "mesh": mesh}
     step = make_step(method, tx, compute_dtype=jnp.dtype(base.dtype), **options)
     state = init_state(theta_0, tx, plan.training.seed)
-    state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
+    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     state = state._replace(memory=sharding.spread(blank_memory(method, shape, batch), mesh))
 
     def walk(updates: int) -> float:

@@ -14,7 +14,8 @@ import torch
 import torch_oracle
 from torch_oracle import error, exactly, to_nchw, to_params
 
-from esd_jax.models.attention import Attention
+from esd_jax.models import attention as dispatch
+from esd_jax.models.attention import Attention, Device, implementation
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import functional
@@ -205,3 +206,56 @@ def test_captured_maps_have_gradients_under_remat():
         return sum((map**2).sum() for map in maps.values())
 
     assert jax.eval_shape(jax.grad(loss), params).keys() == params.keys()
+
+
+HOPPER, AMPERE = Device((9, 0), 91900), Device((8, 0), 91900)
+
+
+def test_every_head_of_stable_diffusion_has_its_kernel():
+    for size in (40, 64, 80, 160):  # SD 1: 40, 80, 160; SD 2 and SDXL: 64
+        assert implementation(HOPPER, jnp.bfloat16, 4096, size) == "cudnn"
+    assert implementation(AMPERE, jnp.bfloat16, 4096, 80) == "cudnn"
+    assert implementation(AMPERE, jnp.bfloat16, 4096, 160) == "xla"
+    assert implementation(Device((9, 0), 91200), jnp.bfloat16, 4096, 160) == "xla"  # its gradients were wrong
+    assert implementation(HOPPER, jnp.bfloat16, 4096, 512) == "xla"  # the VAE's only head
+    assert implementation(HOPPER, jnp.float32, 4096, 64) == "xla"
+    assert implementation(HOPPER, jnp.bfloat16, 256, 160) == "xla"
+    assert implementation(HOPPER, jnp.bfloat16, 256, 160, "cudnn") == "cudnn"
+    assert implementation(HOPPER, jnp.bfloat16, 4096, 64, "xla") == "xla"
+    assert implementation(Device((7, 5), 91900), jnp.bfloat16, 4096, 64) == "xla"
+    assert implementation(Device(), jnp.bfloat16, 4096, 64) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "choice", "message"),
+    [
+        (HOPPER, jnp.bfloat16, "flash", "choose one of auto, xla, cudnn"),
+        (Device(), jnp.bfloat16, "cudnn", "NVIDIA GPU"),
+        (HOPPER, jnp.float32, "cudnn", "bfloat16"),
+    ],
+)
+def test_a_kernel_that_cannot_be_had_is_refused(device, dtype, choice, message):
+    with pytest.raises(ValueError, match=message):
+        implementation(device, dtype, 4096, 64, choice)
+
+
+def test_the_fused_kernel_is_asked_for_what_ours_computes(monkeypatch):
+    """cuDNN is not everywhere: the call for it is given to jax's own XLA implementation, with the same arguments."""
+    asked, own = [], jax.nn.dot_product_attention
+
+    def fused(q, k, v, *, implementation):
+        asked.append(implementation)
+        return own(q, k, v, implementation="xla")
+
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (1024, 7, 7))
+    expected = dispatch.dot_product_attention(q, k, v)
+    monkeypatch.setattr(dispatch, "this_device", lambda: HOPPER)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    found = dispatch.dot_product_attention(q, k, v)
+    assert asked == ["cudnn"]
+    np.testing.assert_allclose(found.astype("float32"), expected.astype("float32"), atol=2e-2)  # of bfloat16
+    monkeypatch.setenv(dispatch.CHOICE, "xla")
+    dispatch.dot_product_attention(q, k, v)
+    dispatch.dot_product_attention(q, k, v, jnp.ones((1024, 7), bool))
+    assert asked == ["cudnn"]

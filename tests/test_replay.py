@@ -92,6 +92,7 @@ def test_kept_predictions_give_the_target_that_evaluating_anew_gives(anchor):
 OTHERS = {
     "sdd": (SDD, {"sampling_steps": STEPS, "concept_order": "random"}),
     "sdd, a finished image": (SDD, {"sampling_steps": STEPS, "concept_order": "random", "fix_k0": False}),
+    "sdd, each its own": (SDD, {"sampling_steps": STEPS, "concept_order": "random", "sample_prompt": "concept"}),
     "all_but_one": (AllButOne, {"sampling_steps": STEPS, "delta_warmup": 2}),
     "all_but_one, without penalty": (AllButOne, {"sampling_steps": STEPS, "delta_warmup": 2, "penalty": 0.0}),
 }
@@ -279,6 +280,11 @@ def test_what_an_update_costs():
 def test_what_does_not_go_together_is_refused(fields, words):
     with pytest.raises(ValueError, match=one_line(*words)):
         esd.ESD(**fields)
+
+
+def test_a_trajectory_of_one_concept_waits_for_no_order():
+    with pytest.raises(ValueError, match=one_line("sample_prompt='concept'", "concept_order='iterative'", "'random'")):
+        SDD(**RING, sample_prompt="concept")
 
 
 def test_images_leave_nothing_to_keep():

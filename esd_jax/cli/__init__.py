@@ -92,10 +92,13 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         from esd_jax.text import PromptTruncated
+        from esd_jax.training.checkpoint import DamagedCheckpoint
+        from esd_jax.training.run_folder import NotLocked
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", PromptTruncated)
+            for kind in (PromptTruncated, DamagedCheckpoint, NotLocked):
+                warnings.simplefilter("always", kind)
             warnings.filterwarnings("always", "left out of the export")
             said = set()  # SDXL's two tokenizers lose the same words
 

@@ -16,7 +16,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
-                  [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--multihost] [--dry_run [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
 
 
@@ -24,6 +24,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("dry_run", False, "Print what would be trained, and stop.", flag_values=values)
     flags.DEFINE_enum(
         "arch", None, ARCHITECTURES, "With --dry_run: an architecture in place of a base.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "multihost", False, "Join the other processes of this job, which run the same command.", flag_values=values
     )
     flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
@@ -72,8 +75,10 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, exports, recipe, runs
+    from esd_jax import api, exports, hosts, recipe, runs
 
+    if values.multihost:
+        hosts.join()
     plan = recipe.make(**values.config.to_dict())
     if values.arch and not values.dry_run:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
@@ -96,14 +101,19 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    erased = runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, **options)
     folder = Path(plan.output_dir).expanduser()
-    print(
-        f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
-        f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
-    )
-    for written in exports.export_all(erased, folder / "exports", formats, verify=True, overwrite=True):
-        common.say(str(written))
+
+    def then(erased: Any) -> None:
+        if not hosts.first():
+            return
+        common.say(
+            f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
+            f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
+        )
+        for written in exports.export_all(erased, folder / runs.EXPORTS, formats, verify=True, overwrite=True):
+            common.say(str(written))
+
+    runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, then=then, **options)
 
 
 def _dry_run(plan: Any, arch: str | None) -> None:

@@ -36,6 +36,8 @@ class SDD:
       example draws its own; "composite": all of them, joined by ", "; "sequential": each for `steps_per_concept`
       updates, the last one from then on.
     steps_per_concept: of the order "sequential", and of no other.
+    sample_prompt: what the trajectory is conditioned on. "all": every concept, joined by ", "; "concept": the one that
+      the step is about, for more concepts than fit a prompt.
     sampling_steps, sampling_guidance: of the average's DDIM trajectory.
     fix_k0: x_t after no sampler step is pure noise. In the released code (False) it is a finished image, which is
       scored at the noisiest timesteps all the same: its "stop after k" test never fires for k = 0.
@@ -46,6 +48,7 @@ class SDD:
 
     concept_order: str = "iterative"
     steps_per_concept: int | None = None
+    sample_prompt: str = "all"
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
     fix_k0: bool = True
@@ -55,7 +58,10 @@ class SDD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    CHOICES: ClassVar = {"concept_order": ("iterative", "random", "composite", "sequential")}
+    CHOICES: ClassVar = {
+        "concept_order": ("iterative", "random", "composite", "sequential"),
+        "sample_prompt": ("all", "concept"),
+    }
     PRESETS: ClassVar = {
         "paper": {
             "subset": "xattn", "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-4,
@@ -73,6 +79,12 @@ class SDD:
                 f"steps_per_concept={self.steps_per_concept} with concept_order={self.concept_order!r}: "
                 "'sequential' needs it, the others do not have it"
             )
+        own = self.sample_prompt == "concept" and self.concept_order in ("iterative", "sequential")
+        if own and replay.wanted(self):
+            raise ValueError(
+                f"a kept trajectory of sample_prompt='concept' is of one concept, which concept_order="
+                f"{self.concept_order!r} does not wait for: choose 'random'"
+            )
         if self.steps_per_concept is not None and self.steps_per_concept < 1:
             raise ValueError(f"steps_per_concept={self.steps_per_concept} must be at least 1")
 
@@ -85,7 +97,8 @@ class SDD:
                 raise ValueError(f"replace_with: method 'sdd' takes one text for {concept.text!r}, not several")
         method = Method(self, tools.unet, make_trajectory(self, tools.schedule))
         if (kept := replay.of(self, method.trajectory)) is not None:
-            method = Replaying(method, kept, method.in_order)
+            own = self.sample_prompt == "concept" and self.concept_order == "random"
+            method = Replaying(method, kept, None if own else method.in_order)
         bank = make_bank(tools.encode, concepts, self.roles(concepts))
         return method, Inputs(bank, jnp.float32(self.sampling_guidance))
 
@@ -104,7 +117,7 @@ class SDD:
         return {
             "concept": lambda c: c.text,
             "anchor": lambda c: c.replace_with[0] if c.replace_with else "",
-            "sample": lambda c: joined,
+            "sample": lambda c: joined if self.sample_prompt == "all" else c.text,
         }
 
 
@@ -156,7 +169,7 @@ class Method:
         return self.scored(models, x, draws.t, draws.concept, (), inputs)
 
     def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
-        """What samples whole trajectories. One serves any concept, since it is conditioned on all of them."""
+        """What samples whole trajectories."""
         guided = self.guided(models, concept, inputs)
         return lambda x, t, i: (guided(x, t), ())
 

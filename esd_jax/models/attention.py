@@ -1,6 +1,8 @@
 """Attention, and the one seam through which its maps are read or edited."""
 
+import os
 from dataclasses import dataclass, field
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,61 @@ class MultiHeadAttention(nnx.Module):
         return weighted_values(maps, v)
 
 
+# What computes attention: "xla", "cudnn", or "auto", which takes cuDNN's kernel where it is legal and worth it.
+CHOICE = "ESD_JAX_ATTENTION"
+
+# From so many queries on (32 x 32 latents) the maps are worth not writing to memory.
+LEAST_QUERIES = 1024
+# Heads of more than 128 channels had no gradient, or wrong ones, before cuDNN 9.13.
+LARGE_HEADS = 91300
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides between implementations of attention.
+
+    capability: of an NVIDIA GPU, (9, 0) for an H100; None elsewhere. cudnn: its version, 91300 for 9.13.0, if known.
+    """
+
+    capability: tuple[int, int] | None = None
+    cudnn: int | None = None
+
+
+def implementation(device: Device, dtype: Dtype, queries: int, size: int, choice: str = "auto") -> str:
+    """ "cudnn" or "xla", for heads of so many channels.
+
+    cuDNN's kernel never writes the maps, forwards or backwards. It takes 16-bit numbers and heads of up to 128 channels
+    (256 on Hopper and newer), a multiple of 8. "auto" takes it for many queries, "cudnn" wherever it is legal.
+
+    Raises ValueError for an unknown choice, and for "cudnn" on a device or in a dtype that has no such kernel.
+    """
+    if choice not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"{CHOICE}={choice!r} is unknown; choose one of auto, xla, cudnn")
+    known = device.capability is not None and device.capability >= (8, 0)
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if choice == "cudnn" and not (known and half):
+        raise ValueError(f"{CHOICE}=cudnn needs an NVIDIA GPU from Ampere on and dtype='bfloat16': leave it unset")
+    large = known and device.capability >= (9, 0) and (device.cudnn or 0) >= LARGE_HEADS
+    legal = known and half and size % 8 == 0 and size <= (256 if large else 128)
+    return "cudnn" if legal and (choice == "cudnn" or choice == "auto" and queries >= LEAST_QUERIES) else "xla"
+
+
+@cache
+def this_device() -> Device:
+    """What JAX computes on; the first device speaks for all."""
+    first = jax.local_devices()[0]
+    if first.platform != "gpu" or "cuda" not in first.client.platform_version:
+        return Device()
+    try:
+        from jax._src.lib import cuda_versions  # where jax.nn itself looks
+
+        cudnn = cuda_versions.cudnn_get_version()
+    except (ImportError, AttributeError):
+        cudnn = None
+    major, _, minor = str(first.compute_capability).partition(".")
+    return Device((int(major), int(minor or 0)), cudnn)
+
+
 @jax.named_scope("attention")
 def dot_product_attention(
     q: Float[Array, "batch queries heads size"],
@@ -86,7 +143,14 @@ def dot_product_attention(
     v: Float[Array, "batch tokens heads size"],
     mask: Bool[Array, "queries tokens"] | None = None,
 ) -> Float[Array, "batch queries heads size"]:
-    """softmax(q k^T / sqrt(size)) v, the softmax in float32 at least."""
+    """softmax(q k^T / sqrt(size)) v, the softmax in float32 at least.
+
+    Raises ValueError for what `implementation` refuses.
+    """
+    _, queries, _, size = q.shape
+    choice = os.environ.get(CHOICE, "auto")
+    if mask is None and implementation(this_device(), q.dtype, queries, size, choice) == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return weighted_values(attention_maps(q, k, mask), v)
 
 

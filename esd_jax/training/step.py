@@ -145,7 +145,7 @@ def make_step(
       shape: of one example's latents (height, width, channel).
       batch_size: examples per evaluation; they share one timestep, so that one loop serves them all.
       accumulate: batches whose gradients are averaged before the update, each with its own timestep.
-      mesh: spreads the batch over its data axis.
+      mesh: what the batch is spread over, and the weights as `sharding.placement` says.
       weights: (theta, theta_0) -> the student's tensors; by default they are what is trained.
     """
 
@@ -192,7 +192,8 @@ def make_step(
         (loss, grads, t), memory = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        memory = sharding.split_batch(memory, mesh)
-        return State(theta, opt, state.step + 1, state.key, memory), Metrics(loss, optax.tree.norm(grads), t)
+        new = sharding.constrained(State(theta, opt, state.step + 1, state.key), mesh)
+        new = new._replace(memory=sharding.split_batch(memory, mesh))
+        return new, Metrics(loss, optax.tree.norm(grads), t)
 
     return jax.jit(step, donate_argnums=0)

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from PIL import Image
 
-from esd_jax import lora, sharding
+from esd_jax import hosts, lora, sharding
 from esd_jax.diffusion import guidance, programs
-from esd_jax.io import delta, diffusers
+from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
@@ -29,6 +28,7 @@ from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.runs.record import STARTED, describe
 from esd_jax.sampling import sample
 from esd_jax.selection import select
 from esd_jax.training import run_folder
@@ -39,11 +39,11 @@ from esd_jax.training.plan import changed_names, recomputes
 from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
-STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
+EXPORTS = "exports"  # and that of its other formats
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
-    "base", "images", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "base", "images", "fsdp", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
 }  # fmt: skip
 
@@ -58,11 +58,13 @@ def run(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     own: bool = False,
+    then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there.
 
     own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
       and come back with the result.
+    then: called with the result while the folder is still this run's alone, to write more into it.
     """
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
@@ -70,10 +72,10 @@ def run(
         check_sources(base)
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
-    method, inputs, shape = prepare(base, plan)
+    tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size, fsdp=plan.fsdp)
+    method, inputs, shape = prepare(base, plan, mesh)
     if own:
-        base = parked(base)
-    tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size)
+        base = parked(base, lambda name, _: not name.startswith("unet/"))
     names = changed_names(plan, base.network("unet"))
     if start_from is not None:
         _check_start(base, plan, names, start_from)
@@ -90,15 +92,17 @@ def run(
     )
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
-    state, theta_0, frozen, inputs = sharding.replicate((state, theta_0, frozen, inputs), mesh)
+    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
+    if own:  # what is split lies whole on the first device, too; nothing else is there twice
+        base = parked(base, lambda name, shape: not sharding.placement(name, shape, mesh).is_fully_replicated)
     memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
     state = state._replace(memory=sharding.spread(memory, mesh))
     record = describe(base, plan, start_from)
 
-    with (
-        run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite) as folder,
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        opened = run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite)
+        folder = hosts.agreed(lambda: plan.output_dir and str(stack.enter_context(opened)))
+        folder = folder and Path(folder)
         checkpoints = log = preview = None
         if folder:
             meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
@@ -109,18 +113,25 @@ def run(
             keep = plan.training.keep_checkpoints
             # A run's own file, unlike its exports, says where things lie on this machine.
             private = {**record, "local": {"base": plan.base, "images": plan.images}}
-            if not resume:
-                run_folder.write_record(folder, private)
-            elif started := files.read_json(folder / "run.json").get(STARTED):
+            if resume and (started := files.read_json(folder / "run.json").get(STARTED)):
                 record[STARTED] = private[STARTED] = started
+            if hosts.first() and not resume:
+                run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
             if resume:
                 state = _resume(checkpoints, state, plan)
-                run_folder.write_record(folder, private)
-            log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
-            stack.callback(log.close)
-            preview = _preview(base, plan, names, folder)
-        as_pipeline = lambda theta: base.with_edits(edits(base, plan, names, theta))  # noqa: E731
+            if hosts.first():
+                if resume:
+                    run_folder.write_record(folder, private)
+                log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
+                stack.callback(log.close)
+                for place in (folder, folder / EXPORTS):
+                    leftovers.sweep_folder(place)
+            preview = _preview(base, plan, folder)
+
+        def erased(theta: Params, record: dict[str, Any] | None = None) -> Pipeline:
+            return base.with_edits(edits(base, plan, names, sharding.fetched(theta, mesh)), record)
+
         state = train(
             step,
             state,
@@ -130,27 +141,33 @@ def run(
             plan.training,
             checkpoints=checkpoints,
             log=log,
-            preview=preview,
-            stop_when=stop_when and (lambda theta: stop_when(as_pipeline(theta))),
+            preview=preview and (lambda step, theta: preview(step, erased(theta))),
+            stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
+            agree=hosts.Vote(mesh) if jax.process_count() > 1 else None,
         )
-        erased = base.with_edits(edits(base, plan, names, result(state)), {**record, "step": int(state.step)})
-        if folder:
-            export(erased, folder / MODEL, overwrite=True)
-            export_delta(erased, folder / delta_name(plan), overwrite=True)
-    return unparked(erased) if own else erased
+        made = erased(result(state), {**record, "step": int(state.step)})
+        if folder and hosts.first():
+            export(made, folder / MODEL, overwrite=True)
+            export_delta(made, folder / delta_name(plan), overwrite=True)
+        made = unparked(made) if own else made
+        if then:
+            then(made)
+        hosts.wait("the run's files are written")
+    return made
 
 
-def parked(base: Pipeline) -> Pipeline:
-    """The base with all but its UNet in the host's memory, from where it is used as before, but slower.
+def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
+    """The base with some tensors, told by name and shape, in the host's memory: used as before from there, but slower.
 
     The base itself can no longer be used: who else holds these arrays would keep them on the devices.
     """
-    params = dict(base.params)
-    for component in params.keys() - {"unet"}:
-        params[component] = {name: np.array(value) for name, value in base.params[component].items()}
-        for value in base.params[component].values():
-            value.delete()
+    params = {component: dict(tensors) for component, tensors in base.params.items()}
+    for component, tensors in params.items():
+        for name, value in tensors.items():
+            if isinstance(value, jax.Array) and which(f"{component}/{name}", value.shape):
+                tensors[name] = np.array(value)
+                value.delete()
     return dataclasses.replace(base, params=params)
 
 
@@ -170,11 +187,16 @@ def delta_name(plan: Recipe) -> str:
     return delta.delta_name(concept, from_ or None, plan.subset)
 
 
-def prepare(base: Pipeline, plan: Recipe) -> tuple[Method, Any, tuple[int, int, int]]:
-    """The method of a recipe over a base, its traced inputs, and the shape of one example's latents."""
+def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Method, Any, tuple[int, int, int]]:
+    """The method of a recipe over a base, its traced inputs, and the shape of one example's latents.
+
+    mesh: where its tensors will lie.
+    """
     size, factor = image_size(base.configs, plan.height, plan.width), base.configs["vae"].factor
     shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
     network = base.network("unet", remat=recomputes(plan, base.configs["unet"]))
+    if mesh is not None:
+        network = sharding.gathering(network, mesh)
     to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
 
     def encode(prompts: Sequence[str]) -> Conditioning:
@@ -234,36 +256,6 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
 
 
-def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -> dict[str, Any]:
-    """What was erased, from what, how and with which versions: the record that travels with every export."""
-    packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
-    # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
-    name = _public(plan.base)
-    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
-    recorded = plan.flat() | {"base": name, "images": images}
-    return {
-        # Tuples as lists, which is how JSON gives them back.
-        "concepts": json.loads(json.dumps([dataclasses.asdict(concept) for concept in plan.concepts])),
-        "base": name,
-        "base_sha256": diffusers.source_hash(base, "unet"),
-        "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
-        "versions": {package: version(package) for package in packages},
-        **({STARTED: _origin(start_from)} if start_from else {}),
-    }
-
-
-def _public(source: str) -> str:
-    """What the world may know of where a checkpoint lies: of a folder, its name."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
-
-
-def _origin(start_from: Pipeline) -> dict[str, Any]:
-    """Where the weights came from that a run began with, instead of its base's."""
-    erased = json.loads(json.dumps(start_from.provenance.erased, default=str))
-    return {"name": _public(start_from.provenance.source), "erased": erased}
-
-
 def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:
     """Raises ValueError for weights that a recipe cannot go on from."""
     if plan.rank or not plan.settings.trained:
@@ -284,21 +276,28 @@ def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
     """The newest checkpoint's state; the one given if a run was killed before its first."""
     if checkpoints.latest is None:
         return state
-    state = checkpoints.restore(state)
+    state = checkpoints.resume(state)
     if (made := int(state.step)) > plan.training.steps:
         raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
     return state
 
 
-def _preview(base: Pipeline, plan: Recipe, names: Sequence[str], folder: Path) -> Callable[[int, Params], None]:
+def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
+    """The first process's answer, which the others cannot differ from."""
+    return hosts.agreed(lambda: bool(question(erased)))
+
+
+def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
     """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
     texts = plan.preview_prompts or ";".join(c.text for c in plan.concepts)
     prompts = [text.strip() for text in texts.split(";") if text.strip()]
     (folder / "previews").mkdir(exist_ok=True)
 
-    def preview(step: int, theta: Params) -> None:
+    def preview(step: int, erased: Pipeline) -> None:
+        if not hosts.first():
+            return
         images = sample(
-            base.with_edits(edits(base, plan, names, theta)),
+            erased,
             prompts,
             seed=plan.training.seed,
             num_steps=plan.preview_steps,

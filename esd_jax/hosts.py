@@ -1,0 +1,98 @@
+"""Several processes, one on each host, that carry out one run together: joining them, and what only the first may do.
+
+The processes compute the same program on one mesh over all their devices. Files are written by the first, but for
+checkpoints, which all write together to a folder that all must see.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Read where JAX does not find them out by itself, as it does on TPU pods and under SLURM, Open MPI and Kubernetes.
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def join() -> None:
+    """Joins this process to the others of its job; to be called before anything is computed.
+
+    Raises ValueError if it cannot be told which job, and RuntimeError if the others do not come.
+    """
+    # A run stops at a step that all processes agree on (`Vote`); JAX's own service would take SIGTERM away.
+    jax.config.update("jax_enable_preemption_service", False)
+    given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    told = {}
+    if given[COUNT] or given[INDEX]:
+        if missing := [name for name, value in given.items() if not value]:
+            raise ValueError(f"{missing[0]} is not set, though others of {', '.join(given)} are")
+        try:
+            told = {"num_processes": int(given[COUNT]), "process_id": int(given[INDEX])}
+        except ValueError:
+            raise ValueError(f"{COUNT}={given[COUNT]} and {INDEX}={given[INDEX]} must be numbers") from None
+    try:
+        jax.distributed.initialize(given[COORDINATOR], **told)
+    except ValueError as error:
+        raise ValueError(f"cannot tell which job this process belongs to: set {', '.join(given)} ({error})") from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+def agreed(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, as JSON holds it, in every process; or the error that it raises there.
+
+    Other processes do not call it, and learn an error's message, not its type.
+    """
+    if jax.process_count() == 1:
+        return make()
+    told, error = {}, None
+    if first():
+        try:
+            told = {"value": make()}
+        except Exception as raised:
+            told, error = {"error": str(raised)}, raised
+    told = json.loads(_broadcast(json.dumps(told)))
+    if error is not None:
+        raise error
+    if "error" in told:
+        raise ValueError(f"the first process of this job failed: {told['error']}")
+    return told["value"]
+
+
+def wait(what: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+class Vote:
+    """Whether any process wants something, decided on the devices: nobody waits, and everyone gets the same answer.
+
+    pending = vote(signalled)     # in every process, as often in each
+    ...
+    if bool(pending):             # later: the answer to that very call
+    """
+
+    def __init__(self, mesh: Mesh):
+        """mesh: one that spans the devices of all processes."""
+        self._size, self._each = mesh.size, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, yes: bool) -> Any:
+        """This process's vote; what comes back is the answer of all, as something that `bool` takes."""
+        return self._any(jax.make_array_from_callback((self._size,), self._each, lambda _: np.asarray([yes])))
+
+
+def _broadcast(text: str) -> str:
+    """A text of the first process, in all."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = data if first() else np.zeros(size, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(data)).decode()
