@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def main(output: str) -> None:
     from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
     from esd_jax.params import functional, partition, prefixed
     from esd_jax.selection import select
-    from esd_jax.training.step import Optimizer, init_state, make_step
+    from esd_jax.training.step import Optimizer, blank_memory, init_state, make_step
 
     jax.config.update("jax_default_matmul_precision", "highest")
     # Not `step._cache_size()`: on several devices, it counts a typed key twice without compiling anything.
@@ -64,22 +65,31 @@ def main(output: str) -> None:
     schedule = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
                 "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
     settings = esd.ESD(sampling_steps=10)
+    ring = {"timestep_mode": "grid", "updates_per_trajectory": 2, "trajectory_buffer": 2}
     concepts = [Concept("a cat"), Concept("Van Gogh")]
     encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), TOKENS, 16)), "float32"))  # noqa: E731
     tools = Tools(network, Schedule.from_config(schedule), SHAPE, (), encoded, None, None, None)
     method, inputs = settings.make(tools, concepts)
+    replaying, _ = esd.ESD(sampling_steps=4, **ring).make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()
+
+    def draw(*given):
+        """What both methods draw, as one."""
+        mine, other = method.draw(*given)._asdict(), replaying.draw(*given)._asdict()
+        names = [*mine, *(f"kept_{name}" for name in other)]
+        return NamedTuple("Draws", [(name, Any) for name in names])(*mine.values(), *other.values())
 
     class Witness:
         """A method whose gradient is what the step drew."""
 
-        draw = staticmethod(method.draw)
+        draw = staticmethod(draw)
         prepare = staticmethod(lambda models, draws, inputs: draws)
         loss = staticmethod(lambda student, draws: sum(jnp.sum(student[k] * v) for k, v in draws._asdict().items()))
 
     zeros = lambda theta: jax.tree.map(jnp.zeros_like, theta)  # noqa: E731
     recorder = optax.GradientTransformation(zeros, lambda grads, state, theta=None: (zeros(grads), grads))
     slots = {"index": (), "t": (), "concept": (BATCH,), "noise": (BATCH, *SHAPE), "image": (BATCH,)}
+    slots |= {f"kept_{name}": (BATCH,) for name in ("slot", "index", "t", "concept")} | {"kept_noise": slots["noise"]}
 
     sharding.SPLIT_FROM = LEAST
     found = {"meshes": [sharding.make_mesh(batch).size for batch in (1, 6, 8, 12, 16)]}
@@ -90,6 +100,7 @@ def main(output: str) -> None:
 
         step = make_step(Witness, recorder, **options)
         state = init_state({name: jnp.zeros(shape) for name, shape in slots.items()}, recorder, seed=0)
+        state = state._replace(step=jnp.int32(5))
         state, bank = sharding.place((state, inputs), mesh)
         state, _ = step(state, {}, {}, bank)
         found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
@@ -110,6 +121,18 @@ def main(output: str) -> None:
         found[f"{n}/flops"] = compiled.cost_analysis()["flops"]
         found[f"{n}/arguments"] = compiled.memory_analysis().argument_size_in_bytes
         found[f"{n}/program"] = compiled.as_text()
+        if fsdp > 1:
+            continue
+        step = make_step(replaying, tx, **options)
+        arguments = sharding.place((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
+        memory = sharding.spread(blank_memory(replaying, SHAPE, BATCH), mesh)
+        state, losses, before = arguments[0]._replace(memory=memory), [], len(compilations)
+        for _ in range(STEPS):
+            state, metrics = step(state, *arguments[1:])
+            losses.append(metrics.loss)
+        found |= {f"{n}/ring/compilations": len(compilations) - before, f"{n}/ring/loss": losses}
+        found |= {f"{n}/ring/x": state.memory.x, f"{n}/ring/devices": len(state.memory.x.sharding.device_set)}
+        found[f"{n}/ring/part"] = state.memory.x.addressable_shards[0].data.shape[0]
     with pytest.raises(ValueError) as refused:
         sharding.make_mesh(BATCH, fsdp=3)
     found["refused"] = str(refused.value)
@@ -140,7 +163,7 @@ def found(tmp_path_factory):
 
 def test_draws_are_bit_equal(found):
     names = [name.removeprefix("1/") for name in found if name.startswith("1/draws/")]
-    assert len(names) == 5 and np.std(found["1/draws/noise"]) > 0.9
+    assert len(names) == 10 and np.std(found["1/draws/noise"]) > 0.9
     for n in MESHES:
         for name in [*names, "t"]:
             np.testing.assert_array_equal(found[f"{n}/{name}"], found[f"1/{name}"])
@@ -155,6 +178,18 @@ def test_losses_and_weights_agree(found):
         assert theta
         for name in theta:  # three updates of 1e-3 each
             np.testing.assert_allclose(found[name], found["1" + name.removeprefix(n)], atol=2e-5)
+
+
+def test_kept_trajectories_stay_where_their_examples_are(found):
+    meshes = [name for name, (_, fsdp) in MESHES.items() if fsdp == 1]
+    for n in meshes:
+        devices = MESHES[n][0]
+        assert found[f"{n}/ring/compilations"] == 1
+        assert found[f"{n}/ring/devices"] == devices and found[f"{n}/ring/part"] == BATCH // devices
+        np.testing.assert_allclose(found[f"{n}/ring/loss"], found["1/ring/loss"], rtol=1e-5)
+        np.testing.assert_allclose(found[f"{n}/ring/x"], found["1/ring/x"], atol=1e-4)
+    assert len(meshes) > 1 and len(set(found["1/ring/loss"])) == STEPS
+    assert np.all(np.std(found["1/ring/x"], axis=(3, 4, 5, 6)) > 0.1)
 
 
 def test_the_work_is_split_and_compiled_once(found):

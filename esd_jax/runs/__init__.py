@@ -36,7 +36,7 @@ from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
 from esd_jax.training.plan import changed_names, recomputes
-from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
+from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
 EXPORTS = "exports"  # and that of its other formats
@@ -97,6 +97,8 @@ def run(
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     if own:  # what is split lies whole on the first device, too; nothing else is there twice
         base = parked(base, lambda name, shape: not sharding.placement(name, shape, mesh).is_fully_replicated)
+    memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
+    state = state._replace(memory=sharding.spread(memory, mesh))
     record = describe(base, plan, start_from)
 
     with contextlib.ExitStack() as stack:

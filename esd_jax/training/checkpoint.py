@@ -88,10 +88,15 @@ class Checkpoints:
         checksum, finite = _checksum(state)
         if not finite:
             raise FloatingPointError(f"the weights after step {step} hold NaN or infinity, so they are not saved")
-        args, meta = self._ocp.args, {**self.meta, CHECKSUM: {"meta": _crc(self.meta), "state": checksum}}
+        sums = {"meta": _crc(self.meta), "state": checksum, **_memory_sum(state)}
+        args, meta = self._ocp.args, {**self.meta, CHECKSUM: sums}
         with self._writing():
             self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(meta))
+                step,
+                args=args.Composite(
+                    **{name: args.StandardSave(part) for name, part in _parts(state).items()},
+                    meta=args.JsonSave(meta),
+                ),
             )
 
     def wait(self) -> None:
@@ -171,12 +176,13 @@ class Checkpoints:
                     f"the checkpoint in {self.folder} was made with {name}={meta.get(name)!r}, not "
                     f"{self.meta.get(name)!r}: resume with the same settings, or start anew in another output_dir"
                 )
-        target = jax.tree.map(_abstract, like._asdict())
+        target = jax.tree.map(_abstract, _parts(like))
         with self._reading():
-            state = State(
-                **self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
-            )
-        if sums and sums.get("state") != _checksum(state)[0]:
+            parts = {name: args.StandardRestore(part) for name, part in target.items()}
+            restored = self._manager.restore(step, args=args.Composite(**parts))
+            state = State(**restored["state"], **({"memory": restored["memory"]} if "memory" in target else {}))
+        found = {"state": _checksum(state)[0], **_memory_sum(state)}
+        if sums and any(sums.get(name) != value for name, value in found.items()):
             raise _Damaged("its values have changed since they were written")
         return state
 
@@ -223,6 +229,12 @@ def _checksum(state: State) -> tuple[int, bool]:
         sums = list(pool.map(_crc_and_finite, map(_on_host, [*theta, *rest])))
     values = np.asarray([crc for crc, _ in sums], "<u4").tobytes()
     return zlib.crc32(values), all(finite for _, finite in sums[: len(theta)])
+
+
+def _memory_sum(state: State) -> dict[str, int]:
+    """The same of what a method keeps, where it keeps anything."""
+    leaves = jax.tree.leaves(state.memory)
+    return {"memory": zlib.crc32(str([_crc_and_finite(_on_host(a))[0] for a in leaves]).encode())} if leaves else {}
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -280,6 +292,14 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         yield ocp, checkpointer
+
+
+def _parts(state: State) -> dict[str, Any]:
+    """A state as what lies in folders of its own. A method's memory is one only where there is any, so that runs
+    without look as they always did, and so that the weights can be read without knowing what else was kept."""
+    fields = state._asdict()
+    memory = fields.pop("memory")
+    return {"state": fields, **({"memory": memory} if jax.tree.leaves(memory) else {})}
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
