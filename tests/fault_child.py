@@ -83,11 +83,11 @@ def toy_step(state, theta_0, frozen, inputs):
     """Adds a thousandth to all that is trained."""
     import jax.numpy as jnp
 
-    from esd_jax.training.step import Metrics, State
+    from esd_jax.training.step import Metrics
 
     theta = {name: value + jnp.float32(0.001) for name, value in state.theta.items()}
     step = state.step + 1
-    return State(theta, state.opt, step, state.key), Metrics(1 / step, jnp.float32(1), jnp.float32(500))
+    return state._replace(theta=theta, step=step), Metrics(1 / step, jnp.float32(1), jnp.float32(500))
 
 
 if __name__ == "__main__":

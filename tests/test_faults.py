@@ -29,7 +29,7 @@ from esd_jax.training import loop, run_folder
 from esd_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from esd_jax.training.loop import NotFinite, Training, train
 from esd_jax.training.run_folder import NotLocked, opened
-from esd_jax.training.step import Metrics, Optimizer, State, init_state
+from esd_jax.training.step import Metrics, Optimizer, init_state
 
 STEPS = 20
 FIELDS = {
@@ -413,7 +413,7 @@ def plain_step(losses=None, poison=None):
         if number == poison:
             theta["unet/w1"] = theta["unet/w1"].at[3, 4].set(jnp.nan)
         loss = jnp.float32(losses[number - 1] if losses else 1 / number) + 0 * state.theta["unet/w1"].sum()
-        return State(theta, state.opt, state.step + 1, state.key), Metrics(loss, jnp.float32(1), jnp.float32(500))
+        return state._replace(theta=theta, step=state.step + 1), Metrics(loss, jnp.float32(1), jnp.float32(500))
 
     return step
 
