@@ -17,9 +17,7 @@ class NotLocked(UserWarning):
 
 
 @contextlib.contextmanager
-def opened(
-    output_dir: str | None, source: Path | None, resume: bool, overwrite: bool, *, leads: bool = True
-) -> Iterator[Path | None]:
+def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite: bool) -> Iterator[Path | None]:
     """A run's folder, for as long as the run goes on; an existing one is not touched unless that is asked for.
 
     A run that fails before its first checkpoint leaves no folder. One that is to be replaced waits as `.NAME.replaced`
@@ -30,7 +28,6 @@ def opened(
       output_dir: the folder; None keeps nothing.
       source: the folder that the base was read from, which must lie elsewhere.
       resume, overwrite: what to do with a run that is there.
-      leads: False in all processes of a run but one; they are given the path, and neither look nor change anything.
 
     Raises:
       ValueError, FileExistsError, FileNotFoundError: `output_dir` is not as `resume` and `overwrite` say.
@@ -45,9 +42,6 @@ def opened(
         yield None
         return
     folder = Path(output_dir).expanduser()
-    if not leads:
-        yield folder
-        return
     replaced = _beside(folder, "replaced")
     with contextlib.ExitStack() as locks:
         try:
