@@ -1,4 +1,4 @@
-"""Erases a style from the embedded emoji model in a fifth of emoji's time.
+"""Erases a style from the embedded emoji model with a fifth of emoji's evaluations.
 
     esd-jax erase --config=emoji_fast --config.concept="neon style" --config.output_dir=out/neon
 

@@ -73,7 +73,7 @@ def main(output: str) -> None:
     replaying, _ = esd.ESD(sampling_steps=4, **ring).make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()
 
-    def draw(*given):
+    def both(*given):
         """What both methods draw, as one."""
         mine, other = method.draw(*given)._asdict(), replaying.draw(*given)._asdict()
         names = [*mine, *(f"kept_{name}" for name in other)]
@@ -82,7 +82,7 @@ def main(output: str) -> None:
     class Witness:
         """A method whose gradient is what the step drew."""
 
-        draw = staticmethod(draw)
+        draw = staticmethod(both)
         prepare = staticmethod(lambda models, draws, inputs: draws)
         loss = staticmethod(lambda student, draws: sum(jnp.sum(student[k] * v) for k, v in draws._asdict().items()))
 
