@@ -214,6 +214,6 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
     net, tx = loaded.network("unet"), runs.transformation(plan)
     names = changed_names(plan, net)
     like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), theta_shapes(plan, net))
-    with Checkpoints(folder / "checkpoints", {}) as checkpoints:
+    with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
     return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), {**record, "step": int(state.step)})

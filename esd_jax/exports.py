@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from esd_jax.io import delta, difference, diffusers, lora, lora_merge, safetensors, single_file, tensors
+from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.io.export import move_into_place
@@ -77,12 +75,12 @@ def _write_orbax(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: M
             tree[name] = tree[name].astype(safetensors.DTYPES[tensors.dtype_of(pipeline, headers, name)])
     meta = {"erased": json.loads(json.dumps(list(pipeline.provenance.erased), default=str))}
     meta |= {"edited": sorted(pipeline.edits), "base_sha256": diffusers.source_hash(pipeline), **(metadata or {})}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = leftovers.partial(path)
     try:
         checkpoint.save_tree(partial, tree, meta)
         move_into_place(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        leftovers.remove(partial)
     return path
 
 
@@ -178,7 +176,7 @@ def export(
 
     Raises:
       ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which
-        case nothing is left at `path`.
+        case there is at `path` what was there before.
       OSError: one line: no permission, no space left, ...
     """
     path = Path(path).expanduser()
@@ -186,15 +184,32 @@ def export(
     if unknown := sorted(name for name in options if name not in kind.options):
         fits = ", ".join(name for name, other in FORMATS.items() if unknown[0] in other.options)
         raise ValueError(f"format {format!r} takes no {unknown[0]}" + (f"; {fits} do" if fits else ""))
-    told = kind.write(pipeline, path, overwrite=overwrite, metadata=metadata, **options)
-    report = "" if isinstance(told, Path) else str(told)
+
+    def write() -> str:
+        told = kind.write(pipeline, path, overwrite=overwrite, metadata=metadata, **options)
+        return "" if isinstance(told, Path) else str(told)
+
     if not verify:
-        return Written(format, path, report=report)
+        return Written(format, path, report=write())
+    leftovers.sweep(path)
+    before = leftovers.kept(path) if overwrite and _is_export(path) else None
     try:
-        return verified(pipeline, path, format, report)
-    except BaseException:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
+        report = write()
+        try:
+            return verified(pipeline, path, format, report)
+        except BaseException:
+            leftovers.remove(path)
+            if before:
+                before.rename(path)
+            raise
+    finally:
+        if before:
+            leftovers.remove(before)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a writer may replace what is at a path; it refuses all else, before it changes anything."""
+    return path.is_file() or (path / "model_index.json").is_file() or (path / "params").is_dir()
 
 
 def export_all(
@@ -217,7 +232,7 @@ def name_of(pipeline: Pipeline) -> str:
     texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
     base = Path(pipeline.provenance.source).name.removesuffix(".safetensors")
     said = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
-    return f"{base}-without-{said}".encode()[:180].decode(errors="ignore")
+    return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
 
 
 def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "") -> Written:

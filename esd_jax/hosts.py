@@ -7,6 +7,7 @@ checkpoints, which all write together to a folder that all must see.
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def join() -> None:
 
     Raises ValueError if it cannot be told which job, and RuntimeError if the others do not come.
     """
-    # A run stops at a step that all processes agree on (`Vote`); JAX's own service would take SIGTERM away.
+    # A run stops at a step that all processes agree on (`voting`); JAX's own service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
     told = {}
@@ -62,7 +63,7 @@ def agreed(make: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if "error" in told:
-        raise RuntimeError(f"the first process of this job failed: {told['error']}")
+        raise ValueError(f"the first process of this job failed: {told['error']}")
     return told["value"]
 
 
@@ -72,28 +73,32 @@ def wait(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-class Vote:
-    """Whether any process wants something, decided on the devices: nobody waits, and everyone gets the same answer.
+def voting(step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
+    """A training step that is also told whether this process wants to stop, and also returns whether any does:
 
-    pending = vote(signalled)     # in every process, as often in each
-    ...
-    if bool(pending):             # later: the answer to that very call
+        state, metrics, asked = step(state, theta_0, frozen, inputs, signalled)
+        ...
+        if bool(asked): ...     # later: nobody waits, and every process gets the same answer to the same step
+
+    The vote is part of the step's program: hosts may start two programs in different orders, and then each would wait
+    for what the other does later.
+
+    Args:
+      step: `training.step.make_step`'s; its first argument is donated.
+      mesh: one that spans the devices of all processes.
     """
+    each, everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
 
-    def __init__(self, mesh: Mesh | None = None):
-        """mesh: one that spans the devices of all processes; not needed where there is one process."""
-        self._mesh = mesh if jax.process_count() > 1 else None
-        if self._mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._any = jax.jit(lambda votes: votes.any(), out_shardings=everywhere)
+    @partial(jax.jit, donate_argnums=0)
+    def program(state: Any, theta_0: Any, frozen: Any, inputs: Any, votes: Any) -> tuple[Any, Any, Any]:
+        asked = jax.lax.with_sharding_constraint(votes.any(), everywhere)
+        return *step(state, theta_0, frozen, inputs), asked
 
-    def __call__(self, yes: bool) -> Any:
-        """This process's vote; what comes back is the answer of all, as something that `bool` takes."""
-        if self._mesh is None:
-            return yes
-        shape = (self._mesh.size,)
-        return self._any(jax.make_array_from_callback(shape, self._each, lambda _: np.asarray([yes])))
+    def voted(state: Any, theta_0: Any, frozen: Any, inputs: Any, yes: bool) -> tuple[Any, Any, Any]:
+        votes = jax.make_array_from_callback((mesh.size,), each, lambda _: np.asarray([yes]))
+        return program(state, theta_0, frozen, inputs, votes)
+
+    return voted
 
 
 def _broadcast(text: str) -> str:

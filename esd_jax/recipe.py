@@ -139,7 +139,10 @@ SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hol
 
 # Fields that came after results were kept under the others, and their defaults. A record or config does not name them
 # unless they differ, so that what was made before them is still found, resumed and restored.
-UNSAID = {"null": "empty", "as_released": False, "fsdp": 1}
+UNSAID = {
+    "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
+    "trajectory_buffer": 1,
+}  # fmt: skip
 
 
 def make(**flat: Any) -> Recipe:

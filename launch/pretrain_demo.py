@@ -105,7 +105,7 @@ def train_diffusion(config: ConfigDict, configs: Configs, vae: Params, output: P
     meta = {name: value for name, value in config.to_dict().items() if name != "output_dir"}
     with Checkpoints(output / "checkpoints", meta, keep=1) as checkpoints:
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
+            state = checkpoints.resume(state)
         losses, started = [], time.monotonic()
         for index in range(int(state.step), config.steps):
             rng = np.random.default_rng([config.seed, 3, index])  # so that a resumed run draws the same

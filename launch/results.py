@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,20 +60,27 @@ class Made(NamedTuple):
     seconds: float
 
 
-def measured(file: Path, settings: Any, target: Target, make: Callable[[], Made], **how: Any) -> dict[str, Any]:
+def measured(
+    file: Path,
+    settings: Any,
+    target: Target,
+    make: Callable[[], Made],
+    names: Collection[str] | None = None,
+    **how: Any,
+) -> dict[str, Any]:
     """The report of one erasure in its file; where there is none, the models are made and measured first.
 
     Args:
       settings: all that the result depends on.
       make: makes the models.
+      names: of the groups to measure; None: all.
       **how: arguments of `measure`.
     """
     report = read(file, settings)
     if report is None:
         models, galleries, options, seconds = make()
-        judged = measure(
-            models, groups.groups(target), target, galleries=galleries, options=options, progress=say, **how
-        )
+        wanted = [group for group in groups.groups(target) if names is None or group.name in names]
+        judged = measure(models, wanted, target, galleries=galleries, options=options, progress=say, **how)
         report = {"settings": settings, "seconds": seconds, "groups": table.as_dict(judged)}
         write(file, report)
     return report

@@ -64,6 +64,7 @@ class ToyTorch(torch.nn.Module):
 def toy(params: Params, x: jax.Array, t: jax.Array, conditioning: Conditioning) -> jax.Array:
     linear = lambda name, h: h @ params[f"{name}.weight"] + params[f"{name}.bias"]  # noqa: E731
     text = jnp.tanh(linear("text", conditioning.embeddings)).mean(1)[:, None, None]
+    t = t if jnp.ndim(t) == 0 else t[:, None, None, None]  # one for all, or one for each
     time = jnp.cos(t * jnp.arange(8) / 500).astype(x.dtype)
     return linear("out", jnp.tanh(linear("image", x) + text + time))
 

@@ -7,6 +7,7 @@ import numpy as np
 import painter
 import pytest
 
+import esd_jax
 from esd_jax import api
 from esd_jax.demo import groups
 from esd_jax.io.diffusers import read_exact, with_strength
@@ -53,6 +54,7 @@ def test_what_a_recipe_preserves_is_not_what_is_erased():
 def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):
     erasures = []
     erasing(monkeypatch, compare_methods, erasures)
+    monkeypatch.setattr(compare_methods, "one_prompt", lambda base, target: True)  # the base is no pipeline here
     arguments = (
         f"--output={tmp_path}",
         "--images=8",
@@ -85,8 +87,19 @@ def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, c
         run(monkeypatch, compare_methods, f"--output={tmp_path}", "--methods=magic")
 
 
+def test_more_concepts_than_a_prompt_holds():
+    base = esd_jax.load("emoji")
+    few, many = (groups.parse_target(", ".join(names)) for names in (["a cat", "a rose"], TEN))
+    assert compare_methods.one_prompt(base, few) and not compare_methods.one_prompt(base, many)
+
+
+TEN = ["a cat", "a rose", "a pizza", "a rocket", "a robot", "an owl", "a house", "a cake", "a bee", "a fox"]
+
+
 def test_the_table_is_aligned():
-    lines = compare_methods.markdown({"neon style": {"esd": dict.fromkeys(WHOLE, 0.5)}}).splitlines()
+    found = {"SLD max": {}, "esd": dict.fromkeys(WHOLE, 0.5)}
+    lines = compare_methods.markdown({"neon style": found}).splitlines()
+    assert "| SLD max | its prompt is too long |" in lines[-2]
     assert len({line.count("|") for line in lines[2:] if line}) == 1
     assert "| esd | 50.0% | 50.0% | 50.0% | 50.0 |" in lines[-1]
 

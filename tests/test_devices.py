@@ -1,16 +1,23 @@
-"""A run draws the same numbers and gets the same losses on 1, 2 and 8 devices, and a sample the same images.
+"""A run draws the same numbers and gets the same losses on 1, 2 and 8 devices, and a sample the same images; and what
+the devices tell each other: on a data mesh the gradients, once; on a mesh with an fsdp axis also the split weights.
 
 XLA splits the host into several devices only before it starts, so the runs are a process of their own: this file.
 """
 
+import math
 import os
+import re
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-BATCH, STEPS, DEVICES = 8, 3, (1, 2, 8)
+BATCH, STEPS = 8, 3
+MESHES = {"1": (1, 1), "8": (8, 1), "4x2": (8, 2)}  # name -> (devices, fsdp)
+LEAST = 64  # scalars of a tensor that is split
+TOKENS = 7
 UNET = {
     "block_out_channels": (16,),
     "layers_per_block": 1,
@@ -25,6 +32,8 @@ SHAPE = (8, 8, 4)
 
 def main(output: str) -> None:
     """Runs a few steps on each number of devices and writes what they drew, their losses and weights."""
+    import dataclasses
+
     import jax
     import jax.numpy as jnp
     import optax
@@ -37,7 +46,7 @@ def main(output: str) -> None:
     from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
     from esd_jax.params import functional, partition, prefixed
     from esd_jax.selection import select
-    from esd_jax.training.step import Optimizer, init_state, make_step
+    from esd_jax.training.step import Optimizer, blank_memory, init_state, make_step
 
     jax.config.update("jax_default_matmul_precision", "highest")
     # Not `step._cache_size()`: on several devices, it counts a typed key twice without compiling anything.
@@ -56,36 +65,48 @@ def main(output: str) -> None:
     schedule = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
                 "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
     settings = esd.ESD(sampling_steps=10)
+    ring = {"timestep_mode": "grid", "updates_per_trajectory": 2, "trajectory_buffer": 2}
     concepts = [Concept("a cat"), Concept("Van Gogh")]
-    encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), 7, 16)), "float32"))  # noqa: E731
+    encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), TOKENS, 16)), "float32"))  # noqa: E731
     tools = Tools(network, Schedule.from_config(schedule), SHAPE, (), encoded, None, None, None)
     method, inputs = settings.make(tools, concepts)
+    replaying, _ = esd.ESD(sampling_steps=4, **ring).make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()
+
+    def both(*given):
+        """What both methods draw, as one."""
+        mine, other = method.draw(*given)._asdict(), replaying.draw(*given)._asdict()
+        names = [*mine, *(f"kept_{name}" for name in other)]
+        return NamedTuple("Draws", [(name, Any) for name in names])(*mine.values(), *other.values())
 
     class Witness:
         """A method whose gradient is what the step drew."""
 
-        draw = staticmethod(method.draw)
+        draw = staticmethod(both)
         prepare = staticmethod(lambda models, draws, inputs: draws)
         loss = staticmethod(lambda student, draws: sum(jnp.sum(student[k] * v) for k, v in draws._asdict().items()))
 
     zeros = lambda theta: jax.tree.map(jnp.zeros_like, theta)  # noqa: E731
     recorder = optax.GradientTransformation(zeros, lambda grads, state, theta=None: (zeros(grads), grads))
     slots = {"index": (), "t": (), "concept": (BATCH,), "noise": (BATCH, *SHAPE), "image": (BATCH,)}
+    slots |= {f"kept_{name}": (BATCH,) for name in ("slot", "index", "t", "concept")} | {"kept_noise": slots["noise"]}
 
+    sharding.SPLIT_FROM = LEAST
     found = {"meshes": [sharding.make_mesh(batch).size for batch in (1, 6, 8, 12, 16)]}
-    for n in DEVICES:
-        mesh = sharding.make_mesh(BATCH, jax.devices()[:n])
-        assert mesh.size == n
+    for n, (devices, fsdp) in MESHES.items():
+        mesh = sharding.make_mesh(BATCH, jax.devices()[:devices], fsdp=fsdp)
+        assert dict(mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp}
         options = {"compute_dtype": jnp.float32, "shape": SHAPE, "batch_size": BATCH, "mesh": mesh}
 
         step = make_step(Witness, recorder, **options)
         state = init_state({name: jnp.zeros(shape) for name, shape in slots.items()}, recorder, seed=0)
+        state = state._replace(step=jnp.int32(5))
         state, bank = sharding.place((state, inputs), mesh)
         state, _ = step(state, {}, {}, bank)
         found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
 
-        step = make_step(method, tx, **options)
+        placed = dataclasses.replace(method, unet=sharding.gathering(method.unet, mesh))
+        step = make_step(placed, tx, **options)
         arguments = sharding.place((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
         state, losses, before = arguments[0], [], len(compilations)
         for _ in range(STEPS):
@@ -93,8 +114,31 @@ def main(output: str) -> None:
             losses.append(metrics)
         found[f"{n}/compilations"] = len(compilations) - before
         found |= {f"{n}/{name}": [getattr(m, name) for m in losses] for name in ("loss", "t", "grad_norm")}
-        found |= {f"{n}/theta/{name}": value for name, value in state.theta.items()}
-        found[f"{n}/flops"] = step.lower(state, *arguments[1:]).compile().cost_analysis()["flops"]
+        found |= {f"{n}/theta/{name}": value for name, value in sharding.fetched(state.theta, mesh).items()}
+        kept = [a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (state, arguments[0])), strict=True)]
+        found[f"{n}/kept"] = all(kept)
+        compiled = step.lower(state, *arguments[1:]).compile()
+        found[f"{n}/flops"] = compiled.cost_analysis()["flops"]
+        found[f"{n}/arguments"] = compiled.memory_analysis().argument_size_in_bytes
+        found[f"{n}/program"] = compiled.as_text()
+        if fsdp > 1:
+            continue
+        step = make_step(replaying, tx, **options)
+        arguments = sharding.place((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
+        memory = sharding.spread(blank_memory(replaying, SHAPE, BATCH), mesh)
+        state, losses, before = arguments[0]._replace(memory=memory), [], len(compilations)
+        for _ in range(STEPS):
+            state, metrics = step(state, *arguments[1:])
+            losses.append(metrics.loss)
+        found |= {f"{n}/ring/compilations": len(compilations) - before, f"{n}/ring/loss": losses}
+        found |= {f"{n}/ring/x": state.memory.x, f"{n}/ring/devices": len(state.memory.x.sharding.device_set)}
+        found[f"{n}/ring/part"] = state.memory.x.addressable_shards[0].data.shape[0]
+    with pytest.raises(ValueError) as refused:
+        sharding.make_mesh(BATCH, fsdp=3)
+    found["refused"] = str(refused.value)
+    found["gradients"] = sum(value.nbytes for value in theta_0.values())
+    split = lambda tree: sum(not a.is_fully_replicated for a in tree.values())  # noqa: E731
+    found["split"] = split(sharding.placements({**theta_0, **frozen}, mesh))
 
     import esd_jax
 
@@ -119,27 +163,101 @@ def found(tmp_path_factory):
 
 def test_draws_are_bit_equal(found):
     names = [name.removeprefix("1/") for name in found if name.startswith("1/draws/")]
-    assert len(names) == 5 and np.std(found["1/draws/noise"]) > 0.9
-    for n in DEVICES:
+    assert len(names) == 10 and np.std(found["1/draws/noise"]) > 0.9
+    for n in MESHES:
         for name in [*names, "t"]:
             np.testing.assert_array_equal(found[f"{n}/{name}"], found[f"1/{name}"])
 
 
 def test_losses_and_weights_agree(found):
     assert len(set(found["1/loss"])) == STEPS
-    for n in DEVICES:
+    for n in MESHES:
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(found[f"{n}/{name}"], found[f"1/{name}"], rtol=1e-5)
         theta = [name for name in found if name.startswith(f"{n}/theta/")]
         assert theta
         for name in theta:  # three updates of 1e-3 each
-            np.testing.assert_allclose(found[name], found["1" + name.removeprefix(str(n))], atol=2e-5)
+            np.testing.assert_allclose(found[name], found["1" + name.removeprefix(n)], atol=2e-5)
+
+
+def test_kept_trajectories_stay_where_their_examples_are(found):
+    meshes = [name for name, (_, fsdp) in MESHES.items() if fsdp == 1]
+    for n in meshes:
+        devices = MESHES[n][0]
+        assert found[f"{n}/ring/compilations"] == 1
+        assert found[f"{n}/ring/devices"] == devices and found[f"{n}/ring/part"] == BATCH // devices
+        np.testing.assert_allclose(found[f"{n}/ring/loss"], found["1/ring/loss"], rtol=1e-5)
+        np.testing.assert_allclose(found[f"{n}/ring/x"], found["1/ring/x"], atol=1e-4)
+    assert len(meshes) > 1 and len(set(found["1/ring/loss"])) == STEPS
+    assert np.all(np.std(found["1/ring/x"], axis=(3, 4, 5, 6)) > 0.1)
 
 
 def test_the_work_is_split_and_compiled_once(found):
-    for n in DEVICES:
-        assert found[f"{n}/compilations"] == 1
-        assert found[f"{n}/flops"] < 1.1 * found["1/flops"] / n
+    for n, (devices, _) in MESHES.items():
+        assert found[f"{n}/compilations"] == 1 and found[f"{n}/kept"]
+        assert found[f"{n}/flops"] < 1.1 * found["1/flops"] / devices
+
+
+def loops(program: str) -> dict[str, list[str]]:
+    """name -> lines of each computation that is called from a sampler's loop; and "" -> the lines of all others."""
+    parts = {match[1]: match[2].splitlines() for match in COMPUTATION.finditer(program)}
+    (body,) = {name for lines in parts.values() for line in lines if "/while" in line for name in BODY.findall(line)
+               if any("attention" in inner for called in reached(parts, name) for inner in parts[called])}  # fmt: skip
+    inside = reached(parts, body)
+    return {name: lines for name, lines in parts.items() if name in inside} | {
+        "": [line for name, lines in parts.items() if name not in inside for line in lines]
+    }
+
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*?\{$\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+BODY = re.compile(r"body=%([\w.\-]+)")
+CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%([\w.\-]+)")
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def reached(parts: dict[str, list[str]], name: str) -> set[str]:
+    found, new = set(), {name}
+    while new:
+        found |= new
+        new = {other for called in new for line in parts[called] for other in CALLED.findall(line)} - found
+    return found
+
+
+def collectives(lines: list[str]) -> list[tuple[str, int]]:
+    """(kind, bytes of what comes out), all arrays being float32."""
+    matches = filter(None, map(COLLECTIVE.search, lines))
+    shapes = lambda text: re.findall(r"f32\[([\d,]*)\]", text)  # noqa: E731
+    size = lambda shape: 4 * math.prod(int(n) for n in shape.split(",") if n)  # noqa: E731
+    return [(match[2], sum(map(size, shapes(match[1])))) for match in matches]
+
+
+def inside(program: str) -> list[str]:
+    return [line for name, lines in loops(program).items() if name for line in lines]
+
+
+def test_a_data_mesh_adds_up_gradients_and_nothing_else(found):
+    program = str(found["8/program"])
+    assert not collectives(inside(program))
+    kinds, sizes = zip(*collectives(loops(program)[""]), strict=True)
+    assert set(kinds) == {"all-reduce"}
+    assert found["gradients"] <= sum(sizes) <= 1.01 * found["gradients"]  # and the loss
+
+
+def test_an_fsdp_mesh_gathers_weights_in_the_loop_and_nothing_else(found):
+    program = str(found["4x2/program"])
+    kinds, sizes = zip(*collectives(inside(program)), strict=True)
+    assert set(kinds) == {"all-gather"} and len(kinds) == found["split"]
+    print(f"gathered in each evaluation of the loop: {sum(sizes):,} bytes in {len(kinds)} tensors")
+    assert {kind for kind, _ in collectives(loops(program)[""])} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert found["4x2/arguments"] < 0.7 * found["8/arguments"]
+
+
+def test_keys_and_values_of_the_prompts_are_computed_before_the_loop(found):
+    """Of one example and its empty prompt; they have as many rows as the prompts have tokens."""
+    rows = rf" = f32\[(?:{2 * TOKENS}|2,{TOKENS}),16\]\S* dot\("
+    program = str(found["8/program"])
+    assert not [line for line in inside(program) if re.search(rows, line)]
+    assert len(re.findall(rows, program)) >= 8  # four layers
 
 
 def test_images_are_the_same(found):
@@ -149,6 +267,10 @@ def test_images_are_the_same(found):
 
 def test_a_mesh_takes_as_many_devices_as_divide_the_batch(found):
     np.testing.assert_array_equal(found["meshes"], [1, 2, 8, 4, 8])
+
+
+def test_a_mesh_that_cannot_be_made(found):
+    assert "fsdp=3 must divide the devices that share a batch, here 8 of 8" in str(found["refused"])
 
 
 if __name__ == "__main__":

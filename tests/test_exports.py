@@ -1,6 +1,7 @@
 """Every format: written, read again and compared; and what is wrong is found."""
 
 import json
+import shutil
 
 import factories
 import numpy as np
@@ -142,6 +143,22 @@ def test_what_does_not_verify_is_not_left(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=one_line("conv_in.bias", "was not trained")):
         exports.export(run[1], tmp_path / "x", verify=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["folder", "delta", "orbax"])
+def test_what_does_not_verify_gives_back_what_it_replaced(run, written, tmp_path, monkeypatch, format):
+    path = tmp_path / written[1][format].path.name
+    copy = shutil.copytree if written[1][format].path.is_dir() else shutil.copy
+    copy(written[1][format].path, path)
+    files = lambda: {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}  # noqa: E731
+    before = files()
+    monkeypatch.setattr(exports, "_compare_images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exports.export(run[1], path, format, verify=True, overwrite=True)
+    assert files() == before
+    with pytest.raises(ValueError, match="exists"):  # and what may not be replaced is not touched
+        exports.export(run[1], path, format, verify=True)
+    assert files() == before
 
 
 def test_a_lora_says_how_much_it_carries(run, tmp_path):

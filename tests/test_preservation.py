@@ -47,7 +47,7 @@ def test_the_loss_is_the_methods_and_the_distance_to_the_base():
     sampler = samplers.make_sampler(SCHEDULE, "ddim", STEPS)
     x = samplers.run(sampler, denoise, draws.kept.noise, stop=int(draws.kept.index))
     t = jnp.float32(sampler.timesteps[int(draws.kept.index)])
-    np.testing.assert_allclose(batch.kept.x, x, atol=1e-5)
+    np.testing.assert_allclose(batch.kept.x, x, atol=1e-6 * float(abs(x).max()))  # the toy's x grows far beyond 1
     distance = np.mean((w.network.apply(student, x, t, kept) - w.network.apply(teacher, x, t, kept)) ** 2)
 
     alone = method.method.loss(

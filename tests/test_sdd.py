@@ -177,6 +177,8 @@ def test_prompts():
         assert {role: rows.tolist() for role, rows in inputs.bank.roles.items()} == roles
         assert asked[-1] == (JOINED if order == "random" else "a painting") and asked[0] == ""
         assert inputs.bank.rows.embeddings.shape[:2] == (len(asked), TOKENS)
+    _, inputs = SDD(sample_prompt="concept").make(tools(world("toy", "float32")), CONCEPTS)  # each its own
+    assert inputs.bank.roles["sample"].tolist() == inputs.bank.roles["concept"].tolist() == [1, 2]
 
 
 def test_timesteps():

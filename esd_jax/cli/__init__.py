@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else EXIT_BAD_INPUT
+    encoding = sys.getfilesystemencoding()
+    if garbled := [word for word in argv if encoding != "utf-8" and _is_garbled(word)]:
+        return _fail(f"{garbled[0]!r} is no text in this locale's encoding, {encoding}: set PYTHONUTF8=1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale's encoding may lack letters of a concept
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         return _fail(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}")
@@ -89,13 +96,18 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's; read when JAX is imported
     logging.disable()
     # Stays: when a checkpoint cannot be written, the threads that write it complain until the process ends.
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).addFilter(lambda _: False)
     try:
         from esd_jax.text import PromptTruncated
+        from esd_jax.training.checkpoint import DamagedCheckpoint
+        from esd_jax.training.run_folder import NotLocked
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("always", PromptTruncated)
+            for kind in (PromptTruncated, DamagedCheckpoint, NotLocked):
+                warnings.simplefilter("always", kind)
             warnings.filterwarnings("always", "left out of the export")
             said = set()  # SDXL's two tokenizers lose the same words
 
@@ -116,6 +128,10 @@ def _compilation_cache() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esd_jax" / "xla"
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _is_garbled(word: str) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for letter in word)  # bytes that Python could not read
 
 
 def _one_line(error: Exception) -> str:

@@ -111,18 +111,21 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    erased = runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, **options)
-    if not hosts.first():
-        return
     folder = Path(plan.output_dir).expanduser()
-    print(
-        f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
-        f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
-    )
-    if size and (used := _memory("peak_bytes_in_use")):
-        print("  " + compared(size, used))
-    for written in exports.export_all(erased, folder / "exports", formats, verify=True, overwrite=True):
-        common.say(str(written))
+
+    def then(erased: Any) -> None:
+        if not hosts.first():
+            return
+        common.say(
+            f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
+            f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
+        )
+        if size and (used := _memory("peak_bytes_in_use")):
+            common.say("  " + compared(size, used))
+        for written in exports.export_all(erased, folder / runs.EXPORTS, formats, verify=True, overwrite=True):
+            common.say(str(written))
+
+    runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, then=then, **options)
 
 
 def _planned(plan: Any) -> Any:

@@ -17,7 +17,7 @@ from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, SPACINGS, Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
 SAMPLERS = tuple(SAMPLER_OF_CLASS.values())
-__all__ = ["SAMPLERS", "Sampler", "default_sampler", "drop_first", "make_sampler", "run"]
+__all__ = ["SAMPLERS", "Sampler", "default_sampler", "drop_first", "make_sampler", "run", "run_with_memory"]
 
 # Options of the diffusers classes that exist here in one setting only.
 _ONLY = {
@@ -121,6 +121,20 @@ def run(
     step_noise: Callable[[Array], Array] | None = None,
     memory: Any = None,
 ) -> Float[Array, "..."]:
+    """`run_with_memory` without what it remembers in the end."""
+    return run_with_memory(sampler, denoise, x, start=start, stop=stop, step_noise=step_noise, memory=memory)[0]
+
+
+def run_with_memory(
+    sampler: Sampler,
+    denoise: Callable[..., Any],
+    x: Float[Array, "..."],
+    *,
+    start: ArrayLike = 0,
+    stop: ArrayLike | None = None,
+    step_noise: Callable[[Array], Array] | None = None,
+    memory: Any = None,
+) -> tuple[Float[Array, "..."], Any]:
     """Steps `start` to `stop` (default: to the end) in one loop; a traced `stop` compiles once for all its values.
 
     `x` is what stands before step `start`: at 0, unit Gaussian noise times `sampler.initial_scale`. It is kept in
@@ -130,8 +144,8 @@ def run(
     `x`, and needed if `sampler.stochastic`.
 
     Returns x at the noise level of `timesteps[stop]`, to be multiplied by `input_scale[stop]` for the network; after
-    the last step, the image. Raises `ValueError` for a missing `step_noise`, for bounds that are known and outside the
-    grid, and for a sampler with a history that does not start at 0.
+    the last step, the image; and the last memory. Raises `ValueError` for a missing `step_noise`, for bounds that are
+    known and outside the grid, and for a sampler with a history that does not start at 0.
     """
     n = len(sampler.timesteps)
     stop = n if stop is None else stop
@@ -153,7 +167,8 @@ def run(
         output, memory = (denoise(*scaled), None) if memory is None else denoise(*scaled, i, memory)
         return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic else None), memory
 
-    return jax.lax.fori_loop(start, stop, body, (carry, memory))[0][0]
+    carry, memory = jax.lax.fori_loop(start, stop, body, (carry, memory))
+    return carry[0], memory
 
 
 def _check_options(schedule: Schedule, name: str) -> None:

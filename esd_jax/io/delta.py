@@ -27,7 +27,7 @@ def delta_name(concept: str, from_: str | None, subset: str) -> str:
     concept, from_ = (re.sub(r"[\s./\\:]", "_", text.strip()) for text in (concept, from_ or concept))
     if subset.startswith(REGEX):
         subset = "custom"  # a pattern may hold any character, and be of any length
-    return f"esd-{concept}-from-{from_}-{subset.replace('-', '')}.safetensors"
+    return files.nameable(f"esd-{concept}-from-{from_}-{subset.replace('-', '')}.safetensors")
 
 
 def export_delta(

@@ -1,7 +1,6 @@
 """`Pipeline` -> a diffusers folder: the source's own files, in which only the edited tensors are replaced."""
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from esd_jax.io import folder as files
-from esd_jax.io import new_folder, safetensors
+from esd_jax.io import leftovers, new_folder, safetensors
 from esd_jax.io.tensors import check_edits, check_sources
 from esd_jax.pipeline import Pipeline
 
@@ -68,10 +67,10 @@ def export(
     check_edits(pipeline)
     check_sources(pipeline)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = leftovers.partial(path)
     with safetensors.writing(path):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            leftovers.sweep(path)
             partial.mkdir(parents=True)
             if file:
                 new_folder.build(partial, pipeline, told, max_shard_size=max_shard_size, variant=variant)
@@ -174,7 +173,7 @@ def move_into_place(partial: Path, path: Path) -> None:
     if not path.exists():
         partial.rename(path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = leftovers.old(path)
     path.rename(old)
     try:
         partial.rename(path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
+
+
+def nameable(name: str) -> str:
+    """A file's name with "_" for the letters that names on this machine cannot have, under some old locales."""
+    encoding = sys.getfilesystemencoding()
+    return "".join(letter if letter.encode(encoding, "ignore") else "_" for letter in name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

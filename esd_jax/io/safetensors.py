@@ -6,7 +6,6 @@ untouched bytes as they are and holds one tensor at a time: a 3.4 GB UNet never 
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from esd_jax.io import leftovers
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
@@ -148,8 +149,9 @@ def write(
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = leftovers.partial(path)
     with writing(path):
+        leftovers.sweep(path)
         try:
             with partial.open("wb") as file:
                 file.write(len(encoded).to_bytes(8, "little"))

@@ -37,9 +37,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.rules import largest
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods import trajectories
+from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate
+from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
 from esd_jax.models.unet import Conditioning
@@ -61,6 +62,8 @@ class AllButOne:
     kappa: of |D|, what lies below this quantile is left out.
     quantile_of: whose quantile that is: a "channel"'s pixels, or the whole "example".
     token_scale: of the concept's tokens in the maps of the implicit delta.
+    updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories are drawn
+      every so many updates, and the last few are kept with what the teacher predicted on them (see `replay`).
 
     A concept's strength multiplies the scales of its instructions below zero, and the suppression 1 - `token_scale`.
     """
@@ -80,6 +83,8 @@ class AllButOne:
     kappa: float = 0.95
     quantile_of: str = "channel"
     token_scale: float = 0.0
+    updates_per_trajectory: int = 1
+    trajectory_buffer: int = 1
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with", "strength"})
@@ -98,6 +103,7 @@ class AllButOne:
 
     def __post_init__(self):
         choose(self, **self.CHOICES)
+        replay.check(self)
         if not 0 <= self.kappa <= 1:
             raise ValueError(f"kappa={self.kappa} must be in 0..1")
         if self.penalty < 0:
@@ -113,7 +119,7 @@ class AllButOne:
             )
         parse(self.instructions)
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
             raise ValueError("images mean nothing to method 'all_but_one', which draws its own")
@@ -128,12 +134,20 @@ class AllButOne:
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
         trajectory = trajectories.on_grid(tools.schedule, "ddim", self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
-        return Method(self, tools.unet, trajectory), Inputs(bank, *numbers, token_scale)
+        method, kept = Method(self, tools.unet, trajectory), replay.of(self, trajectory, predictions=2)
+        if kept is not None:
+            method = Replaying(method, kept)
+        return method, Inputs(bank, *numbers, token_scale)
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """Two for each sampler step and the target, one for each of `instructions` where delta acts, the student's."""
+        """Two for each sampler step and the target, one for each of `instructions` where delta acts, the student's.
+
+        Of kept trajectories, which hold the targets, an update has its share.
+        """
         steps, others = np.arange(self.sampling_steps), len(parse(self.instructions))
-        return float(np.mean(2 * (steps + 1) + others * np.cumsum(active_steps(self)))) + (6 if self.penalty else 4)
+        costs = 2 * (steps + 1) + others * np.cumsum(active_steps(self))  # of a trajectory to each step, and the target
+        sampled = costs[-1] / self.updates_per_trajectory if replay.wanted(self) else np.mean(costs)
+        return float(sampled) + (6 if self.penalty else 4)
 
 
 def active_steps(settings: AllButOne) -> Bool[np.ndarray, " step"]:
@@ -222,17 +236,35 @@ class Method:
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
         """x_t and the guidance that led to it. Nothing here carries a gradient."""
-        edited = partial(self.edited, models.base, draws.concept, inputs)
-
-        def steered(x: Array, t: Array, i: Array, memory: tuple[()]) -> tuple[Array, tuple[()]]:
-            eps_null, d = edited(x, t, i)
-            return eps_null + d, memory
-
+        predict = self.predict(models, draws.concept, inputs)
+        steered = lambda x, t, i, memory: (predict(x, t, i)[0], memory)  # noqa: E731
         x = self.trajectory.run(steered, draws.noise, draws.index, memory=())
-        teacher_null, target = edited(x, draws.t, draws.index)
-        null, concept = (inputs.bank.take(role, draws.concept) for role in ("null", "concept"))
-        student_null = None if self.settings.penalty else denoise(self.unet, models.student, x, draws.t, null)
-        values = (x, draws.t, concept, null, target, teacher_null, student_null, inputs.gamma_2, inputs.penalty)
+        predictions = self.edited(models.base, draws.concept, inputs, x, draws.t, draws.index)
+        return self.scored(models, x, draws.t, draws.concept, predictions, inputs)
+
+    def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
+        """What samples trajectories, with the teacher's prediction for the empty prompt, and d."""
+
+        def steered(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
+            eps_null, d = self.edited(models.base, concept, inputs, x, t, i)
+            return eps_null + d, (eps_null, d)
+
+        return steered
+
+    def scored(
+        self,
+        models: Models,
+        x: Array,
+        t: Array,
+        index: Int[Array, " batch"],
+        predictions: tuple[Array, ...],
+        inputs: Inputs,
+    ) -> Batch:
+        """What the student is scored on. index: the examples' concepts; predictions: `edited`'s at x_t."""
+        teacher_null, target = predictions
+        null, concept = (inputs.bank.take(role, index) for role in ("null", "concept"))
+        student_null = None if self.settings.penalty else denoise(self.unet, models.student, x, t, null)
+        values = (x, t, concept, null, target, teacher_null, student_null, inputs.gamma_2, inputs.penalty)
         return Batch(*jax.lax.stop_gradient(values))
 
     def edited(

@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.methods import trajectories
+from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
+from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Trajectory
 from esd_jax.params import Network, Params
 
@@ -43,6 +44,9 @@ class ESD:
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
+    updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh up to a random x_t in every update, as all papers
+      do. Else whole trajectories are drawn every so many updates, the last few of them are kept for each example of
+      a batch, and an update takes random points of these, each example at a timestep of its own (see `replay`).
     as_released: two slips of the released SDXL code. x_t is scored as Euler's sampler keeps it, up to 13 times larger
       than the network was trained on, since it is not scaled; and its trajectory is guided from zeros, though the null
       that is scored is the encoded empty prompt.
@@ -57,6 +61,8 @@ class ESD:
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
     as_released: bool = False
+    updates_per_trajectory: int = 1
+    trajectory_buffer: int = 1
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
@@ -84,23 +90,53 @@ class ESD:
             "timestep_mode": "alt1000", "eta": 2.0,
             "subset": "esd-all", "optimizer": "adam", "learning_rate": 2e-5, "steps": 200,
         },
+        "fast": {
+            "sample_with": "teacher", "sampler": "dpmpp_2m", "timestep_mode": "grid", "sampling_steps": 20,
+            "updates_per_trajectory": 10, "trajectory_buffer": 4,
+            "subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000,
+        },
     }  # fmt: skip
 
     def __post_init__(self):
         choose(self, **self.CHOICES)
+        replay.check(self)
+        if self.as_released and replay.wanted(self):
+            raise ValueError(
+                "as_released repeats code that samples afresh in every update: leave updates_per_trajectory and "
+                "trajectory_buffer at 1"
+            )
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """ESD for the concepts' kinds of anchor."""
-        roles = self.roles()
+        roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
-        method = Method(self, tools.unet, tools.schedule, make_trajectory(self, tools.schedule), separate)
+        method = Method(self, tools.unet, tools.schedule, trajectory, separate)
+        own = all(roles["sample"](c) == c.text for c in concepts)
+        predictions = 2 if self.predicts(trajectory) and own and not separate else 0
+        if (kept := replay.of(self, trajectory, predictions)) is not None:
+            if tools.images is not None:
+                raise ValueError(
+                    "with images nothing is sampled: leave updates_per_trajectory and trajectory_buffer at 1"
+                )
+            method = Replaying(method, kept)
         eta = self.eta * jnp.asarray([c.strength for c in concepts], jnp.float32)
         bank = make_bank(tools.encode, concepts, roles)
         return method, Inputs(bank, eta, jnp.float32(self.sampling_guidance), tools.images)
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """Two for each sampler step, two of the teacher, and the student's forward and backward pass."""
-        return (0.0 if images else 2 * make_trajectory(self, schedule).mean_updates) + 2 + 3
+        """Two for each sampler step, two of the teacher, and the student's forward and backward pass.
+
+        Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these.
+        """
+        trajectory = make_trajectory(self, schedule)
+        known = self.predicts(trajectory) and self.sample_prompt == "concept"
+        if (kept := replay.of(self, trajectory, 2 * known)) is None:
+            return (0.0 if images else 2 * trajectory.mean_updates) + 2 + 3
+        return 2 * kept.calls / kept.every + (0 if known else 2) + 3
+
+    def predicts(self, trajectory: Trajectory) -> bool:
+        """Whether the sampler evaluates the teacher just where the loss does."""
+        return self.sample_with == "teacher" and trajectory.scored_where_sampled
 
     def roles(self) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation."""
@@ -198,27 +234,58 @@ class Method:
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
         """x_t, and what the student should say about it. Nothing here carries a gradient."""
-        take = lambda role: inputs.bank.take(role, draws.concept)  # noqa: E731
-        null, concept = take("null"), take("concept")
         if inputs.images is not None:
             x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, draws.t.astype(jnp.int32))
         else:
-            params = models.student if self.settings.sample_with == "student" else models.base
-            start = guidance.zeroed(null) if self.settings.as_released else null
-            guided = guidance.classifier_free(
-                partial(denoise, self.unet, params), take("sample"), start, inputs.sampling_guidance
+            pair = self.pair(models, draws.concept, inputs)
+            x = self.trajectory.run(
+                lambda x, t: guidance.cfg(*pair(x, t), inputs.sampling_guidance),
+                draws.noise,
+                draws.index,
+                scale=not self.settings.as_released,
             )
-            x = self.trajectory.run(guided, draws.noise, draws.index, scale=not self.settings.as_released)
+        return self.scored(models, x, draws.t, draws.concept, (), inputs)
 
-        score = partial(evaluate, self.unet, models.base, x, draws.t)
+    def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
+        """What samples whole trajectories, with (eps_null, eps_c)."""
+        pair = self.pair(models, concept, inputs)
+
+        def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
+            predictions = pair(x, t)
+            return guidance.cfg(*predictions, inputs.sampling_guidance), predictions
+
+        return guided
+
+    def pair(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., tuple[Array, ...]]:
+        """(x, t) -> (eps_null, eps_c), by the model that trajectories are taken from."""
+        params = models.student if self.settings.sample_with == "student" else models.base
+        null, sample = (inputs.bank.take(role, concept) for role in ("null", "sample"))
+        start = guidance.zeroed(null) if self.settings.as_released else null
+        return guidance.together(partial(denoise, self.unet, params), [start, sample])
+
+    def scored(
+        self,
+        models: Models,
+        x: Float[Array, "batch height width channel"],
+        t: Float[Array, "*batch"],
+        index: Int[Array, " batch"],
+        predictions: tuple[Array, ...],
+        inputs: Inputs,
+    ) -> Scored:
+        """What the student should say about x_t.
+
+        index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
+        """
+        take = lambda role: inputs.bank.take(role, index)  # noqa: E731
+        score = partial(evaluate, self.unet, models.base, x, t)
         if self.separate_anchor:
-            eps_anchor, eps_c, eps_null = score([take("anchor"), concept, null])
+            eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])
         else:
-            eps_c, eps_null = score([concept, null])
-            is_null = (inputs.bank.roles["anchor"][draws.concept] == 0)[:, None, None, None]
+            eps_null, eps_c = predictions or score([take("concept"), take("null")])[::-1]
+            is_null = (inputs.bank.roles["anchor"][index] == 0)[:, None, None, None]
             eps_anchor = jnp.where(is_null, eps_null, eps_c)
-        target = eps_anchor - inputs.eta[draws.concept][:, None, None, None] * (eps_c - eps_null)
-        return Scored(*jax.lax.stop_gradient((x, draws.t, take("student"), target)))
+        target = eps_anchor - inputs.eta[index][:, None, None, None] * (eps_c - eps_null)
+        return Scored(*jax.lax.stop_gradient((x, t, take("student"), target)))
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.unet, student, batch)

@@ -24,7 +24,13 @@ class Models(NamedTuple):
 
 
 class Method(Protocol):
-    """An erasing method over one UNet and schedule, as the functions that a training step is made of."""
+    """An erasing method over one UNet and schedule, as the functions that a training step is made of.
+
+    One that keeps something from update to update has two more:
+      memory(shape): the shapes of what it keeps for one example, as a tree of `jax.ShapeDtypeStruct`.
+      recall(models, draws, memory, step, inputs): (memory, what takes the place of `draws` in `prepare`), where the
+        memory is a tree of arrays [batch, ...].
+    """
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any:
         """The random choices of a step, with a field `t`: the timestep, one or one for each example.

@@ -62,6 +62,13 @@ class Preserving:
         kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
         return Draws(inner, inner.t, kept)
 
+    def memory(self, shape: tuple[int, ...]) -> Any:
+        return self.method.memory(shape) if hasattr(self.method, "memory") else ()
+
+    def recall(self, models: base.Models, draws: Draws, memory: Any, step: Array, inputs: Inputs) -> tuple[Any, Draws]:
+        memory, inner = self.method.recall(models, draws.inner, memory, step, inputs.inner)
+        return memory, draws._replace(inner=inner)
+
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))

@@ -16,13 +16,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods import trajectories
+from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.params import Network, Params
 
@@ -35,22 +36,32 @@ class SDD:
       example draws its own; "composite": all of them, joined by ", "; "sequential": each for `steps_per_concept`
       updates, the last one from then on.
     steps_per_concept: of the order "sequential", and of no other.
+    sample_prompt: what the trajectory is conditioned on. "all": every concept, joined by ", "; "concept": the one that
+      the step is about, for more concepts than fit a prompt.
     sampling_steps, sampling_guidance: of the average's DDIM trajectory.
     fix_k0: x_t after no sampler step is pure noise. In the released code (False) it is a finished image, which is
       scored at the noisiest timesteps all the same: its "stop after k" test never fires for k = 0.
     ema: m of the moving average.
+    updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories of the
+      average are drawn every so many updates, and the last few are kept (see `replay`).
     """
 
     concept_order: str = "iterative"
     steps_per_concept: int | None = None
+    sample_prompt: str = "all"
     sampling_steps: int = 50
     sampling_guidance: float = 3.0
     fix_k0: bool = True
     ema: float = 0.999
+    updates_per_trajectory: int = 1
+    trajectory_buffer: int = 1
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    CHOICES: ClassVar = {"concept_order": ("iterative", "random", "composite", "sequential")}
+    CHOICES: ClassVar = {
+        "concept_order": ("iterative", "random", "composite", "sequential"),
+        "sample_prompt": ("all", "concept"),
+    }
     PRESETS: ClassVar = {
         "paper": {
             "subset": "xattn", "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-4,
@@ -60,6 +71,7 @@ class SDD:
 
     def __post_init__(self):
         choose(self, **self.CHOICES)
+        replay.check(self)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be at least 0 and below 1: at 1 the average never moves")
         if (self.concept_order == "sequential") != (self.steps_per_concept is not None):
@@ -67,10 +79,16 @@ class SDD:
                 f"steps_per_concept={self.steps_per_concept} with concept_order={self.concept_order!r}: "
                 "'sequential' needs it, the others do not have it"
             )
+        own = self.sample_prompt == "concept" and self.concept_order in ("iterative", "sequential")
+        if own and replay.wanted(self):
+            raise ValueError(
+                f"a kept trajectory of sample_prompt='concept' is of one concept, which concept_order="
+                f"{self.concept_order!r} does not wait for: choose 'random'"
+            )
         if self.steps_per_concept is not None and self.steps_per_concept < 1:
             raise ValueError(f"steps_per_concept={self.steps_per_concept} must be at least 1")
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """SDD over the concepts. Raises ValueError for images, and for a concept with several replacements."""
         if tools.images is not None:
             raise ValueError("images mean nothing to method 'sdd', which draws its own")
@@ -78,12 +96,17 @@ class SDD:
             if len(concept.replace_with) > 1:
                 raise ValueError(f"replace_with: method 'sdd' takes one text for {concept.text!r}, not several")
         method = Method(self, tools.unet, make_trajectory(self, tools.schedule))
+        if (kept := replay.of(self, method.trajectory)) is not None:
+            own = self.sample_prompt == "concept" and self.concept_order == "random"
+            method = Replaying(method, kept, None if own else method.in_order)
         bank = make_bank(tools.encode, concepts, self.roles(concepts))
         return method, Inputs(bank, jnp.float32(self.sampling_guidance))
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
         """Two for each sampler step, the student's on the empty prompt, and its forward and backward pass."""
-        return 2 * make_trajectory(self, schedule).mean_updates + 1 + 3
+        trajectory = make_trajectory(self, schedule)
+        kept = replay.of(self, trajectory)
+        return 2 * (trajectory.mean_updates if kept is None else kept.calls / kept.every) + 1 + 3
 
     def roles(self, concepts: Sequence[Concept]) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation. The anchor is what the student is led to."""
@@ -94,7 +117,7 @@ class SDD:
         return {
             "concept": lambda c: c.text,
             "anchor": lambda c: c.replace_with[0] if c.replace_with else "",
-            "sample": lambda c: joined,
+            "sample": lambda c: joined if self.sample_prompt == "all" else c.text,
         }
 
 
@@ -126,26 +149,49 @@ class Method:
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step; which concept it is about is drawn in the order "random" alone."""
-        count, order = inputs.bank.num_concepts, self.settings.concept_order
-        draws = self.trajectory.draw_batch(key, example_keys, shape, count)
-        concept = draws.concept
+        draws = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
+        return draws._replace(concept=self.in_order(step, draws.concept, inputs.bank.num_concepts))
+
+    def in_order(self, step: Array, concept: Int[Array, " batch"], count: int) -> Int[Array, " batch"]:
+        """The concepts that a step is about; `concept` holds the drawn ones."""
+        order = self.settings.concept_order
         if order == "iterative":
-            concept = jnp.full_like(concept, step % count)
-        elif order == "composite":  # every concept's prompt is the same
-            concept = jnp.zeros_like(concept)
-        elif order == "sequential":
-            concept = jnp.full_like(concept, jnp.minimum(step // self.settings.steps_per_concept, count - 1))
-        return draws._replace(concept=concept)
+            return jnp.full_like(concept, step % count)
+        if order == "composite":  # every concept's prompt is the same
+            return jnp.zeros_like(concept)
+        if order == "sequential":
+            return jnp.full_like(concept, jnp.minimum(step // self.settings.steps_per_concept, count - 1))
+        return concept
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
         """x_t of the average, and what the student says about it without the concept. Nothing carries a gradient."""
-        take = lambda role: inputs.bank.take(role, draws.concept)  # noqa: E731
-        guided = guidance.classifier_free(
-            partial(denoise, self.unet, models.average), take("sample"), take("null"), inputs.sampling_guidance
-        )
-        x = self.trajectory.run(guided, draws.noise, draws.index)
-        target = denoise(self.unet, models.student, x, draws.t, take("anchor"))
-        return Scored(*jax.lax.stop_gradient((x, draws.t, take("concept"), target)))
+        x = self.trajectory.run(self.guided(models, draws.concept, inputs), draws.noise, draws.index)
+        return self.scored(models, x, draws.t, draws.concept, (), inputs)
+
+    def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
+        """What samples whole trajectories."""
+        guided = self.guided(models, concept, inputs)
+        return lambda x, t, i: (guided(x, t), ())
+
+    def guided(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., Array]:
+        """(x, t) -> the average's guided output."""
+        sample, null = (inputs.bank.take(role, concept) for role in ("sample", "null"))
+        network = partial(denoise, self.unet, models.average)
+        return guidance.classifier_free(network, sample, null, inputs.sampling_guidance)
+
+    def scored(
+        self,
+        models: Models,
+        x: Array,
+        t: Array,
+        index: Int[Array, " batch"],
+        predictions: tuple[Array, ...],
+        inputs: Inputs,
+    ) -> Scored:
+        """What the student says about x_t without the concept. index: the examples' concepts."""
+        concept, anchor = (inputs.bank.take(role, index) for role in ("concept", "anchor"))
+        target = denoise(self.unet, models.student, x, t, anchor)
+        return Scored(*jax.lax.stop_gradient((x, t, concept, target)))
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.unet, student, batch)

@@ -68,17 +68,31 @@ class Trajectory:
         """
         sampler, updates = self.sampler, jnp.asarray(self.num_updates)[index]
         x = samplers.run(sampler, denoise, noise * sampler.initial_scale, stop=updates, memory=memory)
-        if not scale:
-            return x
+        return self.scaled(x, updates) if scale else x
+
+    def scaled(self, x: Array, updates: Array | int) -> Array:
+        """x after so many sampler steps, as the network takes it."""
         # Euler and LMS keep x at unit signal; the network is scored on what it was trained on, unit variance. Only
         # DDIM's trajectories run to the end of the table, and its scale is 1 throughout.
-        last = len(sampler.input_scale) - 1
-        return x * jnp.asarray(sampler.input_scale, x.dtype)[jnp.minimum(updates, last)]
+        last = len(self.sampler.input_scale) - 1
+        return x * jnp.asarray(self.sampler.input_scale, x.dtype)[jnp.minimum(updates, last)]
 
     @property
     def mean_updates(self) -> float:
         """Sampler steps, on average over what is drawn."""
         return float(np.mean(self.num_updates[self.support]))
+
+    @property
+    def most_updates(self) -> int:
+        """Sampler steps to the last x_t that may be drawn."""
+        return int(np.max(self.num_updates[self.support]))
+
+    @property
+    def scored_where_sampled(self) -> bool:
+        """Whether every x_t is scored at the timestep at which the sampler evaluates it."""
+        low, high, updates = (table[self.support] for table in (self.t_low, self.t_high, self.num_updates))
+        timesteps = np.asarray(self.sampler.timesteps)
+        return bool(np.all(low == high) and np.max(updates) < len(timesteps) and np.all(timesteps[updates] == low))
 
 
 def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:

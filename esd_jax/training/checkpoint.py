@@ -4,15 +4,29 @@ The only place that imports orbax.
 """
 
 import contextlib
+import json
 import logging
+import shutil
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from esd_jax.training.step import State
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint's folder until it is complete
+CHECKSUM = "checksum"  # the key in a checkpoint's meta of {"meta": ..., "state": ...}, both CRC-32
+
+
+class DamagedCheckpoint(UserWarning):
+    """A checkpoint that cannot be read, in whose place an older one is used."""
 
 
 class Checkpoints:
@@ -22,16 +36,23 @@ class Checkpoints:
       folder: where they lie; made if needed.
       meta: what the run is (base, method, settings); a checkpoint of another run is refused.
       keep: how many of the newest are kept.
+      read_only: nothing is written or cleaned up: the run may be going on in another process.
     """
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any], *, keep: int = 2):
+    def __init__(self, folder: Path, meta: Mapping[str, Any], *, keep: int = 2, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes
         import orbax.checkpoint as ocp
 
-        self._ocp, self.folder, self.meta = ocp, folder, dict(meta)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+        self._ocp, self.folder, self.meta, self._read_only = ocp, folder, dict(meta), read_only
+        if read_only:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no checkpoint in {folder}")
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        else:
+            # Of a save that was killed. The manager would remove it later, at the same time as all else.
+            for path in folder.glob(f"*{TEMPORARY}*") if jax.process_index() == 0 else ():
+                shutil.rmtree(path, ignore_errors=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -40,11 +61,16 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             with self._writing():
-                self._manager.wait_until_finished()
-                self._manager.close()
+                try:
+                    self._manager.wait_until_finished()
+                finally:
+                    self._manager.close()
         except OSError:
             if error is None:  # else it is known
                 raise
+        if error is None and not self._read_only:  # what was damaged has been made anew, or is not needed any more
+            for path in self.folder.glob(".*.damaged"):
+                shutil.rmtree(path, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
@@ -52,14 +78,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: State) -> None:
-        """Saves under `state.step`; returns once the values are copied, so `state` may be donated at once."""
+        """Saves under `state.step`; returns once the values are copied, so `state` may be donated at once.
+
+        Raises FloatingPointError, and saves nothing, if theta holds NaN or infinity.
+        """
         step = int(state.step)
         if step == self.latest:
             return
-        args = self._ocp.args
+        checksum, finite = _checksum(state)
+        if not finite:
+            raise FloatingPointError(f"the weights after step {step} hold NaN or infinity, so they are not saved")
+        sums = {"meta": _crc(self.meta), "state": checksum, **_memory_sum(state)}
+        args, meta = self._ocp.args, {**self.meta, CHECKSUM: sums}
         with self._writing():
             self._manager.save(
-                step, args=args.Composite(state=args.StandardSave(state._asdict()), meta=args.JsonSave(self.meta))
+                step,
+                args=args.Composite(
+                    **{name: args.StandardSave(part) for name, part in _parts(state).items()},
+                    meta=args.JsonSave(meta),
+                ),
             )
 
     def wait(self) -> None:
@@ -96,30 +133,124 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.folder}")
-        args = self._ocp.args
         try:
+            return self._read(step, like, check)
+        except _Damaged as error:
+            others = sorted(set(self._manager.all_steps()) - {step})
+            mend = f"the one of step {others[-1]} may be good: name that step" if others else "there is no other"
+            raise ValueError(f"{self._damaged(step, error)}; {mend}") from error
+
+    def resume(self, like: State) -> State:
+        """The newest checkpoint that is not damaged, from which the run then goes on; see `restore`.
+
+        Damaged ones are set aside as `.STEP.damaged`, with a warning, until the run has ended well.
+
+        Raises FileNotFoundError, ValueError as `restore` does, which leave everything as it is; damaged are all.
+        """
+        steps, found = sorted(self._manager.all_steps(), reverse=True), {}
+        for step in steps:
+            try:
+                state = self._read(step, like, check=True)
+            except _Damaged as error:
+                found[step] = self._damaged(step, error)
+                continue
+            for other, what in found.items():
+                self._set_aside(other)
+                warnings.warn(f"{what}; going on from step {step}", DamagedCheckpoint, stacklevel=2)
+            return state
+        if not found:
+            raise FileNotFoundError(f"no checkpoint in {self.folder}")
+        raise ValueError(f"{found[steps[0]]}; {'so are all others' if len(found) > 1 else 'there is no other'}")
+
+    def _read(self, step: int, like: State, check: bool) -> State:
+        """A checkpoint's state. Raises _Damaged; ValueError for another run's."""
+        args = self._ocp.args
+        with self._reading():
             meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-        except Exception as error:
-            raise ValueError(self._damaged(step, error)) from error
+            sums = meta.pop(CHECKSUM, {})  # older versions wrote none
+            if sums and sums.get("meta") != _crc(meta):
+                raise _Damaged("its settings have changed since they were written")
         for name in sorted(self.meta.keys() | meta.keys()) if check else ():
             if self.meta.get(name) != meta.get(name):
                 raise ValueError(
                     f"the checkpoint in {self.folder} was made with {name}={meta.get(name)!r}, not "
                     f"{self.meta.get(name)!r}: resume with the same settings, or start anew in another output_dir"
                 )
-        target = jax.tree.map(_abstract, like._asdict())
+        target = jax.tree.map(_abstract, _parts(like))
+        with self._reading():
+            parts = {name: args.StandardRestore(part) for name, part in target.items()}
+            restored = self._manager.restore(step, args=args.Composite(**parts))
+            state = State(**restored["state"], **({"memory": restored["memory"]} if "memory" in target else {}))
+        found = {"state": _checksum(state)[0], **_memory_sum(state)}
+        if sums and any(sums.get(name) != value for name, value in found.items()):
+            raise _Damaged("its values have changed since they were written")
+        return state
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tells damage from a machine that cannot read just now."""
         try:
-            restored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target)))["state"]
-        except Exception as error:
-            raise ValueError(self._damaged(step, error)) from error
-        return State(**restored)
+            yield
+        except _Damaged:
+            raise
+        except Exception as error:  # orbax passes on what its threads raise, of any type
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+                raise PermissionError(f"cannot read a checkpoint in {self.folder}: permission denied") from error
+            raise _Damaged(type(error).__name__) from error
 
     def _damaged(self, step: int, error: Exception) -> str:
-        others = sorted(set(self._manager.all_steps()) - {step})
-        return (
-            f"the checkpoint of step {step} in {self.folder} is damaged or incomplete ({type(error).__name__}); "
-            f"{f'delete its folder, and that of step {others[-1]} is the newest' if others else 'there is no other'}"
-        )
+        return f"the checkpoint of step {step} in {self.folder} is damaged or incomplete ({error})"
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.folder / f".{step}.damaged"
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+
+
+class _Damaged(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _crc(meta: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _checksum(state: State) -> tuple[int, bool]:
+    """(CRC-32 of all values, whether theta is finite): the same on any number of devices and processes.
+
+    The store finds files that are missing or cut short, but takes changed bytes of a tensor as they are.
+    """
+    theta, rest = (jax.tree.leaves(part) for part in (state.theta, (state.opt, state.step, state.key)))
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(_crc_and_finite, map(_on_host, [*theta, *rest])))
+    values = np.asarray([crc for crc, _ in sums], "<u4").tobytes()
+    return zlib.crc32(values), all(finite for _, finite in sums[: len(theta)])
+
+
+def _memory_sum(state: State) -> dict[str, int]:
+    """The same of what a method keeps, where it keeps anything."""
+    leaves = jax.tree.leaves(state.memory)
+    return {"memory": zlib.crc32(str([_crc_and_finite(_on_host(a))[0] for a in leaves]).encode())} if leaves else {}
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if not (array.is_fully_addressable or array.is_fully_replicated):  # one by one, so that all never lie on one device
+        whole = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.jit(lambda a: a, out_shardings=whole)(array)
+    # Of the first device's part, as an array of its own, no copy is kept on the host.
+    return np.asarray(array.addressable_data(0) if array.is_fully_replicated else array)
+
+
+def _crc_and_finite(values: np.ndarray) -> tuple[int, bool]:
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return zlib.crc32(data), not floating or bool(np.isfinite(values).all())
 
 
 def save_tree(folder: Path, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -161,6 +292,14 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
 
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         yield ocp, checkpointer
+
+
+def _parts(state: State) -> dict[str, Any]:
+    """A state as what lies in folders of its own. A method's memory is one only where there is any, so that runs
+    without look as they always did, and so that the weights can be read without knowing what else was kept."""
+    fields = state._asdict()
+    memory = fields.pop("memory")
+    return {"state": fields, **({"memory": memory} if jax.tree.leaves(memory) else {})}
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

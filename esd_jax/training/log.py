@@ -15,10 +15,8 @@ class MetricLog:
     def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = False):
         self.path = folder / "log.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) is not None]
-            kept = [line for line in kept if _step(line) <= start]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        self._file = self.path.open("a", buffering=1)
+            _cut(self.path, start)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._writer = _tensorboard(folder) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -33,11 +31,22 @@ class MetricLog:
             self._writer.close()
 
 
-def _step(line: str) -> int | None:
+def _cut(path: Path, start: int) -> None:
+    """Cuts a log after the lines up to a step: in place, so that a kill loses none of them."""
+    kept = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or (step := _step(line)) is None or step > start:
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _step(line: bytes) -> int | None:
     """The line's step; None for a line that a kill cut short."""
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from esd_jax import hosts
 from esd_jax.params import Params
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
@@ -19,6 +20,7 @@ from esd_jax.training.step import Metrics, State, result
 
 # How many steps the host may run ahead of the device before it looks at the metrics.
 AHEAD = 2
+ADVICE = "Lower learning_rate or eta, or compute in float32"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class NotFinite(FloatingPointError):
     """A loss or gradient that is NaN or infinite; the last good checkpoint is kept."""
 
 
-StepFunction = Callable[[State, Params, Params, Any], tuple[State, Metrics]]
+StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.voting`
 
 
 def train(
@@ -73,6 +75,7 @@ def train(
     preview: Callable[[int, Params], None] | None = None,
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
+    votes: bool = False,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
 
@@ -82,6 +85,8 @@ def train(
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
       stop_when: called with theta every `stop_every` steps; where it says so, training ends as if that step were the
         last. It must depend on theta alone, so that a run that is resumed ends at the same step.
+      votes: of a run of several processes, which must all stop at the same step: `step` is `hosts.voting`'s. All stop
+        `AHEAD` steps after any was asked to; a run of one process stops at once.
 
     Returns the last state.
 
@@ -91,13 +96,15 @@ def train(
     """
     if stop_every < 1:
         raise ValueError(f"stop_every={stop_every} must be at least 1")
-    pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-    first, began = int(state.step), time.monotonic()
+    pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
+    first, began, told = int(state.step), time.monotonic(), False
 
     def drain(keep: int) -> None:
+        nonlocal told
         while len(pending) > keep:
-            number, metrics = pending.popleft()
+            number, metrics, asked = pending.popleft()
             loss, grad_norm, t = (float(value) for value in metrics)
+            told = told or bool(asked)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 if checkpoints:
                     checkpoints.discard(number - 1)  # its weights gave this loss
@@ -111,57 +118,71 @@ def train(
         # Nothing is saved before every loss up to here is known to be finite.
         drain(0)
         if checkpoints:
-            checkpoints.save(state)
+            try:
+                checkpoints.save(state)
+            except FloatingPointError as error:
+                raise NotFinite(f"{error}; {_last(checkpoints)}. {ADVICE}") from None
 
     def show(number: int) -> None:
+        # Before the checkpoint of the same step is saved: a run that is resumed draws none that lies before it.
         if preview and settings.preview_every:
+            drain(0)
             preview(number, result(state))
+
+    def stopped(number: int) -> Stopped:
+        lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
+        return Stopped(f"stopped at step {number} of {settings.steps}{lost}")
 
     def ended(number: int) -> bool:
         asked = stop_when is not None and 0 < number < settings.steps and number % stop_every == 0
         return number >= settings.steps or (asked and bool(stop_when(result(state))))
 
     with _signals() as stop, _progress(settings.steps, first) as progress:
-        if first == 0:
-            show(0)
+        if settings.preview_every and first % settings.preview_every == 0:
+            show(first)  # a run that was stopped at this step has not drawn it
         number = first
         done = ended(number)  # a run that is resumed may have been killed where it was to stop
         while not done:
             number += 1
-            state, metrics = step(state, theta_0, frozen, inputs)
-            pending.append((number, metrics))
+            asked = False
+            if votes:
+                state, metrics, asked = step(state, theta_0, frozen, inputs, stop.is_set())
+            else:
+                state, metrics = step(state, theta_0, frozen, inputs)
+            pending.append((number, metrics, asked))
             drain(AHEAD)
-            if stop.is_set():
+            if told or (stop.is_set() and not votes):
                 save()
                 if checkpoints:
                     checkpoints.wait()
-                lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
-                raise Stopped(f"stopped at step {number} of {settings.steps}{lost}")
+                raise stopped(number)
             done = ended(number)
-            if number % settings.checkpoint_every == 0 and not done:
-                save()
             if settings.preview_every and number % settings.preview_every == 0 and not done:
                 show(number)
-        save()
+            if number % settings.checkpoint_every == 0 and not done:
+                save()
         if first < number:
             show(number)
-    if checkpoints:
-        checkpoints.wait()
+        save()
+        if checkpoints:
+            checkpoints.wait()
+        if told or (stop.is_set() and not votes):
+            raise stopped(number)
     return state
 
 
 def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints | None) -> str:
+    return f"loss is {loss} and the gradient's norm {grad_norm} at step {step}; {_last(checkpoints, step)}. {ADVICE}"
+
+
+def _last(checkpoints: Checkpoints | None, failed: int | None = None) -> str:
+    """What is kept of a run whose step `failed` went wrong."""
     kept = checkpoints.latest if checkpoints else None
     if not kept:
-        last = "there is no checkpoint yet"
-    elif kept == step - 1:
-        last = f"the only checkpoint, of step {kept} in {checkpoints.folder}, has the weights that gave it"
-    else:
-        last = f"the checkpoint of step {kept} in {checkpoints.folder} is good"
-    return (
-        f"loss is {loss} and the gradient's norm {grad_norm} at step {step}; {last}. "
-        "Lower learning_rate or eta, or compute in float32"
-    )
+        return "there is no checkpoint yet"
+    if failed is not None and kept == failed - 1:
+        return f"the only checkpoint, of step {kept} in {checkpoints.folder}, has the weights that gave it"
+    return f"the checkpoint of step {kept} in {checkpoints.folder} is good"
 
 
 @contextmanager
@@ -187,7 +208,10 @@ def _signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def _progress(total: int, first: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar with the loss and the time left on a terminal; a line now and then elsewhere."""
+    """A bar with the loss and the time left on a terminal; a line now and then elsewhere; of several processes, one."""
+    if not hosts.first():
+        yield lambda number, loss: None
+        return
     if not sys.stderr.isatty():
         yield _lines(total, first)
         return

@@ -142,7 +142,7 @@ def _step(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh
         f"UNet, {dtype}": _total(base),
         "trained tensors, float32": _total(state.theta),
         f"{recipe.optimizer.optimizer}'s state, float32": _total(state.opt),
-        "prompts and images": _total(inputs),
+        "prompts, images and kept trajectories": _total((inputs, state.memory)),
     }
     if split > 1:
         memory["weights gathered from the other devices"] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)

@@ -2,10 +2,18 @@
 
 import contextlib
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+LOCK, PARTIAL = ".lock", ".run.json.partial"
+
+
+class NotLocked(UserWarning):
+    """A folder on a file system that has no locks, so that a second run in it would not be noticed."""
 
 
 @contextlib.contextmanager
@@ -13,7 +21,8 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
     """A run's folder, for as long as the run goes on; an existing one is not touched unless that is asked for.
 
     A run that fails before its first checkpoint leaves no folder. One that is to be replaced waits as `.NAME.replaced`
-    until the new one has ended well, and comes back if the new one leaves nothing.
+    until the new one has ended well, and comes back if the new one leaves nothing. What a killed run has left is
+    removed. Nobody else can open the folder until the run ends, however it ends.
 
     Args:
       output_dir: the folder; None keeps nothing.
@@ -22,6 +31,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
 
     Raises:
       ValueError, FileExistsError, FileNotFoundError: `output_dir` is not as `resume` and `overwrite` say.
+      BlockingIOError: another run has the folder.
       OSError: one line: no permission, no space left, ...
     """
     if resume and overwrite:
@@ -32,39 +42,133 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
         yield None
         return
     folder = Path(output_dir).expanduser()
-    replaced = folder.absolute().with_name(f".{folder.absolute().name}.replaced")
-    _check(folder, source, resume, overwrite)
-    replaces = replaced.exists() if resume else folder.is_dir() and any(folder.iterdir())
-    if replaces and not resume:
-        if replaced.exists():
-            shutil.rmtree(folder)  # it was to replace that one, and never ended well
-        else:
-            folder.rename(replaced)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    except BaseException as error:
-        kept = ""
-        if not resume and not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
-            _discard(folder)
-            if replaces:
+    replaced = _beside(folder, "replaced")
+    with contextlib.ExitStack() as locks:
+        try:
+            _check(folder, source, resume, overwrite)
+            _prepare(folder, replaced, resume, locks)
+        except OSError as error:
+            if not error.errno:  # one of ours, which says it all
+                raise
+            raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+        replaces = replaced.exists()
+        try:
+            yield folder
+        except BaseException as error:
+            kept = ""
+            if not resume and not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
+                _discard(folder)
+                if replaces:
+                    replaced.rename(folder)
+            elif replaces:
+                kept = f"; the run that this one replaces is kept in {replaced}"
+            if isinstance(error, OSError) and error.errno:
+                raise OSError(f"cannot write to {folder}: {error.strerror}{kept}") from error
+            if kept:
+                error.args = (f"{error}{kept}",)
+            raise
+        _discard(replaced, folder)  # a run that ended well needs no older one
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.absolute().with_name(f".{folder.absolute().name}.{what}")
+
+
+def _prepare(folder: Path, replaced: Path, resume: bool, locks: contextlib.ExitStack) -> None:
+    """Makes the folder ready for a run, and locks it. What a killed run left on the way to here does not matter."""
+    if resume and not _is_run(folder):  # killed when it had only just put the other one aside
+        locks.enter_context(_locked(replaced, folder))
+        _discard(folder)
+        replaced.rename(folder)
+    elif resume:
+        locks.enter_context(_locked(folder))
+    else:
+        if _contents(folder):
+            locks.enter_context(_locked(folder, replaced))
+            if replaced.exists():
+                _discard(folder)  # it was to replace that one, and never ended well
+            else:
+                folder.rename(replaced)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(folder))
+        except BlockingIOError:
+            raise
+        except OSError:
+            if replaced.exists():
+                _discard(folder)
                 replaced.rename(folder)
-        elif replaces:
-            kept = f"; the run that this one replaces is kept in {replaced}"
-        if isinstance(error, OSError) and error.errno:
-            raise OSError(f"cannot write to {folder}: {error.strerror}{kept}") from error
-        if kept:
-            error.args = (f"{error}{kept}",)
-        raise
-    if replaces or not resume:  # a run that ended well needs no older one, not even from before a folder was removed
-        shutil.rmtree(replaced, ignore_errors=True)
+            raise
+    _discard(_beside(folder, "failed"), folder)
+    (folder / PARTIAL).unlink(missing_ok=True)
 
 
-def _discard(folder: Path) -> None:
+def _discard(path: Path, run: Path | None = None) -> None:
     """Removes a folder into which threads may still be writing: the name is free at once."""
-    if folder.is_dir():
-        gone = folder.rename(folder.absolute().with_name(f".{folder.absolute().name}.failed"))
-        shutil.rmtree(gone, ignore_errors=True)
+    gone = _beside(run or path, "failed")
+    if path != gone:
+        if gone.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+        if not path.is_dir():
+            return
+        path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, later: Path | None = None) -> Iterator[None]:
+    """A folder that no other process has. The system gives it free when this process ends, however it ends.
+
+    later: where the folder may lie by the end.
+
+    Raises BlockingIOError, in one line, if another process has it.
+    """
+    while True:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, folder)
+            if _is_at(descriptor, folder):
+                break  # else its owner has removed it meanwhile
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        for place in (folder, later):
+            if place and _is_at(descriptor, place):
+                (place / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another run is using {folder}: wait until it has ended, or choose another output_dir"
+        ) from None
+    except (ImportError, OSError):  # Windows; a network's file system that cannot
+        warnings.warn(f"{folder} cannot be locked here: start no second run in it", NotLocked, stacklevel=2)
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK))
+    except OSError:
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What lies in a folder, besides what a run leaves that was killed before it had written anything."""
+    return [path for path in folder.iterdir() if path.name not in (LOCK, PARTIAL)] if folder.is_dir() else []
 
 
 def _check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> None:
@@ -73,19 +177,19 @@ def _check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> 
         raise ValueError(f"output_dir={folder} and the base's folder, {source}, overlap: choose another output_dir")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; output_dir must be a folder")
-    is_run = (folder / "run.json").is_file()
-    if resume and not is_run:
+    contents = _contents(folder)
+    if resume and not _is_run(folder) and (contents or not _is_run(_beside(folder, "replaced"))):
         raise FileNotFoundError(f"there is no run to resume in {folder}")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    if not resume and contents:
         if not overwrite:
             raise FileExistsError(f"{folder} exists: resume it, overwrite it, or choose another output_dir")
-        if not is_run:
+        if not _is_run(folder):
             raise FileExistsError(f"{folder} is not a run of ours, so it is not overwritten; choose another output_dir")
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes `run.json`, whole or not at all."""
-    partial = folder / ".run.json.partial"
+    partial = folder / PARTIAL
     try:
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(folder / "run.json")

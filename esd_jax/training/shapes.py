@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esd_jax import lora, sharding
 from esd_jax.methods.concepts import Concept
@@ -15,10 +15,10 @@ from esd_jax.methods.method import Scored, Tools, squared_error
 from esd_jax.methods.preservation import preserving
 from esd_jax.models.unet import Conditioning
 from esd_jax.models.unet_config import UNetConfig
-from esd_jax.params import Network, num_scalars, partition, prefixed
+from esd_jax.params import Network, Params, num_scalars, partition, prefixed
 from esd_jax.pipeline import NetworkConfig, image_size, network
 from esd_jax.selection import select
-from esd_jax.training.step import averaging, init_state, make_step, unchanged
+from esd_jax.training.step import averaging, blank_memory, init_state, make_step, unchanged
 
 LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
 
@@ -124,9 +124,17 @@ def abstract(
         weights=lora.weights if recipe.rank else unchanged,
     )
     theta = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in theta.items()}
-    state = jax.eval_shape(lambda theta: init_state(theta, tx, recipe.training.seed), theta)
+    batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
+
+    def begin(theta: Params) -> Any:
+        return init_state(theta, tx, recipe.training.seed, blank_memory(method, tools.shape, batch, accumulate))
+
+    state = jax.eval_shape(begin, theta)
     arguments = (state, theta_0, frozen, inputs)
-    placed = sharding.placements(arguments, mesh)
+    first, *others = sharding.placements(arguments, mesh)
+    # What is kept of each example lies where the example does.
+    spread = NamedSharding(mesh, PartitionSpec(sharding.AXES))
+    placed = (first._replace(memory=jax.tree.map(lambda _: spread, state.memory)), *others)
     return step, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arguments, placed)
 
 

@@ -22,12 +22,16 @@ from esd_jax.params import Params, cast, combine
 
 
 class State(NamedTuple):
-    """All that changes in training; what a checkpoint holds. The keys of theta are "unet/NAME"."""
+    """All that changes in training; what a checkpoint holds. The keys of theta are "unet/NAME".
+
+    memory: what a method keeps from update to update, arrays of [batch, accumulate, ...]; () if it keeps nothing.
+    """
 
     theta: dict[str, Array]
     opt: Any
     step: Int[Array, ""]
     key: Array
+    memory: Any = ()
 
 
 class Metrics(NamedTuple):
@@ -100,10 +104,16 @@ def result(state: State) -> Params:
     return state.opt.average if isinstance(state.opt, Averaged) else state.theta
 
 
-def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, seed: int) -> State:
-    """Step 0. theta is copied, since the step donates it."""
+def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, seed: int, memory: Any = ()) -> State:
+    """Step 0. theta is copied, since the step donates it. memory: `blank_memory`'s."""
     theta = {name: jnp.array(value) for name, value in theta.items()}
-    return State(theta, tx.init(theta), jnp.zeros((), jnp.int32), jax.random.key(seed))
+    return State(theta, tx.init(theta), jnp.zeros((), jnp.int32), jax.random.key(seed), memory)
+
+
+def blank_memory(method: Any, shape: tuple[int, int, int], batch_size: int, accumulate: int = 1) -> Any:
+    """What a method keeps from update to update, before the first; () for a method that keeps nothing."""
+    one = method.memory(shape) if hasattr(method, "memory") else ()
+    return jax.tree.map(lambda spec: jnp.zeros((batch_size, accumulate, *spec.shape), spec.dtype), one)
 
 
 def unchanged(theta: Params, theta_0: Params) -> Params:
@@ -142,7 +152,7 @@ def make_step(
     def view(theta: Params, theta_0: Params, frozen: Params) -> Params:
         return combine(frozen, cast(weights(theta, theta_0), compute_dtype))
 
-    def gradients(state: State, theta_0: Params, frozen: Params, inputs: Any, index: Array) -> Any:
+    def gradients(state: State, theta_0: Params, frozen: Params, inputs: Any, index: Array, memory: Any) -> Any:
         # Draws of the micro-batch `index`; its examples have the global indices [index, index + 1) * batch_size.
         step_key = jax.random.fold_in(state.key, state.step)
         shared_key, examples_key = jax.random.split(step_key)
@@ -151,31 +161,39 @@ def make_step(
         draws = sharding.split_batch(draws, mesh)
         average = view(state.opt.average, theta_0, frozen) if isinstance(state.opt, Averaged) else None
         models = Models(view(state.theta, theta_0, frozen), combine(frozen, theta_0), average)
+        if jax.tree.leaves(memory):
+            memory, draws = method.recall(models, draws, memory, state.step, inputs)
         batch = method.prepare(models, draws, inputs)
 
         def loss(theta: Params) -> Array:
             return method.loss(view(theta, theta_0, frozen), batch)
 
         value, grads = jax.value_and_grad(loss)(state.theta)
-        return value, grads, jnp.mean(draws.t)
+        return (value, grads, jnp.mean(draws.t)), memory
 
     def averaged(state: State, theta_0: Params, frozen: Params, inputs: Any) -> Any:
         if accumulate == 1:
-            return gradients(state, theta_0, frozen, inputs, jnp.int32(0))
-        zero = jax.eval_shape(lambda: gradients(state, theta_0, frozen, inputs, jnp.int32(0)))
+            own = jax.tree.map(lambda a: a[:, 0], state.memory)
+            found, own = gradients(state, theta_0, frozen, inputs, jnp.int32(0), own)
+            return found, jax.tree.map(lambda a: a[:, None], own)
+        memory = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), state.memory)
+        first = jax.tree.map(lambda a: a[0], memory)
+        zero, _ = jax.eval_shape(lambda: gradients(state, theta_0, frozen, inputs, jnp.int32(0), first))
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), zero)
 
-        def add(total: Any, index: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(state, theta_0, frozen, inputs, index)), None
+        def add(total: Any, micro: tuple[Array, Any]) -> tuple[Any, Any]:
+            found, own = gradients(state, theta_0, frozen, inputs, *micro)
+            return jax.tree.map(jnp.add, total, found), own
 
-        total, _ = jax.lax.scan(add, zero, jnp.arange(accumulate))
-        return jax.tree.map(lambda a: a / accumulate, total)
+        total, memory = jax.lax.scan(add, zero, (jnp.arange(accumulate), memory))
+        return jax.tree.map(lambda a: a / accumulate, total), jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), memory)
 
     def step(state: State, theta_0: Params, frozen: Params, inputs: Any) -> tuple[State, Metrics]:
-        loss, grads, t = averaged(state, theta_0, frozen, inputs)
+        (loss, grads, t), memory = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
         theta = optax.apply_updates(state.theta, updates)
         new = sharding.constrained(State(theta, opt, state.step + 1, state.key), mesh)
+        new = new._replace(memory=sharding.split_batch(memory, mesh))
         return new, Metrics(loss, optax.tree.norm(grads), t)
 
     return jax.jit(step, donate_argnums=0)

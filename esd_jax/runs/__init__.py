@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from PIL import Image
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.diffusion import guidance, programs
-from esd_jax.io import delta, diffusers
+from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
@@ -30,6 +28,7 @@ from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.runs.record import STARTED, describe
 from esd_jax.sampling import sample
 from esd_jax.selection import select
 from esd_jax.training import run_folder
@@ -37,10 +36,10 @@ from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
 from esd_jax.training.plan import changed_names, recomputes
-from esd_jax.training.step import State, averaging, init_state, make_step, result, unchanged
+from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, result, unchanged
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
-STARTED = "started_from"  # in a run's record: weights other than the base's that it began with
+EXPORTS = "exports"  # and that of its other formats
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -59,11 +58,13 @@ def run(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     own: bool = False,
+    then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
     """Carries out a recipe on a loaded base; `erase` with everything said. See there.
 
     own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
       and come back with the result.
+    then: called with the result while the folder is still this run's alone, to write more into it.
     """
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
@@ -89,11 +90,15 @@ def run(
         mesh=mesh,
         weights=lora.weights if plan.rank else unchanged,
     )
+    if several := jax.process_count() > 1:
+        step = hosts.voting(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     if own:  # what is split lies whole on the first device, too; nothing else is there twice
         base = parked(base, lambda name, shape: not sharding.placement(name, shape, mesh).is_fully_replicated)
+    memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
+    state = state._replace(memory=sharding.spread(memory, mesh))
     record = describe(base, plan, start_from)
 
     with contextlib.ExitStack() as stack:
@@ -122,6 +127,8 @@ def run(
                     run_folder.write_record(folder, private)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
                 stack.callback(log.close)
+                for place in (folder, folder / EXPORTS):
+                    leftovers.sweep_folder(place)
             preview = _preview(base, plan, folder)
 
         def erased(theta: Params, record: dict[str, Any] | None = None) -> Pipeline:
@@ -139,13 +146,17 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
+            votes=several,
         )
         made = erased(result(state), {**record, "step": int(state.step)})
         if folder and hosts.first():
             export(made, folder / MODEL, overwrite=True)
             export_delta(made, folder / delta_name(plan), overwrite=True)
-        hosts.wait("the run is exported")
-    return unparked(made) if own else made
+        made = unparked(made) if own else made
+        if then:
+            then(made)
+        hosts.wait("the run's files are written")
+    return made
 
 
 def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
@@ -247,36 +258,6 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
 
 
-def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -> dict[str, Any]:
-    """What was erased, from what, how and with which versions: the record that travels with every export."""
-    packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
-    # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
-    name = _public(plan.base)
-    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
-    recorded = plan.flat() | {"base": name, "images": images}
-    return {
-        # Tuples as lists, which is how JSON gives them back.
-        "concepts": json.loads(json.dumps([dataclasses.asdict(concept) for concept in plan.concepts])),
-        "base": name,
-        "base_sha256": diffusers.source_hash(base, "unet"),
-        "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
-        "versions": {package: version(package) for package in packages},
-        **({STARTED: _origin(start_from)} if start_from else {}),
-    }
-
-
-def _public(source: str) -> str:
-    """What the world may know of where a checkpoint lies: of a folder, its name."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
-
-
-def _origin(start_from: Pipeline) -> dict[str, Any]:
-    """Where the weights came from that a run began with, instead of its base's."""
-    erased = json.loads(json.dumps(start_from.provenance.erased, default=str))
-    return {"name": _public(start_from.provenance.source), "erased": erased}
-
-
 def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:
     """Raises ValueError for weights that a recipe cannot go on from."""
     if plan.rank or not plan.settings.trained:
@@ -297,7 +278,7 @@ def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
     """The newest checkpoint's state; the one given if a run was killed before its first."""
     if checkpoints.latest is None:
         return state
-    state = checkpoints.restore(state)
+    state = checkpoints.resume(state)
     if (made := int(state.step)) > plan.training.steps:
         raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
     return state

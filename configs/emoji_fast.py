@@ -1,0 +1,28 @@
+"""Erases a style from the embedded emoji model with a fifth of emoji's evaluations.
+
+    esd-jax erase --config=emoji_fast --config.concept="neon style" --config.output_dir=out/neon
+
+The changes to emoji, chosen on two styles (blueprint, halftone):
+- trajectories of 10 steps of DPM-Solver++ in place of 20 of DDIM.
+- one is drawn in every tenth update, whole; the last four are kept, and each update takes a random point of them.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "esd",
+        "fast",
+        base="emoji",
+        concept="neon style",
+        sampling_steps=10,
+        eta=0.5,
+        learning_rate=1e-3,
+        steps=300,
+        checkpoint_every=50,
+        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_guidance=3.0,
+    )

@@ -1,0 +1,243 @@
+"""What each way to sample less in an update of ESD gains in time, and what it costs in quality, on the embedded model.
+
+    python -m launch.levers --output=out/levers
+    python -m launch.levers --output=out/levers --targets="a cat" --variants="recipe; fast" --images=200
+
+A variant is the recipe of a target's kind with some fields changed. The updates of all variants of a kind are timed in
+turns, after they are compiled, so that a machine that does other things too treats them alike; only ratios mean
+something there. Every model draws the same prompts from the same noise. What is measured is kept as it comes, so that a
+run which is stopped goes on where it was. The result is levers.md and levers.json.
+
+    python -m launch.levers --targets="a dog" --variants=recipe --also="sampling_steps=5, steps=100; eta=1.0"
+
+measures further ones.
+"""
+
+import ast
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from esd_jax import api, recipe, runs, sharding
+from esd_jax.demo import groups
+from esd_jax.demo.gallery import Gallery
+from esd_jax.demo.groups import Target
+from esd_jax.demo.measure import BASE, ERASED
+from esd_jax.io.diffusers import source_hash
+from esd_jax.params import partition, prefixed
+from esd_jax.pipeline import Pipeline
+from esd_jax.training.plan import changed_names
+from esd_jax.training.step import blank_memory, init_state, make_step
+from launch import command
+from launch.compare_methods import lost
+from launch.demo import RECIPES
+from launch.results import Made, groups_of, kept, measured, read, say, slug, write
+
+KEPT = {"updates_per_trajectory": 10, "trajectory_buffer": 4}
+# Variant -> what `planned` changes.
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "recipe": {},
+    "half the updates": {"part": 2},
+    "10 DDIM steps": {"sampling_steps": 10},
+    "10 DPM-Solver++ steps": {"sampler": "dpmpp_2m", "sampling_steps": 10},
+    "batch of 4, a quarter of the updates": {"batch_size": 4, "part": 4},
+    "kept, of the teacher": KEPT,
+    "kept, of the student": KEPT | {"sample_with": "student"},
+    "kept, one at a time": {"updates_per_trajectory": 10},
+    "fast": {"config": "fast"},
+}
+GROUPS = ("own", "implicit", "nearest", "others")
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("targets", "neon style; a cat", 'Separated by ";".', flag_values=FLAGS)
+flags.DEFINE_string("variants", "; ".join(VARIANTS), 'Separated by ";".', flag_values=FLAGS)
+flags.DEFINE_string("also", "", 'Further ones: "FIELD=VALUE, FIELD=VALUE; ...".', flag_values=FLAGS)
+flags.DEFINE_integer("images", 96, "Per group and model.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 3, "In which the updates are timed; 0: not at all.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_integer("updates", 20, "Of each variant in a round.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("output", "out/levers", "The folder of the results.", flag_values=FLAGS)
+
+Plans = dict[str, recipe.Recipe]
+
+
+def main() -> None:
+    FLAGS(sys.argv)
+    targets = [groups.parse_target(text) for text in FLAGS.targets.split(";") if text.strip()]
+    plans = {kind: plans_of(kind) for kind in dict.fromkeys(target.kind for target in targets)}
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    base = api.load("emoji")
+    paces = {kind: paced(base, kind, found, output) for kind, found in plans.items()} if FLAGS.rounds else {}
+    drawn = kept(output, BASE, source_hash(base, "unet"))
+    found: dict[str, dict[str, Any]] = {}
+    for target in targets:
+        rows = found[target.concept] = {}
+        for name, plan in plans[target.kind].items():
+            rows[name] = cost(base, plan) | paces.get(target.kind, {}).get(name, {})
+            rows[name] |= quality(base, name, plan, target, output, drawn)
+            say(f"{target.concept:14} {name:40} " + "  ".join(f"{k} {v:.3g}" for k, v in rows[name].items()))
+        write(output / "levers.json", found)
+        (output / "levers.md").write_text(markdown(found))
+    print(markdown(found))
+    print(f"results  {output}")
+
+
+def plans_of(kind: str) -> Plans:
+    """The recipes of the variants that the flags name. Raises ValueError for others."""
+    named = [name.strip() for name in FLAGS.variants.split(";") if name.strip()]
+    if unknown := [name for name in named if name not in VARIANTS]:
+        raise ValueError(f"unknown variant {unknown[0]!r}; choose from {', '.join(VARIANTS)}")
+    also = {part.strip(): parsed(part) for part in FLAGS.also.split(";") if part.strip()}
+    return {name: planned(kind, **changes) for name, changes in ({n: VARIANTS[n] for n in named} | also).items()}
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The fields of a variant. Raises ValueError for what is not FIELD=VALUE."""
+    changes = {}
+    for part in text.split(","):
+        name, found, value = (p.strip() for p in part.partition("="))
+        if not found:
+            raise ValueError(f"also={text!r}: each is FIELD=VALUE, and several are separated by ','")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            changes[name] = value
+    return changes
+
+
+def planned(kind: str, config: str = "", part: int = 1, **changes: Any) -> recipe.Recipe:
+    """The recipe of a kind, or the one of a name for that kind, with `part` of its updates and some fields changed."""
+    fields = recipe.read(f"{RECIPES[kind]}_{config}" if config else RECIPES[kind])
+    fields.steps //= part
+    recipe.complete(fields, changes)
+    fields.update(changes)
+    return recipe.make(**fields.to_dict())
+
+
+def cost(base: Pipeline, plan: recipe.Recipe) -> dict[str, float]:
+    """Updates, and evaluations of the UNet: of an update, and of all."""
+    training = plan.training
+    each = training.batch_size * training.accumulate * plan.settings.evaluations(base.schedule, False)
+    return {"updates": training.steps, "evaluations": each, "all_evaluations": training.steps * each}
+
+
+def paced(base: Pipeline, kind: str, plans: Plans, output: Path) -> dict[str, dict[str, float]]:
+    """Seconds of an update of each variant, the median of rounds in which they take turns; and of the first."""
+    file = output / f"pace-{kind}.json"
+    settings = {"rounds": FLAGS.rounds, "updates": FLAGS.updates, "plans": {n: p.flat() for n, p in plans.items()}}
+    report = read(file, settings)
+    if report is None:
+        walkers = {name: walker(base, plan) for name, plan in plans.items()}
+        first = {name: walk(1) for name, walk in walkers.items()}
+        rounds = [
+            {name: walk(FLAGS.updates) / FLAGS.updates for name, walk in walkers.items()} for _ in range(FLAGS.rounds)
+        ]
+        paces = {
+            name: {"first": first[name], "seconds": statistics.median(each[name] for each in rounds)} for name in plans
+        }
+        report = {"settings": settings, "paces": paces, "rounds": rounds}
+        write(file, report)
+    for name, pace in report["paces"].items():
+        say(f"{kind:7} {name:40} first {pace['first']:6.1f} s, then {pace['seconds']:.4f} s an update")
+    return report["paces"]
+
+
+def walker(base: Pipeline, plan: recipe.Recipe) -> Callable[[int], float]:
+    """A function that makes so many updates and tells their seconds."""
+    method, inputs, shape = runs.prepare(base, plan)
+    tx, batch = runs.transformation(plan), plan.training.batch_size
+    names = changed_names(plan, base.network("unet"))
+    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
+    mesh = sharding.make_mesh(batch)  # the program of `erase`, which then finds it compiled
+    options = {"shape": shape, "batch_size": batch, "mesh": mesh}
+    step = make_step(method, tx, compute_dtype=jnp.dtype(base.dtype), **options)
+    state = init_state(theta_0, tx, plan.training.seed)
+    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
+    state = state._replace(memory=sharding.spread(blank_memory(method, shape, batch), mesh))
+
+    def walk(updates: int) -> float:
+        nonlocal state
+        started = time.perf_counter()
+        for _ in range(updates):
+            state, metrics = step(state, theta_0, frozen, inputs)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - started
+
+    return walk
+
+
+def quality(
+    base: Pipeline, name: str, plan: recipe.Recipe, target: Target, output: Path, drawn: Gallery
+) -> dict[str, float]:
+    """What an erased model draws of the target, of what is near it and of all else, from its file if it is there."""
+    fields = {field: value for field, value in plan.flat().items() if field not in ("base", "concept")}
+    settings = {
+        "base_sha256": source_hash(base, "unet"), "images": FLAGS.images, "seed": FLAGS.seed, "recipe": fields,
+    }  # fmt: skip
+    file = output / f"{slug(target.concept)}-{slug(name)[:80]}.json"
+
+    def make() -> Made:
+        started = time.monotonic()
+        erased = api.erase(base, target.concepts, **fields)
+        seconds = time.monotonic() - started
+        mine = kept(output, f"{target.concept} {name}"[:80], settings["base_sha256"], fields)
+        return Made({BASE: base, ERASED: erased}, {BASE: drawn, ERASED: mine}, {}, seconds)
+
+    report = measured(
+        file, settings, target, make, names=GROUPS, num_images=FLAGS.images, seed=FLAGS.seed, other_seed=False
+    )
+    rows = {group.name: group.rows for group in groups_of(file, report)}
+    found = {"erasure": report["seconds"]}
+    for group, key in (("own", "target"), ("implicit", "implicit")):
+        if group in rows:
+            found |= {f"base_{key}": rows[group][0].target.value, key: rows[group][1].target.value}
+    found["unrecognised"] = rows["own"][1].unrecognised.value
+    for group in ("nearest", "others"):
+        found[f"{group}_lost"] = lost(*rows[group])
+    return found | {"ssim": rows["others"][1].ssim.value, "ssim25": rows["others"][1].ssim25.value}
+
+
+HEADINGS = (
+    "variant", "updates", "evaluations", "of an update", "ms an update", "times faster", "target seen", "not named",
+    "unrecognisable", "nearest lost", "others lost", "SSIM 7", "SSIM 25",
+)  # fmt: skip
+
+
+def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A table for each target, for reading. How many times faster: all updates, beside the first variant's."""
+    parts = []
+    for target, variants in found.items():
+        first = next(iter(variants.values()))
+        lines = [["base", *[""] * 5, f"{first['base_target']:.0%}", _rate(first, "base_implicit"), *[""] * 5]]
+        for name, f in variants.items():
+            pace, times = (
+                (f"{1000 * f['seconds']:.0f}", f"{whole(first) / whole(f):.1f}") if "seconds" in f else ("", "")
+            )
+            costs = [f"{f['updates']:.0f}", f"{f['all_evaluations']:.0f}", f"{f['evaluations']:.1f}", pace, times]
+            rates = [_rate(f, "target"), _rate(f, "implicit"), _rate(f, "unrecognised")]
+            points = [f"{100 * f[key]:.0f}" for key in ("nearest_lost", "others_lost")]
+            lines.append([name, *costs, *rates, *points, f"{f['ssim']:.2f}", f"{f['ssim25']:.2f}"])
+        table = ["| " + " | ".join(cells) + " |" for cells in [HEADINGS, ["---"] * len(HEADINGS), *lines]]
+        parts.append("\n".join([f"### Erasing {target}", "", *table]))
+    return "\n\n".join(parts) + "\n"
+
+
+def whole(found: Mapping[str, float]) -> float:
+    """Seconds of all updates of a variant."""
+    return found["updates"] * found["seconds"]
+
+
+def _rate(values: Mapping[str, float], key: str) -> str:
+    return f"{values[key]:.0%}" if key in values else ""
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS, __doc__)
