@@ -401,6 +401,7 @@ def test_images_sampled_by_rules(esd, base, tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.concatenate(expected, axis=1))
 
 
+@pytest.mark.slow
 def test_purified_images(esd, base, finished, tmp_path):
     """Files of any size are scaled and cropped; flags may stand before or behind them."""
     pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)

@@ -117,8 +117,12 @@ def test_drawing_goes_on_where_it_stopped(models, tmp_path):
     whole = np.stack([drawn[i] for i in range(3)])
     np.testing.assert_array_equal(np.concatenate(list(drawn.batches(2))), whole)
     options = {"num_steps": 2, "height": 32, "width": 32}
-    np.testing.assert_array_equal(whole[1], esd_jax.sample(base, ["dog"], seed=[6], guidance_scale=3.0, **options)[0])
-    np.testing.assert_array_equal(whole[2], esd_jax.sample(base, ["cat"], seed=[7], **options)[0])
+    alone = [
+        esd_jax.sample(base, ["dog"], seed=[6], guidance_scale=3.0, **options)[0],
+        esd_jax.sample(base, ["cat"], seed=[7], **options)[0],
+    ]
+    # In a batch of another size, a float may round to the other side.
+    np.testing.assert_allclose(whole[1:].astype(int), np.stack(alone).astype(int), atol=1)
     (tmp_path / "a" / "2.png").unlink()
     again = drawing.draw(base, {"id": 1}, cases, how, tmp_path / "a", lambda *n: told.append(n))
     assert told[-1] == (3, 3) and len(told) == 3
@@ -394,6 +398,7 @@ def test_attacks_need_a_goal(models, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_path):
     _, _, folder = models
     fields = {"base": folder / "base", "concept": "cat", "steps": 6, "subset": "esd-x-strict", "sampling_steps": 4,

@@ -210,6 +210,7 @@ def test_noise_is_standard_normal_and_differs_between_steps():
     assert not np.array_equal(t, t_other)
 
 
+@pytest.mark.slow
 def test_initial_zeroes_the_named_branches_alone(tiny):
     config = tiny["unet"]
     random = initial(lambda: MODULES[type(config)](config, rngs=Keys(0)))

@@ -122,6 +122,7 @@ def test_garbage_differs_from_one_to_the_next_and_from_seed_to_seed():
     assert len({image.tobytes() for image in (*one, *other)}) == 40
 
 
+@pytest.mark.slow
 def test_a_step_lowers_the_loss_on_its_batch(pictures):
     bad = training.nothing(np.random.default_rng(0), garbage.TRAINED, 8)
     batch = [np.concatenate([good[:24], rest]) for good, rest in zip(pictures, bad, strict=True)]

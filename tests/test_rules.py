@@ -343,7 +343,10 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
     assert np.abs(negative - found).max() > 1e-2
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [name if name in ("pndm", "euler_ancestral") else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
+)
 def test_rules_go_with_every_sampler(sd1, in_latents, sampler):
     """A rule that does nothing changes nothing; one that does something does so at once."""
     options = {"seed": 3, "num_steps": 4, "sampler": sampler, "guidance_scale": 3.0}

@@ -103,8 +103,8 @@ def run(
 
     with contextlib.ExitStack() as stack:
         opened = run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite)
-        folder = hosts.agreed(lambda: plan.output_dir and str(stack.enter_context(opened)))
-        folder = folder and Path(folder)
+        name = hosts.agreed(lambda: str(stack.enter_context(opened) or ""))
+        folder = Path(name) if name else None
         checkpoints = log = preview = None
         if folder:
             meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
