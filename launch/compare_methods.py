@@ -71,6 +71,7 @@ flags.DEFINE_string("targets", TARGETS, 'Separated by ";"; a list\'s concepts by
 flags.DEFINE_integer("images", 200, "Per group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("longer", 1, "Times as many updates as the recipes have.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("controls", True, "Also measure sham erasures.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/compare", "The folder of the results.", flag_values=FLAGS)
 
@@ -106,6 +107,10 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
     plan = carried_out(config, target) if config else {}
     if plan.get("method") == "sdd" and not one_prompt(base, target):
         plan["sample_prompt"] = "concept"
+    times = ""
+    if plan.get("steps") and FLAGS.longer > 1:
+        plan["steps"] *= FLAGS.longer
+        times = f"-{FLAGS.longer}x"
     options = {} if config else entry.guidance(target.concepts)
     settings = {
         "base_sha256": source_hash(base, "unet"), "images": FLAGS.images, "seed": FLAGS.seed,
@@ -114,7 +119,7 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
     if entry.joined and not one_prompt(base, target):
         say(f"\n{target.concept}: {name} takes them as one prompt, which is too long")
         return {}
-    file = output / f"{slug(name)}-{slug(target.concept)[:80]}.json"
+    file = output / f"{slug(name)}-{slug(target.concept)[:80]}{times}.json"
 
     def make() -> Made:
         started = time.monotonic()

@@ -87,6 +87,17 @@ def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, c
         run(monkeypatch, compare_methods, f"--output={tmp_path}", "--methods=magic")
 
 
+def test_longer_erasures_are_results_of_their_own(fakes, monkeypatch, tmp_path):
+    erasures = []
+    erasing(monkeypatch, compare_methods, erasures)
+    arguments = (f"--output={tmp_path}", "--images=2", "--methods=esd; uce", "--targets=a cat", "--nocontrols")
+    for longer in (1, 3):
+        run(monkeypatch, compare_methods, *arguments, f"--longer={longer}")
+    esd, _, again = (fields for _, fields in erasures)  # the closed form has no updates, and is not measured again
+    assert again["steps"] == 3 * esd["steps"]
+    assert {file.name for file in tmp_path.glob("esd-*.json")} == {"esd-a_cat.json", "esd-a_cat-3x.json"}
+
+
 def test_more_concepts_than_a_prompt_holds():
     base = esd_jax.load("emoji")
     few, many = (groups.parse_target(", ".join(names)) for names in (["a cat", "a rose"], TEN))
