@@ -99,7 +99,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "single": Format(
         "single file for A1111 and ComfyUI", single_file.export_single, _load_single, ".safetensors",
-        options=("into",), whole=True,
+        options=("into", "dtype"), whole=True,
     ),
     "delta": Format(
         "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors", options=("dtype",)
@@ -196,7 +196,7 @@ def export(
     try:
         report = write()
         try:
-            return verified(pipeline, path, format, report)
+            return verified(pipeline, path, format, report, options.get("dtype") if kind.whole else None)
         except BaseException:
             leftovers.remove(path)
             if before:
@@ -235,13 +235,14 @@ def name_of(pipeline: Pipeline) -> str:
     return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
 
 
-def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "") -> Written:
+def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "", dtype: Any = None) -> Written:
     """Reads what was written, as its user would, and compares it with memory.
 
     Every trained tensor must be memory's in some dtype (of a difference or LoRA, the share of the change is given
-    instead); every other tensor of a whole checkpoint must have the base's bits, under the base's dtype; no number may
-    be NaN or infinite; the records of what was erased must be there; and of an exact format the image of one seed must
-    be the one that memory draws when its trained tensors are rounded alike.
+    instead); every other tensor of a whole checkpoint must have the base's bits, under the base's dtype, or be rounded
+    to `dtype`, if all was written in one; no number may be NaN or infinite; the records of what was erased must be
+    there; and of an exact format the image of one seed must be the one that memory draws when its trained tensors are
+    rounded alike.
 
     Raises ValueError, naming the first thing that is wrong.
     """
@@ -258,14 +259,14 @@ def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str
                 dtypes.add(_dtype_of(ours, theirs, name, path))
             lost += float(np.sum(np.square(ours - theirs, dtype=np.float64)))
             change += float(np.sum(np.square(ours - first, dtype=np.float64)))
-    others = _check_others(base, again, pipeline.edits, path) if kind.whole else 0
+    others = _check_others(base, again, pipeline.edits, path, dtype) if kind.whole else 0
     records = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
     if json.loads(json.dumps(list(records), default=str)) != json.loads(
         json.dumps(list(pipeline.provenance.erased), default=str)
     ):
         raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
     carried = 1 - lost / change if change else 1.0
-    levels = _compare_images(pipeline, again, names, kind.exact, path)
+    levels = _compare_images(pipeline, again, names, kind.exact and dtype is None, path)
     return Written(format, path, carried, tuple(sorted(dtypes)), len(names), others, levels, report)
 
 
@@ -284,8 +285,11 @@ def _dtype_of(ours: np.ndarray, theirs: np.ndarray, name: str, path: Path) -> st
     raise ValueError(f"{path} does not verify: {name} differs from memory's values by up to {worst:.3g}")
 
 
-def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], path: Path) -> int:
-    """How many tensors were not trained, after finding all of them as they were. Raises ValueError for another one."""
+def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], path: Path, dtype: Any) -> int:
+    """How many tensors were not trained, after finding all as they were, or rounded to `dtype`, if it is given.
+
+    Raises ValueError for another one.
+    """
     names = [f"{part}/{name}" for part, params in base.params.items() for name in params]
     if missing := sorted(set(names) ^ {f"{part}/{name}" for part, params in again.params.items() for name in params}):
         raise ValueError(f"{path} does not verify: {missing[0]} is in it or in the base alone")
@@ -293,7 +297,9 @@ def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], pat
     for some in _chunks(others):
         before, after = read_exact(base, some), read_exact(again, some)
         for name in some:
-            if np.asarray(before[name]).tobytes() != np.asarray(after[name]).tobytes():
+            values = np.asarray(before[name])
+            values = values if dtype is None else values.astype(safetensors.read_dtype(dtype)).astype(np.float32)
+            if values.tobytes() != np.asarray(after[name]).tobytes():
                 raise ValueError(f"{path} does not verify: {name} was not trained, but is not as it was")
     return len(others)
 

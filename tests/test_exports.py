@@ -7,6 +7,7 @@ import factories
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from messages import one_line
 
@@ -72,6 +73,17 @@ def test_a_single_file_becomes_a_sharded_folder_of_a_variant(run, written, tmp_p
     path = esd_jax.export(edited, tmp_path / "x", verify=True, max_shard_size=500_000, variant="fp16")
     assert len(list((path / "unet").glob("*.fp16-*-of-*.safetensors"))) > 1
     assert (path / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+
+
+def test_a_single_file_in_another_dtype(run, tmp_path):
+    path = tmp_path / "x.safetensors"
+    one = exports.export(run[1], path, "single", verify=True, dtype="bfloat16")
+    assert one.dtypes == ("bfloat16",) and one.others > 100 and 0 < one.carried < 1
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(path).values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="was not trained, but is not as it was"):
+        exports.verified(run[1], path, "single")
+    with pytest.raises(ValueError, match="takes no dtype"):
+        exports.export(run[1], tmp_path / "folder", "folder", dtype="bfloat16")
 
 
 def test_every_file_says_what_was_erased(run, written):

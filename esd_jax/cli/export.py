@@ -39,7 +39,7 @@ def define(values: flags.FlagValues) -> None:
         "into", None, "single: the base's own single file, whose other keys are kept.", flag_values=values
     )
     flags.DEFINE_string(
-        "dtype", None, "delta, difference, lora, kohya: float32, float16 or bfloat16.", flag_values=values
+        "dtype", None, "single, delta, difference, lora, kohya: float32, float16 or bfloat16.", flag_values=values
     )
     flags.DEFINE_integer("rank", None, "lora, kohya: the rank of every matrix.", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
