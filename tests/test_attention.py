@@ -19,6 +19,7 @@ from esd_jax.models.attention import Attention, Device, implementation
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import functional
+from esd_jax.training import liveness
 
 HEADS = 4
 CONFIG = {
@@ -209,6 +210,44 @@ def test_captured_maps_have_gradients_under_remat():
 
 
 HOPPER, AMPERE = Device((9, 0), 91900), Device((8, 0), 91900)
+
+
+def plain_attention(q, k, v, mask):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    logits = logits if mask is None else jnp.where(mask, logits, -1e30)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v)
+
+
+@pytest.mark.parametrize("mask", [None, np.tril(np.ones((6, 5), bool))], ids=["all", "masked"])
+def test_gradients_are_those_of_softmax(mask):
+    q, k, v, weights = (np.random.default_rng(n).normal(size=(2, n, 3, 8)) for n in (6, 5, 5, 6))
+
+    def gradients(attend, dtype):
+        total = lambda q, k, v: jnp.sum(attend(q, k, v, mask) * weights.astype(dtype), dtype="float64")  # noqa: E731
+        return jax.grad(total, argnums=(0, 1, 2))(*(jnp.asarray(a, dtype) for a in (q, k, v)))
+
+    for dtype, bound in (("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 2e-2)):
+        found = gradients(dispatch.dot_product_attention, dtype)
+        for ours, theirs in zip(found, gradients(plain_attention, "float64"), strict=True):
+            assert ours.dtype == dtype and error(ours, theirs) < bound
+
+
+def test_the_backward_pass_keeps_the_maps_as_rounded():
+    """Of each of several attentions in a row, 2 bytes an element in bfloat16 and 4 in float32, and nothing else."""
+    heads, side, size = 4, 64, 8
+
+    def needed(dtype, count):
+        def loss(q, k, v):
+            for _ in range(count):
+                q = dispatch.dot_product_attention(q, k, v)
+            return jnp.sum(q.astype("float32"))
+
+        shapes = [jax.ShapeDtypeStruct((1, side, heads, size), dtype)] * 3
+        return liveness.peak(jax.make_jaxpr(jax.grad(loss))(*shapes))
+
+    maps = heads * side * side
+    for dtype, width in (("bfloat16", 2), ("float32", 4)):
+        assert width * maps <= (needed(dtype, 6) - needed(dtype, 2)) / 4 < 1.3 * width * maps
 
 
 def test_every_head_of_stable_diffusion_has_its_kernel():

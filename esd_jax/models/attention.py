@@ -2,7 +2,8 @@
 
 import os
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,28 +152,43 @@ def dot_product_attention(
     choice = os.environ.get(CHOICE, "auto")
     if mask is None and implementation(this_device(), q.dtype, queries, size, choice) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return weighted_values(attention_maps(q, k, mask), v)
+    return weighted_values(attention_maps(q, k, mask, dtype=v.dtype), v)
 
 
-def attention_maps(q: Array, k: Array, mask: Array | None = None) -> Float[Array, "batch heads queries tokens"]:
-    """The softmaxed maps, each query's row summing to one. `mask` is True where a query may look."""
-    dtype = layers.statistics_dtype(q.dtype)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
+def attention_maps(
+    q: Array, k: Array, mask: Array | None = None, dtype: Dtype | None = None
+) -> Float[Array, "batch heads queries tokens"]:
+    """The softmaxed maps, each query's row summing to one.
+
+    mask: True where a query may look. dtype: of the result; by default that in which the softmax is computed.
+    """
+    return _maps(q, k, mask, jnp.dtype(dtype or layers.statistics_dtype(q.dtype)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _maps(q: Array, k: Array, mask: Array | None, dtype: jnp.dtype) -> Array:
+    """The maps, rounded to `dtype`.
+
+    For the backward pass nothing is kept but what is returned, where jax.nn.softmax keeps the exponentials and the
+    quotients in float32; and the logits' gradient is rounded to the dtype of q before it is multiplied with q and k.
+    Kernels that never write the maps round both alike.
+    """
+    precise = layers.statistics_dtype(q.dtype)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=precise) * q.shape[-1] ** -0.5
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
-    return softmax(logits)
+        logits = jnp.where(mask, logits, jnp.finfo(precise).min)
+    return jax.nn.softmax(logits, axis=-1).astype(dtype)
 
 
-@jax.custom_jvp
-def softmax(logits: Float[Array, "*rows columns"]) -> Float[Array, "*rows columns"]:
-    """Over the last axis, keeping for the backward pass its result alone; jax.nn's keeps the exponentials besides."""
-    return jax.nn.softmax(logits, axis=-1)
-
-
-@softmax.defjvp
-def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    maps, change = jax.lax.optimization_barrier(softmax(*primals)), tangents[0]
-    return maps, maps * (change - jnp.sum(maps * change, axis=-1, keepdims=True))
+@_maps.defjvp
+def _maps_jvp(dtype: jnp.dtype, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    (q, k, _), (dq, dk, _) = primals, tangents
+    maps = jax.lax.optimization_barrier(_maps(*primals, dtype))
+    precise = layers.statistics_dtype(q.dtype)
+    # Where a mask hides a token, its map and so all of its change is zero.
+    change = jnp.einsum("bqhd,bkhd->bhqk", dq, k) + jnp.einsum("bqhd,bkhd->bhqk", q, dk)
+    change, wide = change.astype(precise) * q.shape[-1] ** -0.5, maps.astype(precise)
+    return maps, (wide * (change - jnp.sum(wide * change, axis=-1, keepdims=True))).astype(dtype)
 
 
 def weighted_values(maps: Array, v: Array) -> Float[Array, "batch queries heads size"]:

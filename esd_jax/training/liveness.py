@@ -42,12 +42,15 @@ class Node:
 
 
 class Value:
-    """One value of the flat program: made by a node, or given (then `node` is None)."""
+    """One value of the flat program: made by a node, or given (then `node` is None).
 
-    __slots__ = ("node", "size", "users", "kept")
+    kept: it is a result. pinned: it stands before a barrier, so that it is not computed again behind it.
+    """
+
+    __slots__ = ("node", "size", "users", "kept", "pinned")
 
     def __init__(self, node: Node | None, size: int):
-        self.node, self.size, self.users, self.kept = node, size, [], False
+        self.node, self.size, self.users, self.kept, self.pinned = node, size, [], False, False
 
 
 def peak(closed: ClosedJaxpr, in_place: int = 0, copies: bool = False) -> int:
@@ -92,6 +95,8 @@ def _flatten(jaxpr: Jaxpr, given: list[Value], program: list, copies: bool) -> l
             made = _flatten(inner, [*consts, *reads], program, copies)
         elif name in SAME and len(reads) == len(eqn.outvars):
             made = reads
+            for value in made if name == "optimization_barrier" else ():
+                value.pinned = True
         else:
             node = Node(name, tuple(reads), tuple(_size(v.aval) for v in eqn.outvars), _inner(eqn, copies))
             made = [Value(node, size) for size in node.sizes]
@@ -148,7 +153,7 @@ def _needed(program: list, results: list[Value]) -> list:
 
 def _stored(value: Value) -> bool:
     """Whether a value gets memory of its own."""
-    if not _fusible(value.node) or value.kept:
+    if not _fusible(value.node) or value.kept or value.pinned:
         return True
     if value.node.kind in LONG and len(value.users) > 1:
         return True
@@ -178,7 +183,7 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
         """The stored values that must be there to read this one: itself, or what it is computed from."""
         if value.node is None:
             return frozenset()
-        again = reader is not None and value in stored and _able(reader) and _thin(value.node)
+        again = reader is not None and value in stored and _able(reader) and _thin(value.node) and not value.pinned
         return frozenset((value,)) if value in stored and not again else sources[value]
 
     reads: list[frozenset[Value]] = []
