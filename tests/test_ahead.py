@@ -66,6 +66,17 @@ def test_only_what_a_compiler_writes_to_memory_is_counted():
     assert peak(lambda a: (a @ a, a + 1), side, in_place=1) == 2 * n  # a product is made elsewhere
 
 
+def test_a_kernel_is_transposed_for_the_gradient_where_asked():
+    x, w = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 4, 6))
+
+    def loss(x, w):
+        return jnp.sum(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+
+    for f, more in ((loss, 0), (jax.grad(loss), w.nbytes), (jax.grad(loss, argnums=1), 0)):
+        program = jax.make_jaxpr(f)(x, w)
+        assert liveness.peak(program, copies=True) - liveness.peak(program) == more
+
+
 def test_a_loop_needs_what_one_round_needs():
     n, side = 4 * 32 * 32, (32, 32)
     once = peak(lambda a: jnp.tanh(a @ a) @ a, side)

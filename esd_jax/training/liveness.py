@@ -57,9 +57,22 @@ def peak(closed: ClosedJaxpr, in_place: int = 0, copies: bool = False) -> int:
     """Bytes that a program needs beside its arguments, its results among them.
 
     in_place: so many of the first results are written over arguments that are donated for it.
-    copies: whether batched products of transposed matrices transpose them in memory first, as on CPUs.
+    copies: whether batched products of transposed matrices transpose them in memory first, and convolutions with a
+      transposed kernel, all of them before the program begins, as on CPUs.
     """
-    return _peak(closed.jaxpr, in_place, copies)
+    return _peak(closed.jaxpr, in_place, copies) + (_kernels(closed.jaxpr) if copies else 0)
+
+
+def _kernels(jaxpr: Jaxpr) -> int:
+    """Bytes of the kernels whose inputs and outputs a convolution swaps: those of gradients with respect to images."""
+    size = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            outputs, inputs, *_ = eqn.params["dimension_numbers"].rhs_spec
+            size += _size(eqn.invars[1].aval) if outputs < inputs else 0
+        elif (inner := _called(eqn)) is not None:
+            size += _kernels(inner)
+    return size
 
 
 def _peak(jaxpr: Jaxpr, in_place: int, copies: bool) -> int:

@@ -146,9 +146,10 @@ def _step(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh
     }
     if split > 1:
         memory["weights gathered from the other devices"] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)
-    # The new state is written over the old one.
+    # The new state is written over the old one. In half precision, what is planned on a CPU runs elsewhere.
     in_place, on_cpu = len(jax.tree.leaves(state)), mesh.devices.flat[0].platform == "cpu"
-    return memory | {STEP: liveness.peak(step.trace(*arguments).jaxpr, in_place, copies=on_cpu)}
+    copies = on_cpu and jnp.dtype(recipe.dtype).itemsize > 2
+    return memory | {STEP: liveness.peak(step.trace(*arguments).jaxpr, in_place, copies)}
 
 
 def _on_each(array: Any, placed: Any) -> int:
