@@ -168,7 +168,9 @@ def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
         for name, curve in curves.items():
             axis.plot([p[x] for p in curve], [p[y] for p in curve], "o-", ms=3, lw=1.2, label=name)
         axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
-        if "ssim" not in y:
+        if y == "own_target":
+            axis.set_ylim(-0.03, 1.03)
+        elif "ssim" not in y:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.2)
     axes[0][-1].legend(frameon=False)
