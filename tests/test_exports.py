@@ -192,6 +192,20 @@ def test_wrong_options(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["single", "delta", "difference", "lora", "kohya"])
+def test_no_file_takes_the_place_of_the_base(run, written, tmp_path, format):
+    """Not even if it may replace what is there: without its base, a change is worth nothing."""
+    path, link = tmp_path / "base.safetensors", tmp_path / "link.safetensors"
+    shutil.copy(written[1]["single"].path, path)
+    link.symlink_to(path)
+    base, before = esd_jax.load(path, config=run[1].provenance.folder), path.read_bytes()
+    edited = base.with_edits(run[1].edits)
+    for target in (path, link):
+        with pytest.raises(ValueError, match=one_line(target, "is read from")):
+            exports.export(edited, target, format, overwrite=True)
+    assert path.read_bytes() == before and link.is_symlink()
+
+
 def test_an_orbax_tree_belongs_to_its_base_and_replaces_only_its_like(run, written, tmp_path):
     path = written[1]["orbax"].path
     factories.make_sd1(tmp_path / "other", seed=1)

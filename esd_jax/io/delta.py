@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.io import folder as files
-from esd_jax.io import safetensors
+from esd_jax.io import safetensors, tensors
 from esd_jax.io.difference import is_difference
 from esd_jax.pipeline import Pipeline
 from esd_jax.selection import REGEX
@@ -52,10 +52,7 @@ def export_delta(
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path, dtype = Path(path).expanduser(), safetensors.read_dtype(dtype)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a delta is a .safetensors file")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
+    tensors.check_file(pipeline, path, "a delta", overwrite)
     if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
         raise ValueError(f"a delta holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
     if not pipeline.edits:

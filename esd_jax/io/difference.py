@@ -43,10 +43,7 @@ def export_difference(
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path, code = Path(path).expanduser(), safetensors.CODES[safetensors.read_dtype(dtype)]
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a difference is a .safetensors file")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
+    tensors.check_file(pipeline, path, "a difference", overwrite)
     if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
         raise ValueError(f"a difference holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
     if not pipeline.edits:

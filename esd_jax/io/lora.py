@@ -239,10 +239,7 @@ def _described(pipeline: Pipeline, report: LoraReport) -> dict[str, str]:
 
 
 def _check(pipeline: Pipeline, path: Path, rank: int | None, energy: float | None, style: str, overwrite: bool) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a LoRA is a .safetensors file")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
+    tensors.check_file(pipeline, path, "a LoRA", overwrite)
     if style not in STYLES:
         raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
     if rank is not None and energy is not None:

@@ -58,7 +58,7 @@ def export_single(
     code = None if dtype is None else CODES[safetensors.read_dtype(dtype)]
     if not pipeline.provenance.tensors:
         raise FileNotFoundError("the checkpoint was not read from files, and its own are needed to export it")
-    _check_target(pipeline, path, base, overwrite)
+    tensors.check_file(pipeline, path, "a single file", overwrite, also=[base] if base else [])
     tensors.check_edits(pipeline)
     tensors.check_sources(pipeline)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
@@ -68,16 +68,6 @@ def export_single(
     else:
         _substitute(pipeline, headers, safetensors.read_header(base), path, code, told)
     return path
-
-
-def _check_target(pipeline: Pipeline, path: Path, base: Path | None, overwrite: bool) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a single file is a .safetensors file")
-    sources = {source.path.resolve() for source in pipeline.provenance.tensors.values()}
-    if path.resolve() in sources | ({base.resolve()} if base else set()):
-        raise ValueError(f"{path} is a file that the checkpoint is read from: export elsewhere")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
 
 
 def _substitute(

@@ -1,6 +1,6 @@
 """One tensor out of its source file, and into another: which rows, which way up, in which dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,21 @@ def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, 
     source = pipeline.provenance.tensors[name]
     array = read_torch(headers[source.path], source, safetensors.file_shape(shape, layout))
     return array if array.dtype == safetensors.DTYPES[dtype] else safetensors.cast(name, array, dtype)
+
+
+def check_file(pipeline: Pipeline, path: Path, what: str, overwrite: bool, *, also: Iterable[Path] = ()) -> None:
+    """Raises ValueError for a path at which an export does not write its file.
+
+    Not even with `overwrite` one that the checkpoint is read from (or one of `also`): of a base whose place was taken
+    by a LoRA, neither would be of use.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: {what} is a .safetensors file")
+    sources = {source.path for source in pipeline.provenance.tensors.values()}
+    if path.resolve() in {source.resolve() for source in (*sources, *also)}:
+        raise ValueError(f"{path} is a file that the checkpoint is read from: export elsewhere")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{path} exists: pass overwrite=True to replace the file, or choose another name")
 
 
 def check_sources(pipeline: Pipeline) -> None:
