@@ -4,6 +4,7 @@ Two ways lead there. With a file to start from, its edited tensors are substitut
 diffusers folder, the file is built: the same values under the names of `io.ldm`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,21 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, Entry]:
-    """The same tensors without gaps, weights in the dtype `code`; the keys and the bytes keep their order."""
-    moved, start = {}, 0
-    for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+    """The same tensors without gaps, weights in the dtype `code`; the keys keep their order.
+
+    The bytes of wide dtypes come first, which aligns each: ComfyUI views a file in place, and torch views no float32
+    at an odd multiple of two bytes, where it would lie behind the three float16 of a VAE's last bias.
+    """
+    found: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
+    for key, entry in entries.items():
         dtype, size = entry.dtype, entry.stop - entry.start
         if code and dtype in DTYPES and key.startswith(WEIGHTS):
             dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
-        moved[key] = Entry(dtype, entry.shape, start, start + size)
+        found[key] = size // max(math.prod(entry.shape), 1), size, dtype
+    moved, start = {}, 0
+    for key in sorted(entries, key=lambda key: (-found[key][0], entries[key].start)):
+        _, size, dtype = found[key]
+        moved[key] = Entry(dtype, entries[key].shape, start, start + size)
         start += size
     return {key: moved[key] for key in entries}
 
