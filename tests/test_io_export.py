@@ -146,6 +146,21 @@ def test_diffusers_opens_what_was_edited(sd1, tmp_path):
             assert opened.metadata() == {"format": "pt", "title": "a test", "esd_jax": json.dumps([record])}
 
 
+def test_a_unet_of_another_folder_goes_into_the_export(sd1, tmp_path):
+    """In place of the base's own, whose file it takes: it may lie in shards itself."""
+    base = io.load(sd1[0])
+    erased = io.export(base.with_edits({f"unet/{TO_K}": np.ones((32, 32), np.float32)}), tmp_path / "erased")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(erased / "unet")
+    unet.save_pretrained(tmp_path / "alone", max_shard_size="500KB")
+    mixed = io.with_unet(base, tmp_path / "alone")
+    assert len({place.path for place in mixed.provenance.tensors.values()}) > 3
+    assert contents(io.export(mixed, tmp_path / "out")) == contents(erased)
+    both = mixed.with_edits({f"unet/{TO_K}": np.zeros((32, 32), np.float32)})
+    again = io.load(io.export(both, tmp_path / "both"))
+    for name, value in both.params["unet"].items():
+        np.testing.assert_array_equal(again.params["unet"][name], value)
+
+
 def test_records_of_erasures_add_up(copy, tmp_path):
     first, second = {"concepts": ["cat"]}, {"concepts": ["dog"]}
     tensors = safetensors.torch.load_file(copy / UNET)

@@ -41,7 +41,7 @@ def read_config(folder: Path, component: str, kind: str) -> NetworkConfig:
     config = files.read_json(folder / component / "config.json")
     if kind in CLIP:
         return CLIPTextConfig.from_dict({**config, "architectures": [kind]})
-    return (UNetConfig if component == "unet" else VAEConfig).from_dict(config)
+    return (UNetConfig if kind == "UNet2DConditionModel" else VAEConfig).from_dict(config)
 
 
 def read_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:

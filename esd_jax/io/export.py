@@ -5,15 +5,15 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from esd_jax.io import folder as files
 from esd_jax.io import leftovers, new_folder, safetensors
-from esd_jax.io.tensors import check_edits, check_sources
-from esd_jax.pipeline import Pipeline
+from esd_jax.io.safetensors import Header
+from esd_jax.io.tensors import check_edits, check_sources, export_value, headers_of
+from esd_jax.pipeline import Pipeline, TensorFile
 
 
 def export(
@@ -29,7 +29,7 @@ def export(
 
     Files are copied byte for byte from the source folder. Only a weight file that holds edited tensors is rewritten:
     same name, keys, order and dtypes, its other tensors byte for byte, and one more metadata key, "esd_jax", with the
-    records of what was erased.
+    records of what was erased. So is one whose tensors were read from elsewhere (`with_unet`), in its own dtypes.
 
     Copied are `model_index.json`, licences, and the files of every component that it names. Left out are pickles and
     other formats, and all weights but the variant that was loaded: a stale one next to an erased one would be a trap.
@@ -82,15 +82,6 @@ def export(
     return path
 
 
-@dataclass(frozen=True)
-class Edit:
-    """A tensor that differs from the source: its name, its key in the file, and its layout."""
-
-    name: str
-    key: str
-    layout: str
-
-
 def _check_target(path: Path, source: Path, overwrite: bool) -> None:
     ours, theirs = path.resolve(), source.resolve()
     if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
@@ -106,12 +97,12 @@ def _check_target(path: Path, source: Path, overwrite: bool) -> None:
 
 def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str, str]) -> None:
     """Writes everything into the new folder, `target`."""
-    edits: dict[Path, list[Edit]] = {}
-    for name in pipeline.edits:
-        component, tensor = name.split("/", 1)
-        place = pipeline.provenance.tensors[name]
-        edits.setdefault(place.path, []).append(Edit(name, place.key, pipeline.network(component).layouts[tensor]))
-    used = {place.path for place in pipeline.provenance.tensors.values()}
+    read, places = pipeline.provenance.tensors, _places(pipeline, source)
+    edits: dict[Path, dict[str, str]] = {}  # file -> key -> name
+    for name in dict.fromkeys([*pipeline.edits, *(name for name in read if places[name] != read[name])]):
+        edits.setdefault(places[name].path, {})[places[name].key] = name
+    headers = headers_of(pipeline) if edits else {}
+    used = {place.path for place in places.values()}
     variant = next((files.variant_of(path.name) for path in sorted(used)), "")
     index, dropped = dict(pipeline.index), []
     for component, value in index.items():
@@ -125,7 +116,7 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
         (target / component).mkdir()
         for path in sorted(folder.iterdir()):
             if path in edits:
-                _rewrite(path, target / component / path.name, edits[path], pipeline, metadata)
+                _rewrite(path, target / component / path.name, edits[path], pipeline, headers, metadata)
             elif path.is_file() and not files.is_other_weight(path, weights):
                 shutil.copyfile(path, target / component / path.name)
     for path in source.iterdir():
@@ -137,6 +128,19 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
         (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     else:
         shutil.copyfile(source / "model_index.json", target / "model_index.json")
+
+
+def _places(pipeline: Pipeline, source: Path) -> dict[str, TensorFile]:
+    """Where the source folder has every tensor, though it was read from elsewhere (`with_unet`)."""
+    places = dict(pipeline.provenance.tensors)
+    for component in pipeline.configs:
+        own = [place for name, place in places.items() if name.startswith(f"{component}/")]
+        if all(place.path.parent == source / component for place in own):
+            continue
+        for path in files.weight_files(source / component, pipeline.provenance.variant):
+            for key in safetensors.read_header(path).entries:
+                places[f"{component}/{files.tensor_name(component, key)}"] = TensorFile(path, key)
+    return places
 
 
 def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
@@ -153,17 +157,21 @@ def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
     return None if pickled else set()
 
 
-def _rewrite(path: Path, target: Path, edits: list[Edit], pipeline: Pipeline, metadata: Mapping[str, str]) -> None:
-    """Copies a weight file with the edited tensors replaced, one tensor at a time."""
+def _rewrite(
+    path: Path,
+    target: Path,
+    edits: Mapping[str, str],
+    pipeline: Pipeline,
+    headers: Mapping[Path, Header],
+    metadata: Mapping[str, str],
+) -> None:
+    """Copies a weight file with some tensors (key -> name) replaced, one tensor at a time."""
     header = safetensors.read_header(path)
-    by_key = {edit.key: edit for edit in edits}
 
     def tensor(key: str) -> np.ndarray:
-        if key not in by_key:
+        if key not in edits:
             return safetensors.read_bytes(header, key)
-        edit, entry = by_key[key], header.entries[key]
-        array = safetensors.to_file(np.asarray(pipeline.edits[edit.name]), edit.layout)
-        return safetensors.cast(edit.name, array, entry.dtype)
+        return export_value(pipeline, headers, edits[key], header.entries[key].dtype)
 
     safetensors.write(target, header.entries, tensor, {**header.metadata, **metadata})
 
