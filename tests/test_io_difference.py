@@ -14,8 +14,10 @@ from esd_jax.io.difference import apply_difference, export_difference
 from esd_jax.io.diffusers import read_exact, source_hash
 from esd_jax.io.lora import export_lora
 from esd_jax.io.merge import merge
+from esd_jax.io.single_file import export_single
 
 K = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+Q = "text_encoder/encoder.layers.1.self_attn.q_proj.weight"
 V, BIAS = K.replace("to_k", "to_v"), "unet/conv_in.bias"
 
 
@@ -134,6 +136,19 @@ def test_parts_from_every_kind_of_file(base, tmp_path):
     assert merged.edits.keys() == {K, V} and conflicts.parts == 4
     for name in (K, V):
         np.testing.assert_allclose(merged.edits[name], cat.edits[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("names", [[K, Q], [Q]])
+def test_a_whole_checkpoint_brings_its_text_encoder(base, tmp_path, names):
+    """In its file's dtype; what rounding alone made of all other tensors is no change."""
+    cat, noise = changed(base, names)
+    export_single(cat, tmp_path / "half.safetensors", dtype="float16")
+    esd_jax.export(cat, tmp_path / "folder")
+    for path in (tmp_path / "folder", tmp_path / "half.safetensors"):
+        merged, conflicts = merge(base, [(api.opened(base, path), 0.5)])
+        assert merged.edits.keys() == set(names) and conflicts.changed == len(names)
+        for name in names:
+            np.testing.assert_allclose(merged.edits[name], cat.edits[name] - 0.5 * noise[name], atol=1e-3)
 
 
 def test_what_cannot_be_merged(base, tmp_path):

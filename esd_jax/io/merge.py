@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esd_jax.io import tensors
 from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.io.safetensors import DTYPES
 from esd_jax.pipeline import Pipeline
 
 SHOWN = 5  # tensors in the table
@@ -62,7 +64,8 @@ def merge(
 
     Args:
       base: as its files have it.
-      parts: (an erased pipeline of the same base, its strength); see `api.opened` for what lies in files.
+      parts: (an erased pipeline of the same base, its strength); see `api.opened` for what lies in files. Of a whole
+        checkpoint, what its UNet and text encoders differ in by more than rounding is its change.
       force: take parts of another base too. Whole tensors (a delta, a checkpoint) then bring what sets the two bases
         apart with them. What was added to another base (a LoRA) is never refused: it is made to be moved.
 
@@ -105,12 +108,15 @@ def _exact(pipeline: Pipeline, name: str) -> Array:
 
 def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, force: bool) -> dict[str, np.ndarray]:
     """What a part changed, times its strength."""
-    names, records = list(part.edits), part.provenance.erased
-    if source_hash(part) != expected:
-        # A checkpoint that was written whole: what differs from the base is its change.
-        if part.configs["unet"] != base.configs["unet"]:
-            raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
-        names = [f"unet/{name}" for name in base.params["unet"]]
+    names, records, networks = list(part.edits), part.provenance.erased, ("unet", *base.text_encoders)
+    if part.configs["unet"] != base.configs["unet"]:
+        raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
+    whole = any(source_hash(part, network) != source_hash(base, network) for network in networks)
+    if whole:
+        # A checkpoint that was written whole: what differs from the base, by more than rounding, is its change.
+        names = [name for name in base.provenance.tensors if name.partition("/")[0] in networks]
+        if other := next((name for name in names if _shape(part, name) != _shape(base, name)), None):
+            raise ValueError(f"{part.provenance.source} has {other} of another shape than the base, or none")
         claims = [(part.provenance.source, records)]
     else:
         own = records[len(base.provenance.erased) :]
@@ -122,14 +128,25 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
                 f"{file} was erased from another base, whose UNet has sha256 {sorted(claimed)[0][:12]}..., not "
                 f"{expected[:12]}... (force=True merges it all the same)"
             )
-    found = {}
+    found, headers = {}, [tensors.headers_of(pipeline) if whole else {} for pipeline in (part, base)]
     for name in names:
-        change = np.asarray(_exact(part, name)) - np.asarray(_exact(base, name))
-        if name in part.edits or change.any():
-            found[name] = np.float32(strength) * change
+        after, before = np.asarray(_exact(part, name)), np.asarray(_exact(base, name))
+        if name in part.edits or not tensors.same(
+            *(
+                value.astype(DTYPES[tensors.dtype_of(pipeline, read, name)])  # exact: it came from there
+                for value, pipeline, read in zip((after, before), (part, base), headers, strict=True)
+            )
+        ):
+            found[name] = np.float32(strength) * (after - before)
     if not found:
         raise ValueError(f"{part.provenance.source} changes nothing")
     return found
+
+
+def _shape(pipeline: Pipeline, name: str) -> tuple[int, ...] | None:
+    network, _, tensor = name.partition("/")
+    found = pipeline.params.get(network, {}).get(tensor)
+    return None if found is None else found.shape
 
 
 def _cosine(dot: float, a: float, b: float) -> float:

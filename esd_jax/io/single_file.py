@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from esd_jax.io import folder as files
@@ -155,20 +154,11 @@ def _check_same(
                 continue
             theirs = tensors.read_torch(base, places[name], shape)
             ours = tensors.export_value(pipeline, headers, name, tensors.dtype_of(pipeline, headers, name))
-            if not _same(ours, theirs):
+            if not tensors.same(ours, theirs):
                 raise ValueError(
                     f"{base.path} is another model than {pipeline.provenance.source}: {name} differs (as "
                     f"{places[name].key}); give the file it was made from as into=, or leave that out"
                 )
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two tensors are equal; up to the rounding of the coarser dtype, if they have two."""
-    if a.dtype == b.dtype:
-        return np.array_equal(a, b)
-    limits = max((ml_dtypes.finfo(x.dtype) for x in (a, b)), key=lambda limits: limits.eps)
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    return bool((np.abs(a - b) <= float(limits.eps) * np.abs(b) + float(limits.smallest_subnormal)).all())
 
 
 def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, Entry]:

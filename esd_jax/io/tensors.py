@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from esd_jax.io import safetensors
@@ -77,6 +78,15 @@ def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, 
     source = pipeline.provenance.tensors[name]
     array = read_torch(headers[source.path], source, safetensors.file_shape(shape, layout))
     return array if array.dtype == safetensors.DTYPES[dtype] else safetensors.cast(name, array, dtype)
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are equal; up to the rounding of the coarser dtype, if they have two."""
+    if a.dtype == b.dtype:
+        return np.array_equal(a, b)
+    limits = max((ml_dtypes.finfo(x.dtype) for x in (a, b)), key=lambda limits: limits.eps)
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return bool((np.abs(a - b) <= float(limits.eps) * np.abs(b) + float(limits.smallest_subnormal)).all())
 
 
 def check_file(pipeline: Pipeline, path: Path, what: str, overwrite: bool, *, also: Iterable[Path] = ()) -> None:
