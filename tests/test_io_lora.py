@@ -219,6 +219,7 @@ def test_names_that_other_trainers_give_a_module(base, tmp_path):
         safetensors.numpy.save_file({one: down, other: up}, tmp_path / "x.safetensors")
         found = merge_lora(base, tmp_path / "x.safetensors", 0.5)
         assert found.edits.keys() == {f"{unet}.weight"}, one
+        assert api.opened(base, tmp_path / "x.safetensors").edits.keys() == found.edits.keys(), one
         np.testing.assert_allclose(found.edits[f"{unet}.weight"], first + 0.5 * (up @ down).T, atol=1e-5)
     name = "text_encoder/encoder.layers.0.self_attn.q_proj.weight"
     first = read_exact(base, [name])[name]
@@ -340,6 +341,7 @@ def test_factors_are_the_nearest_of_their_rank(shape):
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 3, 1, 1)}, ["does not fit"]),
         ({"unet.conv_in.lora_magnitude_vector": (32,)}, ["DoRA", "not implemented"]),
         ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, ["LoHa", "not implemented"]),
+        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, ["LoKr", "not implemented"]),
         ({"conv_in.weight": (32, 4, 3, 3)}, ["no key of a LoRA"]),
         ({}, ["holds no LoRA"]),
     ],
@@ -349,6 +351,9 @@ def test_files_that_are_refused(base, content, words, tmp_path):
     safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in content.items()}, file)
     with pytest.raises(ValueError, match=one_line(file, *words)):
         merge_lora(base, file)
+    if "not implemented" in words:
+        with pytest.raises(ValueError, match=one_line(file, *words)):
+            api.opened(base, file)
 
 
 def test_numbers_that_are_none_are_refused(base, tmp_path):

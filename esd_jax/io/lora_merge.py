@@ -93,8 +93,9 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
 
 
 def is_lora(header: Header) -> bool:
-    """Whether a file's keys are those of a LoRA."""
-    return any(".lora_" in key or ".lora." in key or key.endswith((".alpha", ".diff")) for key in header.entries)
+    """Whether a file's keys are those of a LoRA, or of a kind that `merge_lora` refuses by name."""
+    ending, part = tuple(PARTS), (".lora_", *OTHER_KINDS)
+    return any(key.endswith(ending) or any(word in key for word in part) for key in header.entries)
 
 
 def _modules(pipeline: Pipeline) -> dict[str, str]:
