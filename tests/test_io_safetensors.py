@@ -108,6 +108,8 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         st.write(path, st.lay_out({"a": ("F32", (3,))}), lambda name: np.ones(2, np.float32))
     with pytest.raises(ValueError, match=one_line("a has dtype int64", "F32")):
         st.save(path, {"a": np.arange(3)})
+    with pytest.raises(ValueError, match=one_line(path, "'steps'")):  # no reader would open it
+        st.save(path, {"a": np.ones(3, np.float32)}, {"steps": 3})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 

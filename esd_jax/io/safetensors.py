@@ -141,8 +141,11 @@ def write(
       metadata: added to {"format": "pt"}, without which transformers refuses a file.
 
     Raises:
+      ValueError: metadata that are no text, with which no reader opens the file.
       OSError: one line that names the path: no permission, no space left, and so on.
     """
+    if wrong := next((name for name, text in (metadata or {}).items() if not isinstance(text, str)), None):
+        raise ValueError(f"{path}: metadata are texts, but {wrong!r} is none: no reader would open the file")
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, entry in entries.items():
         offsets = [entry.start, entry.stop]
