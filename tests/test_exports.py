@@ -1,5 +1,6 @@
 """Every format: written, read again and compared; and what is wrong is found."""
 
+import dataclasses
 import json
 import shutil
 
@@ -21,6 +22,7 @@ FIELDS = {
 }  # fmt: skip
 UNET = "unet/diffusion_pytorch_model.safetensors"
 STEM = "sd1-without-cat"
+IN = "model.diffusion_model.input_blocks.0.0.bias"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_damage_is_found(run, format, tmp_path):
     if format == "single":
         key, other = (
             "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-            ("model.diffusion_model.input_blocks.0.0.bias"),
+            IN,
         )
 
     def trained(tensors):
@@ -150,7 +152,7 @@ def test_what_does_not_verify_is_not_left(run, tmp_path, monkeypatch):
         damaged(path, lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"] * 2}))
         return made
 
-    format = exports.dataclasses.replace(FORMATS["folder"], write=wrong)
+    format = dataclasses.replace(FORMATS["folder"], write=wrong)
     monkeypatch.setattr(exports, "FORMATS", {**FORMATS, "folder": format})
     with pytest.raises(ValueError, match=one_line("conv_in.bias", "was not trained")):
         exports.export(run[1], tmp_path / "x", verify=True)
@@ -211,6 +213,8 @@ def test_an_orbax_tree_belongs_to_its_base_and_replaces_only_its_like(run, writt
     factories.make_sd1(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=one_line(path, "another base")):
         FORMATS["orbax"].read(esd_jax.load(tmp_path / "other"), path)
+    (tmp_path / "empty").mkdir()  # is in nobody's way
+    exports.export(run[1], tmp_path / "empty", "orbax")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").touch()
     for folder, options in ((path, {}), (tmp_path / "full", {"overwrite": True})):

@@ -1,6 +1,5 @@
 """An erased checkpoint written in the formats that people use, and read again to see that it is what memory holds."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,14 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file, tensors
+from esd_jax.exports import orbax
+from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
-from esd_jax.io.export import move_into_place
 from esd_jax.io.folder import variant_of
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
-from esd_jax.training import checkpoint
 
 DTYPES = ("float32", "float16", "bfloat16")
 STEPS = 4  # of the sampler, for the image that is compared
@@ -59,40 +57,6 @@ def _lora(style: str) -> Callable[..., Any]:
     return lambda pipeline, path, **options: lora.export_lora(pipeline, path, style=style, **options)
 
 
-def _write_orbax(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[str, str] | None = None) -> Path:
-    """The whole UNet by diffusers' names, in JAX's layouts: trained tensors in float32, others as in their file."""
-    if path.exists():
-        if not overwrite:
-            raise ValueError(f"{path} exists: pass overwrite=True to replace it, or choose another name")
-        checkpoint.load_tree(path)  # nothing else is replaced
-    names = [f"unet/{name}" for name in pipeline.params["unet"]]
-    if others := sorted(pipeline.edits.keys() - set(names)):
-        raise ValueError(f"this holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
-    tree = {name: np.asarray(value) for name, value in read_exact(pipeline, names).items()}
-    headers = tensors.headers_of(pipeline)
-    for name in names:
-        if name not in pipeline.edits:  # exact: it came from there
-            tree[name] = tree[name].astype(safetensors.DTYPES[tensors.dtype_of(pipeline, headers, name)])
-    meta = {"erased": json.loads(json.dumps(list(pipeline.provenance.erased), default=str))}
-    meta |= {"edited": sorted(pipeline.edits), "base_sha256": diffusers.source_hash(pipeline), **(metadata or {})}
-    partial = leftovers.partial(path)
-    try:
-        checkpoint.save_tree(partial, tree, meta)
-        move_into_place(partial, path)
-    finally:
-        leftovers.remove(partial)
-    return path
-
-
-def _read_orbax(base: Pipeline, path: Path) -> Pipeline:
-    tree, meta = checkpoint.load_tree(path)
-    if (found := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
-        raise ValueError(f"{path} was made of another base: its UNet has sha256 {expected}, not {found}")
-    erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
-    provenance = dataclasses.replace(base.provenance, erased=tuple(meta["erased"]))
-    return dataclasses.replace(erased, provenance=provenance)
-
-
 FORMATS: Mapping[str, Format] = {
     "folder": Format(
         "diffusers folder", diffusers.export, _load, "", options=("max_shard_size", "variant"), whole=True
@@ -116,7 +80,7 @@ FORMATS: Mapping[str, Format] = {
         "LoRA for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
         options=("rank", "energy", "dtype"), exact=False,
     ),
-    "orbax": Format("Orbax tree of the UNet", _write_orbax, _read_orbax, "-orbax"),
+    "orbax": Format("Orbax tree of the UNet", orbax.write, orbax.read, "-orbax"),
 }  # fmt: skip
 
 
