@@ -152,7 +152,8 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     if is_lora(header):
         return merge_lora(base, path)
     if any(key.startswith(UNET) for key in header.entries):
-        return diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+        found = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+        return dataclasses.replace(found, schedule=base.schedule)  # which a base's file may have told by itself
     return load_delta(base, path)
 
 

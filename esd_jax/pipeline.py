@@ -45,6 +45,7 @@ class Provenance:
 
     source: what the user named (a folder, a hub id, "emoji", a single file); folder: where its files lie.
     file: the one file that holds all weights, if they came from such a one; `folder` has then the configs alone.
+    config: of `file`, what `load` was told of its architecture.
     variant, revision: of the files, as diffusers means them.
     tensors: "unet/NAME" -> its place, so that full precision and untouched bytes can be read again.
     erased: one record per erasure (concepts, method, settings, seed, versions), oldest first.
@@ -53,6 +54,7 @@ class Provenance:
     source: str
     folder: Path | None = None
     file: Path | None = None
+    config: str | Path | None = None
     variant: str | None = None
     revision: str | None = None
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)

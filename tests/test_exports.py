@@ -15,7 +15,9 @@ from messages import one_line
 import esd_jax
 from esd_jax import api, cli, exports
 from esd_jax.exports import FORMATS
+from esd_jax.io import ldm_file
 from esd_jax.io.diffusers import read_exact
+from esd_jax.io.single_file import export_single
 
 FIELDS = {
     "steps": 2, "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-3, "seed": 7, "dtype": "float32",
@@ -86,6 +88,35 @@ def test_a_single_file_in_another_dtype(run, tmp_path):
         exports.verified(run[1], path, "single")
     with pytest.raises(ValueError, match="takes no dtype"):
         exports.export(run[1], tmp_path / "folder", "folder", dtype="bfloat16")
+
+
+def test_into_a_file_of_another_dtype(run, written, tmp_path):
+    """What was not trained is the file's own: more exact than the folder's, or less."""
+    factories.make_sd1(tmp_path / "sd1")
+    exact = esd_jax.load(tmp_path / "sd1")
+    file = export_single(exact, tmp_path / "exact.safetensors")
+    half = written[1]["single"].path
+    for base, into, dtype in [(run[1], file, "float32"), (exact, half, "float16")]:
+        record = {"concepts": [{"text": "cat"}]}
+        edited, path = base.with_edits(run[1].edits, record), tmp_path / f"{dtype}.safetensors"
+        one = exports.export(edited, path, "single", verify=True, into=into)
+        assert one.dtypes == (dtype,) and one.others > 100
+        damaged(path, lambda tensors: tensors.update({IN: tensors[IN] * tensors[IN].dtype.type(1.001)}))
+        with pytest.raises(ValueError, match=one_line("conv_in.bias", "was not trained")):
+            exports.verified(edited, path, "single", into=into)
+
+
+def test_a_file_that_says_what_it_predicts(run, written, tmp_path, monkeypatch):
+    """The architecture that its shapes tell says otherwise."""
+    monkeypatch.setattr(ldm_file, "WIDTHS", {factories.WIDTH: "sdxl"})
+    monkeypatch.setattr(ldm_file.architectures, "folder", lambda _: run[1].provenance.folder)
+    tensors = safetensors.torch.load_file(written[1]["single"].path)
+    safetensors.torch.save_file(tensors, tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
+    base, name = esd_jax.load(tmp_path / "v.safetensors"), next(iter(run[1].edits))
+    edited = base.with_edits({name: read_exact(base, [name])[name] + 0.5})
+    path = exports.export(edited, tmp_path / "out.safetensors", "single", verify=True).path
+    for pipeline in (base, esd_jax.load(path), api.opened(base, path)):
+        assert pipeline.schedule.prediction_type == "v_prediction"
 
 
 def test_every_file_says_what_was_erased(run, written):

@@ -50,7 +50,9 @@ def _load(base: Pipeline, path: Path) -> Pipeline:
 
 
 def _load_single(base: Pipeline, path: Path) -> Pipeline:
-    return diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+    """With what the base's file needed to be read, or its folder: what the file says of its schedule then counts."""
+    origin = base.provenance
+    return diffusers.load(path, dtype=base.dtype, config=origin.config if origin.file else origin.folder)
 
 
 def _lora(style: str) -> Callable[..., Any]:
@@ -66,7 +68,8 @@ FORMATS: Mapping[str, Format] = {
         options=("into", "dtype"), whole=True,
     ),
     "delta": Format(
-        "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors", options=("dtype",)
+        "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors",
+        options=("dtype",),
     ),
     "difference": Format(
         "difference to the base, with a strength knob", difference.export_difference, difference.apply_difference,
@@ -160,7 +163,8 @@ def export(
     try:
         report = write()
         try:
-            return verified(pipeline, path, format, report, options.get("dtype") if kind.whole else None)
+            rest = {name: options.get(name) for name in ("dtype", "into") if kind.whole}
+            return verified(pipeline, path, format, report, **rest)
         except BaseException:
             leftovers.remove(path)
             if before:
@@ -199,14 +203,21 @@ def name_of(pipeline: Pipeline) -> str:
     return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
 
 
-def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str = "", dtype: Any = None) -> Written:
+def verified(
+    pipeline: Pipeline,
+    path: Path,
+    format: str = "folder",
+    report: str = "",
+    dtype: Any = None,
+    into: str | Path | None = None,
+) -> Written:
     """Reads what was written, as its user would, and compares it with memory.
 
     Every trained tensor must be memory's in some dtype (of a difference or LoRA, the share of the change is given
-    instead); every other tensor of a whole checkpoint must have the base's bits, under the base's dtype, or be rounded
-    to `dtype`, if all was written in one; no number may be NaN or infinite; the records of what was erased must be
-    there; and of an exact format the image of one seed must be the one that memory draws when its trained tensors are
-    rounded alike.
+    instead); every other tensor of a whole checkpoint must have the base's bits, under the base's dtype (or those of
+    `into`, the file that it was written into, whose dtypes may be others), or be rounded to `dtype`, if all was written
+    in one; no number may be NaN or infinite; the records of what was erased must be there; and of an exact format the
+    image of one seed must be the one that memory draws when its tensors are rounded alike.
 
     Raises ValueError, naming the first thing that is wrong.
     """
@@ -223,14 +234,16 @@ def verified(pipeline: Pipeline, path: Path, format: str = "folder", report: str
                 dtypes.add(_dtype_of(ours, theirs, name, path))
             lost += float(np.sum(np.square(ours - theirs, dtype=np.float64)))
             change += float(np.sum(np.square(ours - first, dtype=np.float64)))
-    others = _check_others(base, again, pipeline.edits, path, dtype) if kind.whole else 0
+    host = base if into is None else kind.read(base, Path(into).expanduser())  # whose tensors the others must be
+    others = _check_others(host, again, pipeline.edits, path, dtype) if kind.whole else 0
     records = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
     if json.loads(json.dumps(list(records), default=str)) != json.loads(
         json.dumps(list(pipeline.provenance.erased), default=str)
     ):
         raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
     carried = 1 - lost / change if change else 1.0
-    levels = _compare_images(pipeline, again, names, kind.exact and dtype is None, path)
+    expected = host.with_edits(read_exact(again, names)) if kind.exact and dtype is None else None
+    levels = _compare_images(pipeline, again, expected, path)
     return Written(format, path, carried, tuple(sorted(dtypes)), len(names), others, levels, report)
 
 
@@ -268,15 +281,16 @@ def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], pat
     return len(others)
 
 
-def _compare_images(pipeline: Pipeline, again: Pipeline, names: Sequence[str], exact: bool, path: Path) -> int:
-    """The greatest difference of 255 between one image of memory's and the file's."""
+def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | None, path: Path) -> int:
+    """The greatest difference of 255 between one image of memory's and the file's.
+
+    Raises ValueError if the file draws another one than `expected`, which has its tensors.
+    """
     texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
     draw = lambda model: sample(model, [texts[0] if texts else ""], num_steps=STEPS)[0].astype(int)  # noqa: E731
     theirs = draw(again)
-    if exact:
-        rounded = pipeline.with_edits(read_exact(again, names))
-        if np.abs(draw(rounded) - theirs).max() > 0:
-            raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
+    if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
+        raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
     return int(np.abs(draw(pipeline) - theirs).max())
 
 

@@ -117,7 +117,8 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
         params[name] = _read_network(name, net, places, dtype, sharding)
-    provenance = Provenance(str(path), folder, path, tensors=sources, erased=tuple(files.read_records(header)))
+    erased = tuple(files.read_records(header))
+    provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=erased)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
 
