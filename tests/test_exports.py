@@ -239,6 +239,25 @@ def test_no_file_takes_the_place_of_the_base(run, written, tmp_path, format):
     assert path.read_bytes() == before and link.is_symlink()
 
 
+def test_several_formats_are_written_all_or_none(run, tmp_path):
+    """What one of them cannot do is said before another is written, which takes minutes at full size."""
+    name = "text_encoder/final_layer_norm.bias"
+    both = run[1].with_edits({name: run[1].params["text_encoder"][name.partition("/")[2]] + 1})
+    for pipeline, formats, options, words in [
+        (both, ["folder", "delta"], {}, ["delta holds UNet tensors alone", name, "folder, single, lora, kohya"]),
+        (run[1], ["folder", "orbax"], {"rank": 4}, ["folder, orbax", "rank"]),
+        (run[1], ["folder", "zip"], {}, ["format='zip'"]),
+    ]:
+        with pytest.raises(ValueError, match=one_line(*words)):
+            exports.export_all(pipeline, tmp_path, formats, **options)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f"{STEM}-orbax").mkdir()  # an empty folder is in nobody's way
+    exports.export_all(run[1], tmp_path, ["orbax", "delta"])
+    with pytest.raises(ValueError, match=one_line("-delta.safetensors exists", "overwrite=True")):
+        exports.export_all(run[1], tmp_path, ["folder", "delta"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_an_orbax_tree_belongs_to_its_base_and_replaces_only_its_like(run, written, tmp_path):
     path = written[1]["orbax"].path
     factories.make_sd1(tmp_path / "other", seed=1)
@@ -279,6 +298,8 @@ def test_the_command_with_strengths_and_merges(run, written, tmp_path, capsys):
     half = tmp_path / "half.safetensors"
     assert said(capsys, "export", f"--run={run[0]}", "--strength=0.5", "--format=delta", "--dtype=float32",
                 f"--output={half}")[0] == 0  # fmt: skip
+    with safetensors.safe_open(half, "np") as file:
+        assert file.metadata()["esd_jax.strength"] == "0.5"
     first, loaded = read_exact(run[1], run[1].edits), esd_jax.load(base)
     before = read_exact(loaded, run[1].edits)
     for name, value in api.opened(loaded, half).edits.items():

@@ -76,6 +76,8 @@ def run(values: flags.FlagValues) -> None:
     options = common.options(values, "into dtype rank energy max_shard_size variant")
     options = {name: value for name, value in options.items() if value is not None}
     options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
+    if values.strength != 1:  # the records tell of the whole change
+        options["metadata"] = {"esd_jax.strength": str(values.strength)}
     if several:
         for written in exports.export_all(pipeline, output, formats, **options):
             common.say(str(written))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.exports import orbax
+from esd_jax.exports.orbax import is_taken
 from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
@@ -33,6 +34,7 @@ class Format:
     ending: of the file's name, after the checkpoint's.
     whole: whether it holds the whole checkpoint, not the change alone.
     exact: whether it carries every trained tensor, rounded to the file's dtype.
+    unet: whether it holds UNet tensors alone.
     """
 
     what: str
@@ -42,6 +44,7 @@ class Format:
     options: tuple[str, ...] = ()
     whole: bool = False
     exact: bool = True
+    unet: bool = False
 
 
 def _load(base: Pipeline, path: Path) -> Pipeline:
@@ -69,11 +72,11 @@ FORMATS: Mapping[str, Format] = {
     ),
     "delta": Format(
         "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors",
-        options=("dtype",),
+        options=("dtype",), unet=True,
     ),
     "difference": Format(
         "difference to the base, with a strength knob", difference.export_difference, difference.apply_difference,
-        "-difference.safetensors", options=("dtype",), exact=False,
+        "-difference.safetensors", options=("dtype",), exact=False, unet=True,
     ),
     "lora": Format(
         "LoRA for diffusers", _lora("diffusers"), lora_merge.merge_lora, "-lora.safetensors",
@@ -83,7 +86,7 @@ FORMATS: Mapping[str, Format] = {
         "LoRA for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
         options=("rank", "energy", "dtype"), exact=False,
     ),
-    "orbax": Format("Orbax tree of the UNet", orbax.write, orbax.read, "-orbax"),
+    "orbax": Format("Orbax tree of the UNet", orbax.write, orbax.read, "-orbax", unet=True),
 }  # fmt: skip
 
 
@@ -186,13 +189,25 @@ def export_all(
     """Writes a checkpoint in several formats into one folder, named after the base and what was erased.
 
     Args: as in `export`; each format takes those of the options that it knows.
+
+    Raises: as `export`; before anything is written for what one of the formats, or all of the options, cannot do.
     """
-    folder, stem, made = Path(folder).expanduser(), name_of(pipeline), []
+    folder, stem, formats = Path(folder).expanduser(), name_of(pipeline), tuple(formats)
     general = {name: options.pop(name) for name in ("verify", "overwrite", "metadata") if name in options}
-    for name in formats:
-        own = {option: value for option, value in options.items() if option in _format(name).options}
-        made.append(export(pipeline, folder / f"{stem}{FORMATS[name].ending}", name, **general, **own))
-    return made
+    kinds = {name: _format(name) for name in formats}
+    if unknown := sorted(options.keys() - {option for kind in kinds.values() for option in kind.options}):
+        raise ValueError(f"none of the formats {', '.join(formats)} takes {unknown[0]}")
+    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
+        if narrow := [name for name in formats if kinds[name].unet]:
+            fit = ", ".join(name for name in FORMATS if not FORMATS[name].unet)
+            raise ValueError(f"{narrow[0]} holds UNet tensors alone, but {others[0]!r} is edited: choose among {fit}")
+    paths = {name: folder / f"{stem}{kind.ending}" for name, kind in kinds.items()}
+    if not general.get("overwrite") and (taken := [path for path in paths.values() if is_taken(path)]):
+        raise ValueError(f"{taken[0]} exists: pass overwrite=True to replace it, or choose another name")
+    return [
+        export(pipeline, path, name, **general, **{k: v for k, v in options.items() if k in kinds[name].options})
+        for name, path in paths.items()
+    ]
 
 
 def name_of(pipeline: Pipeline) -> str:
