@@ -32,7 +32,7 @@ evidence: $(VENV)/.package
 
 # Most of the time goes to compiling, which takes one core: two processes.
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15
 
 test-slow: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow

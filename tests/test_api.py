@@ -149,6 +149,7 @@ def test_a_run_holds_its_model_and_exports_name_no_local_path(sd1, run):
     assert record["base"] == record["recipe"]["base"] == Path(sd1[0]).name
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_alike_by_another_process(run, tmp_path):
     esd_jax.export(run[1], tmp_path / "here")
     script = Path(sys.executable).with_name("esd-jax")
@@ -241,6 +242,7 @@ def test_several_concepts_and_places(base):
     assert all(jnp.isfinite(value).all() for value in erased.edits.values())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_memorised_picture(sd1, base, tmp_path):
     """Scaled to cover 16 x 16 and cropped to its middle; what the run learns from is the mean of its latents."""

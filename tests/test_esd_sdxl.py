@@ -54,8 +54,10 @@ def prepared(base, pairs, **fields: Any) -> tuple[esd.Method, esd.Inputs]:
 
 @pytest.mark.parametrize(
     ("pairs", "as_released", "indices"),
-    [(esd_world.ATTRIBUTE, False, (0, 1, 9)), (esd_world.EVERYWHERE, True, (0, 5))],
-    ids=["mended", "as_released"],
+    [
+        pytest.param(esd_world.ATTRIBUTE, False, (0, 1, 9), id="mended"),
+        pytest.param(esd_world.EVERYWHERE, True, (0, 5), id="as_released", marks=pytest.mark.slow),
+    ],
 )
 def test_step_equals_its_transcription(sdxl, loss_and_gradient, pairs, as_released, indices):
     pipe, student, base, models = sdxl

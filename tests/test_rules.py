@@ -345,7 +345,7 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
 
 @pytest.mark.parametrize(
     "sampler",
-    [name if name in ("pndm", "euler_ancestral") else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
+    [name if name == "pndm" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
 )
 def test_rules_go_with_every_sampler(sd1, in_latents, sampler):
     """A rule that does nothing changes nothing; one that does something does so at once."""

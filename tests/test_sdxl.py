@@ -52,7 +52,7 @@ def drawn_by_diffusers(pipe, negative, steps, scale):
     return to_nhwc(pipe.vae.decode(final / pipe.vae.config.scaling_factor).sample)
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_images_with_every_null_are_those_of_diffusers(family, tmp_path):
     """By the checkpoint's own sampler, not square. None, "" and words: None is zeros for SDXL."""
     pipe, steps, scale = make_calm(family, tmp_path), 10, 5.0
