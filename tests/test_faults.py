@@ -1,5 +1,6 @@
 """Runs to which something happens: what they lose, and that they end where an undisturbed run does."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -306,6 +308,30 @@ def test_two_runs_in_one_process_are_two(tmp_path):
         with pytest.raises(BlockingIOError, match=one_line("another run is using")):
             with opened(str(tmp_path / "run"), None, False, False):
                 pass
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_threads_of_a_failed_run_that_still_write_are_waited_for(tmp_path, replaces):
+    run, stop = tmp_path / "run", threading.Event()
+    if replaces:
+        run.mkdir()
+        run_folder.write_record(run, {"old": 1})
+
+    def late():
+        while not stop.is_set():
+            with contextlib.suppress(OSError):  # the folder is gone again
+                (run / "checkpoints" / "3.tmp").mkdir(parents=True)
+
+    writer, timer = threading.Thread(target=late), threading.Timer(0.3, stop.set)
+    with pytest.raises(OSError, match="no space"), opened(str(run), None, False, replaces):
+        writer.start()
+        timer.start()
+        raise OSError("no space")
+    writer.join()
+    if replaces:
+        assert json.loads((run / "run.json").read_text()) == {"old": 1}
+    else:
+        assert not run.exists()
 
 
 def test_file_systems_without_locks_are_told(tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 LOCK, PARTIAL = ".lock", ".run.json.partial"
+PAUSES = (0.05, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds, in which threads end that still write
 
 
 class NotLocked(UserWarning):
@@ -57,9 +59,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
         except BaseException as error:
             kept = ""
             if not resume and not any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
-                _discard(folder)
-                if replaces:
-                    replaced.rename(folder)
+                _give_up(folder, replaced if replaces else None)
             elif replaces:
                 kept = f"; the run that this one replaces is kept in {replaced}"
             if isinstance(error, OSError) and error.errno:
@@ -101,6 +101,24 @@ def _prepare(folder: Path, replaced: Path, resume: bool, locks: contextlib.ExitS
             raise
     _discard(_beside(folder, "failed"), folder)
     (folder / PARTIAL).unlink(missing_ok=True)
+
+
+def _give_up(folder: Path, replaced: Path | None) -> None:
+    """Removes what a failed run left, and puts back the one that it was to replace.
+
+    Threads that still write its checkpoint may make folders anew under the old name, so that is tried until they end.
+    """
+    for pause in PAUSES:
+        with contextlib.suppress(OSError):  # there is a folder again
+            _discard(folder)
+            time.sleep(pause)
+            if replaced:
+                replaced.rename(folder)
+            if replaced or not folder.exists():
+                return
+    raise FileExistsError(
+        f"{folder} is still being written to" + (f"; what was there is in {replaced}" if replaced else "")
+    )
 
 
 def _discard(path: Path, run: Path | None = None) -> None:
