@@ -37,7 +37,8 @@ def test_two_seeds_of_one_prompt_differ_in_placement(base):
     assert np.ptp(middles, axis=0).max() > 2 or np.ptp(sizes) > 0.2 * sizes.mean()
 
 
-@pytest.mark.parametrize("spread", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [0.5, 2.0])
 def test_what_a_destroyed_model_draws_is_not_recognised(base, spread):
     """Noise on every weight of the UNet, in units of the tensor's own spread."""
     rng = np.random.default_rng(0)

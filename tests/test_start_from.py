@@ -40,6 +40,7 @@ def foreign(base, tmp_path_factory):
     return folder, {name: value.numpy() for name, value in unet.state_dict().items() if "attn2.to_" in name}
 
 
+@pytest.mark.slow
 def test_a_unet_of_diffusers_becomes_a_checkpoint_from_which_training_resumes(base, foreign, tmp_path):
     folder, theirs = foreign
     run = tmp_path / "run"
