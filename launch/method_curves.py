@@ -10,11 +10,13 @@ strengths: every trained method with the change of its weights scaled, 0.25 to 1
 penalty: All but One at five lambda, with two sets of trained tensors: target rate and SSIM.
 drift: SSIM on the concepts nearest to the erased one, and the target rate, over the updates of three methods.
 front: ESD over steps, eta and learning rate: the target rate against what other prompts lose.
+contrast: ESD-x and ESD-u on an object, their changes scaled: how often prompts that do not name it show it, against how
+  often its own do; and where the curves pass target rates of 0.3 and 0.1.
 """
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,14 @@ FRONT = {
     "style": {"eta": (0.0, 0.5, 1.0), "learning_rate": (3e-4, 1e-3), "steps": (100, 200, 300, 400)},
     "object": {"eta": (1.0, 2.0, 3.0), "learning_rate": (5e-5, 1e-4), "steps": (125, 250, 375, 500)},
 }
+CONTRASTED = {"ESD-x": "emoji", "ESD-u": "emoji_object"}  # recipes
+MEASURED = {"contrast": ("own", "implicit")}  # groups; all four in the other figures
 RATES = (0.3, 0.1)  # target rates at which methods are compared
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("figure", "strengths", ["strengths", "penalty", "drift", "front"], "Which.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "figure", "strengths", ["strengths", "penalty", "drift", "front", "contrast"], "Which.", flag_values=FLAGS
+)
 flags.DEFINE_string("target", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
 flags.DEFINE_integer("images", 176, "Per group and point.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
@@ -78,7 +84,7 @@ def main() -> None:
 
 def point(base: Pipeline, erased: Pipeline, target: Target, drawn: Gallery) -> dict[str, float]:
     """What one model draws of the target, of what is near it, and of all else."""
-    wanted = ("own", "implicit", "nearest", "others")
+    wanted = MEASURED.get(FLAGS.figure, ("own", "implicit", "nearest", "others"))
     judged = measure(
         {BASE: base, ERASED: erased},
         [group for group in groups.groups(target) if group.name in wanted],
@@ -102,15 +108,26 @@ def point(base: Pipeline, erased: Pipeline, target: Target, drawn: Gallery) -> d
 
 
 def strengths(base: Pipeline, target: Target) -> Models:
-    for name in TRAINED:
+    return scaled(base, target, {name: ENTRIES[name].recipes[target.kind] for name in TRAINED}, STRENGTHS)
+
+
+def contrast(base: Pipeline, target: Target) -> Models:
+    if target.kind != "object":
+        raise ValueError(f"{target.concept!r} has no prompts that imply it without naming it: choose an object")
+    return scaled(base, target, CONTRASTED, STRENGTHS[:4])
+
+
+def scaled(base: Pipeline, target: Target, recipes: Mapping[str, str], strengths: Iterable[float]) -> Models:
+    """Each recipe's erasure, made when first asked for, its change of the weights times each of `strengths`."""
+    for name, config in recipes.items():
         made: list[Pipeline] = []
 
-        def erased(name: str = name, made: list[Pipeline] = made) -> Pipeline:
+        def erased(config: str = config, made: list[Pipeline] = made) -> Pipeline:
             if not made:
-                made.append(api.erase(base, target.concepts, config=ENTRIES[name].recipes[target.kind]))
+                made.append(api.erase(base, target.concepts, config=config))
             return made[0]
 
-        for strength in STRENGTHS:
+        for strength in strengths:
             yield {"method": name, "strength": strength}, lambda s=strength, e=erased: with_strength(e(), s)
 
 
@@ -177,19 +194,21 @@ def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
     figure.suptitle(f"erasing {target.concept}", fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
-    if FLAGS.figure == "strengths":
+    if FLAGS.figure in ("strengths", "contrast"):
+        (y,) = (y for _, y in axes_of)
         for name, curve in curves.items():
-            values = [f"{rate}: {at_rate(curve, rate)}" for rate in RATES]
-            print(f"{name:16} SSIM (25) of other prompts at target rates {'  '.join(values)}")
+            values = [f"{rate}: {at_rate(curve, rate, y)}" for rate in RATES]
+            print(f"{name:16} {LABELS[y]}, at target rates {'  '.join(values)}")
 
 
-def at_rate(curve: list[dict[str, Any]], rate: float) -> str:
-    """SSIM where a curve first falls to a target rate, linear between points; "-" if it never does."""
+def at_rate(curve: list[dict[str, Any]], rate: float, key: str) -> str:
+    """`key` where a curve first falls to a target rate, linear between points; "-" if it never does."""
     # Strength 0 is the base: every image equal.
-    whole = [{"own_target": curve[0]["own_base"], "others_ssim25": 1.0}, *curve]
+    start = curve[0]["implicit_base"] if key == "implicit_target" else 1.0
+    whole = [{"own_target": curve[0]["own_base"], key: start}, *curve]
     for before, after in zip(whole, whole[1:], strict=False):
         if before["own_target"] > rate >= after["own_target"]:
-            xs, ys = ([p[key] for p in (after, before)] for key in ("own_target", "others_ssim25"))
+            xs, ys = ([p[name] for p in (after, before)] for name in ("own_target", key))
             return f"{np.interp(rate, xs, ys):.3f}"
     return "-"
 
@@ -198,13 +217,14 @@ ALONG = ("strength", "penalty", "step")  # what changes along a curve
 LABELS = {
     "own_target": "target seen in its own prompts", "others_ssim25": "SSIM (25) of other prompts",
     "nearest_ssim25": "SSIM (25) of the nearest concepts", "others_lost": "lost on other prompts",
-    "penalty": "lambda", "step": "updates",
+    "implicit_target": "target seen in prompts that do not name it", "penalty": "lambda", "step": "updates",
 }  # fmt: skip
 FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, str], ...]]] = {
     "strengths": (strengths, (("own_target", "others_ssim25"),)),
     "penalty": (penalty, (("penalty", "own_target"), ("penalty", "others_ssim25"))),
     "drift": (drift, (("step", "own_target"), ("step", "nearest_ssim25"))),
     "front": (front, (("own_target", "others_lost"),)),
+    "contrast": (contrast, (("own_target", "implicit_target"),)),
 }
 
 

@@ -138,14 +138,32 @@ def test_a_curve_is_drawn_and_kept(fakes, monkeypatch, tmp_path, capsys):
         run(monkeypatch, method_curves, *arguments[:3], "--target=a dog")
 
 
+def test_the_contrast_of_two_recipes(fakes, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    erasures = []
+    erasing(monkeypatch, method_curves, erasures)
+    monkeypatch.setattr(method_curves, "with_strength", lambda pipeline, strength: pipeline)
+    arguments = (f"--output={tmp_path}", "--images=4", "--figure=contrast")
+    run(monkeypatch, method_curves, *arguments, "--target=a cat")
+    assert [fields["config"] for _, fields in erasures] == ["emoji", "emoji_object"]  # once for all its strengths
+    points = json.loads((tmp_path / "contrast.json").read_text())["points"]
+    assert len(points) == 8 and all({"own_target", "implicit_target", "implicit_base"} <= set(p) for p in points)
+    assert not any("others_lost" in p for p in points)
+    assert "ESD-x            target seen in prompts that do not name it, at target rates" in capsys.readouterr().out
+    (tmp_path / "contrast.json").unlink()
+    with pytest.raises(ValueError, match="'neon style' has no prompts that imply it"):
+        run(monkeypatch, method_curves, *arguments, "--target=neon style")
+
+
 def test_where_a_curve_passes_a_target_rate():
     curve = [
-        {"own_base": 1.0, "own_target": 0.6, "others_ssim25": 0.9},
-        {"own_base": 1.0, "own_target": 0.2, "others_ssim25": 0.8},
+        {"own_base": 1.0, "implicit_base": 0.4, "own_target": 0.6, "others_ssim25": 0.9, "implicit_target": 0.2},
+        {"own_base": 1.0, "implicit_base": 0.4, "own_target": 0.2, "others_ssim25": 0.8, "implicit_target": 0.1},
     ]
-    assert method_curves.at_rate(curve, 0.3) == "0.825"
-    assert method_curves.at_rate(curve, 0.8) == "0.950"  # between the base and the first point
-    assert method_curves.at_rate(curve, 0.1) == "-"
+    assert method_curves.at_rate(curve, 0.3, "others_ssim25") == "0.825"
+    assert method_curves.at_rate(curve, 0.8, "others_ssim25") == "0.950"  # between the base and the first point
+    assert method_curves.at_rate(curve, 0.8, "implicit_target") == "0.300"
+    assert method_curves.at_rate(curve, 0.1, "others_ssim25") == "-"
 
 
 @pytest.mark.slow
