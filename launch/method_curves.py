@@ -9,7 +9,7 @@ strengths: every trained method with the change of its weights scaled, 0.25 to 1
   prompts against the rate at which the target is seen; and where the curves pass target rates of 0.3 and 0.1.
 penalty: All but One at five lambda, with two sets of trained tensors: target rate and SSIM.
 drift: SSIM on the concepts nearest to the erased one, and the target rate, over the updates of three methods.
-front: ESD over steps, eta and learning rate: the target rate against what other prompts lose.
+front: ESD over steps, eta and learning rate: SSIM on other prompts, and what they lose, against the target rate.
 contrast: ESD-x and ESD-u on an object, their changes scaled: how often prompts that do not name it show it, against how
   often its own do; and where the curves pass target rates of 0.3 and 0.1.
 """
@@ -188,7 +188,8 @@ def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
         if y == "own_target":
             axis.set_ylim(-0.03, 1.03)
         elif "ssim" not in y:
-            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            values = [p[y] for curve in curves.values() for p in curve]
+            axis.set_ylim(min(values + [0]) - 0.005, 1.05 * max(values + [0.1]))  # nothing lost is a flat line
         axis.grid(alpha=0.2)
     axes[0][-1].legend(frameon=False)
     figure.suptitle(f"erasing {target.concept}", fontsize=10)
@@ -223,7 +224,7 @@ FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, 
     "strengths": (strengths, (("own_target", "others_ssim25"),)),
     "penalty": (penalty, (("penalty", "own_target"), ("penalty", "others_ssim25"))),
     "drift": (drift, (("step", "own_target"), ("step", "nearest_ssim25"))),
-    "front": (front, (("own_target", "others_lost"),)),
+    "front": (front, (("own_target", "others_ssim25"), ("own_target", "others_lost"))),
     "contrast": (contrast, (("own_target", "implicit_target"),)),
 }
 
