@@ -175,11 +175,12 @@ def updates(base: Pipeline, target: Target, config: str, parts: int, setting: di
 def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
     """Draws the figure that FLAGS.figure names."""
     _, axes_of = FIGURES[FLAGS.figure]
-    figure, axes = plots.pyplot().subplots(1, len(axes_of), figsize=(5 * len(axes_of), 3.8), squeeze=False)
+    size = (5 * len(axes_of), 4.2)
+    figure, axes = plots.pyplot().subplots(1, len(axes_of), figsize=size, squeeze=False, layout="constrained")
     curves: dict[str, list[dict[str, Any]]] = {}
     for found in points:
         setting = found["setting"]
-        name = ", ".join(f"{v}" if k == "method" else f"{k} {v}" for k, v in setting.items() if k not in ALONG)
+        name = ", ".join(f"{LABELS.get(k, k)} {v}".strip() for k, v in setting.items() if k not in ALONG)
         curves.setdefault(name, []).append({**found, **setting})
     for axis, (x, y) in zip(axes[0], axes_of, strict=True):
         for name, curve in curves.items():
@@ -191,9 +192,9 @@ def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
             values = [p[y] for curve in curves.values() for p in curve]
             axis.set_ylim(min(values + [0]) - 0.005, 1.05 * max(values + [0.1]))  # nothing lost is a flat line
         axis.grid(alpha=0.2)
-    axes[0][-1].legend(frameon=False)
+    # Below: within the axes, as many curves as a front has leave it no room.
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"erasing {target.concept}", fontsize=10)
-    figure.tight_layout()
     figure.savefig(file, dpi=150)
     if FLAGS.figure in ("strengths", "contrast"):
         (y,) = (y for _, y in axes_of)
@@ -219,6 +220,7 @@ LABELS = {
     "own_target": "target seen in its own prompts", "others_ssim25": "SSIM (25) of other prompts",
     "nearest_ssim25": "SSIM (25) of the nearest concepts", "others_lost": "lost on other prompts",
     "implicit_target": "target seen in prompts that do not name it", "penalty": "lambda", "step": "updates",
+    "method": "", "learning_rate": "learning rate",
 }  # fmt: skip
 FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, str], ...]]] = {
     "strengths": (strengths, (("own_target", "others_ssim25"),)),
