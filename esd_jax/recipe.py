@@ -141,7 +141,7 @@ SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hol
 # unless they differ, so that what was made before them is still found, resumed and restored.
 UNSAID = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
-    "trajectory_buffer": 1,
+    "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0,
 }  # fmt: skip
 
 

@@ -3,12 +3,17 @@
     target = e*(x_t, anchor) - eta [ e*(x_t, c) - e*(x_t, null) ]          (teacher, no gradient)
     L      = mean (e_theta(x_t, c) - target)^2                             (Eq. 6-7: anchor = null)
 
-with x_t drawn by the model itself from the concept. Three published variants differ in how x_t, its timestep and the
+with x_t drawn by the model itself from the concept. Beside the concept alone, prompts p that have it in them may be
+erased from, too (no paper's; `contexts`), with what they say without it as anchor:
+
+    L      = mean (e_theta(x_t, p) - target)^2,    anchor = p without c,    x_t drawn from p
+
+Three published variants differ in how x_t, its timestep and the
 anchor are chosen; `ESD.PRESETS` reproduces each with its off-by-ones, as switches of one implementation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -19,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.methods import replay, trajectories
+from esd_jax.methods import contexts, replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
 from esd_jax.methods.replay import Replaying
@@ -42,6 +47,10 @@ class ESD:
       `from_` is absent; "auto": `replace_with` where it is given, else `from_` where that is given and is not the
       concept itself, else the empty prompt.
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
+    contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, and the same without it.
+      An update is made on the concept alone or on one of these, all equally often.
+    context_eta: strength there. The anchor already says nothing of the concept, so 0 takes it away, too.
+    window: x_t is drawn from this first part of the trajectory's points, pure noise among them; 1 is all of it.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh up to a random x_t in every update, as all papers
@@ -63,6 +72,9 @@ class ESD:
     as_released: bool = False
     updates_per_trajectory: int = 1
     trajectory_buffer: int = 1
+    contexts: str | None = None
+    context_eta: float = 1.0
+    window: float = 1.0
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
@@ -100,6 +112,10 @@ class ESD:
     def __post_init__(self):
         choose(self, **self.CHOICES)
         replay.check(self)
+        if not 0 < self.window <= 1:
+            raise ValueError(f"window={self.window} must be above 0 and at most 1")
+        if contexts.parse(self.contexts) and self.anchor != "auto":
+            raise ValueError(f"contexts name their own anchors, so they need anchor='auto', not {self.anchor!r}")
         if self.as_released and replay.wanted(self):
             raise ValueError(
                 "as_released repeats code that samples afresh in every update: leave updates_per_trajectory and "
@@ -109,6 +125,7 @@ class ESD:
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """ESD for the concepts' kinds of anchor."""
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
+        concepts = contexts.expanded(concepts, contexts.parse(self.contexts))
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
         method = Method(self, tools.unet, tools.schedule, trajectory, separate)
         own = all(roles["sample"](c) == c.text for c in concepts)
@@ -119,24 +136,29 @@ class ESD:
                     "with images nothing is sampled: leave updates_per_trajectory and trajectory_buffer at 1"
                 )
             method = Replaying(method, kept)
-        eta = self.eta * jnp.asarray([c.strength for c in concepts], jnp.float32)
+        eta = [c.strength * (self.context_eta if self.in_context(c) else self.eta) for c in concepts]
         bank = make_bank(tools.encode, concepts, roles)
-        return method, Inputs(bank, eta, jnp.float32(self.sampling_guidance), tools.images)
+        return method, Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
         """Two for each sampler step, two of the teacher, and the student's forward and backward pass.
 
-        Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these.
+        Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these. The
+        anchors of contexts are a third.
         """
-        trajectory = make_trajectory(self, schedule)
-        known = self.predicts(trajectory) and self.sample_prompt == "concept"
+        trajectory, teacher = make_trajectory(self, schedule), 3 if self.contexts else 2
+        known = self.predicts(trajectory) and self.sample_prompt == "concept" and not self.contexts
         if (kept := replay.of(self, trajectory, 2 * known)) is None:
-            return (0.0 if images else 2 * trajectory.mean_updates) + 2 + 3
-        return 2 * kept.calls / kept.every + (0 if known else 2) + 3
+            return (0.0 if images else 2 * trajectory.mean_updates) + teacher + 3
+        return 2 * kept.calls / kept.every + (0 if known else teacher) + 3
 
     def predicts(self, trajectory: Trajectory) -> bool:
         """Whether the sampler evaluates the teacher just where the loss does."""
         return self.sample_with == "teacher" and trajectory.scored_where_sampled
+
+    def in_context(self, concept: Concept) -> bool:
+        """Whether it is a concept in one of `contexts`, as `contexts.expanded` makes them."""
+        return bool(self.contexts) and concept.from_ is not None
 
     def roles(self) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation."""
@@ -149,12 +171,26 @@ class ESD:
             "concept": lambda c: c.text,
             "student": lambda c: c.from_ or c.text,
             "anchor": anchors[self.anchor],
-            "sample": lambda c: c.text if self.sample_prompt == "concept" else c.from_ or c.text,
+            "sample": lambda c: c.from_ or c.text if self.sample_prompt == "from" or self.in_context(c) else c.text,
         }
 
 
 def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
-    """The tables of a timestep mode. Raises ValueError where a mode and a sampler do not go together."""
+    """The tables of a timestep mode, and what of them is drawn.
+
+    Raises ValueError where a mode and a sampler do not go together, or nothing is left to draw.
+    """
+    whole = of_mode(settings, schedule)
+    first = whole.num_updates[whole.support] < settings.window * settings.sampling_steps
+    if not first.any():
+        raise ValueError(
+            f"window={settings.window} leaves none of {settings.sampling_steps} sampler steps to learn from"
+        )
+    return replace(whole, support=whole.support[first])
+
+
+def of_mode(settings: ESD, schedule: Schedule) -> Trajectory:
+    """The whole trajectory of a timestep mode. Raises ValueError where a mode and a sampler do not go together."""
     mode, steps = settings.timestep_mode, settings.sampling_steps
     if mode == "grid":
         return trajectories.on_grid(schedule, settings.sampler, steps)

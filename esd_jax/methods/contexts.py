@@ -1,0 +1,53 @@
+"""Prompts that a concept is erased from beside its own name, each led to what it says without the concept.
+
+A text encoder reads a concept in a sentence otherwise than alone, so what is learned on "ink style" reaches "a cat in
+ink style" only in part, and takes some of the cat along. A context says both: the prompt, and what is to be left of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from esd_jax.methods.concepts import Concept
+
+NAME = "{}"  # stands for the concept
+
+
+@dataclass(frozen=True)
+class Context:
+    """prompt: "a dog in {}", in which {} stands for the concept. without: "a dog"; "" is the empty prompt."""
+
+    prompt: str
+    without: str
+
+
+def parse(text: str | None) -> tuple[Context, ...]:
+    """The contexts of "a dog in {}: a dog | a car in {}: a car".
+
+    Raises ValueError for a part without ":", or in which {} stands anywhere but before it.
+    """
+    contexts = []
+    for part in filter(None, (part.strip() for part in (text or "").split("|"))):
+        prompt, found, without = (side.strip() for side in part.partition(":"))
+        if not found or NAME not in prompt or NAME in without:
+            raise ValueError(
+                f"contexts has {part!r}: each is a prompt with {NAME} for the concept, ':', and the same without it, "
+                f"as 'a dog in {NAME}: a dog'; several are separated by '|'"
+            )
+        contexts.append(Context(prompt, without))
+    return tuple(contexts)
+
+
+def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[Concept]:
+    """Each concept alone, then, for each context, erased from its prompt with what it says without it in its place.
+
+    Raises ValueError for a concept with `from_`.
+    """
+    rows = []
+    for concept in concepts:
+        if contexts and concept.from_ is not None:
+            raise ValueError(f"contexts are for concepts that are erased everywhere: {concept.text!r} has from_")
+        rows.append(concept)
+        for context in contexts:
+            prompt = context.prompt.replace(NAME, concept.text)
+            rows.append(replace(concept, from_=prompt, replace_with=(context.without,)))
+    return rows
