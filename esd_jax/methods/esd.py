@@ -13,7 +13,7 @@ anchor are chosen; `ESD.PRESETS` reproduces each with its off-by-ones, as switch
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -180,13 +180,7 @@ def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
 
     Raises ValueError where a mode and a sampler do not go together, or nothing is left to draw.
     """
-    whole = of_mode(settings, schedule)
-    first = whole.num_updates[whole.support] < settings.window * settings.sampling_steps
-    if not first.any():
-        raise ValueError(
-            f"window={settings.window} leaves none of {settings.sampling_steps} sampler steps to learn from"
-        )
-    return replace(whole, support=whole.support[first])
+    return of_mode(settings, schedule).first(settings.window, settings.sampling_steps)
 
 
 def of_mode(settings: ESD, schedule: Schedule) -> Trajectory:

@@ -1,7 +1,7 @@
 """x_t that a model draws itself: how many sampler steps lead to it, and at which timestep it is scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +76,16 @@ class Trajectory:
         # DDIM's trajectories run to the end of the table, and its scale is 1 throughout.
         last = len(self.sampler.input_scale) - 1
         return x * jnp.asarray(self.sampler.input_scale, x.dtype)[jnp.minimum(updates, last)]
+
+    def first(self, window: float, steps: int) -> "Trajectory":
+        """This trajectory, of which only points after fewer updates than that part of so many steps are drawn.
+
+        Raises ValueError where none is left.
+        """
+        kept = self.num_updates[self.support] < window * steps
+        if not kept.any():
+            raise ValueError(f"window={window} leaves none of {steps} sampler steps to learn from")
+        return replace(self, support=self.support[kept])
 
     @property
     def mean_updates(self) -> float:
