@@ -1,5 +1,5 @@
 # make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, five minutes)
-#                  make demo CONCEPT="a cat" erases another style or object
+#                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff
 PYTHON ?= python3
@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= out/demo
 CONCEPT ?= neon style
+CONFIG ?=
+RECIPE = $(if $(CONFIG),--config=$(CONFIG))
 EVIDENCE ?= out/evidence
 IMAGES ?= 60
 ATTACKS ?= all
@@ -24,10 +26,10 @@ $(VENV)/.tests: $(VENV)/.package
 	touch $@
 
 demo: $(VENV)/.package
-	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(OUT)" --overwrite
+	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" $(RECIPE) --output="$(OUT)" --overwrite
 
 evidence: $(VENV)/.package
-	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" --output="$(EVIDENCE)" \
+	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" $(RECIPE) --output="$(EVIDENCE)" \
 	  --images=$(IMAGES) --attacks=$(ATTACKS) --seeds=10 --random --front
 
 # Most of the time goes to compiling, which takes one core: two processes.

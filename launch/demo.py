@@ -23,7 +23,7 @@ from launch.results import say
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)
-flags.DEFINE_string("config", None, "The recipe; by default emoji or emoji_object.", flag_values=FLAGS)
+flags.DEFINE_string("config", None, "The recipe; by default emoji_contexts or emoji_object.", flag_values=FLAGS)
 flags.DEFINE_integer("images", 20, "To measure of each group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)
 flags.DEFINE_bool("controls", True, "Also measure a sham erasure, and the base from other noise.", flag_values=FLAGS)
@@ -34,7 +34,7 @@ flags.DEFINE_bool("front", False, "Also measure parts of the change.", flag_valu
 flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=FLAGS)
 flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=FLAGS)
 
-RECIPES = {"style": "emoji", "object": "emoji_object"}  # what each kind of target is erased with
+RECIPES = {"style": "emoji_contexts", "object": "emoji_object"}  # what each kind of target is erased with
 MOMENTS = 6  # of the timeline
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 

@@ -376,7 +376,7 @@ def test_the_grid_has_rows_and_columns():
 
 
 def test_lists_of_targets():
-    assert measure_demo.parse("neon; a cat=esd_u;") == [(NEON, "emoji"), (CAT, "esd_u")]
+    assert measure_demo.parse("neon; a cat=esd_u;") == [(NEON, "emoji_contexts"), (CAT, "esd_u")]
     default = [target.kind for target, _ in measure_demo.parse(measure_demo.TARGETS)]
     assert (default.count("style") >= 3, default.count("object") >= 5) == (True, True)
     with pytest.raises(ValueError, match="cat twice"):
