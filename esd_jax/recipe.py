@@ -188,7 +188,7 @@ def preset(method: str, variant: str | None = None, **changes: Any) -> ConfigDic
     if variant not in presets:
         raise ValueError(f"method {method!r} has no preset {variant!r}; choose one of {', '.join(presets)}")
     flat = make(method=method, **presets[variant]).flat()
-    config = ConfigDict({k: config_dict.placeholder(_type_of(k, method)) if v is None else v for k, v in flat.items()})
+    config = ConfigDict({name: _given(name, value, method) for name, value in flat.items()})
     complete(config, changes)
     config.update(changes)
     return config
@@ -200,7 +200,12 @@ def complete(config: ConfigDict, names: Iterable[str]) -> None:
         if name not in config:
             check_field(name, config.method)
             with config.unlocked():
-                config[name] = UNSAID[name]
+                config[name] = _given(name, UNSAID[name], config.method)
+
+
+def _given(name: str, value: Any, method: str) -> Any:
+    """A field's value as a config holds it: None with the type that it has where it is given, for its flag."""
+    return config_dict.placeholder(_type_of(name, method)) if value is None else value
 
 
 def read(name: str) -> ConfigDict:

@@ -769,6 +769,8 @@ def test_fields_that_configs_leave_unsaid_have_flags(monkeypatch, capsys):
     assert cli.main(["erase", "--config=esd2025_sdxl", "--config.null=zeros", "--config.as_released"]) == 0
     assert cli.main(["erase", "--config=esd2025_sdxl"]) == 0
     assert (plans[0].pop("null"), plans[0].pop("as_released")) == ("zeros", True) and plans[0] == plans[1]
+    assert cli.main(["erase", "--config=esd_x", "--config.contexts=a dog by {}: a dog", "--config.window=0.5"]) == 0
+    assert (plans[2]["contexts"], plans[2]["window"]) == ("a dog by {}: a dog", 0.5)
     assert cli.main(["erase", "--config=sdd", "--config.as_released"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "as_released" in error and "'esd'" in error
