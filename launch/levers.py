@@ -36,10 +36,10 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.training.plan import changed_names
 from esd_jax.training.step import blank_memory, init_state, make_step
 from launch import command
-from launch.compare_methods import lost
+from launch.compare_methods import ENTRIES, lost
 from launch.results import Made, groups_of, kept, measured, read, say, slug, write
 
-RECIPES = {"style": "emoji", "object": "emoji_object"}  # each has a fast one of its name
+RECIPES = ENTRIES["esd"].recipes  # each has a fast one of its name
 KEPT = {"updates_per_trajectory": 10, "trajectory_buffer": 4}
 # Variant -> what `planned` changes.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

@@ -57,6 +57,13 @@ def test_no_contexts_change_nothing():
     assert contexts.expanded(rows, ()) == rows
 
 
+def test_blank_contexts_are_none():
+    blank, none = (esd.ESD(contexts=text, anchor="from", eta=0.7, context_eta=0.4) for text in (" | ", None))
+    glasses = Concept("glasses", "a person with glasses")
+    assert blank.roles()["sample"](glasses) == none.roles()["sample"](glasses) == "glasses"
+    assert blank.evaluations(SCHEDULE, False) == none.evaluations(SCHEDULE, False)
+
+
 def test_a_step_equals_its_equation():
     """Example 0 is the concept alone, example 1 in the context; both of the teacher's own trajectories."""
     w = world("unet", "float32")

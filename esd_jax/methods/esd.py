@@ -8,8 +8,8 @@ erased from, too (no paper's; `contexts`), with what they say without it as anch
 
     L      = mean (e_theta(x_t, p) - target)^2,    anchor = p without c,    x_t drawn from p
 
-Three published variants differ in how x_t, its timestep and the
-anchor are chosen; `ESD.PRESETS` reproduces each with its off-by-ones, as switches of one implementation.
+Three published variants differ in how x_t, its timestep and the anchor are chosen; `ESD.PRESETS` reproduces each with
+its off-by-ones, as switches of one implementation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods import contexts, replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
+from esd_jax.methods.contexts import Context
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Trajectory
@@ -114,7 +115,7 @@ class ESD:
         replay.check(self)
         if not 0 < self.window <= 1:
             raise ValueError(f"window={self.window} must be above 0 and at most 1")
-        if contexts.parse(self.contexts) and self.anchor != "auto":
+        if self.sentences and self.anchor != "auto":
             raise ValueError(f"contexts name their own anchors, so they need anchor='auto', not {self.anchor!r}")
         if self.as_released and replay.wanted(self):
             raise ValueError(
@@ -125,7 +126,7 @@ class ESD:
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """ESD for the concepts' kinds of anchor."""
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
-        concepts = contexts.expanded(concepts, contexts.parse(self.contexts))
+        concepts = contexts.expanded(concepts, self.sentences)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
         method = Method(self, tools.unet, tools.schedule, trajectory, separate)
         own = all(roles["sample"](c) == c.text for c in concepts)
@@ -146,8 +147,8 @@ class ESD:
         Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these. The
         anchors of contexts are a third.
         """
-        trajectory, teacher = make_trajectory(self, schedule), 3 if self.contexts else 2
-        known = self.predicts(trajectory) and self.sample_prompt == "concept" and not self.contexts
+        trajectory, teacher = make_trajectory(self, schedule), 3 if self.sentences else 2
+        known = self.predicts(trajectory) and self.sample_prompt == "concept" and not self.sentences
         if (kept := replay.of(self, trajectory, 2 * known)) is None:
             return (0.0 if images else 2 * trajectory.mean_updates) + teacher + 3
         return 2 * kept.calls / kept.every + (0 if known else teacher) + 3
@@ -156,9 +157,14 @@ class ESD:
         """Whether the sampler evaluates the teacher just where the loss does."""
         return self.sample_with == "teacher" and trajectory.scored_where_sampled
 
+    @property
+    def sentences(self) -> tuple[Context, ...]:
+        """`contexts`, as they are read."""
+        return contexts.parse(self.contexts)
+
     def in_context(self, concept: Concept) -> bool:
         """Whether it is a concept in one of `contexts`, as `contexts.expanded` makes them."""
-        return bool(self.contexts) and concept.from_ is not None
+        return bool(self.sentences) and concept.from_ is not None
 
     def roles(self) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation."""
