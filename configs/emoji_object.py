@@ -3,9 +3,9 @@
     esd-jax erase --config=emoji_object --config.concept="a cat" --config.output_dir=out/cat
 
 ESD-u of the paper: everything but cross-attention is trained, so that the object also goes from prompts that do not
-name it. The changes to esd_u, chosen on one object (a dog):
+name it. The changes to esd_u, chosen on three objects (a dog, an octopus, a guitar):
 - trajectories of the teacher, of 20 DDIM steps, scored at their own timestep ("grid").
-- strength eta 2, learning rate 1e-4, 250 steps: the model is small.
+- strength eta 2, learning rate 1e-4, 400 steps: the model is small.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         sampling_steps=20,
         eta=2.0,
         learning_rate=1e-4,
-        steps=250,
+        steps=400,
         checkpoint_every=50,
         preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,

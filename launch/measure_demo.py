@@ -3,7 +3,9 @@
     python -m launch.measure_demo --output=out/measured
     python -m launch.measure_demo --output=out/measured --targets="neon style; a cat=esd_u; a rose" --images=200
 
-A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. Tables and
+A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. With
+--stop_below=0.02 --steps=800, each erasure ends where that few images show its target, and its sham has as many
+updates. Tables and
 images are kept as they come, so that a run which is stopped goes on where it was. 1,000 images per group take about 20
 minutes a target on two CPU cores.
 """
@@ -22,6 +24,7 @@ from esd_jax.demo import captions, groups, picture, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
+from esd_jax.evaluation import emoji, seen
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
@@ -38,6 +41,10 @@ flags.DEFINE_string("base", "emoji", "The model: emoji, or a folder with a model
 flags.DEFINE_integer("images", 1000, "Per group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("base_images", 2000, "Of the base alone, per group; 0: none.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_float("stop_below", None, "End an erasure where so few images show its target.", flag_values=FLAGS)
+flags.DEFINE_integer("stop_every", 100, "Updates between looks.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("stop_images", 96, "Of each look.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("steps", None, "Updates, in place of the recipe's.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("controls", True, "Also measure sham erasures, and the base from other noise.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/measured", "The folder of the results.", flag_values=FLAGS)
@@ -120,21 +127,24 @@ def measure_target(
 ) -> list[Judged]:
     """One target's table, from its file if it is finished. Targets share what the base and a recipe's sham draw."""
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name != "concept"}
+    if FLAGS.steps:
+        plan["steps"] = FLAGS.steps
+    if FLAGS.stop_below is not None:
+        plan |= {name: FLAGS[name].value for name in ("stop_below", "stop_every", "stop_images")}
     settings = identity | {"images": FLAGS.images, "controls": FLAGS.controls, "recipe": plan}
     file = output / f"{slug(target.concept)}.json"
 
     def make() -> Made:
         started = time.monotonic()
-        models = {BASE: base, ERASED: api.erase(base, target.concepts, config=config)}
-        seconds = time.monotonic() - started
-        say(f"\nerased {target.concept!r} with {config} in {seconds:.0f} s")
-        recipe_of = (identity["base_sha256"], plan)
-        drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, *recipe_of)}
+        erased, updates = erase(base, target, config, plan["steps"])
+        models, seconds = {BASE: base, ERASED: erased}, time.monotonic() - started
+        say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
+        drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}
         if FLAGS.controls:
-            sham = f"{', '.join(target.sham)} by {config}"
+            sham = f"{', '.join(target.sham)} by {updates} updates of {config}"
             if sham not in shams:
-                shams[sham] = api.erase(base, target.sham, config=config)
-                galleries[sham] = kept(output, ", ".join(target.sham), *recipe_of)
+                shams[sham] = api.erase(base, target.sham, config=config, steps=updates)
+                galleries[sham] = kept(output, ", ".join(target.sham), identity["base_sha256"], plan, updates)
             models[SHAM], drawn[SHAM] = shams[sham], galleries[sham]
         return Made(models, drawn, {}, seconds)
 
@@ -152,6 +162,21 @@ def measure_target(
     judged = groups_of(file, report)
     print(f"\n{target.concept}, by {config}\n{table.text(judged, target)}", flush=True)
     return judged
+
+
+def erase(base: Pipeline, target: Target, config: str, steps: int) -> tuple[Pipeline, int]:
+    """An erasure, and how many updates it took: fewer than `steps` where --stop_below ended it."""
+    if FLAGS.stop_below is None:
+        return api.erase(base, target.concepts, config=config, steps=steps), steps
+    is_gone, looks = seen.below(emoji.question(target, FLAGS.stop_images), FLAGS.stop_below), []
+
+    def look(erased: Pipeline) -> bool:
+        looks.append(is_gone(erased))
+        return looks[-1]
+
+    every = FLAGS.stop_every
+    erased = api.erase(base, target.concepts, config=config, steps=steps, stop_when=look, stop_every=every)
+    return erased, len(looks) * every if any(looks) else steps
 
 
 if __name__ == "__main__":

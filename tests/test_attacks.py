@@ -551,6 +551,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
         value.requires_grad_(False).copy_(old)
 
 
+@pytest.mark.slow
 def test_a_healed_model_differs_in_what_was_trained_alone(victims):
     base, _ = victims
     name = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"

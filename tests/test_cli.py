@@ -629,6 +629,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(base, run, tmp_path):
     """The limit on a file's size stands in for the end of the disk."""
     before, new = tree(tmp_path), tmp_path / "new"

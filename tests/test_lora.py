@@ -75,6 +75,7 @@ def test_the_gradient_is_that_of_the_whole_tensor():
     np.testing.assert_array_equal(low.theta[name + lora.A], factors[name + lora.A])
 
 
+@pytest.mark.slow
 def test_an_erasure_of_low_rank(base, tmp_path):
     """Its export is the base's tensors plus matrices of rank 2; biases stay; a resumed and a restored run are equal."""
     fields = {**FIELDS, "steps": 4, "checkpoint_every": 2}

@@ -177,6 +177,7 @@ def cases():
     return found
 
 
+@pytest.mark.slow
 def test_two_hundred_damaged_inputs(sound, tmp_path):
     folder, base = sound
     tracemalloc.start()

@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import painter
 import pytest
 
+from esd_jax import recipe
 from esd_jax.demo import artwork, captions, gallery, groups, measure, picture, table, vocabulary
 from esd_jax.demo.groups import Target, parse_target
 from esd_jax.metrics import intervals, likeness
@@ -388,8 +390,9 @@ def test_lists_of_targets():
 def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):
     erasures = []
 
-    def erase(base, concept, *, config):
+    def erase(base, concept, *, config, steps):
         (concept,) = concept
+        assert steps == recipe.read(config).steps
         erasures.append((concept, config))
         return "sham" if groups.NONSENSE[0] in concept else "erased"
 
@@ -430,6 +433,24 @@ def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", [*argv, "--seed=2"])
     with pytest.raises(ValueError, match="other settings"):
         measure_demo.main()
+
+
+@pytest.mark.parametrize("rates, updates", [([0.5, 0.02], 50), ([0.5, 0.1, 0.0], 75)])
+def test_an_erasure_ends_where_its_target_is_gone(rates, updates, monkeypatch):
+    """Looked at every 25 of at most 75 updates; after the last nobody looks."""
+
+    def train(base, concepts, *, config, steps, stop_when, stop_every):
+        looked = (stop_when("erased") for _ in range(stop_every, steps, stop_every))
+        return "gone" if any(looked) else "at its end"
+
+    left = iter(rates)
+    rate = lambda question, pipeline: SimpleNamespace(value=next(left))  # noqa: E731
+    monkeypatch.setattr(measure_demo.seen.Question, "rate", rate)
+    monkeypatch.setattr(measure_demo.api, "erase", train)
+    monkeypatch.setattr(measure_demo, "FLAGS", SimpleNamespace(stop_below=0.02, stop_every=25, stop_images=96))
+    erased = measure_demo.erase("base", CAT, "emoji_object", 75)
+    assert erased == ("gone" if updates == 50 else "at its end", updates)
+    assert len(list(left)) == (0 if updates == 50 else 1)  # after the last update it is not asked
 
 
 @pytest.mark.slow

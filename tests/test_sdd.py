@@ -69,7 +69,12 @@ def given(k: int, dtype: str) -> Draws:
 
 
 @pytest.mark.parametrize(
-    "kind, fix_k0, indices", [("unet", True, (0, 1, 30, 49)), ("toy", True, (0, 1, 2, 25, 49)), ("toy", False, (0, 1))]
+    "kind, fix_k0, indices",
+    [
+        pytest.param("unet", True, (0, 1, 30, 49), marks=pytest.mark.slow),  # five updates of it are made below
+        ("toy", True, (0, 1, 2, 25, 49)),
+        ("toy", False, (0, 1)),
+    ],
 )
 def test_step_equals_the_released_code(kind, fix_k0, indices):
     w = world(kind, "float32")

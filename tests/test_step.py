@@ -54,7 +54,7 @@ class Puppet:
     "preset, subset, pairs",
     [
         ("paper", "esd-x", EVERYWHERE),
-        ("esd2025", "esd-x", ATTRIBUTE),
+        pytest.param("esd2025", "esd-x", ATTRIBUTE, marks=pytest.mark.slow),
         pytest.param("paper", "noxattn", ATTRIBUTE, marks=pytest.mark.slow),  # norms, too
         pytest.param("esd2025", "esd-u", EVERYWHERE, marks=pytest.mark.slow),
         pytest.param("alt", "full", EVERYWHERE, marks=pytest.mark.slow),

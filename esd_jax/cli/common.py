@@ -1,5 +1,6 @@
 """What the verbs of the command line share: their form, their help, and flags that several of them have."""
 
+import dataclasses
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,18 +177,16 @@ def define_question(values: flags.FlagValues, prefix: str = "") -> None:
 
 def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
     """Whether a concept is seen: in the embedded model's own prompts, or those that the flags name."""
-    from esd_jax.demo import gallery, groups
-    from esd_jax.evaluation import seen
+    from esd_jax.demo import groups
+    from esd_jax.evaluation import emoji, seen
 
     concept = ", ".join(concepts)
     detect, judge = seen.detector(detector, concept)
-    texts = [text.strip() for text in (prompts or "").split(";") if text.strip()]
-    drawn = {}
+    texts = tuple(text.strip() for text in (prompts or "").split(";") if text.strip())
     if base.provenance.source == "emoji":
-        (own,) = (group for group in groups.groups(groups.parse_target(concept)) if group.name == "own")
-        texts = texts or [ask.prompt for ask, _ in groups.shots(own, num_images, 0)]
-        drawn = {"num_steps": gallery.NUM_STEPS, "guidance_scale": gallery.GUIDANCE}
-    return seen.Question(tuple(texts or concepts), detect, judge, num_images=num_images, **drawn)
+        asked = emoji.question(groups.parse_target(concept), num_images)
+        return dataclasses.replace(asked, prompts=texts or asked.prompts, detect=detect, judge=judge)
+    return seen.Question(texts or tuple(concepts), detect, judge, num_images=num_images)
 
 
 def judge(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:

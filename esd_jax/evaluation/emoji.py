@@ -9,6 +9,7 @@ from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
 from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
 from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.seen import Question, detector
 from esd_jax.metrics.intervals import Estimate
 from esd_jax.pipeline import Pipeline
 
@@ -111,6 +112,14 @@ def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
             pair = (getattr(before, part), getattr(after, part), seed and getattr(seed, part))
             found.append(Finding("kept", f"{what}: {'object' if part == 'subject' else part} as asked", *pair))
     return tuple(found)
+
+
+def question(target: Target, num_images: int) -> Question:
+    """Whether the target is seen in its own prompts, in other images than those that `evaluate` draws."""
+    (own,) = (group for group in groups.groups(target) if group.name == "own")
+    asked = tuple(ask.prompt for ask, _ in groups.shots(own, num_images, 0))
+    detect, named = detector("probe", target.concept)
+    return Question(asked, detect, named, num_images=num_images, num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
 
 
 def judge(target: Target, num_images: int, seed: int = 1) -> Judge:

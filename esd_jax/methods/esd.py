@@ -19,7 +19,6 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
@@ -83,7 +82,7 @@ class ESD:
     CHOICES: ClassVar = {
         "sample_with": ("student", "teacher"),
         "sampler": samplers.SAMPLERS,
-        "timestep_mode": ("compvis", "grid", "alt1000"),
+        "timestep_mode": trajectories.MODES,
         "anchor": ("null", "from", "auto"),
         "sample_prompt": ("concept", "from"),
     }
@@ -186,31 +185,8 @@ def make_trajectory(settings: ESD, schedule: Schedule) -> Trajectory:
 
     Raises ValueError where a mode and a sampler do not go together, or nothing is left to draw.
     """
-    return of_mode(settings, schedule).first(settings.window, settings.sampling_steps)
-
-
-def of_mode(settings: ESD, schedule: Schedule) -> Trajectory:
-    """The whole trajectory of a timestep mode. Raises ValueError where a mode and a sampler do not go together."""
-    mode, steps = settings.timestep_mode, settings.sampling_steps
-    if mode == "grid":
-        return trajectories.on_grid(schedule, settings.sampler, steps)
-    sampler, index = trajectories.deterministic(schedule, settings.sampler, steps), np.arange(steps)
-    total = schedule.num_train_timesteps
-    if settings.sampler != "ddim" or total % steps:
-        raise ValueError(
-            f"timestep_mode={mode!r} needs sampler='ddim' and a sampling_steps that divides {total}, "
-            f"not {settings.sampler!r} and {steps}; timestep_mode='grid' takes any"
-        )
-    if steps < (least := {"compvis": 2, "alt1000": 3}[mode]):
-        raise ValueError(f"sampling_steps={steps} is too few for timestep_mode={mode!r}: it needs at least {least}")
-    stride = total // steps
-    if mode == "compvis":
-        # Its sampler drops the noisiest entry of the grid, and its "stop after k" test never fires for k = 0.
-        updates = np.minimum(steps - index, steps - 1)
-        return Trajectory(samplers.drop_first(sampler), index, updates, stride * index, stride * (index + 1) - 1)
-    # alt1000 reads the grid of a 1000-step schedule; its indices 0 and S - 1 are never drawn.
-    t = total - stride * index
-    return Trajectory(sampler, index[1:-1], index, t, t)
+    whole = trajectories.of_mode(schedule, settings.timestep_mode, settings.sampler, settings.sampling_steps)
+    return whole.first(settings.window, settings.sampling_steps)
 
 
 class Draws(NamedTuple):

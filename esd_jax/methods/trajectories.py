@@ -105,6 +105,31 @@ class Trajectory:
         return bool(np.all(low == high) and np.max(updates) < len(timesteps) and np.all(timesteps[updates] == low))
 
 
+MODES = ("compvis", "grid", "alt1000")  # ESD's `timestep_mode`, which says what each is
+
+
+def of_mode(schedule: Schedule, mode: str, sampler: str, steps: int) -> Trajectory:
+    """The whole trajectory of one of `MODES`. Raises ValueError where it does not go with the sampler or its steps."""
+    if mode == "grid":
+        return on_grid(schedule, sampler, steps)
+    made, index, total = deterministic(schedule, sampler, steps), np.arange(steps), schedule.num_train_timesteps
+    if sampler != "ddim" or total % steps:
+        raise ValueError(
+            f"timestep_mode={mode!r} needs sampler='ddim' and a sampling_steps that divides {total}, "
+            f"not {sampler!r} and {steps}; timestep_mode='grid' takes any"
+        )
+    if steps < (least := {"compvis": 2, "alt1000": 3}[mode]):
+        raise ValueError(f"sampling_steps={steps} is too few for timestep_mode={mode!r}: it needs at least {least}")
+    stride = total // steps
+    if mode == "compvis":
+        # Its sampler drops the noisiest entry of the grid, and its "stop after k" test never fires for k = 0.
+        updates = np.minimum(steps - index, steps - 1)
+        return Trajectory(samplers.drop_first(made), index, updates, stride * index, stride * (index + 1) - 1)
+    # alt1000 reads the grid of a 1000-step schedule; its indices 0 and S - 1 are never drawn.
+    t = total - stride * index
+    return Trajectory(made, index[1:-1], index, t, t)
+
+
 def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
     """x_t after 0 .. steps - 1 updates of any deterministic sampler, scored at its own timestep.
 
