@@ -6,6 +6,9 @@ ESD-u of the paper: everything but cross-attention is trained, so that the objec
 name it. The changes to esd_u, chosen on three objects (a dog, an octopus, a guitar):
 - trajectories of the teacher, of 20 DDIM steps, scored at their own timestep ("grid").
 - strength eta 2, learning rate 1e-4, 400 steps: the model is small.
+
+An object that is still seen then needs more updates, another fewer: the flags --config.steps=800 --stop_below=0.02
+--stop_images=96 --stop_every=100 end where it is gone.
 """
 
 from ml_collections import ConfigDict
