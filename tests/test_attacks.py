@@ -381,9 +381,8 @@ def tiny_goal():
     return goal("cat", ("a cat", "the cat and the dog"))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "concept_inversion" else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
 def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, victims):
     base, other = victims
     settings, found = preset(name, **TINY[name]), []

@@ -66,6 +66,7 @@ def test_a_word_is_encoded_as_diffusers_encodes_it(family, count, tmp_path):
         np.testing.assert_array_equal(encoded(reopened)[0], embeddings)
 
 
+@pytest.mark.slow
 def test_a_learned_word_is_erased_and_exported_without_the_text_encoder(tmp_path):
     factories.make_sd1(tmp_path / "base")
     safetensors.numpy.save_file({"<toy>": vectors(2)}, tmp_path / "learned.safetensors")
