@@ -5,9 +5,8 @@
 
 A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. With
 --stop_below=0.02 --steps=800, each erasure ends where that few images show its target, and its sham has as many
-updates. Tables and
-images are kept as they come, so that a run which is stopped goes on where it was. 1,000 images per group take about 20
-minutes a target on two CPU cores.
+updates. Tables and images are kept as they come, so that a run which is stopped goes on where it was. 1,000 images per
+group take about 20 minutes a target on two CPU cores.
 """
 
 import sys
