@@ -135,7 +135,13 @@ def measure_target(
 
     def make() -> Made:
         started = time.monotonic()
-        erased, updates = erase(base, target, config, plan["steps"])
+        is_gone = None
+        if FLAGS.stop_below is not None:
+            is_gone = seen.below(emoji.question(target, FLAGS.stop_images), FLAGS.stop_below)
+        erased = api.erase(
+            base, target.concepts, config=config, steps=plan["steps"], stop_when=is_gone, stop_every=FLAGS.stop_every
+        )
+        updates = erased.provenance.erased[-1]["step"]
         models, seconds = {BASE: base, ERASED: erased}, time.monotonic() - started
         say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}
@@ -161,21 +167,6 @@ def measure_target(
     judged = groups_of(file, report)
     print(f"\n{target.concept}, by {config}\n{table.text(judged, target)}", flush=True)
     return judged
-
-
-def erase(base: Pipeline, target: Target, config: str, steps: int) -> tuple[Pipeline, int]:
-    """An erasure, and how many updates it took: fewer than `steps` where --stop_below ended it."""
-    if FLAGS.stop_below is None:
-        return api.erase(base, target.concepts, config=config, steps=steps), steps
-    is_gone, looks = seen.below(emoji.question(target, FLAGS.stop_images), FLAGS.stop_below), []
-
-    def look(erased: Pipeline) -> bool:
-        looks.append(is_gone(erased))
-        return looks[-1]
-
-    every = FLAGS.stop_every
-    erased = api.erase(base, target.concepts, config=config, steps=steps, stop_when=look, stop_every=every)
-    return erased, len(looks) * every if any(looks) else steps
 
 
 if __name__ == "__main__":

@@ -387,14 +387,24 @@ def test_lists_of_targets():
         measure_demo.parse("cat=nothing")
 
 
+class Made(str):
+    """A model that the painter knows by name, with the record of its erasure."""
+
+    def __new__(cls, name, step):
+        made = super().__new__(cls, name)
+        made.provenance = SimpleNamespace(erased=({"step": step},))
+        return made
+
+
 def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):
     erasures = []
 
-    def erase(base, concept, *, config, steps):
+    def erase(base, concept, *, config, steps, **stop):
         (concept,) = concept
         assert steps == recipe.read(config).steps
+        assert stop.get("stop_when") is None
         erasures.append((concept, config))
-        return "sham" if groups.NONSENSE[0] in concept else "erased"
+        return Made("sham" if groups.NONSENSE[0] in concept else "erased", steps)
 
     monkeypatch.setattr(measure_demo.api, "load", lambda source: "base")
     monkeypatch.setattr(measure_demo.api, "erase", erase)
@@ -436,20 +446,29 @@ def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.parametrize("rates, updates", [([0.5, 0.02], 50), ([0.5, 0.1, 0.0], 75)])
-def test_an_erasure_ends_where_its_target_is_gone(rates, updates, monkeypatch):
-    """Looked at every 25 of at most 75 updates; after the last nobody looks."""
+def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeypatch, tmp_path):
+    """Looked at every 25 of at most 75 updates; after the last nobody looks. The sham has as many updates."""
+    erasures = []
 
-    def train(base, concepts, *, config, steps, stop_when, stop_every):
-        looked = (stop_when("erased") for _ in range(stop_every, steps, stop_every))
-        return "gone" if any(looked) else "at its end"
+    def erase(base, concept, *, config, steps, stop_when=None, stop_every=50):
+        looks = range(stop_every, steps, stop_every) if stop_when else ()
+        ended = next((step for step in looks if stop_when("erased")), steps)
+        erasures.append((*concept, steps, ended))
+        return Made("sham" if groups.NONSENSE[0] in concept[0] else "erased", ended)
 
     left = iter(rates)
     rate = lambda question, pipeline: SimpleNamespace(value=next(left))  # noqa: E731
     monkeypatch.setattr(measure_demo.seen.Question, "rate", rate)
-    monkeypatch.setattr(measure_demo.api, "erase", train)
-    monkeypatch.setattr(measure_demo, "FLAGS", SimpleNamespace(stop_below=0.02, stop_every=25, stop_images=96))
-    erased = measure_demo.erase("base", CAT, "emoji_object", 75)
-    assert erased == ("gone" if updates == 50 else "at its end", updates)
+    monkeypatch.setattr(measure_demo.api, "load", lambda source: "base")
+    monkeypatch.setattr(measure_demo.api, "erase", erase)
+    monkeypatch.setattr(measure_demo, "source_hash", lambda base, part: "0" * 64)
+    given = {"images": 3, "base_images": 0, "targets": "a cat", "stop_below": 0.02, "stop_every": 25, "steps": 75}
+    for name in given:  # what a flag is given stays with it
+        monkeypatch.setattr(measure_demo.FLAGS[name], "value", measure_demo.FLAGS[name].value)
+    options = [f"--{name}={value}" for name, value in given.items()]
+    monkeypatch.setattr(sys, "argv", ["measure_demo", f"--output={tmp_path}", "--seed=1", *options])
+    measure_demo.main()
+    assert erasures == [("a cat", 75, updates), ("a xqzv", updates, updates)]
     assert len(list(left)) == (0 if updates == 50 else 1)  # after the last update it is not asked
 
 

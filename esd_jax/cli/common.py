@@ -181,11 +181,11 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
     from esd_jax.evaluation import emoji, seen
 
     concept = ", ".join(concepts)
-    detect, judge = seen.detector(detector, concept)
     texts = tuple(text.strip() for text in (prompts or "").split(";") if text.strip())
     if base.provenance.source == "emoji":
-        asked = emoji.question(groups.parse_target(concept), num_images)
-        return dataclasses.replace(asked, prompts=texts or asked.prompts, detect=detect, judge=judge)
+        asked = emoji.question(groups.parse_target(concept), num_images, detector)
+        return dataclasses.replace(asked, prompts=texts or asked.prompts)
+    detect, judge = seen.detector(detector, concept)
     return seen.Question(texts or tuple(concepts), detect, judge, num_images=num_images)
 
 
