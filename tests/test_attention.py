@@ -3,7 +3,9 @@
 The oracle is torch's own UNet with an attention processor that does the same by hand, in float64.
 """
 
+from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import diffusers
 import jax
@@ -252,17 +254,62 @@ def test_the_backward_pass_keeps_the_maps_as_rounded():
 
 def test_every_head_of_stable_diffusion_has_its_kernel():
     for size in (40, 64, 80, 160):  # SD 1: 40, 80, 160; SD 2 and SDXL: 64
-        assert implementation(HOPPER, jnp.bfloat16, 4096, size) == "cudnn"
-    assert implementation(AMPERE, jnp.bfloat16, 4096, 80) == "cudnn"
-    assert implementation(AMPERE, jnp.bfloat16, 4096, 160) == "xla"
-    assert implementation(Device((9, 0), 91200), jnp.bfloat16, 4096, 160) == "xla"  # its gradients were wrong
-    assert implementation(HOPPER, jnp.bfloat16, 4096, 512) == "xla"  # the VAE's only head
-    assert implementation(HOPPER, jnp.float32, 4096, 64) == "xla"
-    assert implementation(HOPPER, jnp.bfloat16, 256, 160) == "xla"
-    assert implementation(HOPPER, jnp.bfloat16, 256, 160, "cudnn") == "cudnn"
-    assert implementation(HOPPER, jnp.bfloat16, 4096, 64, "xla") == "xla"
-    assert implementation(Device((7, 5), 91900), jnp.bfloat16, 4096, 64) == "xla"
-    assert implementation(Device(), jnp.bfloat16, 4096, 64) == "xla"
+        assert implementation(HOPPER, jnp.bfloat16, 4096, 4096, size) == "cudnn"
+    assert implementation(AMPERE, jnp.bfloat16, 4096, 4096, 80) == "cudnn"
+    assert implementation(AMPERE, jnp.bfloat16, 4096, 4096, 160) == "xla"
+    assert implementation(Device((9, 0), 91200), jnp.bfloat16, 4096, 4096, 160) == "xla"  # its gradients were wrong
+    assert implementation(HOPPER, jnp.bfloat16, 4096, 4096, 512) == "xla"  # the VAE's only head
+    assert implementation(HOPPER, jnp.float32, 4096, 4096, 64) == "xla"
+    assert implementation(HOPPER, jnp.bfloat16, 256, 256, 160) == "xla"
+    assert implementation(HOPPER, jnp.bfloat16, 256, 256, 160, "cudnn") == "cudnn"
+    assert implementation(HOPPER, jnp.bfloat16, 4096, 4096, 64, "xla") == "xla"
+    assert implementation(Device((7, 5), 91900), jnp.bfloat16, 4096, 4096, 64) == "xla"
+    assert implementation(Device(), jnp.bfloat16, 4096, 4096, 64) == "xla"
+
+
+@pytest.mark.parametrize(("queries", "tokens"), [(4096, 77), (4095, 4096)])
+def test_an_odd_number_of_queries_or_tokens_has_no_gradient_there(queries, tokens):
+    for choice in ("auto", "cudnn"):
+        assert implementation(HOPPER, jnp.bfloat16, queries, tokens, 64, choice) == "xla"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What is read of one of JAX's devices."""
+
+    platform: str
+    compute_capability: str = ""
+
+
+def test_the_device_that_a_program_will_run_on_decides(monkeypatch):
+    monkeypatch.setattr(dispatch, "cudnn_version", lambda: 91900)
+    h100, mi300 = Chip("gpu", "9.0"), Chip("gpu", "gfx942")
+    assert dispatch.current_device() == Device()  # a CPU is here
+    with dispatch.on(h100):
+        assert dispatch.current_device() == HOPPER
+        with dispatch.on(mi300):
+            assert dispatch.current_device() == Device()
+        with dispatch.on(Device((8, 0))):
+            assert dispatch.current_device() == Device((8, 0))
+        assert dispatch.current_device() == HOPPER
+    for default in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(default):
+            assert dispatch.current_device() == Device()
+    assert dispatch.describe(Chip("tpu")) == dispatch.describe(Chip("cpu")) == Device()
+
+
+def test_a_gpu_without_cudnn_computes_without_it(monkeypatch):
+    from jax._src import lib
+
+    def missing():
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(lib, "cuda_versions", SimpleNamespace(cudnn_get_version=lambda: 91900))
+    assert dispatch.cudnn_version() == 91900
+    for broken in (SimpleNamespace(cudnn_get_version=missing), None):
+        monkeypatch.setattr(lib, "cuda_versions", broken)
+        assert dispatch.cudnn_version() is None
+    assert implementation(Device((9, 0)), jnp.bfloat16, 4096, 4096, 160) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -275,7 +322,7 @@ def test_every_head_of_stable_diffusion_has_its_kernel():
 )
 def test_a_kernel_that_cannot_be_had_is_refused(device, dtype, choice, message):
     with pytest.raises(ValueError, match=message):
-        implementation(device, dtype, 4096, 64, choice)
+        implementation(device, dtype, 4096, 4096, 64, choice)
 
 
 def test_the_fused_kernel_is_asked_for_what_ours_computes(monkeypatch):
@@ -287,14 +334,14 @@ def test_the_fused_kernel_is_asked_for_what_ours_computes(monkeypatch):
         return own(q, k, v, implementation="xla")
 
     rng = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (1024, 7, 7))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (1024, 6, 6))
     expected = dispatch.dot_product_attention(q, k, v)
-    monkeypatch.setattr(dispatch, "this_device", lambda: HOPPER)
+    monkeypatch.setattr(dispatch, "describe", lambda device: HOPPER)
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     found = dispatch.dot_product_attention(q, k, v)
     assert asked == ["cudnn"]
     np.testing.assert_allclose(found.astype("float32"), expected.astype("float32"), atol=2e-2)  # of bfloat16
     monkeypatch.setenv(dispatch.CHOICE, "xla")
     dispatch.dot_product_attention(q, k, v)
-    dispatch.dot_product_attention(q, k, v, jnp.ones((1024, 7), bool))
+    dispatch.dot_product_attention(q, k, v, jnp.ones((1024, 6), bool))
     assert asked == ["cudnn"]

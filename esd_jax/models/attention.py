@@ -1,8 +1,11 @@
 """Attention, and the one seam through which its maps are read or edited."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,11 +105,12 @@ class Device:
     cudnn: int | None = None
 
 
-def implementation(device: Device, dtype: Dtype, queries: int, size: int, choice: str = "auto") -> str:
+def implementation(device: Device, dtype: Dtype, queries: int, tokens: int, size: int, choice: str = "auto") -> str:
     """ "cudnn" or "xla", for heads of so many channels.
 
     cuDNN's kernel never writes the maps, forwards or backwards. It takes 16-bit numbers and heads of up to 128 channels
-    (256 on Hopper and newer), a multiple of 8. "auto" takes it for many queries, "cudnn" wherever it is legal.
+    (256 on Hopper and newer), a multiple of 8. JAX refuses its gradient for an odd number of queries or tokens, such as
+    the 77 of CLIP; those maps are small. "auto" takes it for many queries, "cudnn" wherever it is legal.
 
     Raises ValueError for an unknown choice, and for "cudnn" on a device or in a dtype that has no such kernel.
     """
@@ -117,24 +121,50 @@ def implementation(device: Device, dtype: Dtype, queries: int, size: int, choice
     if choice == "cudnn" and not (known and half):
         raise ValueError(f"{CHOICE}=cudnn needs an NVIDIA GPU from Ampere on and dtype='bfloat16': leave it unset")
     large = known and device.capability >= (9, 0) and (device.cudnn or 0) >= LARGE_HEADS
-    legal = known and half and size % 8 == 0 and size <= (256 if large else 128)
+    even = queries % 2 == 0 and tokens % 2 == 0
+    legal = known and half and even and size % 8 == 0 and size <= (256 if large else 128)
     return "cudnn" if legal and (choice == "cudnn" or choice == "auto" and queries >= LEAST_QUERIES) else "xla"
 
 
-@cache
-def this_device() -> Device:
-    """What JAX computes on; the first device speaks for all."""
-    first = jax.local_devices()[0]
-    if first.platform != "gpu" or "cuda" not in first.client.platform_version:
+# What a program that is being traced will run on, where that is not the default device.
+_device: ContextVar[jax.Device | Device | None] = ContextVar("device", default=None)
+
+
+@contextmanager
+def on(device: jax.Device | Device) -> Iterator[None]:
+    """What is traced meanwhile will run on this device: attention is computed as is best there."""
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
+def current_device() -> Device:
+    """What the program that is being traced will run on; by default JAX's default device."""
+    device = _device.get() or jax.config.jax_default_device or jax.local_devices()[0]
+    if isinstance(device, Device):
+        return device
+    return describe(jax.local_devices(backend=device)[0] if isinstance(device, str) else device)
+
+
+def describe(device: jax.Device) -> Device:
+    """What decides between implementations, of one of JAX's devices, which need not be attached to this machine."""
+    capability = str(getattr(device, "compute_capability", ""))
+    major, dot, minor = capability.partition(".")
+    if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):  # AMD's say "gfx90a"
         return Device()
+    return Device((int(major), int(minor)), cudnn_version())
+
+
+def cudnn_version() -> int | None:
+    """91300 for 9.13.0; None where the library is missing, or JAX does not tell."""
     try:
         from jax._src.lib import cuda_versions  # where jax.nn itself looks
 
-        cudnn = cuda_versions.cudnn_get_version()
-    except (ImportError, AttributeError):
-        cudnn = None
-    major, _, minor = str(first.compute_capability).partition(".")
-    return Device((int(major), int(minor or 0)), cudnn)
+        return cuda_versions.cudnn_get_version()
+    except (ImportError, AttributeError, RuntimeError):
+        return None
 
 
 @jax.named_scope("attention")
@@ -148,9 +178,9 @@ def dot_product_attention(
 
     Raises ValueError for what `implementation` refuses.
     """
-    _, queries, _, size = q.shape
+    (_, queries, _, size), tokens = q.shape, k.shape[1]
     choice = os.environ.get(CHOICE, "auto")
-    if mask is None and implementation(this_device(), q.dtype, queries, size, choice) == "cudnn":
+    if mask is None and implementation(current_device(), q.dtype, queries, tokens, size, choice) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return weighted_values(attention_maps(q, k, mask, dtype=v.dtype), v)
 
