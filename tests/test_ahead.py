@@ -9,46 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from esd_jax.training import ahead, liveness
-from esd_jax.training.collectives import Collective, collectives
 from esd_jax.training.plan import STEP, check, compared, make_plan
 from launch.benchmarks import child, work
-
-PROGRAM = """HloModule jit_step
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%inner (p: f32[8,16]) -> f32[8,16] {
-  %p = f32[8,16]{1,0} parameter(0)
-  ROOT %permuted = f32[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,1}}
-}
-
-%body (carry: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
-  %gathered = bf16[16,16]{1,0} all-gather(%weight), channel_id=1, dimensions={0}
-  %started = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%weight), channel_id=2, dimensions={0}
-  %ended = bf16[16,16]{1,0} all-gather-done(%started)
-  %called = f32[8,16]{1,0} fusion(%p), kind=kLoop, calls=%inner
-}
-
-%condition (carry: (s32[], bf16[8,16])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (a: f32[4]) -> f32[4] {
-  %loop = (s32[], bf16[8,16]{1,0}) while(%carry), condition=%condition, body=%body
-  ROOT %total = (f32[4,4]{1,0}, f32[]) all-reduce(%x, %y), channel_id=3, to_apply=%add
-}
-"""
-
-
-def test_collectives_are_counted_by_kind_and_place():
-    assert collectives(PROGRAM) == (
-        Collective("all-gather", True, 2, 2 * 16 * 16 * 2),
-        Collective("all-reduce", False, 1, 4 * 4 * 4 + 4),
-        Collective("collective-permute", True, 1, 8 * 16 * 4),
-    )
-    assert str(collectives(PROGRAM)[1]) == "1 all-reduce, outside of loops"
 
 
 def peak(f, *shapes, in_place=0):

@@ -78,7 +78,8 @@ def test_each_library_has_its_room(path):
 
 def test_the_training_loop_stands_on_step_checkpoint_and_log():
     order = {"loop": {"step", "checkpoint", "log"}, "checkpoint": {"step"}, "shapes": {"step"}}
-    order |= {"plan": {"shapes", "liveness"}, "ahead": {"shapes", "plan", "collectives"}}
+    order |= {"plan": {"shapes", "liveness", "flops"}, "collectives": {"hlo"}}
+    order |= {"ahead": {"shapes", "plan", "collectives", "flops", "hlo"}}
     for path in (ROOT / "esd_jax" / "training").glob("*.py"):
         found = {name.split(".")[2] for name in imports(path) if name.startswith("esd_jax.training.")}
         assert found <= order.get(path.stem, set()), path.name

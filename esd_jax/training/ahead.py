@@ -1,6 +1,6 @@
 """The step of a recipe, compiled ahead of time from shapes alone: no weights are read, and nothing runs.
 
-What XLA then says of its own program is what a run will need, on the devices that are here or on a TPU that is not.
+What XLA then says of its own program is what a run will need, on the devices that are here or on others that are not.
 """
 
 import time
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from esd_jax import sharding
 from esd_jax.pipeline import NetworkConfig
+from esd_jax.training import flops, hlo
 from esd_jax.training.collectives import Collective, collectives
 from esd_jax.training.plan import readable
 from esd_jax.training.shapes import abstract
@@ -23,7 +24,7 @@ class Ahead:
 
     arguments, outputs, aliased, temporaries: bytes; of the outputs, those aliased lie where arguments lay.
     flops: of one pass through the program, where the body of a loop counts once, however often it will run.
-    seconds: that compiling took. devices: how many there are.
+    seconds: that compiling took. devices: how many there are. kernels: what it launches.
     """
 
     arguments: int
@@ -34,6 +35,7 @@ class Ahead:
     seconds: float
     devices: int
     collectives: tuple[Collective, ...]
+    kernels: tuple[hlo.Kernels, ...]
 
     @property
     def peak(self) -> int:
@@ -50,6 +52,11 @@ class Ahead:
             *(f"          {readable(c.bytes):>10}  {c}" for c in self.collectives),
         ]
         return "\n".join(lines)
+
+
+def mesh_of(recipe: Any, devices: Sequence[Any] | None = None) -> Mesh:
+    """As many of the devices as share a recipe's batch, as in a run."""
+    return sharding.make_mesh(recipe.training.batch_size, devices, fsdp=recipe.fsdp)
 
 
 def compiled(
@@ -70,21 +77,22 @@ def compiled(
 
     Raises ValueError for a method that looks at a checkpoint's weights before its first step, or has no steps.
     """
-    if mesh is None:
-        mesh = sharding.make_mesh(recipe.training.batch_size, devices, fsdp=recipe.fsdp)
+    mesh = mesh_of(recipe, devices) if mesh is None else mesh
     step, arguments = abstract(configs, schedule, recipe, mesh)
-    lowered = step.lower(*arguments)
+    traced = step.trace(*arguments)
+    lowered = traced.lower()
     began = time.perf_counter()
-    program = lowered.compile()
+    compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    memory, costs = program.memory_analysis(), program.cost_analysis()
+    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     return Ahead(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        costs.get("flops", float("nan")),
+        flops.count(traced.jaxpr) / mesh.size,
         seconds,
         mesh.size,
-        collectives(program.as_text()),
+        collectives(program),
+        hlo.kernels(program),
     )
