@@ -11,14 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from esd_jax.models import attention
 from esd_jax.params import Network
 
 AXES = ("data", "fsdp")
 # Smaller tensors are copied: gathering them would take longer than they are worth. In scalars.
 SPLIT_FROM = 2**16
+# How cuDNN reads the kernel of a convolution in half precision: by output channels, and for each as an image lies. Of
+# kernels that lie as they are indexed (height, width, in, out), a step would make copies and keep them as it samples.
+HALF = (jnp.bfloat16, jnp.float16)
+KERNEL = Layout(major_to_minor=(3, 0, 1, 2))
 
 
 def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
@@ -45,6 +51,10 @@ def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, *, f
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def placement(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where a tensor lies: of a network's weights, the largest axis that the mesh's fsdp axis divides is split, unless
     the tensor is small; norms, biases and whatever is no tensor of a network are copied.
@@ -61,8 +71,17 @@ def placement(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def placements(tree: Any, mesh: Mesh) -> Any:
-    """`placement` for every array (or shape) of a tree, under the name of the innermost dictionary entry around it."""
-    return jax.tree_util.tree_map_with_path(lambda path, a: placement(_name(path), a.shape, mesh), tree)
+    """`placement` for every array (or shape) of a tree, under the name of the innermost dictionary entry around it.
+
+    On NVIDIA's GPUs with the layout in which it is read, if that is not the usual one.
+    """
+    cudnn = attention.describe(mesh.devices.flat[0]).capability is not None
+
+    def of(path: Sequence[Any], a: Any) -> NamedSharding | Format:
+        where = placement(_name(path), a.shape, mesh)
+        return Format(KERNEL, where) if cudnn and len(a.shape) == 4 and a.dtype in HALF else where
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -70,11 +89,21 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(_put, tree, placements(tree, mesh))
 
 
+def lies(placed: NamedSharding | Format) -> NamedSharding:
+    """Where a placement puts an array, whatever its layout."""
+    return placed.sharding if isinstance(placed, Format) else placed
+
+
+def copies(placed: NamedSharding | Format) -> bool:
+    """Whether `place` copies an array that lies whole, in the usual layout, on the first device."""
+    return isinstance(placed, Format) or not placed.is_fully_replicated
+
+
 def constrained(tree: Any, mesh: Mesh | None) -> Any:
     """Inside jit: asks that arrays stay where `placements` says."""
     if mesh is None:
         return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, placements(tree, mesh))
+    return jax.tree.map(lambda a, p: jax.lax.with_sharding_constraint(a, lies(p)), tree, placements(tree, mesh))
 
 
 def fetched(tree: Any, mesh: Mesh) -> Any:
@@ -127,8 +156,8 @@ def per_example_keys(key: Array, indices: Int[Array, " batch"]) -> Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(indices))
 
 
-def _put(array: Any, sharding: NamedSharding) -> Array:
-    if sharding.is_fully_addressable:
+def _put(array: Any, sharding: NamedSharding | Format) -> Array:
+    if lies(sharding).is_fully_addressable:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = np.asarray(jax.random.key_data(array))

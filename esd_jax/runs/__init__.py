@@ -95,8 +95,9 @@ def run(
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
-    if own:  # what is split lies whole on the first device, too; nothing else is there twice
-        base = parked(base, lambda name, shape: not sharding.placement(name, shape, mesh).is_fully_replicated)
+    if own:  # nothing that was copied to where the step reads it is on the device twice
+        placed = sharding.placements(prefixed(base.params["unet"], "unet"), mesh)
+        base = parked(base, lambda name, _: name in placed and sharding.copies(placed[name]))
     memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
     state = state._replace(memory=sharding.spread(memory, mesh))
     record = describe(base, plan, start_from)
