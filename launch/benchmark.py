@@ -3,11 +3,12 @@
     python -m launch.benchmark --arch=sd14 --batch_size=1,4 --reference
     python -m launch.benchmark --all --output=FOLDER          everything, on a GPU or TPU
     python -m launch.benchmark --emoji --reference            the embedded model, on a CPU
-    python -m launch.benchmark --compile_only --topology=v5e:2x2,v5p:2x2x1
+    python -m launch.benchmark --compile_only --topology=v5e:2x2,h100,l4
     python -m launch.benchmark --devices=8 --arch=tiny        what fake devices send each other
 
 Weights are random and of true size. Each row is measured in a process of its own, and sides that are compared take
-turns (A B A B). The reference needs `esd-jax[torch]`; compiling for TPUs that are not there, `esd-jax[tpu]`.
+turns (A B A B). The reference needs `esd-jax[torch]`; compiling for TPUs that are not there, `esd-jax[tpu]`, and for
+GPUs, `esd-jax[cuda-aot]`.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from launch import command
-from launch.benchmarks import child, compiling, tables
+from launch.benchmarks import cards, child, compiling, tables
 from launch.benchmarks.work import METHODS, PRESETS
 
 FLAGS = flags.FlagValues()
@@ -32,7 +33,12 @@ flags.DEFINE_bool("compiled", True, "With --reference: torch.compile too.", flag
 flags.DEFINE_bool("emoji", False, "Time the embedded model, on the CPU.", flag_values=FLAGS)
 flags.DEFINE_enum("work", "training", ["training", "sampling"], "With --emoji: what is timed.", flag_values=FLAGS)
 flags.DEFINE_bool("compile_only", False, "Compile for --topology, and run nothing.", flag_values=FLAGS)
-flags.DEFINE_list("topology", ["v5e:2x2"], "TPUs: v5e:2x2, v5e:4x4, v5p:2x2x1, ...", flag_values=FLAGS)
+flags.DEFINE_list(
+    "topology", ["v5e:2x2"], f"TPUs (v5e:2x2, v5p:2x2x1, ...) or GPUs ({', '.join(cards.CARDS)}, h100:4, ...).",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_list("rank", [], "With --compile_only: of a low-rank change that is trained, too.", flag_values=FLAGS)
+flags.DEFINE_integer("timeout", 1800, "Seconds after which a row is given up.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("devices", None, "Compile for so many fake devices.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("fsdp", 1, "Over how many devices weights are split.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("profile", None, "A folder for a trace of three steps, in one for each row.", flag_values=FLAGS)
@@ -57,7 +63,10 @@ def main() -> None:
         emoji()
     elif FLAGS.compile_only or FLAGS.devices:
         where = {"fake": FLAGS.devices} if FLAGS.devices else {"topologies": FLAGS.topology}
-        found = compiling.rows(FLAGS.arch, FLAGS.method, batches(0), FLAGS.dtype, FLAGS.fsdp, **where)
+        ranks = [int(rank) or None for rank in FLAGS.rank] or [None]
+        found = compiling.rows(
+            FLAGS.arch, FLAGS.method, batches(0), FLAGS.dtype, FLAGS.fsdp, ranks, output=FLAGS.output, **where
+        )
         tables.write(FLAGS.output, "compiled", compiling.table(found), found)
     elif FLAGS.all:
         steps({arch: list(sizes) for arch, sizes in EVERYTHING.items()}, reference=True)
@@ -101,13 +110,13 @@ def in_turn(options: dict[str, Any], reference: bool) -> dict[str, list[dict[str
     if reference:
         sides["torch"] = "torch", {}
         if FLAGS.compiled:
-            sides["torch.compile"] = "torch", {"compiled": True}
+            sides["torch.compile"] = "torch", {"compiled": "max-autotune"}
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(FLAGS.rounds):
         for side, (kind, more) in sides.items():
             if not any("error" in result for result in results[side]):
                 given = {**options, "dtype": FLAGS.dtype, "steps": FLAGS.steps, **more}
-                results[side].append(child.result(kind, child.environment(), **given))
+                results[side].append(child.result(kind, child.environment(), FLAGS.timeout, **given))
     return results
 
 

@@ -1,6 +1,8 @@
-"""Steps compiled and not run: for TPUs that are not there, and on fake devices."""
+"""Steps compiled and not run: for TPUs and GPUs that are not there, and on fake devices."""
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,30 +10,39 @@ import jax.numpy as jnp
 
 from esd_jax.training import ahead, plan
 from esd_jax.training.plan import readable
-from launch.benchmarks import child, tables, work
+from launch.benchmarks import cards, child, tables, work
 
 
-def compile_step(arch: str, method: str, batch_size: int, dtype: str, topology: str | None, fsdp: int = 1) -> dict:
-    """What XLA says of a step for a TPU topology ("v5e:2x2"), or for the devices that are here.
+def compile_step(
+    arch: str,
+    method: str,
+    batch_size: int,
+    dtype: str,
+    topology: str | None,
+    fsdp: int = 1,
+    rank: int | None = None,
+) -> dict[str, Any]:
+    """What XLA says of a step for TPUs ("v5e:2x2") or GPUs ("h100:4") that are not here, or for the devices that are.
 
-    batch_size: 0 is one example for each device.
+    batch_size: 0 is one example for each device. rank: of a low-rank change, if that is what is trained.
 
-    Raises ValueError for a topology that libtpu does not know.
+    Raises ValueError for a topology that is not known.
     """
-    devices = described(topology) if topology else jax.devices()
+    gpus = cards.named(topology) if topology else None
+    devices = gpus.devices() if gpus else described(topology) if topology else jax.devices()
     configs, schedule = work.architecture(arch)
-    recipe = work.plan(arch, method, batch_size or len(devices), dtype, fsdp=fsdp)
-    made = ahead.compiled(configs, schedule, recipe, devices=devices)
-    size = plan.make_plan(
-        configs, schedule, work.plan(arch, method, -(-recipe.training.batch_size // made.devices), dtype)
-    )
+    recipe = work.plan(arch, method, batch_size or len(devices), dtype, fsdp=fsdp, **({"rank": rank} if rank else {}))
+    with gpus.standing_in() if gpus else contextlib.nullcontext():
+        made = ahead.compiled(configs, schedule, recipe, devices=devices)
+        size = plan.make_plan(configs, schedule, recipe, ahead.mesh_of(recipe, devices))
+    packages = ("jax-cuda13-pjrt",) if gpus else ("libtpu",) if topology else ()
     return {
         **dataclasses.asdict(made),
         "peak": made.peak,
         "planned": size.peak,
         "gradient": jnp.dtype(dtype).itemsize * size.trained,
         "kind": devices[0].device_kind,
-        "versions": versions("jax", *(["libtpu"] if topology else [])),
+        "versions": versions("jax", *packages),
     }
 
 
@@ -43,8 +54,9 @@ def described(topology: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu's own, of several kinds
         raise ValueError(
-            f"cannot describe the TPUs {topology!r} ({' '.join(str(error).split())[:200]}): "
-            "this needs libtpu, pip install 'esd-jax[tpu]', and a topology such as v5e:2x2 or v5p:2x2x1"
+            f"cannot describe the devices {topology!r} ({' '.join(str(error).split())[:200]}): TPUs need "
+            "pip install 'esd-jax[tpu]' and a topology such as v5e:2x2 or v5p:2x2x1; GPUs are "
+            f"{', '.join(cards.CARDS)}, with a number as in h100:4"
         ) from error
 
 
@@ -55,14 +67,15 @@ def versions(*packages: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table of `compile_step`'s findings, each beside the options that it was asked for with."""
-    header = ["step", "devices", "batch", "memory of each", "of it temporaries", "TFLOP of each", "compiled in",
-              "messages, bytes on each"]  # fmt: skip
+    """A markdown table of `compile_step`'s results, each beside the options that it was asked for with."""
+    header = ["step", "devices", "batch", "memory of each", "of it temporaries", "plan / compiled", "TFLOP of each",
+              "kernels of a round", "after the loop", "compiled in", "messages, bytes on each"]  # fmt: skip
     lines = []
     for row in rows:
-        name, batch = f"{row['arch']} {row['method']}", row["batch_size"]
+        low_rank = f" rank {row['rank']}" if row.get("rank") else ""
+        name, batch = f"{row['arch']} {row['method']}{low_rank}", row["batch_size"]
         if "error" in row:
-            lines.append([name, row.get("topology") or "", batch or "", row["error"], "", "", "", ""])
+            lines.append([name, row.get("topology") or "", batch or "", row["error"], *[""] * (len(header) - 4)])
             continue
         messages = [
             f"{c['count']} {c['kind']} {'in the loop' if c['inside'] else 'outside'}, {readable(c['bytes'])}"
@@ -75,7 +88,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 batch or row["devices"],
                 readable(row["peak"]),
                 readable(row["temporaries"]),
+                f"{row['planned'] / row['peak']:.2f}",
                 f"{row['flops'] / 1e12:.3g}",
+                kernels([k for k in row["kernels"] if k["inside"]]),
+                kernels([k for k in row["kernels"] if not k["inside"]]),
                 f"{row['seconds']:.0f} s",
                 "; ".join(messages) or "none",
             ]
@@ -83,16 +99,51 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tables.markdown(header, lines)
 
 
-def rows(archs: list[str], methods: list[str], batches: list[int], dtype: str, fsdp: int, **where: Any) -> list[dict]:
-    """`compile_step` in a process for each row. where: topologies, a list of names, or fake, a number of devices."""
+def kernels(found: Sequence[dict[str, Any]]) -> str:
+    """Kernels of one place in a line: how many, what they move, and what should not be there."""
+    total = sum(kernel["bytes"] for kernel in found)
+    names = {"attention": "attention", "attention backward": "its backward", "convolution": "convolutions",
+             "product": "products", "move": "moves", "other": "others"}  # fmt: skip
+    counts = [f"{k['count']} {names[k['kind']]}" for kind in names for k in found if k["kind"] == kind]
+    moved = sum(kernel["bytes"] for kernel in found if kernel["kind"] == "move")
+    wide = [f"{k['float32']} {names[k['kind']]} of float32" for k in found if k["float32"]]
+    moves = [f"moves take {moved / total:.0%} of the bytes"] if moved > 0.01 * total else []
+    return "; ".join([", ".join(counts) + f": {readable(total)}", *moves, *wide]) if found else ""
+
+
+def rows(
+    archs: list[str],
+    methods: list[str],
+    batches: list[int],
+    dtype: str,
+    fsdp: int,
+    ranks: Sequence[int | None] = (None,),
+    topologies: Sequence[str | None] = (None,),
+    fake: int | None = None,
+    output: str | None = None,
+) -> list[dict]:
+    """`compile_step` in a process for each row, for topologies or on a number of fake devices.
+
+    output: a folder to which what was found so far is written after each row.
+    """
     found = []
-    for topology in where.get("topologies") or [None]:
-        env = child.tpu_environment() if topology else child.environment(where["fake"])
+    for topology in topologies:
+        env = environment(topology, fake)
         for arch in archs:
             for method in methods:
-                for batch in batches:
-                    options = {"arch": arch, "method": method, "batch_size": batch, "topology": topology}
-                    result = child.result("compile", env, dtype=dtype, fsdp=fsdp, **options)
-                    found.append(options | result)
-                    tables.progress(table([found[-1]]).splitlines()[-1])
+                for rank in ranks:
+                    for batch in batches:
+                        options = {"arch": arch, "method": method, "batch_size": batch, "topology": topology}
+                        options |= {"rank": rank} if rank else {}
+                        result = child.result("compile", env, dtype=dtype, fsdp=fsdp, **options)
+                        found.append(options | result)
+                        tables.progress(table([found[-1]]).splitlines()[-1])
+                        tables.write(output, "compiled", table(found), found, quiet=True)
     return found
+
+
+def environment(topology: str | None, fake: int | None) -> dict[str, str]:
+    """Of a process that compiles for a topology, or on fake devices."""
+    if not topology:
+        return child.environment(fake)
+    return child.gpu_environment() if cards.named(topology) else child.tpu_environment()

@@ -2,6 +2,8 @@
 
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from esd_jax.pipeline import network
@@ -9,11 +11,20 @@ from esd_jax.training.plan import changed_names
 from launch.benchmarks import work
 
 
-def measure(arch: str, method: str, batch_size: int, dtype: str, steps: int, compiled: bool = False) -> dict[str, Any]:
+def measure(
+    arch: str,
+    method: str,
+    batch_size: int,
+    dtype: str,
+    steps: int,
+    compiled: str | None = None,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any]:
     """Times updates: a guided trajectory of average length, two predictions of the teacher, the student's loss, Adam.
 
     All of it is in one dtype, as in the published codes (ours keeps what is trained in float32, which is more work).
-    compiled: by torch.compile(mode="max-autotune").
+    compiled: by torch.compile, in this mode ("default", "max-autotune").
+    alone: what is entered while updates are timed.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -42,7 +53,7 @@ def measure(arch: str, method: str, batch_size: int, dtype: str, steps: int, com
         student.train()
     ours = student if recipe.settings.sample_with == "student" else teacher
     if compiled:
-        options = {"mode": "max-autotune", "dynamic": False}
+        options = {"mode": None if compiled == "default" else compiled, "dynamic": False}
         teacher, ours, student = (torch.compile(unet, **options) for unet in (teacher, ours, student))
 
     scheduler = _scheduler(recipe.settings.sampler)
@@ -90,7 +101,8 @@ def measure(arch: str, method: str, batch_size: int, dtype: str, steps: int, com
         return time.perf_counter() - began, float(loss.detach())
 
     (first, _), *_ = [timed() for _ in range(3)]
-    seconds, losses = zip(*(timed() for _ in range(steps)), strict=True)
+    with alone():
+        seconds, losses = zip(*(timed() for _ in range(steps)), strict=True)
     each = statistics.median(seconds)
     return {
         "version": f"torch {torch.__version__}",

@@ -60,17 +60,18 @@ def steps(rows: Sequence[dict[str, Any]]) -> str:
         name = f"{row['arch']} {row['method']}", row["batch_size"]
         ours = None
         for side, runs in row["sides"].items():
-            if errors := [run["error"] for run in runs if "error" in run]:
+            errors = [run["error"] for run in runs if "error" in run]
+            if not (timed := [run for run in runs if "step_s" in run]):
                 lines.append([*name, side, "", _short(errors[0]), *[""] * 7])
                 continue
-            best = min(runs, key=lambda run: run["step_s"])
+            best = min(timed, key=lambda run: run["step_s"])
             ours = best["step_s"] if side == "jax" else ours
             peak, planned = best["peak_bytes"], best.get("planned_bytes")
             waits = [best.get(f"dispatch_{when}_s") for when in ("idle", "busy")]
             lines.append(
                 [
                     *name,
-                    f"{side} ({best['version']})",
+                    f"{side} ({best['version']})" + (f"; then {_short(errors[0])}" if errors else ""),
                     best["kind"],
                     f"{best['step_s']:.4f}",
                     f"{best['examples_per_s']:.2f}",

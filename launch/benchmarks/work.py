@@ -51,14 +51,19 @@ def architecture(arch: str) -> tuple[Mapping[str, NetworkConfig], Any]:
     return {**configs, "unet": UNetConfig.from_dict(unet_config(arch))}, schedule
 
 
-def plan(arch: str, method: str, batch_size: int, dtype: str = "bfloat16", **changes: Any) -> recipe.Recipe:
+def plan(
+    arch: str, method: str, batch_size: int, dtype: str = "bfloat16", preset: str | None = None, **changes: Any
+) -> recipe.Recipe:
     """The recipe of a row of the tables, every update of average length.
 
     method: "esd-x", cross-attention, or "esd-u", everything else as the paper (or, for SDXL, its code) counts it.
+    preset: of ESD; then updates are as long as it draws them.
     """
     subset = "esd-x" if method == "esd-x" else ESD_U.get(arch, "noxattn")
-    config = recipe.preset("esd", PRESETS[arch], concept="Van Gogh", subset=subset).to_dict()
+    config = recipe.preset("esd", preset or PRESETS[arch], concept="Van Gogh", subset=subset).to_dict()
     made = recipe.make(**{**config, "dtype": dtype, "batch_size": batch_size, **changes})
+    if preset:
+        return made
     return dataclasses.replace(made, settings=Average(**dataclasses.asdict(made.settings)))
 
 
