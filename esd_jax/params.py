@@ -28,11 +28,14 @@ class Network:
     apply: `apply(params, *args, **kwargs)`, pure and jit-able; `params` must hold exactly the names in `shapes`.
     shapes: name -> `jax.ShapeDtypeStruct` in JAX layout; nothing is allocated.
     layouts: name -> "linear" | "conv" | "embedding" | "vector" (a 2-D `weight` may be linear or embedding).
+    project: (params, conditioning) -> the conditioning with what the network makes of it alone, to be computed once for
+      many calls of `apply`; by default nothing.
     """
 
     apply: Callable[..., Any]
     shapes: dict[str, jax.ShapeDtypeStruct]
     layouts: dict[str, str]
+    project: Callable[[Params, Any], Any] = lambda params, conditioning: conditioning
 
 
 def functional(module: Callable[[], nnx.Module]) -> Network:
@@ -46,13 +49,20 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in variables.items()}
     layouts = {name: _layout(path[-1], len(v.shape)) for name, (path, v) in variables.items()}
 
-    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def bound(params: Params) -> nnx.Module:
         if params.keys() != variables.keys():
             raise ValueError(_name_mismatch(params, variables))
         flat = [(path, variable.replace(params[name])) for name, (path, variable) in variables.items()]
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))(*args, **kwargs)
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-    return Network(apply, shapes, layouts)
+    def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+        return bound(params)(*args, **kwargs)
+
+    def project(params: Params, conditioning: Any) -> Any:
+        module = bound(params)
+        return module.project(conditioning) if hasattr(module, "project") else conditioning
+
+    return Network(apply, shapes, layouts, project)
 
 
 def initial(module: Callable[[], nnx.Module]) -> Params:

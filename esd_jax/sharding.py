@@ -127,15 +127,22 @@ def gathering(network: Network, mesh: Mesh) -> Network:
     if mesh.shape["fsdp"] == 1:
         return network
 
-    def apply(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def gathered(params: Any, x: Any) -> tuple[Any, Any]:
         split = {name: a for name, a in params.items() if not placement(name, a.shape, mesh).is_fully_replicated}
         # As far as XLA can see, what comes out depends on x, and so changes from one evaluation to the next.
         split, x = jax.lax.optimization_barrier((split, x))
         # Else XLA may take the products of the parts, and add up activations in place of gathering weights.
         split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec()))
-        return network.apply({**params, **split}, x, *args, **kwargs)
+        return {**params, **split}, x
 
-    return Network(apply, network.shapes, network.layouts)
+    def apply(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        params, x = gathered(params, x)
+        return network.apply(params, x, *args, **kwargs)
+
+    def project(params: Any, conditioning: Any) -> Any:
+        return network.project(*gathered(params, conditioning))
+
+    return Network(apply, network.shapes, network.layouts, project)
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:

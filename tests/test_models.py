@@ -5,6 +5,7 @@ Two oracles compute a part in float32 whatever their dtype, and are told not to:
 and transformers' eager attention.
 """
 
+import dataclasses
 import math
 from functools import cache
 
@@ -110,6 +111,20 @@ def test_unet_takes_one_timestep_for_all():
         condition = Conditioning(**inputs)
         each = apply(params, x, np.array([500, 500]), condition)
         assert error(apply(params, x, np.int64(500), condition), each) <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_prompt_that_is_projected_first_says_the_same(family):
+    """What a sampler computes before its loop: keys and values, of which the embeddings are not read again."""
+    with exactly("float64"):
+        _, network, apply, params = unet(family, "float64")
+        x, t, inputs = unet_inputs(family, "float64", SIZES[family])
+        expected = apply(params, x, t, Conditioning(**inputs))
+        projected = network.project(params, Conditioning(**inputs))
+        layers = [name for name in params if name.endswith("attn2.to_k.weight")]
+        assert sorted(projected.keys_values) == sorted(name.removesuffix(".to_k.weight") for name in layers)
+        unread = dataclasses.replace(projected, embeddings=np.full_like(inputs["embeddings"], np.nan))
+        assert error(apply(params, x, t, unread), expected) <= 1e-12
 
 
 def test_unet_in_bfloat16():

@@ -61,14 +61,14 @@ def split_pair(x: Array) -> tuple[Array, Array]:
 
 
 def together(
-    denoise: Callable[[Array, Array, Any], Array], prompts: Sequence[Any]
+    denoise: Callable[[Array, Array, Any], Array], prompts: Sequence[Any], project: Callable[[Any], Any] = lambda p: p
 ) -> Callable[[Array, Array], tuple[Array, ...]]:
     """`denoise(x, t, prompt) -> output` -> `f(x, t) -> outputs`, one for each prompt, in a single call.
 
     `prompts` are pytrees of [batch, ...] arrays with the same structure (None leaves allowed); `t` is a scalar or
-    [batch].
+    [batch]. `project` is applied to the prompts once, however often `f` is called.
     """
-    k, stacked = len(prompts), jax.tree.map(interleave, *prompts)
+    k, stacked = len(prompts), project(jax.tree.map(interleave, *prompts))
 
     def outputs(x: Array, t: Array) -> tuple[Array, ...]:
         t = t if jnp.ndim(t) == 0 else interleave(*[t] * k)
@@ -78,15 +78,19 @@ def together(
 
 
 def classifier_free(
-    denoise: Callable[[Array, Array, Any], Array], cond: Any, null: Any, scale: ArrayLike
+    denoise: Callable[[Array, Array, Any], Array],
+    cond: Any,
+    null: Any,
+    scale: ArrayLike,
+    project: Callable[[Any], Any] = lambda p: p,
 ) -> Callable[[Array, Array], Array]:
     """`denoise(x, t, cond) -> output` -> `guided(x, t) -> output`, one call on the interleaved pair for each step.
 
     `cond` and `null` are pytrees of [batch, ...] arrays with the same structure (None leaves allowed); `t` is a scalar
-    or [batch]; `scale` may be traced. The guided output is float32 or wider. Raises `ValueError` where `cond` and
-    `null` differ in structure or shapes.
+    or [batch]; `scale` may be traced; `project` is `together`'s. The guided output is float32 or wider. Raises
+    `ValueError` where `cond` and `null` differ in structure or shapes.
     """
     if jax.tree.structure(cond) != jax.tree.structure(null):
         raise ValueError(f"cond and null differ: {jax.tree.structure(cond)} and {jax.tree.structure(null)}")
-    pair = together(denoise, [null, cond])
+    pair = together(denoise, [null, cond], project)
     return lambda x, t: cfg(*pair(x, t), scale)

@@ -51,18 +51,21 @@ def steps(unet: Network, sampler: Sampler, rule: type[Rule] | None = None) -> Ca
             edits = () if token_scale is None else (Attention(token_scale),)
             return unet.apply(params, x, t, conditioning, *edits).astype(jnp.float32)
 
+        def project(told: Told) -> Told:
+            return unet.project(params, told[0]), told[1]
+
         def step_noise(i: Array) -> Array:
             # 1 + i: fold 0 is the initial noise's, when a seed is given for each example.
             return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1 + i), x.shape[1:]))(keys)
 
         memory = None
         if rule is not None:
-            denoiser, memory = rules.ruled(denoise, rule, numbers, told, scale), rule.start(x)
+            denoiser, memory = rules.ruled(denoise, rule, numbers, told, scale, project), rule.start(x)
         elif len(told) == 2:
             null, condition = told
-            denoiser = guidance.classifier_free(denoise, condition, null, scale)
+            denoiser = guidance.classifier_free(denoise, condition, null, scale, project)
         else:
-            (condition,) = told
+            condition = project(*told)
             denoiser = lambda x, t: denoise(x, t, condition)  # noqa: E731
         noise = step_noise if sampler.stochastic else None
         return samplers.run(sampler, denoiser, x * sampler.initial_scale, step_noise=noise, memory=memory)

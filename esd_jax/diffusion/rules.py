@@ -59,12 +59,13 @@ def ruled(
     numbers: Mapping[str, Array],
     prompts: Sequence[Any],
     scale: ArrayLike,
+    project: Callable[[Any], Any] = lambda p: p,
 ) -> Callable[[Array, Array, Array, Any], tuple[Output, Any]]:
     """`denoise(x, t, prompt) -> output` -> what `samplers.run` calls if it is given a memory: `rule.start(x)`.
 
-    prompts: (null prompt, prompt, *rule's prompts), as `guidance.together` takes them.
+    prompts: (null prompt, prompt, *rule's prompts), as `guidance.together` takes them, and `project`.
     """
-    outputs = guidance.together(denoise, prompts)
+    outputs = guidance.together(denoise, prompts, project)
     return lambda x, t, i, memory: rule.combine(numbers, i, outputs(x, t), scale, memory)
 
 

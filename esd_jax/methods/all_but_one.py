@@ -39,7 +39,7 @@ from esd_jax.diffusion.rules import largest
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate
+from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate, project
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
@@ -239,14 +239,17 @@ class Method:
         predict = self.predict(models, draws.concept, inputs)
         steered = lambda x, t, i, memory: (predict(x, t, i)[0], memory)  # noqa: E731
         x = self.trajectory.run(steered, draws.noise, draws.index, memory=())
-        predictions = self.edited(models.base, draws.concept, inputs, x, draws.t, draws.index)
+        prompts = self.prompts(draws.concept, inputs)
+        predictions = self.edited(models.base, prompts, draws.concept, inputs, x, draws.t, draws.index)
         return self.scored(models, x, draws.t, draws.concept, predictions, inputs)
 
     def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
         """What samples trajectories, with the teacher's prediction for the empty prompt, and d."""
 
+        prompts = [project(self.unet, models.base, prompt) for prompt in self.prompts(concept, inputs)]
+
         def steered(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
-            eps_null, d = self.edited(models.base, concept, inputs, x, t, i)
+            eps_null, d = self.edited(models.base, prompts, concept, inputs, x, t, i)
             return eps_null + d, (eps_null, d)
 
         return steered
@@ -267,11 +270,24 @@ class Method:
         values = (x, t, concept, null, target, teacher_null, student_null, inputs.gamma_2, inputs.penalty)
         return Batch(*jax.lax.stop_gradient(values))
 
+    def prompts(self, index: Int[Array, " batch"], inputs: Inputs) -> list[Conditioning]:
+        """What the teacher is evaluated for: the empty prompt, the concept, its other instructions."""
+        null, concept, texts = (inputs.bank.take(role, index) for role in ("null", "concept", "instruction"))
+        count = 0 if inputs.token_scale is not None else inputs.scales.shape[1] - 1
+        return [null, concept, *(jax.tree.map(lambda a, j=j: a[:, j], texts) for j in range(count))]
+
     def edited(
-        self, teacher: Params, index: Int[Array, " batch"], inputs: Inputs, x: Array, t: Array, i: Array
+        self,
+        teacher: Params,
+        prompts: Sequence[Conditioning],
+        index: Int[Array, " batch"],
+        inputs: Inputs,
+        x: Array,
+        t: Array,
+        i: Array,
     ) -> tuple[Array, Array]:
         """The teacher's prediction for the empty prompt, and d, at sampler step i. index: the examples' concepts."""
-        null, concept, texts = (inputs.bank.take(role, index) for role in ("null", "concept", "instruction"))
+        null, concept, *others = prompts
         score = partial(evaluate, self.unet, teacher, x, t)
         if inputs.token_scale is not None:
             scale = inputs.token_scale[index]
@@ -289,7 +305,6 @@ class Method:
             delta = sum(scales[:, j] * d for j, d in enumerate(kept))
             return eps_null, inputs.gamma_1 * directions[0] + delta
 
-        others = [jax.tree.map(lambda a, j=j: a[:, j], texts) for j in range(scales.shape[1] - 1)]
         if not others:
             return with_others([])
         # Outside the window the instructions' predictions would be multiplied by zero.

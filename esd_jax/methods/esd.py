@@ -26,7 +26,7 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods import contexts, replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
 from esd_jax.methods.contexts import Context
-from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, squared_error
+from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Trajectory
 from esd_jax.params import Network, Params
@@ -273,7 +273,8 @@ class Method:
         params = models.student if self.settings.sample_with == "student" else models.base
         null, sample = (inputs.bank.take(role, concept) for role in ("null", "sample"))
         start = guidance.zeroed(null) if self.settings.as_released else null
-        return guidance.together(partial(denoise, self.unet, params), [start, sample])
+        network, once = (partial(f, self.unet, params) for f in (denoise, project))
+        return guidance.together(network, [start, sample], once)
 
     def scored(
         self,

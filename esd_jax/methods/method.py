@@ -129,6 +129,11 @@ def denoise(
     return unet.apply(component(params, "unet"), x, t, conditioning, *edits).astype(x.dtype)
 
 
+def project(unet: Network, params: Params, conditioning: Conditioning) -> Conditioning:
+    """The conditioning with what the network makes of it alone, for `denoise` in a sampler's loop."""
+    return unet.project(component(params, "unet"), conditioning)
+
+
 class Scored(NamedTuple):
     """What the student is scored on, and what it should say."""
 

@@ -72,8 +72,9 @@ class Preserving:
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
-        network = partial(base.denoise, self.unet, models.base)
-        x = self.trajectory.run(guidance.classifier_free(network, kept, null, GUIDANCE), own.noise, own.index)
+        network, once = (partial(f, self.unet, models.base) for f in (base.denoise, base.project))
+        guided = guidance.classifier_free(network, kept, null, GUIDANCE, once)
+        x = self.trajectory.run(guided, own.noise, own.index)
         scored = base.Scored(x, own.t, kept, network(x, own.t, kept))
         return Batch(inner, *jax.lax.stop_gradient((scored, inputs.weight)))
 

@@ -22,7 +22,7 @@ from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import replay, trajectories
 from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, project, squared_error
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.params import Network, Params
@@ -176,8 +176,8 @@ class Method:
     def guided(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., Array]:
         """(x, t) -> the average's guided output."""
         sample, null = (inputs.bank.take(role, concept) for role in ("sample", "null"))
-        network = partial(denoise, self.unet, models.average)
-        return guidance.classifier_free(network, sample, null, inputs.sampling_guidance)
+        network, once = (partial(f, self.unet, models.average) for f in (denoise, project))
+        return guidance.classifier_free(network, sample, null, inputs.sampling_guidance, once)
 
     def scored(
         self,

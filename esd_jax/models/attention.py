@@ -46,6 +46,10 @@ class Seam:
         return Seam(Attention(capture=(name,)), self.maps) if name in self.attention.capture else None
 
 
+# Of a context, [batch, tokens, heads, size] each.
+KeysValues = tuple[Array, Array]
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention of diffusers' `Attention` module: q, k, v without bias, an output projection with one."""
 
@@ -57,15 +61,19 @@ class MultiHeadAttention(nnx.Module):
         self.to_out = nnx.List([layers.linear(channels, channels, dtype=dtype, rngs=rngs)])
         self.name = ""  # its path in the UNet, set by the UNet: what `Attention.capture` names
 
+    def keys_values(self, context: Float[Array, "batch tokens context"]) -> KeysValues:
+        k, v = (h.reshape(*h.shape[:2], self.heads, -1) for h in (self.to_k(context), self.to_v(context)))
+        return k, v
+
     def __call__(
         self,
         x: Float[Array, "batch queries channels"],
-        context: Float[Array, "batch tokens context"],
+        context: Float[Array, "batch tokens context"] | KeysValues,
         seam: Seam | None = None,
     ) -> Float[Array, "batch queries channels"]:
-        q, k, v = (
-            h.reshape(*h.shape[:2], self.heads, -1) for h in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q = self.to_q(x)
+        q = q.reshape(*q.shape[:2], self.heads, -1)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if seam is None:
             h = dot_product_attention(q, k, v)
         else:
@@ -126,25 +134,25 @@ def implementation(device: Device, dtype: Dtype, queries: int, tokens: int, size
     return "cudnn" if legal and (choice == "cudnn" or choice == "auto" and queries >= LEAST_QUERIES) else "xla"
 
 
-# What a program that is being traced will run on, where that is not the default device.
-_device: ContextVar[jax.Device | Device | None] = ContextVar("device", default=None)
+# What a program that is being traced will run on, where that is not the default device; () is no device.
+_device: ContextVar[jax.Device | tuple[()] | None] = ContextVar("device", default=None)
 
 
 @contextmanager
-def on(device: jax.Device | Device) -> Iterator[None]:
-    """What is traced meanwhile will run on this device: attention is computed as is best there."""
-    token = _device.set(device)
+def on(device: jax.Device | None) -> Iterator[None]:
+    """What is traced meanwhile will run on this device: attention is computed as is best there. None is any device."""
+    token = _device.set(() if device is None else device)
     try:
         yield
     finally:
         _device.reset(token)
 
 
-def current_device() -> Device:
-    """What the program that is being traced will run on; by default JAX's default device."""
-    device = _device.get() or jax.config.jax_default_device or jax.local_devices()[0]
-    if isinstance(device, Device):
-        return device
+def current_device() -> Device | None:
+    """What the program that is being traced will run on; by default JAX's default device. None is no device."""
+    if (device := _device.get()) == ():
+        return None
+    device = device or jax.config.jax_default_device or jax.local_devices()[0]
     return describe(jax.local_devices(backend=device)[0] if isinstance(device, str) else device)
 
 
@@ -180,7 +188,8 @@ def dot_product_attention(
     """
     (_, queries, _, size), tokens = q.shape, k.shape[1]
     choice = os.environ.get(CHOICE, "auto")
-    if mask is None and implementation(current_device(), q.dtype, queries, tokens, size, choice) == "cudnn":
+    device = current_device() if mask is None else None
+    if device and implementation(device, q.dtype, queries, tokens, size, choice) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return weighted_values(attention_maps(q, k, mask, dtype=v.dtype), v)
 

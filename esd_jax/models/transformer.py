@@ -1,5 +1,6 @@
 """The transformer that a UNet runs over its pixels."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -8,8 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esd_jax.models import layers
-from esd_jax.models.attention import MultiHeadAttention, Seam
+from esd_jax.models.attention import KeysValues, MultiHeadAttention, Seam
 from esd_jax.models.layers import Dtype, Rngs
+
+# The encoded prompt [batch, tokens, context], or the keys and values that each cross-attention makes of it, by name.
+Context = Array | Mapping[str, KeysValues]
 
 
 class GEGLU(nnx.Module):
@@ -61,12 +65,12 @@ class BasicTransformerBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch queries channels"],
-        context: Float[Array, "batch tokens context"],
+        context: Context,
         seam: Seam | None = None,
     ) -> Float[Array, "batch queries channels"]:
         h = self.norm1(x)
         x = x + self.attn1(h, h, seam and seam.unedited(self.attn1.name))
-        x = x + self.attn2(self.norm2(x), context, seam)
+        x = x + self.attn2(self.norm2(x), context[self.attn2.name] if isinstance(context, Mapping) else context, seam)
         return x + self.ff(self.norm3(x))
 
 
@@ -98,7 +102,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        context: Float[Array, "batch tokens context"],
+        context: Context,
         seam: Seam | None = None,
     ) -> Float[Array, "batch height width channels"]:
         batch, height, width, channels = x.shape

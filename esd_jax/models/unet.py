@@ -3,7 +3,7 @@
 *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al., 2022) and *SDXL* (Podell et al., 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esd_jax.models import layers
-from esd_jax.models.attention import Attention, MultiHeadAttention, Seam
+from esd_jax.models.attention import Attention, KeysValues, MultiHeadAttention, Seam
 from esd_jax.models.layers import Dtype, Rngs
-from esd_jax.models.transformer import Transformer2DModel
+from esd_jax.models.transformer import Context, Transformer2DModel
 from esd_jax.models.unet_config import UNetConfig
 
 
@@ -25,11 +25,13 @@ class Conditioning:
     """What the UNet is told besides x and t: the encoded prompt, and for SDXL its pooled form and the image's size.
 
     time_ids holds (original height, width, crop top, left, target height, width), in pixels.
+    keys_values: `UNet2DConditionModel.project`'s, of the embeddings, which then are not read.
     """
 
     embeddings: Float[Array, "batch tokens context"]
     pooled: Float[Array, "batch pooled"] | None = None
     time_ids: Float[Array, "batch 6"] | None = None
+    keys_values: dict[str, KeysValues] | None = None
 
 
 class Block(nnx.Module):
@@ -165,7 +167,7 @@ class UNet2DConditionModel(nnx.Module):
         seam = None if attention is None else Seam(attention)
         if seam and seam.attention.capture:
             self._check_capture(seam.attention.capture)
-        context = conditioning.embeddings.astype(self.dtype)
+        context = conditioning.keys_values or conditioning.embeddings.astype(self.dtype)
         time = self._time(jnp.broadcast_to(jnp.asarray(t), x.shape[:1]), conditioning)
         resnet, transform = self._resnet, partial(self._transform, context=context, seam=seam)
 
@@ -195,6 +197,14 @@ class UNet2DConditionModel(nnx.Module):
         output = self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
         return (output, seam.maps) if seam and seam.attention.capture else output
 
+    def project(self, conditioning: Conditioning) -> Conditioning:
+        """The same with the keys and values of every cross-attention, which do not depend on x and t: what a sampler
+        computes once, before its loop."""
+        context = conditioning.embeddings.astype(self.dtype)
+        modules = [module for _, module in nnx.iter_modules(self) if isinstance(module, MultiHeadAttention)]
+        keys_values = {module.name: module.keys_values(context) for module in modules if module.name.endswith("attn2")}
+        return replace(conditioning, keys_values=keys_values)
+
     def _time(self, t: Float[Array, " batch"], conditioning: Conditioning) -> Float[Array, "batch time"]:
         sinusoid = partial(
             layers.timestep_embedding,
@@ -214,7 +224,7 @@ class UNet2DConditionModel(nnx.Module):
     def _resnet(self, layer: layers.ResnetBlock2D, h: Array, time: Array) -> Array:
         return jax.checkpoint(layer)(h, time) if self.remat else layer(h, time)
 
-    def _transform(self, layer: Transformer2DModel, h: Array, *, context: Array, seam: Seam | None) -> Array:
+    def _transform(self, layer: Transformer2DModel, h: Array, *, context: Context, seam: Seam | None) -> Array:
         # Captured maps leave the layer sideways, which recomputation cannot follow.
         if self.remat and not (seam and seam.attention.capture):
             return jax.checkpoint(lambda h, context: layer(h, context, seam))(h, context)

@@ -173,7 +173,7 @@ def forward_flops(configs: Mapping[str, NetworkConfig], recipe: Any) -> float:
     """FLOP of one UNet evaluation of one example, the same on every device."""
     net = network(configs["unet"], recipe.dtype)
     params = {name: jax.ShapeDtypeStruct(s.shape, jnp.dtype(recipe.dtype)) for name, s in net.shapes.items()}
-    with attention.on(attention.Device()):  # a function of its own: JAX keeps what it traced of `net.apply` for a GPU
+    with attention.on(None):  # a function of its own: JAX keeps what it traced of `net.apply` for a GPU
         return flops.count(jax.make_jaxpr(lambda *given: net.apply(*given))(params, *one_example(configs, recipe)))
 
 

@@ -22,7 +22,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import jax
@@ -200,8 +200,11 @@ def _completer(unet: Network, sampler: samplers.Sampler, guided: bool) -> Callab
             return unet.apply(params, x, t, told).astype(jnp.float32)
 
         null, prompt = told
-        plain = lambda x, t: denoise(x, t, null)  # noqa: E731
-        denoiser = guidance.classifier_free(denoise, prompt, null, scale) if guided else plain
+        once = partial(unet.project, params)
+        if guided:
+            denoiser = guidance.classifier_free(denoise, prompt, null, scale, once)
+        else:
+            denoiser = partial(denoise, told=once(null))
         return samplers.run(sampler, denoiser, x, start=start)
 
     return jax.jit(run)
