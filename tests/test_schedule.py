@@ -7,20 +7,26 @@ import numpy as np
 import pytest
 import torch
 
-from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
+from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers with numpy 2
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAINED = (np.linspace(0.02, 0.3, 40) ** 2).tolist()
-ZERO_SNR_CLASSES = [name for name in SAMPLER_OF_CLASS if name not in ("PNDMScheduler", "LMSDiscreteScheduler")]
+ZERO_SNR_CLASSES = [
+    name for name in SAMPLER_OF_CLASS if name not in ("PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
+]
 
 
 def config(class_name="DDIMScheduler", **options):
     return {"_class_name": class_name, **options}
 
 
-@pytest.mark.parametrize("class_name", SAMPLER_OF_CLASS)
+# IPNDM keeps no alphas_cumprod, and DPMSolverSDE needs one library more.
+WITH_ALPHAS = [n for n in (*SAMPLER_OF_CLASS, *OTHER_CLASSES) if n not in ("IPNDMScheduler", "DPMSolverSDEScheduler")]
+
+
+@pytest.mark.parametrize("class_name", WITH_ALPHAS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,7 +53,7 @@ def test_zero_terminal_snr(class_name):
     ours = Schedule.from_config(config(class_name, **options)).alpha_bar
     assert ours[-1] == 0
     np.testing.assert_allclose(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-7)
-    assert theirs[-1] == (0 if class_name in ("DDIMScheduler", "LCMScheduler") else 2**-24)
+    assert theirs[-1] == (0 if class_name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") else 2**-24)
 
 
 def test_stable_diffusion_constants():
@@ -75,11 +81,21 @@ def test_config_is_kept_and_missing_or_null_options_take_the_default():
         (config(beta_schedule="sigmoid"), "sigmoid"),
         (config(prediction_type="flow_prediction"), "flow_prediction"),
         (config(timestep_spacing="quadratic"), "quadratic"),
-        (config("PNDMScheduler", rescale_betas_zero_snr=True), "PNDMScheduler has no option rescale_betas_zero_snr"),
-        (config("LMSDiscreteScheduler", rescale_betas_zero_snr=True), "LMSDiscreteScheduler has no option"),
+        (config(use_flow_sigmas=True), "flow matching, is not implemented"),
+        (config("EDMEulerScheduler"), "'EDMEulerScheduler' is not implemented"),
+        (config("IPNDMScheduler"), "says nothing of the betas"),
+        (config(rescale_betas_zero_snr=True, num_train_timesteps=1), "more than one noise level"),
+        (config(beta_start=-0.1), "betas must be above 0"),
+        (config(beta_end=float("nan")), "field beta_end=nan must be"),
+        (config(beta_end="0.02"), "field beta_end='0.02' must be"),
+        (config(num_train_timesteps=True), "field num_train_timesteps=True must be"),
+        (config(num_train_timesteps=10**400), "field num_train_timesteps=1000"),
+        (config(num_train_timesteps=0), "no number of timesteps"),
+        (config(rescale_betas_zero_snr=1), "rescale_betas_zero_snr=1 must be true or false"),
         (config(trained_betas=[0.1, 0.2], num_train_timesteps=3), r"trained_betas has shape \(2,\)"),
         (config(trained_betas=[0.1, 1.2], num_train_timesteps=2), "betas must be above 0 and at most 1"),
-        (config(trained_betas=[0.1, float("nan")], num_train_timesteps=2), "betas must be above 0"),
+        (config(trained_betas=[0.1, float("nan")], num_train_timesteps=2), "trained_betas must be a list of numbers"),
+        (config(trained_betas="0.1"), "trained_betas must be a list of numbers"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(raw, named):

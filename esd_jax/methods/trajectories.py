@@ -141,8 +141,10 @@ def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
 
 
 def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
-    """A sampler of `samplers.SAMPLERS`. Raises ValueError for one that draws noise at every step."""
+    """A sampler of `samplers.SAMPLERS`. Raises ValueError for one with noise, or several calls, at every step."""
     made = samplers.make_sampler(schedule, name, steps)
     if made.stochastic:
         raise ValueError(f"sampler {made.name!r} draws noise at every step, which is not implemented; use 'ddim'")
+    if len(made.timesteps) > steps + 1:  # half of its x are no samples, but what a step tries first
+        raise ValueError(f"sampler {made.name!r} calls the network twice a step, which is not implemented; use 'ddim'")
     return made
