@@ -118,6 +118,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     index |= {name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in known}
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
+    index["scheduler"] = ["diffusers", schedule.config["_class_name"]]  # which the file may have changed
     tokenizers = tuple(_file_tokenizer(folder, name, config) for name, config in texts.items())
     params = {}
     for name, network_config in configs.items():
