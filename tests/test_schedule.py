@@ -34,7 +34,7 @@ WITH_ALPHAS = [n for n in (*SAMPLER_OF_CLASS, *OTHER_CLASSES) if n not in ("IPND
         STABLE_DIFFUSION,
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 200},
         {"trained_betas": TRAINED, "num_train_timesteps": 40},
-        {**STABLE_DIFFUSION, "trained_betas": None, "prediction_type": None, "num_train_timesteps": 500},
+        {**STABLE_DIFFUSION, "trained_betas": None, "num_train_timesteps": 500},
     ],
 )
 def test_alpha_bar_is_that_of_every_class(class_name, options):
@@ -64,13 +64,14 @@ def test_stable_diffusion_constants():
         alpha_bar[0] = 1
 
 
-def test_config_is_kept_and_missing_or_null_options_take_the_default():
-    raw = config(steps_offset=1, clip_sample=False, sigma_min=None, something_new=3)
+def test_config_is_kept_and_missing_options_take_the_default():
+    raw = config(steps_offset=1, clip_sample=False, sigma_min=None, set_alpha_to_one=None, something_new=3)
     schedule = Schedule.from_config(raw)
     assert schedule.config == raw
     assert schedule.option("steps_offset", 0) == 1
     assert schedule.option("clip_sample", True) is False
     assert schedule.option("sigma_min", 7) == 7 and schedule.option("absent", "x") == "x"
+    assert schedule.option("set_alpha_to_one", True) is False  # a null switch is off
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,8 @@ def test_config_is_kept_and_missing_or_null_options_take_the_default():
         (config("EDMEulerScheduler"), "'EDMEulerScheduler' is not implemented"),
         (config("IPNDMScheduler"), "says nothing of the betas"),
         (config(rescale_betas_zero_snr=True, num_train_timesteps=1), "more than one noise level"),
+        (config(beta_start=None), "field beta_start=None must be"),
+        (config(prediction_type=None), "field prediction_type=None must be"),
         (config(beta_start=-0.1), "betas must be above 0"),
         (config(beta_end=float("nan")), "field beta_end=nan must be"),
         (config(beta_end="0.02"), "field beta_end='0.02' must be"),

@@ -53,6 +53,7 @@ _CHOICES = {
     "unipc": {"solver_type": ("bh2", "bh1")},
 }
 _WITHOUT_ZERO_SNR = ("pndm", "lms", "heun")  # their classes have no option rescale_betas_zero_snr
+LEADING = ("ddim", "ddpm", "pndm")  # whose classes space timesteps so by default; the others take "linspace"
 KARRAS = ("euler", "lms", "heun", "dpmpp_2m", "unipc")
 
 
@@ -96,8 +97,7 @@ def make_sampler(
     if karras and name not in KARRAS:
         raise ValueError(f"sampler {name!r} has no Karras noise levels: use one of {', '.join(KARRAS)}")
     _check_options(schedule, name)
-    leading = name in ("ddim", "ddpm", "pndm")
-    spacing = spacing or schedule.option("timestep_spacing", "leading" if leading else "linspace")
+    spacing = spacing or schedule.option("timestep_spacing", "leading" if name in LEADING else "linspace")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown timestep spacing {spacing!r}: known are {', '.join(SPACINGS)}")
     karras = schedule.option("use_karras_sigmas", False) if karras is None else karras
@@ -202,7 +202,7 @@ def _chosen(schedule: Schedule, name: str) -> dict[str, str]:
         chosen[option] = _RENAMED[name].get(option, {}).get(value, value)
         if chosen[option] not in known:
             raise ValueError(
-                f"{option}={value} is not implemented for sampler {name!r} (only {', '.join(known)}): use another"
+                f"{option}={value} is not implemented for sampler {name!r} ({', '.join(known)} are): use another sampler"
             )
     return chosen
 

@@ -57,6 +57,7 @@ DDPM_BETAS = (0.0001, 0.02, "linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000  # a config that asks for more is damaged
 MOST_NUMBER = 1e300  # so is one of such numbers, infinity among them
+NULLABLE = ("trained_betas", "sigma_min", "sigma_max", "solver_p", "variance_type")  # null unless they are set
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -100,7 +101,8 @@ class Schedule:
         return len(self.alpha_bar)
 
     def option(self, name: str, default: Any) -> Any:
-        """The config's value, or `default` where the key is missing or null; a null switch is off, as in diffusers.
+        """The config's value, or `default` where the key is missing. A null switch is off, as in diffusers; a null
+        number is missing where a class has it as its default, and elsewhere an error, as it is there.
 
         Raises `ValueError`, naming the field, for a value of another type than `default`'s and for NaN or infinity.
         """
@@ -193,8 +195,10 @@ def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
-    if value is None:
-        return False if isinstance(default, bool) and name in config else default
+    if value is None and (name not in config or name in NULLABLE):
+        return default
+    if value is None and isinstance(default, bool):
+        return False
     if isinstance(default, bool):
         fits = isinstance(value, bool)
     elif isinstance(default, int | float):  # files have an integer as 1.0, too, and a fraction as 1
