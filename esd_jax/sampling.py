@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -16,7 +17,11 @@ from esd_jax.diffusion.rules import Rule
 from esd_jax.models.unet import Conditioning
 from esd_jax.pipeline import Pipeline, image_size
 
-__all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "sample", "to_uint8"]
+__all__ = ["example_keys", "initial_noise", "invert", "own_sampler", "purify", "reconstruct", "sample", "to_uint8"]
+
+
+class SamplerReplaced(UserWarning):
+    """A checkpoint's own sampler is not implemented, and nobody chose another."""
 
 
 def sample(
@@ -97,6 +102,19 @@ def sample(
         drawn = run(params["unet"], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
         images.append(np.asarray(decode(params["vae"], drawn)))
     return np.concatenate(images)[:n]
+
+
+def own_sampler(pipeline: Pipeline, num_steps: int) -> str:
+    """The checkpoint's own sampler; "ddim", with a warning, where that one is not implemented.
+
+    For images of which nobody can say by which sampler they are drawn: previews, checks, what an evaluation draws.
+    """
+    try:
+        return samplers.make_sampler(pipeline.schedule, num_steps=num_steps).name
+    except ValueError as error:
+        kind = pipeline.schedule.config["_class_name"]
+        warnings.warn(f"images are drawn by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=3)
+        return "ddim"
 
 
 def invert(

@@ -25,10 +25,12 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import configs, corrections
 from esd_jax.io import diffusers as io
+from esd_jax.methods import trajectories
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Models
 from esd_jax.models import vae
 from esd_jax.pipeline import image_size
+from esd_jax.sampling import SamplerReplaced
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array"),  # diffusers with numpy 2
@@ -390,3 +392,35 @@ def test_a_variant_of_one_component_alone(copy, sd1, component, tmp_path):
 
 def to_nhwc_kernel(weight):
     return weight.detach().permute(2, 3, 1, 0).numpy()
+
+
+# A scheduler whose own sampler is not implemented.
+
+
+def test_nobody_needs_the_checkpoints_own_sampler(copy, tmp_path):
+    """But who draws without naming one: it can be erased from, exported and checked."""
+    set_scheduler(copy, "KDPM2")
+    base = told(lambda: esd_jax.load(copy), "1 is taken")
+    with pytest.raises(ValueError, match=one_line("scheduler_config.json", "KDPM2DiscreteScheduler", "--sampler=")):
+        esd_jax.sample(base, ["cat"])
+    erased = esd_jax.erase(base, "cat", method="uce", config="uce", dtype="float32")
+    with pytest.warns(SamplerReplaced, match=one_line("by ddim in place of KDPM2DiscreteScheduler")):
+        esd_jax.export(erased, tmp_path / "out", verify=True)
+    assert esd_jax.sample(erased, ["cat"], sampler="euler", num_steps=2).shape == (1, 16, 16, 3)
+
+
+def test_options_that_are_not_implemented_leave_other_samplers(copy):
+    """A third-order DPM-Solver++ is erased from, and sampled, by others."""
+    set_scheduler(copy, "DPM++", solver_order=3)
+    schedule = quietly(copy)[1]
+    with pytest.raises(ValueError, match=one_line("solver_order=3", "another sampler")):
+        samplers.make_sampler(schedule)
+    assert samplers.make_sampler(schedule, "ddim", 5).name == "ddim"
+
+
+def test_methods_need_one_call_a_step_without_noise(copy):
+    schedule = quietly(copy)[1]
+    for name, words in (("heun", "twice a step"), ("ddpm", "draws noise"), ("euler_ancestral", "draws noise")):
+        with pytest.raises(ValueError, match=one_line(name, words, "use 'ddim'")):
+            trajectories.on_grid(schedule, name, 10)
+    assert len(trajectories.on_grid(schedule, "unipc", 10).support) == 10

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from esd_jax.diffusion.samplers import make_sampler
 from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers with numpy 2
@@ -54,6 +55,14 @@ def test_zero_terminal_snr(class_name):
     assert ours[-1] == 0
     np.testing.assert_allclose(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-7)
     assert theirs[-1] == (0 if class_name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") else 2**-24)
+
+
+def test_signal_that_float32_does_not_hold_is_none():
+    """The sigma samplers would divide by it; no such noise level is drawn from."""
+    schedule = Schedule.from_config(config(beta_start=0.5, beta_end=0.6))
+    assert schedule.alpha_bar[-1] == 0 and schedule.alpha_bar[50] > 0
+    with pytest.raises(ValueError, match="divide by zero at timestep 999"):
+        make_sampler(schedule, "euler", 20)
 
 
 def test_stable_diffusion_constants():

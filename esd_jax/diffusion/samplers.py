@@ -202,7 +202,7 @@ def _chosen(schedule: Schedule, name: str) -> dict[str, str]:
         chosen[option] = _RENAMED[name].get(option, {}).get(value, value)
         if chosen[option] not in known:
             raise ValueError(
-                f"{option}={value} is not implemented for sampler {name!r} ({', '.join(known)} are): use another sampler"
+                f"{option}={value} is not implemented for {name!r} ({', '.join(known)} are): use another sampler"
             )
     return chosen
 

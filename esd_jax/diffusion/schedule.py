@@ -91,6 +91,7 @@ class Schedule:
         _require("timestep_spacing", _option(config, "timestep_spacing", "leading"), SPACINGS)
 
         alpha_bar = np.cumprod(1.0 - _betas(config))
+        alpha_bar[alpha_bar < np.finfo(np.float32).tiny] = 0  # what networks compute in has nothing between
         if _option(config, "rescale_betas_zero_snr", False):
             alpha_bar = _rescale_zero_snr(alpha_bar)
         alpha_bar.setflags(write=False)
