@@ -18,7 +18,8 @@ import transformers
 from esd_world import ATTRIBUTE, given, settings, tools, world
 from messages import one_line
 from test_api import make_calm, noise
-from torch_oracle import exactly, in_pipeline, to_nchw
+from test_samplers import denoise, denoise_torch
+from torch_oracle import exactly, in_pipeline, to_nchw, to_nhwc
 
 import esd_jax
 from esd_jax.diffusion import guidance, samplers
@@ -65,11 +66,11 @@ SAVED = {
     "DEIS": (diffusers.DEISMultistepScheduler, {}),
     "Heun": (diffusers.HeunDiscreteScheduler, {}),
     "KDPM2": (diffusers.KDPM2DiscreteScheduler, {}),
-    "KDPM2 ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
     "DPM++ single step": (diffusers.DPMSolverSinglestepScheduler, {}),
     "TCD": (diffusers.TCDScheduler, {}),
     "LCM": (diffusers.LCMScheduler, {}),
 }
+DRAWN = ("PNDM", "DDIM, clipping", "UniPC")
 MAIN = ("PNDM", "Euler", "LMS", "DPM++", "DDIM", "DDIM, clipping", "DDIM, not clipping", "UniPC", "DDPM")
 PROMPTS, STEPS, SCALE = ["a photo of the cat", "dogs, and styles of the cat"], 8, 5.0
 
@@ -132,15 +133,13 @@ def decoder(network, config):
 
 
 def ours(base, schedule, name, latents):
-    """The same by a sampler of ours; a loop in Python, so that all samplers share one compilation of the network."""
+    """The same by a sampler of ours; all of them share one compilation of the network."""
     made = samplers.make_sampler(schedule, name, STEPS)
     told = [base.encode_prompts(texts) for texts in (PROMPTS, [""] * len(PROMPTS))]
-    carry = made.init(jnp.asarray(latents) * made.initial_scale)
-    for i, t in enumerate(made.timesteps):
-        x = carry[0] * np.float32(made.input_scale[i])
-        carry = made.step(carry, i, guided(base.network("unet"))(base.params["unet"], x, np.float32(t), *told), None)
+    network = guided(base.network("unet"))
+    latents = steps_of(made, lambda x, t: network(base.params["unet"], x, t, *told), latents)
     decode = decoder(base.network("vae"), base.configs["vae"])
-    return np.clip(np.asarray(decode(base.params["vae"], carry[0])) * 0.5 + 0.5, 0, 1)
+    return np.clip(np.asarray(decode(base.params["vae"], latents)) * 0.5 + 0.5, 0, 1)
 
 
 def quietly(folder):
@@ -149,21 +148,50 @@ def quietly(folder):
         return configs.read_architecture(folder)
 
 
-@pytest.mark.parametrize("name", [n if n in MAIN else pytest.param(n, marks=pytest.mark.slow) for n in SAVED])
+def steps_of(made, denoise, x):
+    """A sampler's whole run, a loop in Python."""
+    carry = made.init(jnp.asarray(x) * made.initial_scale)
+    for i, t in enumerate(made.timesteps):
+        output = denoise(carry[0] * np.float32(made.input_scale[i]), np.float32(t))
+        carry = made.step(carry, i, output, None)
+    return carry[0]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_every_folder_by_every_sampler_is_what_diffusers_makes_of_it(name, tmp_path):
+    """The whole trajectory, of a toy in place of the networks."""
+    kind, options = SAVED[name]
+    saved = in_pipeline(kind(**factories.NOISE, **options))  # a pipeline saves it corrected
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    index = {"_class_name": SD, "scheduler": ["diffusers", kind.__name__]}
+    schedule = Schedule.from_config(told(lambda: corrections.scheduler(index, config, tmp_path)))
+    for sampler, other in CLASS_OF.items():
+        if (name, sampler) == ("DEIS", "dpmpp_2m"):  # which diffusers refuses, by a check of the unconverted options
+            continue
+        scheduler = in_pipeline(other.from_config(kind.from_pretrained(tmp_path).config))
+        scheduler.set_timesteps(20)
+        x = to_nchw(noise(2)) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x = scheduler.step(denoise_torch(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+        found = steps_of(samplers.make_sampler(schedule, sampler, 20), denoise, noise(2))
+        assert np.abs(to_nhwc(x)).max() > 1  # where x0 is clipped, it is not
+        assert np.abs(found - to_nhwc(x)).max() <= 2e-4 * np.abs(to_nhwc(x)).max(), (name, sampler)
+
+
+@pytest.mark.parametrize("name", [n if n in DRAWN else pytest.param(n, marks=pytest.mark.slow) for n in MAIN])
 def test_every_folder_draws_by_every_sampler_what_diffusers_draws(name, sd1, copy):
     set_scheduler(copy, name)
     schedule, latents = quietly(copy)[1], noise(2)
-    plain = theirs(reopened(copy, diffusers.DDIMScheduler), latents)
-    assert plain.std() > 0.05  # there is something to compare
     for sampler, kind in CLASS_OF.items():
-        if (name, sampler) == ("DEIS", "dpmpp_2m"):  # which diffusers refuses, by a check of the unconverted options
-            continue
-        error = np.abs(ours(sd1[2], schedule, sampler, latents) - theirs(reopened(copy, kind), latents)).max()
+        expected = theirs(reopened(copy, kind), latents)
+        assert expected.std() > 0.05  # there is something to compare
+        error = np.abs(ours(sd1[2], schedule, sampler, latents) - expected).max()
         print(f"{name} by {sampler}: {error:.1e} of 1")
         assert error <= 2e-3, (name, sampler)
 
 
-@pytest.mark.parametrize("name", ["UniPC", "Heun", "DPM++", "PNDM", "DDIM, clipping"])
+@pytest.mark.parametrize("name", ["UniPC", "Heun"])
 def test_its_own_sampler_draws_what_diffusers_draws(name, sd1, copy):
     set_scheduler(copy, name)
     schedule, latents = quietly(copy)[1], noise(2)
@@ -231,8 +259,8 @@ def told(action, *words):
     return result
 
 
-@pytest.mark.parametrize("version", ["0.6.0", "0.8.1", "0.9.0.dev0", "0.9.0", "0.10.2", "1.0", None])
-@pytest.mark.parametrize("size", [8, 64, 96, [8, 8], [8, 12]])
+@pytest.mark.parametrize("version", ["0.6.0", "0.8.1", "0.9.0.dev0", "0.10.2", None])
+@pytest.mark.parametrize("size", [8, 64, [8, 12]])
 def test_sample_size_of_old_versions(copy, version, size):
     edit_json(
         copy / "unet/config.json",

@@ -5,6 +5,7 @@ params = torch_oracle.to_params(unet.state_dict(), network)
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -76,7 +77,9 @@ def to_nchw(images: np.ndarray) -> torch.Tensor:
 def in_pipeline(scheduler: diffusers.SchedulerMixin) -> diffusers.SchedulerMixin:
     """The scheduler as `StableDiffusionPipeline` uses it: the pipeline corrects its config when it is built."""
     absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
-    pipe = diffusers.StableDiffusionPipeline(**absent, scheduler=scheduler, requires_safety_checker=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what it corrects
+        pipe = diffusers.StableDiffusionPipeline(**absent, scheduler=scheduler, requires_safety_checker=False)
     return pipe.scheduler
 
 

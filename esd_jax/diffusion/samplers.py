@@ -65,7 +65,7 @@ def default_sampler(schedule: Schedule) -> str:
         return name
     raise ValueError(
         f"scheduler/scheduler_config.json names {class_name}, whose sampler is not implemented: choose another with "
-        f"sampler= (--sampler=), such as dpmpp_2m or ddim"
+        "sampler= (--sampler=), such as dpmpp_2m or ddim"
     )
 
 
@@ -100,7 +100,8 @@ def make_sampler(
     spacing = spacing or schedule.option("timestep_spacing", "leading" if name in LEADING else "linspace")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown timestep spacing {spacing!r}: known are {', '.join(SPACINGS)}")
-    karras = schedule.option("use_karras_sigmas", False) if karras is None else karras
+    if karras is None and name in KARRAS:
+        karras = schedule.option("use_karras_sigmas", False)
 
     if name == "ddim":
         return solvers.ddim(schedule, num_steps, spacing, eta)

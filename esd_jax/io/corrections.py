@@ -13,6 +13,7 @@ from typing import Any
 SD = "StableDiffusionPipeline"
 # Before this version, training scripts left the class default in UNet configs of 512 px.
 OLD_UNET, SMALLEST_OLD = (0, 9), 64
+WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler", "IPNDMScheduler")  # classes that have no field steps_offset
 
 
 class Corrected(UserWarning):
@@ -32,7 +33,8 @@ def scheduler(index: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
     corrected = dict(config)
     if index.get("_class_name") == SD and config.get("steps_offset") != 1:
         found = f"steps_offset={config['steps_offset']!r}" if "steps_offset" in config else "no steps_offset"
-        note(f"{path} has {found}: 1 is taken, as {SD} does")
+        if "steps_offset" in config or config.get("_class_name") not in WITHOUT_OFFSET:
+            note(f"{path} has {found}: 1 is taken, as {SD} does")
         corrected["steps_offset"] = 1
     if config.get("clip_sample"):
         note(f"{path} has clip_sample={config['clip_sample']!r}, which is for pixels: latents are not clipped")
