@@ -219,7 +219,8 @@ def _check_options(schedule: Schedule, name: str) -> None:
     for option, value in found.items():
         if value != needed[option]:
             raise ValueError(
-                f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): use another sampler"
+                f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): "
+                "use another sampler (--sampler=)"
             )
     if name == "dpmpp_2m" and schedule.option("variance_type", "fixed_small").startswith("learned"):
         raise ValueError("variance_type=learned is not implemented: the network must predict one tensor")

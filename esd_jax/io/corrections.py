@@ -29,7 +29,9 @@ def scheduler(index: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
     """A scheduler's config as the pipeline of `index` (`model_index.json`) uses it; `path` is for what is told."""
     entry = index.get("scheduler")
     if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
-        config = {**config, "_class_name": entry[1]}  # the file may name the class that it was converted from
+        if config.get("_class_name", entry[1]) != entry[1]:
+            note(f"{path} is of {config['_class_name']!r}: {entry[1]} is taken, as model_index.json says")
+        config = {**config, "_class_name": entry[1]}
     corrected = dict(config)
     if index.get("_class_name") == SD and config.get("steps_offset") != 1:
         found = f"steps_offset={config['steps_offset']!r}" if "steps_offset" in config else "no steps_offset"
@@ -72,7 +74,7 @@ def text_encoder(pipeline: str, config: Mapping[str, Any], path: Path) -> dict[s
 
 
 def _release(version: Any) -> tuple[int, int]:
-    """ "0.6.0.dev0" -> (0, 6)."""
+    """(0, 6) of "0.6.0.dev0"."""
     found = re.match(r"v?(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
     if found is None:
         raise ValueError(f"config field _diffusers_version={version!r} is no version: correct or remove it")
