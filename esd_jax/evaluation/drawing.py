@@ -14,7 +14,7 @@ from PIL import Image
 from esd_jax.evaluation.prompts import Case
 from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import own_sampler, sample
+from esd_jax.sampling import sample
 
 CHUNK = 64  # images that are lost if the program is stopped
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ def draw(
                     seed=[case.seed for case in chunk],
                     num_steps=drawing.num_steps,
                     guidance_scale=guidance,
-                    sampler=drawing.sampler or own_sampler(pipeline, drawing.num_steps),
+                    sampler=drawing.sampler or "auto",
                     height=drawing.height,
                     width=drawing.width,
                     batch_size=min(drawing.batch_size, len(alike)),

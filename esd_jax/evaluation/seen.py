@@ -15,7 +15,7 @@ from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.intervals import Estimate, clustered_rate, mean
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import own_sampler, sample
+from esd_jax.sampling import sample
 
 CLASSIFIER = "resnet50"
 Images = UInt8[np.ndarray, "n height width 3"]
@@ -47,7 +47,7 @@ class Question:
             prompts,
             seed=[self.seed * 1_000_003 + i & 0xFFFFFFFF for i in range(self.num_images)],
             num_steps=self.num_steps,
-            sampler=own_sampler(pipeline, self.num_steps),
+            sampler="auto",
             guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,
         )

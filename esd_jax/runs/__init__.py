@@ -29,7 +29,7 @@ from esd_jax.params import Params, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs.record import STARTED, describe
-from esd_jax.sampling import own_sampler, sample
+from esd_jax.sampling import sample
 from esd_jax.selection import select
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
@@ -205,9 +205,8 @@ def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Met
         encoded = base.encode_prompts(prompts, size=size, strict=True)
         return encoded if plan.null == "empty" else guidance.zeroed(encoded, np.asarray([not p for p in prompts]))
 
-    def draw(prompts: Sequence[str], *, num_steps: int, sampler: str | None = None, **options: Any) -> np.ndarray:
-        options |= {"num_steps": num_steps, "sampler": sampler or own_sampler(base, num_steps)}
-        return sample(base, prompts, height=size[0], width=size[1], **options)
+    def draw(prompts: Sequence[str], *, sampler: str | None = None, **options: Any) -> np.ndarray:
+        return sample(base, prompts, height=size[0], width=size[1], sampler=sampler or "auto", **options)
 
     tools = Tools(
         unet=network,
@@ -308,7 +307,7 @@ def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
             seed=plan.training.seed,
             num_steps=plan.preview_steps,
             guidance_scale=plan.preview_guidance,
-            sampler=own_sampler(erased, plan.preview_steps),
+            sampler="auto",
             height=plan.height,
             width=plan.width,
         )

@@ -11,7 +11,7 @@ from esd_jax.demo.groups import parse_target
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.seen import Detect, probed
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import own_sampler, sample
+from esd_jax.sampling import sample
 
 SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
 
@@ -39,7 +39,7 @@ def drawn(
     Raises ValueError for a prompt of which no image shows the concept, with `skip` if that goes for all.
     """
     asked = list(prompts) * images_each
-    drawing = {"sampler": own_sampler(base, drawing.get("num_steps", 50)), **drawing}
+    drawing = {"sampler": "auto", **drawing}
     images = sample(base, asked, seed=[seed + i for i in range(len(asked))], **drawing)
     good = detect(images).reshape(images_each, len(prompts))
     kept = [p for p in range(len(prompts)) if good[:, p].any()]

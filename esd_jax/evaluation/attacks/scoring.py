@@ -13,7 +13,7 @@ from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, rate
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import own_sampler, sample
+from esd_jax.sampling import sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def score(
     images = sample(
         victim, told, seed=[int(s) for s in seeds] * len(trials),
         num_steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
-        sampler=own_sampler(victim, num_steps),
+        sampler="auto",
     )  # fmt: skip
     hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)
     return Scored(
