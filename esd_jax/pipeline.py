@@ -94,7 +94,7 @@ class Pipeline:
     @property
     def zeros_for_empty_prompt(self) -> bool:
         """Whether guidance without a negative prompt starts from zeros instead of the encoded empty prompt (SDXL)."""
-        return self.index.get("force_zeros_for_empty_prompt", len(self.tokenizers) == 2)
+        return len(self.tokenizers) == 2 and bool(self.index.get("force_zeros_for_empty_prompt", True))
 
     def network(self, component: str, *, remat: bool = False) -> Network:
         return network(self.configs[component], jnp.dtype(self.dtype).name, remat)
@@ -181,7 +181,8 @@ def image_size(
     factor, default = configs["vae"].factor, configs["unet"].sample_size
     if default is None and None in (height, width):
         raise ValueError("unet/config.json has no sample_size: give height and width")
-    size = tuple(default * factor if side is None else side for side in (height, width))
+    defaults = default if isinstance(default, tuple) else (default, default)
+    size = tuple(own * factor if side is None else side for own, side in zip(defaults, (height, width), strict=True))
     if any(side % factor or side < factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
     return size

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -17,6 +18,10 @@ from esd_jax.models.unet import Conditioning
 from esd_jax.pipeline import Pipeline, image_size
 
 __all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "sample", "to_uint8"]
+
+
+class SamplerReplaced(UserWarning):
+    """A checkpoint's own sampler is not implemented, and nobody chose another."""
 
 
 def sample(
@@ -50,7 +55,8 @@ def sample(
       guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
       negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
         checkpoint that says so, as SDXL's do, is guided from zeros; "" is encoded.
-      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names.
+      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but
+        "ddim", with a warning, where it is not implemented: for images of which nobody can say how they are drawn.
       eta: DDIM's stochasticity, 0 to 1.
       latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
       height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
@@ -79,6 +85,8 @@ def sample(
         latents = initial_noise(pipeline, keys, size)
     elif latents.shape != needed:
         raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
+    if sampler == "auto":
+        sampler = _own_sampler(pipeline, num_steps)
     name = sampler or samplers.default_sampler(pipeline.schedule)
     made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
     run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
@@ -212,6 +220,16 @@ def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Flo
     factor, channels = pipeline.configs["vae"].factor, pipeline.configs["unet"].in_channels
     shape = (size[0] // factor, size[1] // factor, channels)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _own_sampler(pipeline: Pipeline, num_steps: int) -> str:
+    """The checkpoint's own sampler; "ddim", with a warning, where that one is not implemented."""
+    try:
+        return samplers.make_sampler(pipeline.schedule, num_steps=num_steps).name
+    except ValueError as error:
+        kind = pipeline.schedule.config["_class_name"]
+        warnings.warn(f"images are drawn by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=3)
+        return "ddim"
 
 
 def _count(prompts: Sequence[str] | Conditioning) -> int:

@@ -13,6 +13,7 @@ import esd_oracle
 import numpy as np
 import torch
 from torch import Tensor
+from torch_oracle import in_pipeline
 
 T = 35
 Order = Sequence[tuple[str, float]]  # the instructions of one example: (c'', g)
@@ -48,7 +49,7 @@ def all_but_one(
     models: esd_oracle.Models, concepts: Sequence[str], orders: Sequence[Order], noise: Tensor, i: int, paper: Paper
 ) -> Step:
     """x_t after i updates, and its guidance."""
-    scheduler = esd_oracle.exact(diffusers.DDIMScheduler(**esd_oracle.SD14, clip_sample=False), noise.dtype)
+    scheduler = esd_oracle.exact(in_pipeline(diffusers.DDIMScheduler(**esd_oracle.SD14)), noise.dtype)
     scheduler.set_timesteps(T)
     suppressed = None if paper.scales is None else attending(models.teacher, torch.from_numpy(paper.scales))
     nothing = [""] * len(concepts)

@@ -18,6 +18,7 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor
+from torch_oracle import in_pipeline
 
 SD14 = {
     "beta_start": 0.00085,
@@ -117,7 +118,7 @@ def alt(
 ) -> Target:
     """i ~ U{1..48} student DDIM steps on the erased concept; scored at entry i / 50 * 1000 of a 1000-step grid."""
     erased, origin = split(pairs)
-    scheduler = exact(diffusers.DDIMScheduler(**SD14, clip_sample=False), noise.dtype)
+    scheduler = exact(in_pipeline(diffusers.DDIMScheduler(**SD14)), noise.dtype)
     x = scheduled(scheduler, guided(models, models.student, erased, guidance), noise, i)
     scheduler.set_timesteps(1000)
     t = int(scheduler.timesteps[int(i / STEPS * 1000)])

@@ -30,9 +30,7 @@ from esd_jax.params import Network, Params, functional, prefixed
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # threads cost these tiny networks thirty times what they save
 
-SCHEDULE = Schedule.from_config(
-    {"_class_name": "PNDMScheduler", **esd_oracle.SD14, "clip_sample": False, "skip_prk_steps": True}
-)
+SCHEDULE = Schedule.from_config({"_class_name": "PNDMScheduler", **esd_oracle.SD14, "skip_prk_steps": True})
 SHAPE = (8, 8, 4)
 TOKENS, CONTEXT = 7, 16
 UNET = {

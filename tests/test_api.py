@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from messages import one_line
 from PIL import Image
-from torch_oracle import to_nchw, to_nhwc
+from torch_oracle import in_pipeline, to_nchw, to_nhwc
 
 import esd_jax
 from esd_jax import api, recipe, runs
@@ -64,7 +64,7 @@ def make_calm(family, folder):
 
 def torch_images(pipe, latents, prompts, negative=None, num_steps=20, guidance_scale=7.5):
     """What diffusers draws with DDIM from NHWC latents: floats [n, height, width, 3], not yet clipped to [-1, 1]."""
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = in_pipeline(diffusers.DDIMScheduler.from_config(pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": num_steps, "guidance_scale": guidance_scale, "negative_prompt": negative}
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from esd_world import SCHEDULE, as_ours, given, make, settings, world
 from messages import one_line
-from torch_oracle import error, exactly, to_nchw, to_nhwc
+from torch_oracle import error, exactly, in_pipeline, to_nchw, to_nhwc
 
 from esd_jax import recipe
 from esd_jax.methods import contexts, esd
@@ -71,7 +71,7 @@ def test_a_step_equals_its_equation():
     method, inputs = make(w, "paper", [("Van Gogh", None)], contexts="a dog by {}: a dog", **strengths, **GRID)
     prompts, anchors, concept = ["Van Gogh", "a dog by Van Gogh"], ["", "a dog"], ["Van Gogh"] * 2
     eta = torch.tensor([0.7, 0.4])[:, None, None, None]
-    scheduler = diffusers.DDIMScheduler(**esd_oracle.SD14, clip_sample=False)
+    scheduler = in_pipeline(diffusers.DDIMScheduler(**esd_oracle.SD14))
     with exactly("float32"):
         prepare, gradient = jax.jit(method.prepare), jax.jit(jax.value_and_grad(method.loss))
         for index in (0, 3, 25):
@@ -119,7 +119,7 @@ def test_kept_trajectories_are_those_of_the_contexts():
     draws = method.draw(0, keys[0], keys, (8, 8, 4), inputs)._replace(concept=jnp.array([0, 1]))
     memory, _ = jax.jit(method.recall)(Models(w.student, w.teacher), draws, memory, 0, inputs)
     eps = esd_oracle.guided(w.models, w.models.teacher, ["Monet", "a dog by Monet"], 3.0)
-    scheduler = diffusers.DDIMScheduler(**esd_oracle.SD14, clip_sample=False)
+    scheduler = in_pipeline(diffusers.DDIMScheduler(**esd_oracle.SD14))
     scheduler.set_timesteps(5)
     x = to_nchw(draws.noise)
     for point, t in enumerate(scheduler.timesteps):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from messages import one_line
-from torch_oracle import error, exactly
+from torch_oracle import error, exactly, in_pipeline
 
 import esd_jax
 from esd_jax import sampling
@@ -95,7 +95,7 @@ def test_inversion_is_torchs(timestep):
         assert error(run(X), expected) <= 1e-6  # the toys' timesteps are float32
         assert error(expected, by_hand(guided, steps, "level" if timestep == "target" else "target")) > 1e-3
         if timestep == "target":
-            theirs = diffusers.DDIMInverseScheduler.from_config(SD14, clip_sample=False)
+            theirs = in_pipeline(diffusers.DDIMInverseScheduler.from_config(SD14))
             theirs.set_timesteps(steps)
             x = torch.from_numpy(X)
             for t in theirs.timesteps:

@@ -1,8 +1,10 @@
 """Hub ids: a cache laid out as the hub lays it out, no network, and a server that answers as the hub does."""
 
+import fnmatch
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import factories
 import pytest
 
 from esd_jax.io import diffusers as io
+from esd_jax.io.corrections import Corrected
 from esd_jax.io.hub import weight_patterns
 
 # huggingface_hub reads its settings when it is imported, so each case is a process of its own.
@@ -179,3 +182,38 @@ def test_patterns_name_no_pickle_and_one_variant():
     assert all(wanted(name) and not wanted(name, "fp16") for name in plain)
     assert all(wanted(name, "fp16") and not wanted(name) for name in fp16)
     assert not any(wanted(name) for name in (f"{stem}.bin", "pytorch_model.bin", "model.ckpt", "flax_model.msgpack"))
+
+
+def test_a_variant_that_one_component_lacks_is_downloaded_without(tmp_path, monkeypatch):
+    """As diffusers does: the plain weights of that component alone."""
+    import huggingface_hub
+
+    repo, local = tmp_path / "repo", tmp_path / "local"
+    factories.make_sd1(repo)
+    file = repo / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copyfile(file, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        for path in repo.rglob("*"):
+            if any(fnmatch.fnmatch(str(path.relative_to(repo)), pattern) for pattern in allow_patterns):
+                (local / path.relative_to(repo)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, local / path.relative_to(repo))
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.warns(Corrected, match="no weights of variant 'fp16' of vae, text_encoder: the plain ones are read"):
+        pipeline = io.load("org/tiny", variant="fp16")
+    names = {str(source.path.relative_to(local)) for source in pipeline.provenance.tensors.values()}
+    assert names == {
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    assert len(asked) == 2 and not any(pattern.startswith(("unet", "*")) for pattern in asked[1])
+    asked.clear()
+    shutil.rmtree(local)
+    with pytest.raises(FileNotFoundError, match="holds no safetensors weights"):
+        io.load("org/tiny", variant="bf16")
+    assert len(asked) == 1  # gigabytes that nobody asked for

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from messages import one_line
-from torch_oracle import to_nchw, to_nhwc
+from torch_oracle import in_pipeline, to_nchw, to_nhwc
 
 import esd_jax
 from esd_jax import api
@@ -306,7 +306,7 @@ def test_diffusers_draws_the_same(family):
     for component in ours.params:
         assert_same_bits(getattr(theirs, component).state_dict(), getattr(pipe, component).state_dict())
     latents = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
-    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    theirs.scheduler = in_pipeline(diffusers.DDIMScheduler.from_config(theirs.scheduler.config))
     theirs.set_progress_bar_config(disable=True)
     with torch.no_grad():
         options = {"num_inference_steps": 10, "guidance_scale": 7.5, "negative_prompt": ["dog"]}

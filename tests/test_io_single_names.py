@@ -4,16 +4,20 @@ import json
 import warnings
 from pathlib import Path
 
+import diffusers
 import ldm_oracle
 import numpy as np
 import pytest
 import torch
 from messages import one_line
 
+from esd_jax.diffusion import samplers
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import configs as config_files
 from esd_jax.io import diffusers as io
 from esd_jax.io import ldm, ldm_file
 from esd_jax.io import safetensors as st
+from esd_jax.io.corrections import Corrected
 from esd_jax.io.tensors import torch_shapes
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
@@ -155,13 +159,46 @@ def test_what_a_file_says_of_its_schedule():
         assert changes(sd2, {"modelspec.prediction_type": "v"}) == {"prediction_type": "v_prediction"}
         assert changes(sd1, {"modelspec.prediction_type": "v"}) == {"prediction_type": "v_prediction"}
         assert changes(sdxl, v_pred=1) == {"prediction_type": "v_prediction"}
-        assert changes(sdxl, v_pred=1, ztsnr=1)["rescale_betas_zero_snr"] is True
+        from_noise = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        v = {"prediction_type": "v_prediction"}
+        assert changes(sdxl, v_pred=1, ztsnr=1) == v | from_noise
+        for word in ("v_prediction", "V-Prediction", "v_pred", " v "):
+            assert changes(sdxl, {"modelspec.prediction_type": word}) == v
+        assert changes(sdxl, {"modelspec.predict_key": "v"}) == v  # ComfyUI
+        assert changes(sd2, {"modelspec.predict_key": "epsilon"}) == {"prediction_type": "epsilon"}
+        kohya = {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}
+        assert changes(sdxl, kohya) == v | from_noise
+        assert changes(sd1, kohya) == v | from_noise | {"_class_name": "DDIMScheduler"}  # PNDM knows no such noise
+        assert changes(sd2, {"ss_v_parameterization": "False"}) == {"prediction_type": "epsilon"}
+        not_so = {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "None"}
+        assert changes(sdxl, not_so) == {"prediction_type": "epsilon"}
+        assert changes(sdxl, {"ss_zero_terminal_snr": "true"}) == {"rescale_betas_zero_snr": True}
         assert ldm_file.scheduler_changes(sd2, "sd21-base") == ldm_file.scheduler_changes(sd2, "sd21") == {}
         marked = st.Header(sdxl.path, 0, {**sdxl.entries, "v_pred": st.Entry("F32", (0,), 0, 0)}, {})
         assert ldm_file.scheduler_changes(marked, "sdxl") == {"prediction_type": "v_prediction"}
         assert ldm_file.scheduler_changes(marked, architectures.folder("sdxl")) == {}
-    with pytest.warns(UserWarning, match=one_line("model.safetensors", "does not say", "config='sd21-base'")):
+    with pytest.warns(Corrected, match=one_line("model.safetensors", "does not say", "config='sd21-base'")):
         assert changes(sd2) == {}
+    with pytest.warns(Corrected, match=one_line("modelspec.prediction_type='flow'", "not known")):
+        assert changes(sdxl, {"modelspec.prediction_type": "flow"}, v_pred=1) == v
+    with pytest.warns(Corrected, match=one_line("ss_v_parameterization='maybe'", "neither True nor False")):
+        assert changes(sdxl, {"ss_v_parameterization": "maybe"}) == {}
+    with pytest.warns(Corrected, match=one_line("epsilon by modelspec.prediction_type", "v_prediction by v_pred")):
+        assert changes(sdxl, {"modelspec.prediction_type": "epsilon"}, v_pred=1) == {"prediction_type": "epsilon"}
+
+
+def test_a_file_of_zero_terminal_snr_has_its_schedule():
+    """Of a class that knows it: the published SD 1 is of another."""
+    metadata = {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}
+    for name, kind in (("sd14", "DDIMScheduler"), ("sdxl", "EulerDiscreteScheduler")):
+        published = config_files.read_architecture(architectures.folder(name))[1].config
+        changes = ldm_file.scheduler_changes(header(shapes_of(name)[1], metadata), None)
+        found = Schedule.from_config({**published, **changes})
+        assert found.config["_class_name"] == kind
+        assert (found.prediction_type, found.alpha_bar[-1]) == ("v_prediction", 0)
+        theirs = getattr(diffusers, kind).from_config(found.config)
+        np.testing.assert_allclose(found.alpha_bar[:-1], theirs.alphas_cumprod[:-1].numpy(), rtol=1e-4, atol=1e-7)
+        assert samplers.make_sampler(found, num_steps=20).timesteps[0] == 999
 
 
 def test_the_step_count_of_sd2_base(tmp_path):

@@ -1,6 +1,5 @@
 """Guidance rules: each step against diffusers' own pipelines, and images drawn with them against theirs."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import diffusers
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from messages import one_line
-from torch_oracle import error, to_nchw, to_nhwc
+from torch_oracle import error, in_pipeline, to_nchw, to_nhwc
 
 import esd_jax
 from esd_jax import sampling
@@ -20,7 +19,6 @@ from esd_jax.diffusion import programs
 from esd_jax.diffusion.prompt_to_prompt import END, token_scale
 from esd_jax.diffusion.rules import SEGA, SLD, UNSAFE, Edit, largest
 from esd_jax.diffusion.samplers import SAMPLERS
-from esd_jax.diffusion.schedule import Schedule
 from esd_jax.text import Tokenizer
 
 SAFE, SEMANTIC = diffusers.StableDiffusionPipelineSafe, diffusers.SemanticStableDiffusionPipeline
@@ -76,7 +74,7 @@ def pipeline_of(kind, unet, scheduler):
 def theirs(kind, outputs, **options):
     """What diffusers makes of outputs [steps, prompts, batch, height, width, channel]: one for each step."""
     scripts = [torch.cat([to_nchw(e) for e in step]) for step in outputs]
-    scheduler = Recorder(clip_sample=False, steps_offset=1)
+    scheduler = in_pipeline(Recorder())
     scheduler.seen = []
     pipe = pipeline_of(kind, Scripted(scripts), scheduler)
     n = outputs.shape[2]
@@ -119,7 +117,7 @@ def test_slds_presets_and_words_are_diffusers():
 
     for name, numbers in SLD.PRESETS.items():
         assert {NAMES[k]: v for k, v in numbers.items()} == getattr(SafetyConfig, name.upper())
-    pipe = pipeline_of(SAFE, Scripted([]), Recorder(steps_offset=1, clip_sample=False))
+    pipe = pipeline_of(SAFE, Scripted([]), Recorder())
     assert pipe.safety_concept == UNSAFE
 
 
@@ -228,10 +226,7 @@ def sd1(tmp_path_factory):
         for value in pipe.unet.conv_out.parameters():
             value.mul_(0.1)
     pipe.unet.save_pretrained(folder / "unet")
-    base = esd_jax.load(folder)
-    # The safe pipeline turns clipping off.
-    schedule = Schedule.from_config({**base.schedule.config, "clip_sample": False})
-    return dataclasses.replace(base, schedule=schedule), pipe
+    return esd_jax.load(folder), pipe
 
 
 @pytest.mark.parametrize("source", ["tiny", "emoji"])

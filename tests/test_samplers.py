@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from messages import one_line
 
 from esd_jax.diffusion.samplers import SAMPLERS, default_sampler, drop_first, make_sampler, run
-from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule, add_noise
+from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
@@ -56,8 +57,10 @@ def reference_scheduler(sampler, raw, num_steps):
 def reference_trajectory(scheduler, x, monkeypatch, **step_options):
     """[x before the first step, ..., x after the last step] as NHWC."""
     noise = iter(torch.tensor(z, dtype=x.dtype).permute(0, 3, 1, 2) for z in NOISE)
-    for module in ("scheduling_ddim", "scheduling_euler_ancestral_discrete", "scheduling_lcm"):
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *args, **kwargs: next(noise))
+    for module in ("ddim", "ddpm", "euler_ancestral_discrete", "lcm", "dpmsolver_multistep"):
+        monkeypatch.setattr(
+            f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *args, **kwargs: next(noise)
+        )
     x = x.permute(0, 3, 1, 2) * scheduler.init_noise_sigma
     trajectory = [x]
     for t in scheduler.timesteps:
@@ -96,9 +99,8 @@ KARRAS = {"use_karras_sigmas": True}
 SD = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
 CASES = [
-    ("ddim", {}),  # the class defaults, which clip x0
-    ("ddim", {"clip_sample_range": 0.3}),
     ("ddim", SD),
+    ("ddim", {"clip_sample": False}),  # the class's other defaults
     ("ddim", SD | V),
     ("ddim", SD | X0),
     ("ddim", SD | LINSPACE),
@@ -151,6 +153,31 @@ CASES = [
     ("dpmpp_2m", KARRAS | {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "sigma_max": 30.0}),
     ("dpmpp_2m", ZERO_SNR),
     ("dpmpp_2m", ZERO_SNR | TRAILING),
+    ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
+    ("dpmpp_2m", KARRAS | V | {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+    # As DEIS has them; diffusers' DPM-Solver++ does not land on zero from there.
+    ("dpmpp_2m", LEADING | {"algorithm_type": "deis", "solver_type": "logrho", "final_sigmas_type": "sigma_min"}),
+    ("dpmpp_2m", {"solver_type": "bh2"}),  # as UniPC has it
+    ("heun", {}),
+    ("heun", LEADING | V | {"steps_offset": 1}),
+    ("heun", X0),
+    ("heun", TRAILING),
+    ("heun", KARRAS | {"sigma_min": 0.05}),
+    ("unipc", {}),
+    ("unipc", LEADING | {"steps_offset": 1}),
+    ("unipc", V | TRAILING),
+    ("unipc", X0),
+    ("unipc", {"solver_type": "bh1", "solver_order": 1, "final_sigmas_type": "sigma_min"}),  # zero is NaN there
+    ("unipc", {"solver_type": "bh1", "solver_order": 3, "final_sigmas_type": "sigma_min"}),
+    ("unipc", {"solver_type": "midpoint", "solver_order": 3} | LEADING),
+    ("unipc", KARRAS | {"final_sigmas_type": "sigma_min", "disable_corrector": [0, 3]}),
+    ("unipc", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+    ("unipc", ZERO_SNR),
+    ("ddpm", {"clip_sample": False}),
+    ("ddpm", SD),
+    ("ddpm", SD | V | TRAILING),
+    ("ddpm", SD | X0 | LINSPACE),
+    ("ddpm", SD | ZERO_SNR | TRAILING),
     ("lcm", {}),
     ("lcm", V | {"original_inference_steps": 40, "timestep_scaling": 0.1}),
     ("lcm", X0),
@@ -175,7 +202,7 @@ def test_trajectory_is_that_of_diffusers(name, options, monkeypatch):
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-@pytest.mark.parametrize("options", [SD, SD | V | TRAILING, {"clip_sample_range": 0.5}], ids=name_of)
+@pytest.mark.parametrize("options", [SD, SD | V | TRAILING], ids=name_of)
 def test_ddim_with_eta_is_that_of_diffusers(eta, options, monkeypatch):
     raw = config("ddim", **options)
     scheduler = reference_scheduler("ddim", raw, 20)
@@ -321,7 +348,7 @@ def test_trailing_grid_never_leaves_the_schedule():
         assert len(timesteps) == num_steps and timesteps[0] == 999 and (np.diff(timesteps) < 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("euler_ancestral", "lcm")])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("euler_ancestral", "ddpm", "lcm")])
 def test_x_after_r_steps_is_at_the_noise_level_of_timestep_r(name):
     """With a network that knows the noise, x stays x0 plus that noise at every step, PNDM's doubled call included."""
     schedule = Schedule.from_config(SD14)
@@ -375,6 +402,16 @@ def test_the_checkpoints_own_sampler_is_the_default():
     for class_name, name in SAMPLER_OF_CLASS.items():
         schedule = Schedule.from_config({"_class_name": class_name, "skip_prk_steps": True})
         assert default_sampler(schedule) == name == make_sampler(schedule, num_steps=3).name
+    assert default_sampler(Schedule.from_config({"_class_name": "DDIMParallelScheduler"})) == "ddim"
+
+
+@pytest.mark.parametrize("class_name", [name for name in OTHER_CLASSES if "Parallel" not in name])
+def test_a_class_whose_sampler_is_not_implemented_is_sampled_by_another(class_name):
+    schedule = Schedule.from_config({"_class_name": class_name, **BETAS})
+    with pytest.raises(ValueError, match=one_line(f"scheduler_config.json names {class_name}", "--sampler=")):
+        make_sampler(schedule)
+    for name in SAMPLERS:
+        assert make_sampler(schedule, name, 20).name == name
 
 
 @pytest.mark.parametrize(
@@ -390,15 +427,25 @@ def test_the_checkpoints_own_sampler_is_the_default():
         ("euler", {"timestep_type": "continuous"}, "timestep_type=continuous"),
         ("euler", {"final_sigmas_type": "one"}, "final_sigmas_type 'one'"),
         ("euler_ancestral", X0, "'sample'"),
-        ("lcm", {"clip_sample": True}, "clip_sample=True"),
         ("lcm", {"original_inference_steps": 10}, "'lcm' makes at most 10 steps .* not 20"),
         ("lcm", {"rescale_betas_zero_snr": True}, "'lcm' would divide by zero at timestep 999"),
         ("dpmpp_2m", {"solver_order": 3}, "solver_order=3"),
-        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type=sde-dpmsolver\+\+"),
-        ("dpmpp_2m", {"solver_type": "bh2"}, "solver_type=bh2"),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}, "algorithm_type=dpmsolver"),
+        ("dpmpp_2m", {"solver_type": "bh3"}, "solver_type=bh3"),
+        ("unipc", {"solver_type": "bh3"}, "solver_type=bh3"),
+        ("unipc", {"solver_order": 4}, "solver_order=4"),
+        ("unipc", {"solver_order": 1.5}, "solver_order=1.5"),
+        ("unipc", {"predict_x0": False}, "predict_x0=False"),
+        ("ddpm", {"variance_type": "fixed_large"}, "variance_type=fixed_large"),
+        ("pndm", V | {"rescale_betas_zero_snr": True}, "'pndm' has no option rescale_betas_zero_snr"),
+        ("lms", V | {"rescale_betas_zero_snr": True}, "'lms' has no option rescale_betas_zero_snr"),
+        ("heun", V | {"rescale_betas_zero_snr": True}, "'heun' has no option rescale_betas_zero_snr"),
+        ("euler", KARRAS | {"sigma_min": -1.0}, "sigma_min=-1 must be above 0"),
+        ("dpmpp_2m", KARRAS | {"sigma_max": float("nan")}, "sigma_max=nan must be"),
+        ("ddim", {"set_alpha_to_one": "no"}, "set_alpha_to_one='no' must be true or false"),
         ("dpmpp_2m", {"variance_type": "learned_range"}, "variance_type=learned"),
         ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
-        ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("dpmpp_2m", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         # alpha_bar = 0 on the grid
         ("ddim", TRAILING | {"rescale_betas_zero_snr": True}, "'ddim' would divide by zero at timestep 999"),
         ("pndm", V | TRAILING | {"trained_betas": "zero_snr"}, "'pndm' would divide by zero at timestep 999"),
@@ -419,7 +466,7 @@ def test_what_is_not_implemented_is_refused_by_name(name, options, named):
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"name": "unipc"}, "unknown sampler 'unipc': known are ddim, pndm"),
+        ({"name": "deis"}, "unknown sampler 'deis': known are ddim, pndm"),
         ({"num_steps": 0}, "num_steps must be in 1..1000, not 0"),
         ({"num_steps": 1001}, "num_steps must be in 1..1000, not 1001"),
         ({"num_steps": 1000}, r"visit timestep 1000, outside 0..999 \(steps_offset is 1\)"),

@@ -7,20 +7,27 @@ import numpy as np
 import pytest
 import torch
 
-from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
+from esd_jax.diffusion.samplers import make_sampler
+from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers with numpy 2
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAINED = (np.linspace(0.02, 0.3, 40) ** 2).tolist()
-ZERO_SNR_CLASSES = [name for name in SAMPLER_OF_CLASS if name not in ("PNDMScheduler", "LMSDiscreteScheduler")]
+ZERO_SNR_CLASSES = [
+    name for name in SAMPLER_OF_CLASS if name not in ("PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
+]
 
 
 def config(class_name="DDIMScheduler", **options):
     return {"_class_name": class_name, **options}
 
 
-@pytest.mark.parametrize("class_name", SAMPLER_OF_CLASS)
+# IPNDM keeps no alphas_cumprod, and DPMSolverSDE needs one library more.
+WITH_ALPHAS = [n for n in (*SAMPLER_OF_CLASS, *OTHER_CLASSES) if n not in ("IPNDMScheduler", "DPMSolverSDEScheduler")]
+
+
+@pytest.mark.parametrize("class_name", WITH_ALPHAS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -28,7 +35,7 @@ def config(class_name="DDIMScheduler", **options):
         STABLE_DIFFUSION,
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 200},
         {"trained_betas": TRAINED, "num_train_timesteps": 40},
-        {**STABLE_DIFFUSION, "trained_betas": None, "prediction_type": None, "num_train_timesteps": 500},
+        {**STABLE_DIFFUSION, "trained_betas": None, "num_train_timesteps": 500},
     ],
 )
 def test_alpha_bar_is_that_of_every_class(class_name, options):
@@ -47,7 +54,15 @@ def test_zero_terminal_snr(class_name):
     ours = Schedule.from_config(config(class_name, **options)).alpha_bar
     assert ours[-1] == 0
     np.testing.assert_allclose(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-7)
-    assert theirs[-1] == (0 if class_name in ("DDIMScheduler", "LCMScheduler") else 2**-24)
+    assert theirs[-1] == (0 if class_name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") else 2**-24)
+
+
+def test_signal_that_float32_does_not_hold_is_none():
+    """The sigma samplers would divide by it; no such noise level is drawn from."""
+    schedule = Schedule.from_config(config(beta_start=0.5, beta_end=0.6))
+    assert schedule.alpha_bar[-1] == 0 and schedule.alpha_bar[50] > 0
+    with pytest.raises(ValueError, match="divide by zero at timestep 999"):
+        make_sampler(schedule, "euler", 20)
 
 
 def test_stable_diffusion_constants():
@@ -58,13 +73,14 @@ def test_stable_diffusion_constants():
         alpha_bar[0] = 1
 
 
-def test_config_is_kept_and_missing_or_null_options_take_the_default():
-    raw = config(steps_offset=1, clip_sample=False, sigma_min=None, something_new=3)
+def test_config_is_kept_and_missing_options_take_the_default():
+    raw = config(steps_offset=1, clip_sample=False, sigma_min=None, set_alpha_to_one=None, something_new=3)
     schedule = Schedule.from_config(raw)
     assert schedule.config == raw
     assert schedule.option("steps_offset", 0) == 1
     assert schedule.option("clip_sample", True) is False
     assert schedule.option("sigma_min", 7) == 7 and schedule.option("absent", "x") == "x"
+    assert schedule.option("set_alpha_to_one", True) is False  # a null switch is off
 
 
 @pytest.mark.parametrize(
@@ -75,11 +91,23 @@ def test_config_is_kept_and_missing_or_null_options_take_the_default():
         (config(beta_schedule="sigmoid"), "sigmoid"),
         (config(prediction_type="flow_prediction"), "flow_prediction"),
         (config(timestep_spacing="quadratic"), "quadratic"),
-        (config("PNDMScheduler", rescale_betas_zero_snr=True), "PNDMScheduler has no option rescale_betas_zero_snr"),
-        (config("LMSDiscreteScheduler", rescale_betas_zero_snr=True), "LMSDiscreteScheduler has no option"),
+        (config(use_flow_sigmas=True), "flow matching, is not implemented"),
+        (config("EDMEulerScheduler"), "'EDMEulerScheduler' is not implemented"),
+        (config("IPNDMScheduler"), "says nothing of the betas"),
+        (config(rescale_betas_zero_snr=True, num_train_timesteps=1), "more than one noise level"),
+        (config(beta_start=None), "field beta_start=None must be"),
+        (config(prediction_type=None), "field prediction_type=None must be"),
+        (config(beta_start=-0.1), "betas must be above 0"),
+        (config(beta_end=float("nan")), "field beta_end=nan must be"),
+        (config(beta_end="0.02"), "field beta_end='0.02' must be"),
+        (config(num_train_timesteps=True), "field num_train_timesteps=True must be"),
+        (config(num_train_timesteps=10**400), "field num_train_timesteps=1000"),
+        (config(num_train_timesteps=0), "no number of timesteps"),
+        (config(rescale_betas_zero_snr=1), "rescale_betas_zero_snr=1 must be true or false"),
         (config(trained_betas=[0.1, 0.2], num_train_timesteps=3), r"trained_betas has shape \(2,\)"),
         (config(trained_betas=[0.1, 1.2], num_train_timesteps=2), "betas must be above 0 and at most 1"),
-        (config(trained_betas=[0.1, float("nan")], num_train_timesteps=2), "betas must be above 0"),
+        (config(trained_betas=[0.1, float("nan")], num_train_timesteps=2), "trained_betas must be a list of numbers"),
+        (config(trained_betas="0.1"), "trained_betas must be a list of numbers"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(raw, named):

@@ -17,7 +17,7 @@ from distilled import assert_same_batch, assert_same_change, assert_same_loss, n
 from esd_world import SCHEDULE, SHAPE, TOKENS, tools, world
 from messages import one_line
 from test_step import RATE, Puppet, Scripted
-from torch_oracle import exactly, to_nchw
+from torch_oracle import exactly, in_pipeline, to_nchw
 
 from esd_jax.methods import sdd
 from esd_jax.methods.concepts import Concept
@@ -42,7 +42,7 @@ def oracle(
 
     The released loop runs over all of the grid, and leaves it after the update with i == k - 1.
     """
-    scheduler = esd_oracle.exact(diffusers.DDIMScheduler(**esd_oracle.SD14, clip_sample=False), noise.dtype)
+    scheduler = esd_oracle.exact(in_pipeline(diffusers.DDIMScheduler(**esd_oracle.SD14)), noise.dtype)
     scheduler.set_timesteps(50)
     eps = esd_oracle.guided(models, models.teacher, [JOINED] * len(anchors), 3.0)
     x = noise

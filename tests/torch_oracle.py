@@ -5,9 +5,11 @@ params = torch_oracle.to_params(unet.state_dict(), network)
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from esd_jax.params import Network, Params
 
+diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # waking its threads costs far more than these tiny networks do
 
 # torch keeps [out, in] and [out, in, height, width]; JAX keeps [in, out] and [height, width, in, out].
@@ -69,6 +72,15 @@ def to_nhwc(images: torch.Tensor) -> np.ndarray:
 def to_nchw(images: np.ndarray) -> torch.Tensor:
     """numpy [batch, height, width, channels] -> torch [batch, channels, height, width]."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2)))
+
+
+def in_pipeline(scheduler: diffusers.SchedulerMixin) -> diffusers.SchedulerMixin:
+    """The scheduler as `StableDiffusionPipeline` uses it: the pipeline corrects its config when it is built."""
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what it corrects
+        pipe = diffusers.StableDiffusionPipeline(**absent, scheduler=scheduler, requires_safety_checker=False)
+    return pipe.scheduler
 
 
 def error(ours: object, theirs: object) -> float:

@@ -100,13 +100,15 @@ def _quiet() -> Iterator[None]:
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).addFilter(lambda _: False)
     try:
+        from esd_jax.io.corrections import Corrected
+        from esd_jax.sampling import SamplerReplaced
         from esd_jax.text import PromptTruncated
         from esd_jax.training.checkpoint import DamagedCheckpoint
         from esd_jax.training.run_folder import NotLocked
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for kind in (PromptTruncated, DamagedCheckpoint, NotLocked):
+            for kind in (PromptTruncated, DamagedCheckpoint, NotLocked, Corrected, SamplerReplaced):
                 warnings.simplefilter("always", kind)
             warnings.filterwarnings("always", "left out of the export")
             said = set()  # SDXL's two tokenizers lose the same words

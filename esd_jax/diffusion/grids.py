@@ -51,10 +51,10 @@ def check_signal(timesteps: np.ndarray, alpha_bar: np.ndarray, name: str) -> Non
         )
 
 
-def train_sigmas(schedule: Schedule, name: str) -> np.ndarray:
+def train_sigmas(schedule: Schedule) -> np.ndarray:
     """float64 [num_train_timesteps], ascending; infinite where alpha_bar = 0."""
     alpha_bar = schedule.alpha_bar.copy()
-    if name != "lms" and schedule.option("rescale_betas_zero_snr", False):  # diffusers' LMS knows no such option
+    if schedule.option("rescale_betas_zero_snr", False):
         alpha_bar[-1] = SMALLEST_ALPHA_BAR
     with np.errstate(divide="ignore"):
         return np.sqrt((1 - alpha_bar) / alpha_bar)
@@ -89,36 +89,43 @@ def final_sigma(schedule: Schedule) -> float:
 def sigma_grid(
     schedule: Schedule, name: str, num_steps: int, spacing: str, karras: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Euler's and LMS's timesteps, float32 [n], and noise levels [n + 1], the last one being where they land."""
+    """Timesteps of Euler, Heun and LMS, float32 [n], and noise levels [n + 1], the last one being where they land."""
     offset = schedule.option("steps_offset", 0)
     timesteps = spaced_timesteps(spacing, num_steps, schedule.num_train_timesteps, offset=offset)
     timesteps = timesteps.astype(np.float32)  # what the network is told is what the noise level is read at
     check_timesteps(timesteps, schedule, name)
-    trained = train_sigmas(schedule, name)
+    trained = train_sigmas(schedule)
     sigmas = sigma_at(timesteps, trained)
     check_signal(timesteps, 1 / (1 + sigmas**2), name)
     if karras:
         highest, lowest = sigmas[0], sigmas[-1]
-        if name == "euler":  # diffusers' LMS has no such options
-            highest, lowest = schedule.option("sigma_max", highest), schedule.option("sigma_min", lowest)
+        if name != "lms":  # diffusers' LMS has no such options
+            highest, lowest = _karras_range(schedule, highest, lowest)
         sigmas = karras_sigmas(highest, lowest, num_steps)
         timesteps = timestep_at(sigmas, trained).astype(np.float32)
     final = final_sigma(schedule) if name == "euler" else 0.0
     return timesteps, np.append(sigmas, final)
 
 
-def dpm_grid(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> tuple[np.ndarray, np.ndarray]:
-    """DPM-Solver++'s timesteps, int [n], and noise levels [n + 1]."""
-    trained = train_sigmas(schedule, "dpmpp_2m")
+def dpm_grid(
+    schedule: Schedule, name: str, num_steps: int, spacing: str, karras: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """DPM-Solver++'s and UniPC's timesteps, int [n], and noise levels [n + 1]."""
+    trained = train_sigmas(schedule)
     if karras:  # over the whole training range, whatever the spacing
-        check_signal(np.arange(len(trained)), 1 / (1 + trained**2), "dpmpp_2m")
-        highest, lowest = schedule.option("sigma_max", trained[-1]), schedule.option("sigma_min", trained[0])
-        sigmas = karras_sigmas(highest, lowest, num_steps)
+        check_signal(np.arange(len(trained)), 1 / (1 + trained**2), name)
+        sigmas = karras_sigmas(*_karras_range(schedule, trained[-1], trained[0]), num_steps)
         timesteps = timestep_at(sigmas, trained)
-        cosine = schedule.option("beta_schedule", "linear") == "squaredcos_cap_v2"
+        cosine = name == "dpmpp_2m" and schedule.option("beta_schedule", "linear") == "squaredcos_cap_v2"
         timesteps = np.trunc(timesteps) if cosine else timesteps.round()
+        lands = final_sigma(schedule)
+        if name == "unipc" and lands > 0:
+            lands = sigmas[-1]
     else:
-        usable = int(np.sum(-np.log(trained) >= schedule.option("lambda_min_clipped", -np.inf)))
+        usable = len(trained)
+        if name == "dpmpp_2m":
+            with np.errstate(divide="ignore"):
+                usable = int(np.sum(-np.log(trained) >= schedule.option("lambda_min_clipped", -np.inf)))
         timesteps = spaced_timesteps(
             spacing,
             num_steps,
@@ -127,7 +134,16 @@ def dpm_grid(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> 
             usable=usable,
             drop_end=spacing != "trailing",
         ).round()
-        check_timesteps(timesteps, schedule, "dpmpp_2m")
+        check_timesteps(timesteps, schedule, name)
         sigmas = sigma_at(timesteps, trained)
-        check_signal(timesteps, 1 / (1 + sigmas**2), "dpmpp_2m")
-    return timesteps.astype(int), np.append(sigmas, final_sigma(schedule))
+        check_signal(timesteps, 1 / (1 + sigmas**2), name)
+        lands = final_sigma(schedule)
+    return timesteps.astype(int), np.append(sigmas, lands)
+
+
+def _karras_range(schedule: Schedule, highest: float, lowest: float) -> tuple[float, float]:
+    """The greatest and the least noise level, where the config sets them."""
+    highest, lowest = schedule.option("sigma_max", float(highest)), schedule.option("sigma_min", float(lowest))
+    if not 0 < lowest <= highest:
+        raise ValueError(f"sigma_min={lowest:g} must be above 0, and sigma_max={highest:g} at least as much")
+    return highest, lowest

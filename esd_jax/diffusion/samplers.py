@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from esd_jax.diffusion import solvers
+from esd_jax.diffusion import multistep, solvers, unipc
 from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, SPACINGS, Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
@@ -20,34 +20,53 @@ SAMPLERS = tuple(SAMPLER_OF_CLASS.values())
 __all__ = ["SAMPLERS", "Sampler", "default_sampler", "drop_first", "make_sampler", "run", "run_with_memory"]
 
 # Options of the diffusers classes that exist here in one setting only.
+_GRID = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
 _ONLY = {
     "ddim": {"thresholding": False},
+    "ddpm": {"thresholding": False, "variance_type": "fixed_small"},
+    # Its class default is to begin with Runge-Kutta steps, which no Stable Diffusion was published with.
     "pndm": {"skip_prk_steps": True},
-    "lms": {"use_exponential_sigmas": False, "use_beta_sigmas": False},
-    "euler": {
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-    },
+    "lms": _GRID,
+    "euler": {**_GRID, "interpolation_type": "linear", "timestep_type": "discrete"},
     "euler_ancestral": {},
+    "heun": _GRID,
     "dpmpp_2m": {
-        "algorithm_type": "dpmsolver++",
+        **_GRID,
         "solver_order": 2,
         "thresholding": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
         "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
         "use_dynamic_shifting": False,
     },
-    "lcm": {"thresholding": False, "clip_sample": False},
+    "unipc": {**_GRID, "thresholding": False, "predict_x0": True, "use_dynamic_shifting": False},
+    "lcm": {"thresholding": False},
 }
+# What `Class.from_config` makes of options that another class of multistep solvers has by the same name.
+_RENAMED = {
+    "dpmpp_2m": {
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+        "algorithm_type": {"deis": "dpmsolver++"},
+    },
+    "unipc": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+}
+_CHOICES = {
+    "dpmpp_2m": {"solver_type": ("midpoint", "heun"), "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
+    "unipc": {"solver_type": ("bh2", "bh1")},
+}
+_WITHOUT_ZERO_SNR = ("pndm", "lms", "heun")  # their classes have no option rescale_betas_zero_snr
+LEADING = ("ddim", "ddpm", "pndm")  # whose classes space timesteps so by default; the others take "linspace"
+KARRAS = ("euler", "lms", "heun", "dpmpp_2m", "unipc")
 
 
 def default_sampler(schedule: Schedule) -> str:
-    """The sampler the checkpoint was published with."""
-    return SAMPLER_OF_CLASS[schedule.config["_class_name"]]
+    """The sampler the checkpoint was published with. Raises `ValueError` where that one is not implemented."""
+    class_name = schedule.config["_class_name"]
+    # The parallel variants differ in how they are batched alone.
+    if name := SAMPLER_OF_CLASS.get(class_name.replace("ParallelScheduler", "Scheduler")):
+        return name
+    raise ValueError(
+        f"scheduler/scheduler_config.json names {class_name}, whose sampler is not implemented: choose another with "
+        "sampler= (--sampler=), such as dpmpp_2m or ddim"
+    )
 
 
 def make_sampler(
@@ -62,10 +81,11 @@ def make_sampler(
     """A sampler of `SAMPLERS` ("plms" is "pndm"; None is the checkpoint's own) on a grid of `num_steps`.
 
     Options come from the schedule's config; a missing one takes the default of the diffusers class that belongs to
-    `name`, as `Class.from_config(config)` does there. `spacing` ("leading", "linspace", "trailing") and `karras`
-    (Euler, LMS and DPM-Solver++) override the config. `eta` is DDIM's: 0 is deterministic, 1 as noisy as DDPM. PNDM
-    makes `num_steps + 1` network calls; LCM has a spacing of its own. Raises `ValueError` for what is not implemented,
-    and for a grid that leaves the schedule or makes the sampler divide by zero.
+    `name`, as `Class.from_config(config)` does there, but for defaults that were made for pixels: x0 is never clipped,
+    whatever the config says, and PNDM begins without Runge-Kutta steps. `spacing` ("leading", "linspace", "trailing")
+    and `karras` (for those of `KARRAS`) override the config. `eta` is DDIM's: 0 is deterministic, 1 as noisy as DDPM.
+    PNDM makes `num_steps + 1` network calls, Heun `2 num_steps - 1`; LCM has a spacing of its own. Raises `ValueError`
+    for what is not implemented, and for a grid that leaves the schedule or makes the sampler divide by zero.
     """
     name = "pndm" if name == "plms" else name or default_sampler(schedule)
     if name not in SAMPLERS:
@@ -74,24 +94,28 @@ def make_sampler(
         raise ValueError(f"num_steps must be in 1..{schedule.num_train_timesteps}, not {num_steps}")
     if not 0 <= eta <= (1 if name == "ddim" else 0):
         raise ValueError(f"eta must be in 0..1 for sampler 'ddim' and 0 for all others, not {eta} for {name!r}")
-    if karras and name not in ("euler", "lms", "dpmpp_2m"):
-        raise ValueError(f"sampler {name!r} has no Karras noise levels: use 'euler', 'lms' or 'dpmpp_2m'")
+    if karras and name not in KARRAS:
+        raise ValueError(f"sampler {name!r} has no Karras noise levels: use one of {', '.join(KARRAS)}")
     _check_options(schedule, name)
-    spacing = spacing or schedule.option("timestep_spacing", "leading" if name in ("ddim", "pndm") else "linspace")
+    spacing = spacing or schedule.option("timestep_spacing", "leading" if name in LEADING else "linspace")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown timestep spacing {spacing!r}: known are {', '.join(SPACINGS)}")
-    karras = schedule.option("use_karras_sigmas", False) if karras is None else karras
+    if karras is None and name in KARRAS:
+        karras = schedule.option("use_karras_sigmas", False)
 
     if name == "ddim":
         return solvers.ddim(schedule, num_steps, spacing, eta)
-    if name == "pndm":
-        return solvers.pndm(schedule, num_steps, spacing)
     if name == "lcm":
         return solvers.lcm(schedule, num_steps)
-    if name == "euler_ancestral":
-        return solvers.euler_ancestral(schedule, num_steps, spacing)
-    build = {"lms": solvers.lms, "euler": solvers.euler, "dpmpp_2m": solvers.dpmpp_2m}[name]
-    return build(schedule, num_steps, spacing, karras)
+    if name == "dpmpp_2m":
+        return multistep.dpmpp_2m(schedule, num_steps, spacing, karras, **_chosen(schedule, name))
+    if name == "unipc":
+        return unipc.unipc(schedule, num_steps, spacing, karras, **_chosen(schedule, name))
+    if name in ("lms", "euler", "heun"):
+        build = {"lms": multistep.lms, "euler": solvers.euler, "heun": solvers.heun}[name]
+        return build(schedule, num_steps, spacing, karras)
+    build = {"pndm": multistep.pndm, "ddpm": solvers.ddpm, "euler_ancestral": solvers.euler_ancestral}[name]
+    return build(schedule, num_steps, spacing)
 
 
 def drop_first(sampler: Sampler, n: int = 1) -> Sampler:
@@ -171,23 +195,39 @@ def run_with_memory(
     return carry[0], memory
 
 
+def _chosen(schedule: Schedule, name: str) -> dict[str, str]:
+    """The options of which a sampler has several settings. Raises `ValueError` for one that is not implemented."""
+    chosen = {}
+    for option, known in _CHOICES[name].items():
+        value = schedule.option(option, known[0])
+        chosen[option] = _RENAMED[name].get(option, {}).get(value, value)
+        if chosen[option] not in known:
+            raise ValueError(
+                f"{option}={value} is not implemented for {name!r} ({', '.join(known)} are): use another sampler"
+            )
+    return chosen
+
+
 def _check_options(schedule: Schedule, name: str) -> None:
     """Refuse by name what the config asks of this sampler and is not implemented."""
     needed = _ONLY[name]
     found = {option: schedule.option(option, value) for option, value in needed.items()}
     if name == "pndm" and schedule.config["_class_name"] == "PNDMScheduler":
-        found["skip_prk_steps"] = schedule.option("skip_prk_steps", False)  # its class default: Runge-Kutta steps first
+        found["skip_prk_steps"] = schedule.option("skip_prk_steps", False)
+    if name == "ddpm" and schedule.config["_class_name"] != "DDPMScheduler":
+        found["variance_type"] = "fixed_small"  # DPM-Solver's field of the same name says what the network learned
     for option, value in found.items():
         if value != needed[option]:
             raise ValueError(
-                f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): use another sampler"
+                f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): "
+                "use another sampler (--sampler=)"
             )
-    if name == "dpmpp_2m":
-        if schedule.option("solver_type", "midpoint") not in ("midpoint", "heun"):
-            raise ValueError(
-                f"solver_type={schedule.option('solver_type', '')} is not implemented (only midpoint, heun)"
-            )
-        if str(schedule.option("variance_type", "")).startswith("learned"):
-            raise ValueError("variance_type=learned is not implemented: the network must predict one tensor")
+    if name == "dpmpp_2m" and schedule.option("variance_type", "fixed_small").startswith("learned"):
+        raise ValueError("variance_type=learned is not implemented: the network must predict one tensor")
+    if name in _WITHOUT_ZERO_SNR and schedule.option("rescale_betas_zero_snr", False):
+        raise ValueError(
+            f"sampler {name!r} has no option rescale_betas_zero_snr, to which the network was trained: use ddim, euler "
+            "or dpmpp_2m"
+        )
     if name in ("pndm", "euler_ancestral") and schedule.prediction_type == "sample":
         raise ValueError(f"sampler {name!r} is not defined for prediction_type 'sample': choose another sampler")

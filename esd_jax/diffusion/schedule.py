@@ -4,6 +4,7 @@ A network output becomes a pair `(x0, eps)` with `x_t = sqrt(alpha_bar_t) x0 + s
 al. 2020, Eq. 4). Samplers see only the pair, so they need not know what the network predicts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,41 @@ SAMPLER_OF_CLASS = {
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "LCMScheduler": "lcm",
+    "UniPCMultistepScheduler": "unipc",
+    "HeunDiscreteScheduler": "heun",
+    "DDPMScheduler": "ddpm",
 }
+# Classes of the same discrete betas whose own sampler is not implemented: their checkpoints are sampled by another.
+OTHER_CLASSES = (
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "TCDScheduler",
+    "IPNDMScheduler",
+    "SASolverScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+)
+# beta_start, beta_end and beta_schedule where a config leaves them out: DDPM's, but for the classes made for latents.
+BETAS = {
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), (0.00085, 0.012, "scaled_linear")),
+    **dict.fromkeys(
+        (
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverSDEScheduler",
+        ),
+        (0.00085, 0.012, "linear"),
+    ),
+}
+DDPM_BETAS = (0.0001, 0.02, "linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000  # a config that asks for more is damaged
+MOST_NUMBER = 1e300  # so is one of such numbers, infinity among them
+NULLABLE = ("trained_betas", "sigma_min", "sigma_max", "solver_p", "variance_type")  # null unless they are set
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -38,22 +71,28 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """Read a scheduler config; keys that are missing or null mean what the diffusers class means by them.
+        """Read a scheduler config; fields that it leaves out mean what its diffusers class means by them.
 
-        Raises `ValueError` for a class, beta schedule, prediction type or timestep spacing that is not known. Options
-        that only one sampler reads (`thresholding`, `solver_order`, ...) are judged by `make_sampler`, so that a
-        checkpoint whose own sampler is not implemented can still be sampled with another one.
+        It is taken as it is written: what a pipeline corrects in it is done by `io.corrections`. Raises `ValueError`
+        for a class, beta schedule, prediction type or timestep spacing that is not known, and for numbers that are
+        none. Options that only some samplers read (`thresholding`, `solver_order`, ...) are judged by `make_sampler`,
+        so that a checkpoint whose own sampler is not implemented can still be sampled by another one.
         """
         class_name = config.get("_class_name")
-        _require("scheduler class", class_name, SAMPLER_OF_CLASS)
+        if class_name not in (*SAMPLER_OF_CLASS, *OTHER_CLASSES):
+            raise ValueError(
+                f"scheduler class {_short(class_name)} is not implemented: those of discrete betas are, such as "
+                "DDIMScheduler, and neither EDM's nor those of flow matching"
+            )
         prediction_type = _option(config, "prediction_type", "epsilon")
+        if prediction_type == "flow_prediction" or _option(config, "use_flow_sigmas", False):
+            raise ValueError(f"{class_name} with flow_prediction or use_flow_sigmas, flow matching, is not implemented")
         _require("prediction_type", prediction_type, PREDICTION_TYPES)
         _require("timestep_spacing", _option(config, "timestep_spacing", "leading"), SPACINGS)
 
         alpha_bar = np.cumprod(1.0 - _betas(config))
-        if config.get("rescale_betas_zero_snr"):
-            if class_name in ("PNDMScheduler", "LMSDiscreteScheduler"):
-                raise ValueError(f"{class_name} has no option rescale_betas_zero_snr: use DDIMScheduler in the config")
+        alpha_bar[alpha_bar < np.finfo(np.float32).tiny] = 0  # what networks compute in has nothing between
+        if _option(config, "rescale_betas_zero_snr", False):
             alpha_bar = _rescale_zero_snr(alpha_bar)
         alpha_bar.setflags(write=False)
         return cls(config=config, alpha_bar=alpha_bar, prediction_type=prediction_type)
@@ -63,7 +102,11 @@ class Schedule:
         return len(self.alpha_bar)
 
     def option(self, name: str, default: Any) -> Any:
-        """The raw config value, or `default` where the key is missing or null."""
+        """The config's value, or `default` where the key is missing. A null switch is off, as in diffusers; a null
+        number is missing where a class has it as its default, and elsewhere an error, as it is there.
+
+        Raises `ValueError`, naming the field, for a value of another type than `default`'s and for NaN or infinity.
+        """
         return _option(self.config, name, default)
 
 
@@ -112,18 +155,23 @@ def add_noise(
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     """float64 [num_train_timesteps]: the variance added at each training timestep."""
     num = _option(config, "num_train_timesteps", 1000)
-    if not (isinstance(num, int) and 0 < num <= MOST_TIMESTEPS):
+    if not 0 < num <= MOST_TIMESTEPS:
         raise ValueError(f"num_train_timesteps={num} is no number of timesteps")
-    # The class defaults are DDPM's, but Stable Diffusion's of the one class that was made for it.
-    lcm = config.get("_class_name") == "LCMScheduler"
-    defaults = (0.00085, 0.012, "scaled_linear") if lcm else (0.0001, 0.02, "linear")
+    class_name = config.get("_class_name")
     names = ("beta_start", "beta_end", "beta_schedule")
+    if class_name == "IPNDMScheduler" and not any(config.get(name) is not None for name in (*names, "trained_betas")):
+        raise ValueError("IPNDMScheduler says nothing of the betas: add beta_start, beta_end and beta_schedule to it")
+    defaults = BETAS.get(class_name, DDPM_BETAS)
     start, end, kind = (_option(config, name, default) for name, default in zip(names, defaults, strict=True))
-    trained = _option(config, "trained_betas", None)
+    trained = config.get("trained_betas")
     if trained is not None:
+        if not isinstance(trained, list | tuple) or not all(map(_is_number, trained)):
+            raise ValueError("trained_betas must be a list of numbers")
         betas = np.asarray(trained, np.float64)
         if betas.shape != (num,):
             raise ValueError(f"trained_betas has shape {betas.shape}, but num_train_timesteps is {num}")
+    elif kind != "squaredcos_cap_v2" and not (0 < start <= 1 and 0 < end <= 1):
+        raise ValueError(f"betas must be above 0 and at most 1, but beta_start={start} and beta_end={end}")
     elif kind == "linear":
         betas = np.linspace(start, end, num)
     elif kind == "scaled_linear":
@@ -132,7 +180,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
         cosine = np.cos((np.arange(num + 1) / num + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
     else:
-        raise ValueError(f"beta_schedule {kind!r} is not known: linear, scaled_linear and squaredcos_cap_v2 are")
+        raise ValueError(f"beta_schedule {_short(kind)} is not known: linear, scaled_linear and squaredcos_cap_v2 are")
     if not (np.all(betas > 0) and np.all(betas <= 1)):
         raise ValueError(f"betas must be above 0 and at most 1, but reach from {betas.min()} to {betas.max()}")
     return betas
@@ -141,18 +189,37 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
 def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
     """Shift and stretch sqrt(alpha_bar) to keep its first value and end at 0 (Lin et al. 2024, Algorithm 1)."""
     root = np.sqrt(alpha_bar)
+    if root[0] == root[-1]:
+        raise ValueError("rescale_betas_zero_snr needs more than one noise level")
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
-    if value is None:
+    if value is None and (name not in config or name in NULLABLE):
         return default
-    # A number may be an int where the default is a float, or the other way round: files have both.
-    kind = (int, float) if isinstance(default, int | float) else type(default)
-    if default is not None and not isinstance(value, kind):
-        raise ValueError(f"scheduler config field {name}={value!r} must be of the type of {default!r}")
+    if value is None and isinstance(default, bool):
+        return False
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, int | float):  # files have an integer as 1.0, too, and a fraction as 1
+        fits = _is_number(value) and (isinstance(default, float) or value == int(value))
+        # Only a field that is infinite unless it is set (lambda_min_clipped) may be written so.
+        fits = fits or (isinstance(value, float) and math.isinf(default) and value == default)
+        value = int(value) if fits and isinstance(default, int) else value
+    else:
+        fits = default is None or isinstance(value, type(default))
+    if not fits:
+        raise ValueError(
+            f"scheduler config field {name}={_short(value)} must be "
+            f"{'true or false' if isinstance(default, bool) else f'of the type of {default!r}'}"
+        )
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number; an integer may be beyond what a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_NUMBER
 
 
 def _float32_or_wider(*arrays: ArrayLike) -> jnp.dtype:
@@ -161,4 +228,9 @@ def _float32_or_wider(*arrays: ArrayLike) -> jnp.dtype:
 
 def _require(what: str, value: Any, known: Any) -> None:
     if value not in known:
-        raise ValueError(f"unknown {what} {value!r}: known are {', '.join(known)}")
+        raise ValueError(f"unknown {what} {_short(value)}: known are {', '.join(known)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -94,7 +94,7 @@ def draw(
                     seed=[case.seed for case in chunk],
                     num_steps=drawing.num_steps,
                     guidance_scale=guidance,
-                    sampler=drawing.sampler,
+                    sampler=drawing.sampler or "auto",
                     height=drawing.height,
                     width=drawing.width,
                     batch_size=min(drawing.batch_size, len(alike)),

@@ -47,6 +47,7 @@ class Question:
             prompts,
             seed=[self.seed * 1_000_003 + i & 0xFFFFFFFF for i in range(self.num_images)],
             num_steps=self.num_steps,
+            sampler="auto",
             guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,
         )

@@ -302,7 +302,8 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
     Raises ValueError if the file draws another one than `expected`, which has its tensors.
     """
     texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
-    draw = lambda model: sample(model, [texts[0] if texts else ""], num_steps=STEPS)[0].astype(int)  # noqa: E731
+    options = {"num_steps": STEPS, "sampler": "auto"}
+    draw = lambda model: sample(model, [texts[0] if texts else ""], **options)[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
         raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")

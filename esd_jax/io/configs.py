@@ -1,10 +1,12 @@
 """The config files of a diffusers folder -> the networks' configs, the schedule and the tokenizers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.io import corrections
 from esd_jax.io import folder as files
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.unet_config import UNetConfig
@@ -30,18 +32,46 @@ PIPELINES = {
 
 
 def read_architecture(folder: Path) -> tuple[dict[str, NetworkConfig], Schedule]:
-    """The networks' configs, by component, and the schedule of a diffusers folder; it may lack weights."""
-    components = _components(folder, files.read_json(folder / "model_index.json"))
-    configs = {name: read_config(folder, name, kind) for name, kind in components.items()}
-    return configs, Schedule.from_config(files.read_json(folder / "scheduler" / "scheduler_config.json"))
+    """The networks' configs, by component, and the schedule of a diffusers folder; it may lack weights.
+
+    They are what the folder's pipeline takes: see `io.corrections`.
+    """
+    index = files.read_json(folder / "model_index.json")
+    components, pipeline = _components(folder, index), index["_class_name"]
+    configs = {name: read_config(folder, name, kind, pipeline) for name, kind in components.items()}
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = files.read_json(path)
+    with _naming(path):
+        return configs, Schedule.from_config(corrections.scheduler(index, scheduler, path))
 
 
-def read_config(folder: Path, component: str, kind: str) -> NetworkConfig:
-    """Reads a component's `config.json`; `kind` is its class in `model_index.json`, which decides what is built."""
-    config = files.read_json(folder / component / "config.json")
-    if kind in CLIP:
-        return CLIPTextConfig.from_dict({**config, "architectures": [kind]})
-    return (UNetConfig if kind == "UNet2DConditionModel" else VAEConfig).from_dict(config)
+def read_config(folder: Path, component: str, kind: str, pipeline: str | None = None) -> NetworkConfig:
+    """Reads a component's `config.json`.
+
+    Args:
+      folder: of the checkpoint.
+      component: the name of its folder there.
+      kind: its class in `model_index.json`, which decides what is built.
+      pipeline: the class of the pipeline that uses it; None takes the file as it is written.
+    """
+    path = folder / component / "config.json"
+    config = files.read_json(path)
+    with _naming(path):
+        if kind in CLIP:
+            config = corrections.text_encoder(pipeline, config, path) if pipeline else config
+            return CLIPTextConfig.from_dict({**config, "architectures": [kind]})
+        if kind == "UNet2DConditionModel":
+            return UNetConfig.from_dict(corrections.unet(pipeline, config, path) if pipeline else config)
+        return VAEConfig.from_dict(corrections.vae(pipeline, config, path) if pipeline else config)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file before what is wrong in it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:

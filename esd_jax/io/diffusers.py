@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.io import corrections, ldm_file, safetensors, tensors
 from esd_jax.io import folder as files
-from esd_jax.io import ldm_file, safetensors, tensors
 from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
@@ -28,6 +28,7 @@ from esd_jax.text import Tokenizer
 
 __all__ = ["describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash"]
 
+UNPROJECTED = "text_projection.weight"  # a whole CLIP has it, whose text encoder may be used without
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None
 
 
@@ -47,7 +48,8 @@ def load(
       source: a diffusers folder, a hub id ("org/name"), or a single `.safetensors` file in the layout that A1111 and
         ComfyUI open (see `io.ldm`).
       dtype: the compute dtype, to which every tensor is cast as it is read.
-      variant: which weight files to read ("fp16"); None, those whose names carry no variant. Never chosen silently.
+      variant: which weight files to read ("fp16"); None, those whose names carry no variant. Never chosen silently: a
+        component that has none of the variant, where others have, is read without, with a warning.
       revision: of a hub id: branch, tag or commit.
       sharding: where the tensors go: None, one sharding for all, or (name "unet/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
@@ -76,9 +78,14 @@ def load(
     texts = {name: config for name, config in configs.items() if isinstance(config, CLIPTextConfig)}
     tokenizers = tuple(read_tokenizer(folder, name, config) for name, config in texts.items())
     params, sources, erased = {}, {}, {}
+    variants = files.variants(folder, list(configs), variant)
+    if lacking := [name for name in configs if variants[name] != variant]:
+        corrections.note(
+            f"{folder} has no weights of variant {variant!r} of {', '.join(lacking)}: the plain ones are read"
+        )
     for name, network_config in configs.items():
         params[name], found, records = load_component(
-            folder, name, network_config, dtype=dtype, variant=variant, sharding=sharding
+            folder, name, network_config, dtype=dtype, variant=variants[name], sharding=sharding
         )
         sources |= {f"{name}/{tensor}": source for tensor, source in found.items()}
         erased |= {json.dumps(record, sort_keys=True): record for record in records}
@@ -111,6 +118,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     index |= {name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in known}
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
+    index["scheduler"] = ["diffusers", schedule.config["_class_name"]]  # which the file may have changed
     tokenizers = tuple(_file_tokenizer(folder, name, config) for name, config in texts.items())
     params = {}
     for name, network_config in configs.items():
@@ -156,6 +164,7 @@ def load_component(
       its Params; where each of them lies; and the records of erasures in its files.
     """
     net = network(config, jnp.dtype(dtype).name)
+    expected = tensors.torch_shapes(net)
     headers = [safetensors.read_header(path) for path in files.weight_files(folder / component, variant)]
     places: dict[str, tuple[safetensors.Header, TensorFile]] = {}
     for header in headers:
@@ -163,9 +172,8 @@ def load_component(
             name = files.tensor_name(component, key)
             if name in places:
                 raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
-            if name is not None:
+            if name is not None and (name in expected or name != UNPROJECTED):
                 places[name] = (header, TensorFile(header.path, key))
-    expected = tensors.torch_shapes(net)
     found = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
     files.check_names(component, found, expected)
     for name, shape in expected.items():
@@ -185,10 +193,10 @@ def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
     Raises FileNotFoundError, ValueError as `load` does, or if its architecture is another one.
     """
     folder = Path(folder).expanduser().absolute()
-    config = read_config(folder.parent, folder.name, "UNet2DConditionModel")
-    if config != base.configs["unet"]:
+    config, own = read_config(folder.parent, folder.name, "UNet2DConditionModel"), base.configs["unet"]
+    if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
         raise ValueError(f"{folder} and the base have UNets of different architectures")
-    params, sources, records = load_component(folder.parent, folder.name, config, dtype=base.dtype)
+    params, sources, records = load_component(folder.parent, folder.name, own, dtype=base.dtype)
     others = {name: source for name, source in base.provenance.tensors.items() if not name.startswith("unet/")}
     located = others | {f"unet/{name}": source for name, source in sources.items()}
     provenance = replace(base.provenance, source=str(folder), tensors=located, erased=tuple(records))

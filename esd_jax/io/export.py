@@ -103,7 +103,7 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
         edits.setdefault(places[name].path, {})[places[name].key] = name
     headers = headers_of(pipeline) if edits else {}
     used = {place.path for place in places.values()}
-    variant = next((files.variant_of(path.name) for path in sorted(used)), "")
+    variant = pipeline.provenance.variant or ""
     index, dropped = dict(pipeline.index), []
     for component, value in index.items():
         folder = source / component
@@ -133,11 +133,12 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
 def _places(pipeline: Pipeline, source: Path) -> dict[str, TensorFile]:
     """Where the source folder has every tensor, though it was read from elsewhere (`with_unet`)."""
     places = dict(pipeline.provenance.tensors)
+    variants = files.variants(source, list(pipeline.configs), pipeline.provenance.variant)
     for component in pipeline.configs:
         own = [place for name, place in places.items() if name.startswith(f"{component}/")]
         if all(place.path.parent == source / component for place in own):
             continue
-        for path in files.weight_files(source / component, pipeline.provenance.variant):
+        for path in files.weight_files(source / component, variants[component]):
             for key in safetensors.read_header(path).entries:
                 places[f"{component}/{files.tensor_name(component, key)}"] = TensorFile(path, key)
     return places

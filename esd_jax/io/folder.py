@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".o
 MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+CLIP_OF_IMAGES = ("vision_model.", "visual_projection.", "logit_scale")
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
 
 
@@ -52,6 +53,19 @@ def variant_of(file_name: str) -> str | None:
     """The variant of a safetensors file or shard index: "" for the plain one, None if it is neither."""
     match = WEIGHTS.fullmatch(file_name)
     return None if match is None else next((group for group in match.groups() if group), "")
+
+
+def variants(folder: Path, components: Sequence[str], variant: str | None) -> dict[str, str | None]:
+    """Component -> the variant of its weights that is read: the one asked for, or None where others alone have it.
+
+    Where no component has it, it is left to `weight_files` to say so.
+    """
+    having = [name for name in components if variant and _has_variant(folder / name, variant)]
+    return {name: variant if name in having or not having else None for name in components}
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    return folder.is_dir() and any(variant_of(path.name) == variant for path in folder.iterdir())
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -122,7 +136,8 @@ def tensor_name(component: str, key: str) -> str | None:
     """The name in `Params` of a file's key, or None for a tensor that is no parameter."""
     if component.startswith("text_encoder"):
         name = key.removeprefix("text_model.")
-        return None if name == "embeddings.position_ids" else name  # 0, 1, 2, ...: a buffer that was once saved
+        # Position ids are 0, 1, 2, ..., a buffer that was once saved; the rest is CLIP's other half, of images.
+        return None if name == "embeddings.position_ids" or name.startswith(CLIP_OF_IMAGES) else name
     if component == "vae" and (old := OLD_VAE_KEY.fullmatch(key)):
         return f"{old[1]}.{OLD_VAE[old[2]]}.{old[3]}"
     return key

@@ -38,7 +38,7 @@ def resolve(
         raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise FileNotFoundError(f"there is no folder {source}; give a diffusers folder, or a hub id such as org/name")
-    return _download(source, weight_patterns(variant) if weights else [], revision)
+    return _download(source, variant, revision, weights)
 
 
 def weight_patterns(variant: str | None) -> list[str]:
@@ -48,7 +48,16 @@ def weight_patterns(variant: str | None) -> list[str]:
     return [f"*/{stem}{name}" for stem in STEMS for name in dict.fromkeys(names)]
 
 
-def _download(repo: str, weights: list[str], revision: str | None) -> Path:
+def _plain_patterns(folder: Path) -> list[str]:
+    """What the plain weights are called of those components that lack the variant which others have."""
+    components = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    lacking = [path for path in components if not any(path.glob("*.safetensors"))]
+    if len(lacking) == len(components):
+        return []
+    return [f"{path.name}/{pattern.removeprefix('*/')}" for path in lacking for pattern in weight_patterns(None)]
+
+
+def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -56,7 +65,10 @@ def _download(repo: str, weights: list[str], revision: str | None) -> Path:
     small = ["model_index.json", "*/config.json", "*/*_config.json", "*/tokenizer.json", "*/special_tokens_map.json"]
     small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "LICENSE*", "NOTICE*"]
     try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[*small, *weights])
+        patterns = [*small, *(weight_patterns(variant) if weights else [])]
+        folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        if weights and variant and (more := _plain_patterns(Path(folder))):
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=more)
     except errors.LocalEntryNotFoundError as error:
         # Raised (by recent versions) where the cache lacks a file that was asked for, whether it is needed or not:
         # a licence, say. The reader knows; it names what is missing.

@@ -1,6 +1,5 @@
 """What a single-file checkpoint is, and where its tensors lie in it."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax.io import ldm, safetensors, tensors
+from esd_jax.io import corrections, ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
 from esd_jax.io.safetensors import Header
 from esd_jax.models import architectures
@@ -21,7 +20,11 @@ from esd_jax.pipeline import NetworkConfig, TensorFile, network
 WIDTHS = {768: "sd14", 1024: "sd21", 2048: "sdxl"}
 # The step count that Stability's SD 2 base (512 px, which predicts eps) carries; diffusers tells it by this, too.
 SD2_BASE_STEPS = 875000
+# What ModelSpec calls the prediction type, ComfyUI's name for it and kohya's; and their words for its values.
 PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"epsilon": "epsilon", "v": "v_prediction"}
+PREDICT_KEY, V_PARAMETERIZATION, ZERO_SNR = "modelspec.predict_key", "ss_v_parameterization", "ss_zero_terminal_snr"
+WORDS = {**PREDICTIONS, "eps": "epsilon", "v_prediction": "v_prediction", "v_pred": "v_prediction"}
+SWITCHES = {"true": True, "1": True, "false": False, "0": False, "none": False}
 
 
 def is_single_file(source: str | Path) -> bool:
@@ -51,29 +54,60 @@ def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, An
     """What a file says of its noise schedule that its architecture's `scheduler_config.json` does not.
 
     A `config` that is a folder, or one of the two SD 2, is right. Else, in this order: metadata (ModelSpec's
-    `modelspec.prediction_type`); the keys `v_pred` and `ztsnr`, by which ComfyUI tells an SDXL that predicts v, and one
-    that was trained from pure noise. An SD 2 that says nothing is taken to predict v, as diffusers takes it, with a
-    warning.
+    `modelspec.prediction_type`, ComfyUI's `modelspec.predict_key`, kohya's `ss_v_parameterization`); the key `v_pred`,
+    by which ComfyUI tells an SDXL that predicts v. An SD 2 that says nothing is taken to predict v, as diffusers takes
+    it. The key `ztsnr`, or kohya's `ss_zero_terminal_snr`, tells a network that was trained from pure noise. A warning
+    tells of an SD 2 that says nothing, of a word that is not known, and of two that contradict each other.
     """
     name = _recognise(header) if config is None else str(config)
     if name not in ARCHITECTURES or (config is not None and name.startswith("sd21")):
         return {}
     changes: dict[str, Any] = {}
-    if said := PREDICTIONS.get(header.metadata.get(PREDICTION, "")):
-        changes["prediction_type"] = said
-    elif "v_pred" in header.entries:
-        changes["prediction_type"] = "v_prediction"
+    if said := _predictions(header):
+        (source, kind), *others = said.items()
+        changes["prediction_type"] = kind
+        if other := next((other for other in others if other[1] != kind), None):
+            corrections.note(f"{header.path} says {kind} by {source} and {other[1]} by {other[0]}: {kind} is taken")
     elif name == "sd21" and _global_step(header) == SD2_BASE_STEPS:
         changes["prediction_type"] = "epsilon"
     elif name == "sd21":
-        warnings.warn(
+        corrections.note(
             f"{header.path} does not say what it predicts: it is taken for v (768 px); if it predicts eps (512 px, "
-            "base), load it with config='sd21-base'",
-            stacklevel=4,
+            "base), load it with config='sd21-base'"
         )
-    if "ztsnr" in header.entries:  # the last timestep is pure noise, so sampling has to begin there
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if "ztsnr" in header.entries or _switch(header, ZERO_SNR):
+        changes["rescale_betas_zero_snr"] = True
+        if name != "sdxl":  # whose class has no such option
+            changes["_class_name"] = "DDIMScheduler"
+        default = "v_prediction" if name == "sd21" else "epsilon"
+        if changes.get("prediction_type", default) == "v_prediction":  # eps says nothing of x0 at pure noise
+            changes["timestep_spacing"] = "trailing"
     return changes
+
+
+def _predictions(header: Header) -> dict[str, str]:
+    """What a file says that its network predicts: by what -> the prediction type, the one to trust most first."""
+    found = {}
+    for key in (PREDICTION, PREDICT_KEY):
+        if word := header.metadata.get(key):
+            if kind := WORDS.get(word.strip().lower().replace("-", "_")):
+                found[key] = kind
+            else:
+                corrections.note(f"{header.path} has {key}={word!r}, which is not known: it is passed over")
+    if (predicts_v := _switch(header, V_PARAMETERIZATION)) is not None:
+        found[V_PARAMETERIZATION] = "v_prediction" if predicts_v else "epsilon"
+    if "v_pred" in header.entries:
+        found["v_pred"] = "v_prediction"
+    return found
+
+
+def _switch(header: Header, key: str) -> bool | None:
+    """A switch that kohya's scripts write into the metadata, as Python prints it."""
+    if (word := header.metadata.get(key)) is None:
+        return None
+    if (value := SWITCHES.get(word.strip().lower())) is None:
+        corrections.note(f"{header.path} has {key}={word!r}, which is neither True nor False: it is passed over")
+    return value
 
 
 def with_channels(header: Header, configs: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.samplers import Sampler
-from esd_jax.diffusion.schedule import Schedule
+from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule
 
 
 class Draws(NamedTuple):
@@ -141,8 +141,21 @@ def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
 
 
 def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
-    """A sampler of `samplers.SAMPLERS`. Raises ValueError for one that draws noise at every step."""
-    made = samplers.make_sampler(schedule, name, steps)
+    """A sampler of `samplers.SAMPLERS`. Raises ValueError for one with noise, or several calls, at every step."""
+    made = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
     if made.stochastic:
         raise ValueError(f"sampler {made.name!r} draws noise at every step, which is not implemented; use 'ddim'")
+    if len(made.timesteps) > steps + 1:  # half of its x are no samples, but what a step tries first
+        raise ValueError(f"sampler {made.name!r} calls the network twice a step, which is not implemented; use 'ddim'")
     return made
+
+
+def _spacing(schedule: Schedule, name: str) -> str | None:
+    """The spacing of a trajectory's timesteps, where it is not the config's.
+
+    A checkpoint that was saved with Euler, LMS or DPM-Solver++ carries their class default, "linspace", along. Methods
+    train on DDIM's and PNDM's own grids: the update is the same, whichever scheduler a checkpoint was saved with.
+    """
+    own = SAMPLER_OF_CLASS.get(schedule.config["_class_name"])
+    carried = own not in samplers.LEADING and schedule.option("timestep_spacing", "leading") == "linspace"
+    return "leading" if carried and name in ("plms", *samplers.LEADING) else None

@@ -41,8 +41,11 @@ class CLIPTextConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
         """Reads transformers' `config.json`.
 
-        These files also carry settings of text generation and of training, which shape nothing here and are skipped.
+        These files also carry settings of text generation and of training, which shape nothing here and are skipped. Of
+        a whole CLIP, with its encoder of images, the config of the text encoder is read, as transformers does.
         """
+        if isinstance(whole := config.get("text_config"), dict):
+            config = {**whole, "architectures": config.get("architectures"), "model_type": "clip_text_model"}
         require("CLIPText", "model_type", config.get("model_type", "clip_text_model"), ("clip_text_model",))
         architectures = config.get("architectures") or ["CLIPTextModel"]
         if not isinstance(architectures, list):

@@ -7,6 +7,13 @@ from typing import Any, TypeVar, get_args, get_origin
 
 Config = TypeVar("Config")
 MOST_LAYERS = 1000  # a config that asks for more is damaged, and building them would not end
+MOST_NUMBER = 10**7  # so is one with a greater number of anything
+# Numbers that need not be above 0.
+ANY_SIGN = ("freq_shift", "eos_token_id", "shift_factor")
+# What diffusers' `EMAModel` writes into the config of the network that it averaged: how it was trained.
+TRAINING_RECORD = frozenset(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+)
 
 
 def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]) -> Config:
@@ -14,7 +21,8 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
 
     Args:
       cls: the settings that the network implements, with diffusers' defaults.
-      config: the file's contents; keys that start with "_" are provenance and are skipped.
+      config: the file's contents; keys that start with "_" are provenance, those of `TRAINING_RECORD` say how the
+        weights were averaged: they are skipped.
       only: fields that are implemented for these values alone. None must be named among them where it is allowed: a
         `mid_block_type` of null is a UNet without its middle. A field that is unknown here may be null: it is off.
 
@@ -25,7 +33,7 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     values = {}
     for name, value in config.items():
-        if name.startswith("_"):
+        if name.startswith("_") or name in TRAINING_RECORD:
             continue
         if name in only:
             require(network, name, value, only[name])
@@ -37,14 +45,30 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
 
 
 def typed(network: str, name: str, value: Any, kind: Any) -> Any:
-    """A field's value, lists as tuples. Raises ValueError, naming the field, if it cannot be what its type says."""
+    """A field's value, lists as tuples.
+
+    Raises ValueError, naming the field, if it cannot be what its type says, or is a number that none can be.
+    """
     value = _frozen(value)
     if not _fits(value, kind):
         raise ValueError(f"{network}: config field {name}={_short(value)} is not implemented")
     counts = value if isinstance(value, tuple) else (value,)
     if "layers" in name and any(isinstance(n, int) and not 0 <= n <= MOST_LAYERS for n in counts):
         raise ValueError(f"{network}: config field {name}={_short(value)} is no number of layers")
+    for n in _numbers(value):
+        if not abs(n) <= MOST_NUMBER or (n <= 0 and "layers" not in name and name not in ANY_SIGN):
+            above = "" if name in ANY_SIGN else ", above 0"
+            raise ValueError(
+                f"{network}: config field {name}={_short(value)} must be finite{above} and no more than 1e7"
+            )
     return value
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a field, of a list and of the lists in it."""
+    if isinstance(value, tuple):
+        return [n for item in value for n in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -11,7 +11,7 @@ from esd_jax.models.config import read_config, require, require_per_block
 class UNetConfig:
     """The fields of `unet/config.json` that shape the network, with diffusers' defaults."""
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, ...] | None = None  # of the latents: of a square's side, or (height, width)
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -43,8 +43,10 @@ class UNetConfig:
         require_per_block("UNet", self, PER_BLOCK)
         if any(isinstance(depth, tuple) for depth in self.depths):
             raise ValueError("UNet: nested transformer_layers_per_block is not implemented")
-        if isinstance(self.sample_size, tuple):
-            raise ValueError(f"UNet: config field sample_size={self.sample_size} is not implemented; one number is")
+        if isinstance(self.sample_size, tuple) and [type(side) for side in self.sample_size] != [int, int]:
+            raise ValueError(
+                f"UNet: config field sample_size={self.sample_size} is neither a number nor (height, width)"
+            )
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"UNet: attention_head_dim={heads} heads do not divide {width} block_out_channels")

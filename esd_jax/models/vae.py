@@ -31,7 +31,7 @@ class VAEConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, ...] | None = 32  # shapes nothing
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True

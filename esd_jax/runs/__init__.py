@@ -206,6 +206,9 @@ def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Met
         encoded = base.encode_prompts(prompts, size=size, strict=True)
         return encoded if plan.null == "empty" else guidance.zeroed(encoded, np.asarray([not p for p in prompts]))
 
+    def draw(prompts: Sequence[str], *, sampler: str | None = None, **options: Any) -> np.ndarray:
+        return sample(base, prompts, height=size[0], width=size[1], sampler=sampler or "auto", **options)
+
     tools = Tools(
         unet=network,
         schedule=base.schedule,
@@ -213,7 +216,7 @@ def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Met
         subset=select(plan.subset, network.layouts),
         encode=encode,
         tokens=base.tokenizers[0],
-        sample=lambda prompts, **options: sample(base, prompts, height=size[0], width=size[1], **options),
+        sample=draw,
         to_latents=lambda images: to_latents(base.params["vae"], images),
         images=None if plan.images is None else base.encode(read_images(plan.images, size)),
         params=base.params,
@@ -305,6 +308,7 @@ def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
             seed=plan.training.seed,
             num_steps=plan.preview_steps,
             guidance_scale=plan.preview_guidance,
+            sampler="auto",
             height=plan.height,
             width=plan.width,
         )

@@ -39,6 +39,7 @@ def drawn(
     Raises ValueError for a prompt of which no image shows the concept, with `skip` if that goes for all.
     """
     asked = list(prompts) * images_each
+    drawing = {"sampler": "auto", **drawing}
     images = sample(base, asked, seed=[seed + i for i in range(len(asked))], **drawing)
     good = detect(images).reshape(images_each, len(prompts))
     kept = [p for p in range(len(prompts)) if good[:, p].any()]

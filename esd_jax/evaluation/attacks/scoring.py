@@ -70,6 +70,7 @@ def score(
     images = sample(
         victim, told, seed=[int(s) for s in seeds] * len(trials),
         num_steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
+        sampler="auto",
     )  # fmt: skip
     hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)
     return Scored(
