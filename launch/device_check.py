@@ -30,7 +30,7 @@ flags.DEFINE_string("large", None, "The larger one; by default sdxl.", flag_valu
 flags.DEFINE_float("patience", 1.0, "Multiplies all time limits.", lower_bound=0.01, flag_values=FLAGS)
 flags.DEFINE_string("output", None, "The folder; by default $OUT, else out/device_check.", flag_values=FLAGS)
 flags.DEFINE_string("part", None, "Internal: one part, in this process.", flag_values=FLAGS)
-flags.DEFINE_string("fault", None, "For a rehearsal: a part that fails.", flag_values=FLAGS)
+flags.DEFINE_list("fault", [], "For a rehearsal: parts that fail.", flag_values=FLAGS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main() -> None:
     folder = Path(FLAGS.output or os.environ.get("OUT") or "out/device_check").resolve()
     if FLAGS.part:
         name, *given = FLAGS.part.split(":")
-        if FLAGS.fault == name:
+        if name in FLAGS.fault:
             raise RuntimeError(f"{name}: as asked for by --fault")
         device_parts.PARTS[name](device_parts.Output(folder, FLAGS.part), *given)
         return
@@ -119,7 +119,7 @@ def run(names: list[str], seconds: float, folder: Path) -> bool:
     for name in names:
         log = (folder / f"{name.replace(':', '_')}.log").open("w")
         given = [f"--part={name}", f"--output={folder}", f"--arch={FLAGS.arch}"]
-        given += [f"--fault={FLAGS.fault}"] if FLAGS.fault else []
+        given += [f"--fault={','.join(FLAGS.fault)}"] if FLAGS.fault else []
         command = [sys.executable, "-m", "launch.device_check", *given]
         process = subprocess.Popen(command, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
         running.append((name, process, Path(log.name)))

@@ -8,8 +8,21 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+PARTS = 3  # of the slow tests: a check that cannot run all of them in its time begins with another part each time
+
 _collected: set[str] = set()
 _finished: set[str] = set()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--turn", type=int, default=0, help=f"Begin with this part of {PARTS} of the tests (modulo).")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Begins with the file at which the part of this turn begins, and ends with those before it."""
+    least = config.getoption("--turn") % PARTS * len(items) // PARTS
+    first = next((i for i in range(least, len(items)) if items[i].path != items[i - 1].path), 0) if least else 0
+    items[:] = items[first:] + items[:first]
 
 
 def pytest_collection_finish(session):
