@@ -21,6 +21,7 @@ MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
+CLIP_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")  # of its text model
 
 
 def nameable(name: str) -> str:
@@ -126,6 +127,15 @@ def tensor_name(component: str, key: str) -> str | None:
     if component == "vae" and (old := OLD_VAE_KEY.fullmatch(key)):
         return f"{old[1]}.{OLD_VAE[old[2]]}.{old[3]}"
     return key
+
+
+def text_model_key(component: str, key: str) -> str:
+    """A text encoder's key as transformers 4 and 5 both read it: with "text_model.", which 5 leaves out of new files.
+
+    transformers 4 finds no tensor under a name without it, draws all of them at random, and only warns.
+    """
+    bare = component.startswith("text_encoder") and key.startswith(CLIP_MODULES)
+    return f"text_model.{key}" if bare else key
 
 
 def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
