@@ -21,6 +21,7 @@ MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")
 CLIP_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")  # of its text model
 
 
@@ -138,9 +139,19 @@ def text_model_key(component: str, key: str) -> str:
     return f"text_model.{key}" if bare else key
 
 
+def unwrapped(key: str) -> str:
+    """A key without what PyTorch's wrappers put before a module's name: torch.compile, and data parallelism."""
+    return WRAPPERS.sub("", key)
+
+
 def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the first, for parameters that are missing or unknown."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if unknown and all(unwrapped(name) in expected for name in unknown):
+        raise ValueError(
+            f"{component}: the weights are named as within PyTorch's wrappers (torch.compile, data parallelism), first "
+            f"{unknown[0]!r}; diffusers does not read them either: save the network that it wraps"
+        )
     if missing:
         raise ValueError(
             f"{component}: {len(missing)} tensors are missing from the weights, first {missing[0]!r} of shape "
