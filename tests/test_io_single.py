@@ -475,7 +475,24 @@ WRONG = {
     ),
     "an integer matrix": (
         lambda f: rewrite(f, lambda t: t.update({IN: t[IN].char()})),
-        ["input_blocks.0.0.weight", "I8", "not implemented"],
+        ["input_blocks.0.0.weight", "I8", "not implemented", "float16"],
+    ),
+    "weights of 8 bits": (
+        lambda f: rewrite(f, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()})),
+        ["has dtype F8_E4M3", "not implemented", "float16"],
+    ),
+    "scaled weights of 8 bits": (
+        lambda f: rewrite(
+            f,
+            lambda t: t.update(
+                {
+                    IN: t[IN].to(torch.float8_e4m3fn),
+                    IN.replace(".weight", ".scale_weight"): torch.tensor(2.0),
+                    UNET + "scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn),
+                }
+            ),
+        ),
+        ["input_blocks.0.0.weight", "has dtype F8_E4M3", "not implemented", "float16"],
     ),
 }
 
@@ -485,8 +502,9 @@ def test_a_file_that_is_wrong(sd1, wrong, tmp_path):
     change, words = WRONG[wrong]
     file = Path(shutil.copyfile(sd1[2], tmp_path / "model.safetensors"))
     change(file)
-    with pytest.raises(ValueError, match=one_line("model.safetensors" if wrong != "inpainting" else "", *words)):
-        io.load(file, config=sd1[0])
+    for read in (io.load, io.describe):  # what cannot be loaded is no plan's base either
+        with pytest.raises(ValueError, match=one_line("model.safetensors" if wrong != "inpainting" else "", *words)):
+            read(file, config=sd1[0])
 
 
 def test_a_fused_tensor_that_is_wrong(tmp_path):

@@ -167,7 +167,7 @@ def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
     if variants:
         chosen = next(v for v in (variant, "", *sorted(variants)) if v in variants)
         return set(files.weight_files(folder, chosen))
-    pickled = any(Path(name).suffix in safetensors.PICKLES for name in names)
+    pickled = any(Path(name).suffix.lower() in safetensors.PICKLES for name in names)
     return None if pickled else set()
 
 

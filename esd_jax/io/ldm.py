@@ -16,6 +16,8 @@ from esd_jax.pipeline import NetworkConfig, network
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXT, TEXT_XL = "cond_stage_model.", "conditioner.embedders.{}."
+# What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
+WEIGHTS = ("model.", EMA, VAE, TEXT, "conditioner.")
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

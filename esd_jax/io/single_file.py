@@ -16,9 +16,6 @@ from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
 from esd_jax.pipeline import Pipeline, TensorFile
 
-# What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
-WEIGHTS = ("model.", ldm.EMA, ldm.VAE, ldm.TEXT, "conditioner.")
-
 
 def export_single(
     pipeline: Pipeline,
@@ -170,7 +167,7 @@ def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, 
     found: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
     for key, entry in entries.items():
         dtype, size = entry.dtype, entry.stop - entry.start
-        if code and dtype in DTYPES and key.startswith(WEIGHTS):
+        if code and dtype in DTYPES and key.startswith(ldm.WEIGHTS):
             dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
         found[key] = size // max(math.prod(entry.shape), 1), size, dtype
     moved, start = {}, 0
