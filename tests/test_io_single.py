@@ -10,6 +10,7 @@ import factories
 import jax.numpy as jnp
 import ldm_oracle
 import numpy as np
+import open_clip_oracle
 import pytest
 import safetensors
 import safetensors.torch
@@ -415,6 +416,32 @@ def test_clips_own_tokenizer_goes_with_the_file(tmp_path):
         assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] + [pad] * 70
         assert ours(["a photo of a cat"])[0].tolist() == ids
     assert io.load(out).encode_prompts(["a cat"], size=(16, 16)).pooled.shape == (1, factories.WIDTH)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_the_training_codes_text_model_opens_strictly(kind, tmp_path):
+    """All of open_clip's text model is there, and it encodes as the folder's does: SD 2 by its last layer but one."""
+    pipe = ldm_oracle.make(kind, tmp_path / "folder")
+    pipeline = io.load(tmp_path / "folder")
+    file = safetensors.torch.load_file(export_single(pipeline, tmp_path / "x.safetensors"))
+    encoder = getattr(pipe, "text_encoder_2" if kind == "sdxl" else "text_encoder")
+    prefix = "conditioner.embedders.1.model." if kind == "sdxl" else "cond_stage_model.model."
+    config = encoder.config
+    model = open_clip_oracle.TextModel(
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+        layers=2 if kind == "sdxl" else 3, projection=config.projection_dim if kind == "sdxl" else config.hidden_size,
+    )  # fmt: skip
+    model.load_state_dict({key.removeprefix(prefix): v for key, v in file.items() if key.startswith(prefix)})
+    ids = torch.from_numpy(pipeline.tokenizers[-1](["a photo of the cat"]).astype(np.int64))
+    theirs = encoder(ids, output_hidden_states=True)
+    hidden, normed, pooled = model(ids, skip_last=True)
+    np.testing.assert_allclose(hidden, theirs.hidden_states[-2 if kind == "sdxl" else -1], atol=2e-5)
+    if kind == "sdxl":
+        np.testing.assert_allclose(model(ids, skip_last=False)[2], theirs.text_embeds, atol=2e-5)
+    else:
+        np.testing.assert_allclose(normed, theirs.last_hidden_state, atol=2e-5)
+        assert not any(v.any() for k, v in file.items() if ".resblocks.2." in k or k.endswith("text_projection"))
 
 
 def test_marks_of_an_sdxl_that_predicts_v(tmp_path):

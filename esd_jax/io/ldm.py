@@ -77,6 +77,34 @@ def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32") -> dict
     return found
 
 
+def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of what a single file holds besides, which no network of a diffusers folder has, and none reads.
+
+    The training codes build all of open_clip's text model. SD 2 takes the output of its last layer but one, so that the
+    last one is never run; the projection of SD 2 and the temperature belong to CLIP's own loss.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for component, config in configs.items():
+        if not isinstance(config, CLIPTextConfig) or not is_open_clip(config):
+            continue
+        second = "text_encoder_2" in configs
+        prefix = TEXT_XL.format(int(component == "text_encoder_2")) if second else TEXT
+        width, inner = config.hidden_size, config.intermediate_size
+        found[f"{prefix}model.logit_scale"] = ()
+        if second:  # SDXL runs every layer, and its folder has the projection
+            continue
+        found[f"{prefix}model.text_projection"] = (width, width)
+        layer = {
+            "ln_1": (width,), "attn.in_proj_": (3 * width, width), "attn.out_proj": (width, width), "ln_2": (width,),
+            "mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner),
+        }  # fmt: skip
+        for module, shape in layer.items():
+            dot = "" if module.endswith("_") else "."
+            name = f"{prefix}model.transformer.resblocks.{config.num_hidden_layers}.{module}{dot}"
+            found |= {f"{name}weight": shape, f"{name}bias": shape[:1]}
+    return found
+
+
 def is_open_clip(config: CLIPTextConfig) -> bool:
     """Whether a text encoder was trained by open_clip, whose activation is the exact gelu; OpenAI's is `quick_gelu`."""
     return config.hidden_act == "gelu"
