@@ -176,8 +176,8 @@ CONVOLUTIONS = {
                                   (f["lokr_w2_a"] @ f["lokr_w2_b"]).reshape(16, 16, 3, 3)),
     ),
     "LoKr with a core": (
-        {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 4), "lokr_w2_a": (2, 16), "lokr_w2_b": (2, 16), "lokr_t2": (2, 2, 3, 3)},
-        lambda f: 2 / 2 * np.kron((f["lokr_w1_a"] @ f["lokr_w1_b"])[:, :, None, None],
+        {"lokr_w1_a": (8, 1), "lokr_w1_b": (1, 8), "lokr_w2_a": (1, 8), "lokr_w2_b": (1, 8), "lokr_t2": (1, 1, 3, 3)},
+        lambda f: 2 / 1 * np.kron((f["lokr_w1_a"] @ f["lokr_w1_b"])[:, :, None, None],
                                   core(f["lokr_w2_a"], f["lokr_w2_b"], f["lokr_t2"])),
     ),
     "a whole difference": ({"diff": (64, 64, 3, 3)}, lambda f: f["diff"]),

@@ -13,7 +13,7 @@ from messages import one_line
 from torch_oracle import to_nchw, to_nhwc
 
 import esd_jax
-from esd_jax import api
+from esd_jax import api, exports
 from esd_jax.io import ldm
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import export_lora, factors
@@ -126,6 +126,47 @@ def test_kohyas_keys_open_in_diffusers_too(family, tmp_path):
         assert opened.metadata()["ss_base_model_version"] == ("sdxl_base_v1-0" if two else "sd_v1")
 
 
+LAYERS = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in "qkv"), "self_attn.out_proj")
+
+
+def names_in_comfyui(base):
+    """The modules that ComfyUI's loader knows, by the rule of its `model_lora_keys_unet` and `model_lora_keys_clip`."""
+    known = set()
+    for name, place in ldm.places({"unet": base.configs["unet"]}).items():
+        module, inner = (text.rpartition(".")[0] for text in (name[5:], place.key.removeprefix(ldm.UNET)))
+        flat = module.replace(".", "_")
+        known |= {f"lora_unet_{inner.replace('.', '_')}", f"diffusion_model.{inner}", f"lora_unet_{flat}"}
+        dotted = module.replace(".to_", ".processor.to_")  # as diffusers had attention's adapters until 2023
+        dotted = dotted.removesuffix(".0") if dotted.endswith(".to_out.0") else dotted
+        known |= {f"lycoris_{flat}", dotted, f"unet.{dotted}"}
+    for encoder, kohya in zip(base.text_encoders, (("lora_te_", "lora_te1_"), ("lora_te2_",)), strict=False):
+        for i in range(base.configs[encoder].num_hidden_layers):
+            for layer in LAYERS:
+                flat = f"text_model_encoder_layers_{i}_{layer.replace('.', '_')}"
+                known |= {prefix + flat for prefix in kohya}
+                known.add(f"{encoder}.text_model.encoder.layers.{i}.{layer}")
+    return known
+
+
+def test_which_modules_comfyui_knows(family, tmp_path):
+    """Of kohya's file all. Of PEFT's all but the attention layers: of ESD-x none, which is what export says."""
+    _, base = family
+    layer = "encoder.layers.1.self_attn.out_proj.weight"
+    names = [f"{encoder}/{layer}" for encoder in base.text_encoders]
+    erased = edited(base, MATRICES).with_edits({name: value + 1 for name, value in read_exact(base, names).items()})
+    known = names_in_comfyui(base)
+
+    def modules(erased, style):
+        file = export_lora(erased, tmp_path / "x.safetensors", rank=1, style=style, overwrite=True).path
+        return {key.rpartition(".lora_")[0] for key in safetensors.numpy.load_file(file) if ".lora_" in key}
+
+    assert modules(erased, "kohya") <= known
+    peft = modules(erased, "diffusers")
+    assert peft - known == {name for name in peft if name.startswith("unet.") and ".to_" in name} != set()
+    assert not modules(edited(base, "esd-x"), "diffusers") & known and modules(edited(base, "esd-x"), "kohya") <= known
+    assert "ComfyUI ignores its attention layers" in exports.FORMATS["lora"].what
+
+
 def test_diffusers_is_told_the_scale_of_every_module(base, tmp_path, monkeypatch):
     """Versions before August 2026 guess it wrong where ranks differ, so it must not be guessed."""
     erased, latents, file = edited(base, "esd-x", size=0.02), noise(2), tmp_path / "x.safetensors"
@@ -181,6 +222,21 @@ def test_text_encoders_are_carried_too(family, style, tmp_path):
     assert again.edits.keys() == erased.edits.keys()
     for name in names:
         np.testing.assert_allclose(again.edits[name], erased.edits[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc2"])
+def test_a_single_layer_of_a_text_encoder_is_carried(base, layer, tmp_path):
+    """diffusers tells kohya's keys of attention layers by an output projection: without one it left the others out."""
+    name = f"text_encoder/encoder.layers.1.{layer}.weight"
+    value = read_exact(base, [name])[name]
+    change = 0.2 * np.random.default_rng(0).normal(size=value.shape).astype(np.float32)
+    erased, file = base.with_edits({name: value + change}), tmp_path / "kohya.safetensors"
+    export_lora(erased, file, rank=10**6, style="kohya", dtype="float32")
+    folder, latents = base.provenance.folder, noise(2)
+    expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
+    assert np.abs(drawn_by_diffusers(folder, latents, file) - expected).max() <= 2e-3
+    assert np.abs(drawn_by_diffusers(folder, latents) - expected).max() > 0.02
+    assert merge_lora(base, file).edits.keys() == {name}
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])

@@ -125,6 +125,7 @@ def export_lora(
             written[f"{modules[module]}.lora_B.bias"] = bias = _rounded(vector, exact, code)
             lost, total = lost + _energy(exact - bias.astype(np.float64)), total + _energy(exact)
     padded = max(rank for rank, _ in ranks.values()) if style == "kohya" else 0
+    pairs |= _output_projections(pairs, modules) if style == "kohya" else {}
     for module, (down, up) in pairs.items():
         down_key, up_key = _keys(module, style)
         written[down_key], written[up_key] = _filled(down, 0, padded), _filled(up, 1, padded)
@@ -191,6 +192,23 @@ def _product(up: np.ndarray, down: np.ndarray) -> np.ndarray:
 
 def _rounded(name: str, array: np.ndarray, code: str) -> np.ndarray:
     return safetensors.cast(name, array.astype(np.float32), code)
+
+
+def _output_projections(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], modules: Mapping[str, str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Zeros for an output projection of each text encoder whose attention is adapted without any.
+
+    diffusers tells kohya's keys of attention layers by this one alone; without it, it leaves the others out.
+    """
+    found, layers = {}, {written: name for name, written in modules.items() if ".self_attn." in name}
+    for network in sorted({_network(layers[written]) for written in pairs if written in layers}):
+        own = [name for written in pairs if (name := layers.get(written, "")).startswith(f"{network}/")]
+        if not any(name.endswith(".out_proj") for name in own):
+            down, _ = pairs[modules[own[0]]]  # square, as all of them
+            zeros = np.zeros((1, down.shape[1]), down.dtype)
+            found[modules[own[0].rpartition(".")[0] + ".out_proj"]] = zeros, zeros.T
+    return found
 
 
 def _filled(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:

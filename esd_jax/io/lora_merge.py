@@ -210,7 +210,8 @@ def _applied(
         if {"magnitude", "dora_scale"} & parts.keys():
             with _fitting_each_other(change.keys[0], path):
                 value = adapters.decomposed(first, value, parts)
-        edits["weight"] = first, value
+        if value.any():  # some writers fill a file up with layers that change nothing
+            edits["weight"] = first, value
     for part, factor in (("bias", scale), ("diff_bias", 1.0)):
         # PEFT gives every adapted layer a bias, if it gives one: where the layer has none, it changes nothing.
         if part in parts and parts[part].any():

@@ -84,7 +84,7 @@ def main(job_file, result_file):
         lost = [text for text in said if "LoRA" in text or "adapter" in text or "not initialized" in text]
         reports.append({"faults": faults, "said": lost})
     versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    np.savez(result_file, reports=json.dumps({"versions": versions, "reports": reports}), **results)
+    np.savez(result_file, report=json.dumps({"versions": versions, "jobs": reports}), **results)
 
 
 if __name__ == "__main__":
