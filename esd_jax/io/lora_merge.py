@@ -30,7 +30,7 @@ from esd_jax.io.safetensors import Header
 from esd_jax.pipeline import Pipeline
 
 INTEGERS = {"I64": np.int64, "I32": np.int32}  # of alphas: scripts that extract a LoRA write its rank as it is
-HALVED = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}  # unscaled, so exact in float32
+EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}  # unscaled, so exact in float32
 BUNDLED = "bundle_emb."  # A1111's: textual inversions that go with a LoRA, "bundle_emb.WORD.string_to_param.*"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves an adapter
 
@@ -81,7 +81,8 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
 
 def is_lora(header: Header) -> bool:
     """Whether a file's keys are those of a LoRA, or of a kind that `merge_lora` refuses by name."""
-    ending, start = tuple(ENDINGS), ("lora_unet_", "lora_te", "lycoris_")
+    ending = tuple(end for end, part in ENDINGS.items() if part not in ("alpha", "scale"))  # which others have, too
+    start = ("lora_unet_", "lora_te", "lycoris_")
     part = (".lora_", *OTHER_KINDS)
     return any(
         key.endswith(ending) or key.startswith(start) or any(word in key for word in part) for key in header.entries
@@ -124,7 +125,7 @@ def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, s
 def _read(header: Header, key: str, part: str) -> np.ndarray:
     """A tensor in float32. Raises ValueError for NaN and infinity."""
     entry = header.entries[key]
-    whole = HALVED.get(entry.dtype) or (INTEGERS.get(entry.dtype) if part == "alpha" else None)
+    whole = EIGHT_BITS.get(entry.dtype) or (INTEGERS.get(entry.dtype) if part == "alpha" else None)
     if whole is None:
         array = safetensors.read(header, key)
     else:
