@@ -5,6 +5,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from factories import NOISE
 
 from esd_jax.models import architectures
 from esd_jax.models.architectures import clip_bpe
@@ -26,7 +27,7 @@ def make_sd14(folder: Path) -> diffusers.StableDiffusionPipeline:
     pipe = diffusers.StableDiffusionPipeline(
         **parts,
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -108,6 +108,9 @@ def test_deltas_that_do_not_fit(base, tmp_path):
         safetensors.torch.save_file(tensors, path)
         with pytest.raises(ValueError, match=one_line(path, *words)):
             load_delta(base[0], path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=one_line("x.gguf", "no safetensors file")):
+        load_delta(base[0], tmp_path / "x.gguf")
     with pytest.raises(ValueError, match=one_line("x.pt", "pickle", "save_file(torch.load(OLD, weights_only=True)")):
         load_delta(base[0], "x.pt")
     with pytest.raises(FileNotFoundError, match=one_line("nowhere.safetensors")):

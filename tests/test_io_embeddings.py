@@ -94,6 +94,7 @@ def test_a_learned_word_is_erased_and_exported_without_the_text_encoder(tmp_path
         ({"clip_l": (2, 32), "clip_g": (2, 32)}, ["no embedding for this checkpoint"]),
         ({"a": (2, 32), "b": (2, 32)}, ["2 words ('a', 'b')", "one word"]),
         ({"unet.conv_in.lora_A.weight": (2, 32), "a": (2, 32)}, ["no key of a textual-inversion", "LoRA", "merge"]),
+        ({"lora_te_x.lora_down.weight": (2, 32)}, ["no key of a textual-inversion", "LoRA", "merge"]),
         ({"cat</w>": (1, 32)}, ["knows 'cat</w>' already"]),
     ],
 )

@@ -403,7 +403,7 @@ def test_factors_are_the_nearest_of_their_rank(shape):
         ({"unet.conv_in.oft_blocks": (2, 2, 2)}, ["OFT", "not implemented"]),
         ({"lora_unet_conv_in.on_input": (1,)}, ["IA3", "not implemented"]),
         ({"conv_in.weight": (32, 4, 3, 3)}, ["no key of a LoRA"]),
-        ({"down_blocks.0.x.weight": (2,)}, ["no key of a LoRA", "network of a diffusers folder"]),
+        ({"down_blocks.0.x.weight": (2,)}, ["no key of a LoRA", "UNet tensors alone"]),
         ({"emb_params": (2, 32)}, ["no key of a LoRA", "textual inversion", "add_embedding"]),
         ({}, ["holds no LoRA"]),
     ],

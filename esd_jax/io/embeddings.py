@@ -70,7 +70,7 @@ def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray
     named = None
     for key in header.entries:
         encoder = KEYS.get(key)
-        if encoder is None and len(header.entries) == 1:
+        if encoder is None and len(header.entries) == 1 and not ("." in key and described([key])):
             encoder, named = "text_encoder", key
         if encoder is None:
             raise ValueError(f"{path}: {_foreign(header, key)}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from esd_jax.io import ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
-from esd_jax.io.recognised import CHECKPOINT, described
+from esd_jax.io.recognised import LOAD, described
 from esd_jax.io.safetensors import Header
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
@@ -141,7 +141,7 @@ def _instead(header: Header) -> str:
     keys = list(header.entries)
     lacks = f"it lacks {ldm.UNET}input_blocks.0.0.weight and begins with {keys[0]!r}" if keys else "it holds no tensors"
     known = described(keys)
-    return known if known and not any(key.startswith(CHECKPOINT) for key in keys) else lacks
+    return lacks if known in ("", LOAD) else known
 
 
 def _old_key(key: str) -> str:

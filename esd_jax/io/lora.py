@@ -8,9 +8,9 @@ of 1x1. The factors are the change's truncated singular value decomposition, the
 
 Every module's scale is said outright, because loaders guess it wrong where ranks differ: diffusers took the first
 module's rank for every alpha until August 2026 (its pull request 14409), so PEFT's files carry their `LoraConfig`. Of
-kohya's files it loses the alphas of attention layers, and until 0.36 it took a module's rank for its alpha once ranks
-differed. So all factors in a kohya file have one rank, the greatest that any matrix needs: zeros fill the others up,
-and alpha is that rank, which makes the scale 1 however it is guessed.
+kohya's files it loses the alphas of attention layers, and 0.32 takes a module's rank for its alpha once ranks differ.
+So all factors in a kohya file have one rank, the greatest that any matrix needs: zeros fill the others up, and alpha is
+that rank, which makes the scale 1 however it is guessed.
 """
 
 import json

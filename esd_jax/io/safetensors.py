@@ -92,6 +92,8 @@ def read_header(path: Path) -> Header:
             header = json.loads(file.read(length))
     except (safetensors.SafetensorError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file ({reason}): give one, whose name ends so") from error
         raise ValueError(f"{path} is damaged or incomplete ({reason}): copy or download it again") from error
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
