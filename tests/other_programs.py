@@ -77,7 +77,8 @@ def _made(name: str) -> tuple[Path, str]:
         if made.returncode:
             said = [line for line in made.stderr.splitlines() if "ERROR" in line] or made.stderr.splitlines()
             return path, " ".join(said[-1:])[:200]
-        partial.rename(path)
+        if not path.is_dir():  # another process may have made it meanwhile
+            partial.rename(path)
     except subprocess.TimeoutExpired:
         return path, "not within an hour"
     finally:
