@@ -16,7 +16,7 @@ from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
 from esd_jax.io.ldm import UNET
 from esd_jax.io.lora_merge import is_lora, merge_lora
-from esd_jax.io.safetensors import read_header
+from esd_jax.io.safetensors import OF_TENSORS, read_header, refuse_pickle
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
@@ -140,7 +140,8 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     Raises FileNotFoundError, ValueError as their readers do.
     """
     path = Path(path).expanduser()
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
+        refuse_pickle(path, OF_TENSORS)
         if (path / "run.json").is_file():
             return restore(path, base=base)
         if (path / "config.json").is_file():

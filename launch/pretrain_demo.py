@@ -25,6 +25,7 @@ from esd_jax.demo import artwork, captions, vocabulary
 from esd_jax.demo.pretrain import architecture, autoencoder, diffusion
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io import safetensors
+from esd_jax.io.folder import text_model_key
 from esd_jax.models.layers import Keys
 from esd_jax.params import Params, combine, component, initial, prefixed
 from esd_jax.pipeline import MODULES, NetworkConfig, network
@@ -131,7 +132,9 @@ def write_model(folder: Path, configs: Configs, params: Params) -> None:
     for part, source in sources.items():
         layouts = network(configs[part], "float32").layouts
         tensors = {
-            name: safetensors.to_file(safetensors.cast(f"{part}/{name}", np.asarray(value), "F16"), layouts[name])
+            text_model_key(part, name): safetensors.to_file(
+                safetensors.cast(f"{part}/{name}", np.asarray(value), "F16"), layouts[name]
+            )
             for name, value in component(params, part).items()
         }
         write_json(folder / part / "config.json", source)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
 import torch
 import transformers
 
@@ -184,14 +185,25 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def save(pipe: diffusers.DiffusionPipeline, folder, dtype: torch.dtype, tokenizer: str) -> diffusers.DiffusionPipeline:
-    """Casts a pipeline, writes it as safetensors with tokenizers in the form wanted, and returns it."""
+    """Casts a pipeline, writes it as hub models are, with tokenizers in the form wanted, and returns it."""
     pipe.set_progress_bar_config(disable=True)
     pipe.to(dtype=dtype).save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        if hasattr(pipe, name):
+            name_text_model(Path(folder) / name / "model.safetensors")
     if tokenizer == "files":
         for name in ("tokenizer", "tokenizer_2"):
             if hasattr(pipe, name):
                 write_tokenizer_files(getattr(pipe, name), Path(folder) / name)
     return pipe
+
+
+def name_text_model(file: Path) -> None:
+    """Gives a text encoder's tensors the names of hub models, "text_model...", which transformers 5 writes no more."""
+    tensors = safetensors.torch.load_file(file)
+    bare = ("embeddings.", "encoder.", "final_layer_norm.")
+    named = {f"text_model.{key}" if key.startswith(bare) else key: value for key, value in tensors.items()}
+    safetensors.torch.save_file(named, file, {"format": "pt"})
 
 
 def _vocabulary() -> list[str]:

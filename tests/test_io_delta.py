@@ -1,6 +1,7 @@
 """ESD deltas: others load them with `load_state_dict(strict=False)`, which is silent where this must refuse."""
 
 import copy
+from pathlib import Path
 
 import factories
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from messages import one_line
 
+from esd_jax import api, demo
 from esd_jax.io import diffusers as io
 from esd_jax.io.delta import delta_name, export_delta, load_delta
 
@@ -72,10 +74,33 @@ def test_loads_what_others_write(base, tmp_path):
     assert loaded.edits.keys() == {f"unet/{name}" for name in NAMES}
 
 
+@pytest.mark.parametrize("prefix", ["", "unet.", "module.", "_orig_mod.", "unet._orig_mod.", "module.unet."])
+def test_a_prefix_that_all_names_share_is_taken_off(base, erased, prefix, tmp_path):
+    delta = safetensors.torch.load_file(export_delta(erased, tmp_path / "x.safetensors"))
+    file = tmp_path / "named.SAFETENSORS"  # a suffix in capitals is the same one
+    safetensors.torch.save_file({prefix + name: value for name, value in delta.items()}, file)
+    for read in (load_delta, api.opened):
+        loaded = read(base[0], file)
+        assert loaded.edits.keys() == {f"unet/{name}" for name in NAMES}
+        np.testing.assert_array_equal(loaded.edits[f"unet/{NAMES[0]}"], delta[NAMES[0]].float().numpy().T)
+
+
+def test_a_delta_of_the_authors_newer_class():
+    """Whose modules are those of a pipeline, "unet....": the sample has two of its tensors."""
+    file = Path(__file__).parent / "data" / "delta_unet_prefix.safetensors"
+    loaded = api.opened(io.load(demo.MODEL), file)
+    for key, value in safetensors.torch.load_file(file).items():
+        np.testing.assert_array_equal(loaded.edits[key.replace("unet.", "unet/")], value.float().numpy().T)
+    assert len(loaded.edits) == 2
+
+
 def test_deltas_that_do_not_fit(base, tmp_path):
     path = tmp_path / "x.safetensors"
     for tensors, words in [
-        ({"unet." + NAMES[0]: torch.zeros(32, 32)}, ["does not have", "'unet." + NAMES[0]]),
+        ({"unet.conv_in.wieght": torch.zeros(3)}, ["does not have", "'unet.conv_in.wieght'"]),
+        ({"unet." + NAMES[0]: torch.zeros(32, 32), NAMES[1]: torch.zeros(32)}, ["does not have", "'unet." + NAMES[0]]),
+        ({"emb_params": torch.zeros(2, 32)}, ["does not have", "textual inversion", "add_embedding"]),
+        ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(3)}, ["does not have", "FLUX"]),
         ({NAMES[0]: torch.zeros(32, 32), "conv_in.wieght": torch.zeros(3)}, ["does not have", "'conv_in.wieght'"]),
         ({NAMES[0]: torch.zeros(32, 768)}, [NAMES[0], "(32, 768)", "(32, 32)"]),
         ({}, ["holds no tensors"]),
@@ -83,7 +108,10 @@ def test_deltas_that_do_not_fit(base, tmp_path):
         safetensors.torch.save_file(tensors, path)
         with pytest.raises(ValueError, match=one_line(path, *words)):
             load_delta(base[0], path)
-    with pytest.raises(ValueError, match=one_line("x.pt", "pickle")):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=one_line("x.gguf", "no safetensors file")):
+        load_delta(base[0], tmp_path / "x.gguf")
+    with pytest.raises(ValueError, match=one_line("x.pt", "pickle", "save_file(torch.load(OLD, weights_only=True)")):
         load_delta(base[0], "x.pt")
     with pytest.raises(FileNotFoundError, match=one_line("nowhere.safetensors")):
         load_delta(base[0], tmp_path / "nowhere.safetensors")

@@ -1,9 +1,12 @@
 """Textual-inversion embeddings, and folders whose text encoder has learned words, against diffusers."""
 
+from pathlib import Path
+
 import factories
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from messages import one_line
 
@@ -89,7 +92,9 @@ def test_a_learned_word_is_erased_and_exported_without_the_text_encoder(tmp_path
         ({"emb_params": (2, 7)}, ["widths", "32"]),
         ({"emb_params": (0, 32)}, ["no embedding"]),
         ({"clip_l": (2, 32), "clip_g": (2, 32)}, ["no embedding for this checkpoint"]),
-        ({"a": (2, 32), "b": (2, 32)}, ["'a' is no key"]),
+        ({"a": (2, 32), "b": (2, 32)}, ["2 words ('a', 'b')", "one word"]),
+        ({"unet.conv_in.lora_A.weight": (2, 32), "a": (2, 32)}, ["no key of a textual-inversion", "LoRA", "merge"]),
+        ({"lora_te_x.lora_down.weight": (2, 32)}, ["no key of a textual-inversion", "LoRA", "merge"]),
         ({"cat</w>": (1, 32)}, ["knows 'cat</w>' already"]),
     ],
 )
@@ -99,3 +104,32 @@ def test_files_that_are_refused(content, words, tmp_path):
     safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in content.items()}, file)
     with pytest.raises(ValueError, match=one_line(file, *words)):
         add_embedding(esd_jax.load(tmp_path / "base"), file)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sdxl", ["one of SDXL's, for two text encoders", "(2, 1280)", "{'text_encoder': 128}"]),
+        ("two_words", ["2 words ('<a>', '<b>')", "a file of one word"]),
+        ("wrong_width", ["no embedding for this checkpoint", "(2, 768)", "{'text_encoder': 128}"]),
+    ],
+)
+def test_samples_that_the_embedded_model_cannot_use(name, words):
+    file = Path(__file__).parent / "data" / "embeddings" / f"{name}.safetensors"
+    with pytest.raises(ValueError, match=one_line(file, *words)):
+        add_embedding(esd_jax.load("emoji"), file)
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.bin", "a1111.pt"])
+def test_the_advice_on_a_pickle_makes_what_is_read(name, tmp_path):
+    factories.make_sd1(tmp_path / "base")
+    base, rows = esd_jax.load(tmp_path / "base"), torch.from_numpy(vectors(2))
+    torch.save({"<toy>": rows} if name.endswith(".bin") else {"string_to_param": {"*": rows}}, tmp_path / name)
+    with pytest.raises(ValueError, match=one_line(name, "pickle", "never read", "save_file", "emb_params")) as error:
+        add_embedding(base, tmp_path / name)
+    load, _, save = str(error.value).partition("first (")[2].removesuffix(")").partition(", then ")
+    new = tmp_path / "new.safetensors"
+    code = f"{load}\n{save}".replace("OLD", repr(str(tmp_path / name))).replace("NEW", repr(str(new)))
+    exec(code, {"torch": torch, "safetensors": safetensors})
+    table = add_embedding(base, new, "<toy>").params["text_encoder"]["embeddings.token_embedding.weight"]
+    np.testing.assert_array_equal(table[-2:], rows)

@@ -293,3 +293,19 @@ def test_the_source(sd1, tmp_path, monkeypatch):
         io.load("model.safetensors")
     with pytest.raises(ValueError, match=one_line("model_index.json is a file")):
         io.load(sd1[0] / "model_index.json")
+
+
+def test_weights_of_8_bits_are_refused_before_they_are_read(copy):
+    file = copy / UNET
+    tensors = {key: value.to(torch.float8_e5m2) for key, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file)
+    for read in (io.load, io.describe):
+        with pytest.raises(ValueError, match=one_line(file, "F8_E5M2", "not implemented", "float16")):
+            read(copy)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_weights_that_were_saved_from_within_a_wrapper(copy, wrapper):
+    rename_keys(copy / UNET, lambda key: wrapper + key)
+    with pytest.raises(ValueError, match=one_line("unet", wrapper, "torch.compile", "save the network that it wraps")):
+        io.load(copy)

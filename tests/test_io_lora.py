@@ -13,7 +13,7 @@ from messages import one_line
 from torch_oracle import to_nchw, to_nhwc
 
 import esd_jax
-from esd_jax import api
+from esd_jax import api, exports
 from esd_jax.io import ldm
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import export_lora, factors
@@ -105,13 +105,18 @@ MATRICES = r"regex:(to_[qkvo]|conv\d|conv_in|conv_out|conv_shortcut|samplers|pro
 
 
 def test_kohyas_keys_open_in_diffusers_too(family, tmp_path):
-    """Every kind of module, at ranks from 4 to 128, under one alpha: diffusers loses those of attention layers."""
+    """Every kind of module, at ranks from 4 to 128, filled up to one: diffusers loses alphas of attention layers."""
     folder, base = family
     erased, latents = edited(base, MATRICES, size=0.02), noise(2)
     report = export_lora(erased, tmp_path / "kohya.safetensors", rank=10**6, style="kohya", dtype="float32")
     assert report.residual < 1e-10 and len({rank for rank, _ in report.ranks.values()}) > 3
     file = safetensors.numpy.load_file(tmp_path / "kohya.safetensors")
     assert {key.rpartition(".")[2] for key in file} == {"weight", "alpha"}
+    # diffusers 0.32 takes the rank for alpha once ranks differ: here there is one, and alpha is it.
+    (rank,) = {len(value) for key, value in file.items() if key.endswith("lora_down.weight")}
+    assert rank == report.padded == max(own for own, _ in report.ranks.values())
+    assert all(value.shape[1] == rank for key, value in file.items() if key.endswith("lora_up.weight"))
+    assert {float(value) for key, value in file.items() if key.endswith(".alpha")} == {rank}
     two = len(base.text_encoders) == 2
     assert ("lora_unet_input_blocks_0_0.alpha" in file, "lora_unet_conv_in.alpha" in file) == (two, not two)
     expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
@@ -119,6 +124,48 @@ def test_kohyas_keys_open_in_diffusers_too(family, tmp_path):
     assert np.abs(found - expected).max() <= 2e-3
     with safetensors.safe_open(tmp_path / "kohya.safetensors", "np") as opened:  # by which A1111 hides what cannot fit
         assert opened.metadata()["ss_base_model_version"] == ("sdxl_base_v1-0" if two else "sd_v1")
+
+
+LAYERS = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in "qkv"), "self_attn.out_proj")
+
+
+def names_in_comfyui(base):
+    """The modules that ComfyUI's loader knows, by the rule of its `model_lora_keys_unet` and `model_lora_keys_clip`."""
+    known = set()
+    for name, place in ldm.places({"unet": base.configs["unet"]}).items():
+        module, inner = (text.rpartition(".")[0] for text in (name[5:], place.key.removeprefix(ldm.UNET)))
+        flat = module.replace(".", "_")
+        known |= {f"lora_unet_{inner.replace('.', '_')}", f"diffusion_model.{inner}", f"lora_unet_{flat}"}
+        dotted = module.replace(".to_", ".processor.to_")  # as diffusers had attention's adapters until 2023
+        dotted = dotted.removesuffix(".0") if dotted.endswith(".to_out.0") else dotted
+        known |= {f"lycoris_{flat}", dotted, f"unet.{dotted}"}
+    for encoder, kohya in zip(base.text_encoders, (("lora_te_", "lora_te1_"), ("lora_te2_",)), strict=False):
+        for i in range(base.configs[encoder].num_hidden_layers):
+            for layer in LAYERS:
+                flat = f"text_model_encoder_layers_{i}_{layer.replace('.', '_')}"
+                known |= {prefix + flat for prefix in kohya}
+                known.add(f"{encoder}.text_model.encoder.layers.{i}.{layer}")
+    return known
+
+
+def test_which_modules_comfyui_knows(family, tmp_path):
+    """Of kohya's file all. Of PEFT's all but the attention layers: of ESD-x none, which is what export says."""
+    _, base = family
+    layer = "encoder.layers.1.self_attn.out_proj.weight"
+    names = [f"{encoder}/{layer}" for encoder in base.text_encoders]
+    some = r"regex:(conv_in|mid_block.*(to_[qkvo]|conv1|ff\.|proj_in)|samplers).*\.weight"  # of every kind
+    erased = edited(base, some).with_edits({name: value + 1 for name, value in read_exact(base, names).items()})
+    known = names_in_comfyui(base)
+
+    def modules(erased, style):
+        file = export_lora(erased, tmp_path / "x.safetensors", rank=1, style=style, overwrite=True).path
+        return {key.rpartition(".lora_")[0] for key in safetensors.numpy.load_file(file) if ".lora_" in key}
+
+    assert modules(erased, "kohya") <= known
+    peft = modules(erased, "diffusers")
+    assert peft - known == {name for name in peft if name.startswith("unet.") and ".to_" in name} != set()
+    assert not modules(edited(base, "esd-x"), "diffusers") & known and modules(edited(base, "esd-x"), "kohya") <= known
+    assert "ComfyUI ignores its attention layers" in exports.FORMATS["lora"].what
 
 
 def test_diffusers_is_told_the_scale_of_every_module(base, tmp_path, monkeypatch):
@@ -176,6 +223,21 @@ def test_text_encoders_are_carried_too(family, style, tmp_path):
     assert again.edits.keys() == erased.edits.keys()
     for name in names:
         np.testing.assert_allclose(again.edits[name], erased.edits[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.out_proj", "mlp.fc2"])
+def test_a_single_layer_of_a_text_encoder_is_carried(base, layer, tmp_path):
+    """diffusers tells kohya's keys of attention layers by an output projection: without one it left the others out."""
+    name = f"text_encoder/encoder.layers.1.{layer}.weight"
+    value = read_exact(base, [name])[name]
+    change = 0.2 * np.random.default_rng(0).normal(size=value.shape).astype(np.float32)
+    erased, file = base.with_edits({name: value + change}), tmp_path / "kohya.safetensors"
+    export_lora(erased, file, rank=10**6, style="kohya", dtype="float32")
+    folder, latents = base.provenance.folder, noise(2)
+    expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
+    assert np.abs(drawn_by_diffusers(folder, latents, file) - expected).max() <= 2e-3
+    assert np.abs(drawn_by_diffusers(folder, latents) - expected).max() > 0.02
+    assert merge_lora(base, file).edits.keys() == {name}
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya"])
@@ -339,10 +401,11 @@ def test_factors_are_the_nearest_of_their_rank(shape):
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, ["conv_in", "lacks its other factor"]),
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (31, 2, 1, 1)}, ["does not fit"]),
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 3, 1, 1)}, ["does not fit"]),
-        ({"unet.conv_in.lora_magnitude_vector": (32,)}, ["DoRA", "not implemented"]),
-        ({"lora_unet_conv_in.hada_w1_a": (2, 2)}, ["LoHa", "not implemented"]),
-        ({"lora_unet_conv_in.lokr_w1": (2, 2)}, ["LoKr", "not implemented"]),
+        ({"unet.conv_in.oft_blocks": (2, 2, 2)}, ["OFT", "not implemented"]),
+        ({"lora_unet_conv_in.on_input": (1,)}, ["IA3", "not implemented"]),
         ({"conv_in.weight": (32, 4, 3, 3)}, ["no key of a LoRA"]),
+        ({"down_blocks.0.x.weight": (2,)}, ["no key of a LoRA", "UNet tensors alone"]),
+        ({"emb_params": (2, 32)}, ["no key of a LoRA", "textual inversion", "add_embedding"]),
         ({}, ["holds no LoRA"]),
     ],
 )  # fmt: skip

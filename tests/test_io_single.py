@@ -10,6 +10,7 @@ import factories
 import jax.numpy as jnp
 import ldm_oracle
 import numpy as np
+import open_clip_oracle
 import pytest
 import safetensors
 import safetensors.torch
@@ -417,6 +418,32 @@ def test_clips_own_tokenizer_goes_with_the_file(tmp_path):
     assert io.load(out).encode_prompts(["a cat"], size=(16, 16)).pooled.shape == (1, factories.WIDTH)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_the_training_codes_text_model_opens_strictly(kind, tmp_path):
+    """All of open_clip's text model is there, and it encodes as the folder's does: SD 2 by its last layer but one."""
+    pipe = ldm_oracle.make(kind, tmp_path / "folder")
+    pipeline = io.load(tmp_path / "folder")
+    file = safetensors.torch.load_file(export_single(pipeline, tmp_path / "x.safetensors"))
+    encoder = getattr(pipe, "text_encoder_2" if kind == "sdxl" else "text_encoder")
+    prefix = "conditioner.embedders.1.model." if kind == "sdxl" else "cond_stage_model.model."
+    config = encoder.config
+    model = open_clip_oracle.TextModel(
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+        layers=2 if kind == "sdxl" else 3, projection=config.projection_dim if kind == "sdxl" else config.hidden_size,
+    )  # fmt: skip
+    model.load_state_dict({key.removeprefix(prefix): v for key, v in file.items() if key.startswith(prefix)})
+    ids = torch.from_numpy(pipeline.tokenizers[-1](["a photo of the cat"]).astype(np.int64))
+    theirs = encoder(ids, output_hidden_states=True)
+    hidden, normed, pooled = model(ids, skip_last=True)
+    np.testing.assert_allclose(hidden, theirs.hidden_states[-2 if kind == "sdxl" else -1], atol=2e-5)
+    if kind == "sdxl":
+        np.testing.assert_allclose(model(ids, skip_last=False)[2], theirs.text_embeds, atol=2e-5)
+    else:
+        np.testing.assert_allclose(normed, theirs.last_hidden_state, atol=2e-5)
+        assert not any(v.any() for k, v in file.items() if ".resblocks.2." in k or k.endswith("text_projection"))
+
+
 def test_marks_of_an_sdxl_that_predicts_v(tmp_path):
     ldm_oracle.make("sdxl", tmp_path / "folder")
     scheduler = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
@@ -452,7 +479,11 @@ WRONG = {
         replace_all({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 32)}),
         ["LoRA", "merge"],
     ),
-    "one network": (replace_all({"down_blocks.0.resnets.0.conv1.weight": torch.ones(4)}), ["diffusers folder"]),
+    "a delta": (replace_all({"mid_block.attentions.0.norm.weight": torch.ones(4)}), ["UNet tensors alone", "its base"]),
+    "one network": (replace_all({"encoder.conv_in.weight": torch.ones(4)}), ["one network", "diffusers folder"]),
+    "a word": (replace_all({"emb_params": torch.ones(2, 4)}), ["textual inversion", "add_embedding"]),
+    "a UNet alone": (replace_all({"input_blocks.0.0.weight": torch.ones(4)}), ["UNet alone", "whole checkpoint"]),
+    "another family": (replace_all({UNET + "joint_blocks.0.x.weight": torch.ones(4)}), ["SD 3", "not implemented"]),
     "something else": (replace_all({"abc.weight": torch.ones(4)}), ["no Stable Diffusion", "abc.weight"]),
     "no VAE": (drop("first_stage_model."), ["no VAE", "first_stage_model.", "complete"]),
     "no text encoder": (drop("cond_stage_model."), ["no text encoder", "cond_stage_model."]),
@@ -475,7 +506,24 @@ WRONG = {
     ),
     "an integer matrix": (
         lambda f: rewrite(f, lambda t: t.update({IN: t[IN].char()})),
-        ["input_blocks.0.0.weight", "I8", "not implemented"],
+        ["input_blocks.0.0.weight", "I8", "not implemented", "float16"],
+    ),
+    "weights of 8 bits": (
+        lambda f: rewrite(f, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()})),
+        ["has dtype F8_E4M3", "not implemented", "float16"],
+    ),
+    "scaled weights of 8 bits": (
+        lambda f: rewrite(
+            f,
+            lambda t: t.update(
+                {
+                    IN: t[IN].to(torch.float8_e4m3fn),
+                    IN.replace(".weight", ".scale_weight"): torch.tensor(2.0),
+                    UNET + "scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn),
+                }
+            ),
+        ),
+        ["input_blocks.0.0.weight", "has dtype F8_E4M3", "not implemented", "float16"],
     ),
 }
 
@@ -485,8 +533,9 @@ def test_a_file_that_is_wrong(sd1, wrong, tmp_path):
     change, words = WRONG[wrong]
     file = Path(shutil.copyfile(sd1[2], tmp_path / "model.safetensors"))
     change(file)
-    with pytest.raises(ValueError, match=one_line("model.safetensors" if wrong != "inpainting" else "", *words)):
-        io.load(file, config=sd1[0])
+    for read in (io.load, io.describe):  # what cannot be loaded is no plan's base either
+        with pytest.raises(ValueError, match=one_line("model.safetensors" if wrong != "inpainting" else "", *words)):
+            read(file, config=sd1[0])
 
 
 def test_a_fused_tensor_that_is_wrong(tmp_path):

@@ -9,6 +9,7 @@ import ldm_oracle
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from messages import one_line
 
 from esd_jax.diffusion import samplers
@@ -138,6 +139,19 @@ KNOWN = {
 def test_known_names(name):
     keys = shapes_of(name)[1]
     assert {key: keys.get(key) for key in KNOWN[name]} == KNOWN[name]
+
+
+def test_what_training_codes_have_besides():
+    """Of SD 2 what diffusers leaves out by name, and the temperature; of SDXL that alone."""
+    configs = {name: config_files.read_architecture(architectures.folder(name))[0] for name in ("sd14", "sd21", "sdxl")}
+    besides = ldm.unread(configs["sd21"])
+    temperature = "cond_stage_model.model.logit_scale"
+    assert besides.keys() - {temperature} == set(single_file_utils.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE)
+    assert besides["cond_stage_model.model.transformer.resblocks.23.attn.in_proj_weight"] == (3072, 1024)
+    assert besides["cond_stage_model.model.transformer.resblocks.23.mlp.c_proj.weight"] == (1024, 4096)
+    assert (besides[temperature], besides["cond_stage_model.model.text_projection"]) == ((), (1024, 1024))
+    assert ldm.unread(configs["sdxl"]) == {"conditioner.embedders.1.model.logit_scale": ()}
+    assert ldm.unread(configs["sd14"]) == {}
 
 
 def test_the_moving_average_has_no_dots():

@@ -79,11 +79,12 @@ FORMATS: Mapping[str, Format] = {
         "-difference.safetensors", options=("dtype",), exact=False, unet=True,
     ),
     "lora": Format(
-        "LoRA for diffusers", _lora("diffusers"), lora_merge.merge_lora, "-lora.safetensors",
+        "LoRA for diffusers (ComfyUI ignores its attention layers: give it kohya's)", _lora("diffusers"),
+        lora_merge.merge_lora, "-lora.safetensors",
         options=("rank", "energy", "dtype"), exact=False,
     ),
     "kohya": Format(
-        "LoRA for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
+        "LoRA of kohya's keys, for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
         options=("rank", "energy", "dtype"), exact=False,
     ),
     "orbax": Format("Orbax tree of the UNet", orbax.write, orbax.read, "-orbax", unet=True),

@@ -15,6 +15,7 @@ import numpy as np
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
 from esd_jax.io.difference import is_difference
+from esd_jax.io.recognised import described
 from esd_jax.pipeline import Pipeline
 from esd_jax.selection import REGEX
 
@@ -77,22 +78,34 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the UNet does not have.
+      ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the UNet does not have. A
+        prefix that all names share ("unet.", or what torch.compile and data parallelism put before them) is none.
     """
     path = Path(path).expanduser()
+    safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
     net = pipeline.network("unet")
     if not header.entries:
         raise ValueError(f"{path} holds no tensors")
     if is_difference(header):
         raise ValueError(f"{path} is a difference file, whose values are added: it is no delta")
-    if unknown := sorted(header.entries.keys() - net.shapes.keys()):
-        raise ValueError(f"{path} holds a tensor that the UNet does not have: {unknown[0]!r}")
-    edits = {}
+    edits, names = {}, _names(header)
+    if unknown := sorted(key for key, name in names.items() if name not in net.shapes):
+        kind = "" if any(name in net.shapes for name in names.values()) else described(header.entries)
+        kind = f"; {kind}" if kind else ""
+        raise ValueError(f"{path} holds a tensor that the UNet does not have: {unknown[0]!r}{kind}")
     for key, entry in header.entries.items():
-        expected = safetensors.file_shape(net.shapes[key].shape, net.layouts[key])
+        name = names[key]
+        expected = safetensors.file_shape(net.shapes[name].shape, net.layouts[name])
         if entry.shape != expected:
             raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the UNet needs {expected}")
-        array = safetensors.from_file(safetensors.read(header, key), net.layouts[key])
-        edits[f"unet/{key}"] = jnp.asarray(array, jnp.float32)
+        array = safetensors.from_file(safetensors.read(header, key), net.layouts[name])
+        edits[f"unet/{name}"] = jnp.asarray(array, jnp.float32)
     return pipeline.with_edits(edits, {"delta": path.name, "erased": files.read_records(header)})
+
+
+def _names(header: safetensors.Header) -> dict[str, str]:
+    """Key -> the UNet's name: without the prefix "unet." that all keys of some files have, or that of a wrapper."""
+    bare = {key: files.unwrapped(key) for key in header.entries}
+    inner = all(key.startswith("unet.") for key in bare.values())
+    return {key: files.unwrapped(name.removeprefix("unet.")) if inner else name for key, name in bare.items()}

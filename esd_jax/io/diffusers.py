@@ -98,11 +98,22 @@ def load(
 def describe(
     source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
 ) -> tuple[dict[str, NetworkConfig], Schedule]:
-    """The networks' configs and the schedule of what `load` takes. No weights are read, or downloaded."""
+    """The networks' configs and the schedule of what `load` takes. No weights are read, or downloaded.
+
+    Raises what `load` does for what a single file's keys and shapes show, and for the dtypes of weights that are here.
+    """
     if ldm_file.is_single_file(source):
         header = safetensors.read_header(Path(source).expanduser().absolute())
-        return _file_architecture(header, ldm_file.config_folder(header, config), config)
-    return read_architecture(resolve(source, variant=variant, revision=revision, weights=False))
+        configs, schedule = _file_architecture(header, ldm_file.config_folder(header, config), config)
+        check_channels(ldm_file.with_channels(header, configs))
+        ldm_file.locate(header, configs)
+        return configs, schedule
+    folder = resolve(source, variant=variant, revision=revision, weights=False)
+    configs, schedule = read_architecture(folder)
+    for path in (path for name in configs for path in sorted((folder / name).glob("*.safetensors"))):
+        if files.variant_of(path.name) == (variant or ""):
+            safetensors.check_weights(safetensors.read_header(path))
+    return configs, schedule
 
 
 def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | Path | None, ema: bool) -> Pipeline:

@@ -10,12 +10,18 @@ import numpy as np
 from jaxtyping import Float
 
 from esd_jax.io import safetensors
+from esd_jax.io.recognised import described
 from esd_jax.pipeline import Pipeline
 from esd_jax.text import Tokenizer
 
 TABLE = "embeddings.token_embedding.weight"
 # Keys of the trainers' files: one encoder (A1111), SDXL's two (kohya, ComfyUI); diffusers writes the word itself.
 KEYS = {"emb_params": "text_encoder", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+# Of A1111's .pt and of learned_embeds.bin, which is {word: vector} itself.
+OF_VECTORS = (
+    "old = torch.load(OLD, weights_only=True), then safetensors.torch.save_file({'emb_params': "
+    "old['string_to_param']['*'] if 'string_to_param' in old else next(iter(old.values()))}, NEW)"
+)
 
 
 def add_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None) -> Pipeline:
@@ -58,23 +64,36 @@ def add_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None
 
 def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray, "n width"]], str | None]:
     """Encoder -> its vectors, and the word if the file has it."""
+    safetensors.refuse_pickle(path, OF_VECTORS)
     header = safetensors.read_header(path)
     found: dict[str, np.ndarray] = {}
     named = None
     for key in header.entries:
         encoder = KEYS.get(key)
-        if encoder is None and len(header.entries) == 1:
+        if encoder is None and len(header.entries) == 1 and not ("." in key and described([key])):
             encoder, named = "text_encoder", key
         if encoder is None:
-            raise ValueError(f"{path}: {key!r} is no key of a textual-inversion embedding")
+            raise ValueError(f"{path}: {_foreign(header, key)}")
         array = safetensors.read(header, key).astype(np.float32)
         found[encoder] = array[None] if array.ndim == 1 else array
     widths = {encoder: pipeline.configs[encoder].hidden_size for encoder in pipeline.text_encoders}
     fits = {encoder: rows.shape[-1] for encoder, rows in found.items() if rows.ndim == 2 and len(rows)} == widths
     if not fits or len({len(rows) for rows in found.values()}) != 1:
         shapes = {encoder: rows.shape for encoder, rows in found.items()}
-        raise ValueError(f"{path} is no embedding for this checkpoint: it has {shapes}, but the widths are {widths}")
+        of = "it is one of SDXL's, for two text encoders; " if len(found) > len(widths) else ""
+        raise ValueError(
+            f"{path} is no embedding for this checkpoint: {of}it has {shapes}, but the widths are {widths}"
+        )
     return found, named
+
+
+def _foreign(header: safetensors.Header, key: str) -> str:
+    """What is wrong with a file that has a key of no embedding."""
+    if all(len(entry.shape) in (1, 2) and "." not in name for name, entry in header.entries.items()):
+        words = ", ".join(repr(name) for name in header.entries)
+        return f"it holds {len(header.entries)} words ({words}): give a file of one word"
+    known = described(header.entries)
+    return f"{key!r} is no key of a textual-inversion embedding" + (f"; {known}" if known else "")
 
 
 def _teach(tokenizer: Tokenizer, token: str, count: int, path: Path) -> tuple[Tokenizer, list[int]]:

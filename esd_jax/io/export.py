@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +104,7 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
     headers = headers_of(pipeline) if edits else {}
     used = {place.path for place in places.values()}
     variant = pipeline.provenance.variant or ""
-    index, dropped = dict(pipeline.index), []
+    index, dropped, renamed = dict(pipeline.index), [], []
     for component, value in index.items():
         folder = source / component
         if component.startswith("_") or not isinstance(value, list) or value[0] is None or not folder.is_dir():
@@ -114,14 +114,28 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
             dropped.append(component)
             continue
         (target / component).mkdir()
+        bare = _lacks_text_model(component, weights)
+        renamed += [component] if bare else []
         for path in sorted(folder.iterdir()):
+            copy = target / component / path.name
             if path in edits:
-                _rewrite(path, target / component / path.name, edits[path], pipeline, headers, metadata)
+                _rewrite(path, copy, edits[path], pipeline, headers, metadata, component)
+            elif bare and path in weights:
+                _rewrite(path, copy, {}, pipeline, headers, {}, component)
             elif path.is_file() and not files.is_other_weight(path, weights):
-                shutil.copyfile(path, target / component / path.name)
+                if bare and ".safetensors.index." in path.name:
+                    _rename_in_index(path, copy, component)
+                else:
+                    shutil.copyfile(path, copy)
     for path in source.iterdir():
         if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
             shutil.copyfile(path, target / path.name)
+    if renamed:
+        warnings.warn(
+            f"{' and '.join(renamed)}: written under names that begin with 'text_model.', without which transformers 4 "
+            "reads none of these tensors; their values are as they were",
+            stacklevel=4,
+        )
     if dropped:
         warnings.warn(f"left out of the export, since only pickles of it exist: {', '.join(dropped)}", stacklevel=4)
         index |= {component: [None, None] for component in dropped}
@@ -154,8 +168,24 @@ def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
     if variants:
         chosen = next(v for v in (variant, "", *sorted(variants)) if v in variants)
         return set(files.weight_files(folder, chosen))
-    pickled = any(Path(name).suffix in safetensors.PICKLES for name in names)
+    pickled = any(Path(name).suffix.lower() in safetensors.PICKLES for name in names)
     return None if pickled else set()
+
+
+def _lacks_text_model(component: str, weights: Iterable[Path]) -> bool:
+    """Whether a text encoder's files name their tensors as transformers 5 alone reads them."""
+    if not component.startswith("text_encoder"):
+        return False
+    return any(
+        files.text_model_key(component, key) != key for path in weights for key in safetensors.read_header(path).entries
+    )
+
+
+def _rename_in_index(path: Path, target: Path, component: str) -> None:
+    """Copies a list of shards, with the keys that `_rewrite` gives them."""
+    index = files.read_json(path)
+    named = {files.text_model_key(component, key): file for key, file in index["weight_map"].items()}
+    target.write_text(json.dumps({**index, "weight_map": named}, indent=2) + "\n", encoding="utf-8")
 
 
 def _rewrite(
@@ -165,16 +195,20 @@ def _rewrite(
     pipeline: Pipeline,
     headers: Mapping[Path, Header],
     metadata: Mapping[str, str],
+    component: str,
 ) -> None:
     """Copies a weight file with some tensors (key -> name) replaced, one tensor at a time."""
     header = safetensors.read_header(path)
+    keys = {files.text_model_key(component, key): key for key in header.entries}
 
-    def tensor(key: str) -> np.ndarray:
+    def tensor(written: str) -> np.ndarray:
+        key = keys[written]
         if key not in edits:
             return safetensors.read_bytes(header, key)
         return export_value(pipeline, headers, edits[key], header.entries[key].dtype)
 
-    safetensors.write(target, header.entries, tensor, {**header.metadata, **metadata})
+    entries = {written: header.entries[key] for written, key in keys.items()}
+    safetensors.write(target, entries, tensor, {**header.metadata, **metadata})
 
 
 def move_into_place(partial: Path, path: Path) -> None:

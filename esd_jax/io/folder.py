@@ -22,6 +22,8 @@ MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLIP_OF_IMAGES = ("vision_model.", "visual_projection.", "logit_scale")
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")
+CLIP_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")  # of its text model
 
 
 def nameable(name: str) -> str:
@@ -143,9 +145,28 @@ def tensor_name(component: str, key: str) -> str | None:
     return key
 
 
+def text_model_key(component: str, key: str) -> str:
+    """A text encoder's key as transformers 4 and 5 both read it: with "text_model.", which 5 leaves out of new files.
+
+    transformers 4 finds no tensor under a name without it, draws all of them at random, and only warns.
+    """
+    bare = component.startswith("text_encoder") and key.startswith(CLIP_MODULES)
+    return f"text_model.{key}" if bare else key
+
+
+def unwrapped(key: str) -> str:
+    """A key without what PyTorch's wrappers put before a module's name: torch.compile, and data parallelism."""
+    return WRAPPERS.sub("", key)
+
+
 def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the first, for parameters that are missing or unknown."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if unknown and all(unwrapped(name) in expected for name in unknown):
+        raise ValueError(
+            f"{component}: the weights are named as within PyTorch's wrappers (torch.compile, data parallelism), first "
+            f"{unknown[0]!r}; diffusers does not read them either: save the network that it wraps"
+        )
     if missing:
         raise ValueError(
             f"{component}: {len(missing)} tensors are missing from the weights, first {missing[0]!r} of shape "

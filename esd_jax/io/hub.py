@@ -31,7 +31,7 @@ def resolve(
         if revision:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {path} is a local folder")
         return path
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         raise ValueError(f"{path} is a single .safetensors file; here a diffusers folder or a hub id is needed")
     if path.is_file():
         refuse_pickle(path)

@@ -16,6 +16,8 @@ from esd_jax.pipeline import NetworkConfig, network
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXT, TEXT_XL = "cond_stage_model.", "conditioner.embedders.{}."
+# What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
+WEIGHTS = ("model.", EMA, VAE, TEXT, "conditioner.")
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -72,6 +74,34 @@ def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32") -> dict
             key = _rename(name, modules)
             matrix = prefix == VAE and ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
             found[f"{component}/{name}"] = Place(prefix + key, conv=matrix)
+    return found
+
+
+def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of what a single file holds besides, which no network of a diffusers folder has, and none reads.
+
+    The training codes build all of open_clip's text model. SD 2 takes the output of its last layer but one, so that the
+    last one is never run; the projection of SD 2 and the temperature belong to CLIP's own loss.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for component, config in configs.items():
+        if not isinstance(config, CLIPTextConfig) or not is_open_clip(config):
+            continue
+        second = "text_encoder_2" in configs
+        prefix = TEXT_XL.format(int(component == "text_encoder_2")) if second else TEXT
+        width, inner = config.hidden_size, config.intermediate_size
+        found[f"{prefix}model.logit_scale"] = ()
+        if second:  # SDXL runs every layer, and its folder has the projection
+            continue
+        found[f"{prefix}model.text_projection"] = (width, width)
+        layer = {
+            "ln_1": (width,), "attn.in_proj_": (3 * width, width), "attn.out_proj": (width, width), "ln_2": (width,),
+            "mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner),
+        }  # fmt: skip
+        for module, shape in layer.items():
+            dot = "" if module.endswith("_") else "."
+            name = f"{prefix}model.transformer.resblocks.{config.num_hidden_layers}.{module}{dot}"
+            found |= {f"{name}weight": shape, f"{name}bias": shape[:1]}
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from esd_jax.io import corrections, ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
+from esd_jax.io.recognised import LOAD, described
 from esd_jax.io.safetensors import Header
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
@@ -45,6 +46,7 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
     """
     if ldm.UNET + "input_blocks.0.0.weight" not in header.entries:
         raise ValueError(f"{header.path} is no Stable Diffusion checkpoint: {_instead(header)}")
+    safetensors.check_weights(header, ldm.WEIGHTS)
     name = _recognise(header) if config is None else str(config)
     folder = architectures.folder(name) if name in ARCHITECTURES else resolve(config, weights=False)
     return folder.absolute()
@@ -171,11 +173,9 @@ def _recognise(header: Header) -> str:
 
 def _instead(header: Header) -> str:
     keys = list(header.entries)
-    if any(".lora_" in key or "lora_unet" in key or ".lokr_" in key for key in keys):
-        return "it is a LoRA, a change to a checkpoint; merge it into one first"
-    if any(key.startswith(("down_blocks.", "encoder.", "text_model.")) for key in keys):
-        return "it is one network of a diffusers folder; give that folder, which holds model_index.json"
-    return f"it lacks {ldm.UNET}input_blocks.0.0.weight and begins with {keys[0]!r}" if keys else "it holds no tensors"
+    lacks = f"it lacks {ldm.UNET}input_blocks.0.0.weight and begins with {keys[0]!r}" if keys else "it holds no tensors"
+    known = described(keys)
+    return lacks if known in ("", LOAD) else known
 
 
 def _old_key(key: str) -> str:

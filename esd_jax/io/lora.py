@@ -7,9 +7,10 @@ of 1x1. The factors are the change's truncated singular value decomposition, the
 1936).
 
 Every module's scale is said outright, because loaders guess it wrong where ranks differ: diffusers took the first
-module's rank for every alpha until August 2026 (its pull request 14409), so PEFT's files carry their `LoraConfig`; and
-it loses the alphas of kohya's attention layers, so kohya's files have one alpha for all, 1, and their factors are
-greater by sqrt(rank).
+module's rank for every alpha until August 2026 (its pull request 14409), so PEFT's files carry their `LoraConfig`. Of
+kohya's files it loses the alphas of attention layers, and 0.32 takes a module's rank for its alpha once ranks differ.
+So all factors in a kohya file have one rank, the greatest that any matrix needs: zeros fill the others up, and alpha is
+that rank, which makes the scale 1 however it is guessed.
 """
 
 import json
@@ -37,7 +38,8 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of a t
 class LoraReport:
     """What a LoRA carries.
 
-    path: the file. ranks: "unet/NAME" -> (its rank in the file, its greatest possible one).
+    path: the file. ranks: "unet/NAME" -> (the rank of its change in the file, its greatest possible one).
+    padded: the rank to which zeros fill all factors up; 0 if each has its own.
     kept: "unet/NAME" -> the share of the matrix's change that the file has, as a sum of squares.
     residual: |change - what the file makes of it|^2 / |change|^2 over everything that was edited.
     left_out: the edited tensors that the format cannot carry; they are part of the residual.
@@ -48,11 +50,13 @@ class LoraReport:
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kept: Mapping[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    padded: int = 0
 
     def __str__(self) -> str:
         ranks = [rank for rank, _ in self.ranks.values()]
         span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        text = f"rank {span} in {len(ranks)} matrices, {1 - self.residual:.4%} of the change"
+        padded = f", written as {self.padded}" if self.padded > min(ranks) else ""
+        text = f"rank {span} in {len(ranks)} matrices{padded}, {1 - self.residual:.4%} of the change"
         if self.left_out:
             text += f"; not carried: {len(self.left_out)} tensors, first {self.left_out[0]}"
         return text
@@ -75,7 +79,7 @@ def export_lora(
     Args:
       pipeline: an erased checkpoint, and files that say what it was before.
       path: the file to write, "....safetensors".
-      rank: of every matrix, or less where a matrix has less.
+      rank: of every matrix, or less where a matrix has less (in "kohya" zeros then fill it up).
       energy: in place of `rank`: of each matrix the least rank that keeps such a share of its change (as a sum of
         squares), 0 to 1; 0.99 if neither is given.
       style: "diffusers" (PEFT's keys, for `load_lora_weights`), or "kohya" (for A1111 and ComfyUI; its modules are
@@ -101,31 +105,37 @@ def export_lora(
     vectors = vectors if biases and style == "diffusers" else set()
     biased = {_network(name) for name in vectors}  # PEFT gives every adapted layer of a network a bias, or none
     written: dict[str, np.ndarray] = {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, kept, lost, total = {}, {}, 0.0, 0.0
     for module, name in matrices.items():
         change = _change(pipeline, base, name)
         flat = change.reshape(len(change), -1)
         down, up = factors(flat, rank, energy)
-        scale = 1 / len(down) if style == "kohya" else 1.0  # alpha / rank
-        down, up = (_rounded(name, part / scale**0.5, code) for part in (down, up))
-        missing = _energy(flat - scale * _product(up, down))
+        down, up = (_rounded(name, part, code) for part in (down, up))
+        missing = _energy(flat - _product(up, down))
         ranks[name], kept[name] = (len(down), min(flat.shape)), 1 - missing / (_energy(flat) or 1.0)
         lost, total = lost + missing, total + _energy(flat)
-        down_key, up_key = _keys(modules[module], style)
-        written[down_key] = down.reshape(-1, *change.shape[1:])
-        written[up_key] = up.reshape(*up.shape, *(1,) * (change.ndim - 2))
-        if style == "kohya":
-            written[modules[module] + ".alpha"] = np.ones((), safetensors.DTYPES[code])
+        pairs[modules[module]] = (
+            down.reshape(-1, *change.shape[1:]),
+            up.reshape(*up.shape, *(1,) * (change.ndim - 2)),
+        )
         if _network(name) in biased:
             vector = f"{module}.bias"
             exact = _change(pipeline, base, vector) if vector in vectors else np.zeros(len(change))
             written[f"{modules[module]}.lora_B.bias"] = bias = _rounded(vector, exact, code)
             lost, total = lost + _energy(exact - bias.astype(np.float64)), total + _energy(exact)
+    padded = max(rank for rank, _ in ranks.values()) if style == "kohya" else 0
+    pairs |= _output_projections(pairs, modules) if style == "kohya" else {}
+    for module, (down, up) in pairs.items():
+        down_key, up_key = _keys(module, style)
+        written[down_key], written[up_key] = _filled(down, 0, padded), _filled(up, 1, padded)
+        if style == "kohya":
+            written[f"{module}.alpha"] = np.float32(padded)[...]
     left_out = tuple(sorted(pipeline.edits.keys() - set(matrices.values()) - vectors))
     for name in left_out:
         energy_of = _energy(_change(pipeline, base, name))
         lost, total = lost + energy_of, total + energy_of
-    report = LoraReport(path, lost / total if total else 0.0, ranks, kept, left_out)
+    report = LoraReport(path, lost / total if total else 0.0, ranks, kept, left_out, padded)
     told = {**files.write_records(pipeline.provenance.erased), **_described(pipeline, report), **(metadata or {})}
     if style == "diffusers":
         told = {PEFT: json.dumps(_peft_config(ranks, biased)), **told}
@@ -182,6 +192,29 @@ def _product(up: np.ndarray, down: np.ndarray) -> np.ndarray:
 
 def _rounded(name: str, array: np.ndarray, code: str) -> np.ndarray:
     return safetensors.cast(name, array.astype(np.float32), code)
+
+
+def _output_projections(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], modules: Mapping[str, str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Zeros for an output projection of each text encoder whose attention is adapted without any.
+
+    diffusers tells kohya's keys of attention layers by this one alone; without it, it leaves the others out.
+    """
+    found, layers = {}, {written: name for name, written in modules.items() if ".self_attn." in name}
+    for network in sorted({_network(layers[written]) for written in pairs if written in layers}):
+        own = [name for written in pairs if (name := layers.get(written, "")).startswith(f"{network}/")]
+        if not any(name.endswith(".out_proj") for name in own):
+            down, _ = pairs[modules[own[0]]]  # square, as all of them
+            zeros = np.zeros((1, down.shape[1]), down.dtype)
+            found[modules[own[0].rpartition(".")[0] + ".out_proj"]] = zeros, zeros.T
+    return found
+
+
+def _filled(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """A factor with zeros behind it along its rank's axis, where it has less than `rank`."""
+    widths = [(0, max(rank - factor.shape[axis], 0) if i == axis else 0) for i in range(factor.ndim)]
+    return np.pad(factor, widths)
 
 
 def _keys(module: str, style: str) -> tuple[str, str]:

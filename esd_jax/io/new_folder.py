@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
 from esd_jax.io.configs import tokenizer_of
 from esd_jax.io.ldm import is_open_clip
@@ -29,20 +30,19 @@ def build(
         text, net = component in pipeline.text_encoders, pipeline.network(component)
         specs, names = {}, {}
         for tensor, shape in tensors.torch_shapes(net).items():
-            # As the published models have it; readers of transformers 5 alone would do without.
-            key = f"text_model.{tensor}" if text and not tensor.startswith("text_projection") else tensor
+            key = files.text_model_key(component, tensor)
             names[key] = f"{component}/{tensor}"
             specs[key] = (tensors.dtype_of(pipeline, headers, names[key]), shape)
         edited = component == "unet" or any(name in pipeline.edits for name in names.values())
-        files = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
-        for file, entries in files.items():
+        shards = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
+        for file, entries in shards.items():
 
             def tensor(key: str, entries: dict[str, Entry] = entries, names: dict[str, str] = names) -> np.ndarray:
                 return tensors.export_value(pipeline, headers, names[key], entries[key].dtype)
 
             safetensors.write(target / component / file, entries, tensor, metadata if edited else {})
-        if len(files) > 1:
-            _write_index(target / component, files, variant)
+        if len(shards) > 1:
+            _write_index(target / component, shards, variant)
         if text:
             folder = tokenizer_of(component)
             if (source / folder).is_dir():

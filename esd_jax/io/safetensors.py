@@ -22,6 +22,9 @@ from esd_jax.io import leftovers
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# How a pickle becomes safetensors: a whole pipeline, or a file of tensors (a delta, a LoRA).
+OF_PIPELINE = "in diffusers: pipe.save_pretrained(folder, safe_serialization=True)"
+OF_TENSORS = "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -89,6 +92,8 @@ def read_header(path: Path) -> Header:
             header = json.loads(file.read(length))
     except (safetensors.SafetensorError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(f"{path} is no safetensors file ({reason}): give one, whose name ends so") from error
         raise ValueError(f"{path} is damaged or incomplete ({reason}): copy or download it again") from error
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
@@ -112,13 +117,26 @@ def read(header: Header, key: str, part: tuple[int, int] = (0, 1)) -> np.ndarray
     Raises ValueError for a dtype that no weight here has, and for NaN or infinity: a network with one draws nothing.
     """
     entry = header.entries[key]
-    if entry.dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"{header.path}: {key!r} has dtype {entry.dtype}, which is not implemented (only {known} are)")
+    _check_dtype(header, key)
     array = read_bytes(header, key, part).view(DTYPES[entry.dtype]).reshape(rows(entry.shape, part))
     if not np.isfinite(array).all():
         raise ValueError(f"{header.path}: {key!r} holds NaN or infinity: copy or download the file again")
     return array
+
+
+def check_weights(header: Header, prefixes: tuple[str, ...] = ("",)) -> None:
+    """Raises ValueError, before any is read, for a weight of a dtype that `read` refuses: of 8 bits, say."""
+    for key in header.entries:
+        if key.startswith(prefixes) and key.endswith(".weight"):
+            _check_dtype(header, key)
+
+
+def _check_dtype(header: Header, key: str) -> None:
+    if (dtype := header.entries[key].dtype) not in DTYPES:
+        raise ValueError(
+            f"{header.path}: {key!r} has dtype {dtype}, which is not implemented (only {', '.join(DTYPES)} are): give "
+            "the file in float16, bfloat16 or float32 from which it was made"
+        )
 
 
 def rows(shape: tuple[int, ...], part: tuple[int, int]) -> tuple[int, ...]:
@@ -225,12 +243,15 @@ def read_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises ValueError for a file that would have to be unpickled, which runs whatever code it holds."""
+def refuse_pickle(path: Path, convert: str = OF_PIPELINE) -> None:
+    """Raises ValueError for a file that would have to be unpickled, which runs whatever code it holds.
+
+    convert: how what the reader takes is made of it.
+    """
     if path.suffix.lower() in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which can run any code when it is opened, and is never read: convert it to "
-            "safetensors first (in diffusers: pipe.save_pretrained(folder, safe_serialization=True))"
+            f"safetensors first ({convert})"
         )
 
 

@@ -16,9 +16,6 @@ from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
 from esd_jax.pipeline import Pipeline, TensorFile
 
-# What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
-WEIGHTS = ("model.", ldm.EMA, ldm.VAE, ldm.TEXT, "conditioner.")
-
 
 def export_single(
     pipeline: Pipeline,
@@ -36,8 +33,9 @@ def export_single(
     (`model_ema.*`), if there is one, is left out once the UNet is edited: it would still draw what was erased. A
     pipeline that was read from the moving average (`ema=True`) is written as the file's UNet.
 
-    A pipeline of a diffusers folder becomes a file of its own, tensor by tensor, in the folder's dtypes. It has what
-    the folder has: of SD 2's text encoder 23 layers, since the last one is never used.
+    A pipeline of a diffusers folder becomes a file of its own, tensor by tensor, in the folder's dtypes. What the
+    folder has not, since nothing reads it (the last layer of SD 2's text encoder, ...), is filled with zeros: see
+    `ldm.unread`.
 
     Args:
       pipeline: `pipeline.edits` is what differs from the source; its compute dtype does not matter.
@@ -122,13 +120,16 @@ def _build(
         found = {code or tensors.dtype_of(pipeline, headers, name) for name in names}
         widest = max(found, key=lambda code: (DTYPES[code].itemsize, code))
         specs[key] = (widest, places[names[0]].whole_shape(shapes[names[0]]))
+    for key, shape in ldm.unread(pipeline.configs).items():  # zeros, so that strict loaders open the file
+        like = key[: key.rindex("model.") + len("model.")] + "ln_final.weight"
+        specs.setdefault(key, (specs[like][0], shape))
     specs |= {key: ("F32", (0,)) for key in _marks(pipeline)}
     order = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
     entries = safetensors.lay_out({key: specs[key] for key in order})
 
     def tensor(key: str) -> np.ndarray:
         entry = entries[key]
-        array = np.empty(entry.shape, DTYPES[entry.dtype])
+        array = np.zeros(entry.shape, DTYPES[entry.dtype])
         for name in stacked.get(key, ()):
             place = TensorFile(path, key, places[name].part, places[name].transposed)
             tensors.put(array, place, tensors.export_value(pipeline, headers, name, entry.dtype))
@@ -170,7 +171,7 @@ def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, 
     found: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
     for key, entry in entries.items():
         dtype, size = entry.dtype, entry.stop - entry.start
-        if code and dtype in DTYPES and key.startswith(WEIGHTS):
+        if code and dtype in DTYPES and key.startswith(ldm.WEIGHTS):
             dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
         found[key] = size // max(math.prod(entry.shape), 1), size, dtype
     moved, start = {}, 0

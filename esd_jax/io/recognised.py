@@ -1,0 +1,43 @@
+"""What a safetensors file seems to be that its reader does not take, in words that name the reader that does."""
+
+from collections.abc import Iterable
+
+LORA = (".lora_", "lora_unet_", "lora_te", "lycoris_", ".hada_", ".lokr_", "_lora.up.", "_lora.down.")
+EMBEDDING = ("emb_params", "clip_l", "clip_g", "clip_h")
+CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.")
+UNET = (
+    "conv_in.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "time_embedding.",
+    "conv_norm_out.",
+    "conv_out.",
+    "unet.",
+)
+NETWORK = ("encoder.", "text_model.", "decoder.", "quant_conv.", "post_quant_conv.")
+BARE = ("input_blocks.", "output_blocks.", "diffusion_model.")
+OTHERS = ("double_blocks.", "joint_blocks.", "single_transformer_blocks.")
+LOAD = "it is a single-file checkpoint: load it"
+
+
+def described(keys: Iterable[str]) -> str:
+    """ "it is ..., which ... reads", or "" for what is not known."""
+    keys = list(keys)
+    if any(part in key for key in keys for part in LORA):
+        return "it is a LoRA, a change to a checkpoint: merge it into one (export --merge, merge_lora)"
+    if any(key in EMBEDDING or ".string_to_param." in key for key in keys) or (len(keys) == 1 and "." not in keys[0]):
+        return "it is a textual inversion, vectors of a word: io.embeddings.add_embedding reads it"
+    if any(key.startswith("control_model.") or "controlnet" in key for key in keys):
+        return "it is a ControlNet, which stays beside a checkpoint"
+    if any(part in key for key in keys for part in OTHERS):
+        return "it is of a transformer (FLUX, SD 3, ...), which is not implemented"
+    if any(key.startswith(CHECKPOINT) for key in keys):
+        return LOAD
+    if any(key.startswith(BARE) for key in keys):
+        return "it is a UNet alone under the single file's names: give the whole checkpoint"
+    if any(key.startswith(UNET) for key in keys):
+        return "it holds UNet tensors alone: of a delta, name its base, too; of a diffusers folder, give the folder"
+    if any(key.startswith(NETWORK) for key in keys):
+        return "it is one network of a diffusers folder: give that folder, which holds model_index.json"
+    return ""
