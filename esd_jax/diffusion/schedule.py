@@ -151,7 +151,7 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     # A number may be an int where the default is a float, or the other way round: files have both.
     kind = (int, float) if isinstance(default, int | float) else type(default)
     if default is not None and not isinstance(value, kind):
-        raise ValueError(f"scheduler config field {name}={value!r} must be of the type of {default!r}")
+        raise ValueError(f"scheduler config field {name}={value!r} is of the wrong type: write one such as {default!r}")
     return value
 
 

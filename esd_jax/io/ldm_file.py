@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax.inputs import expanded
 from esd_jax.io import ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
 from esd_jax.io.safetensors import Header
@@ -26,7 +27,7 @@ PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"epsilon": "epsilon", "v
 
 def is_single_file(source: str | Path) -> bool:
     """Whether a source names a single file, which may not exist."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.suffix.lower() == ".safetensors" and not path.is_dir()
 
 

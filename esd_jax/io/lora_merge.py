@@ -7,7 +7,6 @@ beside the file; without any, alpha is the rank.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.inputs import check_finite, expanded, parse_json
 from esd_jax.io import folder as files
-from esd_jax.io import ldm, safetensors
+from esd_jax.io import ldm, safetensors, tensors
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import PEFT
 from esd_jax.io.safetensors import Header
@@ -71,7 +71,8 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
       ValueError: it is damaged, is no LoRA, is one of another kind (DoRA, LoHa, ...), or names a module or has a shape
         that the checkpoint does not have.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    check_finite(strength=strength)
     header = safetensors.read_header(path)
     modules = _modules(pipeline)
     found: dict[str, Change] = {}
@@ -163,7 +164,7 @@ def _configs(header: Header) -> dict[str, Mapping[str, Any]]:
         return {"": files.read_json(beside)}
     configs: dict[str, dict[str, Any]] = {}
     try:
-        for key, value in json.loads(header.metadata.get(PEFT, "{}")).items():
+        for key, value in parse_json(header.metadata.get(PEFT, "{}"), "the text").items():
             network, _, field_name = key.partition(".")
             configs.setdefault(network, {})[field_name] = value
     except (ValueError, AttributeError) as error:
@@ -188,6 +189,8 @@ def _scale(module: str, change: Change, configs: Mapping[str, Mapping[str, Any]]
         except (re.error, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: its LoraConfig gives {full!r} no alpha ({error})") from error
         root = 0.5 if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+    if not np.isfinite(alpha):
+        raise ValueError(f"{path}: the alpha of {change.keys[0]!r} is {alpha}: train or download it again")
     return float(alpha) / max(rank, 1) ** root
 
 
@@ -223,7 +226,7 @@ def _applied(
         _require(value.shape[0] == shape[0], change.keys[0], path)
         first = np.asarray(read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"])
         added = safetensors.from_file(value.reshape(shape), net.layouts[name])
-        edits[f"{component}/{name}"] = jnp.asarray(first + np.float32(strength) * added)  # NumPy compiles no shape
+        edits[f"{component}/{name}"] = jnp.asarray(tensors.plus(f"{component}/{name}", first, added, strength))
     return edits
 
 
