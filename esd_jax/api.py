@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from esd_jax import demo, exports, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
@@ -89,7 +90,8 @@ def erase(
     Args:
       base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
         VAE are not on the device in training.
-      concept: what to erase ("Van Gogh"), or several.
+      concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose texts are
+        taken as they are.
       config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
@@ -139,7 +141,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
 
     Raises FileNotFoundError, ValueError as their readers do.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() != ".safetensors":
         refuse_pickle(path, OF_TENSORS)
         if (path / "run.json").is_file():
@@ -195,7 +197,7 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
       base: where the run's base lies now, if it has moved; or the base itself, if `load` needs more to read it than
         the run's record says (`config` or `ema` of a single file).
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
     record = files.read_json(folder / "run.json")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api
+from esd_jax import api, several
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.measure import BASE, ERASED, SHAM
@@ -21,6 +21,7 @@ from esd_jax.evaluation.evidence import Evidence, as_json
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.evaluation.report.html import report as html
+from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header, writing
@@ -44,7 +45,7 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
 
     Raises FileNotFoundError, ValueError: what is missing.
     """
-    path = Path(erased).expanduser()
+    path = expanded(erased)
     if _is_run(path):
         found = api.restore(path, base=base)
         return diffusers.unmodified(found), found
@@ -56,10 +57,15 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
 
 def concept_of(erased: Pipeline, concept: str | None = None) -> str:
     """What was erased, as its record says. Raises ValueError if nothing says so."""
-    texts = [c["text"] for record in erased.provenance.erased for c in record.get("concepts", ())]
-    if not (found := concept or ", ".join(texts)):
+    if not (found := concept or ", ".join(concepts_of(erased))):
         raise ValueError("the model does not say what was erased from it: give the concept")
+    check_text(found, "the concept")
     return found
+
+
+def concepts_of(erased: Pipeline) -> list[str]:
+    """The concepts that were erased, as the model's records say."""
+    return [c["text"] for record in erased.provenance.erased for c in record.get("concepts", ())]
 
 
 def evaluate(
@@ -89,7 +95,7 @@ def evaluate(
 
     Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
     """
-    concept, folder = concept_of(erased, concept), Path(output_dir).expanduser()
+    concept, folder = concept_of(erased, concept), expanded(output_dir)
     embedded = base.provenance.source == "emoji"
     if protocol == "emoji" or (embedded and protocol in IMAGES and not options.get("prompt_list")):
         target = groups.parse_target(concept)
@@ -113,7 +119,7 @@ def front(
 ) -> Evidence:
     """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
     found = Evidence(concept_of(erased), _record(erased), front=gather.front(judge, erased, strengths))
-    store.save(found, Path(output_dir).expanduser(), "front")
+    store.save(found, expanded(output_dir), "front")
     return found
 
 
@@ -147,7 +153,7 @@ def attack(
 
     Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
     """
-    concept, folder = concept_of(erased, concept), Path(output_dir).expanduser()
+    concept, folder = concept_of(erased, concept), expanded(output_dir)
     embedded = base.provenance.source == "emoji"
     budget = budget or ("emoji" if embedded else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
@@ -202,7 +208,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
 
     Raises FileNotFoundError if nothing is known.
     """
-    evidence, folder = gathered(run, base=base), Path(run).expanduser()
+    evidence, folder = gathered(run, base=base), expanded(run)
     picture = "before_after.png"
     with writing(folder / "report.html"):
         (folder / "report.html").write_text(html(evidence), encoding="utf-8")
@@ -218,7 +224,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
 
 def facts(run: str | Path) -> dict[str, str]:
     """What is known of a run as flat texts, for the metadata of an export."""
-    folder = Path(run).expanduser()
+    folder = expanded(run)
     record = {name: said for name, said in files.read_json(folder / "run.json").items() if name != "local"}
     title = ", ".join(concept["text"] for concept in record["concepts"])
     return card.facts(store.merged(title, record, _parts(folder / EVIDENCE)))
@@ -226,7 +232,7 @@ def facts(run: str | Path) -> dict[str, str]:
 
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     """All that is known of a run, or of a folder that evidence was kept in."""
-    folder = Path(run).expanduser()
+    folder = expanded(run)
     is_run = _is_run(folder)
     parts = _parts(folder / EVIDENCE if is_run else folder)
     if not is_run and not parts:
@@ -241,10 +247,10 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         detect = seen.probed(groups.parse_target(title))
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = record["recipe"].get("preview_prompts") or title
+    texts = several.parts("preview_prompts", record["recipe"].get("preview_prompts")) or concepts_of(erased)
     course = dataclasses.replace(
         course,
-        timeline_prompts=tuple(t.strip() for t in texts.split(";")) if course.timeline else (),
+        timeline_prompts=tuple(texts) if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
     return store.merged(title, record, [*parts, course])
@@ -262,7 +268,7 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> Path:
     """Writes several runs side by side as one HTML file, and returns it."""
     if len(runs) < 2:
         raise ValueError("compare needs two runs or more")
-    output = Path(output).expanduser()
+    output = expanded(output)
     page = comparison.compare([gathered(run) for run in runs])
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)

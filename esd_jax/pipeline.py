@@ -21,6 +21,7 @@ from esd_jax.params import Network, Params, functional
 
 NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
 MODULES = {UNetConfig: UNet2DConditionModel, VAEConfig: AutoencoderKL, CLIPTextConfig: CLIPTextModel}
+LARGEST = 2**16  # pixels of a side, which no device's memory holds
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -122,6 +123,13 @@ class Pipeline:
     ) -> Conditioning:
         """Encodes prompts; `size` = (height, width) in pixels matters to SDXL alone. See `Tokenizer` for `strict`."""
         ids = tuple(tokenizer(prompts, strict=strict) for tokenizer in self.tokenizers)
+        for name, rows in zip(self.text_encoders, ids, strict=True):
+            if rows.size and rows.max() >= (known := self.configs[name].vocab_size):
+                prompt = prompts[int(rows.max(axis=1).argmax())]
+                raise ValueError(
+                    f"the tokenizer gives {prompt!r} the token {rows.max()}, but {name} knows {known} tokens: copy or "
+                    "download the tokenizer's files again"
+                )
         encoders = tuple(self.network(name) for name in self.text_encoders)
         params = tuple(self.params[name] for name in self.text_encoders)
         encoded = _encode_text(encoders)(params, ids, size or image_size(self.configs))
@@ -185,4 +193,6 @@ def image_size(
     size = tuple(own * factor if side is None else side for own, side in zip(defaults, (height, width), strict=True))
     if any(side % factor or side < factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
+    if max(size) > LARGEST:
+        raise ValueError(f"image size {size[0]}x{size[1]} is beyond {LARGEST} pixels: lower height or width")
     return size

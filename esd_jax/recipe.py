@@ -16,9 +16,12 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict, config_dict
 
+from esd_jax import several
+from esd_jax.inputs import check_text, expanded, finite
 from esd_jax.methods import METHODS
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Settings, choose
+from esd_jax.several import FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
 
@@ -33,6 +36,7 @@ class Recipe:
     from_: erase it only there ("" is everywhere).
     replace_with: what takes its place; several for one concept are separated by "|".
     preserve: prompts on which the erased model is held to the base, separated by "|".
+      All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
     strength: multiplies the method's own strength.
     method: a name of `methods.METHODS`.
     subset: which tensors are trained, a name of `esd_jax.selection.SUBSETS` or "regex:PATTERN".
@@ -52,17 +56,17 @@ class Recipe:
     """
 
     base: str = "emoji"
-    concept: str = ""
-    from_: str | None = None
-    replace_with: str | None = None
-    preserve: str | None = None
+    concept: str | Texts = ""
+    from_: str | Texts | None = None
+    replace_with: str | Texts | None = None
+    preserve: str | Texts | None = None
     strength: str | None = None
     method: str = "esd"
     subset: str = "esd-x"
     rank: int = 0
     preserve_weight: float = 1.0
     null: str = "empty"
-    images: str | None = None
+    images: str | Texts | None = None
     dtype: str = "float32"
     variant: str | None = None
     revision: str | None = None
@@ -71,7 +75,7 @@ class Recipe:
     height: int | None = None
     width: int | None = None
     output_dir: str | None = None
-    preview_prompts: str | None = None
+    preview_prompts: str | Texts | None = None
     preview_steps: int = 20
     preview_guidance: float = 7.5
     settings: Settings = field(default_factory=METHODS["esd"])
@@ -105,7 +109,7 @@ class Recipe:
 
         Raises ValueError if there is none, if a field of theirs does not match in number, or is none of the method's.
         """
-        texts = [text.strip() for text in self.concept.split(";") if text.strip()]
+        texts = self.texts("concept")
         if not texts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
         for name in FOR_EACH:
@@ -113,17 +117,21 @@ class Recipe:
                 raise ValueError(f"{name} means nothing to method {self.method!r}")
         columns = (self._for_each(name, len(texts)) for name in FOR_EACH)
         return tuple(
-            Concept(text, from_ or None, _several(replace_with), _several(preserve), _number("strength", strength))
+            Concept(text, from_ or None, replace_with, preserve, finite(strength, "strength") if strength else 1.0)
             for text, from_, replace_with, preserve, strength in zip(texts, *columns, strict=True)
         )
 
-    def _for_each(self, name: str, count: int) -> list[str]:
-        given = [part.strip() for part in (getattr(self, name) or "").split(";")]
-        if len(given) == 1:
-            given *= count
-        if len(given) != count:
-            raise ValueError(f"{name} has {len(given)} parts for {count} concepts: give one, or one for each")
-        return given
+    def texts(self, name: str) -> tuple[str, ...]:
+        """The texts of a field that holds several: "concept", "images" or "preview_prompts"."""
+        return several.parts(name, getattr(self, name))
+
+    def _for_each(self, name: str, count: int) -> tuple[Any, ...]:
+        parts = several.parts(name, getattr(self, name))
+        if len(parts) == 1:
+            parts *= count
+        if len(parts) != count:
+            raise ValueError(f"{name} has {len(parts)} parts for {count} concepts: give one, or one for each")
+        return parts
 
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name; those of `UNSAID` only where they are given."""
@@ -134,8 +142,6 @@ class Recipe:
 
 
 PARTS = ("settings", "optimizer", "training")
-FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a concept
-SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")  # fields that hold several texts, separated by ";"
 
 # Fields that came after results were kept under the others, and their defaults. A record or config does not name them
 # unless they differ, so that what was made before them is still found, resumed and restored.
@@ -231,8 +237,8 @@ def read(name: str) -> ConfigDict:
 def config_path(name: str) -> Path:
     """Where a config lies: a path as given, or the name of one that the package carries."""
     if Path(name).suffix == ".py":
-        if Path(name).is_file():
-            return Path(name)
+        if (path := expanded(name)).is_file():
+            return path
         raise FileNotFoundError(f"there is no config file {name}")
     for folder in config_folders():
         if (path := folder / f"{name}.py").is_file():
@@ -278,26 +284,21 @@ def _typed(name: str, value: Any, method: str) -> Any:
     kind = _type_of(name, method)
     if value is None and type(None) in get_args(_annotations(method)[name]):
         return None
-    if name in SEVERAL and isinstance(value, list | tuple):
-        value = "; ".join(" | ".join(part) if isinstance(part, list | tuple) else str(part) for part in value)
-    elif name == "strength" and isinstance(value, numbers.Real):
+    if name in SEVERAL and isinstance(value, list | tuple | os.PathLike):
+        return several.joined(name, [value] if isinstance(value, os.PathLike) else value)
+    if name == "strength" and isinstance(value, numbers.Real):
         value = str(value)
     if not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, but must be of type {kind.__name__}")
+    if kind is int and not name.endswith("seed") and abs(value) >= 2**31:  # JAX's integers have 32 bits
+        raise ValueError(f"{name}={value} is beyond {2**31 - 1}: give a smaller number")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")
+    if value == "None" and type(None) in get_args(_annotations(method)[name]):
+        raise ValueError(f"{name}='None' is a text like any other: leave {name} out, or give '' for none")
+    if name in SEVERAL and name != "images":
+        check_text(value, name)
     return kind(value)
-
-
-def _several(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split("|") if part.strip())
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text or 1)
-    except ValueError:
-        raise ValueError(f"{name}={text!r} is not a number") from None
 
 
 ACCEPTED = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str | os.PathLike}

@@ -2,8 +2,10 @@
 
 import json
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from esd_jax.diffusion import guidance, programs, prompt_to_prompt, samplers
 from esd_jax.diffusion.programs import Told, to_uint8
 from esd_jax.diffusion.rules import Rule
 from esd_jax.models.unet import Conditioning
+from esd_jax.params import Params
+from esd_jax.pictures import check_finite
 from esd_jax.pipeline import Pipeline, image_size
 
 __all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "sample", "to_uint8"]
@@ -71,7 +75,8 @@ def sample(
       uint8 [n, height, width, 3].
 
     Raises:
-      ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, ...
+      ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, an
+        image that comes out as NaN, ...
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string: give a list of prompts")
@@ -90,7 +95,6 @@ def sample(
     name = sampler or samplers.default_sampler(pipeline.schedule)
     made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
     run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
-    decode = programs.decoder(pipeline.network("vae"), pipeline.configs["vae"])
     rows = min(batch_size, n)
     tell = _teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
@@ -103,7 +107,7 @@ def sample(
         if mesh.size > 1:
             noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
         drawn = run(params["unet"], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
-        images.append(np.asarray(decode(params["vae"], drawn)))
+        images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
     return np.concatenate(images)[:n]
 
 
@@ -146,6 +150,7 @@ def invert(
     for index in _batches(n, batch_size):
         latents = encode(pipeline.params["vae"], images[index])
         inverted = run(pipeline.params["unet"], latents, tell(index), jnp.float32(guidance_scale))
+        check_finite(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
         noise.append(np.asarray(inverted))
     return np.concatenate(noise)[:n]
 
@@ -168,7 +173,7 @@ def purify(
     it is the one that draws, at the same guidance, every picture comes back, with what was erased, as exactly as DDIM's
     steps can be reversed; if it is the unmodified one, what only that one knows does not.
 
-        image = np.asarray(Image.open("neon_cat.png").convert("RGB"))
+        image = np.asarray(read_image("neon_cat.png"))  # of esd_jax.io.images
         drawn = purify(erased, image[None], inverter=base)
 
     Args:
@@ -199,15 +204,39 @@ def reconstruct(
     """What the autoencoder alone makes of images: as exactly as `purify` could draw them."""
     images, _ = _check_images(pipeline, images)
     network, config, params = pipeline.network("vae"), pipeline.configs["vae"], pipeline.params["vae"]
-    encode, decode = programs.encoder(network, config), programs.decoder(network, config)
-    parts = [np.asarray(decode(params, encode(params, images[index]))) for index in _batches(len(images), batch_size)]
+    encode, batches = programs.encoder(network, config), _batches(len(images), batch_size)
+    parts = [decoded(pipeline, params, encode(params, images[index]), index) for index in batches]
     return np.concatenate([*parts, images[:0]])[: len(images)]
+
+
+def decoded(
+    pipeline: Pipeline,
+    params: Params,
+    latents: Float[Array, "batch h w channel"],
+    index: np.ndarray,
+    prompts: Any = None,
+    guidance_scale: float | None = None,
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """The images of a batch of latents. params: the VAE's; for the others see `check_finite`, which may raise.
+
+    NaN, which uint8 does not have, becomes one colour: an image of one colour is decoded again, to tell which it is.
+    """
+    network, config = pipeline.network("vae"), pipeline.configs["vae"]
+    images = np.asarray(programs.decoder(network, config)(params, latents))
+    if any((image == image[:1, :1]).all() for image in images):
+        check_finite(programs.finite(network, config)(params, latents), index, prompts, guidance_scale)
+    return images
 
 
 def example_keys(seed: int | Sequence[int], n: int) -> Array:
     """One random key per example: of (seed, i), or of seed[i] alone. Raises ValueError for a seed beyond 32 bits."""
-    if not all(0 <= int(s) < 2**32 for s in np.atleast_1d(np.asarray(seed, object))):  # JAX would use 32 bits of it
-        raise ValueError(f"seed={seed} must be in 0..{2**32 - 1}")
+    for one in np.atleast_1d(np.asarray(seed, object)):
+        try:
+            fits = 0 <= operator.index(one) < 2**32  # JAX would use 32 bits of it
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"seed={one!r} must be a whole number in 0..{2**32 - 1}")
     if isinstance(seed, Sequence | np.ndarray):
         if len(seed) != n:
             raise ValueError(f"{len(seed)} seeds for {n} prompts")

@@ -13,6 +13,7 @@ from typing import Any
 
 from esd_jax import api, recipe
 from esd_jax.evaluation.gather import Judge
+from esd_jax.inputs import check_finite, read_json
 from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
@@ -70,6 +71,8 @@ def search(
 
     Raises ValueError for an empty grid, or a folder of another search.
     """
+    for strength in strengths:
+        check_finite(strength=strength)
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not combinations or not steps or not strengths or min(steps) < 1:
         raise ValueError("a search needs values of every field, steps of 1 or more, and strengths")
@@ -131,7 +134,7 @@ def _read(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     file = folder / TRIALS
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text())
+    found = read_json(file)
     if any(found.get(name) != value for name, value in identity.items()):
         raise ValueError(f"{file} is of another search: remove it, or choose another output")
     return found

@@ -1,5 +1,6 @@
 """Prompts -> token ids -> Conditioning: the tokenizers, and what each family takes from its text encoders."""
 
+import itertools
 import os
 import tempfile
 import warnings
@@ -12,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from esd_jax.inputs import check_text, read_json, read_text
 from esd_jax.models.architectures import clip_bpe
 from esd_jax.models.clip import CLIPOutput
 from esd_jax.models.unet import Conditioning
+
+# What the files of a tokenizer are called that are JSON.
+FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class PromptTruncated(UserWarning):
@@ -25,25 +30,44 @@ class PromptTruncated(UserWarning):
 class Tokenizer:
     """A CLIP tokenizer and the length to which it pads: the text encoder's number of positions.
 
-    expansions: a word -> the words that stand for it, of textual inversions with several vectors.
+    expansions: the id of a word's first token -> the ids of all of its tokens, of words that textual inversion taught
+      with several vectors.
     """
 
     backend: Any
     max_length: int
-    expansions: Mapping[str, str] = field(default_factory=dict)
+    expansions: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> "Tokenizer":
-        """Reads `vocab.json` + `merges.txt`, or `tokenizer.json` alone, and the padding token's settings."""
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        """Reads `vocab.json` + `merges.txt`, or `tokenizer.json` alone, and the padding token's settings.
+
+        Raises FileNotFoundError, or ValueError naming the file, or the folder, that is damaged.
+        """
+        there = {name for name in ("vocab.json", "merges.txt", "tokenizer.json") if (folder / name).is_file()}
+        if "tokenizer.json" not in there and len(there) < 2:
             raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json and merges.txt, or tokenizer.json")
         # transformers warns at import that no torch is installed, which is how it is meant to be here.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import transformers
 
-        backend = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        limit = backend.model_max_length
-        return cls(backend, min(limit, max_length) if limit else max_length)
+        contents = {name: read_json(folder / name) for name in FILES if (folder / name).is_file()}
+        if "tokenizer.json" not in there:
+            _check_vocabulary(folder, contents["vocab.json"])
+        try:
+            backend = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            limit = backend.model_max_length
+            tokenizer = cls(backend, min(limit, max_length) if limit else max_length, _expansions(backend))
+            if tokenizer.max_length < 3:
+                raise ValueError(f"its model_max_length is {limit}")
+            tokenizer([""])
+        except Exception as error:  # its library in Rust raises bare ones
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be read ({reason}): copy or download vocab.json and merges.txt, or "
+                "tokenizer.json, again"
+            ) from error
+        return tokenizer
 
     @classmethod
     def clip(cls, pad_token: str, max_length: int) -> "Tokenizer":
@@ -58,23 +82,52 @@ class Tokenizer:
         A prompt that is too long is cut as diffusers cuts it, with one warning that names the lost words. With
         `strict`, for concepts, it is a ValueError: a concept must be erased as it is written.
         """
-        prompts = [self._expanded(prompt) for prompt in prompts]
-        for prompt in prompts:
-            ids = self.backend(prompt, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
-            if len(ids) <= self.max_length - 2:
+        prompts, most = list(prompts), self.max_length - 2
+        words = [self.words(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, words, strict=True):
+            if len(ids) <= most:
                 continue
-            lost = self.backend.decode(ids[self.max_length - 2 :]).strip()
-            message = f"the text encoder reads {self.max_length - 2} tokens, so these words are lost: {lost!r}"
+            lost = self.backend.decode(ids[most:]).strip()
+            message = f"the text encoder reads {most} tokens, so these words are lost: {lost!r}"
             if strict:
                 raise ValueError(f"concept {prompt!r} is too long: {message}; use a shorter concept")
             warnings.warn(f"prompt {prompt!r} is too long: {message}", PromptTruncated, stacklevel=2)
-        padded = self.backend(prompts, truncation=True, padding="max_length", max_length=self.max_length)
-        return np.asarray(padded["input_ids"], np.int32)
+        options = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
+        padded = np.asarray(self.backend(prompts, **options)["input_ids"], np.int32)
+        start, end, pad = self.backend.bos_token_id, self.backend.eos_token_id, self.backend.pad_token_id
+        for row, ids in zip(padded, words, strict=True):
+            if self.expansions.keys() & set(ids):
+                row[:] = [start, *ids[:most], end, *[pad] * (most - len(ids))]
+        return padded
 
-    def _expanded(self, prompt: str) -> str:
-        for word, words in self.expansions.items():
-            prompt = prompt.replace(word, words)
-        return prompt
+    def words(self, prompt: str) -> list[int]:
+        """The token ids of a prompt alone, all of them, without start, end and padding.
+
+        Raises ValueError for what is no text.
+        """
+        check_text(prompt, "prompt")
+        ids = self.backend(prompt, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
+        return [each for token in ids for each in self.expansions.get(token, (token,))]
+
+
+def _expansions(backend: Any) -> dict[int, tuple[int, ...]]:
+    """`Tokenizer.expansions` of a folder that diffusers saved with words learned: "toy" stands for "toy toy_1"."""
+    added, expansions = backend.get_added_vocab(), {}
+    for word, first in added.items():
+        others = itertools.takewhile(lambda name: name in added, (f"{word}_{i}" for i in itertools.count(1)))
+        if ids := tuple(added[name] for name in others):
+            expansions[first] = (first, *ids)
+    return expansions
+
+
+def _check_vocabulary(folder: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Raises ValueError for a vocabulary that is damaged, or that `merges.txt` cannot make: words would be misread."""
+    merged = {line.strip().replace(" ", "", 1) for line in read_text(folder / "merges.txt").split("\n")}
+    for word in vocabulary:
+        if word.endswith("</w>") and len(word) > 5 and word not in merged:
+            raise ValueError(f"{folder}/merges.txt does not make {word!r} of vocab.json: copy or download both again")
+    if len(set(map(repr, vocabulary.values()))) < len(vocabulary):
+        raise ValueError(f"{folder}/vocab.json gives two tokens the same number: copy or download it again")
 
 
 def conditioning(outputs: Sequence[CLIPOutput], size: tuple[int, int]) -> Conditioning:

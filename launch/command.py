@@ -6,14 +6,16 @@ from collections.abc import Callable
 from absl import flags
 
 from esd_jax import cli
+from esd_jax.cli import streams
 from esd_jax.cli.common import describe
 from launch import cpu
 
 
 def run(main: Callable[[], None], values: flags.FlagValues, usage: str) -> None:
     """Runs a program with the settings that make XLA fast on a CPU, and exits."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print("\n".join([usage.strip(), "", *describe(values)]))
-        sys.exit(0)
-    cpu.tuned()
-    sys.exit(cli.guarded(main))
+    with streams.lasting():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print("\n".join([usage.strip(), "", *describe(values)]))
+            sys.exit(0)
+        cpu.tuned()
+        sys.exit(cli.guarded(main))

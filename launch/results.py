@@ -11,6 +11,7 @@ from esd_jax.demo import groups, table
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import Judged, measure
+from esd_jax.inputs import read_json
 from esd_jax.pipeline import Pipeline
 
 
@@ -34,7 +35,7 @@ def read(file: Path, settings: Any) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        report = json.loads(file.read_text())
+        report = read_json(file)
         found = report["settings"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error

@@ -24,6 +24,7 @@ import esd_jax
 from esd_jax import api, cli, recipe, sampling
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.evaluation import prompts
 from esd_jax.metrics.likeness import ssim
 from esd_jax.models import architectures
 from esd_jax.pipeline import network
@@ -115,7 +116,9 @@ WRONG_COMMANDS = {
     "sample --output=x.png": ["--prompts is required"],
     "sample --output= --prompts=cat": ["--output is required"],
     "sample --output=x.png --prompts=;": ["--prompts holds no prompt"],
-    "sample --output=x.png --prompts=nowhere.txt": ["cannot read nowhere.txt"],
+    "sample --output=x.png --prompts=nowhere.txt": ["cannot read nowhere.txt", "No such file", "';'"],
+    "sample --output=x.png --prompts=nowhere.csv": ["cannot read nowhere.csv", "No such file", "';'"],
+    "sample --output=x.png --prompts=a&amp;b": ["'a&amp;b'", "'&'"],
     "sample --output=x.jpg --prompts=cat": ["x.jpg", ".png"],
     "sample --output=x.png --prompts=cat cat": ["'cat'", "--name=value"],
     "sample --output=x.png --prompts=cat --config=emoji": ["config", "sample --help"],
@@ -383,6 +386,34 @@ def test_sampled_images(esd, base, finished, tmp_path):
     erased = esd_jax.sample(esd_jax.load(finished / "model"), ["cat"], num_steps=2, seed=3)[0]
     found = np.asarray(Image.open(tmp_path / "c" / "00000.png"))
     assert np.abs(found.astype(int) - erased).mean() < 0.1 * np.abs(expected[0].astype(int) - erased).mean()
+
+
+def test_a_csv_is_sampled_as_it_is_evaluated(esd, base, tmp_path):
+    """With its own seeds, unless one is given; a mark before a text's first prompt is no part of it."""
+    (tmp_path / "p.csv").write_text('\ufeffprompt,evaluation_seed\n"cat; dog",7\nthe cat,\n', encoding="utf-8")
+    (tmp_path / "p.txt").write_text("\ufeffcat; dog\nthe cat\n", encoding="utf-8")
+    pipeline, cases = esd_jax.load(base), prompts.load(tmp_path / "p.csv").cases
+    assert [case.prompt for case in cases] == ["cat; dog", "the cat"] and cases[0].seed == 7
+    command = ["sample", f"--base={base}", "--num_steps=2", f"--output={tmp_path / 'x.png'}", "--overwrite"]
+    for flags, seed in (
+        ([f"--prompts={tmp_path}/p.csv"], [case.seed for case in cases]),
+        ([f"--prompts={tmp_path}/p.csv", "--seed=3"], 3),
+        ([f"--prompts={tmp_path}/p.txt", "--seed=3"], 3),
+    ):
+        assert esd(*command, *flags)[0] == 0
+        expected = esd_jax.sample(pipeline, ["cat; dog", "the cat"], num_steps=2, seed=seed)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.concatenate(expected, axis=1))
+
+
+def test_bytes_that_are_no_text_in_any_locale(esd, base, tmp_path):
+    for flags in (
+        ["--prompts=caf\udce9"],
+        ["--prompts=cat", "--negative_prompt=\udce9"],
+        ["--prompts=a", "--edit=\udce9"],
+    ):
+        command = ["sample", f"--base={base}", "--num_steps=2", *flags]
+        assert_refused(esd(*command, f"--output={tmp_path / 'x.png'}"), r"\udce9", "UTF-8")
+    assert tree(tmp_path) == {}
 
 
 def test_images_sampled_by_rules(esd, base, tmp_path):

@@ -12,6 +12,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import exports
+from esd_jax.diffusion import prompt_to_prompt
 from esd_jax.io.embeddings import add_embedding
 
 MAKE = {"sd1": factories.make_sd1, "sdxl": factories.make_sdxl}
@@ -61,12 +62,11 @@ def test_a_word_is_encoded_as_diffusers_encodes_it(family, count, tmp_path):
     assert np.abs(ours.embeddings[0] - before.embeddings[0]).max() > 0.1
     np.testing.assert_array_equal(ours.embeddings[2], before.embeddings[2])
     # The same from a folder that diffusers saves with it.
-    if count == 1:
-        pipe.save_pretrained(tmp_path / "saved")
-        np.testing.assert_allclose(esd_jax.load(tmp_path / "saved").encode_prompts(PROMPTS).embeddings, ours.embeddings)
-        saved = esd_jax.export(esd_jax.load(tmp_path / "saved"), tmp_path / "again")
-        reopened = type(pipe).from_pretrained(saved)
-        np.testing.assert_array_equal(encoded(reopened)[0], embeddings)
+    pipe.save_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(esd_jax.load(tmp_path / "saved").encode_prompts(PROMPTS).embeddings, ours.embeddings)
+    saved = esd_jax.export(esd_jax.load(tmp_path / "saved"), tmp_path / "again")
+    reopened = type(pipe).from_pretrained(saved)
+    np.testing.assert_array_equal(encoded(reopened)[0], embeddings)
 
 
 @pytest.mark.slow
@@ -84,6 +84,56 @@ def test_a_learned_word_is_erased_and_exported_without_the_text_encoder(tmp_path
     for format in ("delta", "difference", "lora"):
         exports.export(erased, tmp_path / f"{format}.safetensors", format, verify=True)
     assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
+
+
+def taught(base, folder, *words):
+    """The base with words, each of as many vectors as it has after its colon."""
+    for seed, word in enumerate(words):
+        name, count = word.split(":")
+        safetensors.numpy.save_file({"emb_params": vectors(int(count), seed)}, folder / "x.safetensors")
+        base = add_embedding(base, folder / "x.safetensors", name)
+    return base
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    factories.make_sd1(folder := tmp_path_factory.mktemp("plain"))
+    return esd_jax.load(folder)
+
+
+@pytest.mark.parametrize("order", [("toy:2", "toy-blue:3"), ("toy-blue:3", "toy:2")])
+def test_a_word_within_another_is_that_other(plain, order, tmp_path):
+    words = taught(plain, tmp_path, *order).tokenizers[0].words
+    first = {word.split(":")[0]: words(word.split(":")[0]) for word in order}
+    assert sorted(first["toy"] + first["toy-blue"]) == [factories.VOCAB_SIZE + i for i in range(5)]
+    a, comma = plain.tokenizers[0].words("a"), plain.tokenizers[0].words(",")
+    assert words("a toy-blue, toy") == [*a, *first["toy-blue"], *comma, *first["toy"]]
+    assert words("toytoy-blue") == [*first["toy"], *first["toy-blue"]]
+
+
+def test_a_word_has_all_its_vectors_however_it_is_written(plain, tmp_path):
+    tokenizer = taught(plain, tmp_path, "MyStyle:2").tokenizers[0]
+    assert tokenizer.words("mystyle") == tokenizer.words("MyStyle") == [factories.VOCAB_SIZE, factories.VOCAB_SIZE + 1]
+    (ids,) = tokenizer(["mystyle " * 40])
+    assert list(ids[1:76]) == [factories.VOCAB_SIZE + i % 2 for i in range(75)] and ids[76] == factories.VOCAB_SIZE - 1
+    scale = prompt_to_prompt.token_scale(tokenizer, ["a mystyle cat"], {"MyStyle": 3.0, "cat": 2.0})
+    assert scale[0, 1:6].tolist() == [1, 3, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (" toy", "a space"),
+        ("toy ", "a space"),
+        (" ", "a space"),
+        ("MYSTYLE", "a word that it knows"),
+        ("\udce9", "UTF-8"),
+    ],
+)
+def test_words_that_cannot_be_learned(plain, tmp_path, word, said):
+    base = taught(plain, tmp_path, "MyStyle:2")
+    with pytest.raises(ValueError, match=one_line("x.safetensors", repr(word), said)):
+        add_embedding(base, tmp_path / "x.safetensors", word)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import attack, erase, evaluate, export, purify, report, sample, tune
+from esd_jax.cli import attack, erase, evaluate, export, purify, report, sample, streams, tune
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import cache
 
 VERBS: Mapping[str, Verb] = {
     "erase": erase.VERB,
@@ -48,15 +48,23 @@ EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell reports for a process that S
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 2 after one line about what is wrong, 143 when stopped by a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with streams.lasting():
+        try:
+            code = _carried_out(argv)
+            if sys.stdout:
+                sys.stdout.flush()
+            return code
+        except OSError as error:  # of what is printed: the disk is full, say
+            return _fail(_one_line(error))
+
+
+def _carried_out(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else EXIT_BAD_INPUT
     encoding = sys.getfilesystemencoding()
     if garbled := [word for word in argv if encoding != "utf-8" and _is_garbled(word)]:
         return _fail(f"{garbled[0]!r} is no text in this locale's encoding, {encoding}: set PYTHONUTF8=1")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a locale's encoding may lack letters of a concept
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         return _fail(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}")
@@ -127,9 +135,9 @@ def _quiet() -> Iterator[None]:
 def _compilation_cache() -> None:
     import jax
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esd_jax" / "xla"
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        with contextlib.suppress(ValueError):  # no home folder: it compiles anew each time
+            jax.config.update("jax_compilation_cache_dir", str(cache("xla")))
 
 
 def _is_garbled(word: str) -> bool:

@@ -4,6 +4,7 @@ from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.prompt_files import listed
 
 USAGE = """\
   esd-jax attack  [BASE] ERASED [--attacks=concept_inversion,p4d,...]   try to have back what was erased
@@ -30,12 +31,13 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
     from esd_jax.evaluation.report import text
 
+    common.check_finite(values)
     base, erased, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size")
     options |= {n: values[n].value for n in ("num_steps", "guidance_scale") if values[n].value is not None}
     goal, judge = None, "the embedded probe"
     if values.prompts:
-        texts = [text.strip() for text in values.prompts.split(";") if text.strip()]
+        texts = listed(values.prompts, "--prompts")
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
         goal, judge = dossier.goal(base, dossier.concept_of(erased, values.concept), texts, values.detector, **how)
     found = dossier.attack(

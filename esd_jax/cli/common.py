@@ -1,6 +1,8 @@
 """What the verbs of the command line share: their form, their help, and flags that several of them have."""
 
 import dataclasses
+import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+
+from esd_jax.inputs import expanded, finite
+from esd_jax.prompt_files import listed
 
 DETECTOR = "What sees the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
 WIDTH, MARGIN = 110, 30  # of --help, in characters: of all, and of the flags' names
@@ -88,11 +93,18 @@ def define_images(values: flags.FlagValues) -> None:
 
 def output(values: flags.FlagValues) -> Path:
     """--output, which may not exist unless --overwrite is given."""
-    path = Path(required(values, "output")).expanduser()
+    path = expanded(required(values, "output"))
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not values.overwrite:
         raise FileExistsError(f"{path} exists: give --overwrite, or another --output")
     return path
+
+
+def check_finite(values: flags.FlagValues) -> None:
+    """Raises ValueError for a flag that is NaN or infinite, before anything is made."""
+    for flag in (values[name] for name in values):
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value} must be finite: give a number such as 1")
 
 
 def required(values: flags.FlagValues, name: str) -> Any:
@@ -102,22 +114,14 @@ def required(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def number(name: str, text: str) -> float:
-    """A number within a flag's text. Raises ValueError, naming it."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name}={text} is no number") from None
-
-
 def literal(text: str) -> int | float | str:
-    """A value within a flag's text: a number if it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """A value within a flag's text: a number if it is a finite one."""
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    try:
+        return finite(text, "")
+    except ValueError:
+        return text
 
 
 def options(values: flags.FlagValues, names: str) -> dict[str, Any]:
@@ -153,10 +157,10 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
     if len(values.model) not in (1, 2):
         raise ValueError("give a run's folder, or the base and what was erased from it")
     *base, what = values.model
-    is_run = (Path(what).expanduser() / "run.json").is_file()
+    is_run = (expanded(what) / "run.json").is_file()
     if not is_run and not values.output:
         raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
-    output = Path(values.output or Path(what) / dossier.EVIDENCE).expanduser()
+    output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     return *dossier.opened(what, base[0] if base else None), output
 
 
@@ -170,7 +174,7 @@ def define_question(values: flags.FlagValues, prefix: str = "") -> None:
     flags.DEFINE_string(
         f"{prefix}prompts",
         None,
-        "Prompts that ask for the concept, separated by ';'; by default its name.",
+        "Prompts that ask for the concept, separated by ';', or a .txt or .csv file; by default its name.",
         flag_values=values,
     )
 
@@ -181,7 +185,7 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
     from esd_jax.evaluation import emoji, seen
 
     concept = ", ".join(concepts)
-    texts = tuple(text.strip() for text in (prompts or "").split(";") if text.strip())
+    texts = tuple(listed(prompts, "--prompts")) if prompts else ()
     if base.provenance.source == "emoji":
         asked = emoji.question(groups.parse_target(concept), num_images, detector)
         return dataclasses.replace(asked, prompts=texts or asked.prompts)

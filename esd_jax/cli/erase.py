@@ -1,7 +1,6 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -11,6 +10,7 @@ from esd_jax import selection
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
 from esd_jax.cli.export import FORMATS, chosen
+from esd_jax.inputs import expanded
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
@@ -84,6 +84,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, exports, hosts, recipe, runs
     from esd_jax.training.plan import compared
 
+    common.check_finite(values)
     if values.multihost:
         hosts.join()
     plan = recipe.make(**values.config.to_dict())
@@ -111,7 +112,7 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    folder = Path(plan.output_dir).expanduser()
+    folder = expanded(plan.output_dir)
 
     def then(erased: Any) -> None:
         if not hosts.first():

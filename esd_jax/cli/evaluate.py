@@ -1,11 +1,10 @@
 """`esd-jax evaluate`: measure what an erasure removed, and what it kept."""
 
-from pathlib import Path
-
 from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import expanded, finite
 
 STRENGTH_IMAGES = 40
 USAGE = """\
@@ -49,12 +48,14 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
     from esd_jax.evaluation.report import text
 
+    common.check_finite(values)
+    strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
     base, erased, output = common.erased(values)
     given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}
     options = {name: value for name, value in given.items() if value is not None}
     if values.protocol not in dossier.IMAGES or values.prompts or base.provenance.source != "emoji":
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
-        request["reference"] = Path(values.reference).expanduser() if values.reference else None
+        request["reference"] = expanded(values.reference) if values.reference else None
         options |= {
             "prompt_list": values.prompts,
             "samples": values.samples,
@@ -68,9 +69,8 @@ def run(values: flags.FlagValues) -> None:
         base, erased, values.protocol, output_dir=output, concept=values.concept, images=values.images,
         progress=common.say, **options,
     )  # fmt: skip
-    if values.strengths:
-        strengths = [common.number("--strengths", strength) for strength in values.strengths]
-        concepts = [part.strip() for part in found.title.split(",")]
+    if strengths:
+        concepts = [values.concept] if values.concept else dossier.concepts_of(erased)
         judge = common.judge(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
         dossier.front(erased, judge, strengths, output_dir=output)
     print(f"\n{text.summary(found)}\n")

@@ -1,13 +1,14 @@
 """`esd-jax export`: write a run's checkpoint, or a base with what was erased from it, in any format."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import expanded, finite
 
 FORMATS = ("folder", "single", "delta", "difference", "lora", "kohya", "orbax")
 USAGE = """\
@@ -57,9 +58,10 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier, exports
     from esd_jax.io.diffusers import with_strength
 
+    common.check_finite(values)
     formats = chosen(values.format, "format")
     several = len(formats) > 1
-    output = Path(common.required(values, "output")).expanduser() if several else common.output(values)
+    output = expanded(common.required(values, "output")) if several else common.output(values)
     if not values.run and not (values.base and (values.delta or values.merge)):
         raise ValueError("export needs --run, or --base and at least one --delta or --merge")
     if values.step is not None and not values.run:
@@ -97,8 +99,9 @@ def _merged(base: Any, parts: list[str]) -> Any:
     from esd_jax import api
     from esd_jax.io import merge
 
-    pairs = [part.rpartition("*") if "*" in part else (part, "*", "1") for part in parts]
-    strengths = [common.number("strength", strength) for _, _, strength in pairs]
+    whole = ["*" not in part or os.path.exists(expanded(part)) for part in parts]
+    pairs = [(part, "*", "1") if is_file else part.rpartition("*") for part, is_file in zip(parts, whole, strict=True)]
+    strengths = [finite(strength, f"--merge={path}: strength") for path, _, strength in pairs]
     erased = [api.opened(base, path) for path, _, _ in pairs]
     merged, conflicts = merge.merge(base, list(zip(erased, strengths, strict=True)))
     common.say(str(conflicts))

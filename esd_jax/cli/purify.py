@@ -62,7 +62,7 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("purify needs --run, or --base")
     pipeline = common.model(values)
     size = sampling.image_size(pipeline.configs, values.height, values.width)
-    inputs = sampling.to_uint8(images.read_images(";".join(values.image), size))
+    inputs = sampling.to_uint8(images.read_images(values.image, size))
     options = common.options(values, "num_steps guidance_scale inversion_guidance_scale timestep batch_size")
     plain = diffusers.unmodified(pipeline)
     inverter = plain if values.inverter == "unmodified" else pipeline

@@ -1,14 +1,14 @@
 """`esd-jax sample`: draw images from prompts, by any weights, sampler and guidance rule."""
 
 import dataclasses
-import math
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import finite
+from esd_jax.prompt_files import file_of, listed
 
 USAGE = """\
   esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   draw images
@@ -19,9 +19,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("base", "emoji", "The checkpoint.", flag_values=values)
     flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
     flags.DEFINE_string(
-        "prompts", None, "Prompts separated by ';', or a .txt file with one a line.", flag_values=values
+        "prompts",
+        None,
+        "Prompts separated by ';', or a .txt file with one a line, or a CSV with a column prompt.",
+        flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i alone.", 0, 2**32 - 1, flag_values=values)
+    text = "Image i depends on the seed and i alone; a CSV of prompts brings seeds of its own."
+    flags.DEFINE_integer("seed", 0, text, 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("num_steps", 50, "Sampler steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance_scale", 7.5, "Of classifier-free guidance; 1: none.", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "In place of the empty prompt.", flag_values=values)
@@ -68,18 +72,16 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api
     from esd_jax.io import delta, images
 
-    output, prompts = common.output(values), _prompts(common.required(values, "prompts"))
+    common.check_finite(values)
+    output = common.output(values)
+    prompts, seed = _prompts(common.required(values, "prompts"), values.seed, values["seed"].present > 0)
     images.check_output(output)
-    if not math.isfinite(values.guidance_scale):
-        raise ValueError(f"--guidance_scale={values.guidance_scale} must be finite")
     rule, reweight = _rule(values), _reweight(values.reweight)
     pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
-    options = common.options(
-        values, "seed num_steps guidance_scale negative_prompt sampler eta height width batch_size"
-    )
-    drawn = api.sample(pipeline, prompts, rule=rule, reweight=reweight, **options)
+    options = common.options(values, "num_steps guidance_scale negative_prompt sampler eta height width batch_size")
+    drawn = api.sample(pipeline, prompts, seed=seed, rule=rule, reweight=reweight, **options)
     images.write_images(drawn, output)
     print(f"{len(drawn)} images in {output}")
 
@@ -108,7 +110,7 @@ def _edit(given: str) -> Any:
         name, _, value = (part.strip() for part in setting.partition("="))
         if name not in known:
             raise ValueError(f"--edit: {setting!r} is no setting; choose of {', '.join(known)}")
-        numbers[name] = common.number(f"--edit: {name}", value)
+        numbers[name] = finite(value, f"--edit: {name}")
     return Edit(concept, **numbers)
 
 
@@ -119,24 +121,19 @@ def _reweight(given: list[str]) -> dict[str, float]:
         word, _, factor = text.rpartition("=")
         if not word.strip():
             raise ValueError(f"--reweight={text} is not WORD=FACTOR")
-        factors[word.strip()] = common.number(f"--reweight: {word}", factor)
+        factors[word.strip()] = finite(factor, f"--reweight: {word}")
     return factors
 
 
-def _prompts(given: str) -> list[str]:
-    """'A; B', or the lines of a .txt file."""
-    if given.lower().endswith(".txt"):
-        try:
-            lines = Path(given).expanduser().read_text("utf-8").splitlines()
-        except OSError as error:
-            raise FileNotFoundError(f"--prompts: cannot read {given}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts: {given} is not a text file in UTF-8: {error.reason}") from error
-    else:
-        lines = given.split(";")
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError("--prompts holds no prompt")
-    return prompts
+def _prompts(text: str, seed: int, explicit: bool) -> tuple[list[str], int | list[int]]:
+    """'A; B', or those of a .txt or .csv file; and the seeds. A CSV brings its own, as `evaluate` draws it."""
+    file = file_of(text, "--prompts")
+    if file is None or file.suffix.lower() != ".csv":
+        return listed(text, "--prompts"), seed
+    from esd_jax.evaluation.prompts import load
+
+    cases = load(file).cases
+    return [case.prompt for case in cases], seed if explicit else [case.seed for case in cases]
 
 
 VERB = Verb(USAGE, define, run)

@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from esd_jax.cli import common, erase
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import expanded, finite
 
 USAGE = """\
   esd-jax tune    --config=NAME --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   look for settings
@@ -29,11 +29,12 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, recipe, search
 
+    common.check_finite(values)
     given = values.config.to_dict()
     plan = recipe.make(**given)
-    output = Path(common.required(values, "output")).expanduser()
+    output = expanded(common.required(values, "output"))
     grid = _grid(common.required(values, "grid"))
-    steps = [int(common.number("--steps", s)) for s in values.steps or [plan.training.steps]]
+    steps = [_steps(s) for s in values.steps or [plan.training.steps]]
     aim = search.Aim(values.target, values.drop)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     concepts = [concept.text for concept in plan.concepts]
@@ -44,7 +45,7 @@ def run(values: flags.FlagValues) -> None:
         common.judge(values.detector, values.prompts, base, concepts, values.images),
         grid=grid,
         steps=steps,
-        strengths=[common.number("--strengths", s) for s in values.strengths],
+        strengths=[finite(s, "--strengths") for s in values.strengths],
         folder=output,
         progress=lambda trial: common.say(_line(trial)),
         **{k: v for k, v in changed.items() if v is not None},
@@ -57,6 +58,12 @@ def run(values: flags.FlagValues) -> None:
     print(shlex.join(["esd-jax", "erase", f"--config={values.config_name}", *words, "--config.output_dir=FOLDER"]))
     if found.strength != 1:
         print(f"and take {found.strength:g} of its change")
+
+
+def _steps(text: str | int) -> int:
+    if not (number := finite(str(text), "--steps")).is_integer():
+        raise ValueError(f"--steps={text} must be a whole number")
+    return int(number)
 
 
 def _grid(text: str) -> dict[str, Sequence[Any]]:

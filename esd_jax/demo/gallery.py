@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 
 from esd_jax.demo import probe, vocabulary
 from esd_jax.demo.groups import Shot
+from esd_jax.inputs import intact
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -34,7 +35,7 @@ class Gallery(dict[Shot, Shown]):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.glob("*.npz")):
-                with np.load(file) as kept:
+                with intact(file), np.load(file) as kept:
                     self._hang(list(map(Shot, kept["prompts"].tolist(), kept["seeds"].tolist())), kept["images"])
 
     def add(self, shots: Sequence[Shot], images: UInt8[np.ndarray, "shots height width 3"]) -> None:

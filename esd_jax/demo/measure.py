@@ -16,6 +16,7 @@ from esd_jax.demo.gallery import Gallery, Shown, draw
 from esd_jax.demo.groups import Ask, Group, Shot, Target, shots
 from esd_jax.metrics.intervals import Estimate, mean, rate
 from esd_jax.metrics.likeness import ssim
+from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
 BASE, ERASED, SHAM, SEED = "base", "erased", "sham", "seed"  # names of rows
@@ -82,6 +83,8 @@ def measure(
       also: further images to draw in the same batches; they end in `galleries`.
       options: row name -> further arguments of `sample`, for guidance that erases without training.
       progress: is told of each model once it is drawn.
+
+    Raises ValueError for a model all of whose images are blank.
     """
     if num_images < 1:
         raise ValueError(f"num_images={num_images} must be at least 1")
@@ -98,6 +101,7 @@ def measure(
         drawn = draw(
             pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size, **options.get(name, {})
         )
+        check_not_blank((galleries[name][shot].image for shot in wanted), f"model {name!r}")
         progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
     judged = []
     for i, group in enumerate(groups):

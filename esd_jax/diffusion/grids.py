@@ -83,7 +83,7 @@ def final_sigma(schedule: Schedule) -> float:
         return 0.0
     if kind == "sigma_min":
         return float(np.sqrt((1 - schedule.alpha_bar[0]) / schedule.alpha_bar[0]))
-    raise ValueError(f"unknown final_sigmas_type {kind!r}: known are zero, sigma_min")
+    raise ValueError(f"unknown final_sigmas_type {kind!r} in the scheduler config: write 'zero' or 'sigma_min'")
 
 
 def sigma_grid(

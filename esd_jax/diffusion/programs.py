@@ -84,6 +84,17 @@ def decoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Ar
 
 
 @lru_cache(maxsize=8)
+def finite(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
+    """From latents to whether each image is finite, which uint8 does not say."""
+
+    def decode(params: Params, latents: Array) -> Array:
+        images = network.apply(params, vae.unscale(config, latents), "decode")
+        return jnp.isfinite(images).all(axis=(1, 2, 3))
+
+    return jax.jit(decode)
+
+
+@lru_cache(maxsize=8)
 def encoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
     """From uint8 images to the mean of their latents."""
 

@@ -31,6 +31,7 @@ def token_scale(
     tokens = [tokenizer.backend.convert_ids_to_tokens(row.tolist()) for row in ids]
     begins = np.zeros(ids.shape, bool)
     begins[:, 1:] = [[token.endswith("</w>") for token in row[:-1]] for row in tokens]
+    begins[:, 1:] |= np.isin(ids[:, :-1], list(tokenizer.backend.get_added_vocab().values()))  # words that were learned
     begins[:, 1] = True
     scale = np.ones(ids.shape, np.float32)
     for word, factor in factors.items():
@@ -40,7 +41,7 @@ def token_scale(
             ends = np.argmax(ids == tokenizer.backend.eos_token_id, axis=1)
             scale[np.arange(ids.shape[1]) >= ends[:, None]] *= factor
             continue
-        own = tokenizer.backend(word, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
+        own = tokenizer.words(word)
         starts = range(ids.shape[1] - len(own) + 1 if own else 0)
         found = [
             (row, i)

@@ -210,10 +210,10 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     else:
         fits = default is None or isinstance(value, type(default))
     if not fits:
-        raise ValueError(
-            f"scheduler config field {name}={_short(value)} must be "
-            f"{'true or false' if isinstance(default, bool) else f'of the type of {default!r}'}"
-        )
+        a = {bool: "true or false", str: "a text", int: "a whole number", float: "a finite number"}
+        kind = a.get(type(default), f"a {type(default).__name__}")
+        example = "" if isinstance(default, bool) else f" such as {default!r}"
+        raise ValueError(f"scheduler config field {name}={_short(value)} must be {kind}{example}")
     return value
 
 

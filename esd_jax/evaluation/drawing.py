@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from esd_jax.evaluation.prompts import Case
+from esd_jax.inputs import read_json
+from esd_jax.io.images import read_image
 from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -47,7 +49,7 @@ class Drawn:
         return len(self.cases)
 
     def __getitem__(self, i: int) -> UInt8[np.ndarray, "height width 3"]:
-        return np.asarray(Image.open(_file(self.folder, self.cases[i])).convert("RGB"))
+        return np.asarray(read_image(_file(self.folder, self.cases[i])))
 
     def batches(self, size: int = 64) -> Iterator[UInt8[np.ndarray, "batch height width 3"]]:
         """All images, so many at a time."""
@@ -83,7 +85,8 @@ def draw(
         missing = [case for case in cases if not _file(folder, case).is_file()]
         done = len(cases) - len(missing)
         # The guidance scale is one number for a batch.
-        scale = lambda case: (drawing.own_guidance and case.guidance) or drawing.guidance_scale  # noqa: E731
+        own = lambda case: drawing.own_guidance and case.guidance is not None  # noqa: E731
+        scale = lambda case: case.guidance if own(case) else drawing.guidance_scale  # noqa: E731
         for guidance, alike in groupby(sorted(missing, key=scale), key=scale):
             alike = list(alike)
             for start in range(0, len(alike), CHUNK):
@@ -112,7 +115,7 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a new folder, or checks that of an old one, to which cases may be added."""
     file = folder / MANIFEST
     if file.is_file():
-        old = json.loads(file.read_text())
+        old = read_json(file)
         for part in ("model", "drawing"):
             if old.get(part) != manifest[part]:
                 mend = "remove it, or choose another output"

@@ -1,6 +1,5 @@
 """What a run and its weights tell by themselves: its course, its previews, and how much each tensor changed."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
+from esd_jax.inputs import parse_json
 from esd_jax.io.diffusers import read_exact, unmodified, with_strength
+from esd_jax.io.images import read_image
 from esd_jax.metrics.intervals import Estimate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
@@ -36,7 +36,7 @@ def training(log: Path) -> Plot | None:
     """Loss over updates, each point the mean of a fiftieth of them: a step's loss depends on the timestep it drew."""
     if not log.is_file():
         return None
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [parse_json(line, log) for line in log.read_text().splitlines()]
     if not rows:
         return None
     parts = np.array_split(np.array([(row["step"], row["loss"]) for row in rows]), min(50, len(rows)))
@@ -48,7 +48,7 @@ def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
     """A moment for each preview strip (step_000100.png: square images side by side)."""
     moments: list[Moment] = []
     for file in sorted(folder.glob("step_*.png")):
-        strip = np.asarray(Image.open(file).convert("RGB"))
+        strip = np.asarray(read_image(file))
         images = np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))
         moment = Moment(int(file.stem.removeprefix("step_")), images)
         first = moments[0].images if moments else images

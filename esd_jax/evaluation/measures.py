@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from esd_jax.evaluation.drawing import Drawn
 from esd_jax.evaluation.evidence import Cell, Finding, Heat, Table
 from esd_jax.evaluation.judges import detectors, features, lpips
 from esd_jax.evaluation.judges.weights import Identity, Images
+from esd_jax.io.images import read_image
 from esd_jax.metrics import distance
 from esd_jax.metrics.intervals import Estimate, clustered_rate, mean, paired_difference
 from esd_jax.metrics.likeness import ssim
@@ -256,4 +256,4 @@ def _real(folder: Path, size: int = 64) -> Iterator[Images]:
     if not files:
         raise ValueError(f"{folder} has no images (.jpg, .png, .webp)")
     for start in range(0, len(files), size):
-        yield [np.asarray(Image.open(file).convert("RGB")) for file in files[start : start + size]]
+        yield [np.asarray(read_image(file)) for file in files[start : start + size]]

@@ -1,8 +1,6 @@
 """Lists of prompts to draw: a CSV file of the user's, a published one by name, or a small one of ours."""
 
-import csv
 import hashlib
-import os
 import re
 import urllib.request
 import zlib
@@ -11,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from esd_jax import prompt_files
+from esd_jax.inputs import cache, expanded, finite
 
 OURS = Path(__file__).parent / "lists"
 ESD = "https://raw.githubusercontent.com/rohitgandikota/erasing/25613d27892326e0c7770f7f3555bea4be150089/data/"
@@ -37,6 +38,7 @@ PUBLISHED = {
         "4ab01d9e98b0a23082b9cdbf52815cc639201fe6ba33b6ed8bbab58984c9fb2d",
     ),
 }
+LONGEST_NUMBER = 200  # bytes of a case's number, which names its image's file
 # What a row is counted under in a table: the first of these columns that the file has.
 GROUPS = ("class", "label_str", "artist", "group", "categories")
 
@@ -77,7 +79,7 @@ def load(source: str | Path) -> PromptList:
     Raises:
       FileNotFoundError, ValueError: no such file or name, a download that fails or differs, no prompts in it, ...
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     name = str(source)
     if path.is_file():
         name = path.name
@@ -88,56 +90,72 @@ def load(source: str | Path) -> PromptList:
     else:
         known = ", ".join([*(p.stem for p in sorted(OURS.glob("*.csv"))), *PUBLISHED])
         raise FileNotFoundError(f"there is no file {name} of prompts; give a CSV, or one of {known}")
-    content = path.read_bytes()
-    return PromptList(name, hashlib.sha256(content).hexdigest(), tuple(read(path)))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    published = digest in (known for _, known in PUBLISHED.values())  # I2P's has a row without a prompt
+    return PromptList(name, digest, tuple(read(path, empty=published)))
 
 
-def read(path: Path) -> list[Case]:
-    """The cases of a CSV file. Raises ValueError naming the row that is wrong."""
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV in UTF-8: {error}") from error
-    if not rows or "prompt" not in rows[0]:
-        raise ValueError(f'{path} has no prompts: its first line must name a column "prompt"')
-    group = next((column for column in GROUPS if column in rows[0]), None)
+def read(path: Path, *, empty: bool = False) -> list[Case]:
+    """The cases of a CSV file.
+
+    Args:
+      path: the file.
+      empty: let rows without a prompt stand.
+
+    Raises ValueError naming the row that is wrong.
+    """
+    columns = ("case_number", "evaluation_seed", "evaluation_guidance", *GROUPS)
+    rows = prompt_files.read_csv(path, columns, empty)
+    group = next((column for column in GROUPS if column in rows[0]), "")
     cases = []
     for i, row in enumerate(rows):
-        prompt = (row["prompt"] or "").strip()
-        try:
-            seed = int(float(row["evaluation_seed"])) if row.get("evaluation_seed") else zlib.crc32(prompt.encode())
-            guidance = float(row["evaluation_guidance"]) if row.get("evaluation_guidance") else None
-        except ValueError as error:
-            raise ValueError(f"{path}, row {i + 1}: {error}") from error
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"{path}, row {i + 1}: evaluation_seed={seed} must be in 0..{2**32 - 1}")
+        where, prompt = f"{path}, row {i + 1}", row["prompt"]
+        seed = _seed(row["evaluation_seed"], where) if row.get("evaluation_seed") else zlib.crc32(prompt.encode())
+        guidance = row.get("evaluation_guidance")
+        guidance = finite(guidance, f"{where}: evaluation_guidance") if guidance else None
         number = row.get("case_number") or str(i)  # the published list of COCO captions has none
-        if not re.fullmatch(r"[\w-]+", number):
-            raise ValueError(f"{path}, row {i + 1}: case_number {number!r} is to name a file: letters, digits, - and _")
-        cases.append(Case(number, prompt, seed, (row.get(group or "") or "").strip(), guidance))
-    (number, count), *_ = Counter(case.case for case in cases).most_common(1)
-    if count > 1:
-        raise ValueError(f"{path} has case_number {number} {count} times: a number is one image's name")
+        if not re.fullmatch(r"[\w-]+", number) or len(number.encode()) > LONGEST_NUMBER:
+            raise ValueError(f"{where}: case_number {number!r} is to name a file: a few letters, digits, - and _")
+        cases.append(Case(number, prompt, seed, row.get(group, ""), guidance))
+    _check_numbers(cases, f"{path} has")
     return cases
 
 
+def _seed(text: str, where: str) -> int:
+    """A seed of 32 bits, which may be written as a float is. Raises ValueError, naming where it stands."""
+    number = finite(text, f"{where}: evaluation_seed")
+    if not (number.is_integer() and 0 <= number < 2**32):
+        raise ValueError(f"{where}: evaluation_seed={text} must be a whole number in 0..{2**32 - 1}")
+    return int(number)
+
+
+def _check_numbers(cases: Sequence[Case], what: str) -> None:
+    (number, count), *_ = Counter(case.case for case in cases).most_common(1)
+    if count > 1:
+        raise ValueError(f"{what} case_number {number} {count} times: a number is one image's name")
+
+
 def repeated(cases: Sequence[Case], samples: int) -> list[Case]:
-    """Each case several times, from noise of its own: "12", "12_1", "12_2", ..."""
+    """Each case several times, from noise of its own: "12", "12_1", "12_2", ...
+
+    Raises ValueError for fewer samples than one, and for a list that has a case "12_1" beside "12".
+    """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
-    return [
+    found = [
         case if k == 0 else case._replace(case=f"{case.case}_{k}", seed=zlib.crc32(f"{case.seed} {k}".encode()))
         for case in cases
         for k in range(samples)
     ]
+    _check_numbers(found, f"with samples={samples}, the list has")
+    return found
 
 
 def _published(name: str) -> Path:
     """The file of a published list, downloaded if need be."""
     url, sha256 = PUBLISHED[name]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esd_jax" / "prompts"
-    path = cache / f"{name}.csv"
+    folder = cache("prompts")
+    path = folder / f"{name}.csv"
     if not path.is_file():
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
@@ -147,7 +165,7 @@ def _published(name: str) -> Path:
             raise FileNotFoundError(
                 f"cannot download the prompts {name!r} from {url} ({reason}): put the file at {path}, or give a CSV"
             ) from error
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_bytes(content)
         partial.replace(path)

@@ -11,6 +11,7 @@ from esd_jax.evaluation.drawing import Drawing, draw
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
 from esd_jax.io.diffusers import source_hash
+from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
 CAVEATS = ("A detector errs, and an erased model may still draw the concept for prompts that nobody tried.",)
@@ -88,7 +89,8 @@ def evaluate(
       request: fields of `Request`: convention, classifier, clip, features, reference.
       **drawing: fields of `Drawing`: num_steps, guidance_scale, batch_size, ...
 
-    Raises ValueError for what is unknown, and before anything is drawn for judges that are not there.
+    Raises ValueError for what is unknown, before anything is drawn for judges that are not there, and for a model that
+    draws blank images alone.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; choose of {', '.join(PROTOCOLS)}, or emoji")
@@ -105,6 +107,7 @@ def evaluate(
     for name, model in (("base", base), ("erased", erased)):
         told = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
         drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, told))
+        check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
     found = [measures.MEASURES[name](*drawn, asked) for name in names]
     return Evidence(
         concept,

@@ -14,6 +14,7 @@ from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.intervals import Estimate, clustered_rate, mean
 from esd_jax.metrics.likeness import ssim
+from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -53,8 +54,10 @@ class Question:
         )
 
     def rate(self, pipeline: Pipeline) -> Estimate:
-        """The share of a model's images in which the concept is seen."""
-        return clustered_rate(self.detect(self.draw(pipeline)), np.arange(self.num_images) % len(self.prompts))
+        """The share of a model's images in which the concept is seen. Raises ValueError where all are blank."""
+        images = self.draw(pipeline)
+        check_not_blank(images, "the model")
+        return clustered_rate(self.detect(images), np.arange(self.num_images) % len(self.prompts))
 
 
 def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:

@@ -5,10 +5,12 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from esd_jax.evaluation.evidence import Cell, Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table, as_json
+from esd_jax.inputs import parse_json
 from esd_jax.io.safetensors import writing
 from esd_jax.metrics.intervals import Estimate
 
@@ -42,10 +44,10 @@ def save(evidence: Evidence, folder: Path, name: str) -> Path:
 def load(file: Path) -> Evidence:
     """What `save` wrote. Raises ValueError for another file."""
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes(), file)
         with np.load(file.with_suffix(".npz")) as images:
             return _evidence(content, images)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, BadZipFile) as error:
         raise ValueError(f"{file} is no evidence of this version: measure it again") from error
 
 

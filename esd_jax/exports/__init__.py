@@ -12,6 +12,7 @@ import numpy as np
 
 from esd_jax.exports import orbax
 from esd_jax.exports.orbax import is_taken
+from esd_jax.inputs import expanded
 from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file
 from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact, unmodified
@@ -150,7 +151,7 @@ def export(
         case there is at `path` what was there before.
       OSError: one line: no permission, no space left, ...
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     kind = _format(format)
     if unknown := sorted(name for name in options if name not in kind.options):
         fits = ", ".join(name for name, other in FORMATS.items() if unknown[0] in other.options)
@@ -193,7 +194,7 @@ def export_all(
 
     Raises: as `export`; before anything is written for what one of the formats, or all of the options, cannot do.
     """
-    folder, stem, formats = Path(folder).expanduser(), name_of(pipeline), tuple(formats)
+    folder, stem, formats = expanded(folder), name_of(pipeline), tuple(formats)
     general = {name: options.pop(name) for name in ("verify", "overwrite", "metadata") if name in options}
     kinds = {name: _format(name) for name in formats}
     if unknown := sorted(options.keys() - {option for kind in kinds.values() for option in kind.options}):
@@ -250,7 +251,7 @@ def verified(
                 dtypes.add(_dtype_of(ours, theirs, name, path))
             lost += float(np.sum(np.square(ours - theirs, dtype=np.float64)))
             change += float(np.sum(np.square(ours - first, dtype=np.float64)))
-    host = base if into is None else kind.read(base, Path(into).expanduser())  # whose tensors the others must be
+    host = base if into is None else kind.read(base, expanded(into))  # whose tensors the others must be
     others = _check_others(host, again, pipeline.edits, path, dtype) if kind.whole else 0
     records = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
     if json.loads(json.dumps(list(records), default=str)) != json.loads(

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
 from esd_jax.io.difference import is_difference
@@ -52,7 +53,7 @@ def export_delta(
       ValueError: the UNet is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
-    path, dtype = Path(path).expanduser(), safetensors.read_dtype(dtype)
+    path, dtype = expanded(path), safetensors.read_dtype(dtype)
     tensors.check_file(pipeline, path, "a delta", overwrite)
     if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
         raise ValueError(f"a delta holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
@@ -81,7 +82,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
       ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the UNet does not have. A
         prefix that all names share ("unet.", or what torch.compile and data parallelism put before them) is none.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
     net = pipeline.network("unet")

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
 from esd_jax.io.diffusers import read_exact, source_hash, unmodified
@@ -42,7 +43,7 @@ def export_difference(
       ValueError: the UNet is unedited, something else is edited, or `path` is taken.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
-    path, code = Path(path).expanduser(), safetensors.CODES[safetensors.read_dtype(dtype)]
+    path, code = expanded(path), safetensors.CODES[safetensors.read_dtype(dtype)]
     tensors.check_file(pipeline, path, "a difference", overwrite)
     if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
         raise ValueError(f"a difference holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
@@ -78,7 +79,8 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
       FileNotFoundError: there is no such file.
       ValueError: it is damaged, no difference, one of another base, or does not fit the UNet.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    check_finite(strength=strength)
     header = safetensors.read_header(path)
     if not is_difference(header):
         raise ValueError(f"{path} is no difference file (its metadata lack {KIND}={DIFFERENCE})")
@@ -97,7 +99,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
             )
         change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
         first = np.asarray(read_exact(base, [f"unet/{key}"])[f"unet/{key}"])
-        edits[f"unet/{key}"] = jnp.asarray(first + np.float32(strength) * change)
+        edits[f"unet/{key}"] = jnp.asarray(tensors.plus(f"unet/{key}", first, change, strength))
     record = {"difference": path.name, "strength": strength, "erased": files.read_records(header)}
     return base.with_edits(edits, record)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, ldm_file, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
@@ -69,7 +70,7 @@ def load(
     if ldm_file.is_single_file(source):
         if variant or revision:
             raise ValueError(f"variant and revision are for diffusers folders and hub ids, but {source} is a file")
-        return _load_file(Path(source).expanduser().absolute(), dtype, sharding, config, ema)
+        return _load_file(expanded(source).absolute(), dtype, sharding, config, ema)
     if config is not None or ema:
         raise ValueError(f"config and ema are for single .safetensors files, but {source} is none")
     folder = resolve(source, variant=variant, revision=revision).absolute()
@@ -103,7 +104,7 @@ def describe(
     Raises what `load` does for what a single file's keys and shapes show, and for the dtypes of weights that are here.
     """
     if ldm_file.is_single_file(source):
-        header = safetensors.read_header(Path(source).expanduser().absolute())
+        header = safetensors.read_header(expanded(source).absolute())
         configs, schedule = _file_architecture(header, ldm_file.config_folder(header, config), config)
         check_channels(ldm_file.with_channels(header, configs))
         ldm_file.locate(header, configs)
@@ -203,7 +204,7 @@ def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
 
     Raises FileNotFoundError, ValueError as `load` does, or if its architecture is another one.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = expanded(folder).absolute()
     config, own = read_config(folder.parent, folder.name, "UNet2DConditionModel"), base.configs["unet"]
     if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
         raise ValueError(f"{folder} and the base have UNets of different architectures")
@@ -239,11 +240,16 @@ def unmodified(pipeline: Pipeline) -> Pipeline:
 
 
 def with_strength(erased: Pipeline, strength: float) -> Pipeline:
-    """The checkpoint with so much of the change that its erasure made: 0 is the base, 1 the erased one."""
+    """The checkpoint with so much of the change that its erasure made: 0 is the base, 1 the erased one.
+
+    Raises ValueError for a strength that is not finite, or leads out of float32's range.
+    """
+    check_finite(strength=strength)
     before = read_exact(unmodified(erased), erased.edits)
-    return erased.with_edits(
-        {name: before[name] + strength * (after - before[name]) for name, after in erased.edits.items()}
-    )
+    parts = {name: before[name] + strength * (after - before[name]) for name, after in erased.edits.items()}
+    if lost := next((name for name, value in parts.items() if not jnp.isfinite(value).all()), None):
+        raise ValueError(f"strength={strength} takes {lost} beyond the range of float32: give a number such as 1")
+    return erased.with_edits(parts)
 
 
 def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> dict[str, Array]:

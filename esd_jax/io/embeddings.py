@@ -4,11 +4,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from esd_jax.inputs import check_text, expanded
 from esd_jax.io import safetensors
 from esd_jax.io.recognised import described
 from esd_jax.pipeline import Pipeline
@@ -43,7 +45,7 @@ def add_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None
       FileNotFoundError: there is no such file.
       ValueError: it is a pickle or damaged, is no embedding for this checkpoint, or the word is known already.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     vectors, named = _read(pipeline, path)
     token = token or named or path.stem
     params, configs, located = dict(pipeline.params), dict(pipeline.configs), dict(pipeline.provenance.tensors)
@@ -98,10 +100,24 @@ def _foreign(header: safetensors.Header, key: str) -> str:
 
 def _teach(tokenizer: Tokenizer, token: str, count: int, path: Path) -> tuple[Tokenizer, list[int]]:
     """A tokenizer that knows a word of so many tokens, and their ids."""
+    check_text(token, f"{path}: the word")
+    if token != token.strip():
+        raise ValueError(f"{path}: the word {token!r} has a space at its end, which prompts lose: give another token")
     backend = copy.deepcopy(tokenizer.backend)
     words = [token, *(f"{token}_{i}" for i in range(1, count))]
     if known := [word for word in words if word in backend.get_vocab()]:
         raise ValueError(f"{path}: the tokenizer knows {known[0]!r} already: give another token")
+    learned = dict(backend.get_added_vocab())
+    before = {word: _ids(backend, word) for word in learned}
     backend.add_tokens(words)
-    expansions = {**tokenizer.expansions, **({token: " ".join(words)} if count > 1 else {})}
-    return replace(tokenizer, backend=backend, expansions=expansions), backend.convert_tokens_to_ids(words)
+    ids = backend.convert_tokens_to_ids(words)
+    # A tokenizer may read "MyStyle" as "mystyle": two such words would be one.
+    for word, read in {**before, **{word: [i] for word, i in zip(words, ids, strict=True)}}.items():
+        if _ids(backend, word) != read:
+            raise ValueError(f"{path}: the tokenizer reads {token!r} as a word that it knows: give another token")
+    expansions = {**tokenizer.expansions, **({ids[0]: tuple(ids)} if count > 1 else {})}
+    return replace(tokenizer, backend=backend, expansions=expansions), ids
+
+
+def _ids(backend: Any, word: str) -> list[int]:
+    return backend(word, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import leftovers, new_folder, safetensors
 from esd_jax.io.safetensors import Header
@@ -51,7 +52,7 @@ def export(
       FileNotFoundError, ValueError: nothing to copy from, `path` is taken, or a tensor is NaN or beyond its dtype.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     source, file = pipeline.provenance.folder, pipeline.provenance.file
     if source is None or not source.is_dir():
         raise FileNotFoundError(f"the folder that the checkpoint was read from is needed for export: {source}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from esd_jax.inputs import parse_json, read_json
 from esd_jax.io.safetensors import PICKLES, Header, refuse_pickle
 
 RECORD = "esd_jax"  # the metadata key under which a weight file says what was erased from it
@@ -17,7 +18,6 @@ WEIGHTS = re.compile(
     r"(?:\.index(?:\.(\w+))?\.json|\.(\w+)\.index\.json)?"
 )
 NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml")
-MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLIP_OF_IMAGES = ("vision_model.", "visual_projection.", "logit_scale")
@@ -30,25 +30,6 @@ def nameable(name: str) -> str:
     """A file's name with "_" for the letters that names on this machine cannot have, under some old locales."""
     encoding = sys.getfilesystemencoding()
     return "".join(letter if letter.encode(encoding, "ignore") else "_" for letter in name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError or ValueError, naming the file, unless it holds a JSON object."""
-    try:
-        if not path.is_file():  # a device would be read without end
-            raise FileNotFoundError(f"there is no file {path}; a diffusers folder needs it")
-        if (size := path.stat().st_size) > MOST_JSON:
-            raise ValueError(f"{path} has {size:,} bytes, which no such file needs: copy or download it again")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy or download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 def variant_of(file_name: str) -> str | None:
@@ -122,10 +103,7 @@ def is_other_weight(path: Path, used: Iterable[Path]) -> bool:
 
 def read_records(header: Header) -> list[Any]:
     """The records of erasures that a weight file carries, oldest first."""
-    try:
-        records = json.loads(header.metadata.get(RECORD, "[]"))
-    except ValueError as error:
-        raise ValueError(f"{header.path}: the metadata {RECORD!r} is not valid JSON ({error})") from error
+    records = parse_json(header.metadata.get(RECORD, "[]"), f"{header.path}: the metadata {RECORD!r}")
     return records if isinstance(records, list) else [records]
 
 

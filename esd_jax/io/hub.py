@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from esd_jax.inputs import expanded
 from esd_jax.io.safetensors import refuse_pickle
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -26,7 +27,7 @@ def resolve(
       FileNotFoundError: no such folder; or the hub has no such model or revision, or cannot be reached.
       ValueError: a single file; or a model that the hub gives only to those who accepted its licence.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if revision:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {path} is a local folder")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax.inputs import expanded
 from esd_jax.io import corrections, ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
 from esd_jax.io.recognised import LOAD, described
@@ -30,7 +31,7 @@ SWITCHES = {"true": True, "1": True, "false": False, "0": False, "none": False}
 
 def is_single_file(source: str | Path) -> bool:
     """Whether a source names a single file, which may not exist."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.suffix.lower() == ".safetensors" and not path.is_dir()
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import ldm, safetensors, tensors
 from esd_jax.io.diffusers import read_exact, unmodified
@@ -94,7 +95,7 @@ def export_lora(
       ValueError: no matrix of it is edited; a number out of range; or `path` is taken.
       OSError: one line: no permission, no space left, ...
     """
-    path, code = Path(path).expanduser(), safetensors.CODES[safetensors.read_dtype(dtype)]
+    path, code = expanded(path), safetensors.CODES[safetensors.read_dtype(dtype)]
     _check(pipeline, path, rank, energy, style, overwrite)
     base, modules = unmodified(pipeline), _module_names(pipeline, style)
     matrices = {name.removesuffix(".weight"): name for name in sorted(pipeline.edits)}

@@ -6,7 +6,6 @@ without any, alpha is the rank.
 """
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from esd_jax.io import adapters, safetensors
+from esd_jax.inputs import check_finite, expanded, parse_json
+from esd_jax.io import adapters, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.adapters import ENDINGS, OTHER_KINDS
 from esd_jax.io.diffusers import read_exact
@@ -60,7 +60,8 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
       ValueError: it is damaged, is no LoRA, is one of another kind (OFT, GLoRA, ...), or names a module or has a shape
         that the checkpoint does not have.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
+    check_finite(strength=strength)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
     found = _changes(header, module_names(pipeline))
@@ -145,7 +146,7 @@ def _configs(header: Header) -> dict[str, Mapping[str, Any]]:
         return {"": config}
     configs: dict[str, dict[str, Any]] = {}
     try:
-        for key, value in json.loads(header.metadata.get(PEFT, "{}")).items():
+        for key, value in parse_json(header.metadata.get(PEFT, "{}"), "the text").items():
             network, _, field_name = key.partition(".")
             configs.setdefault(network, {})[field_name] = value
     except (ValueError, AttributeError) as error:
@@ -169,6 +170,8 @@ def _scale(module: str, change: Change, rank: int, configs: Mapping[str, Mapping
         except (re.error, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: its LoraConfig gives {full!r} no alpha ({error})") from error
         root = 0.5 if config.get("use_rslora") else 1.0  # rank-stabilised: alpha / sqrt(rank)
+    if not np.isfinite(alpha):
+        raise ValueError(f"{path}: the alpha of {change.keys[0]!r} is {alpha}: train or download it again")
     scale = float(alpha) / rank**root if rank else 1.0
     if "scale" in change.parts:
         _require(change.parts["scale"].size == 1, change.keys[0], path)
@@ -217,12 +220,11 @@ def _applied(
         # PEFT gives every adapted layer a bias, if it gives one: where the layer has none, it changes nothing.
         if part in parts and parts[part].any():
             edits["bias"] = fitting("bias", factor * parts[part])
-    return {
-        f"{module}.{leaf}": jnp.asarray(  # NumPy compiles no shape
-            safetensors.from_file(first + np.float32(strength) * value, net.layouts[f"{bare}.{leaf}"])
-        )
-        for leaf, (first, value) in edits.items()
-    }
+    result = {}
+    for leaf, (first, value) in edits.items():
+        changed = tensors.plus(f"{module}.{leaf}", first, value, strength)
+        result[f"{module}.{leaf}"] = jnp.asarray(safetensors.from_file(changed, net.layouts[f"{bare}.{leaf}"]))
+    return result
 
 
 def _require(fits: bool, key: str, path: Path) -> None:

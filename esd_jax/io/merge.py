@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esd_jax.inputs import check_finite
 from esd_jax.io import tensors
 from esd_jax.io.diffusers import read_exact, source_hash
 from esd_jax.io.safetensors import DTYPES
@@ -72,10 +73,13 @@ def merge(
     Returns:
       the merged pipeline, with the records of all parts; and where they disagree.
 
-    Raises ValueError for no parts, a base with edits, or a part that says it was erased from another base.
+    Raises ValueError for no parts, a base with edits, a part that says it was erased from another base, or a strength
+    that is not finite, or leads out of float32's range.
     """
     if not parts:
         raise ValueError("there is nothing to merge: give at least one part")
+    for _, strength in parts:
+        check_finite(strength=strength)
     if base.edits:
         raise ValueError("the base of a merge has edits: export and load it")
     expected = source_hash(base)
@@ -88,7 +92,10 @@ def merge(
         own = {i: np.asarray(change[name], np.float64).ravel() for i, change in enumerate(changes) if name in change}
         total = sum(own.values())
         first = np.asarray(_exact(base, name))
-        edits[name] = jnp.asarray(first + total.reshape(first.shape), jnp.float32)
+        value = first + total.reshape(first.shape)
+        if not (np.abs(value) <= np.finfo(np.float32).max).all():
+            raise ValueError(f"the strengths take {name} beyond the range of float32: give numbers such as 1")
+        edits[name] = jnp.asarray(value, jnp.float32)
         for (i, a), (j, b) in itertools.combinations_with_replacement(own.items(), 2):
             dots[i, j] += a @ b
         if len(own) > 1:
@@ -137,7 +144,8 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
                 for value, pipeline, read in zip((after, before), (part, base), headers, strict=True)
             )
         ):
-            found[name] = np.float32(strength) * (after - before)
+            with np.errstate(over="ignore"):  # the sum is checked, by name
+                found[name] = np.float32(strength) * (after - before)
     if not found:
         raise ValueError(f"{part.provenance.source} changes nothing")
     return found

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from esd_jax.inputs import parse_json
 from esd_jax.io import leftovers
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -89,14 +90,15 @@ def read_header(path: Path) -> Header:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            encoded = file.read(length)
     except (safetensors.SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _disguised(path) or str(error).splitlines()[0]
         if path.suffix.lower() != ".safetensors":
             raise ValueError(f"{path} is no safetensors file ({reason}): give one, whose name ends so") from error
         raise ValueError(f"{path} is damaged or incomplete ({reason}): copy or download it again") from error
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    header = parse_json(encoded, f"{path}: its header")
     metadata = header.pop("__metadata__", None) or {}
     entries = {
         name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()
@@ -253,6 +255,26 @@ def refuse_pickle(path: Path, convert: str = OF_PIPELINE) -> None:
             f"{path} is a pickle, which can run any code when it is opened, and is never read: convert it to "
             f"safetensors first ({convert})"
         )
+
+
+# How files begin that are often given this name -> what they are, and what to do about it.
+DISGUISES = {
+    (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"): (
+        "it is a pickle under another name, which is never opened: convert it to safetensors"
+    ),
+    (b"version https://git-lfs",): "it is a Git LFS pointer, in the file's place: run `git lfs pull`",
+    (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml"): "it is a web page, in the file's place",
+    (b"GGUF",): "it is a GGUF file under another name, which is not implemented",
+}
+
+
+def _disguised(path: Path) -> str | None:
+    """What a file is whose name alone says that it is safetensors."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # a damaged one; its header's length may begin as a pickle does
+        return None
+    return next((what for beginnings, what in DISGUISES.items() if start.startswith(beginnings)), None)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
@@ -51,8 +52,8 @@ def export_single(
         NaN or beyond its dtype.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
-    path = Path(path).expanduser()
-    base = pipeline.provenance.file if into is None else Path(into).expanduser().absolute()
+    path = expanded(path)
+    base = pipeline.provenance.file if into is None else expanded(into).absolute()
     code = None if dtype is None else CODES[safetensors.read_dtype(dtype)]
     if not pipeline.provenance.tensors:
         raise FileNotFoundError("the checkpoint was not read from files, and its own are needed to export it")

@@ -80,6 +80,15 @@ def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, 
     return array if array.dtype == safetensors.DTYPES[dtype] else safetensors.cast(name, array, dtype)
 
 
+def plus(name: str, before: np.ndarray, change: np.ndarray, strength: float) -> np.ndarray:
+    """before + strength change, in float32. Raises ValueError, naming the tensor, where that is beyond its range."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = before + np.float32(strength) * change
+    if not np.isfinite(result).all():
+        raise ValueError(f"strength={strength} takes {name} beyond the range of float32: give a number such as 1")
+    return result
+
+
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two tensors are equal; up to the rounding of the coarser dtype, if they have two."""
     if a.dtype == b.dtype:

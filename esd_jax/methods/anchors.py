@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.images import in_batches
 from esd_jax.methods.method import Tools
+from esd_jax.prompt_files import listed
 
 # {p} is the anchor's caption, {s} the concept. The released code takes the templates alike, and a style's name twice
 # half of the time.
@@ -40,21 +40,14 @@ def anchor_of(concept: Concept) -> str:
 
 
 def read_prompts(given: str | None) -> list[str]:
-    """The prompts that a setting names: separated by ";", or one on each line of a .txt file; none if it is None.
+    """The prompts that a setting names: separated by ";", or those of a .txt or .csv file; none if it is None.
 
     Raises ValueError for a file that cannot be read, and where there is no prompt.
     """
-    if given is None:
-        return []
-    texts = given.split(";")
-    if given.strip().endswith(".txt"):
-        try:
-            texts = Path(given.strip()).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"anchor_prompts: cannot read {given}: {getattr(error, 'strerror', error)}") from error
-    if not (prompts := [text.strip() for text in texts if text.strip()]):
-        raise ValueError(f"anchor_prompts={given!r} holds no prompt")
-    return prompts
+    try:
+        return [] if given is None else listed(given, "anchor_prompts")
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def prompts_of(concept: Concept, kind: str, prompts: list[str]) -> list[str]:

@@ -1,14 +1,20 @@
 """What is to be erased, as text and as a bank of encoded prompts."""
 
-import math
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
+from esd_jax.inputs import check_finite, check_text
 from esd_jax.models.unet import Conditioning
+
+Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,22 @@ class Concept:
     strength: float = 1.0
 
     def __post_init__(self):
+        check_text(self.text, "the concept")
         if not self.text.strip():
             raise ValueError("the concept is empty: name what is to be erased")
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength={self.strength} must be finite")
+        for name in ("replace_with", "preserve"):
+            if not isinstance(value := getattr(self, name), tuple):
+                raise ValueError(f"{name}={value!r} of concept {self.text!r} must be a tuple of texts: () for none")
+        for text in (self.text, self.from_ or "", *self.replace_with, *self.preserve):
+            check_text(text, f"a text of concept {self.text!r}")
+            if "\0" in text:
+                raise ValueError(f"concept {text!r} holds a null character, which nothing can be named by: take it out")
+        check_finite(strength=self.strength)
+
+    @property
+    def erased_from(self) -> str:
+        """The prompt from which the concept is erased."""
+        return self.from_ or self.text
 
 
 @jax.tree_util.register_dataclass
@@ -85,3 +103,50 @@ def make_bank(
         index = jnp.asarray(rows, jnp.int32)
         indices[role] = index[:, 0] if isinstance(asked[0], str) else index
     return Bank(encode(list(texts)), indices)
+
+
+def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
+    """Raises ValueError for what no method can do, told by what the text encoder reads: "A Cat" is "a cat".
+
+    A concept that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that is to
+    be kept twice.
+
+    Args:
+      tokens: prompts -> ids, padded.
+      concepts: all of a run's.
+    """
+    read = _reader(tokens)
+    known: dict[Any, str] = {}
+    for concept in concepts:
+        if read(concept.text) == read(""):
+            raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows: name it otherwise")
+        place = read(concept.erased_from)
+        if other := known.get((read(concept.text), place)):
+            raise ValueError(f"concepts {other!r} and {concept.text!r} are one to the text encoder: name it once")
+        known[read(concept.text), place] = concept.text
+        if place in map(read, concept.replace_with):
+            raise ValueError(f"concept {concept.text!r} is to become what it is: give another replace_with")
+    kept: dict[Any, str] = {}
+    for text in (text for concept in concepts for text in concept.preserve):
+        if kept.setdefault(read(text), text) != text:
+            raise ValueError(f"preserve has {kept[read(text)]!r} and {text!r}, one to the text encoder: name it once")
+    for concept in concepts:
+        if text := kept.get(read(concept.erased_from)):
+            raise ValueError(f"concept {concept.erased_from!r} is also among the prompts to preserve, as {text!r}")
+
+
+def _reader(tokens: Tokens) -> Callable[[str], tuple[int, ...]]:
+    """prompt -> the ids of its words; of one that has only tokens that say nothing, those of the empty prompt, ()."""
+    (empty,) = np.asarray(tokens([""]))
+    start, end, pad = empty[0], empty[1], empty[-1]
+
+    @functools.cache
+    def read(prompt: str) -> tuple[int, ...]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prompt that is too long is refused, or told, where it is encoded
+            (ids,) = np.asarray(tokens([prompt]))
+        last = int(np.max(np.flatnonzero(ids != pad), initial=0))  # the end; or a word, where ends are padding
+        words = tuple(ids[1 : last + int(pad == end)].tolist())
+        return words if set(words) - {start, end} else ()
+
+    return read

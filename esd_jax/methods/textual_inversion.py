@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax import text
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.methods.concepts import Tokens
 from esd_jax.methods.images import true_output
 from esd_jax.methods.repeated import repeated
 from esd_jax.models.unet import Conditioning
@@ -30,7 +31,6 @@ from esd_jax.params import Network, Params
 
 NAME = "{concept}"  # where the concept, or its new tokens, stand in a template
 TABLE = "embeddings.token_embedding.weight"
-Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
 
 
 @dataclass(frozen=True)

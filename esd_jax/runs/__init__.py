@@ -16,12 +16,14 @@ from PIL import Image
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.diffusion import guidance, programs
+from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
 from esd_jax.io.tensors import check_sources
+from esd_jax.methods.concepts import check_concepts
 from esd_jax.methods.method import ClosedForm, Method, Tools
 from esd_jax.methods.preservation import preserving
 from esd_jax.models.unet import Conditioning
@@ -66,6 +68,8 @@ def run(
       and come back with the result.
     then: called with the result while the folder is still this run's alone, to write more into it.
     """
+    if plan.output_dir:
+        expanded(plan.output_dir)  # refused before anything is made
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
     if plan.output_dir:
@@ -111,7 +115,7 @@ def run(
             meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
             meta["base_sha256"] = record["base_sha256"]
             if plan.images:
-                pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
+                pixels = read_images(plan.texts("images"), image_size(base.configs, plan.height, plan.width))
                 meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
             # A run's own file, unlike its exports, says where things lie on this machine.
@@ -218,10 +222,11 @@ def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Met
         tokens=base.tokenizers[0],
         sample=draw,
         to_latents=lambda images: to_latents(base.params["vae"], images),
-        images=None if plan.images is None else base.encode(read_images(plan.images, size)),
+        images=None if plan.images is None else base.encode(read_images(plan.texts("images"), size)),
         params=base.params,
         text_encoders={name: base.network(name) for name in base.text_encoders},
     )
+    check_concepts(tools.tokens, plan.concepts)
     method, inputs = plan.settings.make(tools, plan.concepts)
     if plan.settings.trained:
         method, inputs = preserving(method, inputs, tools, plan.concepts, plan.preserve_weight)
@@ -295,8 +300,7 @@ def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
 
 def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
     """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
-    texts = plan.preview_prompts or ";".join(c.text for c in plan.concepts)
-    prompts = [text.strip() for text in texts.split(";") if text.strip()]
+    prompts = plan.texts("preview_prompts") or tuple(concept.text for concept in plan.concepts)
     (folder / "previews").mkdir(exist_ok=True)
 
     def preview(step: int, erased: Pipeline) -> None:

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from esd_jax import several
+from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
@@ -18,11 +20,12 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
     packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
     # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
     name = _public(plan.base)
-    images = plan.images and "; ".join(Path(path.strip()).name for path in plan.images.split(";"))
+    images = plan.images and several.joined("images", [Path(path).name for path in plan.texts("images")])
     recorded = plan.flat() | {"base": name, "images": images}
+    # Tuples as lists, which is how JSON gives them back.
+    concepts, recorded = json.loads(json.dumps([[dataclasses.asdict(concept) for concept in plan.concepts], recorded]))
     return {
-        # Tuples as lists, which is how JSON gives them back.
-        "concepts": json.loads(json.dumps([dataclasses.asdict(concept) for concept in plan.concepts])),
+        "concepts": concepts,
         "base": name,
         "base_sha256": diffusers.source_hash(base, "unet"),
         "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
@@ -33,7 +36,7 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
 
 def _public(source: str) -> str:
     """What the world may know of where a checkpoint lies: of a folder, its name."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.resolve().name if path.exists() else source
 
 

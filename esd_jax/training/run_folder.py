@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from esd_jax.inputs import expanded
+
 LOCK, PARTIAL = ".lock", ".run.json.partial"
 PAUSES = (0.05, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds, in which threads end that still write
 
@@ -43,7 +45,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
             raise ValueError(f"{'resume' if resume else 'overwrite'} needs output_dir, the run's folder")
         yield None
         return
-    folder = Path(output_dir).expanduser()
+    folder = expanded(output_dir)
     replaced = _beside(folder, "replaced")
     with contextlib.ExitStack() as locks:
         try:

@@ -156,7 +156,7 @@ def _tools(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, nam
     class Absent(Mapping):
         __getitem__ = __iter__ = __len__ = absent
 
-    images = None if recipe.images is None else jnp.zeros((len(recipe.images.split(";")), *shape))
+    images = None if recipe.images is None else jnp.zeros((len(recipe.texts("images")), *shape))
     return Tools(
         unet=sharding.gathering(network(unet, recipe.dtype, recomputes(recipe, unet)), mesh),
         schedule=schedule,

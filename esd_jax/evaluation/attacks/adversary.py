@@ -61,7 +61,7 @@ class Goal:
     @property
     def templates(self) -> tuple[str, ...]:
         """The prompts with "{concept}" in place of the concept."""
-        return tuple(re.sub(re.escape(self.concept), lambda _: NAME, p, flags=re.IGNORECASE) for p in self.prompts)
+        return tuple(_naming(self.concept, prompt).sub(lambda _: NAME, prompt) for prompt in self.prompts)
 
     def of(self, case: int) -> UInt8[np.ndarray, "images height width 3"]:
         """The images of a prompt; of each prompt equally many."""
@@ -209,9 +209,15 @@ def _encode(network: Network) -> Callable[[Params, Array, Array], Conditioning]:
     return jax.jit(partial(textual_inversion.encode, network))
 
 
+def _naming(concept: str, prompt: str) -> re.Pattern[str]:
+    """Where a prompt names a concept: as words of their own, or else within others ("cat" in "two cats")."""
+    alone, within = (re.compile(p.format(re.escape(concept)), re.IGNORECASE) for p in (r"(?<!\w){}(?!\w)", "{}"))
+    return alone if alone.search(prompt) else within
+
+
 def _without(prompt: str, concept: str) -> str:
     """ "a cat in neon style" without "neon style" is "a cat"."""
-    before, after = re.split(re.escape(concept), prompt, maxsplit=1, flags=re.IGNORECASE)
+    before, after = _naming(concept, prompt).split(prompt, maxsplit=1)
     left, right = before.strip(" ,").split(), after.strip(" ,").split()
     while left and left[-1].lower() in ("in", "of", "by", "with", "the", "style", "as", "like"):
         left.pop()

@@ -12,7 +12,9 @@ from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, RandomPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
+from esd_jax.inputs import intact, parse_json
 from esd_jax.io.safetensors import writing
+from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
 BASE, ERASED, RANDOM = "base", "erased", "random weights"
@@ -52,7 +54,7 @@ def campaign(
       progress: is told of each attack.
       **drawing: num_steps, guidance_scale, batch_size of `sample`.
 
-    Raises ValueError for a folder in which other settings were kept.
+    Raises ValueError for a folder in which other settings were kept, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
     models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
@@ -71,6 +73,8 @@ def campaign(
             if scored.k > 1:
                 shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
             progress(f"{scored.name} on {model}: {shares}; found in {adversary.seconds:.0f} s")
+        if model != RANDOM:
+            check_not_blank(scored.images.reshape(-1, *scored.images.shape[2:]), f"the {model} model")
         return scored
 
     own = OwnPrompts()
@@ -111,8 +115,8 @@ def _described(settings: Attack) -> dict[str, Any]:
 def _kept(file: Path, said: Mapping[str, Any]) -> Scored | None:
     if not file.is_file():
         return None
-    with np.load(file) as kept:
-        if json.loads(str(kept["settings"])) != said:
+    with intact(file), np.load(file) as kept:
+        if parse_json(str(kept["settings"]), file) != said:
             raise ValueError(f"{file} was made with other settings: remove it, or choose another output")
         return Scored(str(kept["name"]), kept["hits"], kept["images"], tuple(kept["cases"].tolist()))
 

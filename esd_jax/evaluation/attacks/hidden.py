@@ -163,14 +163,13 @@ def complete(
     latents = adversary.latents(victim, images)
     noised = add_noise(victim.schedule, latents, noise, int(made.timesteps[start]))
     run = _completer(victim.network("unet"), made, bool(prompts[0]))
-    decode = programs.decoder(victim.network("vae"), victim.configs["vae"])
     scale = jnp.float32(settings.guidance_scale)
     parts = []
     for first in range(0, len(images), BATCH):
         index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
         told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[i] for i in index]))
         drawn = run(victim.params["unet"], noised[index], told, scale, start)
-        parts.append(np.asarray(decode(victim.params["vae"], drawn)))
+        parts.append(sampling.decoded(victim, victim.params["vae"], drawn, index, prompts, settings.guidance_scale))
     return np.concatenate(parts)[: len(images)]
 
 

@@ -6,7 +6,6 @@ or the attack shows nothing but luck. Lists that others have published (Ring-A-B
 and UnlearnDiffAtk) are read from the user's files; none is part of this package.
 """
 
-import csv
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from esd_jax import prompt_files
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.inputs import expanded
 from esd_jax.pipeline import Pipeline
 
 NOTHING = np.zeros((0, 0))  # losses where nothing is searched
@@ -81,25 +82,11 @@ class RandomPrompts:
 
 
 def read(file: str | Path) -> tuple[str, ...]:
-    """The prompts of a file: of a CSV's column `prompt`, or one a line; empty ones are left out.
+    """The prompts of a file: of a CSV's column `prompt`, or one a line; empty lines are left out.
 
-    Raises FileNotFoundError, or ValueError for a CSV without that column and for a file without prompts.
+    Raises FileNotFoundError, or ValueError for a file without prompts, or that is damaged; see `prompt_files`.
     """
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of prompts {path}")
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        if path.suffix.lower() == ".csv":
-            rows = csv.DictReader(stream)
-            if "prompt" not in (rows.fieldnames or ()):
-                raise ValueError(f"{path} has no column 'prompt'; it has {', '.join(rows.fieldnames or ()) or 'none'}")
-            found = [row["prompt"] or "" for row in rows]
-        else:
-            found = stream.read().splitlines()
-    prompts = tuple(text for line in found if (text := " ".join(line.split())))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return prompts
+    return tuple(" ".join(prompt.split()) for prompt in prompt_files.read(expanded(file)))
 
 
 def _rows(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Any, ...]:

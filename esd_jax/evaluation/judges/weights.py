@@ -15,6 +15,8 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from esd_jax import inputs
+
 # One array, or images of different sizes.
 Images = UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
 SOURCE, SHA256 = "source", "source_sha256"  # what a kept copy says of the pickle that it was made from
@@ -75,7 +77,7 @@ def as_images(images: Images) -> list[UInt8[np.ndarray, "height width 3"]]:
 
 def cache() -> Path:
     """Where converted weights are kept: $XDG_CACHE_HOME/esd_jax/weights, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esd_jax" / "weights"
+    return inputs.cache("weights")
 
 
 def sha256(path: Path) -> str:

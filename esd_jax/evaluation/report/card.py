@@ -27,13 +27,13 @@ def command(record: Mapping[str, Any], *, config: str | None = None, known: Mapp
     or image that was a file is named without its folder, as the record has it.
 
     Args:
-      record: as `run.json`; empty text if it has no recipe.
+      record: as `run.json`; empty text if it has no recipe, or one that no flags can say.
       config: the config to start from; by default the method's.
       known: the config's own fields: what equals them is left out.
     """
     recipe = dict(record.get("recipe") or {})
-    if not recipe:
-        return ""
+    if not recipe or any(isinstance(setting, list | tuple) for setting in recipe.values()):
+        return ""  # texts that hold a separator can be given in Python alone
     known, method = dict(known or {}), str(recipe.get("method", "esd"))
     if config is None:
         own = ("emoji", f"emoji_{method}") if recipe.get("base") == "emoji" else ("esd_x", method)
