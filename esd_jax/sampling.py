@@ -4,7 +4,7 @@ import json
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from esd_jax import sharding
-from esd_jax.diffusion import guidance, programs, prompt_to_prompt, samplers
-from esd_jax.diffusion.programs import Told, to_uint8
+from esd_jax import conditionings, sharding
+from esd_jax.diffusion import programs, samplers
+from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params
@@ -80,7 +80,7 @@ def sample(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one string: give a list of prompts")
-    n, guided = _count(prompts), _check(batch_size, guidance_scale, rule)
+    n, guided = conditionings.count(prompts), _check(batch_size, guidance_scale, rule)
     size = image_size(pipeline.configs, height, width)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
@@ -96,7 +96,7 @@ def sample(
     made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
     run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
     rows = min(batch_size, n)
-    tell = _teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
+    tell = conditionings.teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
     params = {name: pipeline.params[name] for name in ("unet", "vae")}
     mesh = sharding.make_mesh(rows, jax.local_devices())
@@ -145,7 +145,7 @@ def invert(
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
     run = programs.steps(pipeline.network("unet"), programs.inverter(_schedule(pipeline), num_steps, timestep))
-    tell = _teller(pipeline, prompts, size, min(batch_size, n), guided)
+    tell = conditionings.teller(pipeline, prompts, size, min(batch_size, n), guided)
     noise = []
     for index in _batches(n, batch_size):
         latents = encode(pipeline.params["vae"], images[index])
@@ -261,10 +261,6 @@ def _own_sampler(pipeline: Pipeline, num_steps: int) -> str:
         return "ddim"
 
 
-def _count(prompts: Sequence[str] | Conditioning) -> int:
-    return len(prompts.embeddings if isinstance(prompts, Conditioning) else prompts)
-
-
 def _check(batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
     """Whether sampling is guided; raises ValueError for numbers out of range."""
     if batch_size < 1:
@@ -292,51 +288,3 @@ def _batches(n: int, batch_size: int) -> list[np.ndarray]:
 
 def _schedule(pipeline: Pipeline) -> str:
     return json.dumps(dict(pipeline.schedule.config), sort_keys=True)
-
-
-def _teller(
-    pipeline: Pipeline,
-    prompts: Sequence[str] | Conditioning,
-    size: tuple[int, int],
-    rows: int,
-    guided: bool,
-    negative_prompt: str | Sequence[str] | None = None,
-    rule: Rule | None = None,
-    reweight: Mapping[str, float] | None = None,
-) -> Callable[[np.ndarray], tuple[Told, ...]]:
-    """Indices of `rows` examples -> what the network is told of them: null prompt (if guided), prompt, the rule's."""
-    shared = isinstance(negative_prompt, str | None)
-    if not shared and len(negative_prompt) != _count(prompts):
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {_count(prompts)} prompts")
-    encoded = isinstance(prompts, Conditioning)
-    if encoded and reweight:
-        raise ValueError("reweight names words, and what the network is told in place of prompts has none")
-    scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
-
-    def for_all(encoded: Conditioning) -> Conditioning:
-        return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), encoded)
-
-    others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
-    null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))] if guided and shared else []
-
-    def tell(index: np.ndarray) -> tuple[Told, ...]:
-        own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
-        if encoded:
-            prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
-        else:
-            prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
-        told = (*null, *own, prompt, *others)
-        if scale is None:
-            return tuple((one, None) for one in told)
-        ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
-        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in told)
-
-    return tell
-
-
-def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
-    """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
-    null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
-    if not pipeline.zeros_for_empty_prompt:
-        return null
-    return guidance.zeroed(null, np.asarray([negative is None for negative in negatives]))

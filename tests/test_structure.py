@@ -18,6 +18,7 @@ FLOORS = [
     {"params"},
     {"diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
     {"methods", "pipeline"},
+    {"conditionings"},
     {"sampling"},
     {"demo", "training", "io"},
     {"recipe", "evaluation"},

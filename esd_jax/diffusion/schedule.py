@@ -213,7 +213,8 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
         a = {bool: "true or false", str: "a text", int: "a whole number", float: "a finite number"}
         kind = a.get(type(default), f"a {type(default).__name__}")
         example = "" if isinstance(default, bool) else f" such as {default!r}"
-        raise ValueError(f"scheduler config field {name}={_short(value)} must be {kind}{example}")
+        fix = "write that, or leave the field out for its default"
+        raise ValueError(f"scheduler config field {name}={_short(value)} must be {kind}{example}: {fix}")
     return value
 
 

@@ -1,0 +1,66 @@
+"""What the network is told of each image that it draws: the null prompt, the prompt, and a rule's prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esd_jax.diffusion import guidance, prompt_to_prompt
+from esd_jax.diffusion.programs import Told
+from esd_jax.diffusion.rules import Rule
+from esd_jax.models.unet import Conditioning
+from esd_jax.pipeline import Pipeline
+
+
+def count(prompts: Sequence[str] | Conditioning) -> int:
+    """How many images the prompts, or what the network is told in place of them, ask for."""
+    return len(prompts.embeddings if isinstance(prompts, Conditioning) else prompts)
+
+
+def teller(
+    pipeline: Pipeline,
+    prompts: Sequence[str] | Conditioning,
+    size: tuple[int, int],
+    rows: int,
+    guided: bool,
+    negative_prompt: str | Sequence[str] | None = None,
+    rule: Rule | None = None,
+    reweight: Mapping[str, float] | None = None,
+) -> Callable[[np.ndarray], tuple[Told, ...]]:
+    """Indices of `rows` examples -> what the network is told of them: null prompt (if guided), prompt, the rule's."""
+    shared = isinstance(negative_prompt, str | None)
+    if not shared and len(negative_prompt) != count(prompts):
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {count(prompts)} prompts")
+    encoded = isinstance(prompts, Conditioning)
+    if encoded and reweight:
+        raise ValueError("reweight names words, and what the network is told in place of prompts has none")
+    scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
+
+    def for_all(encoded: Conditioning) -> Conditioning:
+        return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), encoded)
+
+    others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
+    null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))] if guided and shared else []
+
+    def tell(index: np.ndarray) -> tuple[Told, ...]:
+        own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
+        if encoded:
+            prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
+        else:
+            prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
+        told = (*null, *own, prompt, *others)
+        if scale is None:
+            return tuple((one, None) for one in told)
+        ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
+        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in told)
+
+    return tell
+
+
+def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
+    """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
+    null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
+    if not pipeline.zeros_for_empty_prompt:
+        return null
+    return guidance.zeroed(null, np.asarray([negative is None for negative in negatives]))
