@@ -156,6 +156,7 @@ def test_capture_refuses_unknown_names():
 
 
 @cache
+@cache
 def gradients(remat):
     """The output with tokens scaled and detached, and its gradients by the parameters and the embeddings."""
     apply, params = ours(remat)

@@ -21,8 +21,8 @@ CHEAP = {
 # The same, but not once more for every element of something larger.
 DEAR = {"cos", "div", "exp", "exp2", "expm1", "log", "log1p", "pow", "rem", "rsqrt", "sin", "sqrt", "cbrt"}
 # Many operations each, so that they are not computed twice: how many values of theirs are kept for several readers. Of
-# erfc it is the result, an exponential and their product.
-LONG = {"erf": 3, "erf_inv": 3, "erfc": 3, "logistic": 1, "tanh": 1}
+# erfc it is the result and an exponential's product with it: compilers make the exponential itself again.
+LONG = {"erf": 2, "erf_inv": 2, "erfc": 2, "logistic": 1, "tanh": 1}
 # Written to memory, but able to compute their operands on the way.
 READERS = {
     "argmax", "argmin", "cumsum", "dynamic_slice", "gather", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
