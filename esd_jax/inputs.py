@@ -89,8 +89,12 @@ def finite(text: str, name: str) -> float:
 def check_finite(**numbers: Any) -> None:
     """Raises ValueError, naming the first that is no finite number."""
     for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be finite: give a number such as 1")
+        try:
+            finite = math.isfinite(value)
+        except (OverflowError, TypeError):  # an integer beyond floats; no number
+            finite = False
+        if not finite:
+            raise ValueError(f"{name}={repr(value):.40} must be finite: give a number such as 1")
 
 
 def read_text(path: Path) -> str:

@@ -59,7 +59,7 @@ def test_each_part_may_fail_and_the_others_run(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_runs_to_its_end(tmp_path):
     """Both calls on a CPU, each result on disk."""
-    found, _ = check(tmp_path, "first", "second", patience="3")
+    found, _ = check(tmp_path, "first", "second", patience="6")  # compiling by PyTorch takes minutes on a slow CPU
     named = {part for call in device_check.CALLS.values() for line in call.lines for part in line.parts}
     assert {part.split(":")[0] for part in found} == {part.split(":")[0] for part in named}
     assert not [part for part, results in found.items() if any("log" in result for result in results)]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -209,3 +210,31 @@ def test_help_into_a_pipe_that_is_closed(module):
     with os.fdopen(writer, "w") as out:
         done = subprocess.run([sys.executable, "-m", module, *words], stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("value", [10**400, None, "1", float("nan"), float("inf")])
+def test_numbers_that_are_none_or_too_large(value):
+    with pytest.raises(ValueError, match="^strength=.* must be finite"):
+        inputs.check_finite(strength=value)
+
+
+def test_an_unbuffered_line_is_there_at_once():
+    """A killed process, as in a container, has said what it printed."""
+    code = (
+        "import time\nfrom esd_jax.cli import streams\nwith streams.lasting():\n    print('said')\n    time.sleep(60)"
+    )
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"said\n"
+        assert process.poll() is None
+        process.kill()
+
+
+def test_warnings_of_ours_reach_the_terminal(capsys):
+    texts = ("x.safetensors brings the word 'x' along", "vae: written under names that begin with 'text_model.'")
+    with cli._quiet():
+        for text in texts:
+            warnings.warn(text, stacklevel=1)
+        warnings.warn("another library's", stacklevel=1)
+    said = capsys.readouterr().err
+    assert all(text in said for text in texts) and "another" not in said

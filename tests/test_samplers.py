@@ -12,6 +12,7 @@ from messages import one_line
 
 from esd_jax.diffusion.samplers import SAMPLERS, default_sampler, drop_first, make_sampler, run
 from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise
+from esd_jax.methods import trajectories
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
@@ -498,3 +499,25 @@ def test_impossible_runs_are_refused():
     for sampler in (make_sampler(schedule, "ddim", 20, eta=1.0), make_sampler(schedule, "euler_ancestral", 20)):
         with pytest.raises(ValueError, match="needs step_noise"):
             run(sampler, denoise, x)
+
+
+def test_a_parallel_variant_is_the_class_that_it_batches():
+    raw = config("ddpm", variance_type="fixed_large")
+    for class_name in ("DDPMScheduler", "DDPMParallelScheduler"):
+        with pytest.raises(ValueError, match="variance_type=fixed_large is not implemented"):
+            make_sampler(Schedule.from_config({**raw, "_class_name": class_name}), num_steps=5)
+
+
+def test_a_trajectory_keeps_a_spacing_that_is_no_class_default():
+    for class_name in (
+        "DDIMScheduler",
+        "DDIMParallelScheduler",
+        "DDPMParallelScheduler",
+        "TCDScheduler",
+        "LCMScheduler",
+    ):
+        schedule = Schedule.from_config({**SD14, "_class_name": class_name, "timestep_spacing": "linspace"})
+        assert list(trajectories.deterministic(schedule, "ddim", 4).timesteps) == [999, 666, 333, 0], class_name
+    for steps in (2, 3):
+        with pytest.raises(ValueError, match="'heun' calls the network twice"):
+            trajectories.deterministic(Schedule.from_config(SD14), "heun", steps)

@@ -118,7 +118,8 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             for kind in (PromptTruncated, DamagedCheckpoint, NotLocked, Corrected, SamplerReplaced):
                 warnings.simplefilter("always", kind)
-            warnings.filterwarnings("always", "left out of the export")
+            for begins in ("left out of the export", ".*: written under names that begin", ".* brings the word"):
+                warnings.filterwarnings("always", begins)
             said = set()  # SDXL's two tokenizers lose the same words
 
             def say_once(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -35,7 +35,8 @@ def _lasting(stream: Any) -> Any:
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
-    options = {"encoding": stream.encoding, "line_buffering": stream.line_buffering, "write_through": True}
+    at_once = stream.line_buffering or stream.write_through  # the latter alone by PYTHONUNBUFFERED
+    options = {"encoding": stream.encoding, "line_buffering": at_once, "write_through": True}
     return io.TextIOWrapper(io.BufferedWriter(file), errors="backslashreplace", **options)
 
 

@@ -57,15 +57,19 @@ LEADING = ("ddim", "ddpm", "pndm")  # whose classes space timesteps so by defaul
 KARRAS = ("euler", "lms", "heun", "dpmpp_2m", "unipc")
 
 
+def own_sampler(schedule: Schedule) -> str | None:
+    """The sampler of the class that a config names; None where it is not implemented."""
+    # The parallel variants differ in how they are batched alone.
+    return SAMPLER_OF_CLASS.get(schedule.config["_class_name"].replace("ParallelScheduler", "Scheduler"))
+
+
 def default_sampler(schedule: Schedule) -> str:
     """The sampler the checkpoint was published with. Raises `ValueError` where that one is not implemented."""
-    class_name = schedule.config["_class_name"]
-    # The parallel variants differ in how they are batched alone.
-    if name := SAMPLER_OF_CLASS.get(class_name.replace("ParallelScheduler", "Scheduler")):
+    if name := own_sampler(schedule):
         return name
     raise ValueError(
-        f"scheduler/scheduler_config.json names {class_name}, whose sampler is not implemented: choose another with "
-        "sampler= (--sampler=), such as dpmpp_2m or ddim"
+        f"scheduler/scheduler_config.json names {schedule.config['_class_name']}, whose sampler is not implemented: "
+        "choose another with sampler= (--sampler=), such as dpmpp_2m or ddim"
     )
 
 
@@ -212,9 +216,9 @@ def _check_options(schedule: Schedule, name: str) -> None:
     """Refuse by name what the config asks of this sampler and is not implemented."""
     needed = _ONLY[name]
     found = {option: schedule.option(option, value) for option, value in needed.items()}
-    if name == "pndm" and schedule.config["_class_name"] == "PNDMScheduler":
+    if name == "pndm" and own_sampler(schedule) == "pndm":
         found["skip_prk_steps"] = schedule.option("skip_prk_steps", False)
-    if name == "ddpm" and schedule.config["_class_name"] != "DDPMScheduler":
+    if name == "ddpm" and own_sampler(schedule) != "ddpm":
         found["variance_type"] = "fixed_small"  # DPM-Solver's field of the same name says what the network learned
     for option, value in found.items():
         if value != needed[option]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.samplers import Sampler
-from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule
+from esd_jax.diffusion.schedule import Schedule
 
 
 class Draws(NamedTuple):
@@ -145,7 +145,7 @@ def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
     made = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
     if made.stochastic:
         raise ValueError(f"sampler {made.name!r} draws noise at every step, which is not implemented; use 'ddim'")
-    if len(made.timesteps) > steps + 1:  # half of its x are no samples, but what a step tries first
+    if made.name == "heun":  # half of its x are no samples, but what a step tries first
         raise ValueError(f"sampler {made.name!r} calls the network twice a step, which is not implemented; use 'ddim'")
     return made
 
@@ -156,6 +156,7 @@ def _spacing(schedule: Schedule, name: str) -> str | None:
     A checkpoint that was saved with Euler, LMS or DPM-Solver++ carries their class default, "linspace", along. Methods
     train on DDIM's and PNDM's own grids: the update is the same, whichever scheduler a checkpoint was saved with.
     """
-    own = SAMPLER_OF_CLASS.get(schedule.config["_class_name"])
-    carried = own not in samplers.LEADING and schedule.option("timestep_spacing", "leading") == "linspace"
+    own, of_class = samplers.own_sampler(schedule), schedule.config["_class_name"]
+    linspace = own not in (*samplers.LEADING, "lcm") and of_class != "TCDScheduler"  # the class default
+    carried = linspace and schedule.option("timestep_spacing", "leading") == "linspace"
     return "leading" if carried and name in ("plms", *samplers.LEADING) else None
