@@ -1,4 +1,4 @@
-"""What the network is told of each image that it draws: the null prompt, the prompt, and a rule's prompts."""
+"""The conditionings of each image that is drawn: of the null prompt, the prompt, and a rule's prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,11 +14,11 @@ from esd_jax.pipeline import Pipeline
 
 
 def count(prompts: Sequence[str] | Conditioning) -> int:
-    """How many images the prompts, or what the network is told in place of them, ask for."""
+    """How many images the prompts, or conditionings in place of them, ask for."""
     return len(prompts.embeddings if isinstance(prompts, Conditioning) else prompts)
 
 
-def teller(
+def make_conditioning(
     pipeline: Pipeline,
     prompts: Sequence[str] | Conditioning,
     size: tuple[int, int],
@@ -28,7 +28,7 @@ def teller(
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
 ) -> Callable[[np.ndarray], tuple[Told, ...]]:
-    """Indices of `rows` examples -> what the network is told of them: null prompt (if guided), prompt, the rule's."""
+    """Indices of `rows` examples -> their conditionings: of the null prompt (if guided), the prompt, the rule's."""
     shared = isinstance(negative_prompt, str | None)
     if not shared and len(negative_prompt) != count(prompts):
         raise ValueError(f"{len(negative_prompt)} negative prompts for {count(prompts)} prompts")
@@ -43,7 +43,7 @@ def teller(
     others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
     null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))] if guided and shared else []
 
-    def tell(index: np.ndarray) -> tuple[Told, ...]:
+    def condition(index: np.ndarray) -> tuple[Told, ...]:
         own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
         if encoded:
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
@@ -55,7 +55,7 @@ def teller(
         ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
         return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in told)
 
-    return tell
+    return condition
 
 
 def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:

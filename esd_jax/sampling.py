@@ -96,14 +96,14 @@ def sample(
     made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
     run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
     rows = min(batch_size, n)
-    tell = conditionings.teller(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
+    condition = conditionings.make_conditioning(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
     params = {name: pipeline.params[name] for name in ("unet", "vae")}
     mesh = sharding.make_mesh(rows, jax.local_devices())
     if mesh.size > 1:
         params = sharding.place(params, mesh)
     for index in _batches(n, batch_size):
-        noise, told, own_keys = jnp.asarray(latents)[index], tell(index), keys[index]
+        noise, told, own_keys = jnp.asarray(latents)[index], condition(index), keys[index]
         if mesh.size > 1:
             noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
         drawn = run(params["unet"], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
@@ -145,11 +145,11 @@ def invert(
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
     run = programs.steps(pipeline.network("unet"), programs.inverter(_schedule(pipeline), num_steps, timestep))
-    tell = conditionings.teller(pipeline, prompts, size, min(batch_size, n), guided)
+    condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
     noise = []
     for index in _batches(n, batch_size):
         latents = encode(pipeline.params["vae"], images[index])
-        inverted = run(pipeline.params["unet"], latents, tell(index), jnp.float32(guidance_scale))
+        inverted = run(pipeline.params["unet"], latents, condition(index), jnp.float32(guidance_scale))
         check_finite(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
         noise.append(np.asarray(inverted))
     return np.concatenate(noise)[:n]

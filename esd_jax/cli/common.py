@@ -1,7 +1,6 @@
 """What the verbs of the command line share: their form, their help, and flags that several of them have."""
 
 import dataclasses
-import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from esd_jax import inputs
 from esd_jax.inputs import expanded, finite
 from esd_jax.prompt_files import listed
 
@@ -102,9 +102,8 @@ def output(values: flags.FlagValues) -> Path:
 
 def check_finite(values: flags.FlagValues) -> None:
     """Raises ValueError for a flag that is NaN or infinite, before anything is made."""
-    for flag in (values[name] for name in values):
-        if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise ValueError(f"--{flag.name}={flag.value} must be finite: give a number such as 1")
+    floats = {f"--{name}": values[name].value for name in values if isinstance(values[name].value, float)}
+    inputs.check_finite(**floats)
 
 
 def required(values: flags.FlagValues, name: str) -> Any:

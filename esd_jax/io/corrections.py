@@ -26,7 +26,7 @@ def note(text: str) -> None:
 
 
 def scheduler(index: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A scheduler's config as the pipeline of `index` (`model_index.json`) uses it; `path` is for what is told."""
+    """A scheduler's config as the pipeline of `index` (`model_index.json`) uses it; `path` is for the messages."""
     entry = index.get("scheduler")
     if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
         if config.get("_class_name", entry[1]) != entry[1]:
