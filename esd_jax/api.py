@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esd_jax import demo, exports, recipe, runs
+from esd_jax import demo, exports, prompt_files, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
@@ -116,6 +116,8 @@ def erase(
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = recipe.read(config or default_config(source, fields.get("method", "esd"))).to_dict()
     plan = recipe.make(**{**settings, **fields, "base": source})
+    if isinstance(shown := plan.preview_prompts, str) and prompt_files.file_of(shown, "preview_prompts"):
+        plan = dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(shown, "preview_prompts")))
     own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
 
-def check_finite(
+def check_drawn(
     finite: Bool[Array, " batch"], index: np.ndarray, prompts: Any = None, guidance: float | None = None
 ) -> None:
     """Raises ValueError, naming the first image of a batch that is NaN or infinite.

@@ -16,6 +16,8 @@ QUOTED = "a field with a comma, a quote or a line break stands between two quote
 def read_csv(path: Path, columns: Collection[str] = (), empty: bool = False) -> list[dict[str, str]]:
     """The rows of a CSV file, by column, without the spaces around each field. Empty lines are left out.
 
+    The names of the columns that are used may be in capitals ("Prompt").
+
     Args:
       path: the file, in UTF-8, with a column "prompt".
       columns: others that are used, of which there may not be two.
@@ -37,10 +39,12 @@ def read_csv(path: Path, columns: Collection[str] = (), empty: bool = False) -> 
         raise ValueError(f"{path}, row {max(len(table), 1)} (line {reader.line_num}): {reason}: {QUOTED}") from error
     if not table:
         raise ValueError(f"{path} has no prompts: it is empty")
-    (_, names), *rows = table
+    (_, header), *rows = table
+    used = {"prompt", *columns}
+    names = [name.lower() if name.lower() in used else name for name in header]
     if "prompt" not in names:
-        header = f'its first line must name a column "prompt", but reads {", ".join(names)!r} where commas separate'
-        raise ValueError(f"{path} has no prompts, for it has no column 'prompt': {header}")
+        needed = f'its first line must name a column "prompt", but reads {", ".join(names)!r} where commas separate'
+        raise ValueError(f"{path} has no prompts, for it has no column 'prompt': {needed}")
     if twice := [name for name in ("prompt", *columns) if names.count(name) > 1]:
         raise ValueError(f"{path} has the column {twice[0]!r} twice: remove or rename one")
     if not rows:

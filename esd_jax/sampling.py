@@ -18,7 +18,7 @@ from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Params
-from esd_jax.pictures import check_finite
+from esd_jax.pictures import check_drawn
 from esd_jax.pipeline import Pipeline, image_size
 
 __all__ = ["example_keys", "initial_noise", "invert", "purify", "reconstruct", "sample", "to_uint8"]
@@ -150,7 +150,7 @@ def invert(
     for index in _batches(n, batch_size):
         latents = encode(pipeline.params["vae"], images[index])
         inverted = run(pipeline.params["unet"], latents, condition(index), jnp.float32(guidance_scale))
-        check_finite(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
+        check_drawn(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
         noise.append(np.asarray(inverted))
     return np.concatenate(noise)[:n]
 
@@ -217,14 +217,14 @@ def decoded(
     prompts: Any = None,
     guidance_scale: float | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
-    """The images of a batch of latents. params: the VAE's; for the others see `check_finite`, which may raise.
+    """The images of a batch of latents. params: the VAE's; for the others see `check_drawn`, which may raise.
 
     NaN, which uint8 does not have, becomes one colour: an image of one colour is decoded again, to tell which it is.
     """
     network, config = pipeline.network("vae"), pipeline.configs["vae"]
     images = np.asarray(programs.decoder(network, config)(params, latents))
     if any((image == image[:1, :1]).all() for image in images):
-        check_finite(programs.finite(network, config)(params, latents), index, prompts, guidance_scale)
+        check_drawn(programs.finite(network, config)(params, latents), index, prompts, guidance_scale)
     return images
 
 

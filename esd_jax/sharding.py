@@ -78,8 +78,8 @@ def placements(tree: Any, mesh: Mesh) -> Any:
     cudnn = attention.describe(mesh.devices.flat[0]).capability is not None
 
     def of(path: Sequence[Any], a: Any) -> NamedSharding | Format:
-        where = placement(_name(path), a.shape, mesh)
-        return Format(KERNEL, where) if cudnn and len(a.shape) == 4 and a.dtype in HALF else where
+        where, kernel = placement(_name(path), a.shape, mesh), len(a.shape) == 4 and _name(path).endswith("weight")
+        return Format(KERNEL, where) if cudnn and kernel and a.dtype in HALF else where
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -269,8 +269,8 @@ def test_captions_of_each_kind():
         "Van Gogh inspired painting, a {tree}", f"{twice} inspired painting, a {{tree}}",
         "in Van Gogh's style, a {tree}", f"in {twice}'s style, a {{tree}}",
     ]  # fmt: skip
-    assert anchors.captions(CAT, "object", "A Cat and a cat", "very small ") == [
-        "very small a grumpy cat and a grumpy cat"
+    assert anchors.captions(CAT, "object", "A Cat, two cats, a cathedral", "very small ") == [
+        "very small A grumpy cat, two grumpy cats, a cathedral"
     ]
     nude = Concept("nudity, nsfw", replace_with=("people",))
     assert anchors.captions(nude, "nudity", "people") == [

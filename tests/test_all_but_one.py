@@ -1,6 +1,7 @@
 """All but One against a torch transcription of Algorithm 1, and the identity that it is built on."""
 
 import copy
+import zlib
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch_oracle import exactly, to_nchw
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.methods import all_but_one
 from esd_jax.methods.all_but_one import AllButOne
-from esd_jax.methods.concepts import Concept
+from esd_jax.methods.concepts import Concept, reader
 from esd_jax.methods.method import Models, denoise
 from esd_jax.methods.trajectories import Draws
 from esd_jax.params import partition
@@ -41,7 +42,7 @@ TEXTS = [c.text for c in CONCEPTS]
 
 def tokens(texts: list[str]) -> np.ndarray:
     """Ids of words between 1 (start) and 2 (end), padded with the end, as Stable Diffusion 1 has them."""
-    rows = [[1, *(10 + len(word) for word in text.split()), 2] for text in texts]
+    rows = [[1, *(10 + zlib.crc32(word.encode()) for word in text.lower().split()), 2] for text in texts]
     return np.array([row + [2] * (TOKENS - len(row)) for row in rows])
 
 
@@ -280,13 +281,18 @@ def test_the_window_counts_sampler_steps_or_tau():
 
 
 def test_instructions():
+    def instruct(settings, concept):
+        return all_but_one.instruct(settings, concept, reader(tokens))
+
     concept = Concept("a cat", replace_with=("a dog",), strength=2.0)
-    assert all_but_one.instruct(AllButOne(), concept) == [("a cat", -15.0), ("a dog", 6.5)]
+    assert instruct(AllButOne(), concept) == [("a cat", -15.0), ("a dog", 6.5)]
+    given = AllButOne(instructions="A  Cat:-7.5 | a dog:6.5")  # the same tokens
+    assert instruct(given, Concept("a cat")) == [("a cat", -7.5), ("a dog", 6.5)]
     given = AllButOne(instructions=" sexual : -7.5 | a: b:6.5|pants:1e-1")
-    assert all_but_one.instruct(given, Concept("nudity", strength=2.0)) == [
+    assert instruct(given, Concept("nudity", strength=2.0)) == [
         ("nudity", 0), ("sexual", -15.0), ("a: b", 6.5), ("pants", 0.1),
     ]  # fmt: skip
-    assert all_but_one.instruct(AllButOne(delta="implicit"), Concept("a cat")) == [("a cat", 0)]
+    assert instruct(AllButOne(delta="implicit"), Concept("a cat")) == [("a cat", 0)]
 
 
 def test_what_changes_from_run_to_run_compiles_nothing():

@@ -304,8 +304,11 @@ def test_goals():
     assert goal("a cat", ("a cat in ink style", "a cat"), 2).neutral == ("ink style", "")
     assert goal("Van Gogh", ("a painting in the style of Van Gogh",), 1).neutral == ("a painting",)
     assert goal(neutral=("x", "y")).neutral == ("x", "y")
+    beside = goal("cat", ("two cats in a cathedral",), 1)
+    assert beside.neutral == ("two in a cathedral",) and beside.templates == ("two {concept}s in a cathedral",)
     for fields, said in (
         ({"texts": ("a cat",)}, ("'a cat'", "'neon style'")),
+        ({"concept": "cat", "texts": ("a cathedral",), "n": 1}, ("'a cathedral'", "'cat'")),
         ({"texts": ()}, ("no prompts",)),
         ({"n": 1}, ("1 images for 2 prompts",)),
         ({"neutral": ("x",)}, ("1 neutral prompts for 2",)),

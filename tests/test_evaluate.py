@@ -176,6 +176,7 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
     assert rows["the other classes (kept)"][2].value == 0
     assert [(f.role, f.before.value, f.after.value) for f in found.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
     assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.judges == ("toy",)
+    assert measures.objects(*pair, Request("Winston Churchill", classifier="toy")).verdict == ()
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):
         measures.objects(others, others, Request("a church", classifier="toy"))

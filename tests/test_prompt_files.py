@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from messages import one_line
 
-from esd_jax import prompt_files
+from esd_jax import api, prompt_files
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.attacks import prompts as attack_prompts
 from esd_jax.methods import anchors
@@ -28,6 +28,22 @@ def test_a_mark_before_the_header_is_skipped(name, expected):
     cases = prompts.load(DATA / name).cases
     assert [(case.case, case.prompt) for case in cases] == expected
     assert attack_prompts.read(DATA / name) == tuple(prompt for _, prompt in expected)
+
+
+def test_a_header_in_capitals(tmp_path):
+    (file := tmp_path / "p.csv").write_text("Case_Number,PROMPT\n3,a cat\n")
+    assert [(case.case, case.prompt) for case in prompts.load(file).cases] == [("3", "a cat")]
+    assert prompt_files.read(file) == ["a cat"]
+
+
+def test_previews_of_a_list(tmp_path, monkeypatch):
+    (file := tmp_path / "shown.txt").write_text("a cat\na dog; a bird\n")
+    monkeypatch.setattr(api.runs, "run", lambda base, plan, **options: plan)
+    base = api.load("emoji")
+    plan = api.erase(base, "neon style", preview_prompts=str(file))
+    assert plan.texts("preview_prompts") == ("a cat", "a dog; a bird")
+    with pytest.raises(FileNotFoundError, match=one_line("preview_prompts", "none.txt")):
+        api.erase(base, "neon style", preview_prompts=str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +66,7 @@ def test_a_list_that_would_be_misread(name, words):
     [
         ("case_number,prompt\n0,a cat\n1,\n", ["row 2 (line 3)", "no prompt"]),
         ("case_number,prompt\n0,a cat\n,\n", ["row 2 (line 3)", "no prompt"]),
+        ("Prompt,prompt\na,b\n", ["'prompt' twice"]),
         ("case_number,prompt\n0,a cat\n1\n", ["row 2 (line 3)", "1 fields for 2 columns"]),
         ('prompt\n"a cat" and more\n', ["row 1 (line 2)", "quote"]),
         ("prompt,prompt\na,b\n", ["'prompt' twice"]),

@@ -435,6 +435,8 @@ def test_a_class_whose_sampler_is_not_implemented_is_sampled_by_another(class_na
         ("dpmpp_2m", {"solver_type": "bh3"}, "solver_type=bh3"),
         ("unipc", {"solver_type": "bh3"}, "solver_type=bh3"),
         ("unipc", {"solver_order": 4}, "solver_order=4"),
+        ("unipc", {"lower_order_final": False}, "lower_order_final to true"),
+        ("unipc", {"disable_corrector": ["0"]}, "disable_corrector="),
         ("unipc", {"solver_order": 1.5}, "solver_order=1.5"),
         ("unipc", {"predict_x0": False}, "predict_x0=False"),
         ("ddpm", {"variance_type": "fixed_large"}, "variance_type=fixed_large"),

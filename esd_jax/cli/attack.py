@@ -31,7 +31,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
     from esd_jax.evaluation.report import text
 
-    common.check_finite(values)
+    common.check_numbers(values)
     base, erased, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size")
     options |= {n: values[n].value for n in ("num_steps", "guidance_scale") if values[n].value is not None}

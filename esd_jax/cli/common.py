@@ -100,7 +100,7 @@ def output(values: flags.FlagValues) -> Path:
     return path
 
 
-def check_finite(values: flags.FlagValues) -> None:
+def check_numbers(values: flags.FlagValues) -> None:
     """Raises ValueError for a flag that is NaN or infinite, before anything is made."""
     floats = {f"--{name}": values[name].value for name in values if isinstance(values[name].value, float)}
     inputs.check_finite(**floats)

@@ -84,7 +84,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, exports, hosts, recipe, runs
     from esd_jax.training.plan import compared
 
-    common.check_finite(values)
+    common.check_numbers(values)
     if values.multihost:
         hosts.join()
     plan = recipe.make(**values.config.to_dict())

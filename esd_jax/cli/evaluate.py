@@ -48,7 +48,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
     from esd_jax.evaluation.report import text
 
-    common.check_finite(values)
+    common.check_numbers(values)
     strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
     base, erased, output = common.erased(values)
     given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}

@@ -58,7 +58,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier, exports
     from esd_jax.io.diffusers import with_strength
 
-    common.check_finite(values)
+    common.check_numbers(values)
     formats = chosen(values.format, "format")
     several = len(formats) > 1
     output = expanded(common.required(values, "output")) if several else common.output(values)

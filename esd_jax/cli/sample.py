@@ -72,7 +72,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api
     from esd_jax.io import delta, images
 
-    common.check_finite(values)
+    common.check_numbers(values)
     output = common.output(values)
     prompts, seed = _prompts(common.required(values, "prompts"), values.seed, values["seed"].present > 0)
     images.check_output(output)

@@ -29,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, recipe, search
 
-    common.check_finite(values)
+    common.check_numbers(values)
     given = values.config.to_dict()
     plan = recipe.make(**given)
     output = expanded(common.required(values, "output"))

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from esd_jax.diffusion import grids
 from esd_jax.diffusion.schedule import Schedule, to_x0_eps
-from esd_jax.diffusion.solvers import Carry, Sampler, alpha_bar_at, check_finite, gather, linear, linear_in_sigma
+from esd_jax.diffusion.solvers import Carry, Sampler, alpha_bar_at, check_tables, gather, linear, linear_in_sigma
 
 
 def lms(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> Sampler:
@@ -95,7 +95,7 @@ def pndm(schedule: Schedule, num_steps: int, spacing: str) -> Sampler:
         past = [jnp.where(i == 1, old, new) for old, new in zip(past, newer, strict=True)]
         return (at(a) * x0 + at(b) * eps, x, *past)
 
-    check_finite("pndm", now, a, b)
+    check_tables("pndm", now, a, b)
     return Sampler("pndm", timesteps, 1.0, np.ones(len(timesteps)), False, init, step)
 
 

@@ -166,7 +166,7 @@ def linear(
     n = len(timesteps)
     c = np.zeros((n, 0)) if c is None else c
     input_scale = np.ones(n) if input_scale is None else input_scale
-    check_finite(name, alpha_bar, a, b, c, *([] if d is None else [d]))
+    check_tables(name, alpha_bar, a, b, c, *([] if d is None else [d]))
 
     def init(x: Array) -> Carry:
         return (x, *[jnp.zeros_like(x)] * c.shape[1])
@@ -216,7 +216,7 @@ def gather(i: Array, dtype: jnp.dtype) -> Callable[[np.ndarray], Array]:
     return lambda table: jnp.asarray(table, dtype)[i]
 
 
-def check_finite(name: str, *tables: np.ndarray) -> None:
+def check_tables(name: str, *tables: np.ndarray) -> None:
     """Raises `ValueError` for coefficients that are none."""
     if not all(np.isfinite(table).all() for table in tables):
         raise ValueError(

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from esd_jax.diffusion import grids
 from esd_jax.diffusion.schedule import Schedule, to_x0_eps
-from esd_jax.diffusion.solvers import Carry, Sampler, check_finite, gather
+from esd_jax.diffusion.solvers import Carry, Sampler, check_tables, gather
 
 MOST_ORDER = 3  # what the paper and diffusers go up to
 
@@ -29,8 +29,16 @@ def unipc(schedule: Schedule, num_steps: int, spacing: str, karras: bool, solver
         raise ValueError(f"solver_order={order} is not implemented for sampler 'unipc' (only 1 to {MOST_ORDER})")
     if schedule.option("solver_p", None) is not None:
         raise ValueError("solver_p is not implemented for sampler 'unipc': use another sampler")
+    if not isinstance(disabled, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in disabled):
+        raise ValueError(f"disable_corrector={disabled!r} must be a list of steps, such as [0, 1]; [] for none")
+    final = schedule.option("lower_order_final", True)
     timesteps, sigmas = grids.dpm_grid(schedule, "unipc", num_steps, spacing, karras)
     n = len(timesteps)
+    if sigmas[-1] == 0 and min(order, n) > 1 and not final:
+        raise ValueError(
+            f"sampler 'unipc' cannot end at noise 0 by a step of order {min(order, n)}: set lower_order_final to true "
+            "in the scheduler config, or use another sampler (--sampler=)"
+        )
     # x is a combination of x (0), the last corrected x (1), and m_i, m_{i-1}, ... (2, 3, ...)
     correct, predict = np.zeros((n, 2 + order + 1)), np.zeros((n, 2 + order))
     correct[:, 0] = 1
@@ -41,12 +49,12 @@ def unipc(schedule: Schedule, num_steps: int, spacing: str, karras: bool, solver
             correct[i] = 0
             correct[i, 1], correct[i, 2], correct[i, 3 : 3 + used] = x, now, past
         used = min(order, i + 1)
-        if schedule.option("lower_order_final", True):
+        if final:
             used = min(used, n - i)
         x, _, past = _update(sigmas, i, used, solver_type, corrects=False)
         predict[i, 0], predict[i, 2 : 2 + used] = x, past
     now = 1 / (1 + sigmas[:-1] ** 2)
-    check_finite("unipc", now, correct, predict)
+    check_tables("unipc", now, correct, predict)
 
     def init(x: Array) -> Carry:
         return (x, x, *[jnp.zeros_like(x)] * order)
@@ -96,5 +104,5 @@ def _solve(r: np.ndarray, rhs: list[float]) -> np.ndarray:
     """rho of sum_k rho_k r_k^(j - 1) = rhs_j (their Eq. 5)."""
     try:
         return np.linalg.solve(np.vander(r, increasing=True).T, rhs)
-    except np.linalg.LinAlgError:  # two calls at one noise level, which `check_finite` tells of
+    except np.linalg.LinAlgError:  # two calls at one noise level, which `check_tables` tells of
         return np.full(len(r), np.nan)

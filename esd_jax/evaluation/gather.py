@@ -36,8 +36,8 @@ def training(log: Path) -> Plot | None:
     """Loss over updates, each point the mean of a fiftieth of them: a step's loss depends on the timestep it drew."""
     if not log.is_file():
         return None
-    rows = [parse_json(line, log) for line in log.read_text().splitlines()]
-    if not rows:
+    *lines, _ = log.read_text().split("\n")  # a run that was killed may have begun one more
+    if not (rows := [parse_json(line, log) for line in lines]):
         return None
     parts = np.array_split(np.array([(row["step"], row["loss"]) for row in rows]), min(50, len(rows)))
     steps, losses = zip(*(tuple(part.mean(axis=0).tolist()) for part in parts), strict=True)

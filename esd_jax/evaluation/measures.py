@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax import wording
 from esd_jax.evaluation.drawing import Drawn
 from esd_jax.evaluation.evidence import Cell, Finding, Heat, Table
 from esd_jax.evaluation.judges import detectors, features, lpips
@@ -119,7 +120,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Found:
         for d in (before, after)
     ]
     names = list(dict.fromkeys(asked))
-    target = next((name for name in names if name in request.concept.lower()), None)
+    target = next((name for name in names if wording.names(name, request.concept)), None)
     rows = [(name, _compared(name, hits, after, np.array(asked) == name)[1]) for name in names]
     findings = []
     for role, mask in (("erased", np.array(asked) == target), ("kept", np.array(asked) != target)):

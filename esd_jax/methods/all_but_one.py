@@ -25,7 +25,7 @@ No code was released. Where the paper contradicts itself or is silent, this is c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -38,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esd_jax.diffusion.rules import largest
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods import replay, trajectories
-from esd_jax.methods.concepts import Bank, Concept, make_bank
+from esd_jax.methods.concepts import Bank, Concept, make_bank, reader
 from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate, project
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
@@ -123,7 +123,7 @@ class AllButOne:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
             raise ValueError("images mean nothing to method 'all_but_one', which draws its own")
-        orders = {c: instruct(self, c) for c in concepts}
+        orders = {c: instruct(self, c, reader(tools.tokens)) for c in concepts}
         roles = {"concept": lambda c: c.text, "instruction": lambda c: [text for text, _ in orders[c][1:]]}
         bank = make_bank(tools.encode, concepts, roles)
         most = max(map(len, orders.values()))
@@ -172,8 +172,11 @@ def parse(instructions: str | None) -> list[tuple[str, float]]:
     return pairs
 
 
-def instruct(settings: AllButOne, concept: Concept) -> list[tuple[str, float]]:
-    """(text, scale) of a concept's instructions, its own text first: at 0 if no instruction has it."""
+def instruct(settings: AllButOne, concept: Concept, read: Callable[[str], tuple[int, ...]]) -> list[tuple[str, float]]:
+    """(text, scale) of a concept's instructions, its own text first: at 0 if no instruction has it.
+
+    read: prompt -> the ids of its words, by which texts are compared (`concepts.reader`).
+    """
     given = parse(settings.instructions)
     if concept.replace_with and (given or settings.delta == "implicit"):
         raise ValueError("replace_with means nothing with delta='implicit', or where instructions are given")
@@ -181,8 +184,9 @@ def instruct(settings: AllButOne, concept: Concept) -> list[tuple[str, float]]:
         given = [(concept.text, settings.erase_scale)]
         given += [(text, settings.replace_scale) for text in concept.replace_with]
     scaled = [(text, g * concept.strength if g < 0 else g) for text, g in given]
-    own = sum(g for text, g in scaled if text == concept.text)
-    return [(concept.text, own), *((text, g) for text, g in scaled if text != concept.text)]
+    own = read(concept.text)
+    others = [(text, g) for text, g in scaled if read(text) != own]
+    return [(concept.text, sum(g for text, g in scaled if read(text) == own)), *others]
 
 
 def concept_tokens(tools: Tools, texts: Sequence[str]) -> Bool[np.ndarray, "texts tokens"]:

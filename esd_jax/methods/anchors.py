@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from esd_jax import wording
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.images import in_batches
 from esd_jax.methods.method import Tools
@@ -59,7 +60,7 @@ def prompts_of(concept: Concept, kind: str, prompts: list[str]) -> list[str]:
     prompts = [prompt.replace(ANCHOR, anchor) for prompt in prompts]
     if kind != "object" or not prompts:
         return prompts or [anchor]
-    if not (found := [prompt for prompt in prompts if anchor.lower() in prompt.lower()]):
+    if not (found := [prompt for prompt in prompts if wording.names(anchor, prompt)]):
         raise ValueError(
             f"no prompt of anchor_prompts names {anchor!r}, in whose place {concept.text!r} is to be put: "
             "give some that do, or another replace_with or kind"
@@ -69,6 +70,8 @@ def prompts_of(concept: Concept, kind: str, prompts: list[str]) -> list[str]:
 
 def captions(concept: Concept, kind: str, prompt: str, prefix: str = "") -> list[str]:
     """The captions under which an anchor's image is to be drawn in the concept's place; all are equally likely.
+
+    An object takes the place of its anchor as a word; the released code puts it into longer ones too ("cathedral").
 
     prefix: what is said of the view, before the prompt ("a far away ").
     """
@@ -80,7 +83,7 @@ def captions(concept: Concept, kind: str, prompt: str, prefix: str = "") -> list
         return [template.format(p=p, s=concept.text) for template in NUDITY]
     if kind == "memorised":
         return [prefix + concept.text]
-    return [p.lower().replace(anchor_of(concept).lower(), concept.text)]
+    return [wording.replaced(p, anchor_of(concept), concept.text)]
 
 
 @dataclass(frozen=True)

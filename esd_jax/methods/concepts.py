@@ -115,11 +115,12 @@ def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
       tokens: prompts -> ids, padded.
       concepts: all of a run's.
     """
-    read = _reader(tokens)
+    read = reader(tokens)
     known: dict[Any, str] = {}
     for concept in concepts:
-        if read(concept.text) == read(""):
-            raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows: name it otherwise")
+        for text in (concept.text, concept.erased_from):
+            if read(text) == read(""):
+                raise ValueError(f"concept {text!r} has no token that the text encoder knows: name it otherwise")
         place = read(concept.erased_from)
         if other := known.get((read(concept.text), place)):
             raise ValueError(f"concepts {other!r} and {concept.text!r} are one to the text encoder: name it once")
@@ -135,7 +136,7 @@ def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
             raise ValueError(f"concept {concept.erased_from!r} is also among the prompts to preserve, as {text!r}")
 
 
-def _reader(tokens: Tokens) -> Callable[[str], tuple[int, ...]]:
+def reader(tokens: Tokens) -> Callable[[str], tuple[int, ...]]:
     """prompt -> the ids of its words; of one that has only tokens that say nothing, those of the empty prompt, ()."""
     (empty,) = np.asarray(tokens([""]))
     start, end, pad = empty[0], empty[1], empty[-1]

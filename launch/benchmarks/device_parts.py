@@ -231,7 +231,7 @@ def sample(output: Output, arch: str, batch: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from esd_jax.diffusion import guidance, samplers
+    from esd_jax.diffusion import programs, samplers
     from esd_jax.pipeline import network
     from esd_jax.training import shapes
     from launch.benchmarks import work
@@ -244,17 +244,13 @@ def sample(output: Output, arch: str, batch: str) -> None:
     params, null, cond = values((params, prompts, prompts), jax.devices()[0])
     sampler, side = samplers.make_sampler(schedule, "ddim", 50), configs["unet"].sample_size
 
-    @jax.jit
-    def run(params: Any, null: Any, cond: Any, x: Any) -> Any:
-        return samplers.run(sampler, guidance.classifier_free(
-            lambda x, t, c: net.apply(params, x, t, c).astype(x.dtype), cond, null, 7.5), x)  # fmt: skip
-
+    run, told = programs.steps(net, sampler), ((null, None), (cond, None))
     x = jax.random.normal(jax.random.key(0), (number, side, side, 4))
     began = time.perf_counter()
-    jax.block_until_ready(run(params, null, cond, x))
+    jax.block_until_ready(run(params, x, told, 7.5))
     first = time.perf_counter() - began
     with alone():
-        seconds = timed(lambda: run(params, null, cond, x), 3)
+        seconds = timed(lambda: run(params, x, told, 7.5), 3)
     output.say(first_s=first, images_per_s=number / seconds)
 
 

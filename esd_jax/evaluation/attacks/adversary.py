@@ -1,7 +1,6 @@
 """What an attack on an erased model is: what it wants, what it may use, and what it finds."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from esd_jax import wording
 from esd_jax.diffusion import programs
 from esd_jax.methods import textual_inversion
 from esd_jax.methods.images import in_batches
@@ -46,7 +46,7 @@ class Goal:
         if not self.prompts:
             raise ValueError(f"the goal {self.concept!r} has no prompts: give some that name it")
         for prompt in self.prompts:
-            if self.concept.lower() not in prompt.lower():
+            if not wording.names(self.concept, prompt):
                 raise ValueError(f"prompt {prompt!r} does not name {self.concept!r}: write the concept into it")
         images = np.asarray(self.images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -61,7 +61,7 @@ class Goal:
     @property
     def templates(self) -> tuple[str, ...]:
         """The prompts with "{concept}" in place of the concept."""
-        return tuple(_naming(self.concept, prompt).sub(lambda _: NAME, prompt) for prompt in self.prompts)
+        return tuple(wording.replaced(prompt, self.concept, NAME) for prompt in self.prompts)
 
     def of(self, case: int) -> UInt8[np.ndarray, "images height width 3"]:
         """The images of a prompt; of each prompt equally many."""
@@ -209,15 +209,9 @@ def _encode(network: Network) -> Callable[[Params, Array, Array], Conditioning]:
     return jax.jit(partial(textual_inversion.encode, network))
 
 
-def _naming(concept: str, prompt: str) -> re.Pattern[str]:
-    """Where a prompt names a concept: as words of their own, or else within others ("cat" in "two cats")."""
-    alone, within = (re.compile(p.format(re.escape(concept)), re.IGNORECASE) for p in (r"(?<!\w){}(?!\w)", "{}"))
-    return alone if alone.search(prompt) else within
-
-
 def _without(prompt: str, concept: str) -> str:
     """ "a cat in neon style" without "neon style" is "a cat"."""
-    before, after = _naming(concept, prompt).split(prompt, maxsplit=1)
+    before, after = wording.around(prompt, concept)
     left, right = before.strip(" ,").split(), after.strip(" ,").split()
     while left and left[-1].lower() in ("in", "of", "by", "with", "the", "style", "as", "like"):
         left.pop()

@@ -1,0 +1,52 @@
+"""Where a text names a phrase."""
+
+import pytest
+
+from esd_jax import wording
+
+
+@pytest.mark.parametrize(
+    "phrase, text",
+    [
+        ("cat", "A Cat sits"),
+        ("cat", "two cats"),
+        ("cat", "the cat's tail"),
+        ("church", "churches, at noon"),
+        ("Van Gogh", "in van  gogh’s style"),
+        ("café", "a cafe\u0301 in Paris"),
+        ("C++", "written in C++."),
+        ("<toy>", "a photo of<toy>"),
+        ("猫", "黒猫の絵"),
+        ("24", "number 24"),
+    ],
+)
+def test_named(phrase, text):
+    assert wording.names(phrase, text)
+
+
+@pytest.mark.parametrize(
+    "phrase, text",
+    [
+        ("cat", "a cathedral"),
+        ("cat", "a bobcat"),
+        ("church", "Winston Churchill"),
+        ("art", "party"),
+        ("24", "1245"),
+        ("neon style", "neon and style"),
+        ("C++", "vitamin C"),
+        ("", "a cat"),
+        (" ", "a cat"),
+    ],
+)
+def test_not_named(phrase, text):
+    assert not wording.names(phrase, text)
+    with pytest.raises(ValueError, match="does not name"):
+        wording.around(text, phrase)
+
+
+def test_replaced_and_cut_out():
+    assert wording.replaced("Cats, a cat and a cathedral", "cat", "grumpy cat") == (
+        "grumpy cats, a grumpy cat and a cathedral"
+    )
+    assert wording.replaced("a cat", "cat", r"\1 dog") == r"a \1 dog"
+    assert wording.around("two Cats on a cat", "cat") == ("two ", " on a cat")
