@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from esd_jax import demo, exports, prompt_files, recipe, runs
@@ -21,10 +20,10 @@ from esd_jax.io.safetensors import OF_TENSORS, read_header, refuse_pickle
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
+from esd_jax.runs import setup
 from esd_jax.sampling import invert, purify, sample
 from esd_jax.training.checkpoint import Checkpoints
-from esd_jax.training.plan import changed_names, theta_shapes
-from esd_jax.training.step import State, init_state, result
+from esd_jax.training.step import State, result
 
 __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
 
@@ -149,7 +148,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
         if (path / "run.json").is_file():
             return restore(path, base=base)
         if (path / "config.json").is_file():
-            return diffusers.with_unet(base, path)
+            return diffusers.with_denoiser(base, path)
         return diffusers.load(path, dtype=base.dtype)
     header = read_header(path)
     if is_difference(header):
@@ -215,11 +214,9 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
             loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
-    if (found := diffusers.source_hash(loaded, "unet")) != sha256:
-        raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
-    net, tx = loaded.network("unet"), runs.transformation(plan)
-    names = changed_names(plan, net)
-    like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), theta_shapes(plan, net))
+    if (found := diffusers.source_hash(loaded)) != sha256:
+        raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {found[:12]}...")
+    names = setup.changed_names(plan, loaded.configs)
     with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
-        state: State = checkpoints.restore(like, step, check=False)
+        state: State = checkpoints.restore(setup.saved_state(plan, loaded.configs), step, check=False)
     return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), {**record, "step": int(state.step)})

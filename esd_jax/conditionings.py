@@ -6,16 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esd_jax.diffusion import guidance, prompt_to_prompt
+from esd_jax.diffusion import prompt_to_prompt
 from esd_jax.diffusion.programs import Told
 from esd_jax.diffusion.rules import Rule
-from esd_jax.models.unet import Conditioning
+from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 
 
 def count(prompts: Sequence[str] | Conditioning) -> int:
     """How many images the prompts, or conditionings in place of them, ask for."""
-    return len(prompts.embeddings if isinstance(prompts, Conditioning) else prompts)
+    return len(jax.tree.leaves(prompts)[0]) if is_encoded(prompts) else len(prompts)
+
+
+def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
+    """Whether prompts were given as what the network is told in place of them."""
+    return not isinstance(prompts, list | tuple | np.ndarray) or not all(isinstance(prompt, str) for prompt in prompts)
 
 
 def make_conditioning(
@@ -32,7 +37,7 @@ def make_conditioning(
     shared = isinstance(negative_prompt, str | None)
     if not shared and len(negative_prompt) != count(prompts):
         raise ValueError(f"{len(negative_prompt)} negative prompts for {count(prompts)} prompts")
-    encoded = isinstance(prompts, Conditioning)
+    encoded = is_encoded(prompts)
     if encoded and reweight:
         raise ValueError("reweight names words, and what the network is told in place of prompts has none")
     scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
@@ -63,4 +68,4 @@ def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size
     null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
     if not pipeline.zeros_for_empty_prompt:
         return null
-    return guidance.zeroed(null, np.asarray([negative is None for negative in negatives]))
+    return pipeline.family.null(null, np.asarray([negative is None for negative in negatives]))

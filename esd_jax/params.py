@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, jax.Array]
+# What a denoiser is told besides x and t: a pytree of its family's own, whose arrays have a leading batch axis. Nobody
+# else looks into it.
+Conditioning = Any
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -85,14 +88,19 @@ def combine(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def component(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The tensors of one network in a run's tree, whose keys are "unet/NAME", under their bare names."""
+    """The tensors of one network in a tree whose keys are "COMPONENT/NAME", under their bare names."""
     prefix = name + "/"
     return {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
 
 
 def prefixed(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The inverse of `component`: NAME -> "unet/NAME"."""
+    """The inverse of `component`: NAME -> "COMPONENT/NAME"."""
     return {f"{name}/{key}": value for key, value in params.items()}
+
+
+def bare(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`component` of a tree that holds one network alone, whichever it is."""
+    return {key.partition("/")[2]: value for key, value in params.items()}
 
 
 def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:

@@ -10,19 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from esd_jax import text
+from esd_jax import families, text
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import Configs, Family
 from esd_jax.models import vae
-from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.models.unet import Conditioning, UNet2DConditionModel
-from esd_jax.models.unet_config import UNetConfig
-from esd_jax.models.vae import AutoencoderKL, VAEConfig
-from esd_jax.params import Network, Params, functional
+from esd_jax.params import Conditioning, Network, Params, functional
 
-NetworkConfig = UNetConfig | VAEConfig | CLIPTextConfig
-MODULES = {UNetConfig: UNet2DConditionModel, VAEConfig: AutoencoderKL, CLIPTextConfig: CLIPTextModel}
+NetworkConfig = Any  # one of those that a family names
 LARGEST = 2**16  # pixels of a side, which no device's memory holds
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Provenance:
     file: the one file that holds all weights, if they came from such a one; `folder` has then the configs alone.
     config: of `file`, what `load` was told of its architecture.
     variant, revision: of the files, as diffusers means them.
-    tensors: "unet/NAME" -> its place, so that full precision and untouched bytes can be read again.
+    tensors: "DENOISER/NAME" -> its place, so that full precision and untouched bytes can be read again.
     erased: one record per erasure (concepts, method, settings, seed, versions), oldest first.
     """
 
@@ -66,18 +61,18 @@ class Provenance:
 class Pipeline:
     """A checkpoint.
 
-    params: component ("unet", "vae", "text_encoder", SDXL's "text_encoder_2") -> Params in the compute dtype.
+    params: component (the denoiser, "vae", "text_encoder") -> Params in the compute dtype.
     configs: component -> its architecture.
     tokenizers: one per text encoder.
     schedule: the checkpoint's noise schedule.
     index: the contents of `model_index.json`.
     dtype: compute dtype.
-    edits: "unet/NAME" -> trained values in full precision (float32, JAX layout). They are what export writes; the
+    edits: "DENOISER/NAME" -> trained values in full precision (float32, JAX layout). They are what export writes; the
       same tensors in `params` are their copies in the compute dtype.
     """
 
     params: Mapping[str, Params]
-    configs: Mapping[str, NetworkConfig]
+    configs: Configs
     tokenizers: tuple[text.Tokenizer, ...]
     schedule: Schedule
     index: Mapping[str, Any]
@@ -86,22 +81,31 @@ class Pipeline:
     edits: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_channels(self.configs)
+        self.family.check(self.configs)
+
+    @property
+    def family(self) -> Family:
+        return families.of(self.configs)
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the component that denoises: the first part of what its tensors are called in a run."""
+        return self.family.denoiser
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        return tuple(name for name in TEXT_ENCODERS if name in self.configs)
+        return self.family.text_encoders
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
         """Whether guidance without a negative prompt starts from zeros instead of the encoded empty prompt (SDXL)."""
-        return len(self.tokenizers) == 2 and bool(self.index.get("force_zeros_for_empty_prompt", True))
+        return self.family.zeros_for_null and bool(self.index.get("force_zeros_for_empty_prompt", True))
 
     def network(self, component: str, *, remat: bool = False) -> Network:
         return network(self.configs[component], jnp.dtype(self.dtype).name, remat)
 
     def with_edits(self, edits: Mapping[str, Array], record: Mapping[str, Any] | None = None) -> "Pipeline":
-        """The same pipeline with some tensors replaced ("unet/NAME" -> full-precision values).
+        """The same pipeline with some tensors replaced ("DENOISER/NAME" -> full-precision values).
 
         Raises ValueError for a name that does not exist, or another shape.
         """
@@ -132,65 +136,54 @@ class Pipeline:
                 )
         encoders = tuple(self.network(name) for name in self.text_encoders)
         params = tuple(self.params[name] for name in self.text_encoders)
-        encoded = _encode_text(encoders)(params, ids, size or image_size(self.configs))
+        encoded = _encode_text(self.family, encoders)(params, ids, size or image_size(self.configs))
         return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
 
     def denoise(
         self, x_t: Float[Array, "batch height width channel"], t: Any, conditioning: Conditioning
     ) -> Float[Array, "batch height width channel"]:
-        """The UNet's raw output (eps, v or x0, as `schedule.prediction_type` says)."""
-        return self.network("unet").apply(self.params["unet"], x_t, t, conditioning).astype(jnp.float32)
+        """The denoiser's raw output (eps, v or x0, as `schedule.prediction_type` says)."""
+        network, params = self.network(self.denoiser), self.params[self.denoiser]
+        return network.apply(params, x_t, t, conditioning).astype(jnp.float32)
 
     def decode(self, latents: Float[Array, "batch h w channel"]) -> Float[Array, "batch height width 3"]:
-        """Latents as the UNet knows them -> images, about [-1, 1]."""
+        """Latents as the denoiser knows them -> images, about [-1, 1]."""
         config = self.configs["vae"]
         unscaled = vae.unscale(config, latents)
         return self.network("vae").apply(self.params["vae"], unscaled, "decode").astype(jnp.float32)
 
     def encode(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w channel"]:
-        """Images in [-1, 1] -> the mean of their latents, scaled as the UNet knows them."""
+        """Images in [-1, 1] -> the mean of their latents, scaled as the denoiser knows them."""
         mean = self.network("vae").apply(self.params["vae"], images, "encode").mean
         return vae.scale(self.configs["vae"], mean.astype(jnp.float32))
-
-
-def check_channels(configs: Mapping[str, NetworkConfig]) -> None:
-    """Raises ValueError for a UNet that takes or gives anything but the VAE's latents."""
-    unet, latents = configs["unet"], configs["vae"].latent_channels
-    if (unet.in_channels, unet.out_channels) != (latents, latents):
-        raise ValueError(
-            f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels} for a VAE of {latents}: "
-            "inpainting, upscaling and variance-predicting models are not implemented"
-        )
 
 
 @lru_cache(maxsize=32)
 def network(config: NetworkConfig, dtype: str, remat: bool = False) -> Network:
     """The function of a network config; cached, so that everybody shares one and compiles once."""
     options = {"remat": True} if remat else {}
-    return functional(lambda: MODULES[type(config)](config, dtype=jnp.dtype(dtype), **options))
+    return functional(lambda: families.module(config)(config, dtype=jnp.dtype(dtype), **options))
 
 
 @lru_cache(maxsize=8)
-def _encode_text(encoders: tuple[Network, ...]) -> Any:
+def _encode_text(family: Family, encoders: tuple[Network, ...]) -> Any:
     def encode(params: Any, ids: Any, size: tuple[int, int]) -> Conditioning:
         outputs = [encoder.apply(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)]
-        return text.conditioning(outputs, size)
+        return family.encode(outputs, size)
 
     return jax.jit(encode)
 
 
-def image_size(
-    configs: Mapping[str, NetworkConfig], height: int | None = None, width: int | None = None
-) -> tuple[int, int]:
-    """(height, width) in pixels, by default those for which the UNet was trained.
+def image_size(configs: Configs, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """(height, width) in pixels, by default those for which the model was trained.
 
     Raises ValueError if its config does not say, or if the VAE cannot make such images.
     """
-    factor, default = configs["vae"].factor, configs["unet"].sample_size
-    if default is None and None in (height, width):
-        raise ValueError("unet/config.json has no sample_size: give height and width")
-    defaults = default if isinstance(default, tuple) else (default, default)
-    size = tuple(own * factor if side is None else side for own, side in zip(defaults, (height, width), strict=True))
+    factor, family = configs["vae"].factor, families.of(configs)
+    height_0, width_0 = family.default_size(configs) or (height, width)
+    size = (height_0 if height is None else height, width_0 if width is None else width)
+    if None in size:
+        raise ValueError(f"{family.denoiser}/config.json has no sample_size: give height and width")
     if any(side % factor or side < factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
     if max(size) > LARGEST:

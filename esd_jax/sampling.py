@@ -1,6 +1,5 @@
 """What a checkpoint draws: images from noise, noise from images, and real images drawn anew."""
 
-import json
 import math
 import operator
 import warnings
@@ -16,8 +15,7 @@ from esd_jax import conditionings, sharding
 from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Params
+from esd_jax.params import Conditioning, Params
 from esd_jax.pictures import check_drawn
 from esd_jax.pipeline import Pipeline, image_size
 
@@ -93,12 +91,12 @@ def sample(
     if sampler == "auto":
         sampler = _own_sampler(pipeline, num_steps)
     name = sampler or samplers.default_sampler(pipeline.schedule)
-    made = programs.sampler(_schedule(pipeline), name, num_steps, float(eta))
-    run = programs.steps(pipeline.network("unet"), made, type(rule) if rule else None)
+    made = programs.sampler(pipeline.schedule, name, num_steps, float(eta))
+    run = programs.steps(pipeline.network(pipeline.denoiser), made, type(rule) if rule else None)
     rows = min(batch_size, n)
     condition = conditionings.make_conditioning(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
-    params = {name: pipeline.params[name] for name in ("unet", "vae")}
+    params = {name: pipeline.params[name] for name in (pipeline.denoiser, "vae")}
     mesh = sharding.make_mesh(rows, jax.local_devices())
     if mesh.size > 1:
         params = sharding.place(params, mesh)
@@ -106,7 +104,7 @@ def sample(
         noise, told, own_keys = jnp.asarray(latents)[index], condition(index), keys[index]
         if mesh.size > 1:
             noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
-        drawn = run(params["unet"], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
+        drawn = run(params[pipeline.denoiser], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
         images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
     return np.concatenate(images)[:n]
 
@@ -144,12 +142,13 @@ def invert(
     if not n:
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
-    run = programs.steps(pipeline.network("unet"), programs.inverter(_schedule(pipeline), num_steps, timestep))
+    down = programs.inverter(pipeline.schedule, num_steps, timestep)
+    run = programs.steps(pipeline.network(pipeline.denoiser), down)
     condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
     noise = []
     for index in _batches(n, batch_size):
         latents = encode(pipeline.params["vae"], images[index])
-        inverted = run(pipeline.params["unet"], latents, condition(index), jnp.float32(guidance_scale))
+        inverted = run(pipeline.params[pipeline.denoiser], latents, condition(index), jnp.float32(guidance_scale))
         check_drawn(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
         noise.append(np.asarray(inverted))
     return np.concatenate(noise)[:n]
@@ -246,8 +245,7 @@ def example_keys(seed: int | Sequence[int], n: int) -> Array:
 
 def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Float[Array, "batch h w channel"]:
     """Unit Gaussian latents for images of `size` pixels, one per key."""
-    factor, channels = pipeline.configs["vae"].factor, pipeline.configs["unet"].in_channels
-    shape = (size[0] // factor, size[1] // factor, channels)
+    shape = pipeline.family.latents(pipeline.configs, size)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -284,7 +282,3 @@ def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, t
 def _batches(n: int, batch_size: int) -> list[np.ndarray]:
     """Indices of the examples of each batch. The last is filled up: every batch has the shape that was compiled."""
     return [np.minimum(np.arange(i, i + min(batch_size, n)), n - 1) for i in range(0, n, batch_size)]
-
-
-def _schedule(pipeline: Pipeline) -> str:
-    return json.dumps(dict(pipeline.schedule.config), sort_keys=True)

@@ -78,7 +78,7 @@ def search(
         raise ValueError("a search needs values of every field, steps of 1 or more, and strengths")
     for field in grid:
         recipe.check_field(field, fields.get("method", "esd"))
-    identity = json.loads(json.dumps({"base": source_hash(base, "unet"), "concept": concept, "fields": fields}))
+    identity = json.loads(json.dumps({"base": source_hash(base), "concept": concept, "fields": fields}))
     found = _read(folder, identity)
     if "kept" not in found:
         found["kept"] = judge(base)[1].value

@@ -100,15 +100,16 @@ SUBSETS: dict[str, Subset] = {
 }
 
 
-def select(subset: str, layouts: Mapping[str, str]) -> tuple[str, ...]:
+def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset] = SUBSETS) -> tuple[str, ...]:
     """The names of a subset's tensors, in the network's order.
 
     Args:
-      subset: a name of `SUBSETS`, or "regex:PATTERN": every tensor in whose name the pattern is found (`re.search`).
-      layouts: the UNet's `Network.layouts`.
+      subset: a name of `subsets`, or "regex:PATTERN": every tensor in whose name the pattern is found (`re.search`).
+      layouts: the denoiser's `Network.layouts`.
+      subsets: those of its family.
 
     Raises:
-      ValueError: the subset is unknown, its pattern is not a regular expression, or this UNet has none of its tensors.
+      ValueError: the subset is unknown, its pattern is not a regular expression, or it has no tensor of this network.
     """
     if subset.startswith(REGEX):
         try:
@@ -116,14 +117,14 @@ def select(subset: str, layouts: Mapping[str, str]) -> tuple[str, ...]:
         except re.error as error:
             raise ValueError(f"subset {subset!r} is not a regular expression: {error}") from None
         names = tuple(name for name in layouts if pattern.search(name))
-    elif subset in SUBSETS:
-        names = tuple(name for name in layouts if SUBSETS[subset].keep(name, _is_dense(name, layouts)))
+    elif subset in subsets:
+        names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     else:
-        close = difflib.get_close_matches(subset, SUBSETS, n=2)
+        close = difflib.get_close_matches(subset, subsets, n=2)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown subset {subset!r}: {hint}choose one of {', '.join(SUBSETS)}, or {REGEX}PATTERN")
+        raise ValueError(f"unknown subset {subset!r}: {hint}choose one of {', '.join(subsets)}, or {REGEX}PATTERN")
     if not names:
-        raise ValueError(f"subset {subset!r} selects no tensor of this UNet")
+        raise ValueError(f"subset {subset!r} selects no tensor of this denoiser")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Prompts -> token ids -> Conditioning: the tokenizers, and what each family takes from its text encoders."""
+"""Prompts -> token ids: the tokenizers."""
 
 import itertools
 import os
@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from esd_jax.inputs import check_text, read_json, read_text
 from esd_jax.models.architectures import clip_bpe
-from esd_jax.models.clip import CLIPOutput
-from esd_jax.models.unet import Conditioning
 
 # What the files of a tokenizer are called that are JSON.
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -128,17 +125,3 @@ def _check_vocabulary(folder: Path, vocabulary: Mapping[str, Any]) -> None:
             raise ValueError(f"{folder}/merges.txt does not make {word!r} of vocab.json: copy or download both again")
     if len(set(map(repr, vocabulary.values()))) < len(vocabulary):
         raise ValueError(f"{folder}/vocab.json gives two tokens the same number: copy or download it again")
-
-
-def conditioning(outputs: Sequence[CLIPOutput], size: tuple[int, int]) -> Conditioning:
-    """What the UNet takes from its text encoders.
-
-    One encoder (SD 1, SD 2): the last hidden state after the final norm; SD 2's files already lack the last layer.
-    Two encoders (SDXL): the penultimate hidden states side by side, without the final norm; the second one's pooled
-    projection; and the sizes, with `size` = (height, width) in pixels as both original and target, uncropped.
-    """
-    if len(outputs) == 1:
-        return Conditioning(outputs[0].last_hidden_state)
-    embeddings = jnp.concatenate([output.hidden_states[-2] for output in outputs], axis=-1)
-    time_ids: Array = jnp.asarray([*size, 0, 0, *size], jnp.float32)
-    return Conditioning(embeddings, outputs[-1].pooled, jnp.tile(time_ids, (embeddings.shape[0], 1)))

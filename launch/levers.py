@@ -22,19 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
-from esd_jax import api, recipe, runs, sharding
+from esd_jax import api, recipe, sharding
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED
 from esd_jax.io.diffusers import source_hash
-from esd_jax.params import partition, prefixed
 from esd_jax.pipeline import Pipeline
-from esd_jax.training.plan import changed_names
-from esd_jax.training.step import blank_memory, init_state, make_step
+from esd_jax.runs.setup import assemble
 from launch import command
 from launch.compare_methods import ENTRIES, lost
 from launch.results import Made, groups_of, kept, measured, read, say, slug, write
@@ -76,7 +73,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
     paces = {kind: paced(base, kind, found, output) for kind, found in plans.items()} if FLAGS.rounds else {}
-    drawn = kept(output, BASE, source_hash(base, "unet"))
+    drawn = kept(output, BASE, source_hash(base))
     found: dict[str, dict[str, Any]] = {}
     for target in targets:
         rows = found[target.concept] = {}
@@ -152,22 +149,17 @@ def paced(base: Pipeline, kind: str, plans: Plans, output: Path) -> dict[str, di
 
 def walker(base: Pipeline, plan: recipe.Recipe) -> Callable[[int], float]:
     """A function that makes so many updates and tells their seconds."""
-    method, inputs, shape = runs.prepare(base, plan)
-    tx, batch = runs.transformation(plan), plan.training.batch_size
-    names = changed_names(plan, base.network("unet"))
-    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
-    mesh = sharding.make_mesh(batch)  # the program of `erase`, which then finds it compiled
-    options = {"shape": shape, "batch_size": batch, "mesh": mesh}
-    step = make_step(method, tx, compute_dtype=jnp.dtype(base.dtype), **options)
-    state = init_state(theta_0, tx, plan.training.seed)
-    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
-    state = state._replace(memory=sharding.spread(blank_memory(method, shape, batch), mesh))
+    made = assemble(base, plan)  # the program of `erase`, which then finds it compiled
+    theta_0, frozen = made.split(base.params[base.denoiser])
+    state = made.begin(theta_0, memory=False)
+    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, made.inputs), made.mesh)
+    state = state._replace(memory=sharding.spread(made.memory(), made.mesh))
 
     def walk(updates: int) -> float:
         nonlocal state
         started = time.perf_counter()
         for _ in range(updates):
-            state, metrics = step(state, theta_0, frozen, inputs)
+            state, metrics = made.step(state, theta_0, frozen, inputs)
         jax.block_until_ready(metrics)
         return time.perf_counter() - started
 
@@ -180,7 +172,7 @@ def quality(
     """What an erased model draws of the target, of what is near it and of all else, from its file if it is there."""
     fields = {field: value for field, value in plan.flat().items() if field not in ("base", "concept")}
     settings = {
-        "base_sha256": source_hash(base, "unet"), "images": FLAGS.images, "seed": FLAGS.seed, "recipe": fields,
+        "base_sha256": source_hash(base), "images": FLAGS.images, "seed": FLAGS.seed, "recipe": fields,
     }  # fmt: skip
     file = output / f"{slug(target.concept)}-{slug(name)[:80]}.json"
 

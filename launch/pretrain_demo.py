@@ -21,6 +21,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict, config_flags
 from safetensors.numpy import load_file
 
+from esd_jax import families
 from esd_jax.demo import artwork, captions, vocabulary
 from esd_jax.demo.pretrain import architecture, autoencoder, diffusion
 from esd_jax.diffusion.schedule import Schedule
@@ -28,7 +29,7 @@ from esd_jax.io import safetensors
 from esd_jax.io.folder import text_model_key
 from esd_jax.models.layers import Keys
 from esd_jax.params import Params, combine, component, initial, prefixed
-from esd_jax.pipeline import MODULES, NetworkConfig, network
+from esd_jax.pipeline import NetworkConfig, network
 from esd_jax.text import Tokenizer
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State
@@ -146,7 +147,7 @@ def write_model(folder: Path, configs: Configs, params: Params) -> None:
 
 def random_weights(config: ConfigDict, part: NetworkConfig) -> Params:
     """The weights with which a component starts."""
-    return initial(partial(MODULES[type(part)], part, rngs=Keys(config.seed)))
+    return initial(partial(families.module(part), part, rngs=Keys(config.seed)))
 
 
 def random_pictures(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> UInt8[np.ndarray, "pairs 64 64 3"]:

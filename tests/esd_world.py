@@ -20,6 +20,7 @@ import torch_oracle
 from torch_oracle import AXES, exactly, to_params
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import unets
 from esd_jax.methods import esd
 from esd_jax.methods.concepts import Concept
 from esd_jax.methods.method import Tools
@@ -117,7 +118,10 @@ def settings(preset: str, **fields: Any) -> esd.ESD:
 def tools(w: World, **others: Any) -> Tools:
     """What a method may use; by default neither a tokenizer nor images."""
     absent = {"subset": (), "tokens": None, "sample": None, "to_latents": None}
-    return Tools(**{"unet": w.network, "schedule": SCHEDULE, "shape": SHAPE, "encode": w.encode, **absent, **others})
+    absent |= {"component": "unet", "null": unets.null, "vectors": lambda conditioning: conditioning.embeddings}
+    return Tools(
+        **{"denoiser": w.network, "schedule": SCHEDULE, "shape": SHAPE, "encode": w.encode, **absent, **others}
+    )
 
 
 def make(w: World, preset: str, pairs: Any, images: Any = None, **fields: Any) -> tuple[esd.Method, esd.Inputs]:

@@ -25,7 +25,8 @@ from torch_oracle import error, exactly, to_nchw, to_nhwc
 
 import esd_jax
 from esd_jax import api, recipe, runs
-from esd_jax.diffusion.schedule import Schedule, add_noise, to_x0_eps
+from esd_jax.diffusion.path import to_x0_eps
+from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.methods import ablating, anchors
 from esd_jax.methods.ablating import Ablating
 from esd_jax.methods.concepts import Concept
@@ -464,10 +465,10 @@ def test_a_run_from_checkpoint_to_export(tmp_path):
         np.testing.assert_array_equal(resumed.edits[name], value)
 
     plan = recipe.make(**{**recipe.read(fields.pop("config")).to_dict(), **fields, "concept": "the cat"})
-    _, inputs, shape = runs.prepare(base, plan)
+    made = runs.assemble(base, plan)
     drawn = esd_jax.sample(base, ["a photo of the dog", "the dog"], num_steps=2, guidance_scale=3.0, sampler="ddim")
-    np.testing.assert_allclose(inputs.latents, jax.jit(base.encode)(drawn / np.float32(127.5) - 1), atol=1e-5)
-    assert inputs.latents.shape == (2, *shape)
+    np.testing.assert_allclose(made.inputs.latents, jax.jit(base.encode)(drawn / np.float32(127.5) - 1), atol=1e-5)
+    assert made.inputs.latents.shape == (2, *made.shape)
 
 
 @pytest.mark.slow

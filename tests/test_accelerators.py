@@ -19,9 +19,8 @@ from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.methods import textual_inversion
 from esd_jax.models import attention
 from esd_jax.models.attention import Device
-from esd_jax.params import partition, prefixed
-from esd_jax.training import plan
-from esd_jax.training.step import blank_memory, init_state, make_step
+from esd_jax.params import prefixed
+from esd_jax.planning import plan
 from launch.benchmarks import cards, work
 
 HOPPER = Device((9, 0), 91900)
@@ -85,13 +84,9 @@ def test_the_step_of_every_trained_method_lowers(base, method, platform):
     config.subset = "full" if method == "forget_me_not" else "esd-u"
     made = recipe.make(**config.to_dict())
     mesh = sharding.make_mesh(1)
-    prepared, inputs, shape = runs.prepare(base, made, mesh)
-    tx = runs.transformation(made)
-    step = make_step(prepared, tx, compute_dtype=jnp.bfloat16, shape=shape, mesh=mesh)
-    names = plan.changed_names(made, base.network("unet"))
-    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
-    state = init_state(theta_0, tx, 0, blank_memory(prepared, shape, 1))
-    check(lowered(step, platform, state, theta_0, frozen, inputs), platform)
+    whole = runs.assemble(base, made, mesh)
+    theta_0, frozen = whole.split(base.params["unet"])
+    check(lowered(whole.step, platform, whole.begin(theta_0), theta_0, frozen, whole.inputs), platform)
 
 
 SEARCHES = {
@@ -160,7 +155,7 @@ def test_textual_inversion_lowers(base, platform, monkeypatch):
             ).to_dict()
         }
     )
-    runs.prepare(base, made)
+    runs.assemble(base, made)
     check(texts[0], platform)
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from esd_jax.training import ahead, liveness
-from esd_jax.training.plan import STEP, check, compared, make_plan
+from esd_jax.planning import ahead, liveness
+from esd_jax.planning.plan import STEP, check, compared, make_plan
 from launch.benchmarks import child, work
 
 
@@ -98,7 +98,7 @@ def test_each_device_has_its_share(tiny):
     assert alone.devices == 1 and alone.memory[STEP] > 3 * size.memory[STEP]
     # As in a run on eight devices, which takes a process of its own.
     code = """
-from esd_jax.training.plan import STEP, make_plan
+from esd_jax.planning.plan import STEP, make_plan
 from launch.benchmarks import work
 configs, schedule = work.architecture("tiny")
 size = make_plan(configs, schedule, work.plan("tiny", "esd-x", 8, "float32"))

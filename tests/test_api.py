@@ -251,11 +251,11 @@ def test_a_memorised_picture(sd1, base, tmp_path):
     Image.fromarray(picture[:, 12:28]).convert("RGBA").save(tmp_path / "middle.png")
     paths = [tmp_path / "picture.png", tmp_path / "middle.png"]
     plan = recipe.make(**{**recipe.read("sd14_memorised").to_dict(), **FIELDS, "concept": "cat", "images": paths})
-    _, inputs, shape = runs.prepare(base, plan)
+    made = runs.assemble(base, plan)
     pixels = torch.from_numpy(picture[None, :, 12:28] / 127.5 - 1).float().permute(0, 3, 1, 2)
     theirs = sd1[1].vae.encode(pixels).latent_dist.mean * sd1[1].vae.config.scaling_factor
-    assert shape == (8, 8, 4)
-    np.testing.assert_allclose(inputs.images, np.repeat(to_nhwc(theirs), 2, axis=0), atol=1e-5)
+    assert made.shape == (8, 8, 4)
+    np.testing.assert_allclose(made.inputs.images, np.repeat(to_nhwc(theirs), 2, axis=0), atol=1e-5)
     erased = esd_jax.erase(base, "cat", images=paths, subset=SUBSET, **FIELDS)
     assert all(0 < jnp.abs(v - base.params["unet"][k[5:]]).max() < 0.01 for k, v in erased.edits.items())
 

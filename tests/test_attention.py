@@ -21,7 +21,7 @@ from esd_jax.models.attention import Attention, Device, implementation
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import functional
-from esd_jax.training import liveness
+from esd_jax.planning import liveness
 
 HEADS = 4
 CONFIG = {

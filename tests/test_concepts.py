@@ -59,7 +59,7 @@ def test_every_method_refuses_the_empty_prompt(base, method):
     fields = {"replace_with": "dog"} if method == "ablating" else {}
     plan = recipe.make(**{**recipe.preset(method).to_dict(), "concept": "<|endoftext|>", **fields})
     with pytest.raises(ValueError, match=one_line("'<|endoftext|>'", "no token")):
-        runs.prepare(base, plan)
+        runs.assemble(base, plan)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def main(output: str) -> None:
         state, _ = step(state, {}, {}, bank)
         found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
 
-        placed = dataclasses.replace(method, unet=sharding.gathering(method.unet, mesh))
+        placed = dataclasses.replace(method, denoiser=sharding.gathering(method.denoiser, mesh))
         step = make_step(placed, tx, **options)
         arguments = sharding.place((init_state(theta_0, tx, seed=0), theta_0, frozen, inputs), mesh)
         state, losses, before = arguments[0], [], len(compilations)

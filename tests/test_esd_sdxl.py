@@ -48,8 +48,8 @@ def loss_and_gradient(sdxl):
 def prepared(base, pairs, **fields: Any) -> tuple[esd.Method, esd.Inputs]:
     concepts = {"concept": [text for text, _ in pairs], "from_": [place or "" for _, place in pairs]}
     plan = recipe.make(**recipe.preset("esd", "sdxl", sampling_steps=STEPS, **fields).to_dict() | concepts)
-    method, inputs, _ = runs.prepare(base, plan)
-    return method, inputs
+    made = runs.assemble(base, plan)
+    return made.method, made.inputs
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_several_formats_are_written_all_or_none(run, tmp_path):
     name = "text_encoder/final_layer_norm.bias"
     both = run[1].with_edits({name: run[1].params["text_encoder"][name.partition("/")[2]] + 1})
     for pipeline, formats, options, words in [
-        (both, ["folder", "delta"], {}, ["delta holds UNet tensors alone", name, "folder, single, lora, kohya"]),
+        (both, ["folder", "delta"], {}, ["delta holds unet tensors alone", name, "folder, single, lora, kohya"]),
         (run[1], ["folder", "orbax"], {"rank": 4}, ["folder, orbax", "rank"]),
         (run[1], ["folder", "zip"], {}, ["format='zip'"]),
     ]:

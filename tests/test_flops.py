@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from esd_jax.training.flops import count
+from esd_jax.planning.flops import count
 
 
 def ours(f, *shapes):

@@ -280,7 +280,7 @@ def test_settings_that_are_wrong_are_refused():
     with pytest.raises(ValueError, match=one_line("inversion_steps=5", "no_images=True")):
         ForgetMeNot(inversion_steps=5, no_images=True)
     with pytest.raises(ValueError, match=one_line("no cross-attention")):
-        make(world("unet", "float32"), unet=toy_network())
+        make(world("unet", "float32"), denoiser=toy_network())
     with pytest.raises(ValueError, match=one_line("no concept")):
         make(world("unet", "float32"), ())
     assert ForgetMeNot().evaluations(SCHEDULE, False) == 3

@@ -2,9 +2,9 @@
 
 import pytest
 
-from esd_jax.training import hlo
-from esd_jax.training.collectives import Collective, collectives
-from esd_jax.training.hlo import Kernels
+from esd_jax.planning import hlo
+from esd_jax.planning.collectives import Collective, collectives
+from esd_jax.planning.hlo import Kernels
 
 MESSAGES = """HloModule jit_step
 

@@ -121,7 +121,7 @@ def test_what_is_not_exported(base, erased, tmp_path):
     path = tmp_path / "x.safetensors"
     text = {"text_encoder/final_layer_norm.bias": jnp.zeros(32)}
     for pipeline, options, words in [
-        (base[0], {}, ["no UNet tensor is edited"]),
+        (base[0], {}, ["no unet tensor is edited"]),
         (erased.with_edits(text), {}, ["text_encoder/final_layer_norm.bias", "whole folder"]),
         (erased, {"dtype": "int8"}, ["int8", "bfloat16"]),
         (erased.with_edits({f"unet/{NAMES[0]}": jnp.full((32, 32), jnp.inf)}), {}, ["unet/" + NAMES[0], "infinity"]),

@@ -82,7 +82,7 @@ def test_a_difference_belongs_to_its_base_and_is_no_delta(base, tmp_path):
 def test_what_cannot_be_written(base, tmp_path):
     erased, _ = changed(base, [K])
     (tmp_path / "there.safetensors").touch()
-    with pytest.raises(ValueError, match=one_line("no UNet tensor")):
+    with pytest.raises(ValueError, match=one_line("no unet tensor")):
         export_difference(base, tmp_path / "x.safetensors")
     for name, words in [("x.bin", [".safetensors"]), ("there.safetensors", ["exists", "overwrite=True"])]:
         with pytest.raises(ValueError, match=one_line(*words)):

@@ -205,7 +205,7 @@ def test_a_unet_of_another_folder_goes_into_the_export(sd1, tmp_path):
     erased = io.export(base.with_edits({f"unet/{TO_K}": np.ones((32, 32), np.float32)}), tmp_path / "erased")
     unet = diffusers.UNet2DConditionModel.from_pretrained(erased / "unet")
     unet.save_pretrained(tmp_path / "alone", max_shard_size="500KB")
-    mixed = io.with_unet(base, tmp_path / "alone")
+    mixed = io.with_denoiser(base, tmp_path / "alone")
     assert len({place.path for place in mixed.provenance.tensors.values()}) > 3
     assert contents(io.export(mixed, tmp_path / "out")) == contents(erased)
     both = mixed.with_edits({f"unet/{TO_K}": np.zeros((32, 32), np.float32)})

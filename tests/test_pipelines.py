@@ -396,7 +396,7 @@ def test_what_shapes_nothing_is_passed_over(copy, sd1):
 
 def test_a_unets_folder_of_another_default_size_is_the_same_architecture(sd1, copy):
     edit_json(copy / "unet/config.json", sample_size=32, optimization_step=7)
-    found = io.with_unet(sd1[2], copy / "unet")
+    found = io.with_denoiser(sd1[2], copy / "unet")
     assert found.configs == sd1[2].configs
 
 

@@ -15,13 +15,14 @@ from transformers import CLIPTextModel
 
 import esd_jax
 from configs.pretrain import emoji as recipe
+from esd_jax import families
 from esd_jax.demo.pretrain import architecture, autoencoder, diffusion
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.io.safetensors import to_file
 from esd_jax.models.layers import Keys
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import component, initial, prefixed
-from esd_jax.pipeline import MODULES, network
+from esd_jax.pipeline import network
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State
 from launch import pretrain_demo
@@ -213,7 +214,7 @@ def test_noise_is_standard_normal_and_differs_between_steps():
 @pytest.mark.slow
 def test_initial_zeroes_the_named_branches_alone(tiny):
     config = tiny["unet"]
-    random = initial(lambda: MODULES[type(config)](config, rngs=Keys(0)))
+    random = initial(lambda: families.module(config)(config, rngs=Keys(0)))
     shapes = network(config, "float32").shapes
     assert {k: (v.shape, v.dtype) for k, v in random.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
     start = diffusion.initial(random)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from esd_jax.diffusion.path import to_x0_eps
 from esd_jax.diffusion.samplers import make_sampler
-from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise, to_x0_eps
+from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers with numpy 2
 

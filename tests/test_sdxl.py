@@ -17,11 +17,13 @@ from torch_oracle import to_nchw, to_nhwc
 import esd_jax
 from esd_jax import api, recipe, runs
 from esd_jax.diffusion import guidance, samplers
+from esd_jax.families import unets
 from esd_jax.methods.method import Tools
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import num_bytes, num_scalars, partition, prefixed
 from esd_jax.pipeline import network
-from esd_jax.training.plan import changed_names, make_plan, recomputes, theta_shapes
+from esd_jax.planning.plan import make_plan
+from esd_jax.runs.setup import changed_names, recomputes, theta_shapes, transformation
 from esd_jax.training.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -72,7 +74,7 @@ def test_images_with_every_null_are_those_of_diffusers(family, tmp_path):
         assert theirs.std() > 0.1 and (np.abs(theirs) > 1).mean() < 0.5  # there is something to compare
         null = ours.encode_prompts([negative or ""] * 2, size=SIZE)
         if negative is None and family == "sdxl":
-            null = guidance.zeroed(null)
+            null = unets.null(null)
         final = ours.decode(draw(ours.params["unet"], condition, null))
         error = np.abs(np.clip(final, -1, 1) - np.clip(theirs, -1, 1)).max()
         print(f"{family}, negative prompt {negative!r}: max abs difference {error:.1e} of [-1, 1]")
@@ -236,7 +238,7 @@ def test_the_whole_step_of_true_size_is_traced_without_memory(true_size):
     dtype = jnp.dtype("bfloat16")
     net = network(configs["unet"], dtype.name, recomputes(plan, configs["unet"]))
     shapes = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
-    theta_0, frozen = (prefixed(part, "unet") for part in partition(shapes, changed_names(plan, net)))
+    theta_0, frozen = (prefixed(part, "unet") for part in partition(shapes, changed_names(plan, configs)))
 
     def encode(prompts):
         of = lambda *shape: jax.ShapeDtypeStruct((len(prompts), *shape), jnp.float32)  # noqa: E731
@@ -244,9 +246,9 @@ def test_the_whole_step_of_true_size_is_traced_without_memory(true_size):
 
     tools = Tools(net, schedule, (128, 128, 4), (), encode, None, None, None)
     method, inputs = plan.settings.make(tools, plan.concepts)
-    tx = runs.transformation(plan)
+    tx = transformation(plan)
     step = make_step(method, tx, compute_dtype=dtype, shape=(128, 128, 4))
-    state = jax.eval_shape(lambda theta: init_state(theta, tx, 0), theta_shapes(plan, net))
+    state = jax.eval_shape(lambda theta: init_state(theta, tx, 0), theta_shapes(plan, configs))
     before = sum(a.nbytes for a in jax.live_arrays())
     after, metrics = jax.eval_shape(step, state, theta_0, frozen, inputs)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)

@@ -59,7 +59,14 @@ def network():
 
 
 def tools(**others):
-    known = {"unet": network(), "schedule": SCHEDULE, "shape": SHAPE, "encode": encode, "tokens": ids}
+    known = {
+        "denoiser": network(),
+        "vectors": lambda conditioning: conditioning.embeddings,
+        "schedule": SCHEDULE,
+        "shape": SHAPE,
+        "encode": encode,
+        "tokens": ids,
+    }
     subset = select("esd-x-strict", network().layouts)
     return Tools(**{**known, "subset": subset, "sample": None, "to_latents": None, **others})
 

@@ -82,7 +82,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, exports, hosts, recipe, runs
-    from esd_jax.training.plan import compared
+    from esd_jax.planning.plan import compared
 
     common.check_numbers(values)
     if values.multihost:
@@ -135,7 +135,7 @@ def _planned(plan: Any) -> Any:
     Raises ValueError if the run cannot fit.
     """
     from esd_jax import api
-    from esd_jax.training.plan import check, make_plan
+    from esd_jax.planning.plan import check, make_plan
 
     if not (limit := _memory("bytes_limit")):
         return None
@@ -155,8 +155,8 @@ def _memory(what: str) -> int | None:
 
 def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
     from esd_jax import api
-    from esd_jax.training import ahead
-    from esd_jax.training.plan import make_plan
+    from esd_jax.planning import ahead
+    from esd_jax.planning.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
     size = make_plan(configs, schedule, plan)

@@ -8,23 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
-
-from esd_jax.models.unet import Conditioning
-
-
-def zeroed(told: Conditioning, where: Bool[ArrayLike, " batch"] = True) -> Conditioning:
-    """Zeros in place of what is said in some rows: what SDXL was trained with for "no prompt". The sizes stay.
-
-    This is what diffusers guides from where `force_zeros_for_empty_prompt` is set and no negative prompt is given; the
-    encoded "" is another null.
-    """
-
-    def zero(a: Array) -> Array:
-        return jnp.where(jnp.reshape(where, (-1, *[1] * (a.ndim - 1))), 0, a)
-
-    pooled = None if told.pooled is None else zero(told.pooled)
-    return Conditioning(zero(told.embeddings), pooled, told.time_ids)
+from jaxtyping import Array, ArrayLike, Float
 
 
 def cfg(eps_null: Float[Array, "..."], eps_c: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:

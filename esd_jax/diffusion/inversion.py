@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion import samplers
-from esd_jax.diffusion.schedule import Schedule, to_x0_eps
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
 TIMESTEPS = ("level", "target")
@@ -44,7 +44,7 @@ def inverter(schedule: Schedule, num_steps: int, timestep: str = "level") -> Sam
     def step(carry: Carry, i: Array, output: Array, noise: Array | None) -> Carry:
         (x,) = carry
         alpha_bar, signal, spread = (jnp.asarray(a, x.dtype)[i] for a in (low, np.sqrt(high), np.sqrt(1 - high)))
-        x0, eps = to_x0_eps(schedule.prediction_type, alpha_bar, x, output.astype(x.dtype))
+        x0, eps = schedule.to_x0_eps(alpha_bar, x, output.astype(x.dtype))
         return (signal * x0 + spread * eps,)
 
     told = np.maximum(level, 0) if timestep == "level" else target

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion import grids
-from esd_jax.diffusion.schedule import Schedule, to_x0_eps
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler, alpha_bar_at, check_tables, gather, linear, linear_in_sigma
 
 
@@ -90,7 +90,7 @@ def pndm(schedule: Schedule, num_steps: int, spacing: str) -> Sampler:
         output = output.astype(x.dtype)
         x = jnp.where(i == 1, x_before, x)
         mean = at(weights[:, 0]) * output + sum(at(weights[:, k + 1]) * past[k] for k in range(3))
-        x0, eps = to_x0_eps(schedule.prediction_type, at(now), x, mean)
+        x0, eps = schedule.to_x0_eps(at(now), x, mean)
         newer = [output, *past[:-1]]
         past = [jnp.where(i == 1, old, new) for old, new in zip(past, newer, strict=True)]
         return (at(a) * x0 + at(b) * eps, x, *past)

@@ -1,6 +1,5 @@
 """The jitted functions that run a checkpoint's networks; cached, so that equal settings compile once."""
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,24 +14,23 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.diffusion.solvers import Sampler
 from esd_jax.models import vae
 from esd_jax.models.attention import Attention
-from esd_jax.models.unet import Conditioning
 from esd_jax.models.vae import VAEConfig
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 
 # What the network is told of a batch: an encoded prompt, and what the attention to its tokens is multiplied with.
 Told = tuple[Conditioning, Float[Array, "batch tokens"] | None]
 
 
 @lru_cache(maxsize=16)
-def sampler(schedule: str, name: str, num_steps: int, eta: float) -> Sampler:
-    """`samplers.make_sampler` of a scheduler config in JSON; the same object for equal settings."""
-    return samplers.make_sampler(Schedule.from_config(json.loads(schedule)), name, num_steps, eta=eta)
+def sampler(schedule: Schedule, name: str, num_steps: int, eta: float) -> Sampler:
+    """`samplers.make_sampler`; the same object for equal settings."""
+    return samplers.make_sampler(schedule, name, num_steps, eta=eta)
 
 
 @lru_cache(maxsize=16)
-def inverter(schedule: str, num_steps: int, timestep: str) -> Sampler:
+def inverter(schedule: Schedule, num_steps: int, timestep: str) -> Sampler:
     """`inversion.inverter`, likewise."""
-    return inversion.inverter(Schedule.from_config(json.loads(schedule)), num_steps, timestep)
+    return inversion.inverter(schedule, num_steps, timestep)
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from esd_jax.diffusion import multistep, solvers, unipc
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, SPACINGS, Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
@@ -59,6 +60,8 @@ KARRAS = ("euler", "lms", "heun", "dpmpp_2m", "unipc")
 
 def own_sampler(schedule: Schedule) -> str | None:
     """The sampler of the class that a config names; None where it is not implemented."""
+    if schedule.path is not VARIANCE_PRESERVING:
+        return "euler"
     # The parallel variants differ in how they are batched alone.
     return SAMPLER_OF_CLASS.get(schedule.config["_class_name"].replace("ParallelScheduler", "Scheduler"))
 
@@ -100,6 +103,10 @@ def make_sampler(
         raise ValueError(f"eta must be in 0..1 for sampler 'ddim' and 0 for all others, not {eta} for {name!r}")
     if karras and name not in KARRAS:
         raise ValueError(f"sampler {name!r} has no Karras noise levels: use one of {', '.join(KARRAS)}")
+    if schedule.path is not VARIANCE_PRESERVING:
+        if name != "euler" or karras:
+            raise ValueError(f"sampler {name!r} is not implemented along the {schedule.path.name} path: use euler")
+        return solvers.straight(schedule, num_steps)
     _check_options(schedule, name)
     spacing = spacing or schedule.option("timestep_spacing", "leading" if name in LEADING else "linspace")
     if spacing not in SPACINGS:

@@ -1,18 +1,18 @@
-"""The noise schedule of a checkpoint: `scheduler_config.json` as arrays, and the algebra of one noise level.
+"""The noise schedule of a checkpoint: `scheduler_config.json` as noise levels along a path."""
 
-A network output becomes a pair `(x0, eps)` with `x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps` (DDPM, Ho et
-al. 2020, Eq. 4). Samplers see only the pair, so they need not know what the network predicts.
-"""
-
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
+
+from esd_jax.diffusion.path import VARIANCE_PRESERVING, Path, float32_or_wider, to_x0_eps
 
 # The scheduler class a checkpoint was published with, and our name for its sampler.
 SAMPLER_OF_CLASS = {
@@ -54,7 +54,6 @@ BETAS = {
     ),
 }
 DDPM_BETAS = (0.0001, 0.02, "linear")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000  # a config that asks for more is damaged
 MOST_NUMBER = 1e300  # so is one of such numbers, infinity among them
 NULLABLE = ("trained_betas", "sigma_min", "sigma_max", "solver_p", "variance_type")  # null unless they are set
@@ -63,11 +62,18 @@ SPACINGS = ("leading", "linspace", "trailing")
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise schedule of a checkpoint, as `scheduler_config.json` describes it."""
+    """The noise schedule of a checkpoint, as `scheduler_config.json` describes it. Equal configs make equal schedules.
 
-    config: Mapping[str, Any]  # the raw JSON: what export writes back
-    alpha_bar: np.ndarray  # float64 [num_train_timesteps], exactly 0 at the end under `rescale_betas_zero_snr`
-    prediction_type: str  # "epsilon" | "v_prediction" | "sample"
+    config: the raw JSON, which export writes back.
+    levels: float64 [num_train_timesteps], the noise level of each timestep in the words of the path: alpha_bar, which
+      is exactly 0 at the end under `rescale_betas_zero_snr`; or sigma.
+    prediction_type: one of `path.predictions`.
+    """
+
+    config: Mapping[str, Any]
+    levels: np.ndarray
+    prediction_type: str
+    path: Path = VARIANCE_PRESERVING
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
@@ -87,7 +93,7 @@ class Schedule:
         prediction_type = _option(config, "prediction_type", "epsilon")
         if prediction_type == "flow_prediction" or _option(config, "use_flow_sigmas", False):
             raise ValueError(f"{class_name} with flow_prediction or use_flow_sigmas, flow matching, is not implemented")
-        _require("prediction_type", prediction_type, PREDICTION_TYPES)
+        _require("prediction_type", prediction_type, VARIANCE_PRESERVING.predictions)
         _require("timestep_spacing", _option(config, "timestep_spacing", "leading"), SPACINGS)
 
         alpha_bar = np.cumprod(1.0 - _betas(config))
@@ -95,11 +101,36 @@ class Schedule:
         if _option(config, "rescale_betas_zero_snr", False):
             alpha_bar = _rescale_zero_snr(alpha_bar)
         alpha_bar.setflags(write=False)
-        return cls(config=config, alpha_bar=alpha_bar, prediction_type=prediction_type)
+        return cls(config, alpha_bar, prediction_type)
+
+    @cached_property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells schedules apart."""
+        config = json.dumps(dict(self.config), sort_keys=True, default=str)
+        return config, self.prediction_type, self.path, self.levels.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
     @property
     def num_train_timesteps(self) -> int:
-        return len(self.alpha_bar)
+        return len(self.levels)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """The levels of a variance-preserving path. Raises `ValueError` for another one."""
+        if self.path is not VARIANCE_PRESERVING:
+            raise ValueError(f"a {self.path.name} schedule has no alpha_bar, which this needs")
+        return self.levels
+
+    def to_x0_eps(
+        self, level: ArrayLike, x: Float[Array, "..."], output: Float[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The network's output at `x` -> `(x0, eps)`: `path.to_x0_eps`."""
+        return to_x0_eps(self.prediction_type, level, x, output, self.path)
 
     def option(self, name: str, default: Any) -> Any:
         """The config's value, or `default` where the key is missing. A null switch is off, as in diffusers; a null
@@ -110,32 +141,10 @@ class Schedule:
         return _option(self.config, name, default)
 
 
-def to_x0_eps(
-    prediction_type: str, alpha_bar_t: ArrayLike, x: Float[Array, "..."], output: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Network output at `x` -> the clean image and the noise it implies, both shaped like `x`, float32 or wider.
-
-    `x` is at the variance-preserving scale (what the network is shown); `alpha_bar_t` is a scalar or broadcasts against
-    it. Only "epsilon" divides by sqrt(alpha_bar_t) and only "sample" by sqrt(1 - alpha_bar_t). "v_prediction",
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, Sec. 4), is a rotation of the pair and
-    stands any noise level, zero SNR included. Raises `ValueError` for an unknown `prediction_type`.
-    """
-    dtype = _float32_or_wider(x, output)
-    x, output, alpha_bar_t = (jnp.asarray(array, dtype) for array in (x, output, alpha_bar_t))
-    alpha, sigma = jnp.sqrt(alpha_bar_t), jnp.sqrt(1 - alpha_bar_t)
-    if prediction_type == "epsilon":
-        return (x - sigma * output) / alpha, output
-    if prediction_type == "v_prediction":
-        return alpha * x - sigma * output, alpha * output + sigma * x
-    if prediction_type == "sample":
-        return output, (x - alpha * output) / sigma
-    raise ValueError(f"unknown prediction_type {prediction_type!r}: known are {', '.join(PREDICTION_TYPES)}")
-
-
 def add_noise(
     schedule: Schedule, x0: Float[Array, "batch ..."], noise: Float[Array, "batch ..."], t: ArrayLike
 ) -> Float[Array, "batch ..."]:
-    """The forward process (DDPM Eq. 4): `x0` at noise level `t`, an integer scalar or [batch], possibly traced.
+    """The forward process: `x0` at the noise level of `t`, an integer scalar or [batch], possibly traced.
 
     Raises `ValueError` for a `t` that is not an integer, or whose value is known and outside the schedule. (The gather
     clamps a traced `t`: check its range where it is made.)
@@ -145,11 +154,13 @@ def add_noise(
     last = schedule.num_train_timesteps - 1
     if not isinstance(t, jax.core.Tracer) and (np.min(t) < 0 or np.max(t) > last):
         raise ValueError(f"timestep {np.asarray(t)} is outside 0..{last}")
-    dtype = _float32_or_wider(x0, noise)
+    dtype = float32_or_wider(x0, noise)
     per_example = (-1, *[1] * (jnp.ndim(x0) - 1))
-    signal = jnp.asarray(np.sqrt(schedule.alpha_bar), dtype)[t].reshape(per_example)
-    spread = jnp.asarray(np.sqrt(1 - schedule.alpha_bar), dtype)[t].reshape(per_example)
-    return signal * x0 + spread * noise
+    if schedule.path is VARIANCE_PRESERVING:
+        alpha, sigma = (jnp.asarray(table, dtype)[t] for table in schedule.path.coefficients(schedule.levels))
+    else:  # the network is told the level itself
+        alpha, sigma = schedule.path.coefficients(jnp.asarray(t, dtype) / schedule.num_train_timesteps)
+    return alpha.reshape(per_example) * x0 + sigma.reshape(per_example) * noise
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
@@ -221,10 +232,6 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
 def _is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number; an integer may be beyond what a float holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_NUMBER
-
-
-def _float32_or_wider(*arrays: ArrayLike) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def _require(what: str, value: Any, known: Any) -> None:

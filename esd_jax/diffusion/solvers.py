@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion import grids
-from esd_jax.diffusion.schedule import Schedule, to_x0_eps
+from esd_jax.diffusion.schedule import Schedule
 
 Carry = tuple[Array, ...]
 
@@ -83,6 +83,18 @@ def ddpm(schedule: Schedule, num_steps: int, spacing: str) -> Sampler:
     # x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
     a, b = c_0 + c_1 * np.sqrt(now), c_1 * np.sqrt(1 - now)
     return linear("ddpm", schedule, timesteps, now, a=a, b=b, d=np.sqrt((1 - then) / (1 - now) * beta))
+
+
+def straight(schedule: Schedule, num_steps: int) -> Sampler:
+    """Euler's method along the path itself, from level to level: x' = alpha' x0 + sigma' eps, at last to x0.
+
+    On the rectified flow's path this is Euler's method on dx = v dsigma. The network is told 1,000 sigma, as SD3 and
+    FLUX are, or whatever the last of the training timesteps is.
+    """
+    index = np.linspace(schedule.num_train_timesteps - 1, 0, num_steps).round().astype(int)
+    now = schedule.levels[index]
+    alpha, sigma = schedule.path.coefficients(np.append(now[1:], 0.0))
+    return linear("euler", schedule, now * schedule.num_train_timesteps, now, a=alpha, b=sigma)
 
 
 def euler(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> Sampler:
@@ -152,7 +164,7 @@ def linear(
     name: str,
     schedule: Schedule,
     timesteps: np.ndarray,
-    alpha_bar: np.ndarray,
+    levels: np.ndarray,
     *,
     a: np.ndarray,
     b: np.ndarray,
@@ -162,11 +174,11 @@ def linear(
     initial_scale: float = 1.0,
     input_scale: np.ndarray | None = None,
 ) -> Sampler:
-    """The common update (see the top of this file). a, b, d are [n], c is [n, what is remembered]; None means zero."""
+    """The common update (see the top of this file). levels, a, b, d: [n]; c: [n, what is remembered]."""
     n = len(timesteps)
     c = np.zeros((n, 0)) if c is None else c
     input_scale = np.ones(n) if input_scale is None else input_scale
-    check_tables(name, alpha_bar, a, b, c, *([] if d is None else [d]))
+    check_tables(name, levels, a, b, c, *([] if d is None else [d]))
 
     def init(x: Array) -> Carry:
         return (x, *[jnp.zeros_like(x)] * c.shape[1])
@@ -175,7 +187,7 @@ def linear(
         x, *past = carry
         at = gather(i, x.dtype)
         output = output.astype(x.dtype)
-        x0, eps = to_x0_eps(schedule.prediction_type, at(alpha_bar), x * at(input_scale), output)
+        x0, eps = schedule.to_x0_eps(at(levels), x * at(input_scale), output)
         x = at(a) * x0 + at(b) * eps
         for k, m in enumerate(past):
             x += at(c[:, k]) * m

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from esd_jax.diffusion import grids
-from esd_jax.diffusion.schedule import Schedule, to_x0_eps
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler, check_tables, gather
 
 MOST_ORDER = 3  # what the paper and diffusers go up to
@@ -62,7 +62,7 @@ def unipc(schedule: Schedule, num_steps: int, spacing: str, karras: bool, solver
     def step(carry: Carry, i: Array, output: Array, noise: Array | None) -> Carry:
         x, last, *past = carry
         at = gather(i, x.dtype)
-        x0, _ = to_x0_eps(schedule.prediction_type, at(now), x, output.astype(x.dtype))
+        x0, _ = schedule.to_x0_eps(at(now), x, output.astype(x.dtype))
         known = [x0, *past]
         corrected = at(correct[:, 0]) * x + at(correct[:, 1]) * last
         corrected += sum(at(correct[:, 2 + k]) * m for k, m in enumerate(known))

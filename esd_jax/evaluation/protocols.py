@@ -134,4 +134,4 @@ def evaluate(
 def identity(pipeline: Pipeline) -> dict[str, Any]:
     """What tells a model's images from another's: its files and what was erased from it."""
     records = json.loads(json.dumps(pipeline.provenance.erased, default=str))
-    return {"unet_sha256": source_hash(pipeline, "unet"), "dtype": str(pipeline.dtype), "erased": records}
+    return {"unet_sha256": source_hash(pipeline), "dtype": str(pipeline.dtype), "erased": records}

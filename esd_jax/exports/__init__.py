@@ -35,7 +35,8 @@ class Format:
     ending: of the file's name, after the checkpoint's.
     whole: whether it holds the whole checkpoint, not the change alone.
     exact: whether it carries every trained tensor, rounded to the file's dtype.
-    unet: whether it holds UNet tensors alone.
+    alone: whether it holds the denoiser's tensors alone.
+    needs: what the model family must provide (`families.NEEDS`).
     """
 
     what: str
@@ -45,11 +46,12 @@ class Format:
     options: tuple[str, ...] = ()
     whole: bool = False
     exact: bool = True
-    unet: bool = False
+    alone: bool = False
+    needs: frozenset[str] = frozenset()
 
 
 def _load(base: Pipeline, path: Path) -> Pipeline:
-    found = {variant_of(file.name) for file in (path / "unet").iterdir()} - {None}
+    found = {variant_of(file.name) for file in (path / base.denoiser).iterdir()} - {None}
     return diffusers.load(path, dtype=base.dtype, variant=next(iter(found), None) or None)
 
 
@@ -69,26 +71,26 @@ FORMATS: Mapping[str, Format] = {
     ),
     "single": Format(
         "single file for A1111 and ComfyUI", single_file.export_single, _load_single, ".safetensors",
-        options=("into", "dtype"), whole=True,
+        options=("into", "dtype"), whole=True, needs=frozenset({"single_file"}),
     ),
     "delta": Format(
         "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors",
-        options=("dtype",), unet=True,
+        options=("dtype",), alone=True,
     ),
     "difference": Format(
         "difference to the base, with a strength knob", difference.export_difference, difference.apply_difference,
-        "-difference.safetensors", options=("dtype",), exact=False, unet=True,
+        "-difference.safetensors", options=("dtype",), exact=False, alone=True,
     ),
     "lora": Format(
         "LoRA for diffusers (ComfyUI ignores its attention layers: give it kohya's)", _lora("diffusers"),
         lora_merge.merge_lora, "-lora.safetensors",
-        options=("rank", "energy", "dtype"), exact=False,
+        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"unet_names"}),
     ),
     "kohya": Format(
         "LoRA of kohya's keys, for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
-        options=("rank", "energy", "dtype"), exact=False,
+        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"unet_names"}),
     ),
-    "orbax": Format("Orbax tree of the UNet", orbax.write, orbax.read, "-orbax", unet=True),
+    "orbax": Format("Orbax tree of the denoiser", orbax.write, orbax.read, "-orbax", alone=True),
 }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def export(
       OSError: one line: no permission, no space left, ...
     """
     path = expanded(path)
-    kind = _format(format)
+    kind = _format(format, pipeline)
     if unknown := sorted(name for name in options if name not in kind.options):
         fits = ", ".join(name for name, other in FORMATS.items() if unknown[0] in other.options)
         raise ValueError(f"format {format!r} takes no {unknown[0]}" + (f"; {fits} do" if fits else ""))
@@ -196,13 +198,15 @@ def export_all(
     """
     folder, stem, formats = expanded(folder), name_of(pipeline), tuple(formats)
     general = {name: options.pop(name) for name in ("verify", "overwrite", "metadata") if name in options}
-    kinds = {name: _format(name) for name in formats}
+    kinds = {name: _format(name, pipeline) for name in formats}
     if unknown := sorted(options.keys() - {option for kind in kinds.values() for option in kind.options}):
         raise ValueError(f"none of the formats {', '.join(formats)} takes {unknown[0]}")
-    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
-        if narrow := [name for name in formats if kinds[name].unet]:
-            fit = ", ".join(name for name in FORMATS if not FORMATS[name].unet)
-            raise ValueError(f"{narrow[0]} holds UNet tensors alone, but {others[0]!r} is edited: choose among {fit}")
+    if others := sorted(name for name in pipeline.edits if not name.startswith(f"{pipeline.denoiser}/")):
+        if narrow := [name for name in formats if kinds[name].alone]:
+            fit = ", ".join(name for name in FORMATS if not FORMATS[name].alone)
+            raise ValueError(
+                f"{narrow[0]} holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: choose among {fit}"
+            )
     paths = {name: folder / f"{stem}{kind.ending}" for name, kind in kinds.items()}
     if not general.get("overwrite") and (taken := [path for path in paths.values() if is_taken(path)]):
         raise ValueError(f"{taken[0]} exists: pass overwrite=True to replace it, or choose another name")
@@ -238,7 +242,7 @@ def verified(
 
     Raises ValueError, naming the first thing that is wrong.
     """
-    kind, base = _format(format), unmodified(pipeline)
+    kind, base = _format(format, pipeline), unmodified(pipeline)
     again = kind.read(base, path)
     names, dtypes, lost, change = list(pipeline.edits), set(), 0.0, 0.0
     for some in _chunks(names):
@@ -264,9 +268,11 @@ def verified(
     return Written(format, path, carried, tuple(sorted(dtypes)), len(names), others, levels, report)
 
 
-def _format(name: str) -> Format:
+def _format(name: str, pipeline: Pipeline) -> Format:
+    """A format by its name. Raises ValueError for an unknown one, and for one that the family has not."""
     if name not in FORMATS:
         raise ValueError(f"format={name!r} is unknown; choose one of {', '.join(FORMATS)}")
+    pipeline.family.require(FORMATS[name].needs, f"format {name!r}")
     return FORMATS[name]
 
 

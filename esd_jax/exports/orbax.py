@@ -1,4 +1,4 @@
-"""The UNet as one Orbax tree, which JAX programs restore without this package."""
+"""The denoiser as one Orbax tree, which JAX programs restore without this package."""
 
 import dataclasses
 import json
@@ -11,19 +11,22 @@ import numpy as np
 from esd_jax.io import diffusers, leftovers, safetensors, tensors
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.export import move_into_place
+from esd_jax.params import prefixed
 from esd_jax.pipeline import Pipeline
 from esd_jax.training import checkpoint
 
 
 def write(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[str, str] | None = None) -> Path:
-    """The whole UNet by diffusers' names, in JAX's layouts: trained tensors in float32, others as in their file."""
+    """The whole denoiser by diffusers' names, in JAX's layouts: trained tensors in float32, others as in their file."""
     if is_taken(path):
         if not overwrite:
             raise ValueError(f"{path} exists: pass overwrite=True to replace it, or choose another name")
         checkpoint.load_tree(path)  # nothing else is replaced
-    names = [f"unet/{name}" for name in pipeline.params["unet"]]
+    names = list(prefixed(pipeline.params[pipeline.denoiser], pipeline.denoiser))
     if others := sorted(pipeline.edits.keys() - set(names)):
-        raise ValueError(f"this holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
+        raise ValueError(
+            f"this holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the whole folder"
+        )
     tree = {name: np.asarray(value) for name, value in read_exact(pipeline, names).items()}
     headers = tensors.headers_of(pipeline)
     for name in names:
@@ -44,7 +47,7 @@ def read(base: Pipeline, path: Path) -> Pipeline:
     """The base with a tree's trained tensors. Raises ValueError for a tree of another base."""
     tree, meta = checkpoint.load_tree(path)
     if (found := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
-        raise ValueError(f"{path} was made of another base: its UNet has sha256 {expected}, not {found}")
+        raise ValueError(f"{path} was made of another base: its denoiser has sha256 {expected}, not {found}")
     erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
     provenance = dataclasses.replace(base.provenance, erased=tuple(meta["erased"]))
     return dataclasses.replace(erased, provenance=provenance)

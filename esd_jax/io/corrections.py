@@ -6,9 +6,13 @@ the whole table. The files themselves stay as they are: an export copies them, a
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from esd_jax.models.clip import CLIPTextConfig
+from esd_jax.models.unet_config import UNetConfig
+from esd_jax.models.vae import VAEConfig
 
 SD = "StableDiffusionPipeline"
 # Before this version, training scripts left the class default in UNet configs of 512 px.
@@ -71,6 +75,14 @@ def text_encoder(pipeline: str, config: Mapping[str, Any], path: Path) -> dict[s
             "padding of prompts with it; remove it if the model was trained without"
         )
     return dict(config)
+
+
+# What the config of a network is read as -> how its pipeline corrects it.
+OF_CONFIG: Mapping[type, Callable[[str, Mapping[str, Any], Path], dict[str, Any]]] = {
+    UNetConfig: unet,
+    VAEConfig: vae,
+    CLIPTextConfig: text_encoder,
+}
 
 
 def _release(version: Any) -> tuple[int, int]:

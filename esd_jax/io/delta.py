@@ -55,16 +55,19 @@ def export_delta(
     """
     path, dtype = expanded(path), safetensors.read_dtype(dtype)
     tensors.check_file(pipeline, path, "a delta", overwrite)
-    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
-        raise ValueError(f"a delta holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
+    prefix = f"{pipeline.denoiser}/"
+    if others := sorted(name for name in pipeline.edits if not name.startswith(prefix)):
+        raise ValueError(
+            f"a delta holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the whole folder"
+        )
     if not pipeline.edits:
-        raise ValueError("no UNet tensor is edited, so there is no delta to write")
-    edits = {name.removeprefix("unet/"): value for name, value in sorted(pipeline.edits.items())}
-    code, layouts = safetensors.CODES[dtype], pipeline.network("unet").layouts
+        raise ValueError(f"no {pipeline.denoiser} tensor is edited, so there is no delta to write")
+    edits = {name.removeprefix(prefix): value for name, value in sorted(pipeline.edits.items())}
+    code, layouts = safetensors.CODES[dtype], pipeline.network(pipeline.denoiser).layouts
 
     def tensor(key: str) -> np.ndarray:
         array = safetensors.to_file(np.asarray(edits[key]), layouts[key])
-        return safetensors.cast(f"unet/{key}", array, code)
+        return safetensors.cast(prefix + key, array, code)
 
     specs = {key: (code, safetensors.file_shape(value.shape, layouts[key])) for key, value in edits.items()}
     with safetensors.writing(path):
@@ -85,7 +88,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
     path = expanded(path)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
-    net = pipeline.network("unet")
+    net = pipeline.network(pipeline.denoiser)
     if not header.entries:
         raise ValueError(f"{path} holds no tensors")
     if is_difference(header):
@@ -101,7 +104,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
         if entry.shape != expected:
             raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the UNet needs {expected}")
         array = safetensors.from_file(safetensors.read(header, key), net.layouts[name])
-        edits[f"unet/{name}"] = jnp.asarray(array, jnp.float32)
+        edits[f"{pipeline.denoiser}/{name}"] = jnp.asarray(array, jnp.float32)
     return pipeline.with_edits(edits, {"delta": path.name, "erased": files.read_records(header)})
 
 

@@ -45,20 +45,23 @@ def export_difference(
     """
     path, code = expanded(path), safetensors.CODES[safetensors.read_dtype(dtype)]
     tensors.check_file(pipeline, path, "a difference", overwrite)
-    if others := sorted(name for name in pipeline.edits if not name.startswith("unet/")):
-        raise ValueError(f"a difference holds UNet tensors alone, but {others[0]!r} is edited: export the whole folder")
+    prefix = f"{pipeline.denoiser}/"
+    if others := sorted(name for name in pipeline.edits if not name.startswith(prefix)):
+        raise ValueError(
+            f"a difference holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the folder"
+        )
     if not pipeline.edits:
-        raise ValueError("no UNet tensor is edited, so there is no difference to write")
+        raise ValueError(f"no {pipeline.denoiser} tensor is edited, so there is no difference to write")
     tensors.check_edits(pipeline)
-    layouts, base = pipeline.network("unet").layouts, unmodified(pipeline)
-    keys = sorted(name.removeprefix("unet/") for name in pipeline.edits)
+    layouts, base = pipeline.network(pipeline.denoiser).layouts, unmodified(pipeline)
+    keys = sorted(name.removeprefix(prefix) for name in pipeline.edits)
 
     def tensor(key: str) -> np.ndarray:
-        name = f"unet/{key}"
+        name = prefix + key
         change = np.asarray(pipeline.edits[name], np.float32) - np.asarray(read_exact(base, [name])[name])
         return safetensors.cast(name, safetensors.to_file(change, layouts[key]), code)
 
-    specs = {key: (code, safetensors.file_shape(pipeline.edits[f"unet/{key}"].shape, layouts[key])) for key in keys}
+    specs = {key: (code, safetensors.file_shape(pipeline.edits[prefix + key].shape, layouts[key])) for key in keys}
     told = {KIND: DIFFERENCE, BASE: source_hash(pipeline), **files.write_records(pipeline.provenance.erased)}
     with safetensors.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
             f"{path} is the difference to another base: its UNet has sha256 {str(expected)[:12]}..., this one "
             f"{found[:12]}... (force=True adds it all the same)"
         )
-    net = base.network("unet")
+    net, prefix = base.network(base.denoiser), f"{base.denoiser}/"
     shapes, edits = tensors.torch_shapes(net), {}
     for key, entry in header.entries.items():
         if shapes.get(key) != entry.shape:
@@ -98,8 +101,8 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
                 f"{path}: {key!r} of shape {entry.shape} does not fit the UNet, which has {shapes.get(key)}"
             )
         change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
-        first = np.asarray(read_exact(base, [f"unet/{key}"])[f"unet/{key}"])
-        edits[f"unet/{key}"] = jnp.asarray(tensors.plus(f"unet/{key}", first, change, strength))
+        first = np.asarray(read_exact(base, [prefix + key])[prefix + key])
+        edits[prefix + key] = jnp.asarray(tensors.plus(prefix + key, first, change, strength))
     record = {"difference": path.name, "strength": strength, "erased": files.read_records(header)}
     return base.with_edits(edits, record)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esd_jax import families
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, ldm_file, safetensors, tensors
@@ -23,8 +24,8 @@ from esd_jax.io.hub import resolve
 from esd_jax.io.ldm import EMA, is_open_clip
 from esd_jax.models.architectures import clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.params import Network, Params
-from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, check_channels, network
+from esd_jax.params import Network, Params, prefixed
+from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network
 from esd_jax.text import Tokenizer
 
 __all__ = ["describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash"]
@@ -52,7 +53,7 @@ def load(
       variant: which weight files to read ("fp16"); None, those whose names carry no variant. Never chosen silently: a
         component that has none of the variant, where others have, is read without, with a warning.
       revision: of a hub id: branch, tag or commit.
-      sharding: where the tensors go: None, one sharding for all, or (name "unet/NAME", JAX shape) -> sharding.
+      sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
         "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers. By
         default the file's keys and shapes tell the architecture; see `io.ldm_file.scheduler_changes` for what the
@@ -76,8 +77,8 @@ def load(
     folder = resolve(source, variant=variant, revision=revision).absolute()
     index = files.read_json(folder / "model_index.json")
     configs, schedule = read_architecture(folder)
-    texts = {name: config for name, config in configs.items() if isinstance(config, CLIPTextConfig)}
-    tokenizers = tuple(read_tokenizer(folder, name, config) for name, config in texts.items())
+    names = families.of(configs).text_encoders
+    tokenizers = tuple(read_tokenizer(folder, name, configs[name]) for name in names)
     params, sources, erased = {}, {}, {}
     variants = files.variants(folder, list(configs), variant)
     if lacking := [name for name in configs if variants[name] != variant]:
@@ -106,7 +107,7 @@ def describe(
     if ldm_file.is_single_file(source):
         header = safetensors.read_header(expanded(source).absolute())
         configs, schedule = _file_architecture(header, ldm_file.config_folder(header, config), config)
-        check_channels(ldm_file.with_channels(header, configs))
+        _check_file(header, configs)
         ldm_file.locate(header, configs)
         return configs, schedule
     folder = resolve(source, variant=variant, revision=revision, weights=False)
@@ -121,7 +122,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     header = safetensors.read_header(path)
     folder = ldm_file.config_folder(header, config)
     configs, schedule = _file_architecture(header, folder, config)
-    check_channels(ldm_file.with_channels(header, configs))
+    _check_file(header, configs)
     sources = ldm_file.locate(header, configs, ema=ema)
     # What else the folder names (a safety checker, ...) is no part of the file.
     index = dict(files.read_json(folder / "model_index.json"))
@@ -142,11 +143,17 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
 
+def _check_file(header: safetensors.Header, configs: Mapping[str, NetworkConfig]) -> None:
+    """Raises ValueError for a denoiser whose tensors say that it takes more than latents."""
+    families.of(configs).check(ldm_file.with_channels(header, configs))
+
+
 def _file_architecture(
     header: safetensors.Header, folder: Path, config: str | Path | None
 ) -> tuple[dict[str, NetworkConfig], Schedule]:
     configs, schedule = read_architecture(folder)
-    return configs, Schedule.from_config({**schedule.config, **ldm_file.scheduler_changes(header, config)})
+    changed = {**schedule.config, **ldm_file.scheduler_changes(header, config)}
+    return configs, families.of(configs).schedule(changed)
 
 
 def _file_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:
@@ -199,20 +206,22 @@ def load_component(
     return params, {name: source for name, (_, source) in places.items()}, records
 
 
-def with_unet(base: Pipeline, folder: str | Path) -> Pipeline:
-    """The base with the UNet of a folder that holds one alone (`unet.save_pretrained` of diffusers) as its own.
+def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
+    """The base with the denoiser of a folder that holds one alone (`unet.save_pretrained` of diffusers) as its own.
 
     Raises FileNotFoundError, ValueError as `load` does, or if its architecture is another one.
     """
     folder = expanded(folder).absolute()
-    config, own = read_config(folder.parent, folder.name, "UNet2DConditionModel"), base.configs["unet"]
+    name, own = base.denoiser, base.configs[base.denoiser]
+    ((kind, config_class),) = base.family.components[name].items()
+    config = read_config(folder.parent, folder.name, kind, config_class)
     if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
-        raise ValueError(f"{folder} and the base have UNets of different architectures")
+        raise ValueError(f"{folder} and the base have denoisers of different architectures")
     params, sources, records = load_component(folder.parent, folder.name, own, dtype=base.dtype)
-    others = {name: source for name, source in base.provenance.tensors.items() if not name.startswith("unet/")}
-    located = others | {f"unet/{name}": source for name, source in sources.items()}
+    others = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
+    located = others | prefixed(sources, name)
     provenance = replace(base.provenance, source=str(folder), tensors=located, erased=tuple(records))
-    return replace(base, params={**base.params, "unet": params}, provenance=provenance, edits={})
+    return replace(base, params={**base.params, name: params}, provenance=provenance, edits={})
 
 
 def _read_network(
@@ -257,7 +266,7 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
 
     Args:
       pipeline: its `edits` come first, then its source files, then (if it was not read from files) its `params`.
-      names: "unet/NAME", ...
+      names: "DENOISER/NAME", ...
       sharding: as in `load`.
 
     Returns:
@@ -283,12 +292,14 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
     return exact
 
 
-def source_hash(pipeline: Pipeline, component: str = "unet") -> str:
+def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
+
+    component: by default the denoiser.
 
     A moving average, which lies in the same file as what it averages, has another one.
     """
-    sources = pipeline.provenance.tensors
+    component, sources = component or pipeline.denoiser, pipeline.provenance.tensors
     paths = {source.path for name, source in sources.items() if name.startswith(component + "/")}
     if not paths:
         raise ValueError(f"{component!r} was not read from files, so they have no hash")

@@ -115,8 +115,8 @@ def _exact(pipeline: Pipeline, name: str) -> Array:
 
 def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, force: bool) -> dict[str, np.ndarray]:
     """What a part changed, times its strength."""
-    names, records, networks = list(part.edits), part.provenance.erased, ("unet", *base.text_encoders)
-    if part.configs["unet"] != base.configs["unet"]:
+    names, records, networks = list(part.edits), part.provenance.erased, (base.denoiser, *base.text_encoders)
+    if part.configs[base.denoiser] != base.configs[base.denoiser]:
         raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
     whole = any(source_hash(part, network) != source_hash(base, network) for network in networks)
     if whole:

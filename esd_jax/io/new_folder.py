@@ -33,7 +33,7 @@ def build(
             key = files.text_model_key(component, tensor)
             names[key] = f"{component}/{tensor}"
             specs[key] = (tensors.dtype_of(pipeline, headers, names[key]), shape)
-        edited = component == "unet" or any(name in pipeline.edits for name in names.values())
+        edited = component == pipeline.denoiser or any(name in pipeline.edits for name in names.values())
         shards = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
         for file, entries in shards.items():
 

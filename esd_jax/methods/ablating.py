@@ -25,8 +25,7 @@ from esd_jax.methods.concepts import Concept
 from esd_jax.methods.images import in_batches, true_output
 from esd_jax.methods.method import Models, Tools, choose, denoise
 from esd_jax.models.attention import Attention
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 64  # captions encoded
 
@@ -77,6 +76,7 @@ class Ablating:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
+    needs: ClassVar = frozenset()
     ema: ClassVar = None
     CHOICES: ClassVar = {
         "kind": anchors.KINDS,
@@ -144,7 +144,7 @@ class Ablating:
         index = lambda rows: jnp.asarray(rows, jnp.int32)  # noqa: E731
         rows = in_batches(tools.encode, list(texts), AT_ONCE)
         inputs = Inputs(rows, *map(index, (anchor, target, image)), *pool.arrays(), jnp.float32(self.prior_weight))
-        return Method(self, tools.unet, tools.schedule), inputs
+        return Method(self, tools.denoiser, tools.schedule, tools.vectors), inputs
 
     def draw_anchors(self, tools: Tools) -> Callable[[list[str], str | None], UInt8[np.ndarray, "images h w 3"]]:
         """(prompts, negative prompt) -> `drawn_images` images of the base, the prompts in turn."""
@@ -223,8 +223,9 @@ class Method:
     """Ablating Concepts over one UNet and schedule."""
 
     settings: Ablating
-    unet: Network
+    denoiser: Network
     schedule: Schedule
+    vectors: Callable[[Conditioning], Array]
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step, each example's from its own key."""
@@ -256,7 +257,7 @@ class Method:
         if self.settings.objective == "model":
             params = models.student if self.settings.target_from == "student" else models.base
             anchor = inputs.caption(inputs.anchor[concept, image])
-            target = denoise(self.unet, params, x, draws.t, anchor)
+            target = denoise(self.denoiser, params, x, draws.t, anchor)
         else:
             target = true_output(self.schedule, latents, draws.noise, draws.t)
         caption = inputs.caption(inputs.target[concept, image, draws.caption])
@@ -282,8 +283,8 @@ class Method:
     def _errors(self, student: Params, s: Scored) -> Float[Array, " batch"]:
         attention = None
         if self.settings.detach_bos:
-            shape = s.conditioning.embeddings.shape[:2]
+            shape = self.vectors(s.conditioning).shape[:2]
             attention = Attention(detach=jnp.broadcast_to(jnp.arange(shape[1]) == 0, shape))
-        e = denoise(self.unet, student, s.x, s.t, s.conditioning, attention)
+        e = denoise(self.denoiser, student, s.x, s.t, s.conditioning, attention)
         squares = jnp.sum(s.mask * (e - s.target) ** 2, axis=(1, 2, 3))
         return squares / (e.shape[-1] * jnp.sum(s.mask, axis=(1, 2, 3)))

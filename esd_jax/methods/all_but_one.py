@@ -43,8 +43,7 @@ from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate, pro
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,10 @@ class AllButOne:
             )
         parse(self.instructions)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cross_attention"} if self.delta == "implicit" else ())
+
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
@@ -134,7 +137,7 @@ class AllButOne:
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
         trajectory = trajectories.on_grid(tools.schedule, "ddim", self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
-        method, kept = Method(self, tools.unet, trajectory), replay.of(self, trajectory, predictions=2)
+        method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
             method = Replaying(method, kept)
         return method, Inputs(bank, *numbers, token_scale)
@@ -231,7 +234,7 @@ class Method:
     """All but One over one UNet and schedule, as the three functions that a training step is made of."""
 
     settings: AllButOne
-    unet: Network
+    denoiser: Network
     trajectory: Trajectory
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
@@ -250,7 +253,7 @@ class Method:
     def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
         """What samples trajectories, with the teacher's prediction for the empty prompt, and d."""
 
-        prompts = [project(self.unet, models.base, prompt) for prompt in self.prompts(concept, inputs)]
+        prompts = [project(self.denoiser, models.base, prompt) for prompt in self.prompts(concept, inputs)]
 
         def steered(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
             eps_null, d = self.edited(models.base, prompts, concept, inputs, x, t, i)
@@ -270,7 +273,7 @@ class Method:
         """What the student is scored on. index: the examples' concepts; predictions: `edited`'s at x_t."""
         teacher_null, target = predictions
         null, concept = (inputs.bank.take(role, index) for role in ("null", "concept"))
-        student_null = None if self.settings.penalty else denoise(self.unet, models.student, x, t, null)
+        student_null = None if self.settings.penalty else denoise(self.denoiser, models.student, x, t, null)
         values = (x, t, concept, null, target, teacher_null, student_null, inputs.gamma_2, inputs.penalty)
         return Batch(*jax.lax.stop_gradient(values))
 
@@ -292,7 +295,7 @@ class Method:
     ) -> tuple[Array, Array]:
         """The teacher's prediction for the empty prompt, and d, at sampler step i. index: the examples' concepts."""
         null, concept, *others = prompts
-        score = partial(evaluate, self.unet, teacher, x, t)
+        score = partial(evaluate, self.denoiser, teacher, x, t)
         if inputs.token_scale is not None:
             scale = inputs.token_scale[index]
             pairs = jnp.stack([jnp.ones_like(scale), scale], axis=1).reshape(-1, scale.shape[-1])
@@ -317,8 +320,8 @@ class Method:
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         """The concept's term and the penalty, each a mean over all elements, in float32 at least."""
         if batch.student_null is not None:
-            v = denoise(self.unet, student, batch.x, batch.t, batch.concept)
+            v = denoise(self.denoiser, student, batch.x, batch.t, batch.concept)
             return jnp.mean((batch.gamma_2 * (v - batch.student_null) - batch.target) ** 2)
-        v, u = evaluate(self.unet, student, batch.x, batch.t, [batch.concept, batch.null])
+        v, u = evaluate(self.denoiser, student, batch.x, batch.t, [batch.concept, batch.null])
         error = batch.gamma_2 * (v - jax.lax.stop_gradient(u)) - batch.target
         return jnp.mean(error**2) + batch.penalty * jnp.mean((u - batch.teacher_null) ** 2)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from esd_jax.inputs import check_finite, check_text
-from esd_jax.models.unet import Conditioning
+from esd_jax.params import Conditioning
 
 Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
 

@@ -29,7 +29,7 @@ from esd_jax.methods.contexts import Context
 from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
 from esd_jax.methods.replay import Replaying
 from esd_jax.methods.trajectories import Trajectory
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class ESD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
+    needs: ClassVar = frozenset()
     ema: ClassVar = None
     CHOICES: ClassVar = {
         "sample_with": ("student", "teacher"),
@@ -127,7 +128,7 @@ class ESD:
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
         concepts = contexts.expanded(concepts, self.sentences)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
-        method = Method(self, tools.unet, tools.schedule, trajectory, separate)
+        method = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null)
         own = all(roles["sample"](c) == c.text for c in concepts)
         predictions = 2 if self.predicts(trajectory) and own and not separate else 0
         if (kept := replay.of(self, trajectory, predictions)) is not None:
@@ -219,14 +220,15 @@ class Method:
     """ESD over one UNet and schedule, as the three functions that a training step is made of.
 
     `separate_anchor` says whether any anchor is neither the empty prompt nor the concept; only then does the target
-    cost a third evaluation of the teacher.
+    cost a third evaluation of the teacher. null: `Tools.null`.
     """
 
     settings: ESD
-    unet: Network
+    denoiser: Network
     schedule: Schedule
     trajectory: Trajectory
     separate_anchor: bool
+    null: Callable[..., Conditioning]
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
@@ -272,8 +274,8 @@ class Method:
         """(x, t) -> (eps_null, eps_c), by the model that trajectories are taken from."""
         params = models.student if self.settings.sample_with == "student" else models.base
         null, sample = (inputs.bank.take(role, concept) for role in ("null", "sample"))
-        start = guidance.zeroed(null) if self.settings.as_released else null
-        network, once = (partial(f, self.unet, params) for f in (denoise, project))
+        start = self.null(null) if self.settings.as_released else null
+        network, once = (partial(f, self.denoiser, params) for f in (denoise, project))
         return guidance.together(network, [start, sample], once)
 
     def scored(
@@ -290,7 +292,7 @@ class Method:
         index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
         """
         take = lambda role: inputs.bank.take(role, index)  # noqa: E731
-        score = partial(evaluate, self.unet, models.base, x, t)
+        score = partial(evaluate, self.denoiser, models.base, x, t)
         if self.separate_anchor:
             eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])
         else:
@@ -301,4 +303,4 @@ class Method:
         return Scored(*jax.lax.stop_gradient((x, t, take("student"), target)))
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
-        return squared_error(self.unet, student, batch)
+        return squared_error(self.denoiser, student, batch)

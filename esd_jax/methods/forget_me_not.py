@@ -26,8 +26,7 @@ from esd_jax.methods.images import in_batches
 from esd_jax.methods.method import Models, Tools, choose
 from esd_jax.methods.textual_inversion import NAME, TextualInversion, Tokens, place, words
 from esd_jax.models.attention import Attention
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params, component
+from esd_jax.params import Conditioning, Network, Params, bare
 
 AT_ONCE = 8  # images encoded
 QUERY = ".attn2.to_q.weight"  # what every cross-attention has
@@ -99,6 +98,10 @@ class ForgetMeNot:
         if self.inversion_steps and self.no_images:
             raise ValueError(f"inversion_steps={self.inversion_steps} learns from images, but no_images=True has none")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cross_attention", *(["one_clip"] if self.inversion_steps else [])})
+
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the concepts' images drawn, unless they are given or not wanted, and new tokens learned.
 
@@ -106,7 +109,7 @@ class ForgetMeNot:
         """
         if self.no_images and tools.images is not None:
             raise ValueError("no_images=True learns from noise alone, but images are given: give up one of them")
-        layers = tuple(name.removesuffix(".to_q.weight") for name in tools.unet.layouts if name.endswith(QUERY))
+        layers = tuple(name.removesuffix(".to_q.weight") for name in tools.denoiser.layouts if name.endswith(QUERY))
         if not layers:
             raise ValueError("this UNet has no cross-attention, so it has no maps to resteer")
         bank = make_bank(tools.encode, concepts, {"concept": self.prompts})
@@ -119,7 +122,7 @@ class ForgetMeNot:
         images = self._images(tools, concepts)  # after all that may be refused
         if self.inversion_steps:
             bank = self._learned(tools, starts, ids, images)
-        return Method(tools.unet, tools.schedule, layers), Inputs(bank, jnp.asarray(columns), images)
+        return Method(tools.denoiser, tools.schedule, layers), Inputs(bank, jnp.asarray(columns), images)
 
     def prompts(self, concept: Concept) -> list[str]:
         """The prompts that name a concept."""
@@ -130,20 +133,16 @@ class ForgetMeNot:
     ) -> tuple[list[Float[Array, "new width"]], Int[np.ndarray, "concepts prompts tokens"], Bool[np.ndarray, "..."]]:
         """The embeddings with which each concept's new tokens start, the ids of the prompts in which they stand, and M.
 
-        Raises ValueError for a checkpoint with several text encoders, and for `inversion_tokens` that do not fit.
+        Raises ValueError for `inversion_tokens` that do not fit.
         """
-        if (number := len(tools.text_encoders)) != 1:
-            raise ValueError(
-                f"inversion_steps={self.inversion_steps}: textual inversion is for checkpoints with one text encoder, "
-                f"but this one has {number} (as SDXL has): set inversion_steps=0"
-            )
         given = [part.strip() for part in self.inversion_tokens.split(";")]
         if len(given) not in (1, len(concepts)):
             raise ValueError(
                 f"inversion_tokens={self.inversion_tokens!r} has {len(given)} parts for {len(concepts)} concepts: "
                 "give one, or one for each"
             )
-        params, starts, ids = tools.params["text_encoder"], [], []
+        (name,), starts, ids = tools.text_encoders, [], []
+        params = tools.params[name]
         known = textual_inversion.vocabulary(params)
         for i, start in enumerate(given * (len(concepts) // len(given))):
             starts.append(textual_inversion.initial(tools.tokens, params, start, self._key(i, 0)))
@@ -179,14 +178,15 @@ class ForgetMeNot:
     def _learned(self, tools: Tools, starts: list[Array], ids: np.ndarray, images: Array) -> Bank:
         """The prompts with the new tokens, learned from each concept's images. Each image goes with its own prompt."""
         settings = TextualInversion(self.inversion_steps, self.inversion_learning_rate)
-        (network,), params = tools.text_encoders.values(), tools.params["text_encoder"]
-        run = textual_inversion.inverter(settings, tools.unet, network, tools.schedule)
+        ((name, network),) = tools.text_encoders.items()
+        params, weights = tools.params[name], tools.params[tools.component]
+        run = textual_inversion.inverter(settings, tools.denoiser, network, tools.schedule)
         encode = jax.jit(partial(textual_inversion.encode, network))
         concepts, prompts = ids.shape[:2]
         rows = [tools.encode([""])]
         for i in range(concepts):
             own = ids[i][np.arange(images.shape[1]) % prompts]
-            new, _ = run(tools.params["unet"], params, images[i], own, starts[i], self._key(i, 1))
+            new, _ = run(weights, params, images[i], own, starts[i], self._key(i, 1))
             rows.append(encode(params, ids[i], new))
         roles = {"concept": 1 + jnp.arange(concepts * prompts).reshape(concepts, prompts)}
         return Bank(jax.tree.map(lambda *a: jnp.concatenate(a), *rows), roles)
@@ -258,7 +258,7 @@ class Inputs:
 class Method:
     """Forget-Me-Not's second stage over one UNet and schedule. layers: its cross-attentions."""
 
-    unet: Network
+    denoiser: Network
     schedule: Schedule
     layers: tuple[str, ...]
 
@@ -292,7 +292,7 @@ class Method:
         gradient would hang on the others.
         """
         attention = Attention(capture=self.layers)
-        _, maps = self.unet.apply(component(student, "unet"), batch.x, batch.t, batch.conditioning, attention)
+        _, maps = self.denoiser.apply(bare(student), batch.x, batch.t, batch.conditioning, attention)
         columns = batch.columns[:, None, None, :]
         squares = sum(jnp.sum(jnp.where(columns, maps[layer], 0) ** 2, axis=(1, 2, 3)) for layer in self.layers)
         return jnp.mean(jnp.sqrt(squares))

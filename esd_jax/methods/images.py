@@ -25,7 +25,9 @@ def true_output(
     noise: Float[Array, "batch height width channel"],
     t: Int[Array, " batch"],
 ) -> Float[Array, "batch height width channel"]:
-    """What the network should say of `add_noise(schedule, images, noise, t)`, in what it predicts: eps, v or x0."""
+    """What the network should say of `add_noise(schedule, images, noise, t)`: eps, v, x0 or the flow's velocity."""
     if schedule.prediction_type == "v_prediction":
         return add_noise(schedule, noise, -images, t)  # alpha eps - sigma x0 (Salimans & Ho 2022, Sec. 4)
+    if schedule.prediction_type == "flow_prediction":
+        return noise - images
     return noise if schedule.prediction_type == "epsilon" else images

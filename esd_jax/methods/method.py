@@ -11,12 +11,11 @@ from jaxtyping import Array, Float, Int, UInt8
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.methods.concepts import Concept
 from esd_jax.models.attention import Attention
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params, component
+from esd_jax.params import Conditioning, Network, Params, bare
 
 
 class Models(NamedTuple):
-    """Parameters, "unet/NAME": of the model in training, of the base, and, where it is kept, of the first's average."""
+    """Parameters, "DENOISER/NAME": of the model in training, the base and, where it is kept, the first's average."""
 
     student: Params
     base: Params
@@ -24,7 +23,7 @@ class Models(NamedTuple):
 
 
 class Method(Protocol):
-    """An erasing method over one UNet and schedule, as the functions that a training step is made of.
+    """An erasing method over one denoiser and schedule, as the functions that a training step is made of.
 
     One that keeps something from update to update has two more:
       memory(shape): the shapes of what it keeps for one example, as a tree of `jax.ShapeDtypeStruct`.
@@ -53,7 +52,7 @@ class ClosedForm(Protocol):
     """A method without training steps."""
 
     def solve(self, theta: Params, inputs: Any) -> Params:
-        """The new values of the tensors of the subset, "unet/NAME", from their float32 values."""
+        """The new values of the tensors of the subset, "DENOISER/NAME", from their float32 values."""
         ...
 
 
@@ -61,18 +60,21 @@ class ClosedForm(Protocol):
 class Tools:
     """What a method may use of a checkpoint before its first step.
 
-    unet, schedule: the denoiser, and what its output means.
+    denoiser, schedule: the network, and what its output means. component: its name.
     shape: of one example's latents (height, width, channel).
-    subset: names of the UNet's tensors that are to be trained.
+    subset: names of the denoiser's tensors that are to be trained.
     encode: prompts -> Conditioning, refusing what is too long.
     tokens: prompts -> ids of the (first) tokenizer, padded.
     sample: (prompts, seed, options of `sampling.sample`) -> what the base draws.
     to_latents: images -> latents. images: latents of the user's own images.
-    params: component ("unet", "text_encoder", ...) -> its tensors, in the compute dtype.
+    params: component -> its tensors, in the compute dtype.
     text_encoders: component -> network, one for each text encoder.
+    null: (conditioning, where [batch]) -> the same with the family's "no prompt" in some rows; the encoded "" may be
+      another one.
+    vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
     """
 
-    unet: Network
+    denoiser: Network
     schedule: Schedule
     shape: tuple[int, int, int]
     subset: tuple[str, ...]
@@ -80,9 +82,12 @@ class Tools:
     tokens: Callable[[Sequence[str]], Int[Any, "batch tokens"]]
     sample: Callable[..., UInt8[Any, "batch height width 3"]]
     to_latents: Callable[[UInt8[Any, "batch height width 3"]], Float[Array, "batch h w channel"]]
+    component: str = ""
     images: Float[Array, "images height width channel"] | None = None
     params: Mapping[str, Params] = field(default_factory=dict)
     text_encoders: Mapping[str, Network] = field(default_factory=dict)
+    null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
+    vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
 
 
 class Settings(Protocol):
@@ -93,6 +98,7 @@ class Settings(Protocol):
     trained: False of a closed form, whose result is there before any step.
     uses: the fields of `Concept`, beside its text, that mean something to this method; others are refused. `preserve`
       means something to every method that is trained.
+    needs: what a model family must provide (`families.NEEDS`).
     ema: where it is a number, a moving average of the student is kept, and is the run's result:
       average <- ema average + (1 - ema) student, after every update.
     """
@@ -100,6 +106,7 @@ class Settings(Protocol):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
     trained: ClassVar[bool]
     uses: ClassVar[frozenset[str]]
+    needs: frozenset[str]
     ema: float | None
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method | ClosedForm, Any]:
@@ -107,7 +114,7 @@ class Settings(Protocol):
         ...
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """How often one update evaluates the UNet on one example, on average; a backward pass counts as two more.
+        """How often one update evaluates the denoiser on one example, on average; a backward pass counts as two more.
 
         images: whether the user gives images.
         """
@@ -122,16 +129,21 @@ def choose(settings: Any, **choices: Sequence[str]) -> None:
 
 
 def denoise(
-    unet: Network, params: Params, x: Array, t: Array, conditioning: Conditioning, attention: Attention | None = None
+    denoiser: Network,
+    params: Params,
+    x: Array,
+    t: Array,
+    conditioning: Conditioning,
+    attention: Attention | None = None,
 ) -> Float[Array, "batch height width channel"]:
-    """One evaluation, in x's dtype. The keys of `params` are "unet/NAME"."""
+    """One evaluation, in x's dtype. The keys of `params` are "DENOISER/NAME"."""
     edits = () if attention is None else (attention,)
-    return unet.apply(component(params, "unet"), x, t, conditioning, *edits).astype(x.dtype)
+    return denoiser.apply(bare(params), x, t, conditioning, *edits).astype(x.dtype)
 
 
-def project(unet: Network, params: Params, conditioning: Conditioning) -> Conditioning:
+def project(denoiser: Network, params: Params, conditioning: Conditioning) -> Conditioning:
     """The conditioning with what the network makes of it alone, for `denoise` in a sampler's loop."""
-    return unet.project(component(params, "unet"), conditioning)
+    return denoiser.project(bare(params), conditioning)
 
 
 class Scored(NamedTuple):
@@ -143,14 +155,14 @@ class Scored(NamedTuple):
     target: Float[Array, "batch height width channel"]
 
 
-def squared_error(unet: Network, student: Params, scored: Scored) -> Float[Array, ""]:
+def squared_error(denoiser: Network, student: Params, scored: Scored) -> Float[Array, ""]:
     """The mean over all elements, in float32 at least."""
-    e = denoise(unet, student, scored.x, scored.t, scored.conditioning)
+    e = denoise(denoiser, student, scored.x, scored.t, scored.conditioning)
     return jnp.mean((e - scored.target) ** 2)
 
 
 def evaluate(
-    unet: Network,
+    denoiser: Network,
     params: Params,
     x: Float[Array, "batch height width channel"],
     t: Array,
@@ -164,5 +176,5 @@ def evaluate(
     k = len(prompts)
     stacked = jax.tree.map(lambda *a: jnp.stack(a, axis=1).reshape(-1, *a[0].shape[1:]), *prompts)
     times = t if jnp.ndim(t) == 0 else jnp.repeat(t, k)
-    e = denoise(unet, params, jnp.repeat(x, k, axis=0), times, stacked, attention)
+    e = denoise(denoiser, params, jnp.repeat(x, k, axis=0), times, stacked, attention)
     return list(jnp.moveaxis(e.reshape(-1, k, *e.shape[1:]), 1, 0))

@@ -53,7 +53,7 @@ class Preserving:
     """A method with the loss added. Every example preserves one prompt, drawn from all concepts' prompts alike."""
 
     method: base.Method
-    unet: Network
+    denoiser: Network
     trajectory: Trajectory
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
@@ -72,14 +72,14 @@ class Preserving:
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
-        network, once = (partial(f, self.unet, models.base) for f in (base.denoise, base.project))
+        network, once = (partial(f, self.denoiser, models.base) for f in (base.denoise, base.project))
         guided = guidance.classifier_free(network, kept, null, GUIDANCE, once)
         x = self.trajectory.run(guided, own.noise, own.index)
         scored = base.Scored(x, own.t, kept, network(x, own.t, kept))
         return Batch(inner, *jax.lax.stop_gradient((scored, inputs.weight)))
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
-        kept = base.squared_error(self.unet, student, batch.kept)
+        kept = base.squared_error(self.denoiser, student, batch.kept)
         return self.method.loss(student, batch.inner) + batch.weight * kept
 
 
@@ -91,5 +91,5 @@ def preserving(
     if not prompts:
         return method, inputs
     bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
-    trajectory = trajectories.on_grid(tools.schedule, "ddim", STEPS)
-    return Preserving(method, tools.unet, trajectory), Inputs(inputs, bank, jnp.float32(weight))
+    trajectory = trajectories.on_grid(tools.schedule, trajectories.plain(tools.schedule), STEPS)
+    return Preserving(method, tools.denoiser, trajectory), Inputs(inputs, bank, jnp.float32(weight))

@@ -46,6 +46,7 @@ class RECE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
+    needs: ClassVar = frozenset({"cross_attention"})
     ema: ClassVar = None
     PRESETS: ClassVar = {
         "paper": {"subset": uce.SUBSET, "steps": 0},

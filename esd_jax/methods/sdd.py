@@ -58,6 +58,7 @@ class SDD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
+    needs: ClassVar = frozenset()
     CHOICES: ClassVar = {
         "concept_order": ("iterative", "random", "composite", "sequential"),
         "sample_prompt": ("all", "concept"),
@@ -95,7 +96,7 @@ class SDD:
         for concept in concepts:
             if len(concept.replace_with) > 1:
                 raise ValueError(f"replace_with: method 'sdd' takes one text for {concept.text!r}, not several")
-        method = Method(self, tools.unet, make_trajectory(self, tools.schedule))
+        method = Method(self, tools.denoiser, make_trajectory(self, tools.schedule))
         if (kept := replay.of(self, method.trajectory)) is not None:
             own = self.sample_prompt == "concept" and self.concept_order == "random"
             method = Replaying(method, kept, None if own else method.in_order)
@@ -144,7 +145,7 @@ class Method:
     """SDD over one UNet and schedule, as the three functions that a training step is made of."""
 
     settings: SDD
-    unet: Network
+    denoiser: Network
     trajectory: Trajectory
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
@@ -176,7 +177,7 @@ class Method:
     def guided(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., Array]:
         """(x, t) -> the average's guided output."""
         sample, null = (inputs.bank.take(role, concept) for role in ("sample", "null"))
-        network, once = (partial(f, self.unet, models.average) for f in (denoise, project))
+        network, once = (partial(f, self.denoiser, models.average) for f in (denoise, project))
         return guidance.classifier_free(network, sample, null, inputs.sampling_guidance, once)
 
     def scored(
@@ -190,8 +191,8 @@ class Method:
     ) -> Scored:
         """What the student says about x_t without the concept. index: the examples' concepts."""
         concept, anchor = (inputs.bank.take(role, index) for role in ("concept", "anchor"))
-        target = denoise(self.unet, models.student, x, t, anchor)
+        target = denoise(self.denoiser, models.student, x, t, anchor)
         return Scored(*jax.lax.stop_gradient((x, t, concept, target)))
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
-        return squared_error(self.unet, student, batch)
+        return squared_error(self.denoiser, student, batch)

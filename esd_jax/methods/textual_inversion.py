@@ -21,13 +21,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from esd_jax import text
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.families import SD
 from esd_jax.methods.concepts import Tokens
 from esd_jax.methods.images import true_output
 from esd_jax.methods.repeated import repeated
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 
 NAME = "{concept}"  # where the concept, or its new tokens, stand in a template
 TABLE = "embeddings.token_embedding.weight"
@@ -115,38 +114,38 @@ def encode(
     embeddings = jnp.where(
         own[:, :, None], new[jnp.where(own, ids - known, 0)], params[TABLE][jnp.where(own, 0, ids)].astype(new.dtype)
     )
-    encoded = text.conditioning([text_encoder.apply(params, ids, embeddings)], (0, 0))
+    encoded = SD.encode([text_encoder.apply(params, ids, embeddings)], (0, 0))
     return jax.tree.map(lambda a: a.astype(new.dtype), encoded)
 
 
 def inverter(
-    settings: TextualInversion, unet: Network, text_encoder: Network, schedule: Schedule
+    settings: TextualInversion, denoiser: Network, text_encoder: Network, schedule: Schedule
 ) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
     """What learns the embeddings of new tokens from images: one compiled step, for any number of concepts.
 
-    Returns a function (unet_params, text_params, latents, ids, new, key) -> (the embeddings, the loss of each step):
-      unet_params, text_params: the checkpoint's, which stay as they are.
+    Returns a function (denoiser_params, text_params, latents, ids, new, key) -> (embeddings, the loss of each step):
+      denoiser_params, text_params: the checkpoint's, which stay as they are.
       latents: of the images, [images, height, width, channel].
       ids: of each image's prompt, in which the new tokens stand (`place`), [images, tokens].
       new: the embeddings to start with (`initial`).
       key: of all draws. Step i takes its own from fold_in(key, i).
     """
     tx = settings.transformation()
-    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, schedule))
+    gradient = jax.value_and_grad(partial(loss, denoiser, text_encoder, schedule))
 
     def step(
-        carry: Any, i: Array, unet_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
+        carry: Any, i: Array, denoiser_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
     ) -> Any:
         new, state = carry
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
+        value, grads = gradient(new, denoiser_params, text_params, latents[image], ids[image], t, noise)
         updates, state = tx.update(grads, state, new)
         return (settings.pull(optax.apply_updates(new, updates)), state), value
 
     steps = repeated(step)
 
-    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
-        fixed = unet_params, text_params, latents, ids, key
+    def run(denoiser_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
+        fixed = denoiser_params, text_params, latents, ids, key
         (new, _), losses = steps((new, tx.init(new)), np.arange(settings.steps), *fixed)
         return new, losses
 
@@ -167,11 +166,11 @@ def draw(
 
 
 def loss(
-    unet: Network,
+    denoiser: Network,
     text_encoder: Network,
     schedule: Schedule,
     new: Float[Array, "new width"],
-    unet_params: Params,
+    denoiser_params: Params,
     text_params: Params,
     latents: Float[Array, "batch height width channel"],
     ids: Int[Array, "batch tokens"],
@@ -180,5 +179,5 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean squared error of what the network says about noised images."""
     x = add_noise(schedule, latents, noise, t)
-    e = unet.apply(unet_params, x, t, encode(text_encoder, text_params, ids, new)).astype(x.dtype)
+    e = denoiser.apply(denoiser_params, x, t, encode(text_encoder, text_params, ids, new)).astype(x.dtype)
     return jnp.mean((e - true_output(schedule, latents, noise, t)) ** 2)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.samplers import Sampler
 from esd_jax.diffusion.schedule import Schedule
 
@@ -148,6 +149,11 @@ def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
     if made.name == "heun":  # half of its x are no samples, but what a step tries first
         raise ValueError(f"sampler {made.name!r} calls the network twice a step, which is not implemented; use 'ddim'")
     return made
+
+
+def plain(schedule: Schedule) -> str:
+    """The sampler of first order without noise along a schedule's path."""
+    return "ddim" if schedule.path is VARIANCE_PRESERVING else "euler"
 
 
 def _spacing(schedule: Schedule, name: str) -> str | None:

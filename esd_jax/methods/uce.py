@@ -61,6 +61,7 @@ class UCE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
+    needs: ClassVar = frozenset({"cross_attention"})
     ema: ClassVar = None
     PRESETS: ClassVar = {
         "object": {"subset": SUBSET, "steps": 0},
@@ -154,7 +155,7 @@ def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
     Raises ValueError for a concept whose text has no token: its vector would be that of every prompt's start.
     """
     texts = list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
-    vectors = in_batches(tools.encode, texts, ENCODED_AT_ONCE).embeddings
+    vectors = tools.vectors(in_batches(tools.encode, texts, ENCODED_AT_ONCE))
     last = last_tokens(tools.tokens, texts)
     encoded = {text: Encoded(v, int(i)) for text, v, i in zip(texts, vectors, last, strict=True)}
     for concept in concepts:
@@ -203,7 +204,7 @@ def preserved(concepts: Sequence[Concept]) -> list[str]:
 
 def check(tools: Tools, concepts: Sequence[Concept]) -> None:
     """Raises ValueError, in one line, for a run that no closed form can make."""
-    wanted = set(select(SUBSET, tools.unet.layouts))
+    wanted = set(select(SUBSET, tools.denoiser.layouts))
     if other := sorted(wanted.symmetric_difference(tools.subset)):
         raise ValueError(
             f"a closed form edits all keys and values of cross-attention: give subset={SUBSET!r} (yours differs by "

@@ -10,12 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 from PIL import Image
 
 from esd_jax import hosts, lora, sharding
-from esd_jax.diffusion import guidance, programs
 from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
@@ -23,22 +20,18 @@ from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
 from esd_jax.io.tensors import check_sources
-from esd_jax.methods.concepts import check_concepts
-from esd_jax.methods.method import ClosedForm, Method, Tools
-from esd_jax.methods.preservation import preserving
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Params, partition, prefixed
+from esd_jax.methods.method import ClosedForm, Method
+from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs.record import STARTED, describe
+from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
-from esd_jax.selection import select
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import train
-from esd_jax.training.plan import changed_names, recomputes
-from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, result, unchanged
+from esd_jax.training.step import State, result
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
 EXPORTS = "exports"  # and that of its other formats
@@ -76,34 +69,22 @@ def run(
         check_sources(base)
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
-    tx, mesh = transformation(plan), sharding.make_mesh(plan.training.batch_size, fsdp=plan.fsdp)
-    method, inputs, shape = prepare(base, plan, mesh)
+    made = assemble(base, plan)
+    names, mesh, inputs, step, weights = made.names, made.mesh, made.inputs, made.step, f"{base.denoiser}/"
     if own:
-        base = parked(base, lambda name, _: not name.startswith("unet/"))
-    names = changed_names(plan, base.network("unet"))
+        base = parked(base, lambda name, _: not name.startswith(weights))
     if start_from is not None:
         _check_start(base, plan, names, start_from)
-    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
-    step = make_step(
-        method,
-        tx,
-        compute_dtype=jnp.dtype(base.dtype),
-        shape=shape,
-        batch_size=plan.training.batch_size,
-        accumulate=plan.training.accumulate,
-        mesh=mesh,
-        weights=lora.weights if plan.rank else unchanged,
-    )
+    theta_0, frozen = made.split(base.params[base.denoiser])
     if several := jax.process_count() > 1:
         step = hosts.voting(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
-    state = init_state(start(base, plan, names, method, inputs, start_from), tx, plan.training.seed)
+    state = made.begin(start(base, plan, names, made.method, inputs, start_from), memory=False)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     if own:  # nothing that was copied to where the step reads it is on the device twice
-        placed = sharding.placements(prefixed(base.params["unet"], "unet"), mesh)
+        placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
         base = parked(base, lambda name, _: name in placed and sharding.copies(placed[name]))
-    memory = blank_memory(method, shape, plan.training.batch_size, plan.training.accumulate)
-    state = state._replace(memory=sharding.spread(memory, mesh))
+    state = state._replace(memory=sharding.spread(made.memory(), mesh))
     record = describe(base, plan, start_from)
 
     with contextlib.ExitStack() as stack:
@@ -153,15 +134,15 @@ def run(
             stop_every=stop_every,
             votes=several,
         )
-        made = erased(result(state), {**record, "step": int(state.step)})
+        final = erased(result(state), {**record, "step": int(state.step)})
         if folder and hosts.first():
-            export(made, folder / MODEL, overwrite=True)
-            export_delta(made, folder / delta_name(plan), overwrite=True)
-        made = unparked(made) if own else made
+            export(final, folder / MODEL, overwrite=True)
+            export_delta(final, folder / delta_name(plan), overwrite=True)
+        final = unparked(final) if own else final
         if then:
-            then(made)
+            then(final)
         hosts.wait("the run's files are written")
-    return made
+    return final
 
 
 def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
@@ -194,52 +175,6 @@ def delta_name(plan: Recipe) -> str:
     return delta.delta_name(concept, from_ or None, plan.subset)
 
 
-def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Method, Any, tuple[int, int, int]]:
-    """The method of a recipe over a base, its traced inputs, and the shape of one example's latents.
-
-    mesh: where its tensors will lie.
-    """
-    size, factor = image_size(base.configs, plan.height, plan.width), base.configs["vae"].factor
-    shape = (size[0] // factor, size[1] // factor, base.configs["unet"].in_channels)
-    network = base.network("unet", remat=recomputes(plan, base.configs["unet"]))
-    if mesh is not None:
-        network = sharding.gathering(network, mesh)
-    to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
-
-    def encode(prompts: Sequence[str]) -> Conditioning:
-        encoded = base.encode_prompts(prompts, size=size, strict=True)
-        return encoded if plan.null == "empty" else guidance.zeroed(encoded, np.asarray([not p for p in prompts]))
-
-    def draw(prompts: Sequence[str], *, sampler: str | None = None, **options: Any) -> np.ndarray:
-        return sample(base, prompts, height=size[0], width=size[1], sampler=sampler or "auto", **options)
-
-    tools = Tools(
-        unet=network,
-        schedule=base.schedule,
-        shape=shape,
-        subset=select(plan.subset, network.layouts),
-        encode=encode,
-        tokens=base.tokenizers[0],
-        sample=draw,
-        to_latents=lambda images: to_latents(base.params["vae"], images),
-        images=None if plan.images is None else base.encode(read_images(plan.texts("images"), size)),
-        params=base.params,
-        text_encoders={name: base.network(name) for name in base.text_encoders},
-    )
-    check_concepts(tools.tokens, plan.concepts)
-    method, inputs = plan.settings.make(tools, plan.concepts)
-    if plan.settings.trained:
-        method, inputs = preserving(method, inputs, tools, plan.concepts, plan.preserve_weight)
-    return method, inputs, shape
-
-
-def transformation(plan: Recipe) -> optax.GradientTransformation:
-    """The optimizer of a recipe, averaging if its method wants that; of a closed form, one without state."""
-    if not plan.settings.trained:
-        return optax.identity()
-    return averaging(plan.optimizer.transformation(), plan.settings.ema)
-
-
 def start(
     base: Pipeline,
     plan: Recipe,
@@ -253,10 +188,10 @@ def start(
     A method in closed form has its result here, and no steps.
     """
     if plan.rank:
-        shapes = base.network("unet").shapes
+        shapes = base.network(base.denoiser).shapes
         key = jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1)
-        return lora.initial({f"unet/{name}": shapes[name] for name in names}, plan.rank, key)
-    exact = diffusers.read_exact(start_from or base, [f"unet/{name}" for name in names])
+        return lora.initial({f"{base.denoiser}/{name}": shapes[name] for name in names}, plan.rank, key)
+    exact = diffusers.read_exact(start_from or base, [f"{base.denoiser}/{name}" for name in names])
     return exact if plan.settings.trained else method.solve(exact, inputs)
 
 
@@ -264,7 +199,7 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     """The trained tensors at full precision, whatever was trained."""
     if not plan.rank:
         return theta
-    return lora.weights(theta, diffusers.read_exact(base, [f"unet/{name}" for name in names]))
+    return lora.weights(theta, diffusers.read_exact(base, [f"{base.denoiser}/{name}" for name in names]))
 
 
 def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:
@@ -272,10 +207,11 @@ def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from:
     if plan.rank or not plan.settings.trained:
         why = f"rank={plan.rank} trains a change of the base" if plan.rank else f"method {plan.method!r} does not train"
         raise ValueError(f"{why}, so it cannot start from other weights: leave start_from out")
-    if start_from.configs["unet"] != base.configs["unet"]:
-        raise ValueError("start_from and the base have UNets of different architectures")
-    theirs, trained = start_from.params["unet"], set(names)
-    for name, ours in base.params["unet"].items():
+    component = base.denoiser
+    if start_from.configs.get(component) != base.configs[component]:
+        raise ValueError("start_from and the base have denoisers of different architectures")
+    theirs, trained = start_from.params[component], set(names)
+    for name, ours in base.params[component].items():
         if name not in trained and not jnp.array_equal(ours, theirs[name].astype(ours.dtype)):
             raise ValueError(
                 f"start_from differs from the base in {name!r}, which subset {plan.subset!r} does not train: "

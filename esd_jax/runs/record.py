@@ -27,7 +27,7 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
     return {
         "concepts": concepts,
         "base": name,
-        "base_sha256": diffusers.source_hash(base, "unet"),
+        "base_sha256": diffusers.source_hash(base),
         "recipe": {key: value for key, value in recorded.items() if key != "output_dir"},
         "versions": {package: version(package) for package in packages},
         **({STARTED: _origin(start_from)} if start_from else {}),

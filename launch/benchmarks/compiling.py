@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esd_jax.training import ahead, plan
-from esd_jax.training.plan import readable
+from esd_jax.planning import ahead, plan
+from esd_jax.planning.plan import readable
 from launch.benchmarks import cards, child, tables, work
 
 

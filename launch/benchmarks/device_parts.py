@@ -175,7 +175,7 @@ def step(output: Output, arch: str, batch: str) -> None:
     """A training step at true size: its program, its time, its memory beside XLA's word and the plan."""
     import jax
 
-    from esd_jax.training import hlo
+    from esd_jax.planning import hlo
     from launch.benchmarks import work
     from launch.benchmarks.step import Step, peak_flops
 
@@ -231,16 +231,16 @@ def sample(output: Output, arch: str, batch: str) -> None:
     import jax
     import jax.numpy as jnp
 
+    from esd_jax import families
     from esd_jax.diffusion import programs, samplers
     from esd_jax.pipeline import network
-    from esd_jax.training import shapes
     from launch.benchmarks import work
     from launch.benchmarks.values import values
 
     configs, schedule = work.architecture(arch)
     net, number = network(configs["unet"], "bfloat16"), int(batch)
     params = {name: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16) for name, s in net.shapes.items()}
-    prompts = shapes.conditioning(configs, number, jnp.bfloat16)
+    prompts = families.of(configs).encoded(configs, number, jnp.bfloat16)
     params, null, cond = values((params, prompts, prompts), jax.devices()[0])
     sampler, side = samplers.make_sampler(schedule, "ddim", 50), configs["unet"].sample_size
 

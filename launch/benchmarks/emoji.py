@@ -25,25 +25,21 @@ def jax_training(batch_size: int, steps: int) -> dict[str, Any]:
     """Our step, every update of average length; compiled anew, without the cache."""
     import jax
 
-    from esd_jax import api, recipe, runs
-    from esd_jax.params import partition, prefixed
-    from esd_jax.selection import select
-    from esd_jax.training.step import init_state, make_step
+    from esd_jax import api, recipe
+    from esd_jax.runs.setup import assemble
     from launch.benchmarks import work
 
     base = api.load("emoji")
     plan = recipe.make(**recipe.read("emoji").to_dict())
-    plan = dataclasses.replace(plan, settings=work.Average(**dataclasses.asdict(plan.settings)))
-    method, inputs, shape = runs.prepare(base, plan)
-    tx = plan.optimizer.transformation()
-    names = select(plan.subset, base.network("unet").layouts)
-    theta_0, frozen = (prefixed(part, "unet") for part in partition(base.params["unet"], names))
-    state = init_state(theta_0, tx, 0)
-    step = make_step(method, tx, compute_dtype="float32", shape=shape, batch_size=batch_size)
+    training = dataclasses.replace(plan.training, batch_size=batch_size)
+    plan = dataclasses.replace(plan, settings=work.Average(**dataclasses.asdict(plan.settings)), training=training)
+    made = assemble(base, plan)
+    theta_0, frozen = made.split(base.params[base.denoiser])
+    state = made.begin(theta_0)
 
     def update() -> None:
         nonlocal state
-        state, metrics = step(state, theta_0, frozen, inputs)
+        state, metrics = made.step(state, theta_0, frozen, made.inputs)
         jax.block_until_ready((state, metrics))
 
     rounds = work.updates(plan, base.schedule)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from esd_jax.pipeline import network
-from esd_jax.training.plan import changed_names
+from esd_jax.runs.setup import changed_names
 from launch.benchmarks import work
 
 
@@ -42,7 +41,7 @@ def measure(
         student = UNet2DConditionModel.from_config(work.unet_config(arch)).to(kind)
     student.load_state_dict(teacher.state_dict())
     teacher, student = (unet.to(memory_format=torch.channels_last) for unet in (teacher, student))
-    names = set(changed_names(recipe, network(configs["unet"], dtype)))
+    names = set(changed_names(recipe, configs))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -7,8 +7,8 @@ import time
 import jax
 
 from esd_jax import sharding
+from esd_jax.planning import plan, shapes
 from esd_jax.recipe import Recipe
-from esd_jax.training import plan, shapes
 from esd_jax.training.step import Metrics, averaging, init_state
 from launch.benchmarks import child, work
 from launch.benchmarks.values import values

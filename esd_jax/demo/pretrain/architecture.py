@@ -10,6 +10,7 @@ from typing import Any
 
 from esd_jax.demo import captions
 from esd_jax.demo.drawing import SIZE
+from esd_jax.families import SD
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
@@ -67,7 +68,7 @@ MODEL_INDEX: dict[str, Any] = {
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
+    SD.denoiser: ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
@@ -94,7 +95,7 @@ def text_encoder(vocab_size: int) -> dict[str, Any]:
 def configs(vocab_size: int) -> dict[str, UNetConfig | VAEConfig | CLIPTextConfig]:
     """Component -> its config."""
     return {
-        "unet": UNetConfig.from_dict(UNET),
+        SD.denoiser: UNetConfig.from_dict(UNET),
         "vae": VAEConfig.from_dict(VAE),
         "text_encoder": CLIPTextConfig.from_dict(text_encoder(vocab_size)),
     }

@@ -1,6 +1,5 @@
 """What an attack on an erased model is: what it wants, what it may use, and what it finds."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,8 +15,7 @@ from esd_jax.diffusion import programs
 from esd_jax.methods import textual_inversion
 from esd_jax.methods.images import in_batches
 from esd_jax.methods.textual_inversion import NAME, TABLE, Tokens, vocabulary, words
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
 BATCH = 16  # images encoded at once
@@ -110,21 +108,15 @@ class Attack(Protocol):
 
 
 def text_encoder(pipeline: Pipeline) -> tuple[Network, Params]:
-    """The text encoder, and its weights. Raises ValueError if there are two."""
-    names = pipeline.text_encoders
-    if len(names) != 1:
-        raise ValueError(f"attacks work on checkpoints with one text encoder (SD 1 and 2); this one has {len(names)}")
-    return pipeline.network(names[0]), _in_place(pipeline.params[names[0]])
+    """The text encoder, and its weights. Raises ValueError for a family that has not exactly one, of CLIP."""
+    pipeline.family.require({"one_clip"}, "an attack that searches for prompts")
+    (name,) = pipeline.text_encoders
+    return pipeline.network(name), _in_place(pipeline.params[name])
 
 
-def unet(pipeline: Pipeline) -> tuple[Network, Params]:
-    """The UNet, and its weights."""
-    return pipeline.network("unet"), _in_place(pipeline.params["unet"])
-
-
-def noise_schedule(pipeline: Pipeline) -> str:
-    """The scheduler config in JSON, by which compiled searches are found again."""
-    return json.dumps(dict(pipeline.schedule.config), sort_keys=True)
+def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
+    """The network that denoises, and its weights."""
+    return pipeline.network(pipeline.denoiser), _in_place(pipeline.params[pipeline.denoiser])
 
 
 def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -> Float[Array, "n h w channel"]:

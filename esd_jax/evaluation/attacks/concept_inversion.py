@@ -17,7 +17,6 @@ little where much of the picture shows. The base's loss falls by 8% at t above 8
 1% over all t. So "emoji" learns at t of 900 and more, and 16 tokens, which reach what one does not.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,8 +73,8 @@ class ConceptInversion:
         ids = np.stack([place(tokenizer, template, new_ids) for template in goal.templates])
         images = np.concatenate([goal.images, goal.images[:, :, ::-1]]) if self.mirror else goal.images
         shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
-        unet, weights = adversary.unet(victim)
-        run = searcher(self, unet, network, adversary.noise_schedule(victim))
+        unet, weights = adversary.denoiser(victim)
+        run = searcher(self, unet, network, victim.schedule)
         start_key, key = jax.random.split(jax.random.key(seed))
         new, losses = run(
             weights, params, adversary.latents(base, images),
@@ -100,7 +99,9 @@ class ConceptInversion:
 
 
 @lru_cache(maxsize=8)
-def searcher(settings: ConceptInversion, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+def searcher(
+    settings: ConceptInversion, unet: Network, text_encoder: Network, schedule: Schedule
+) -> Callable[..., Any]:
     """The search, compiled once for all models of an architecture.
 
     Returns a function (unet_params, text_params, latents, ids of each image's prompt, new, key) -> (the embeddings, the
@@ -108,18 +109,17 @@ def searcher(settings: ConceptInversion, unet: Network, text_encoder: Network, s
 
     Raises ValueError for a from_t that the schedule does not have.
     """
-    levels = Schedule.from_config(json.loads(schedule))
-    if not 0 <= settings.from_t < levels.num_train_timesteps:
-        raise ValueError(f"from_t={settings.from_t} must be in 0..{levels.num_train_timesteps - 1}")
-    gradient = jax.value_and_grad(partial(textual_inversion.loss, unet, text_encoder, levels))
+    if not 0 <= settings.from_t < schedule.num_train_timesteps:
+        raise ValueError(f"from_t={settings.from_t} must be in 0..{schedule.num_train_timesteps - 1}")
+    gradient = jax.value_and_grad(partial(textual_inversion.loss, unet, text_encoder, schedule))
     tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
     def step(
         carry: Any, i: Array, unet_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
     ) -> Any:
         new, state = carry
-        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
-        t = settings.from_t + t * (levels.num_train_timesteps - settings.from_t) // levels.num_train_timesteps
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+        t = settings.from_t + t * (schedule.num_train_timesteps - settings.from_t) // schedule.num_train_timesteps
         value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
         updates, state = tx.update(grads, state, new)
         return (optax.apply_updates(new, updates), state), value

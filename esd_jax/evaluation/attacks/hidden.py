@@ -18,7 +18,6 @@ the same prompt. Here a finished image is noised, and the prompts do not name th
 neutral prompt. At small t the concept is in the picture already, so compare with what the base makes of the same.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +39,7 @@ from esd_jax.evaluation.attacks.scoring import Scored
 from esd_jax.methods.images import in_batches, true_output
 from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import draw
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params, cast, component, partition, prefixed
+from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
 
 
@@ -82,35 +80,34 @@ def resurge(
     Raises ValueError if the pipeline was not erased, or for another number of prompts than images.
     """
     started = time.monotonic()
-    if not (names := sorted(component(victim.edits, "unet"))):
-        raise ValueError("this pipeline has no trained tensors of the UNet to heal: give an erased one")
+    if not (names := sorted(component(victim.edits, victim.denoiser))):
+        raise ValueError("this pipeline has no trained tensors of the denoiser to heal: give an erased one")
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
-    theta = {name: jnp.asarray(victim.edits[f"unet/{name}"], jnp.float32) for name in names}
-    unet, weights = adversary.unet(victim)
+    theta = {name: jnp.asarray(victim.edits[f"{victim.denoiser}/{name}"], jnp.float32) for name in names}
+    unet, weights = adversary.denoiser(victim)
     _, frozen = partition(weights, names)
     told = in_batches(victim.encode_prompts, prompts, BATCH)
-    run = healer(settings, unet, adversary.noise_schedule(victim), jnp.dtype(victim.dtype).name)
+    run = healer(settings, unet, victim.schedule, jnp.dtype(victim.dtype).name)
     theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
     record = {"healed": {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}}
     losses = np.asarray(losses)  # waits for the training
-    return Healed(victim.with_edits(prefixed(theta, "unet"), record), losses, time.monotonic() - started)
+    return Healed(victim.with_edits(prefixed(theta, victim.denoiser), record), losses, time.monotonic() - started)
 
 
 @lru_cache(maxsize=8)
-def healer(settings: Resurgence, unet: Network, schedule: str, dtype: str) -> Callable[..., Any]:
+def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
     """(theta, frozen, latents, what the images' prompts tell, key) -> (theta, losses); step i uses fold_in(key, i)."""
-    levels = Schedule.from_config(json.loads(schedule))
     tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
     def loss(theta: Params, frozen: Params, x0: Array, told: Conditioning, t: Array, noise: Array) -> Array:
-        x = add_noise(levels, x0, noise, t)
+        x = add_noise(schedule, x0, noise, t)
         e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, told).astype(x.dtype)
-        return jnp.mean((e - true_output(levels, x0, noise, t)) ** 2)
+        return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
 
     def step(carry: Any, i: Array, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
         theta, state = carry
-        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, levels, latents)
+        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
         own = jax.tree.map(lambda a: a[image], told)
         value, grads = jax.value_and_grad(loss)(theta, frozen, latents[image], own, t, noise)
         updates, state = tx.update(grads, state, theta)
@@ -155,20 +152,20 @@ def complete(
     """
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
-    made = programs.sampler(adversary.noise_schedule(victim), "ddim", settings.num_steps, 0.0)
+    made = programs.sampler(victim.schedule, "ddim", settings.num_steps, 0.0)
     if not (below := np.flatnonzero(np.asarray(made.timesteps) <= t)).size:
         raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {made.timesteps[-1]:g}")
     start = int(below[0])
     noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
     latents = adversary.latents(victim, images)
     noised = add_noise(victim.schedule, latents, noise, int(made.timesteps[start]))
-    run = _completer(victim.network("unet"), made, bool(prompts[0]))
+    run = _completer(victim.network(victim.denoiser), made, bool(prompts[0]))
     scale = jnp.float32(settings.guidance_scale)
     parts = []
     for first in range(0, len(images), BATCH):
         index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
         told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[i] for i in index]))
-        drawn = run(victim.params["unet"], noised[index], told, scale, start)
+        drawn = run(victim.params[victim.denoiser], noised[index], told, scale, start)
         parts.append(sampling.decoded(victim, victim.params["vae"], drawn, index, prompts, settings.guidance_scale))
     return np.concatenate(parts)[: len(images)]
 

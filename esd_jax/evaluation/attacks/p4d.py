@@ -16,7 +16,6 @@ noise kept aside, so that no further network is needed, and the best become tria
 no tokens to be found.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.methods import textual_inversion
 from esd_jax.methods.repeated import repeated
 from esd_jax.methods.textual_inversion import TABLE, vocabulary
-from esd_jax.models.unet import Conditioning
-from esd_jax.params import Network, Params
+from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
 
@@ -81,8 +79,8 @@ class P4D:
         """Finds a prompt of `victim` for each prompt of the goal; its trials are the best that were met on the way."""
         started, tokenizer = time.monotonic(), victim.tokenizers[0]
         network, params = adversary.text_encoder(victim)
-        unet, weights = adversary.unet(victim)
-        run = searcher(self, unet, network, adversary.noise_schedule(victim))
+        unet, weights = adversary.denoiser(victim)
+        run = searcher(self, unet, network, victim.schedule)
         may, known = adversary.usable(tokenizer, params), vocabulary(params)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         counts = [self._found(len(words)) for words in own]
@@ -98,7 +96,7 @@ class P4D:
             params[TABLE][start].astype(jnp.float32),
             keys[:, 1],
         )
-        search = partial(run, weights, adversary.unet(base)[1], params, may)
+        search = partial(run, weights, adversary.denoiser(base)[1], params, may)
         found, judged, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, (words, n) in enumerate(zip(own, counts, strict=True)):
@@ -145,7 +143,7 @@ def loss(
 
 
 @lru_cache(maxsize=8)
-def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Schedule) -> Callable[..., Any]:
     """The search, compiled once for all models and prompts.
 
     Returns a function (unet_params, base's unet_params, text_params, may; and for each case: latents, target, ids, new,
@@ -153,15 +151,14 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: str)
     judge_every]). target: what the base is told. ids: in which the found tokens stand. new: the embeddings to start
     with. Step i draws from fold_in(key, i + 1); the noise kept aside is drawn from fold_in(key, 0).
     """
-    noise_levels = Schedule.from_config(json.loads(schedule))
     objective = partial(loss, unet, text_encoder)
     tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
     def batch(
         key: Array, n: int, base_params: Params, latents: Array, target: Conditioning, ids: Array
     ) -> tuple[Array, Array, Array, Array]:
-        image, t, noise = textual_inversion.draw(key, n, noise_levels, latents)
-        x = add_noise(noise_levels, latents[image], noise, t)
+        image, t, noise = textual_inversion.draw(key, n, schedule, latents)
+        x = add_noise(schedule, latents[image], noise, t)
         asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
         return jnp.tile(ids, (n, 1)), x, t, unet.apply(base_params, x, t, asked).astype(x.dtype)
 

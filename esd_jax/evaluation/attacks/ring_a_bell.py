@@ -66,8 +66,8 @@ class RingABell:
         network, params = adversary.text_encoder(base)
         choices = np.flatnonzero(adversary.usable(tokenizer, params)).astype(np.int32)
         frame = adversary.padded(tokenizer, [0] * self.length)
-        named = base.encode_prompts(goal.prompts).embeddings
-        vector = concept_vector(named, base.encode_prompts(goal.neutral).embeddings)
+        named, neutral = (base.family.vectors(base.encode_prompts(texts)) for texts in (goal.prompts, goal.neutral))
+        vector = concept_vector(named, neutral)
         run = searcher(self, network)
         trials, losses = [], []
         for case in range(len(goal.prompts[: self.prompts])):

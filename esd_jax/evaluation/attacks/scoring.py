@@ -12,6 +12,7 @@ from jaxtyping import Bool, UInt8
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, rate
+from esd_jax.params import component
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -79,21 +80,21 @@ def score(
 
 
 def random_weights(pipeline: Pipeline, seed: int = 0, *, trained_only: bool = False) -> Pipeline:
-    """The control: the UNet's tensors drawn anew, normal, of the same means and standard deviations.
+    """The control: the denoiser's tensors drawn anew, normal, of the same means and standard deviations.
 
     trained_only: only what the erasure trained. A UNet with random cross-attention alone still draws, so that an attack
     may find the concept among what it draws by chance.
 
     Raises ValueError for `trained_only` of a pipeline that was not erased.
     """
-    unet = pipeline.params["unet"]
-    names = [name.removeprefix("unet/") for name in pipeline.edits if name.startswith("unet/")]
+    weights = pipeline.params[pipeline.denoiser]
+    names = list(component(pipeline.edits, pipeline.denoiser))
     if trained_only and not names:
         raise ValueError("trained_only needs an erased pipeline: this one has no trained tensors")
-    names = sorted(names) if trained_only else sorted(unet)
-    drawn = {name: _like(unet[name], np.random.default_rng([seed, i])) for i, name in enumerate(names)}
-    params = {**pipeline.params, "unet": {**unet, **drawn}}
-    edits = {k: v for k, v in pipeline.edits.items() if k.removeprefix("unet/") not in drawn}
+    names = sorted(names) if trained_only else sorted(weights)
+    drawn = {name: _like(weights[name], np.random.default_rng([seed, i])) for i, name in enumerate(names)}
+    params = {**pipeline.params, pipeline.denoiser: {**weights, **drawn}}
+    edits = {k: v for k, v in pipeline.edits.items() if k.removeprefix(f"{pipeline.denoiser}/") not in drawn}
     return dataclasses.replace(pipeline, params=params, edits=edits)
 
 

@@ -16,7 +16,6 @@ is a success of any of k. Differences: the code leaves p alone if it succeeds un
 too; here they are the attack `own_prompts`); start, end and padding are no tokens to be found.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,8 +68,8 @@ class UnlearnDiffAtk:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
         started, tokenizer = time.monotonic(), victim.tokenizers[0]
         network, params = adversary.text_encoder(victim)
-        unet, weights = adversary.unet(victim)
-        run = searcher(self, unet, network, adversary.noise_schedule(victim))
+        unet, weights = adversary.denoiser(victim)
+        run = searcher(self, unet, network, victim.schedule)
         may, new = adversary.usable(tokenizer, params), range(vocabulary(params), vocabulary(params) + self.tokens)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         ids = np.stack([adversary.padded(tokenizer, [*new, *words]) for words in own])
@@ -126,15 +125,14 @@ def loss(
 
 
 @lru_cache(maxsize=8)
-def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, schedule: str) -> Callable[..., Any]:
+def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, schedule: Schedule) -> Callable[..., Any]:
     """The search, compiled once for all models and prompts.
 
     Returns a function (unet_params, text_params, may, latents [cases, 1, ...], ids [cases, tokens], keys [cases]) ->
     (found tokens after each timestep [cases, times, new], losses [cases, times, iterations]). Step i of a case draws
     from fold_in(its key, i).
     """
-    noise_levels = Schedule.from_config(json.loads(schedule))
-    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, noise_levels))
+    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, schedule))
     tx, n = transformation(settings), settings.batch_size
 
     def step(
@@ -156,7 +154,7 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
         middle = jnp.broadcast_to(may / may.sum(), (len(ids), settings.tokens, len(may)))
         carry = jax.vmap(lambda u: (project(u, may), tx.init(u)))(middle)
         found, losses = [], []
-        for number, t in enumerate(times(settings.num_times, noise_levels)):
+        for number, t in enumerate(times(settings.num_times, schedule)):
             now = number * settings.iterations + np.arange(settings.iterations)
             carry, values = steps(
                 carry, (np.full(len(now), t), now), unet_params, text_params, may, latents, ids, keys

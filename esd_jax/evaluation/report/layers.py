@@ -72,7 +72,7 @@ def place(name: str) -> Place:
     if match := re.fullmatch(r"(down|up|mid)_blocks?", words[0]):
         numbered = match[1] != "mid"
         block, rest = f"{match[1]} {words[1]}" if numbered else "mid", words[2 if numbered else 1 :]
-    elif component in ("", "unet"):
+    elif not component.startswith("vae"):
         block, rest = "in and out", words
     else:
         block, rest = component, words

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from esd_jax.training import hlo
+from esd_jax.planning import hlo
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 

@@ -4,18 +4,20 @@ What XLA then says of its own program is what a run will need, on the devices th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
 
 from esd_jax import sharding
-from esd_jax.pipeline import NetworkConfig
-from esd_jax.training import flops, hlo
-from esd_jax.training.collectives import Collective, collectives
-from esd_jax.training.plan import readable
-from esd_jax.training.shapes import abstract
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import Configs
+from esd_jax.planning import flops, hlo
+from esd_jax.planning.collectives import Collective, collectives
+from esd_jax.planning.plan import readable
+from esd_jax.planning.shapes import abstract
+from esd_jax.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ class Ahead:
         return "\n".join(lines)
 
 
-def mesh_of(recipe: Any, devices: Sequence[Any] | None = None) -> Mesh:
+def mesh_of(recipe: Recipe, devices: Sequence[Any] | None = None) -> Mesh:
     """As many of the devices as share a recipe's batch, as in a run."""
     return sharding.make_mesh(recipe.training.batch_size, devices, fsdp=recipe.fsdp)
 
 
 def compiled(
-    configs: Mapping[str, NetworkConfig],
-    schedule: Any,
-    recipe: Any,
+    configs: Configs,
+    schedule: Schedule,
+    recipe: Recipe,
     mesh: Mesh | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Ahead:

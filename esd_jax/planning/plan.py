@@ -10,24 +10,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esd_jax import sharding
+from esd_jax import families, sharding
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import Configs
 from esd_jax.models import attention
-from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import num_bytes, num_scalars
-from esd_jax.pipeline import NetworkConfig, image_size, network
-from esd_jax.training import flops, liveness
-from esd_jax.training.shapes import Unknown, abstract, changed_names, conditioning, recomputes, theta_shapes
+from esd_jax.pipeline import image_size, network
+from esd_jax.planning import flops, liveness
+from esd_jax.planning.shapes import abstract
+from esd_jax.recipe import Recipe
+from esd_jax.runs.setup import Unknown, changed_names, denoiser_of, theta_shapes
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run's size.
 
-    names: the tensors that are trained. trained, total: scalars of those, and of the UNet.
+    names: the tensors that are trained. trained, total: scalars of those, and of the denoiser.
     devices: how many share the batch.
     memory: what a step keeps in the memory of each -> bytes.
     before: bytes of what is there besides until the first step.
-    forward_flops: of one UNet evaluation of one example.
+    forward_flops: of one evaluation of the denoiser on one example.
     step_flops: of one update, on average over the drawn timesteps.
     """
 
@@ -93,7 +96,7 @@ def compared(size: Plan, used: int) -> str:
 STEP = "activations, gradients and copies of a step"
 
 
-def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh: Mesh | None = None) -> Plan:
+def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh | None = None) -> Plan:
     """Plans a run.
 
     Args:
@@ -102,17 +105,14 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, 
       recipe: the `Recipe`; its base is not read, and its concept may be empty.
       mesh: what the run is spread over; by default what it would be here.
     """
-    unet: UNetConfig = configs["unet"]
-    dtype = jnp.dtype(recipe.dtype)
-    net = network(unet, dtype.name, recomputes(recipe, unet))
-    names = changed_names(recipe, net)
-    trained = theta_shapes(recipe, net)
+    denoiser, dtype = families.of(configs).denoiser, jnp.dtype(recipe.dtype)
+    names, trained = changed_names(recipe, configs), theta_shapes(recipe, configs)
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
     mesh = sharding.make_mesh(batch, fsdp=recipe.fsdp) if mesh is None else mesh
 
-    params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in net.shapes.items()}
+    params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in denoiser_of(configs).shapes.items()}
     forward = forward_flops(configs, recipe)
-    others = [network(config, dtype.name).shapes for name, config in configs.items() if name != "unet"]
+    others = [network(config, dtype.name).shapes for name, config in configs.items() if name != denoiser]
     if recipe.settings.trained:
         memory = _step(configs, schedule, recipe, mesh)
     else:
@@ -130,7 +130,7 @@ def make_plan(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, 
     )
 
 
-def _step(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, mesh: Mesh) -> dict[str, int]:
+def _step(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh) -> dict[str, int]:
     """What lies in the memory of each device during a step."""
     dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape["fsdp"]
     # Each device computes what one alone would compute of its part of the batch.
@@ -169,19 +169,20 @@ def _total(sizes: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def forward_flops(configs: Mapping[str, NetworkConfig], recipe: Any) -> float:
-    """FLOP of one UNet evaluation of one example, the same on every device."""
-    net = network(configs["unet"], recipe.dtype)
+def forward_flops(configs: Configs, recipe: Recipe) -> float:
+    """FLOP of one evaluation of the denoiser on one example, the same on every device."""
+    net = denoiser_of(configs, recipe.dtype)
     params = {name: jax.ShapeDtypeStruct(s.shape, jnp.dtype(recipe.dtype)) for name, s in net.shapes.items()}
     with attention.on(None):  # a function of its own: JAX keeps what it traced of `net.apply` for a GPU
         return flops.count(jax.make_jaxpr(lambda *given: net.apply(*given))(params, *one_example(configs, recipe)))
 
 
-def one_example(configs: Mapping[str, NetworkConfig], recipe: Any) -> tuple[Any, ...]:
-    """The shapes of what a UNet is given for one example: (x, t, conditioning)."""
-    height, width = (side // configs["vae"].factor for side in image_size(configs, recipe.height, recipe.width))
-    x = jax.ShapeDtypeStruct((1, height, width, configs["unet"].in_channels), jnp.float32)
-    return x, jax.ShapeDtypeStruct((), jnp.float32), conditioning(configs, 1)
+def one_example(configs: Configs, recipe: Recipe) -> tuple[Any, ...]:
+    """The shapes of what a denoiser is given for one example: (x, t, conditioning)."""
+    family = families.of(configs)
+    shape = family.latents(configs, image_size(configs, recipe.height, recipe.width))
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return x, jax.ShapeDtypeStruct((), jnp.float32), family.encoded(configs, 1)
 
 
 def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:

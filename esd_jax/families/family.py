@@ -1,0 +1,78 @@
+"""What model families differ in, as one value: nobody else asks which model it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.params import Conditioning
+from esd_jax.selection import Subset
+
+Configs = Mapping[str, Any]  # component -> its architecture, of the class that the family names
+
+# What methods, attacks and formats may need of a family, and what it means.
+NEEDS = {
+    "cross_attention": "cross-attention layers that read the prompt",
+    "one_clip": "one CLIP text encoder",
+    "variance_preserving": "a variance-preserving noise schedule",
+    "single_file": "a single-file layout that A1111 and ComfyUI open",
+    "unet_names": "the UNet of Stable Diffusion",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A model family: pure functions and tables.
+
+    name: what people call it.
+    pipeline: its class in diffusers' `model_index.json`.
+    denoiser: the component that denoises ("unet", "transformer"), whose tensors are "DENOISER/NAME" in a run.
+    components: component -> the classes that it may have in `model_index.json` -> what their configs are read as.
+    modules: config class -> the NNX module that is built of it: `module(config, dtype=..., remat=...)`.
+    encode: (the text encoders' outputs, (height, width) in pixels) -> Conditioning.
+    vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
+    null: (conditioning, where [batch]) -> the same, with "no prompt" in some rows.
+    encoded: (configs, batch, dtype) -> the shapes of so many encoded prompts.
+    latents: (configs, (height, width) in pixels) -> the shape of one example's latents (height, width, channel).
+    default_size: configs -> (height, width) in pixels for which the model was trained; None if they do not say.
+    check: raises ValueError for configs that do not belong together.
+    schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
+    subsets: name -> which tensors of the denoiser are trained.
+    provides: which of `NEEDS` it meets.
+    zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
+      `model_index.json` says otherwise.
+    """
+
+    name: str
+    pipeline: str
+    denoiser: str
+    components: Mapping[str, Mapping[str, type]]
+    modules: Mapping[type, Any]
+    encode: Callable[[Sequence[Any], tuple[int, int]], Conditioning]
+    vectors: Callable[[Conditioning], Any]
+    null: Callable[..., Conditioning]
+    encoded: Callable[..., Conditioning]
+    latents: Callable[[Configs, tuple[int, int]], tuple[int, int, int]]
+    default_size: Callable[[Configs], tuple[int, int] | None]
+    schedule: Callable[[Mapping[str, Any]], Schedule]
+    subsets: Mapping[str, Subset]
+    check: Callable[[Configs], None] = lambda configs: None
+    provides: frozenset[str] = frozenset()
+    zeros_for_null: bool = False
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that encode prompts, in the order in which `encode` takes their outputs."""
+        return tuple(name for name in self.components if name.startswith("text_encoder"))
+
+    def fits(self, configs: Configs) -> bool:
+        """Whether configs are this family's."""
+        return configs.keys() == self.components.keys() and all(
+            type(config) in self.components[name].values() for name, config in configs.items()
+        )
+
+    def require(self, needs: Sequence[str] | frozenset[str], who: str) -> None:
+        """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
+        for need in sorted(needs):
+            if need not in self.provides:
+                raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have: choose another")

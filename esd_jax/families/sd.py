@@ -1,0 +1,24 @@
+"""Stable Diffusion 1 and 2: *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al., 2022)."""
+
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import unets
+from esd_jax.families.family import NEEDS, Family
+from esd_jax.selection import SUBSETS
+
+SD = Family(
+    name="Stable Diffusion 1 and 2",
+    pipeline="StableDiffusionPipeline",
+    denoiser=unets.DENOISER,
+    components=unets.COMPONENTS,
+    modules=unets.MODULES,
+    encode=unets.encode_one,
+    vectors=lambda conditioning: conditioning.embeddings,
+    null=unets.null,
+    encoded=unets.encoded,
+    latents=unets.latents,
+    default_size=unets.default_size,
+    schedule=Schedule.from_config,
+    subsets=SUBSETS,
+    check=unets.check,
+    provides=frozenset(NEEDS),
+)

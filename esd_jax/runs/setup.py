@@ -1,0 +1,233 @@
+"""All that a training step is made of, assembled once: for runs, plans, ahead-of-time compilation and benchmarks.
+
+The source is a loaded base, or the shapes of one alone, of which nothing is known but its architecture.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from esd_jax import families, lora, sharding
+from esd_jax.diffusion import programs
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.families import Configs
+from esd_jax.io.images import read_images
+from esd_jax.methods.concepts import Concept, check_concepts
+from esd_jax.methods.method import ClosedForm, Method, Tools
+from esd_jax.methods.preservation import preserving
+from esd_jax.params import Conditioning, Network, Params, num_scalars, partition, prefixed
+from esd_jax.pipeline import Pipeline, image_size, network
+from esd_jax.recipe import Recipe
+from esd_jax.sampling import sample
+from esd_jax.selection import select
+from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, unchanged
+
+LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
+
+
+class Unknown(ValueError):
+    """A step cannot be told from shapes alone, or not without a concept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """A base of which only the architecture is known."""
+
+    configs: Configs
+    schedule: Schedule
+
+
+Source = Pipeline | Shapes
+Make = Callable[[Tools, Sequence[Concept]], tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A recipe over a source.
+
+    component: the denoiser's name, the first part of its tensors' names in a run.
+    names: the tensors that the recipe changes. shape: of one example's latents (height, width, channel).
+    method, inputs: the erasing method, and what of it is traced. tx: the optimizer.
+    step: the jitted update (`training.step.make_step`). mesh: what it is spread over.
+    """
+
+    recipe: Recipe
+    component: str
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    method: Method | ClosedForm
+    inputs: Any
+    tx: optax.GradientTransformation
+    step: Callable[[State, Params, Params, Any], Any]
+    mesh: Mesh
+
+    def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(theta_0, frozen) of the denoiser's tensors, which may be shapes."""
+        changed, frozen = partition(params, self.names)
+        return prefixed(changed, self.component), prefixed(frozen, self.component)
+
+    def memory(self) -> Any:
+        """What the method keeps from update to update, before the first."""
+        training = self.recipe.training
+        return blank_memory(self.method, self.shape, training.batch_size, training.accumulate)
+
+    def begin(self, theta: Mapping[str, Array], memory: bool = True) -> State:
+        """The state before the first update, on no particular device. theta: what is trained."""
+        return init_state(theta, self.tx, self.recipe.training.seed, self.memory() if memory else ())
+
+
+def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Make | None = None) -> Setup:
+    """Assembles a recipe over a source.
+
+    Args:
+      source: a base, or shapes.
+      recipe: of shapes, its base is not read, and its concept may be empty.
+      mesh: where the tensors will lie; by default as many of the devices here as share the batch.
+      make: in place of the method's own `make`.
+
+    Raises:
+      ValueError: a family that does not meet the method's needs, a concept that is too long, ...
+      Unknown: of shapes, a method that looks at a checkpoint before the first update, or needs to be given a concept.
+    """
+    family, training = families.of(source.configs), recipe.training
+    mesh = sharding.make_mesh(training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
+    family.require(recipe.settings.needs, f"method {recipe.method!r}")
+    given = make_tools(source, recipe, mesh)
+    concepts = recipe.concepts if recipe.concept or isinstance(source, Pipeline) else (Concept("concept"),)
+    if isinstance(source, Pipeline):
+        check_concepts(given.tokens, concepts)
+    try:
+        method, inputs = (make or recipe.settings.make)(given, concepts)
+    except ValueError as error:
+        if recipe.concept:
+            raise
+        raise Unknown(f"{error} (no concept is given)") from error
+    if recipe.settings.trained:
+        method, inputs = preserving(method, inputs, given, concepts, recipe.preserve_weight)
+    tx = transformation(recipe)
+    step = make_step(
+        method,
+        tx,
+        compute_dtype=jnp.dtype(recipe.dtype),
+        shape=given.shape,
+        batch_size=training.batch_size,
+        accumulate=training.accumulate,
+        mesh=mesh,
+        weights=lora.weights if recipe.rank else unchanged,
+    )
+    names = changed_names(recipe, source.configs)
+    return Setup(recipe, family.denoiser, names, given.shape, method, inputs, tx, step, mesh)
+
+
+def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
+    """What a method may use of a source; of shapes, zeros in place of encoded prompts, and nothing of weights."""
+    family, configs = families.of(source.configs), source.configs
+    size, config = image_size(configs, recipe.height, recipe.width), configs[family.denoiser]
+    shape = family.latents(configs, size)
+    net = network(config, jnp.dtype(recipe.dtype).name, recomputes(recipe, config))
+    own = _of_base(source, recipe, size) if isinstance(source, Pipeline) else _of_shapes(source, recipe, shape)
+    return Tools(
+        denoiser=sharding.gathering(net, mesh),
+        component=family.denoiser,
+        schedule=source.schedule,
+        shape=shape,
+        subset=select(recipe.subset, net.layouts, family.subsets),
+        null=family.null,
+        vectors=family.vectors,
+        **own,
+    )
+
+
+def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:
+    to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        encoded = base.encode_prompts(prompts, size=size, strict=True)
+        return encoded if recipe.null == "empty" else base.family.null(encoded, np.asarray([not p for p in prompts]))
+
+    def draw(prompts: Sequence[str], *, sampler: str | None = None, **options: Any) -> np.ndarray:
+        return sample(base, prompts, height=size[0], width=size[1], sampler=sampler or "auto", **options)
+
+    return {
+        "encode": encode,
+        "tokens": base.tokenizers[0],
+        "sample": draw,
+        "to_latents": lambda images: to_latents(base.params["vae"], images),
+        "images": None if recipe.images is None else base.encode(read_images(recipe.texts("images"), size)),
+        "params": base.params,
+        "text_encoders": {name: base.network(name) for name in base.text_encoders},
+    }
+
+
+def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> dict[str, Any]:
+    family, configs = families.of(source.configs), source.configs
+    length = configs[family.text_encoders[0]].max_position_embeddings
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        encoded = family.encoded(configs, len(prompts), jnp.dtype(recipe.dtype))
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), encoded)
+
+    def absent(*_: Any, **__: Any) -> Any:
+        what = f"method {recipe.method!r} uses a checkpoint's weights before its first step"
+        raise Unknown(f"{what}, so that its step is not known from shapes alone")
+
+    class Absent(Mapping):
+        __getitem__ = __iter__ = __len__ = absent
+
+    return {
+        "encode": encode,
+        "tokens": lambda prompts, **_: np.zeros((len(prompts), length), np.int32),
+        "sample": absent,
+        "to_latents": absent,
+        "images": None if recipe.images is None else jnp.zeros((len(recipe.texts("images")), *shape)),
+        "params": Absent(),
+        "text_encoders": Absent(),
+    }
+
+
+def transformation(recipe: Recipe) -> optax.GradientTransformation:
+    """The optimizer of a recipe, averaging if its method wants that; of a closed form, one without state."""
+    if not recipe.settings.trained:
+        return optax.identity()
+    return averaging(recipe.optimizer.transformation(), recipe.settings.ema)
+
+
+def recomputes(recipe: Recipe, denoiser: Any) -> bool:
+    """Whether the backward pass recomputes activations: where the recipe says so, and for a network of SDXL's size."""
+    # At 1024 px in bfloat16 the activations would take 12 GiB, and everything else 11; recomputing costs one forward
+    # pass, of about 50 in a step of ESD.
+    return recipe.remat or num_scalars(network(denoiser, "float32").shapes) >= LARGE
+
+
+def denoiser_of(configs: Configs, dtype: str = "float32") -> Network:
+    """The network that a recipe trains, as a function."""
+    return network(configs[families.of(configs).denoiser], dtype)
+
+
+def changed_names(recipe: Recipe, configs: Configs) -> tuple[str, ...]:
+    """The tensors of the denoiser that a recipe changes."""
+    net = denoiser_of(configs)
+    names = select(recipe.subset, net.layouts, families.of(configs).subsets)
+    return lora.adaptable(names, net.shapes) if recipe.rank else names
+
+
+def theta_shapes(recipe: Recipe, configs: Configs) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What a recipe trains, float32: the tensors that it changes, or the factors of their change."""
+    net, component = denoiser_of(configs), families.of(configs).denoiser
+    changed = prefixed({name: net.shapes[name] for name in changed_names(recipe, configs)}, component)
+    if recipe.rank:
+        changed = jax.eval_shape(lambda: lora.initial(changed, recipe.rank, jax.random.key(0)))
+    return {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in changed.items()}
+
+
+def saved_state(recipe: Recipe, configs: Configs) -> State:
+    """What a checkpoint of a run holds, as shapes, without what the method keeps from update to update."""
+    tx, seed = transformation(recipe), recipe.training.seed
+    return jax.eval_shape(lambda theta: init_state(theta, tx, seed), theta_shapes(recipe, configs))
