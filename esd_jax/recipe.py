@@ -17,10 +17,10 @@ from typing import Any, get_args
 from ml_collections import ConfigDict, config_dict
 
 from esd_jax import several
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Settings, choose
 from esd_jax.inputs import check_text, expanded, finite
 from esd_jax.methods import METHODS
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Settings, choose
 from esd_jax.several import FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer

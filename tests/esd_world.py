@@ -6,6 +6,7 @@ fast.
 """
 
 import dataclasses
+import zlib
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ import torch_oracle
 from torch_oracle import AXES, exactly, to_params
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Tools
 from esd_jax.families import unets
 from esd_jax.methods import esd
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Tools
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import Network, Params, functional, prefixed
@@ -115,9 +116,15 @@ def settings(preset: str, **fields: Any) -> esd.ESD:
     return esd.ESD(**{name: value for name, value in chosen.items() if name in known})
 
 
+def tokens(texts: list[str]) -> np.ndarray:
+    """Ids of words between 1 (start) and 2 (end), padded with the end, as Stable Diffusion 1 has them."""
+    rows = [[1, *(10 + zlib.crc32(word.encode()) for word in text.lower().split()), 2] for text in texts]
+    return np.array([row + [2] * (TOKENS - len(row)) for row in rows])
+
+
 def tools(w: World, **others: Any) -> Tools:
-    """What a method may use; by default neither a tokenizer nor images."""
-    absent = {"subset": (), "tokens": None, "sample": None, "to_latents": None}
+    """What a method may use; by default no images."""
+    absent = {"subset": (), "tokens": tokens, "sample": None, "to_latents": None}
     absent |= {"component": "unet", "null": unets.null, "vectors": lambda conditioning: conditioning.embeddings}
     return Tools(
         **{"denoiser": w.network, "schedule": SCHEDULE, "shape": SHAPE, "encode": w.encode, **absent, **others}

@@ -27,11 +27,11 @@ import esd_jax
 from esd_jax import api, recipe, runs
 from esd_jax.diffusion.path import to_x0_eps
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import true_output
+from esd_jax.erasing.method import Models
 from esd_jax.methods import ablating, anchors
 from esd_jax.methods.ablating import Ablating
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.images import true_output
-from esd_jax.methods.method import Models
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import Network, combine, partition
 from esd_jax.selection import select

@@ -14,9 +14,9 @@ from jax._src.interpreters import pxla
 
 import esd_jax
 from esd_jax import recipe, runs, sharding
+from esd_jax.erasing import textual_inversion
 from esd_jax.evaluation.attacks import ATTACKS, concept_inversion, hidden, p4d, unlearn_diff_atk
 from esd_jax.evaluation.attacks.adversary import Goal
-from esd_jax.methods import textual_inversion
 from esd_jax.models import attention
 from esd_jax.models.attention import Device
 from esd_jax.params import prefixed

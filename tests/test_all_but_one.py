@@ -1,7 +1,6 @@
 """All but One against a torch transcription of Algorithm 1, and the identity that it is built on."""
 
 import copy
-import zlib
 from functools import partial
 from typing import Any
 
@@ -15,17 +14,17 @@ import torch
 import torch_oracle
 from all_but_one_oracle import Paper
 from distilled import GATE, assert_same_batch, assert_same_change, assert_same_loss, noise_of, table_world, trainable
-from esd_world import SCHEDULE, SHAPE, TOKENS, tools, world
+from esd_world import SCHEDULE, SHAPE, TOKENS, tokens, tools, world
 from messages import one_line
 from test_step import RATE, Puppet, Scripted
 from torch_oracle import exactly, to_nchw
 
 from esd_jax.diffusion import guidance, samplers
+from esd_jax.erasing.concepts import Concept, reader
+from esd_jax.erasing.method import Models, denoise
+from esd_jax.erasing.trajectories import Draws
 from esd_jax.methods import all_but_one
 from esd_jax.methods.all_but_one import AllButOne
-from esd_jax.methods.concepts import Concept, reader
-from esd_jax.methods.method import Models, denoise
-from esd_jax.methods.trajectories import Draws
 from esd_jax.params import partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, init_state, make_step
@@ -40,14 +39,8 @@ ORDERS = ([("a cat", -7.5), ("a dog", 6.5), ("a cow", 6.5)], [("Van Gogh", -3.75
 TEXTS = [c.text for c in CONCEPTS]
 
 
-def tokens(texts: list[str]) -> np.ndarray:
-    """Ids of words between 1 (start) and 2 (end), padded with the end, as Stable Diffusion 1 has them."""
-    rows = [[1, *(10 + zlib.crc32(word.encode()) for word in text.lower().split()), 2] for text in texts]
-    return np.array([row + [2] * (TOKENS - len(row)) for row in rows])
-
-
 def make(w: Any, concepts: Any = CONCEPTS, **fields: Any) -> tuple[all_but_one.Method, all_but_one.Inputs]:
-    return AllButOne(**fields).make(tools(w, tokens=tokens), concepts)
+    return AllButOne(**fields).make(tools(w), concepts)
 
 
 def given(index: int, dtype: str, batch: int = 2) -> Draws:

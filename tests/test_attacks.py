@@ -22,6 +22,8 @@ from torch_oracle import exactly, to_nchw
 
 import esd_jax
 from esd_jax.diffusion.schedule import add_noise
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.textual_inversion import TABLE
 from esd_jax.evaluation.attacks import (
     ATTACKS,
     Goal,
@@ -45,8 +47,6 @@ from esd_jax.evaluation.attacks.hidden import Completion, Resurgence
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
-from esd_jax.methods import textual_inversion
-from esd_jax.methods.textual_inversion import TABLE
 from esd_jax.params import component
 from esd_jax.sampling import example_keys, initial_noise, sample
 

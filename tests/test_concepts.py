@@ -10,8 +10,8 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, cli, recipe, runs
+from esd_jax.erasing.concepts import Concept, check_concepts
 from esd_jax.methods import METHODS
-from esd_jax.methods.concepts import Concept, check_concepts
 
 SHORT = {"method": "uce", "config": "uce", "dtype": "float32"}
 

@@ -12,10 +12,11 @@ from messages import one_line
 from torch_oracle import error, exactly, in_pipeline, to_nchw, to_nhwc
 
 from esd_jax import recipe
-from esd_jax.methods import contexts, esd
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.contexts import Context
-from esd_jax.methods.method import Models
+from esd_jax.erasing import contexts
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.contexts import Context
+from esd_jax.erasing.method import Models
+from esd_jax.methods import esd
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 

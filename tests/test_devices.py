@@ -40,9 +40,9 @@ def main(output: str) -> None:
 
     from esd_jax import sharding
     from esd_jax.diffusion.schedule import Schedule
+    from esd_jax.erasing.concepts import Concept
+    from esd_jax.erasing.method import Method, Tools
     from esd_jax.methods import esd
-    from esd_jax.methods.concepts import Concept
-    from esd_jax.methods.method import Tools
     from esd_jax.models.unet import Conditioning, UNet2DConditionModel, UNetConfig
     from esd_jax.params import functional, partition, prefixed
     from esd_jax.selection import select
@@ -79,7 +79,7 @@ def main(output: str) -> None:
         names = [*mine, *(f"kept_{name}" for name in other)]
         return NamedTuple("Draws", [(name, Any) for name in names])(*mine.values(), *other.values())
 
-    class Witness:
+    class Witness(Method):
         """A method whose gradient is what the step drew."""
 
         draw = staticmethod(both)
@@ -98,7 +98,7 @@ def main(output: str) -> None:
         assert dict(mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp}
         options = {"compute_dtype": jnp.float32, "shape": SHAPE, "batch_size": BATCH, "mesh": mesh}
 
-        step = make_step(Witness, recorder, **options)
+        step = make_step(Witness(), recorder, **options)
         state = init_state({name: jnp.zeros(shape) for name, shape in slots.items()}, recorder, seed=0)
         state = state._replace(step=jnp.int32(5))
         state, bank = sharding.place((state, inputs), mesh)

@@ -20,9 +20,9 @@ from messages import one_line
 from torch_oracle import error, exactly, to_nchw, to_nhwc
 
 from esd_jax import recipe
+from esd_jax.erasing.concepts import Concept, make_bank
+from esd_jax.erasing.method import Models, Scored
 from esd_jax.methods import esd
-from esd_jax.methods.concepts import Concept, make_bank
-from esd_jax.methods.method import Models, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 

@@ -18,8 +18,8 @@ from torch_oracle import AXES, error, exactly, to_nchw, to_nhwc, to_params
 
 import esd_jax
 from esd_jax import recipe, runs
+from esd_jax.erasing.method import Models
 from esd_jax.methods import esd
-from esd_jax.methods.method import Models
 from esd_jax.params import prefixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2

@@ -14,9 +14,9 @@ from esd_jax import api, dossier, exports, families, recipe
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.path import RECTIFIED_FLOW, VARIANCE_PRESERVING, to_x0_eps
 from esd_jax.diffusion.schedule import add_noise
+from esd_jax.erasing.images import true_output
 from esd_jax.evaluation.attacks import ATTACKS
 from esd_jax.evaluation.attacks.adversary import Goal
-from esd_jax.methods.images import true_output
 from esd_jax.planning.plan import make_plan
 from esd_jax.runs.setup import assemble
 

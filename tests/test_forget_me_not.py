@@ -26,10 +26,10 @@ from test_step import RATE, Puppet, Scripted
 from torch_oracle import error, exactly, to_nchw, to_nhwc
 
 import esd_jax
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
 from esd_jax.methods import forget_me_not
-from esd_jax.methods.concepts import Concept
 from esd_jax.methods.forget_me_not import ForgetMeNot, resteered
-from esd_jax.methods.method import Models
 from esd_jax.params import combine, partition
 from esd_jax.selection import select
 from esd_jax.text import Tokenizer

@@ -24,11 +24,11 @@ from torch_oracle import exactly, in_pipeline, to_nchw, to_nhwc
 import esd_jax
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing import trajectories
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
 from esd_jax.io import configs, corrections
 from esd_jax.io import diffusers as io
-from esd_jax.methods import trajectories
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Models
 from esd_jax.models import vae
 from esd_jax.pipeline import image_size
 from esd_jax.sampling import SamplerReplaced

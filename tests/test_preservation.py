@@ -6,10 +6,10 @@ import numpy as np
 from esd_world import SCHEDULE, SHAPE, tools, world
 
 from esd_jax.diffusion import guidance, samplers
-from esd_jax.methods.concepts import Concept
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
+from esd_jax.erasing.preservation import GUIDANCE, STEPS, preserving
 from esd_jax.methods.esd import ESD
-from esd_jax.methods.method import Models
-from esd_jax.methods.preservation import GUIDANCE, STEPS, preserving
 from esd_jax.params import component
 from esd_jax.training.step import Optimizer, init_state, make_step
 

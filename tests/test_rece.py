@@ -14,9 +14,9 @@ from torch_oracle import error, exactly
 
 import esd_jax
 from esd_jax import api, recipe
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import ClosedForm
 from esd_jax.methods import rece, uce
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import ClosedForm
 from esd_jax.selection import select
 
 

@@ -14,14 +14,14 @@ from messages import one_line
 from torch_oracle import exactly
 
 from esd_jax import api, recipe, sharding
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
+from esd_jax.erasing.preservation import preserving
+from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.trajectories import Draws
 from esd_jax.methods import esd
 from esd_jax.methods.all_but_one import AllButOne
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Models
-from esd_jax.methods.preservation import preserving
-from esd_jax.methods.replay import Replaying
 from esd_jax.methods.sdd import SDD
-from esd_jax.methods.trajectories import Draws
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import blank_memory, init_state, make_step
 

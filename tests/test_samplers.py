@@ -12,7 +12,7 @@ from messages import one_line
 
 from esd_jax.diffusion.samplers import SAMPLERS, default_sampler, drop_first, make_sampler, run
 from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise
-from esd_jax.methods import trajectories
+from esd_jax.erasing import trajectories
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 

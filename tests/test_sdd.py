@@ -19,11 +19,11 @@ from messages import one_line
 from test_step import RATE, Puppet, Scripted
 from torch_oracle import exactly, in_pipeline, to_nchw
 
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
+from esd_jax.erasing.trajectories import Draws
 from esd_jax.methods import sdd
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Models
 from esd_jax.methods.sdd import SDD
-from esd_jax.methods.trajectories import Draws
 from esd_jax.params import partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, averaging, init_state, make_step, result

@@ -17,8 +17,8 @@ from torch_oracle import to_nchw, to_nhwc
 import esd_jax
 from esd_jax import api, recipe, runs
 from esd_jax.diffusion import guidance, samplers
+from esd_jax.erasing.method import Tools
 from esd_jax.families import unets
-from esd_jax.methods.method import Tools
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import num_bytes, num_scalars, partition, prefixed
 from esd_jax.pipeline import network

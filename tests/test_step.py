@@ -16,8 +16,8 @@ from esd_world import ATTRIBUTE, EVERYWHERE, SHAPE, as_ours, given, make, world
 from torch_oracle import exactly, to_nchw
 
 from esd_jax import sharding
+from esd_jax.erasing.method import Method, Models, Scored
 from esd_jax.methods import esd
-from esd_jax.methods.method import Models, Scored
 from esd_jax.params import Params, combine, partition
 from esd_jax.selection import select
 from esd_jax.training.step import Optimizer, init_state, make_step
@@ -35,7 +35,7 @@ class Scripted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Puppet:
+class Puppet(Method):
     """A method whose draws are given and not drawn."""
 
     method: esd.Method
@@ -145,7 +145,7 @@ def test_accumulation_averages_the_gradients_of_micro_batches():
 
 
 @dataclass(frozen=True)
-class Witness:
+class Witness(Method):
     """A method whose gradient is what the step drew."""
 
     method: esd.Method

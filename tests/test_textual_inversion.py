@@ -22,9 +22,9 @@ from test_forget_me_not import BOTH, VOCABULARY, tokens
 from torch_oracle import exactly, to_nchw, to_params
 
 import esd_jax
-from esd_jax.methods import textual_inversion
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.textual_inversion import TABLE, TextualInversion, initial, inverter, place, words
 from esd_jax.methods.forget_me_not import ForgetMeNot
-from esd_jax.methods.textual_inversion import TABLE, TextualInversion, initial, inverter, place, words
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import component, functional

@@ -14,10 +14,10 @@ from torch_oracle import error
 
 import esd_jax
 from esd_jax import api, recipe, runs
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import ClosedForm, Tools
 from esd_jax.io.diffusers import read_exact
 from esd_jax.methods import uce
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import ClosedForm, Tools
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.params import functional, prefixed

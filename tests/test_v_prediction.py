@@ -19,10 +19,10 @@ from esd_world import ATTRIBUTE, SCHEDULE, SHAPE, given, settings, tools, world
 from torch_oracle import error, exactly, to_nchw, to_nhwc
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import true_output
+from esd_jax.erasing.method import Models
 from esd_jax.methods.all_but_one import AllButOne
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.images import true_output
-from esd_jax.methods.method import Models
 from esd_jax.methods.sdd import SDD
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2

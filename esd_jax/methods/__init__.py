@@ -1,10 +1,10 @@
 """The erasing methods, one paper per file: frozen dataclasses of settings that make what `method.Method` describes."""
 
+from esd_jax.erasing.method import Settings
 from esd_jax.methods.ablating import Ablating
 from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
 from esd_jax.methods.forget_me_not import ForgetMeNot
-from esd_jax.methods.method import Settings
 from esd_jax.methods.rece import RECE
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.uce import UCE

@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing import method as base
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import in_batches, true_output
+from esd_jax.erasing.method import Models, Tools, choose, denoise
 from esd_jax.methods import anchors
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.images import in_batches, true_output
-from esd_jax.methods.method import Models, Tools, choose, denoise
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params
 
@@ -219,7 +220,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Method(base.Method):
     """Ablating Concepts over one UNet and schedule."""
 
     settings: Ablating

@@ -37,11 +37,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.rules import largest
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods import replay, trajectories
-from esd_jax.methods.concepts import Bank, Concept, make_bank, reader
-from esd_jax.methods.method import Models, Tools, choose, denoise, evaluate, project
-from esd_jax.methods.replay import Replaying
-from esd_jax.methods.trajectories import Draws, Trajectory
+from esd_jax.erasing import method as base
+from esd_jax.erasing import replay, trajectories
+from esd_jax.erasing.concepts import Bank, Concept, make_bank, reader
+from esd_jax.erasing.method import Models, Tools, choose, denoise, evaluate, project
+from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params
 
@@ -230,7 +231,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Method(base.Method):
     """All but One over one UNet and schedule, as the three functions that a training step is made of."""
 
     settings: AllButOne

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from esd_jax import wording
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.images import in_batches
-from esd_jax.methods.method import Tools
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.method import Tools
 from esd_jax.prompt_files import listed
 
 # {p} is the anchor's caption, {s} the concept. The released code takes the templates alike, and a style's name twice

@@ -23,12 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.methods import contexts, replay, trajectories
-from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.contexts import Context
-from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
-from esd_jax.methods.replay import Replaying
-from esd_jax.methods.trajectories import Trajectory
+from esd_jax.erasing import contexts, replay, trajectories
+from esd_jax.erasing import method as base
+from esd_jax.erasing.concepts import Bank, Concept, make_bank
+from esd_jax.erasing.contexts import Context
+from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
+from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Conditioning, Network, Params
 
 
@@ -216,7 +217,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Method(base.Method):
     """ESD over one UNet and schedule, as the three functions that a training step is made of.
 
     `separate_anchor` says whether any anchor is neither the empty prompt nor the concept; only then does the target

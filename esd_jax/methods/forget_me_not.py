@@ -20,11 +20,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.methods import textual_inversion
-from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.images import in_batches
-from esd_jax.methods.method import Models, Tools, choose
-from esd_jax.methods.textual_inversion import NAME, TextualInversion, Tokens, place, words
+from esd_jax.erasing import method as base
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.concepts import Bank, Concept, make_bank
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.method import Models, Tools, choose
+from esd_jax.erasing.textual_inversion import NAME, TextualInversion, Tokens, place, words
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -255,7 +256,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Method(base.Method):
     """Forget-Me-Not's second stage over one UNet and schedule. layers: its cross-attentions."""
 
     denoiser: Network

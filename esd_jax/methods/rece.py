@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import ClosedForm, Tools
 from esd_jax.methods import uce
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.method import Tools
 from esd_jax.params import Params
 
 
@@ -85,7 +85,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Solver:
+class Solver(ClosedForm):
     """RECE as one function of the weights."""
 
     epochs: int

@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods import replay, trajectories
-from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.method import Models, Scored, Tools, choose, denoise, project, squared_error
-from esd_jax.methods.replay import Replaying
-from esd_jax.methods.trajectories import Draws, Trajectory
+from esd_jax.erasing import method as base
+from esd_jax.erasing import replay, trajectories
+from esd_jax.erasing.concepts import Bank, Concept, make_bank
+from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, project, squared_error
+from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.trajectories import Draws, Trajectory
 from esd_jax.params import Network, Params
 
 
@@ -141,7 +142,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Method(base.Method):
     """SDD over one UNet and schedule, as the three functions that a training step is made of."""
 
     settings: SDD

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods.concepts import Concept
-from esd_jax.methods.images import in_batches
-from esd_jax.methods.method import Tools, choose
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.method import ClosedForm, Tools, choose
 from esd_jax.params import Params
 from esd_jax.selection import select
 
@@ -110,7 +110,7 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
-class Solver:
+class Solver(ClosedForm):
     """UCE as one function of the weights."""
 
     def solve(self, theta: Params, inputs: Edit) -> Params:

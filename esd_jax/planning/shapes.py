@@ -9,15 +9,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esd_jax import sharding
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.method import Method, Scored, squared_error
 from esd_jax.families import Configs
-from esd_jax.methods.method import Scored, squared_error
 from esd_jax.params import Conditioning, Network
 from esd_jax.recipe import Recipe
 from esd_jax.runs.setup import Shapes, assemble, denoiser_of, theta_shapes
 
 
 @dataclass(frozen=True, eq=False)
-class Student:
+class Student(Method):
     """What the step of every method has: the student's prediction of each example, and its gradient.
 
     prompt: a batch of one.

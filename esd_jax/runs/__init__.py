@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from esd_jax import hosts, lora, sharding
+from esd_jax.erasing.method import Method
 from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io import folder as files
@@ -20,7 +21,6 @@ from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
 from esd_jax.io.tensors import check_sources
-from esd_jax.methods.method import ClosedForm, Method
 from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
@@ -179,7 +179,7 @@ def start(
     base: Pipeline,
     plan: Recipe,
     names: Sequence[str],
-    method: Method | ClosedForm,
+    method: Method,
     inputs: Any,
     start_from: Pipeline | None = None,
 ) -> Params:
@@ -192,7 +192,7 @@ def start(
         key = jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1)
         return lora.initial({f"{base.denoiser}/{name}": shapes[name] for name in names}, plan.rank, key)
     exact = diffusers.read_exact(start_from or base, [f"{base.denoiser}/{name}" for name in names])
-    return exact if plan.settings.trained else method.solve(exact, inputs)
+    return method.solve(exact, inputs)
 
 
 def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Params:

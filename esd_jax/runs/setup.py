@@ -17,11 +17,11 @@ from jaxtyping import Array
 from esd_jax import families, lora, sharding
 from esd_jax.diffusion import programs
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.concepts import Concept, check_concepts
+from esd_jax.erasing.method import Method, Tools
+from esd_jax.erasing.preservation import preserving
 from esd_jax.families import Configs
 from esd_jax.io.images import read_images
-from esd_jax.methods.concepts import Concept, check_concepts
-from esd_jax.methods.method import ClosedForm, Method, Tools
-from esd_jax.methods.preservation import preserving
 from esd_jax.params import Conditioning, Network, Params, num_scalars, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size, network
 from esd_jax.recipe import Recipe
@@ -62,7 +62,7 @@ class Setup:
     component: str
     names: tuple[str, ...]
     shape: tuple[int, int, int]
-    method: Method | ClosedForm
+    method: Method
     inputs: Any
     tx: optax.GradientTransformation
     step: Callable[[State, Params, Params, Any], Any]

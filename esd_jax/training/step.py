@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from esd_jax import sharding
-from esd_jax.methods.method import Method, Models
+from esd_jax.erasing.method import Method, Models
 from esd_jax.models import attention
 from esd_jax.params import Params, cast, combine
 
@@ -113,9 +113,9 @@ def init_state(theta: Mapping[str, Array], tx: optax.GradientTransformation, see
     return State(theta, tx.init(theta), jnp.zeros((), jnp.int32), jax.random.key(seed), memory)
 
 
-def blank_memory(method: Any, shape: tuple[int, int, int], batch_size: int, accumulate: int = 1) -> Any:
+def blank_memory(method: Method, shape: tuple[int, int, int], batch_size: int, accumulate: int = 1) -> Any:
     """What a method keeps from update to update, before the first; () for a method that keeps nothing."""
-    one = method.memory(shape) if hasattr(method, "memory") else ()
+    one = method.memory(shape)
     return jax.tree.map(lambda spec: jnp.zeros((batch_size, accumulate, *spec.shape), spec.dtype), one)
 
 
@@ -167,8 +167,7 @@ def make_step(
         draws = sharding.split_batch(draws, mesh)
         average = view(state.opt.average, theta_0, frozen) if isinstance(state.opt, Averaged) else None
         models = Models(view(state.theta, theta_0, frozen), combine(frozen, theta_0), average)
-        if jax.tree.leaves(memory):
-            memory, draws = method.recall(models, draws, memory, state.step, inputs)
+        memory, draws = method.recall(models, draws, memory, state.step, inputs)
         batch = method.prepare(models, draws, inputs)
         if mesh is not None and not sharding.on_cpu(mesh):
             # Else XLA multiplies the teacher's and the student's activations with their common weights at once, and

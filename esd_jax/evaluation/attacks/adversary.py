@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from esd_jax import wording
 from esd_jax.diffusion import programs
-from esd_jax.methods import textual_inversion
-from esd_jax.methods.images import in_batches
-from esd_jax.methods.textual_inversion import NAME, TABLE, Tokens, vocabulary, words
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.textual_inversion import NAME, TABLE, Tokens, vocabulary, words
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 

@@ -30,11 +30,11 @@ import optax
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.repeated import repeated
+from esd_jax.erasing.textual_inversion import NAME, TABLE, place, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
-from esd_jax.methods import textual_inversion
-from esd_jax.methods.repeated import repeated
-from esd_jax.methods.textual_inversion import NAME, TABLE, place, vocabulary
 from esd_jax.params import Network, Params
 from esd_jax.pipeline import Pipeline
 

@@ -33,12 +33,12 @@ from jaxtyping import Array, Float, UInt8
 from esd_jax import sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.images import in_batches, true_output
+from esd_jax.erasing.repeated import repeated
+from esd_jax.erasing.textual_inversion import draw
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BATCH, Goal
 from esd_jax.evaluation.attacks.scoring import Scored
-from esd_jax.methods.images import in_batches, true_output
-from esd_jax.methods.repeated import repeated
-from esd_jax.methods.textual_inversion import draw
 from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
 

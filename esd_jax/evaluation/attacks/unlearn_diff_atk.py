@@ -29,11 +29,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.repeated import repeated
+from esd_jax.erasing.textual_inversion import TABLE, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
-from esd_jax.methods import textual_inversion
-from esd_jax.methods.repeated import repeated
-from esd_jax.methods.textual_inversion import TABLE, vocabulary
 from esd_jax.params import Network, Params
 from esd_jax.pipeline import Pipeline
 

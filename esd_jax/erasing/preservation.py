@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion import guidance
-from esd_jax.methods import method as base
-from esd_jax.methods import trajectories
-from esd_jax.methods.concepts import Bank, Concept, make_bank
-from esd_jax.methods.trajectories import Trajectory
+from esd_jax.erasing import method as base
+from esd_jax.erasing import trajectories
+from esd_jax.erasing.concepts import Bank, Concept, make_bank
+from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Network, Params
 
 STEPS, GUIDANCE = 20, 3.0  # of the trajectories
@@ -49,7 +49,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, eq=False)
-class Preserving:
+class Preserving(base.Method):
     """A method with the loss added. Every example preserves one prompt, drawn from all concepts' prompts alike."""
 
     method: base.Method
@@ -63,7 +63,7 @@ class Preserving:
         return Draws(inner, inner.t, kept)
 
     def memory(self, shape: tuple[int, ...]) -> Any:
-        return self.method.memory(shape) if hasattr(self.method, "memory") else ()
+        return self.method.memory(shape)
 
     def recall(self, models: base.Models, draws: Draws, memory: Any, step: Array, inputs: Inputs) -> tuple[Any, Draws]:
         memory, inner = self.method.recall(models, draws.inner, memory, step, inputs.inner)

@@ -22,10 +22,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.concepts import Tokens
+from esd_jax.erasing.images import true_output
+from esd_jax.erasing.repeated import repeated
 from esd_jax.families import SD
-from esd_jax.methods.concepts import Tokens
-from esd_jax.methods.images import true_output
-from esd_jax.methods.repeated import repeated
 from esd_jax.params import Conditioning, Network, Params
 
 NAME = "{concept}"  # where the concept, or its new tokens, stand in a template

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
-from esd_jax.methods.method import Models
-from esd_jax.methods.trajectories import Trajectory
+from esd_jax.erasing.method import Method, Models
+from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Params
 
 # (x_t as the network takes it, t, sampler step) -> (the sampler's output, what is kept of the predictions)
@@ -161,7 +161,7 @@ def of(settings: Any, trajectory: Trajectory, predictions: int = 0) -> Replay | 
 
 
 @dataclass(frozen=True, eq=False)
-class Replaying:
+class Replaying(Method):
     """A method over kept trajectories.
 
     method: has `scored(models, x, t, concepts, predictions, inputs)`, what an update is scored on at points x_t;

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.methods.concepts import Concept
+from esd_jax.erasing.concepts import Concept
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -22,38 +22,42 @@ class Models(NamedTuple):
     average: Params | None = None
 
 
-class Method(Protocol):
+class Method:
     """An erasing method over one denoiser and schedule, as the functions that a training step is made of.
 
-    One that keeps something from update to update has two more:
-      memory(shape): the shapes of what it keeps for one example, as a tree of `jax.ShapeDtypeStruct`.
-      recall(models, draws, memory, step, inputs): (memory, what takes the place of `draws` in `prepare`), where the
-        memory is a tree of arrays [batch, ...].
+    One shape for all: a method that remembers nothing has the memory (), one in closed form has `solve` and no steps.
     """
+
+    def memory(self, shape: tuple[int, ...]) -> Any:
+        """The shapes of what is kept of one example from update to update, as a tree of `jax.ShapeDtypeStruct`."""
+        return ()
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any:
         """The random choices of a step, with a field `t`: the timestep, one or one for each example.
 
         step: how many updates were made. key: of what the batch shares. example_keys: of the rest, one each.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no training steps")
+
+    def recall(self, models: Models, draws: Any, memory: Any, step: Array, inputs: Any) -> tuple[Any, Any]:
+        """(the memory after a step, what takes the place of `draws` in `prepare`). memory: arrays [batch, ...]."""
+        return memory, draws
 
     def prepare(self, models: Models, draws: Any, inputs: Any) -> Any:
         """What the student is scored on. Nothing in it carries a gradient."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no training steps")
 
     def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
         """What the gradient flows through."""
-        ...
-
-
-@runtime_checkable
-class ClosedForm(Protocol):
-    """A method without training steps."""
+        raise NotImplementedError(f"{type(self).__name__} has no training steps")
 
     def solve(self, theta: Params, inputs: Any) -> Params:
-        """The new values of the tensors of the subset, "DENOISER/NAME", from their float32 values."""
-        ...
+        """The tensors of the subset, "DENOISER/NAME", with which training begins, from the base's float32 values."""
+        return theta
+
+
+class ClosedForm(Method):
+    """A method whose result is there before any step: that of `solve`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +113,7 @@ class Settings(Protocol):
     needs: frozenset[str]
     ema: float | None
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method | ClosedForm, Any]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method, Any]:
         """The method, and its traced inputs."""
         ...
 

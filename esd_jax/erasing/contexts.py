@@ -7,7 +7,7 @@ ink style" only in part, and takes some of the cat along. A context says both: t
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from esd_jax.methods.concepts import Concept
+from esd_jax.erasing.concepts import Concept
 
 NAME = "{}"  # stands for the concept
 
