@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api, several
+from esd_jax import api, results, several
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.measure import BASE, ERASED, SHAM
@@ -24,8 +24,9 @@ from esd_jax.evaluation.report.html import report as html
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
-from esd_jax.io.safetensors import annotate, read_header, writing
+from esd_jax.io.safetensors import annotate, read_header
 from esd_jax.pipeline import Pipeline
+from esd_jax.results import writing
 
 EVIDENCE = "evidence"  # the folder of the parts, in a run's
 IMAGES = {"smoke": 8, "quick": 24, "emoji": 200}  # of each group, on the embedded model
@@ -283,10 +284,6 @@ def _record(erased: Pipeline) -> Mapping[str, Any]:
 
 def _own(folder: Path, identity: Mapping[str, Any]) -> Path:
     """A folder of one model's images. Raises ValueError if it is another's."""
-    file = folder / "model.json"
-    if file.is_file() and files.read_json(file) != identity:
-        raise ValueError(f"{folder} holds images of another model: remove it, or choose another output")
-    with writing(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(identity, indent=1) + "\n")
+    if results.read(file := folder / "model.json", folder, **identity) is None:
+        results.write(file, {}, **identity)
     return folder

@@ -6,11 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 MOST_JSON = 2**26  # bytes; the greatest, a tokenizer's, have a few million
 DEEPEST_JSON = 100  # levels; what this package and others write has ten or so
@@ -130,15 +127,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object: copy or download it again")
     return value
-
-
-@contextmanager
-def intact(file: Path) -> Iterator[None]:
-    """Turns what a damaged file of NumPy's arrays raises within into one line. Raises ValueError."""
-    try:
-        yield
-    except (BadZipFile, EOFError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it, to have it made again") from error
 
 
 def parse_json(text: str | bytes, where: object) -> Any:

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from esd_jax import api, recipe
+from esd_jax import api, recipe, results
 from esd_jax.evaluation.gather import Judge
-from esd_jax.inputs import check_finite, read_json
+from esd_jax.inputs import check_finite
 from esd_jax.io.diffusers import source_hash, with_strength
-from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
 
 TRIALS = "trials.json"
@@ -79,7 +78,7 @@ def search(
     for field in grid:
         recipe.check_field(field, fields.get("method", "esd"))
     identity = json.loads(json.dumps({"base": source_hash(base), "concept": concept, "fields": fields}))
-    found = _read(folder, identity)
+    found = results.read(folder / TRIALS, **identity) or {}
     if "kept" not in found:
         found["kept"] = judge(base)[1].value
     trials = [Trial(**trial) for trial in found.get("trials", ())]
@@ -94,7 +93,8 @@ def search(
             for strength in (s for s in strengths if (step, s) not in done):
                 target, kept = judge(erased if strength == 1 else with_strength(erased, strength))
                 trials.append(Trial(combination, step, strength, target.value, found["kept"] - kept.value))
-                _write(folder, {**identity, "kept": found["kept"], "trials": [asdict(trial) for trial in trials]})
+                found["trials"] = [asdict(trial) for trial in trials]
+                results.write(folder / TRIALS, found, **identity)
                 progress(trials[-1])
     return trials
 
@@ -128,21 +128,3 @@ def _checkpoints(
             overwrite=i == 0 and run.exists(),
         )
         yield step, erased
-
-
-def _read(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    file = folder / TRIALS
-    if not file.is_file():
-        return {}
-    found = read_json(file)
-    if any(found.get(name) != value for name, value in identity.items()):
-        raise ValueError(f"{file} is of another search: remove it, or choose another output")
-    return found
-
-
-def _write(folder: Path, content: Mapping[str, Any]) -> None:
-    with writing(folder / TRIALS):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{TRIALS}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(folder / TRIALS)

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from esd_jax import api, recipe, sampling
+from esd_jax import api, recipe, results, sampling
 from esd_jax.demo import artwork, groups, picture, probe, vocabulary
 from esd_jax.io.diffusers import source_hash
 from esd_jax.metrics.intervals import Estimate, mean, rate
@@ -172,12 +172,9 @@ def redrawn(
     if name in RECIPES and not folder:
         config, changes = RECIPES[name]
         settings["recipe"] = {**recipe.read(config).to_dict(), **changes, "concept": target.concept}
-    file, drawn = output / f"{slug(name)}.npz", {}
-    if file.exists():
-        with np.load(file) as kept:
-            if json.loads(str(kept["settings"])) != as_json(settings):
-                raise ValueError(f"{file} was drawn with other settings: remove it, or choose another output")
-            drawn = {Way(*json.loads(way)): kept[way] for way in kept.files if way != "settings"}
+    file = output / f"{slug(name)}.npz"
+    fields = results.read(file, settings=settings) or {}
+    drawn = {Way(*json.loads(way)): images for way, images in fields.items() if way != "settings"}
     if missing := [way for way in wanted if way not in drawn]:
         model = base if name == UNMODIFIED else opened(base, name, folder, target, output)
         started = time.monotonic()
@@ -191,11 +188,7 @@ def redrawn(
                 num_steps=FLAGS.num_steps,
                 batch_size=FLAGS.batch_size,
             )
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            images = {json.dumps(way): images for way, images in drawn.items()}
-            np.savez_compressed(stream, settings=json.dumps(settings), **images)
-        partial.replace(file)
+        results.write(file, {json.dumps(way): images for way, images in drawn.items()}, settings=settings)
         say(f"{name}: {len(missing)} x {len(pictures)} images in {time.monotonic() - started:.0f} s")
     return drawn
 

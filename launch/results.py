@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esd_jax import results
 from esd_jax.demo import groups, table
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import Judged, measure
-from esd_jax.inputs import read_json
 from esd_jax.pipeline import Pipeline
 
 
@@ -32,24 +32,13 @@ def slug(text: str) -> str:
 
 def read(file: Path, settings: Any) -> dict[str, Any] | None:
     """What `write` left in a file; None if there is none. Raises ValueError for what was measured otherwise."""
-    if not file.exists():
-        return None
-    try:
-        report = read_json(file)
-        found = report["settings"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
-    if found != json.loads(json.dumps(settings)):
-        raise ValueError(f"{file} was measured with other settings: remove it, or choose another output")
-    return report
+    return results.read(file, settings=settings)
 
 
 def groups_of(file: Path, report: Mapping[str, Any]) -> list[Judged]:
     """The table in a report. Raises ValueError for one that another version wrote."""
-    try:
+    with results.intact(file):
         return table.from_dict(report["groups"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a measurement of this version: remove it, or choose another output") from error
 
 
 class Made(NamedTuple):
@@ -77,18 +66,16 @@ def measured(
       names: of the groups to measure; None: all.
       **how: arguments of `measure`.
     """
-    report = read(file, settings)
-    if report is None:
+
+    def compute() -> dict[str, Any]:
         models, galleries, options, seconds = make()
         wanted = [group for group in groups.groups(target) if names is None or group.name in names]
         judged = measure(models, wanted, target, galleries=galleries, options=options, progress=say, **how)
-        report = {"settings": settings, "seconds": seconds, "groups": table.as_dict(judged)}
-        write(file, report)
-    return report
+        return {"seconds": seconds, "groups": table.as_dict(judged)}
+
+    return results.kept(file, compute, settings=settings)
 
 
 def write(file: Path, content: Any) -> None:
     """Writes JSON, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
+    results.write(file, content)

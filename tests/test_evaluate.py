@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import factories
 import numpy as np
@@ -128,8 +129,8 @@ def test_drawing_goes_on_where_it_stopped(models, tmp_path):
     assert told[-1] == (3, 3) and len(told) == 3
     np.testing.assert_array_equal(np.stack([again[i] for i in range(3)]), whole)
     for identity, given, changed, words in (
-        ({"id": 2}, cases, how, "model differs"),
-        ({"id": 1}, cases, dataclasses.replace(how, num_steps=3), "drawing differs"),
+        ({"id": 2}, cases, how, "'model' differs"),
+        ({"id": 1}, cases, dataclasses.replace(how, num_steps=3), "'drawing' differs"),
         ({"id": 1}, [cases[0]._replace(seed=9)], how, "another image 1"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -257,6 +258,23 @@ def test_evidence_survives_the_disk(tmp_path):
     (tmp_path / "other.json").write_text('{"title": 3}')
     with pytest.raises(ValueError, match=one_line("other.json", "measure it again")):
         store.load(tmp_path / "other.json")
+
+
+def test_evidence_is_never_beside_the_images_of_another(tmp_path, monkeypatch):
+    """A kill after the images, and before the text, leaves no evidence."""
+    file = store.save(whole(), tmp_path, "part")
+    replace = Path.replace
+
+    def killed(self, target):
+        if target == file:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        store.save(Evidence("x", {}), tmp_path, "part")
+    assert [path.name for path in tmp_path.iterdir()] == ["part.npz"]
+    assert same(store.load(store.save(whole(), tmp_path, "part")), whole())
 
 
 def test_parts_are_joined():

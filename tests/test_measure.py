@@ -285,6 +285,10 @@ def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch):
         assert again[shot][1:] == first[shot][1:]
     assert gallery.draw("base", wanted, again) == len(set(wanted)) - 12
     assert set(gallery.Gallery(tmp_path)) == set(wanted)
+    # A file that was removed is drawn again, and takes the place of no other.
+    (tmp_path / "000000.npz").unlink()
+    assert gallery.draw("base", wanted, gallery.Gallery(tmp_path)) == 5
+    assert set(gallery.Gallery(tmp_path)) == set(wanted)
 
 
 def test_without_controls_there_are_two_rows(fakes):

@@ -11,7 +11,7 @@ import safetensors.numpy
 from messages import one_line
 
 import esd_jax
-from esd_jax import api, search
+from esd_jax import api, results, search
 from esd_jax.demo.gallery import Gallery
 from esd_jax.evaluation import attacks, emoji, protocols, seen, store
 from esd_jax.evaluation.attacks import Goal
@@ -199,9 +199,9 @@ def test_evidence_that_is_damaged(tmp_path):
     for content in ("[" * 9000 + "]" * 9000, "{", json.dumps({"title": "x"})):
         (file := tmp_path / "x.json").write_text(content)
         file.with_suffix(".npz").write_bytes(b"PK\x03\x04 no archive")
-        with pytest.raises(ValueError, match=one_line("x.json", "no evidence", "again")):
+        with pytest.raises(ValueError, match=one_line("x.json", "damaged", "measure it again")):
             store.load(file)
     with pytest.raises(ValueError, match=one_line("x.npz", "damaged", "remove")):
         Gallery(tmp_path)
     with pytest.raises(ValueError, match=one_line("x.npz", "damaged", "remove")):
-        attacks.campaigns._kept(tmp_path / "x.npz", {})
+        results.read(tmp_path / "x.npz")

@@ -48,7 +48,7 @@ def test_every_combination_is_tried_once_and_the_search_goes_on(made, tmp_path):
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "trials": content["trials"][:6]}))
     assert run(tmp_path) == trials and made[4:] == [(2.0, 100, False), (2.0, 200, True)]
-    with pytest.raises(ValueError, match="another search"):
+    with pytest.raises(ValueError, match=one_line("trials.json", "other settings", "'fields'")):
         run(tmp_path, subset="kv")
 
 

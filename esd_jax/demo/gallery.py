@@ -1,5 +1,6 @@
 """What one model has drawn, by prompt and seed, and what the probe sees in it; kept in a folder if one is given."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax import results
 from esd_jax.demo import probe, vocabulary
 from esd_jax.demo.groups import Shot
-from esd_jax.inputs import intact
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -33,20 +34,19 @@ class Gallery(dict[Shot, Shown]):
         super().__init__()
         self.folder = folder
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(folder.glob("*.npz")):
-                with intact(file), np.load(file) as kept:
-                    self._hang(list(map(Shot, kept["prompts"].tolist(), kept["seeds"].tolist())), kept["images"])
+                fields = results.read(file) or {}
+                with results.intact(file):
+                    shots, images = map(Shot, fields["prompts"].tolist(), fields["seeds"].tolist()), fields["images"]
+                self._hang(list(shots), images)
 
     def add(self, shots: Sequence[Shot], images: UInt8[np.ndarray, "shots height width 3"]) -> None:
         """Hangs up what was drawn for some shots."""
         if self.folder:
-            file = self.folder / f"{len(self):06d}.npz"
-            partial = file.with_suffix(".partial")
-            with partial.open("wb") as stream:
-                prompts, seeds = (np.asarray(column) for column in zip(*shots, strict=True))
-                np.savez_compressed(stream, prompts=prompts, seeds=seeds, images=images)
-            partial.replace(file)
+            files = (self.folder / f"{number:06d}.npz" for number in itertools.count(len(self)))
+            file = next(file for file in files if not file.exists())  # the first one may, if an older one was removed
+            prompts, seeds = zip(*shots, strict=True)
+            results.write(file, {"prompts": prompts, "seeds": seeds, "images": images})
         self._hang(shots, images)
 
     def _hang(self, shots: Sequence[Shot], images: UInt8[np.ndarray, "shots height width 3"]) -> None:

@@ -1,6 +1,5 @@
 """Draws a list of prompts with one model, into a folder that says what made it; what is there is not drawn again."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -11,10 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from esd_jax import results
 from esd_jax.evaluation.prompts import Case
-from esd_jax.inputs import read_json
 from esd_jax.io.images import read_image
-from esd_jax.io.safetensors import writing
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -78,55 +76,44 @@ def draw(
     Raises ValueError for a folder that was drawn otherwise.
     """
     settings = {k: v for k, v in asdict(drawing).items() if k != "batch_size"}
-    manifest = json.loads(json.dumps({"model": identity, "drawing": settings, "cases": [c._asdict() for c in cases]}))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, manifest)
-        missing = [case for case in cases if not _file(folder, case).is_file()]
-        done = len(cases) - len(missing)
-        # The guidance scale is one number for a batch.
-        own = lambda case: drawing.own_guidance and case.guidance is not None  # noqa: E731
-        scale = lambda case: case.guidance if own(case) else drawing.guidance_scale  # noqa: E731
-        for guidance, alike in groupby(sorted(missing, key=scale), key=scale):
-            alike = list(alike)
-            for start in range(0, len(alike), CHUNK):
-                chunk = alike[start : start + CHUNK]
-                images = sample(
-                    pipeline,
-                    [case.prompt for case in chunk],
-                    seed=[case.seed for case in chunk],
-                    num_steps=drawing.num_steps,
-                    guidance_scale=guidance,
-                    sampler=drawing.sampler or "auto",
-                    height=drawing.height,
-                    width=drawing.width,
-                    batch_size=min(drawing.batch_size, len(alike)),
-                )
-                for case, image in zip(chunk, images, strict=True):
-                    partial = _file(folder, case).with_suffix(".partial")
+    _claim(folder, cases, model=identity, drawing=settings)
+    missing = [case for case in cases if not _file(folder, case).is_file()]
+    done = len(cases) - len(missing)
+    # The guidance scale is one number for a batch.
+    own = lambda case: drawing.own_guidance and case.guidance is not None  # noqa: E731
+    scale = lambda case: case.guidance if own(case) else drawing.guidance_scale  # noqa: E731
+    for guidance, alike in groupby(sorted(missing, key=scale), key=scale):
+        alike = list(alike)
+        for start in range(0, len(alike), CHUNK):
+            chunk = alike[start : start + CHUNK]
+            images = sample(
+                pipeline,
+                [case.prompt for case in chunk],
+                seed=[case.seed for case in chunk],
+                num_steps=drawing.num_steps,
+                guidance_scale=guidance,
+                sampler=drawing.sampler or "auto",
+                height=drawing.height,
+                width=drawing.width,
+                batch_size=min(drawing.batch_size, len(alike)),
+            )
+            for case, image in zip(chunk, images, strict=True):
+                with results.replacing(_file(folder, case)) as partial:
                     Image.fromarray(image).save(partial, format="png")
-                    partial.replace(_file(folder, case))
-                done += len(chunk)
-                progress(done, len(cases))
+            done += len(chunk)
+            progress(done, len(cases))
     return Drawn(folder, cases)
 
 
-def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _claim(folder: Path, cases: Sequence[Case], **settings: Any) -> None:
     """Writes the manifest of a new folder, or checks that of an old one, to which cases may be added."""
-    file = folder / MANIFEST
-    if file.is_file():
-        old = read_json(file)
-        for part in ("model", "drawing"):
-            if old.get(part) != manifest[part]:
-                mend = "remove it, or choose another output"
-                raise ValueError(f"{folder} holds images that were drawn otherwise ({part} differs): {mend}")
+    old = results.read(folder / MANIFEST, folder, **settings) or {"cases": []}
+    with results.intact(folder):
         known = {case["case"]: case for case in old["cases"]}
-        if wrong := next((c["case"] for c in manifest["cases"] if known.get(c["case"], c) != c), None):
-            raise ValueError(f"{folder} holds another image {wrong}: remove it, or choose another output")
-        manifest = {**manifest, "cases": list({**known, **{c["case"]: c for c in manifest["cases"]}}.values())}
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(file)
+    new = {case.case: case._asdict() for case in cases}
+    if wrong := next((name for name, case in new.items() if known.get(name, case) != case), None):
+        raise ValueError(f"{folder} holds another image {wrong}: {results.MEND}")
+    results.write(folder / MANIFEST, {"cases": list({**known, **new}.values())}, **settings)
 
 
 def _file(folder: Path, case: Case) -> Path:

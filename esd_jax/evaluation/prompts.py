@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from esd_jax import prompt_files
 from esd_jax.inputs import cache, expanded, finite
+from esd_jax.results import replacing
 
 OURS = Path(__file__).parent / "lists"
 ESD = "https://raw.githubusercontent.com/rohitgandikota/erasing/25613d27892326e0c7770f7f3555bea4be150089/data/"
@@ -154,8 +155,7 @@ def repeated(cases: Sequence[Case], samples: int) -> list[Case]:
 def _published(name: str) -> Path:
     """The file of a published list, downloaded if need be."""
     url, sha256 = PUBLISHED[name]
-    folder = cache("prompts")
-    path = folder / f"{name}.csv"
+    path = cache("prompts") / f"{name}.csv"
     if not path.is_file():
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
@@ -165,10 +165,8 @@ def _published(name: str) -> Path:
             raise FileNotFoundError(
                 f"cannot download the prompts {name!r} from {url} ({reason}): put the file at {path}, or give a CSV"
             ) from error
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
         raise ValueError(f"{path} has sha256 {found[:12]}..., but {name!r} is {sha256[:12]}...: remove the file")
     return path

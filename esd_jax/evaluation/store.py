@@ -5,13 +5,11 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from esd_jax import results
 from esd_jax.evaluation.evidence import Cell, Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table, as_json
-from esd_jax.inputs import parse_json
-from esd_jax.io.safetensors import writing
 from esd_jax.metrics.intervals import Estimate
 
 GROUPS = ("pictures", "attack_pictures")
@@ -31,24 +29,18 @@ def save(evidence: Evidence, folder: Path, name: str) -> Path:
             content[part][title] = [pair.prompt for pair in pairs]
     images |= {f"timeline/{i}": moment.images for i, moment in enumerate(evidence.timeline)}
     file = folder / f"{name}.json"
-    with writing(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (partial := folder / f".{name}.npz.partial").open("wb") as stream:
+    with results.replacing(file) as text, results.replacing(file.with_suffix(".npz")) as archive:
+        text.write_text(json.dumps(content, indent=1) + "\n")
+        with archive.open("wb") as stream:
             np.savez_compressed(stream, **images)
-        partial.replace(file.with_suffix(".npz"))
-        (partial := folder / f".{name}.json.partial").write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(file)
+        file.unlink(missing_ok=True)  # or a kill could leave it beside the images of another
     return file
 
 
 def load(file: Path) -> Evidence:
     """What `save` wrote. Raises ValueError for another file."""
-    try:
-        content = parse_json(file.read_bytes(), file)
-        with np.load(file.with_suffix(".npz")) as images:
-            return _evidence(content, images)
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{file} is no evidence of this version: measure it again") from error
+    with results.intact(file, "measure it again"):
+        return _evidence(results.read(file), results.read(file.with_suffix(".npz")))
 
 
 def merged(title: str, record: Mapping[str, Any], parts: Iterable[Evidence]) -> Evidence:

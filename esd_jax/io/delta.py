@@ -18,6 +18,7 @@ from esd_jax.io import safetensors, tensors
 from esd_jax.io.difference import is_difference
 from esd_jax.io.recognised import described
 from esd_jax.pipeline import Pipeline
+from esd_jax.results import writing
 from esd_jax.selection import REGEX
 
 
@@ -70,7 +71,7 @@ def export_delta(
         return safetensors.cast(prefix + key, array, code)
 
     specs = {key: (code, safetensors.file_shape(value.shape, layouts[key])) for key, value in edits.items()}
-    with safetensors.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     safetensors.write(path, safetensors.lay_out(specs), tensor, told)

@@ -17,6 +17,7 @@ from esd_jax.io import safetensors, tensors
 from esd_jax.io.diffusers import read_exact, source_hash, unmodified
 from esd_jax.io.safetensors import Header
 from esd_jax.pipeline import Pipeline
+from esd_jax.results import writing
 
 KIND, BASE, DIFFERENCE = "esd_jax.kind", "esd_jax.base_sha256", "difference"
 
@@ -63,7 +64,7 @@ def export_difference(
 
     specs = {key: (code, safetensors.file_shape(pipeline.edits[prefix + key].shape, layouts[key])) for key in keys}
     told = {KIND: DIFFERENCE, BASE: source_hash(pipeline), **files.write_records(pipeline.provenance.erased)}
-    with safetensors.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.write(path, safetensors.lay_out(specs), tensor, {**told, **(metadata or {})})
     return path

@@ -15,6 +15,7 @@ from esd_jax.io import leftovers, new_folder, safetensors
 from esd_jax.io.safetensors import Header
 from esd_jax.io.tensors import check_edits, check_sources, export_value, headers_of
 from esd_jax.pipeline import Pipeline, TensorFile
+from esd_jax.results import writing
 
 
 def export(
@@ -69,7 +70,7 @@ def export(
     check_sources(pipeline)
     told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     partial = leftovers.partial(path)
-    with safetensors.writing(path):
+    with writing(path):
         try:
             leftovers.sweep(path)
             partial.mkdir(parents=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from esd_jax.inputs import expanded, separated
 from esd_jax.io import leftovers
-from esd_jax.io.safetensors import writing
+from esd_jax.results import writing
 
 WHITE = (255, 255, 255)  # what stands behind a picture that is transparent, as on a page
 # Of PNG: depths at which Pillow does not find the one transparent colour that a file names.

@@ -28,6 +28,7 @@ from esd_jax.io import folder as files
 from esd_jax.io import ldm, safetensors, tensors
 from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.pipeline import Pipeline
+from esd_jax.results import writing
 
 STYLES = ("diffusers", "kohya")
 ENERGY = 0.99  # of a change, which is kept by default
@@ -140,7 +141,7 @@ def export_lora(
     told = {**files.write_records(pipeline.provenance.erased), **_described(pipeline, report), **(metadata or {})}
     if style == "diffusers":
         told = {PEFT: json.dumps(_peft_config(ranks, biased)), **told}
-    with safetensors.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.save(path, written, told)
     return report

@@ -7,8 +7,7 @@ untouched bytes as they are and holds one tensor at a time: a 3.4 GB UNet never 
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import safetensors
 
 from esd_jax.inputs import parse_json
 from esd_jax.io import leftovers
+from esd_jax.results import writing
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
@@ -275,13 +275,3 @@ def _disguised(path: Path) -> str | None:
     if start[8:9] == b"{":  # a damaged one; its header's length may begin as a pickle does
         return None
     return next((what for beginnings, what in DISGUISES.items() if start.startswith(beginnings)), None)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError within (no permission, no space left, ...) into one line that names what was to be written."""
-    try:
-        yield
-    except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise OSError(f"cannot write {path}: {cause.strerror or cause}; what was there is unchanged") from cause

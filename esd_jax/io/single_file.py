@@ -16,6 +16,7 @@ from esd_jax.io import folder as files
 from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
 from esd_jax.pipeline import Pipeline, TensorFile
+from esd_jax.results import writing
 
 
 def export_single(
@@ -184,6 +185,6 @@ def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, 
 
 
 def _write(path: Path, entries: Mapping[str, Entry], tensor: Any, metadata: Mapping[str, str]) -> None:
-    with safetensors.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.write(path, entries, tensor, metadata)

@@ -1,19 +1,15 @@
 """All attacks on one erasure, each beside its controls, kept as they come."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, RandomPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
-from esd_jax.inputs import intact, parse_json
-from esd_jax.io.safetensors import writing
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
@@ -64,15 +60,19 @@ def campaign(
 
     def made(settings: Attack, model: str) -> Scored:
         file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
-        said = json.loads(json.dumps({**common, "attack": _described(settings)}))
-        if (scored := _kept(file, said)) is None:
+
+        def attacked() -> dict[str, Any]:
             adversary = settings.run(base, models[model], goal, seed)
             scored = score(models[model], adversary, goal, fresh, **drawing)
-            _keep(file, said, scored)
             shares = f"{scored.single_shot().value:.0%} of images"
             if scored.k > 1:
                 shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
             progress(f"{scored.name} on {model}: {shares}; found in {adversary.seconds:.0f} s")
+            return vars(scored)
+
+        kept = results.kept(file, attacked, settings={**common, "attack": _described(settings)})
+        with results.intact(file):
+            scored = Scored(str(kept["name"]), kept["hits"], kept["images"], tuple(map(int, kept["cases"])))
         if model != RANDOM:
             check_not_blank(scored.images.reshape(-1, *scored.images.shape[2:]), f"the {model} model")
         return scored
@@ -110,23 +110,3 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
 
 def _described(settings: Attack) -> dict[str, Any]:
     return {"name": settings.NAME, **asdict(settings)} if fields(settings) else {"name": settings.NAME}
-
-
-def _kept(file: Path, said: Mapping[str, Any]) -> Scored | None:
-    if not file.is_file():
-        return None
-    with intact(file), np.load(file) as kept:
-        if parse_json(str(kept["settings"]), file) != said:
-            raise ValueError(f"{file} was made with other settings: remove it, or choose another output")
-        return Scored(str(kept["name"]), kept["hits"], kept["images"], tuple(kept["cases"].tolist()))
-
-
-def _keep(file: Path, said: Mapping[str, Any], scored: Scored) -> None:
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with (partial := file.with_suffix(".partial")).open("wb") as stream:
-            np.savez_compressed(
-                stream, settings=json.dumps(said), name=scored.name, hits=scored.hits, images=scored.images,
-                cases=np.asarray(scored.cases),
-            )  # fmt: skip
-        partial.replace(file)
