@@ -21,7 +21,7 @@ def made(monkeypatch):
         return SimpleNamespace(power=fields["eta"] * fields["steps"])
 
     monkeypatch.setattr(search.api, "erase", erase)
-    monkeypatch.setattr(search, "source_hash", lambda base, part: "0" * 64)
+    monkeypatch.setattr(search, "source_hash", lambda base: "0" * 64)
     monkeypatch.setattr(search, "with_strength", lambda model, strength: SimpleNamespace(power=model.power * strength))
     return calls
 
