@@ -219,7 +219,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
     for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
         if evidence.record and evidence.record in files.read_records(read_header(file))[-1:]:
-            annotate(file, card.facts(evidence), replacing=card.METADATA)
+            annotate(file, card.facts(evidence), replacing=card.is_fact)
     return folder / "report.html"
 
 

@@ -213,11 +213,7 @@ def test_evidence_of_every_kind_is_reported(place, tmp_path):
     assert all(words in page for words in ("A table", "A note.", "A caveat.", "a detector", "an attack", "data:image"))
 
 
-# Reporting takes "esd_jax.kind" out of the file's metadata.
-READ_AS_DELTA = pytest.mark.xfail(strict=True, reason="a difference in a run that was reported is read as a delta")
-
-
-@pytest.mark.parametrize("format", [pytest.param(f, marks=READ_AS_DELTA if f == "difference" else ()) for f in LOST])
+@pytest.mark.parametrize("format", LOST)
 def test_a_report_leaves_the_exports_as_they_were(format, reported, base, sdxl):
     name = export_of(format)
     assert_as_it_was(name, tensors(open_sample(str(reported.parent / name), base, sdxl)))

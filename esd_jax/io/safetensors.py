@@ -201,10 +201,10 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
     write(path, lay_out(specs), lambda name: tensors[name], metadata)
 
 
-def annotate(path: Path, metadata: Mapping[str, str], *, replacing: str) -> None:
-    """Adds to a file's metadata, in place of all whose names begin with `replacing`. Its tensors stay as they are."""
+def annotate(path: Path, metadata: Mapping[str, str], *, replacing: Callable[[str], bool]) -> None:
+    """Adds to a file's metadata, in place of those whose names are `replacing`. Its tensors stay as they are."""
     header = read_header(path)
-    others = {name: text for name, text in header.metadata.items() if not name.startswith(replacing)}
+    others = {name: text for name, text in header.metadata.items() if not replacing(name)}
     if (told := {**others, **metadata}) != header.metadata:
         write(path, header.entries, lambda key: read_bytes(header, key), told)
 

@@ -15,7 +15,11 @@ NOT_COMPUTED = {
     "preview_steps", "preview_guidance", "output_dir",
 }  # fmt: skip
 FIRST = ("base", "concept", "method", "subset")  # of the fields, in the line that repeats an erasure
-METADATA = "esd_jax."  # what the names of `facts` begin with
+METADATA = "esd_jax."  # what the names of `facts` begin with; those of formats begin with it, too ("esd_jax.kind")
+FACTS = (
+    "erased", "base", "base_sha256", "method", "subset", "steps", "seed", "license", "command", "versions",
+    "measured_with", "measured", "attacked", "caveats",
+)  # fmt: skip
 TAGS = ("stable-diffusion", "text-to-image", "concept-erasure", "machine-unlearning", "esd-jax")
 NOT_MEASURED = "Nothing was measured."
 
@@ -65,6 +69,12 @@ def facts(evidence: Evidence) -> dict[str, str]:
     found["attacked"] = "yes" if evidence.attacks or any(f.role == "attack" for f in evidence.verdict) else "no"
     found["caveats"] = " ".join(evidence.caveats)
     return {METADATA + name: str(text) for name, text in found.items() if text not in (None, "")}
+
+
+def is_fact(name: str) -> bool:
+    """Whether a file's metadata have this name from `facts`."""
+    bare = name.removeprefix(METADATA)
+    return bare != name and (bare in FACTS or bare.startswith("finding."))
 
 
 def card(evidence: Evidence, *, picture: str | None = None, report: str | None = None) -> str:
