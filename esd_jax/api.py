@@ -7,8 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from esd_jax import demo, exports, prompt_files, recipe, runs
+from esd_jax import exports, prompt_files, recipe, runs
+from esd_jax.demo.testbed import EMOJI
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.evaluation import testbed
 from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
@@ -24,6 +26,8 @@ from esd_jax.runs import setup
 from esd_jax.sampling import invert, purify, sample
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
+
+testbed.register(EMOJI)  # the model that the package carries
 
 __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
 
@@ -50,7 +54,7 @@ def load(
     Raises:
       FileNotFoundError, ValueError: naming what is missing or not implemented, and the mend.
     """
-    folder = demo.MODEL if str(source) == "emoji" else source
+    folder = bed.folder if (bed := testbed.of(source)) else source
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
@@ -68,7 +72,7 @@ def architecture(
     """
     if str(source) in ARCHITECTURES:
         return diffusers.read_architecture(architectures.folder(str(source)))
-    source = demo.MODEL if str(source) == "emoji" else source
+    source = bed.folder if (bed := testbed.of(source)) else source
     return diffusers.describe(source, variant=variant, revision=revision, config=config)
 
 
@@ -113,7 +117,7 @@ def erase(
     if concept is not None:
         fields["concept"] = concept
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    settings = recipe.read(config or default_config(source, fields.get("method", "esd"))).to_dict()
+    settings = recipe.read(config or testbed.default_config(source, fields.get("method", "esd"))).to_dict()
     plan = recipe.make(**{**settings, **fields, "base": source})
     if isinstance(shown := plan.preview_prompts, str) and prompt_files.file_of(shown, "preview_prompts"):
         plan = dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(shown, "preview_prompts")))
@@ -180,13 +184,6 @@ def export(
     """
     told = {"verify": verify, "overwrite": overwrite, "metadata": metadata}
     return exports.export(pipeline, path, format, **told, **options).path
-
-
-def default_config(source: str, method: str) -> str:
-    """The config that `erase` starts from: the method's for the embedded model, or its paper's for any other."""
-    if source == "emoji":
-        return "emoji" if method == "esd" else f"emoji_{method}"
-    return "esd_x" if method == "esd" else method
 
 
 def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None) -> Pipeline:

@@ -20,7 +20,7 @@ def count(prompts: Sequence[str] | Conditioning) -> int:
 
 def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
     """Whether prompts were given as what the network is told in place of them."""
-    return not isinstance(prompts, list | tuple | np.ndarray) or not all(isinstance(prompt, str) for prompt in prompts)
+    return not isinstance(prompts, list | tuple) and getattr(prompts, "dtype", np.dtype(float)).kind not in "OUS"
 
 
 def make_conditioning(

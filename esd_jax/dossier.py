@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 
 from esd_jax import api, results, several
-from esd_jax.demo import groups
-from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
-from esd_jax.demo.measure import BASE, ERASED, SHAM
-from esd_jax.evaluation import attacks, emoji, gather, protocols, seen, store
+from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
 from esd_jax.evaluation.gather import Judge
@@ -29,7 +26,7 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
 EVIDENCE = "evidence"  # the folder of the parts, in a run's
-IMAGES = {"smoke": 8, "quick": 24, "emoji": 200}  # of each group, on the embedded model
+BASE, ERASED, SHAM = "base", "erased", "sham"
 ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 Progress = Callable[[str], None]
 
@@ -85,25 +82,26 @@ def evaluate(
 
     Args:
       base, erased: before and after.
-      protocol: "emoji" (the embedded model by its probe; "smoke" and "quick" are that with fewer images), or one of
-        `protocols.PROTOCOLS`.
+      protocol: one of `protocols.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke" and "quick"
+        with fewer images, for the embedded model).
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
       concept: what was erased; by default what the model's record says.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
-      sham: the base from which a word that means nothing was erased with the same recipe, of the embedded model.
+      sham: the base from which a word that means nothing was erased with the same recipe, of a testbed's model.
       progress: is told how far it is.
-      **options: of `protocols.evaluate`: prompt_list, samples, measured, request, num_steps, ...; of `emoji.evaluate`.
+      **options: of `protocols.evaluate`: prompt_list, samples, measured, request, num_steps, ...; of the testbed's.
 
     Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
     """
+    concepts = [concept] if concept else concepts_of(erased)
     concept, folder = concept_of(erased, concept), expanded(output_dir)
-    embedded = base.provenance.source == "emoji"
-    if protocol == "emoji" or (embedded and protocol in IMAGES and not options.get("prompt_list")):
-        target = groups.parse_target(concept)
-        names = {BASE: base, ERASED: erased} | ({SHAM: sham} if sham else {})
-        galleries = {name: Gallery(_own(folder / "images" / name, protocols.identity(m))) for name, m in names.items()}
-        count = images or IMAGES[protocol]
-        found = emoji.evaluate(names, target, num_images=count, galleries=galleries, progress=progress, **options)
+    bed = testbed.of(base.provenance.source) or testbed.of(protocol)
+    if bed and protocol in bed.images and not options.get("prompt_list"):
+        bed.detector(concepts)  # refuses what it does not know before a folder is made
+        models = {BASE: base, ERASED: erased} | ({SHAM: sham} if sham else {})
+        folders = {name: _own(folder / "images" / name, protocols.identity(m)) for name, m in models.items()}
+        count = images or bed.images[protocol]
+        found = bed.evaluate(models, concepts, num_images=count, folders=folders, progress=progress, **options)
     else:
         found = protocols.evaluate(base, erased, concept, protocol, folder, limit=images, progress=progress, **options)
     found = dataclasses.replace(found, record=_record(erased))
@@ -145,8 +143,8 @@ def attack(
       names: of `attacks.ATTACKS`.
       output_dir: an attack that is there already is not made again.
       concept: what was erased; by default what the model's record says.
-      budget: a preset of the attacks: "paper", or "emoji", which is the embedded model's by default.
-      goal: what to bring back, and what tells; by default, of the embedded model, its own prompts and the probe.
+      budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
+      goal: what to bring back, and what tells; by default the testbed's, its own prompts and detector.
       judge: what the goal's detector is.
       settings: attack -> changes of its fields.
       progress: is told of each attack.
@@ -154,18 +152,19 @@ def attack(
 
     Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
     """
+    concepts = [concept] if concept else concepts_of(erased)
     concept, folder = concept_of(erased, concept), expanded(output_dir)
-    embedded = base.provenance.source == "emoji"
-    budget = budget or ("emoji" if embedded else "paper")
+    bed = testbed.of(base.provenance.source)
+    budget = budget or (bed.budget if bed else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
-    if goal is None and not embedded:
+    if goal is None and bed is None:
         raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
-    if embedded:
-        options = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, **options}
+    if bed:
+        options = {**bed.sampling, **options}
     found = attacks.campaign(
         base,
         erased,
-        goal or goals.emoji(base, concept),
+        goal or bed.goal(base, concepts),
         made,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
@@ -192,7 +191,7 @@ def goal(
 
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """
-    detect, judge = seen.detector(detector, concept)
+    detect, judge = seen.detector(detector, [concept])
     return goals.drawn(base, concept, prompts, detect, images_each=images_each, **drawing), judge
 
 
@@ -244,8 +243,8 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     record = _record(erased)
     title = concept_of(erased)
     score = None
-    if erased.provenance.source == "emoji":
-        detect = seen.probed(groups.parse_target(title))
+    if bed := testbed.of(erased.provenance.source):
+        detect, _ = bed.detector(concepts_of(erased))
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
     texts = several.parts("preview_prompts", record["recipe"].get("preview_prompts")) or concepts_of(erased)

@@ -16,7 +16,7 @@ from absl import flags
 from esd_jax import api, dossier, recipe, runs
 from esd_jax.demo import groups
 from esd_jax.demo.picture import Column, before_after
-from esd_jax.evaluation import emoji
+from esd_jax.demo.testbed import EMOJI
 from esd_jax.evaluation.report import text
 from launch import command
 from launch.results import say
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"\n{text.summary(attacked)}\n", flush=True)
     if FLAGS.front:
         say("measuring parts of the change ...")
-        dossier.front(erased, emoji.judge(target, FLAGS.images), STRENGTHS, output_dir=evidence)
+        dossier.front(erased, EMOJI.metric(target.concepts, FLAGS.images), STRENGTHS, output_dir=evidence)
     files = {
         "report": dossier.report(output),
         "card": output / "ERASURE.md",

@@ -19,11 +19,11 @@ from absl import flags
 from PIL import Image
 
 from esd_jax import api, recipe
-from esd_jax.demo import captions, groups, picture, table, vocabulary
+from esd_jax.demo import captions, groups, picture, protocol, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
-from esd_jax.evaluation import emoji, seen
+from esd_jax.evaluation import seen
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
@@ -137,7 +137,7 @@ def measure_target(
         started = time.monotonic()
         is_gone = None
         if FLAGS.stop_below is not None:
-            is_gone = seen.below(emoji.question(target, FLAGS.stop_images), FLAGS.stop_below)
+            is_gone = seen.below(protocol.question(target, FLAGS.stop_images), FLAGS.stop_below)
         erased = api.erase(
             base, target.concepts, config=config, steps=plan["steps"], stop_when=is_gone, stop_every=FLAGS.stop_every
         )

@@ -30,9 +30,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import esd_jax
-from esd_jax.demo import groups
-from esd_jax.evaluation import attacks, emoji
-from esd_jax.evaluation.attacks import goals
+from esd_jax.demo import groups, testbed
+from esd_jax.evaluation import attacks
 from esd_jax.evaluation.report import text
 
 folder = Path(tempfile.mkdtemp())
@@ -60,7 +59,9 @@ erased = esd_jax.erase(base, concept, config="emoji", steps=steps)  # ESD-x: cro
 # The table has the base beside it, which should be open to the attack, and random prompts, which should find nothing.
 
 # %%
-goal = goals.emoji(base, concept)  # prompts, the base's pictures of them, and the classifier that judges
+goal = testbed.goal(
+    base, groups.parse_target(concept)
+)  # prompts, the base's pictures of them, and the classifier that judges
 evidence = esd_jax.attack(
     base,
     erased,
@@ -121,7 +122,7 @@ defences = {  # any fields of `erase`
     "ESD-all": {"config": "emoji", "subset": "full", "eta": 1.0, "learning_rate": 3e-4, "steps": steps_all},
 }
 target = groups.parse_target(concept)
-judge = emoji.judge(target, images)
+judge = testbed.EMOJI.metric(target.concepts, images)
 models = {"ESD-x": erased} | {name: esd_jax.erase(base, concept, **fields) for name, fields in defences.items()}
 judged = {name: judge(model) for name, model in ({"base": base} | models).items()}  # own prompts, others kept
 

@@ -27,9 +27,9 @@ import numpy as np
 
 import esd_jax
 from esd_jax import sampling
-from esd_jax.demo import groups
+from esd_jax.demo import groups, testbed
 from esd_jax.diffusion import samplers, schedule
-from esd_jax.evaluation import gather, seen
+from esd_jax.evaluation import gather
 from esd_jax.evaluation.report import layers
 from esd_jax.models.attention import Attention
 
@@ -58,7 +58,7 @@ models = {
 named, implied, other = "a cat in cartoon style", "a pet in cartoon style", "a rose in cartoon style"
 prompts = [named, implied, other]
 pets = esd_jax.sample(base, [implied] * 40, seed=list(range(40)), num_steps=20, guidance_scale=3.0)
-shows_cat = seen.probed(groups.parse_target("a cat"))(pets)
+shows_cat = testbed.probed(groups.parse_target("a cat"))(pets)
 seeds = [int(seed) for seed in np.flatnonzero(shows_cat)[:3]]
 columns = [(prompt, seed) for prompt in prompts for seed in seeds]
 
@@ -89,7 +89,7 @@ plt.show()
 # names the cat: the cosine of what the text encoder makes of them, beyond what it makes of the empty prompt.
 
 # %%
-sees = seen.probed(groups.parse_target("a cat"))
+sees = testbed.probed(groups.parse_target("a cat"))
 all_seeds = [int(seed) for seed in np.flatnonzero(shows_cat)]
 told = np.asarray(base.encode_prompts(["", *prompts]).embeddings).reshape(4, -1)
 told = told[1:] - told[0]

@@ -597,11 +597,11 @@ def test_completion_goes_on_from_a_noised_image(victims):
 
 @pytest.mark.slow
 def test_concept_inversion_brings_an_erased_style_back():
-    from esd_jax.evaluation.attacks import goals
+    from esd_jax.demo.testbed import EMOJI
 
     base = esd_jax.load("emoji")
     erased = esd_jax.erase(base, "neon style", config="emoji")
-    wanted, seeds = goals.emoji(base, "neon style"), range(1_000_000, 1_000_004)
+    wanted, seeds = EMOJI.goal(base, ["neon style"]), range(1_000_000, 1_000_004)
     assert (
         wanted.prompts[:2] == ("a cat in neon style", "a rocket in neon style") and wanted.detect(wanted.images).all()
     )

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 import esd_jax
 from esd_jax import cli, dossier
-from esd_jax.demo import groups
+from esd_jax.demo import groups, protocol
 from esd_jax.demo.measure import BASE, ERASED
-from esd_jax.evaluation import drawing, emoji, gather, measures, prompts, protocols, seen, store
+from esd_jax.evaluation import drawing, gather, measures, prompts, protocols, seen, store
 from esd_jax.evaluation.drawing import Drawing
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
 from esd_jax.evaluation.measures import Request
@@ -313,7 +313,7 @@ def test_what_a_run_tells_by_itself(models):
 def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     painter.hired(monkeypatch)
     target = groups.parse_target("neon style")
-    found = emoji.evaluate({BASE: "base", ERASED: "erased"}, target, num_images=16)
+    found = protocol.evaluate({BASE: "base", ERASED: "erased"}, target, num_images=16)
     erased, *kept = found.verdict
     assert (erased.role, erased.before.value, erased.after.value) == ("erased", 1, 0)
     # The painter's erased model knows no cat either.
@@ -324,7 +324,7 @@ def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     assert [row[column] for row in heat.values] == [1, 0] and heat.targets == ("neon",)
     assert all(len(cells) in (0, len(found.tables[0].columns)) for _, cells in found.tables[0].rows)
     assert [len(pairs) for pairs in found.pictures.values()] == [4, 4, 3]
-    assert [found.value for found in emoji.judge(target, 16)("erased")] == [0, 15 / 16]
+    assert [found.value for found in protocol.judge(target, 16)("erased")] == [0, 15 / 16]
     assert same(store.load(store.save(found, tmp_path, "part")), found)
 
 

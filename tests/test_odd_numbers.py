@@ -12,8 +12,9 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, results, search
+from esd_jax.demo import groups, protocol
 from esd_jax.demo.gallery import Gallery
-from esd_jax.evaluation import attacks, emoji, protocols, seen, store
+from esd_jax.evaluation import attacks, protocols, seen, store
 from esd_jax.evaluation.attacks import Goal
 from esd_jax.evaluation.drawing import Drawing, draw
 from esd_jax.evaluation.prompts import Case
@@ -185,7 +186,7 @@ def test_no_evaluation_takes_a_broken_model_for_an_erased_one(base, make, tmp_pa
 def test_the_embedded_models_own_protocol():
     base = api.load("emoji")
     with pytest.raises(ValueError, match=one_line("blank", "'erased'")):
-        emoji.evaluate({"base": base, "erased": blank(base)}, emoji.groups.parse_target("a cat"), num_images=1)
+        protocol.evaluate({"base": base, "erased": blank(base)}, groups.parse_target("a cat"), num_images=1)
 
 
 def test_a_guidance_of_its_own_may_be_zero(base, tmp_path):

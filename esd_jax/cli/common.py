@@ -179,24 +179,22 @@ def define_question(values: flags.FlagValues, prefix: str = "") -> None:
 
 
 def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """Whether a concept is seen: in the embedded model's own prompts, or those that the flags name."""
-    from esd_jax.demo import groups
-    from esd_jax.evaluation import emoji, seen
+    """Whether a concept is seen: in the prompts of the base's testbed, or those that the flags name."""
+    from esd_jax.evaluation import seen, testbed
 
-    concept = ", ".join(concepts)
     texts = tuple(listed(prompts, "--prompts")) if prompts else ()
-    if base.provenance.source == "emoji":
-        asked = emoji.question(groups.parse_target(concept), num_images, detector)
+    if bed := testbed.of(base.provenance.source):
+        asked = bed.question(concepts, num_images, detector)
         return dataclasses.replace(asked, prompts=texts or asked.prompts)
-    detect, judge = seen.detector(detector, concept)
+    detect, judge = seen.detector(detector, concepts)
     return seen.Question(texts or tuple(concepts), detect, judge, num_images=num_images)
 
 
 def judge(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
     """A model -> (the rate at which the concept is seen, what is kept): see `search.Judge`."""
-    from esd_jax.demo import groups
-    from esd_jax.evaluation import emoji, seen
+    from esd_jax.evaluation import seen, testbed
 
-    if base.provenance.source == "emoji" and detector == "probe" and not prompts:
-        return emoji.judge(groups.parse_target(", ".join(concepts)), num_images)
+    bed = testbed.of(base.provenance.source)
+    if bed and detector == bed.detector_name and not prompts:
+        return bed.metric(concepts, num_images)
     return seen.judge(base, question(detector, prompts, base, concepts, num_images))

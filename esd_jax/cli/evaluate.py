@@ -46,6 +46,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
+    from esd_jax.evaluation import testbed
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
@@ -53,7 +54,8 @@ def run(values: flags.FlagValues) -> None:
     base, erased, output = common.erased(values)
     given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}
     options = {name: value for name, value in given.items() if value is not None}
-    if values.protocol not in dossier.IMAGES or values.prompts or base.provenance.source != "emoji":
+    bed = testbed.of(base.provenance.source)
+    if bed is None or values.protocol not in bed.images or values.prompts:
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
         request["reference"] = expanded(values.reference) if values.reference else None
         options |= {

@@ -1,14 +1,12 @@
 """Whether a concept is seen in images: what attacks, early stopping and the search for settings ask."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from esd_jax.demo import groups, probe, vocabulary
-from esd_jax.demo.groups import Target
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
@@ -19,6 +17,8 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
 CLASSIFIER = "resnet50"
+# Name -> (concepts -> their detector, and what it is called): those of testbeds.
+DETECTORS: dict[str, Callable[[Sequence[str]], tuple["Detect", str]]] = {}
 Images = UInt8[np.ndarray, "n height width 3"]
 Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
@@ -67,21 +67,21 @@ def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
-def detector(name: str, concept: str) -> tuple[Detect, str]:
+def detector(name: str, concepts: Sequence[str]) -> tuple[Detect, str]:
     """What sees a concept, by name.
 
     Args:
-      name: "probe", which knows what the embedded model draws; "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS".
-      concept: what was erased, for "probe".
+      name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
+        embedded model draws.
+      concepts: what was erased, for a testbed's.
 
     Returns (images -> which of them show it, what it is called).
 
     Raises ValueError for an unknown one, or one whose library or weights are not there.
     """
     kind, _, which = name.partition(":")
-    if kind == "probe":
-        target = groups.parse_target(concept)
-        return probed(target), f"the embedded probe, sha256 {probe.sha256()[:16]}"
+    if name in DETECTORS:
+        return DETECTORS[name](concepts)
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")
         named = detectors.nudity_identity(convention)
@@ -93,19 +93,6 @@ def detector(name: str, concept: str) -> tuple[Detect, str]:
         wanted, named = numbers[which.lower()], detectors.imagenet_identity(CLASSIFIER)
         return (lambda images: detectors.imagenet(images, CLASSIFIER, top=1).classes[:, 0] == wanted), named.name
     raise ValueError(f"unknown detector {name!r}: choose probe, nudenet, nudenet:CONVENTION or imagenet:CLASS")
-
-
-def probed(target: Target) -> Detect:
-    """The embedded probe's word on a style or an object."""
-    known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
-    wanted = [known.index(name) for name in target.names]
-
-    def detect(images: Images) -> Bool[np.ndarray, " n"]:
-        verdict = probe.classify(images)
-        classes = verdict.styles if target.kind == "style" else verdict.objects
-        return verdict.recognised & np.isin(classes, wanted)
-
-    return detect
 
 
 def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Judge:

@@ -5,15 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax.demo import captions, vocabulary
-from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS
-from esd_jax.demo.groups import parse_target
 from esd_jax.evaluation.attacks.adversary import Goal
-from esd_jax.evaluation.seen import Detect, probed
+from esd_jax.evaluation.seen import Detect
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
-
-SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
 
 
 def drawn(
@@ -54,24 +49,4 @@ def drawn(
     return Goal(
         concept, tuple(prompts[p] for p in kept), images[chosen.ravel()], detect,
         tuple(neutral[p] for p in kept) if neutral else (),
-    )  # fmt: skip
-
-
-def emoji(base: Pipeline, concept: str, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
-    """The goal "neon style", or "a cat", of the embedded model: prompts of several objects, or styles.
-
-    Raises ValueError for a concept that the model does not know, or that it draws of no prompt.
-    """
-    target = parse_target(concept)
-    if target.kind == "style":
-        subjects = dict.fromkeys((*SUBJECTS, *vocabulary.objects()))
-        pairs = [(name, target.names[0]) for name in subjects][:num_prompts]
-        neutral = [captions.prompt(name) for name, _ in pairs]
-    else:
-        pairs = [(target.names[0], style) for style in vocabulary.styles()][:num_prompts]
-        neutral = [captions.prompt(style=style) for _, style in pairs]
-    return drawn(
-        base, target.concepts[0], [captions.prompt(*pair) for pair in pairs], probed(target),
-        neutral=neutral, images_each=images_each, seed=seed, skip=True,
-        num_steps=NUM_STEPS, guidance_scale=GUIDANCE, batch_size=32,
     )  # fmt: skip

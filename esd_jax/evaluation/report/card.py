@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esd_jax.evaluation import testbed
 from esd_jax.evaluation.evidence import Evidence, Finding, Table, as_json
 from esd_jax.evaluation.report.numbers import count, value, with_interval
 
@@ -40,8 +41,7 @@ def command(record: Mapping[str, Any], *, config: str | None = None, known: Mapp
         return ""  # texts that hold a separator can be given in Python alone
     known, method = dict(known or {}), str(recipe.get("method", "esd"))
     if config is None:
-        own = ("emoji", f"emoji_{method}") if recipe.get("base") == "emoji" else ("esd_x", method)
-        config = own[0] if method == "esd" else own[1]
+        config = testbed.default_config(recipe.get("base"), method)
     names = [name for name in FIRST if name in recipe] + [name for name in recipe if name not in FIRST]
     words = ["esd-jax erase", f"--config={shlex.quote(config)}"]
     for name in names:

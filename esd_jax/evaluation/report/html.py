@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax.evaluation import testbed
 from esd_jax.evaluation.evidence import Curve, Evidence, Plot
 from esd_jax.evaluation.report import card, charts, heatmap, layers, page, verdict
 from esd_jax.evaluation.report.numbers import count, share
@@ -28,7 +29,6 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "training": "esd-jax report RUN",
     }
 )
-EMBEDDED = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})  # where the base is the embedded model
 FIRST_GROUPS = 3  # groups of pictures above the fold; the others have their own section
 KINDS = MappingProxyType({"before": "before", "after": "after", "control": "base, other noise"})
 ATTACKED = MappingProxyType({"before": "base", "after": "erased", "control": "random prompts"})
@@ -51,8 +51,8 @@ def report(evidence: Evidence, *, commands: Mapping[str, str] = MappingProxyType
       evidence: what is known. A part without data says that it was not measured.
       commands: part -> what measures it, where that is not as in `COMMANDS`.
     """
-    embedded = EMBEDDED if evidence.record.get("base") == "emoji" else {}
-    commands = {**COMMANDS, **embedded, **commands}
+    bed = testbed.of(evidence.record.get("base"))
+    commands = {**COMMANDS, **(bed.commands if bed else {}), **commands}
     sections = [s for s in _sections(evidence, commands) if s.body or s.measure]
     base = str(evidence.record.get("base") or "its base")
     body = [_summary(evidence, base, commands), *map(_section, sections)]

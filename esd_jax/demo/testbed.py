@@ -1,0 +1,101 @@
+"""The embedded model as a testbed: its captions, its probe, and budgets that its size allows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from esd_jax.demo import MODEL, captions, groups, probe, protocol, vocabulary
+from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
+from esd_jax.demo.groups import Target
+from esd_jax.evaluation.attacks import goals
+from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.evidence import Evidence
+from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.seen import Detect, Question
+from esd_jax.pipeline import Pipeline
+
+SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
+
+
+class Emoji:
+    """See `evaluation.testbed.Testbed`."""
+
+    source = "emoji"
+    folder = MODEL
+    images: Mapping[str, int] = MappingProxyType({"smoke": 8, "quick": 24, "emoji": 200})
+    budget = "emoji"
+    sampling: Mapping[str, Any] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
+    commands: Mapping[str, str] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
+    detector_name = "probe"
+
+    def config(self, method: str) -> str:
+        return "emoji" if method == "esd" else f"emoji_{method}"
+
+    def evaluate(
+        self,
+        models: Mapping[str, Pipeline],
+        concepts: Sequence[str],
+        *,
+        num_images: int,
+        folders: Mapping[str, Path],
+        progress: Callable[[str], None],
+        **options: Any,
+    ) -> Evidence:
+        target = self._target(concepts)  # before a folder is read
+        galleries = {name: Gallery(folder) for name, folder in folders.items()}
+        return protocol.evaluate(
+            models, target, num_images=num_images, galleries=galleries, progress=progress, **options
+        )
+
+    def goal(self, base: Pipeline, concepts: Sequence[str]) -> Goal:
+        return goal(base, self._target(concepts))
+
+    def detector(self, concepts: Sequence[str]) -> tuple[Detect, str]:
+        return probed(self._target(concepts)), f"the embedded probe, sha256 {probe.sha256()[:16]}"
+
+    def question(self, concepts: Sequence[str], num_images: int, detector: str) -> Question:
+        return protocol.question(self._target(concepts), num_images, detector)
+
+    def metric(self, concepts: Sequence[str], num_images: int) -> Judge:
+        return protocol.judge(self._target(concepts), num_images)
+
+    def _target(self, concepts: Sequence[str]) -> Target:
+        return groups.parse_target(", ".join(concepts))
+
+
+EMOJI = Emoji()
+
+
+def probed(target: Target) -> Detect:
+    """The embedded probe's word on a style or an object."""
+    known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
+    wanted = [known.index(name) for name in target.names]
+
+    def detect(images: UInt8[np.ndarray, "n height width 3"]) -> Bool[np.ndarray, " n"]:
+        verdict = probe.classify(images)
+        classes = verdict.styles if target.kind == "style" else verdict.objects
+        return verdict.recognised & np.isin(classes, wanted)
+
+    return detect
+
+
+def goal(base: Pipeline, target: Target, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
+    """The goal "neon style", or "a cat": prompts of several objects, or styles.
+
+    Raises ValueError for a concept that the model draws of no prompt.
+    """
+    if target.kind == "style":
+        subjects = dict.fromkeys((*SUBJECTS, *vocabulary.objects()))
+        pairs = [(name, target.names[0]) for name in subjects][:num_prompts]
+        neutral = [captions.prompt(name) for name, _ in pairs]
+    else:
+        pairs = [(target.names[0], style) for style in vocabulary.styles()][:num_prompts]
+        neutral = [captions.prompt(style=style) for _, style in pairs]
+    return goals.drawn(
+        base, target.concepts[0], [captions.prompt(*pair) for pair in pairs], probed(target),
+        neutral=neutral, images_each=images_each, seed=seed, skip=True, batch_size=32, **EMOJI.sampling,
+    )  # fmt: skip
