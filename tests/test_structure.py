@@ -16,7 +16,7 @@ FLOORS = [
     {"inputs"},
     {"models", "prompt_files", "wording"},
     {"params"},
-    {"diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
+    {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
     {"methods", "pipeline"},
     {"conditionings"},
     {"sampling"},
@@ -31,7 +31,7 @@ FLOORS = [
 ONLY_IN = {
     "flax": {"models", "params", "demo/probe"},
     "orbax": {"training/checkpoint"},
-    "ml_collections": {"recipe", "cli"},
+    "ml_collections": {"config_files", "recipe", "cli"},
     "huggingface_hub": {"io/hub"},
     "absl": {"cli"},
     "torch": {"evaluation/judges"},
