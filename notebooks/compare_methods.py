@@ -194,4 +194,5 @@ plt.show()
 #   another question: see the notebook `attack_and_defend`.
 #
 # All this is one style of one small model, and the order may change with another: try `concept = "pop art style"`.
-# Larger tables, with objects, lists of concepts and controls, come from `python -m launch.compare_methods`.
+# Larger tables, with objects, lists of concepts and controls, come from
+# `python -m launch.experiments.compare_methods`.
