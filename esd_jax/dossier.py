@@ -85,7 +85,7 @@ def evaluate(
     Args:
       base, erased: before and after.
       protocol: "emoji" (the embedded model by its probe; "smoke" and "quick" are that with fewer images), or one of
-        `protocols.PROTOCOLS`.
+        `esd_jax.evaluation.PROTOCOLS`.
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
       concept: what was erased; by default what the model's record says.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
@@ -141,7 +141,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `attacks.ATTACKS`.
+      names: of `esd_jax.attacks.ATTACKS`.
       output_dir: an attack that is there already is not made again.
       concept: what was erased; by default what the model's record says.
       budget: a preset of the attacks: "paper", or "emoji", which is the embedded model's by default.

@@ -30,10 +30,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import esd_jax
+from esd_jax import attacks
+from esd_jax.attacks import goals
 from esd_jax.demo import groups
-from esd_jax.evaluation import attacks, emoji
-from esd_jax.evaluation.attacks import goals
-from esd_jax.evaluation.report import text
+from esd_jax.evaluation import emoji, text
 
 folder = Path(tempfile.mkdtemp())
 HOW = {"num_steps": 20, "guidance_scale": 3.0}

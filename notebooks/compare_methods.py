@@ -59,9 +59,8 @@ import numpy as np
 import esd_jax
 from esd_jax.demo import groups
 from esd_jax.demo.measure import BASE, SEED, measure
-from esd_jax.diffusion.rules import SLD
-from esd_jax.evaluation.evidence import Table
-from esd_jax.evaluation.report import text
+from esd_jax.evaluation import Table, text
+from esd_jax.guidance import SLD
 
 LABELS = {
     "emoji": "ESD", "emoji_uce": "UCE", "emoji_rece": "RECE", "emoji_all_but_one": "All but One", "emoji_sdd": "SDD",
