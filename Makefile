@@ -2,10 +2,12 @@
 #                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff
+#                  make test JAX='jax==0.10.0' makes a new .venv with that version
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+JAX ?= jax
 OUT ?= out/demo
 CONCEPT ?= neon style
 CONFIG ?=
@@ -18,11 +20,11 @@ ATTACKS ?= all
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e . '$(JAX)'
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.package
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test]' '$(JAX)'
 	touch $@
 
 demo: $(VENV)/.package

@@ -1,31 +1,49 @@
 """Erase a concept from a Stable Diffusion checkpoint, and get the same checkpoint back without it.
 
-import esd_jax
+    import esd_jax
 
-base = esd_jax.load("emoji")
-erased = esd_jax.erase(base, "neon style")
-images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
-esd_jax.export(erased, "emoji-without-neon")
+    base = esd_jax.load("emoji")
+    erased = esd_jax.erase(base, "neon style")
+    images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
+    esd_jax.export(erased, "emoji-without-neon")
+
+Beside these verbs: `guidance` (steering without training), `formats` (LoRAs, deltas, embeddings, ...), `evaluation`
+(what judges an erasure) and `attacks`.
 """
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PLACES = {
-    "Pipeline": "pipeline",
-    **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "api"),
-    **dict.fromkeys(("attack", "evaluate", "report"), "dossier"),
-}
-__all__ = [*_PLACES]
+from esd_jax import lazy
+
+if TYPE_CHECKING:
+    from esd_jax import attacks, evaluation, formats, guidance
+    from esd_jax.api import erase, export, invert, load, purify, sample
+    from esd_jax.dossier import attack, evaluate, report
+    from esd_jax.pipeline import Pipeline
+
+__all__ = [
+    "Pipeline",
+    "attack",
+    "attacks",
+    "erase",
+    "evaluate",
+    "evaluation",
+    "export",
+    "formats",
+    "guidance",
+    "invert",
+    "load",
+    "purify",
+    "report",
+    "sample",
+]
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    # The verbs bring JAX and Flax with them: only who uses one waits for that.
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"esd_jax.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+# The verbs bring JAX and Flax with them: only who uses one waits for that.
+_PLACES = {
+    "Pipeline": "esd_jax.pipeline",
+    **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "esd_jax.api"),
+    **dict.fromkeys(("attack", "evaluate", "report"), "esd_jax.dossier"),
+    **{name: f"esd_jax.{name}" for name in ("attacks", "evaluation", "formats", "guidance")},
+}
+if not TYPE_CHECKING:  # to a type checker, any other name is an error
+    __getattr__, __dir__ = lazy.names(__name__, _PLACES)

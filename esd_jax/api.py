@@ -102,7 +102,7 @@ def erase(
       start_from: weights to train on from in place of the base's, which remains the teacher: what `opened` takes, made
         by this package or any other. With steps=0 and an `output_dir` they become a checkpoint that can be resumed.
       stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
-        `esd_jax.evaluation.seen.below`.
+        `esd_jax.evaluation.below`.
       **fields: any field of `Recipe`: subset=, steps=, learning_rate=, seed=, eta=, from_=, output_dir= ...
         With `output_dir`, the run's folder also gets the erased model and its delta.
 
@@ -175,7 +175,7 @@ def export(
     metadata: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Path:
-    """Writes a checkpoint: a diffusers folder, or another of `exports.FORMATS`.
+    """Writes a checkpoint: a diffusers folder, or another of `esd_jax.formats.FORMATS`.
 
         export(erased, "emoji-without-neon")
         export(erased, "lora.safetensors", format="lora", rank=4)

@@ -82,7 +82,7 @@ def evaluate(
 
     Args:
       base, erased: before and after.
-      protocol: one of `protocols.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke" and "quick"
+      protocol: one of `esd_jax.evaluation.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke" and "quick"
         with fewer images, for the embedded model).
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
       concept: what was erased; by default what the model's record says.
@@ -140,7 +140,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `attacks.ATTACKS`.
+      names: of `esd_jax.attacks.ATTACKS`.
       output_dir: an attack that is there already is not made again.
       concept: what was erased; by default what the model's record says.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -193,6 +193,13 @@ def goal(
     """
     detect, judge = seen.detector(detector, [concept])
     return goals.drawn(base, concept, prompts, detect, images_each=images_each, **drawing), judge
+
+
+def default_goal(base: Pipeline, concept: str) -> Goal:
+    """What the testbed of a base has attacks recover. Raises ValueError for a base without one."""
+    if (bed := testbed.of(base.provenance.source)) is None:
+        raise ValueError(f"{base.provenance.source} is no testbed: give prompts and a detector (attacks.goal)")
+    return bed.goal(base, [concept])
 
 
 def report(run: str | Path, *, base: str | Path | None = None) -> Path:

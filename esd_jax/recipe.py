@@ -5,21 +5,21 @@ The same names are keyword arguments of `esd_jax.erase`, fields of `configs/*.py
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_args
 
 from ml_collections import ConfigDict, config_dict
 
 from esd_jax import several
+from esd_jax.config_files import config_names as config_names
+from esd_jax.config_files import read as read
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Settings, choose
-from esd_jax.inputs import check_text, expanded, finite
+from esd_jax.inputs import check_text, finite
 from esd_jax.methods import METHODS
 from esd_jax.several import FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
@@ -212,49 +212,6 @@ def complete(config: ConfigDict, names: Iterable[str]) -> None:
 def _given(name: str, value: Any, method: str) -> Any:
     """A field's value as a config holds it: None with the type that it has where it is given, for its flag."""
     return config_dict.placeholder(_type_of(name, method)) if value is None else value
-
-
-def read(name: str) -> ConfigDict:
-    """The flat fields of `configs/NAME.py`, or of the file at a path.
-
-    Raises:
-      FileNotFoundError: there is none of that name.
-      ValueError: the file fails, or returns no config.
-    """
-    path = config_path(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:  # a config is Python, so anything may go wrong in it
-        raise ValueError(f"config {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"config {path}: get_config() returns a {type(config).__name__}, not a ConfigDict")
-    return config
-
-
-def config_path(name: str) -> Path:
-    """Where a config lies: a path as given, or the name of one that the package carries."""
-    if Path(name).suffix == ".py":
-        if (path := expanded(name)).is_file():
-            return path
-        raise FileNotFoundError(f"there is no config file {name}")
-    for folder in config_folders():
-        if (path := folder / f"{name}.py").is_file():
-            return path
-    raise FileNotFoundError(f"there is no config named {name!r}; choose one of {', '.join(config_names())}, or a path")
-
-
-def config_folders() -> tuple[Path, ...]:
-    """Where configs lie in an installed package, and in a checkout."""
-    package = Path(__file__).parent
-    return package / "configs", package.parent / "configs"
-
-
-def config_names() -> Sequence[str]:
-    """The names of the configs that the package carries."""
-    return sorted({p.stem for folder in config_folders() for p in folder.glob("*.py") if p.stem != "__init__"})
 
 
 def _settings_class(method: str) -> type[Settings]:

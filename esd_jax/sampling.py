@@ -63,7 +63,7 @@ def sample(
       latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
       height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
       batch_size: images per call of the network, spread over as many of this host's devices as divide it.
-      rule: further guidance, `SLD` or `SEGA` of `esd_jax.diffusion.rules`; it needs a guidance_scale above 1.
+      rule: further guidance, `SLD` or `SEGA` of `esd_jax.guidance`; it needs a guidance_scale above 1.
       reweight: words or phrases of the prompts -> what the attention to them is multiplied with, in every
         cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
         image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word

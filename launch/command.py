@@ -1,4 +1,4 @@
-"""How the programs of this folder start: their --help, and errors in one line."""
+"""How the programs of this folder start: their --help, and errors in one line; and how they print."""
 
 import sys
 from collections.abc import Callable
@@ -19,3 +19,8 @@ def run(main: Callable[[], None], values: flags.FlagValues, usage: str) -> None:
             sys.exit(0)
         cpu.tuned()
         sys.exit(cli.guarded(main))
+
+
+def say(line: str) -> None:
+    """Prints a line that a reader of a pipe or a log has at once."""
+    print(line, flush=True)

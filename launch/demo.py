@@ -19,7 +19,7 @@ from esd_jax.demo.picture import Column, before_after
 from esd_jax.demo.testbed import EMOJI
 from esd_jax.evaluation.report import text
 from launch import command
-from launch.results import say
+from launch.command import say
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=FLAGS)

@@ -16,7 +16,7 @@ from absl import flags
 from PIL import Image
 
 from launch import command
-from launch.results import say
+from launch.command import say
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 

@@ -30,9 +30,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import esd_jax
-from esd_jax.demo import groups, testbed
-from esd_jax.evaluation import attacks
-from esd_jax.evaluation.report import text
+from esd_jax import attacks
+from esd_jax.demo import groups
+from esd_jax.evaluation import testbed, text
 
 folder = Path(tempfile.mkdtemp())
 HOW = {"num_steps": 20, "guidance_scale": 3.0}
@@ -122,7 +122,7 @@ defences = {  # any fields of `erase`
     "ESD-all": {"config": "emoji", "subset": "full", "eta": 1.0, "learning_rate": 3e-4, "steps": steps_all},
 }
 target = groups.parse_target(concept)
-judge = testbed.EMOJI.metric(target.concepts, images)
+judge = testbed.of("emoji").metric(target.concepts, images)
 models = {"ESD-x": erased} | {name: esd_jax.erase(base, concept, **fields) for name, fields in defences.items()}
 judged = {name: judge(model) for name, model in ({"base": base} | models).items()}  # own prompts, others kept
 

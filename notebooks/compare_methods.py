@@ -59,9 +59,8 @@ import numpy as np
 import esd_jax
 from esd_jax.demo import groups
 from esd_jax.demo.measure import BASE, SEED, measure
-from esd_jax.diffusion.rules import SLD
-from esd_jax.evaluation.evidence import Table
-from esd_jax.evaluation.report import text
+from esd_jax.evaluation import Table, text
+from esd_jax.guidance import SLD
 
 LABELS = {
     "emoji": "ESD", "emoji_uce": "UCE", "emoji_rece": "RECE", "emoji_all_but_one": "All but One", "emoji_sdd": "SDD",
@@ -194,4 +193,5 @@ plt.show()
 #   another question: see the notebook `attack_and_defend`.
 #
 # All this is one style of one small model, and the order may change with another: try `concept = "pop art style"`.
-# Larger tables, with objects, lists of concepts and controls, come from `python -m launch.compare_methods`.
+# Larger tables, with objects, lists of concepts and controls, come from
+# `python -m launch.experiments.compare_methods`.

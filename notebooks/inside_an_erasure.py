@@ -29,8 +29,7 @@ import esd_jax
 from esd_jax import sampling
 from esd_jax.demo import groups, testbed
 from esd_jax.diffusion import samplers, schedule
-from esd_jax.evaluation import gather
-from esd_jax.evaluation.report import layers
+from esd_jax.evaluation import gather, layers
 from esd_jax.models.attention import Attention
 
 base = esd_jax.load("emoji")

@@ -81,7 +81,7 @@ show({"base": before, "erased": esd_jax.sample(erased, prompts, **how)})
 # Both models draw the same prompts from the same noise. In brackets: 95% intervals.
 
 # %%
-from esd_jax.evaluation.report import text
+from esd_jax.evaluation import text
 
 evidence = esd_jax.evaluate(base, erased, "quick", output_dir=folder / "run" / "evidence", images=images)
 print(text.summary(evidence))

@@ -190,14 +190,37 @@ def test_help(esd):
     assert (code, out) == (2, "") and "esd-jax VERB --help" in err
 
 
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Runs `python -m launch` in this process: (exit code, stdout, stderr)."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["launch/__main__.py", *argv])
+        monkeypatch.syspath_prepend(ROOT)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("launch", run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_launch_modules_are_the_verbs(verb, monkeypatch, capsys):
+def test_launch_runs_the_verbs(verb, launch):
     config = ["--config=emoji"] if verb in ("erase", "tune") else []
-    monkeypatch.setattr(sys, "argv", [f"launch/{verb}.py", *config, "--nonsense=3"])
-    monkeypatch.syspath_prepend(ROOT)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module(f"launch.{verb}", run_name="__main__")
-    assert_refused((end.value.code, *capsys.readouterr()), "nonsense", f"{verb} --help")
+    assert_refused(launch(verb, *config, "--nonsense=3"), "nonsense", f"{verb} --help")
+
+
+def test_launch_lists_the_verbs(launch, esd):
+    assert launch() == (2, "", cli.USAGE + "\n") == esd()
+    assert launch("--help") == (0, cli.USAGE + "\n", "") == esd("--help")
+
+
+def test_launch_passes_the_flags_of_several_hosts_on(launch, monkeypatch):
+    plans = []
+    verb = dataclasses.replace(cli.VERBS["erase"], run=plans.append)
+    monkeypatch.setitem(cli.VERBS, "erase", verb)
+    assert launch("erase", "--multihost", "--config=emoji", "--config.fsdp=2")[0] == 0
+    assert (plans[0].multihost, plans[0].config.fsdp, plans[0].config.concept) == (True, 2, "neon style")
 
 
 def test_what_is_not_the_users_mistake_keeps_its_traceback(monkeypatch):

@@ -12,7 +12,7 @@ from esd_jax import api
 from esd_jax.demo import groups
 from esd_jax.io.diffusers import read_exact, with_strength
 from esd_jax.methods import METHODS
-from launch import compare_methods, method_curves
+from launch.experiments import compare_methods, method_curves
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""launch.each_concept: which devices each run gets, what is resumed or left alone, and what is merged."""
+"""launch.experiments.each_concept: which devices each run gets, what is resumed or left alone, and what is merged."""
 
 import subprocess
 import threading
 
 import pytest
 
-from launch import each_concept
+from launch.experiments import each_concept
 
 CONFIG = ("--config=esd_x", "--config.base=tiny", "--config.steps=2")
 

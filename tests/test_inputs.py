@@ -202,7 +202,7 @@ def test_a_reader_who_leaves_ends_nothing(monkeypatch):
     assert sys.stdout is stream
 
 
-@pytest.mark.parametrize("module", ["esd_jax.cli", "launch.levers"])
+@pytest.mark.parametrize("module", ["esd_jax.cli", "launch.experiments.levers"])
 def test_help_into_a_pipe_that_is_closed(module):
     reader, writer = os.pipe()
     os.close(reader)

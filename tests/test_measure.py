@@ -15,7 +15,7 @@ from esd_jax.demo import artwork, captions, gallery, groups, measure, picture, t
 from esd_jax.demo.groups import Target, parse_target
 from esd_jax.metrics import intervals, likeness
 from launch import demo as launch_demo
-from launch import measure_demo
+from launch.experiments import measure_demo
 
 NEON, CAT = Target("style", ("neon",)), Target("object", ("cat",))
 EVERY = [Target("style", (s,)) for s in vocabulary.styles()] + [Target("object", (o,)) for o in vocabulary.objects()]

@@ -10,8 +10,8 @@ from PIL import Image
 
 from esd_jax import demo, sampling
 from esd_jax.demo import artwork, vocabulary
-from launch import measure_purify
-from launch.measure_purify import Way
+from launch.experiments import measure_purify
+from launch.experiments.measure_purify import Way
 
 WAYS = [Way(by, *told) for by in ("itself", "unmodified") for told in (("", 1), ("neon style", 1), ("neon style", 3))]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from esd_jax.cli import VERBS
 from esd_jax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -13,10 +14,10 @@ FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
-    {"inputs"},
+    {"inputs", "lazy"},
     {"models", "prompt_files", "results", "wording"},
     {"params"},
-    {"diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
+    {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
     {"families"},
     {"erasing", "pipeline"},
     {"methods"},
@@ -28,13 +29,14 @@ FLOORS = [
     {"planning"},
     {"api"},
     {"dossier", "search"},
+    {"attacks", "formats", "guidance"},
     {"cli", "__init__"},
 ]
 # Library -> the only places that may import it.
 ONLY_IN = {
     "flax": {"models", "params", "demo/probe"},
     "orbax": {"training/checkpoint"},
-    "ml_collections": {"recipe", "cli"},
+    "ml_collections": {"config_files", "recipe", "cli"},
     "huggingface_hub": {"io/hub"},
     "absl": {"cli"},
     "torch": {"evaluation/judges"},
@@ -107,6 +109,23 @@ def test_the_documents_link_to_what_exists():
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in link or (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def test_the_commands_of_launch_that_are_mentioned_exist():
+    kinds = {".md", ".py", ".ipynb", ".sh", ".sbatch", ".yaml", ".yml"}
+    places = ("configs", "docs", "esd_jax", "launch", "notebooks", ".github")
+    files = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in kinds]
+    mentioned = 0
+    for file in (*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / ".ci" / "run", *files):
+        text = file.read_text()
+        for name, verb in re.findall(r"python3? -m (launch(?:\.\w+)*)(?: (\w+))?", text):
+            module = ROOT / name.replace(".", "/")
+            assert module.with_suffix(".py").exists() or (module / "__main__.py").exists(), f"{file}: {name}"
+            assert name != "launch" or verb in ("", "VERB", *VERBS), f"{file}: {name} {verb}"
+            mentioned += 1
+        for name in re.findall(r"\blaunch/[\w/]+\.\w+", text):
+            assert (ROOT / name).exists(), f"{file}: {name}"
+    assert mentioned > 30
 
 
 def test_files_stay_short():

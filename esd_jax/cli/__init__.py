@@ -1,4 +1,4 @@
-"""`esd-jax VERB`: the public verbs on the command line, a file each. `python -m launch.VERB` is the same."""
+"""`esd-jax VERB`: the public verbs on the command line, a file each. `python -m launch VERB` is the same."""
 
 import contextlib
 import logging

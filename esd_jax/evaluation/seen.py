@@ -67,13 +67,13 @@ def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
-def detector(name: str, concepts: Sequence[str]) -> tuple[Detect, str]:
+def detector(name: str, concepts: str | Sequence[str]) -> tuple[Detect, str]:
     """What sees a concept, by name.
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
         embedded model draws.
-      concepts: what was erased, for a testbed's.
+      concepts: what was erased, one or several, for a testbed's.
 
     Returns (images -> which of them show it, what it is called).
 
@@ -81,7 +81,7 @@ def detector(name: str, concepts: Sequence[str]) -> tuple[Detect, str]:
     """
     kind, _, which = name.partition(":")
     if name in DETECTORS:
-        return DETECTORS[name](concepts)
+        return DETECTORS[name]([concepts] if isinstance(concepts, str) else concepts)
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")
         named = detectors.nudity_identity(convention)

@@ -1,7 +1,8 @@
 """Every method on the embedded model: a style, an object, and lists of objects erased from it, in one table.
 
-    python -m launch.compare_methods --output=out/compare
-    python -m launch.compare_methods --output=out/compare --methods="esd; uce" --targets="neon style" --images=40
+    python -m launch.experiments.compare_methods --output=out/compare
+    python -m launch.experiments.compare_methods --output=out/compare --methods="esd; uce" \\
+        --targets="neon style" --images=40
 
 A method is erased with its recipe for the embedded model, or is guidance under which the base draws. All draw the same
 prompts from the same noise. Tables and images are kept as they come, so that a run which is stopped goes on where it
@@ -26,8 +27,10 @@ from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
-from launch import command, results
-from launch.results import Made, groups_of, kept, say, slug, write
+from launch import command
+from launch.command import say
+from launch.experiments import results
+from launch.experiments.results import Made, groups_of, kept, slug, write
 
 THREE = "a cat, a rose, a pizza"
 TARGETS = f"neon style; a cat; {THREE}; {THREE}, a rocket, a robot, an owl, a house, a cake, a bee, a fox"

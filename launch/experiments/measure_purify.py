@@ -1,7 +1,7 @@
 """Purifies real artwork (Hong et al. 2024, "concept purification"): takes a style out of pictures that have it.
 
-    python -m launch.measure_purify --output=out/purify
-    python -m launch.measure_purify --output=out/purify --models="esd; mine=out/neon/model" --images=8
+    python -m launch.experiments.measure_purify --output=out/purify
+    python -m launch.experiments.measure_purify --output=out/purify --models="esd; mine=out/neon/model" --images=8
 
 Artwork is inverted by DDIM and drawn anew, by the unmodified model and by models from which the style was erased, in
 several ways: with the empty prompt or the concept, with or without guidance; inverted by the model itself that draws,
@@ -35,7 +35,8 @@ from esd_jax.metrics.intervals import Estimate, mean, rate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 from launch import command
-from launch.results import say, slug, write
+from launch.command import say
+from launch.experiments.results import slug, write
 
 # Method -> its recipe, and changes to it.
 RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -1,6 +1,6 @@
 """Several concepts, each erased by a run of its own on its own devices, and merged at the end.
 
-    python -m launch.each_concept --groups="0,1; 2,3" --concepts="Van Gogh; Claude Monet; Pablo Picasso" \\
+    python -m launch.experiments.each_concept --groups="0,1; 2,3" --concepts="Van Gogh; Claude Monet; Pablo Picasso" \\
       --output=out/painters --config=sd14_style --config.base=stable-diffusion-v1-4 --config.batch_size=2
 
 Each group of devices takes the next concept when it is free. A run's folder is OUTPUT/CONCEPT, and its log CONCEPT.log
@@ -18,7 +18,8 @@ from pathlib import Path
 from absl import flags
 
 from launch import command
-from launch.results import say, slug
+from launch.command import say
+from launch.experiments.results import slug
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("concepts", None, 'Separated by ";".', flag_values=FLAGS)

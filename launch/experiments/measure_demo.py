@@ -1,7 +1,8 @@
 """Measures the embedded model, and erasures from it: each with its controls, then median and worst over all.
 
-    python -m launch.measure_demo --output=out/measured
-    python -m launch.measure_demo --output=out/measured --targets="neon style; a cat=esd_u; a rose" --images=200
+    python -m launch.experiments.measure_demo --output=out/measured
+    python -m launch.experiments.measure_demo --output=out/measured --images=200 \\
+        --targets="neon style; a cat=esd_u; a rose"
 
 A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. With
 --stop_below=0.02 --steps=800, each erasure ends where that few images show its target, and its sham has as many
@@ -27,8 +28,9 @@ from esd_jax.evaluation import seen
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
+from launch.command import say
 from launch.demo import RECIPES
-from launch.results import Made, groups_of, kept, measured, read, say, slug, write
+from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
 
 PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
 CONTROL_SHARE = 0.25  # the controls' figures need less precision

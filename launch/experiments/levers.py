@@ -1,14 +1,15 @@
 """What each way to sample less in an update of ESD gains in time, and what it costs in quality, on the embedded model.
 
-    python -m launch.levers --output=out/levers
-    python -m launch.levers --output=out/levers --targets="a cat" --variants="recipe; fast" --images=200
+    python -m launch.experiments.levers --output=out/levers
+    python -m launch.experiments.levers --output=out/levers --targets="a cat" --variants="recipe; fast" --images=200
 
 A variant is the recipe of a target's kind with some fields changed. The updates of all variants of a kind are timed in
 turns, after they are compiled, so that a machine that does other things too treats them alike; only ratios mean
 something there. Every model draws the same prompts from the same noise. What is measured is kept as it comes, so that a
 run which is stopped goes on where it was. The result is levers.md and levers.json.
 
-    python -m launch.levers --targets="a dog" --variants=recipe --also="sampling_steps=5, steps=100; eta=1.0"
+    python -m launch.experiments.levers --targets="a dog" --variants=recipe \\
+        --also="sampling_steps=5, steps=100; eta=1.0"
 
 measures further ones.
 """
@@ -33,8 +34,9 @@ from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from esd_jax.runs.setup import assemble
 from launch import command
-from launch.compare_methods import ENTRIES, lost
-from launch.results import Made, groups_of, kept, measured, read, say, slug, write
+from launch.command import say
+from launch.experiments.compare_methods import ENTRIES, lost
+from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
 
 RECIPES = ENTRIES["esd"].recipes  # each has a fast one of its name
 KEPT = {"updates_per_trajectory": 10, "trajectory_buffer": 4}

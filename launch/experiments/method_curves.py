@@ -1,6 +1,6 @@
 """The papers' curves on the embedded model: what each erasure removes, against what it keeps.
 
-    pip install 'esd-jax[artwork]' && python -m launch.method_curves --figure=strengths --output=out/curves
+    pip install 'esd-jax[artwork]' && python -m launch.experiments.method_curves --figure=strengths --output=out/curves
 
 draws one figure and its numbers, FIGURE.png and FIGURE.json. Each point is kept as it comes, so that a run which is
 stopped goes on where it was. The figures:
@@ -30,9 +30,11 @@ from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED, measure
 from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
-from launch import command, plots
-from launch.compare_methods import ENTRIES, lost
-from launch.results import kept, read, say, write
+from launch import command
+from launch.command import say
+from launch.experiments import plots
+from launch.experiments.compare_methods import ENTRIES, lost
+from launch.experiments.results import kept, read, write
 
 TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

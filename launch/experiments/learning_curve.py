@@ -1,6 +1,6 @@
 """What the probe sees in the embedded model's pictures in the course of its training, as a table and a plot.
 
-    pip install 'esd-jax[artwork]' && python -m launch.learning_curve --run=out/emoji --images=352
+    pip install 'esd-jax[artwork]' && python -m launch.experiments.learning_curve --run=out/emoji --images=352
 
 reads the snapshots that launch/pretrain_demo.py leaves, and writes curve.json and curve.png to the run's folder. What
 is measured already is not measured again.
@@ -20,9 +20,10 @@ from esd_jax.demo.groups import base_groups
 from esd_jax.demo.measure import BASE, measure
 from esd_jax.demo.pretrain import architecture
 from esd_jax.params import prefixed
-from launch import command, plots
+from launch import command
+from launch.experiments import plots
+from launch.experiments.results import read, write
 from launch.pretrain_demo import vocabulary_size, write_model
-from launch.results import read, write
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", "out/emoji", "The output_dir of the training.", flag_values=FLAGS)

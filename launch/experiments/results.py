@@ -13,10 +13,7 @@ from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import Judged, measure
 from esd_jax.pipeline import Pipeline
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+from launch.command import say
 
 
 def kept(output: Path, name: str, *made_by: Any) -> Gallery:

@@ -1,0 +1,1 @@
+"""What measures the figures in README.md and docs/, on the embedded model; and runs of several concepts."""
