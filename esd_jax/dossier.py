@@ -82,8 +82,8 @@ def evaluate(
 
     Args:
       base, erased: before and after.
-      protocol: one of `esd_jax.evaluation.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke" and "quick"
-        with fewer images, for the embedded model).
+      protocol: one of `esd_jax.evaluation.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke"
+        and "quick" with fewer images, for the embedded model).
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
       concept: what was erased; by default what the model's record says.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.

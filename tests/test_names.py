@@ -16,7 +16,7 @@ from esd_jax import attacks, evaluation, formats, guidance
 LAZY = (esd_jax, evaluation)
 NAMESPACES = (attacks, evaluation, formats, guidance)
 SENT_TO = {  # from README.md, docs/ and the notebooks -> what it is
-    "attacks.goals.emoji": "esd_jax.evaluation.attacks.goals.emoji",
+    "attacks.default_goal": "esd_jax.dossier.default_goal",
     "attacks.preset": "esd_jax.evaluation.attacks.preset",
     "evaluation.Table": "esd_jax.evaluation.evidence.Table",
     "evaluation.below": "esd_jax.evaluation.seen.below",

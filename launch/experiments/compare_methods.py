@@ -86,7 +86,7 @@ def main() -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
-    drawn = kept(output, BASE, source_hash(base, "unet"))
+    drawn = kept(output, BASE, source_hash(base))
     found = {
         target.concept: {name: measured(base, name, target, output, drawn) for name in methods} for target in targets
     }
@@ -116,7 +116,7 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
         times = f"-{FLAGS.longer}x"
     options = {} if config else entry.guidance(target.concepts)
     settings = {
-        "base_sha256": source_hash(base, "unet"), "images": FLAGS.images, "seed": FLAGS.seed,
+        "base_sha256": source_hash(base), "images": FLAGS.images, "seed": FLAGS.seed,
         "controls": FLAGS.controls, "recipe": plan, "guidance": _described(options),
     }  # fmt: skip
     if entry.joined and not one_prompt(base, target):

@@ -57,7 +57,7 @@ def main() -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     base = api.load(FLAGS.base)
-    identity = {"base_sha256": source_hash(base, "unet"), "seed": FLAGS.seed}
+    identity = {"base_sha256": source_hash(base), "seed": FLAGS.seed}
     galleries = {BASE: kept(output, BASE, identity["base_sha256"])}
     if FLAGS.base_images:
         measure_base(base, output / "base.json", identity, galleries)

@@ -96,7 +96,7 @@ def main() -> None:
     base = api.load("emoji")
     asked = pairs(target.names[0], FLAGS.images, FLAGS.seed)
     pictures = place(asked, FLAGS.seed)
-    shared = {"base_sha256": source_hash(base, "unet"), "images": hashlib.sha256(pictures.tobytes()).hexdigest()}
+    shared = {"base_sha256": source_hash(base), "images": hashlib.sha256(pictures.tobytes()).hexdigest()}
     shared |= {"num_steps": FLAGS.num_steps}
     fixed = {ARTWORK: pictures, AUTOENCODER: sampling.reconstruct(base, pictures, batch_size=FLAGS.batch_size)}
     drawn = {

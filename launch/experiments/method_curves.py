@@ -69,7 +69,7 @@ def main() -> None:
     base = api.load("emoji")
     file = output / f"{FLAGS.figure}.json"
     settings = {
-        "base_sha256": source_hash(base, "unet"), "target": target.concept, "images": FLAGS.images, "seed": FLAGS.seed,
+        "base_sha256": source_hash(base), "target": target.concept, "images": FLAGS.images, "seed": FLAGS.seed,
     }  # fmt: skip
     drawn = kept(output, BASE, settings["base_sha256"])
     points: list[dict[str, Any]] = (read(file, settings) or {"points": []})["points"]
