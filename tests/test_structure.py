@@ -11,6 +11,8 @@ from esd_jax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
+MODEL_CARD = ROOT / "esd_jax" / "demo" / "model" / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CARD])
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
@@ -105,10 +107,32 @@ def test_a_new_method_is_one_file_and_one_line():
         assert not constants & set(METHODS), path.name
 
 
-def test_the_documents_link_to_what_exists():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            assert "://" in link or (document.parent / link).exists(), f"{document.name} links to {link}"
+def anchors(document: Path) -> set[str]:
+    """What links to a document's headings end in, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_documents_link_to_what_exists(document):
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
+
+
+def test_what_contributors_are_sent_to_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [path for path in re.findall(r"`([\w./]+/[\w.]+\.\w+)`", text) if "NAME" not in path]
+    assert len(paths) > 20
+    for path in paths:
+        places = (ROOT, ROOT / "esd_jax", ROOT / "esd_jax" / "diffusion")
+        assert any((place / path).exists() for place in places), path
+    for name, path in re.findall(r"`(\w+)`\s+in\s+`([\w./]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
 
 
 def test_the_commands_of_launch_that_are_mentioned_exist():
@@ -116,7 +140,7 @@ def test_the_commands_of_launch_that_are_mentioned_exist():
     places = ("configs", "docs", "esd_jax", "launch", "notebooks", ".github")
     files = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in kinds]
     mentioned = 0
-    for file in (*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / ".ci" / "run", *files):
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / ".ci" / "run", *files):
         text = file.read_text()
         for name, verb in re.findall(r"python3? -m (launch(?:\.\w+)*)(?: (\w+))?", text):
             module = ROOT / name.replace(".", "/")
