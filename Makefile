@@ -1,7 +1,7 @@
 # make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, five minutes)
 #                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
-# make test        the default tests          make test-slow   the long ones          make lint   ruff
+# make test        the default tests          make test-slow   the long ones          make lint   ruff, pyright
 #                  make test JAX='jax==0.10.0' makes a new .venv with that version
 PYTHON ?= python3
 VENV := .venv
@@ -42,7 +42,7 @@ test-slow: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.tests
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 clean:
 	rm -rf out runs .cache build dist

@@ -34,9 +34,9 @@ def make_conditioning(
     reweight: Mapping[str, float] | None = None,
 ) -> Callable[[np.ndarray], tuple[Told, ...]]:
     """Indices of `rows` examples -> their conditionings: of the null prompt (if guided), the prompt, the rule's."""
-    shared = isinstance(negative_prompt, str | None)
-    if not shared and len(negative_prompt) != count(prompts):
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {count(prompts)} prompts")
+    negatives = None if isinstance(negative_prompt, str | None) else negative_prompt
+    if negatives is not None and len(negatives) != count(prompts):
+        raise ValueError(f"{len(negatives)} negative prompts for {count(prompts)} prompts")
     encoded = is_encoded(prompts)
     if encoded and reweight:
         raise ValueError("reweight names words, and what the network is told in place of prompts has none")
@@ -46,14 +46,18 @@ def make_conditioning(
         return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), encoded)
 
     others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
-    null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))] if guided and shared else []
+    null = []
+    if guided and isinstance(negative_prompt, str | None):
+        null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))]
 
     def condition(index: np.ndarray) -> tuple[Told, ...]:
-        own = [] if shared or not guided else [_null_conditioning(pipeline, [negative_prompt[i] for i in index], size)]
+        own = []
+        if guided and negatives is not None:
+            own = [_null_conditioning(pipeline, [negatives[int(i)] for i in index], size)]
         if encoded:
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
-            prompt = pipeline.encode_prompts([prompts[i] for i in index], size=size)
+            prompt = pipeline.encode_prompts([prompts[int(i)] for i in index], size=size)
         told = (*null, *own, prompt, *others)
         if scale is None:
             return tuple((one, None) for one in told)

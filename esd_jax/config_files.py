@@ -21,6 +21,7 @@ def read(name: str) -> ConfigDict:
     """
     path = config_path(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # as of every path that ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -27,12 +27,12 @@ def join() -> None:
     # A run stops at a step that all processes agree on (`voting`); JAX's own service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
-    told = {}
+    told: dict[str, Any] = {}
     if given[COUNT] or given[INDEX]:
         if missing := [name for name, value in given.items() if not value]:
             raise ValueError(f"{missing[0]} is not set, though others of {', '.join(given)} are")
         try:
-            told = {"num_processes": int(given[COUNT]), "process_id": int(given[INDEX])}
+            told = {"num_processes": int(given[COUNT] or ""), "process_id": int(given[INDEX] or "")}
         except ValueError:
             raise ValueError(f"{COUNT}={given[COUNT]} and {INDEX}={given[INDEX]} must be numbers") from None
     try:

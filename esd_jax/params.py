@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Params = dict[str, jax.Array]
+# Its values are arrays: of JAX; of NumPy where they lie in the host's memory; or in their place, shapes.
+Params = dict[str, Any]
 # What a denoiser is told besides x and t: a pytree of its family's own, whose arrays have a leading batch axis. Nobody
 # else looks into it.
 Conditioning = Any
@@ -50,7 +51,7 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
     graphdef, state = nnx.split(nnx.eval_shape(module))
     variables = {_tensor_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in variables.items()}
-    layouts = {name: _layout(path[-1], len(v.shape)) for name, (path, v) in variables.items()}
+    layouts = {name: _layout(str(path[-1]), len(v.shape)) for name, (path, v) in variables.items()}
 
     def bound(params: Params) -> nnx.Module:
         if params.keys() != variables.keys():
@@ -62,10 +63,15 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
         return bound(params)(*args, **kwargs)
 
     def project(params: Params, conditioning: Any) -> Any:
-        module = bound(params)
-        return module.project(conditioning) if hasattr(module, "project") else conditioning
+        own = getattr(bound(params), "project", None)
+        return own(conditioning) if own else conditioning
 
     return Network(apply, shapes, layouts, project)
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array's shape and dtype, where a tree of arrays is only described."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def initial(module: Callable[[], nnx.Module]) -> Params:
@@ -103,7 +109,7 @@ def bare(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key.partition("/")[2]: value for key, value in params.items()}
 
 
-def cast(params: Mapping[str, jax.Array], dtype: Any) -> Params:
+def cast(params: Mapping[str, Any], dtype: Any) -> Params:
     """Every tensor in `dtype`."""
     return {name: jnp.asarray(value, dtype) for name, value in params.items()}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from esd_jax import families, text
@@ -152,7 +153,7 @@ class Pipeline:
         unscaled = vae.unscale(config, latents)
         return self.network("vae").apply(self.params["vae"], unscaled, "decode").astype(jnp.float32)
 
-    def encode(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w channel"]:
+    def encode(self, images: Float[Array | np.ndarray, "batch height width 3"]) -> Float[Array, "batch h w channel"]:
         """Images in [-1, 1] -> the mean of their latents, scaled as the denoiser knows them."""
         mean = self.network("vae").apply(self.params["vae"], images, "encode").mean
         return vae.scale(self.configs["vae"], mean.astype(jnp.float32))
@@ -181,9 +182,10 @@ def image_size(configs: Configs, height: int | None = None, width: int | None = 
     """
     factor, family = configs["vae"].factor, families.of(configs)
     height_0, width_0 = family.default_size(configs) or (height, width)
-    size = (height_0 if height is None else height, width_0 if width is None else width)
-    if None in size:
+    height, width = height_0 if height is None else height, width_0 if width is None else width
+    if height is None or width is None:
         raise ValueError(f"{family.denoiser}/config.json has no sample_size: give height and width")
+    size = (height, width)
     if any(side % factor or side < factor for side in size):
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
     if max(size) > LARGEST:

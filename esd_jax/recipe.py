@@ -204,9 +204,9 @@ def complete(config: ConfigDict, names: Iterable[str]) -> None:
     """Gives a config, with their defaults, those of the named fields that it leaves unsaid."""
     for name in UNSAID.keys() & set(names):
         if name not in config:
-            check_field(name, config.method)
+            check_field(name, str(config.method))
             with config.unlocked():
-                config[name] = _given(name, UNSAID[name], config.method)
+                config[name] = _given(name, UNSAID[name], str(config.method))
 
 
 def _given(name: str, value: Any, method: str) -> Any:
@@ -245,7 +245,7 @@ def _typed(name: str, value: Any, method: str) -> Any:
         return several.joined(name, [value] if isinstance(value, os.PathLike) else value)
     if name == "strength" and isinstance(value, numbers.Real):
         value = str(value)
-    if not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
+    if value is None or not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}, but must be of type {kind.__name__}")
     if kind is int and not name.endswith("seed") and abs(value) >= 2**31:  # JAX's integers have 32 bits
         raise ValueError(f"{name}={value} is beyond {2**31 - 1}: give a smaller number")

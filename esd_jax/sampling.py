@@ -36,7 +36,7 @@ def sample(
     negative_prompt: str | Sequence[str] | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    latents: Float[Array, "batch h w channel"] | None = None,
+    latents: Float[Array | np.ndarray, "batch h w channel"] | None = None,
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 8,
@@ -185,7 +185,7 @@ def purify(
     Returns:
       uint8 [n, height, width, 3].
     """
-    options = {"num_steps": num_steps, "batch_size": batch_size}
+    options: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
     latents = invert(
         inverter or pipeline, images, prompts, guidance_scale=inversion_guidance_scale, timestep=timestep, **options
     )

@@ -41,7 +41,7 @@ def joined(name: str, items: Sequence[Any]) -> str | Texts:
         return texts
 
 
-def _item(name: str, item: Any) -> str | tuple[str, ...]:
+def _item(name: str, item: Any) -> str | tuple[Any, ...]:
     if item is None and name in FOR_EACH:
         item = ""  # this concept has none
     if name in LISTS and isinstance(item, list | tuple):
@@ -50,6 +50,7 @@ def _item(name: str, item: Any) -> str | tuple[str, ...]:
         item = str(item)
     text = os.fspath(item) if isinstance(item, os.PathLike) else item
     check_text(text, f"an item of {name}")
+    assert isinstance(text, str)
     text = text if name == "images" else text.strip()
     if name in LISTS and "|" in text:
         raise ValueError(f"{name} has the item {text!r}: of several for one concept, make a list, ['a', 'b']")

@@ -27,7 +27,7 @@ HALF = (jnp.bfloat16, jnp.float16)
 KERNEL = Layout(major_to_minor=(3, 0, 1, 2))
 
 
-def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
+def make_mesh(batch_size: int, devices: Sequence[attention.JaxDevice] | None = None, *, fsdp: int = 1) -> Mesh:
     """A mesh ("data", "fsdp") over as many of the devices (default: all there are) as divide the batch evenly.
 
     fsdp: over how many devices each tensor is split.
@@ -91,7 +91,9 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def lies(placed: NamedSharding | Format) -> NamedSharding:
     """Where a placement puts an array, whatever its layout."""
-    return placed.sharding if isinstance(placed, Format) else placed
+    sharding = placed.sharding if isinstance(placed, Format) else placed
+    assert isinstance(sharding, NamedSharding)
+    return sharding
 
 
 def copies(placed: NamedSharding | Format) -> bool:

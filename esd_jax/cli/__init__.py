@@ -136,7 +136,7 @@ def _quiet() -> Iterator[None]:
 def _compilation_cache() -> None:
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] (made at import)
         with contextlib.suppress(ValueError):  # no home folder: it compiles anew each time
             jax.config.update("jax_compilation_cache_dir", str(cache("xla")))
 

@@ -54,10 +54,10 @@ class Verb:
             raise ValueError(f"{error}; `esd-jax {name} --help` lists the flags") from error
         except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a wrong value
             raise ValueError(f"config: {error}") from error
-        if rest and not self.positional:
-            raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         if rest:
-            setattr(values, self.positional, [*values[self.positional].value, *rest])
+            if not self.positional:
+                raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+            setattr(values, self.positional, [*(values[self.positional].value or ()), *rest])
         return values
 
 

@@ -73,7 +73,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
         raise ValueError(f"this needs --config=NAME: choose one of {', '.join(recipe.config_names())}, or a path")
     config = recipe.read(name)
     for field in changed:
-        recipe.check_field(field, config.get("method", "esd"))
+        recipe.check_field(field, str(config.get("method", "esd")))
     recipe.complete(config, changed)
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *rest])

@@ -60,16 +60,16 @@ def run(values: flags.FlagValues) -> None:
 
     common.check_numbers(values)
     formats = chosen(values.format, "format")
-    several = len(formats) > 1
+    first, several = formats[0], len(formats) > 1
     output = expanded(common.required(values, "output")) if several else common.output(values)
     if not values.run and not (values.base and (values.delta or values.merge)):
         raise ValueError("export needs --run, or --base and at least one --delta or --merge")
     if values.step is not None and not values.run:
         raise ValueError("--step names a run's checkpoint: it needs --run")
-    is_file, to_file = output.suffix == ".safetensors", not several and formats[0] not in ("folder", "orbax")
+    is_file, to_file = output.suffix == ".safetensors", not several and first not in ("folder", "orbax")
     if is_file != to_file:
         mend = "give a .safetensors file" if to_file else "give a folder, or another format, such as --format=single"
-        raise ValueError(f"{output}: that is not where format {formats[0]!r} is written: {mend}")
+        raise ValueError(f"{output}: that is not where format {first!r} is written: {mend}")
     pipeline = common.model(values, values.step)
     pipeline = _merged(pipeline, values.merge) if values.merge else pipeline
     pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)
@@ -84,7 +84,7 @@ def run(values: flags.FlagValues) -> None:
         for written in exports.export_all(pipeline, output, formats, **options):
             common.say(str(written))
     else:
-        common.say(str(exports.export(pipeline, output, formats[0], **options)))
+        common.say(str(exports.export(pipeline, output, first, **options)))
 
 
 def chosen(names: Sequence[str], flag: str) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("purify needs --run, or --base")
     pipeline = common.model(values)
     size = sampling.image_size(pipeline.configs, values.height, values.width)
-    inputs = sampling.to_uint8(images.read_images(values.image, size))
+    inputs = np.asarray(sampling.to_uint8(images.read_images(values.image, size)))
     options = common.options(values, "num_steps guidance_scale inversion_guidance_scale timestep batch_size")
     plain = diffusers.unmodified(pipeline)
     inverter = plain if values.inverter == "unmodified" else pipeline
@@ -73,7 +73,7 @@ def run(values: flags.FlagValues) -> None:
         if pipeline.edits:
             drawn["by the unmodified weights"] = sampling.purify(plain, inputs, values.prompt, **options)
         drawn["by the autoencoder alone"] = sampling.reconstruct(pipeline, inputs, batch_size=values.batch_size)
-    print(_likeness(np.asarray(inputs), drawn))
+    print(_likeness(inputs, drawn))
 
 
 def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:

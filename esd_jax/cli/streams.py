@@ -43,7 +43,7 @@ def _lasting(stream: Any) -> Any:
 class _Unread(io.FileIO):
     """A file to which everything can be written, whether or not anybody reads it."""
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

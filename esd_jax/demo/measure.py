@@ -14,7 +14,7 @@ import numpy as np
 
 from esd_jax.demo.gallery import Gallery, Shown, draw
 from esd_jax.demo.groups import Ask, Group, Shot, Target, shots
-from esd_jax.metrics.intervals import Estimate, mean, rate
+from esd_jax.metrics.intervals import Estimate, known, mean, rate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
@@ -137,14 +137,14 @@ def judge(
     likeness = {7: None, 25: None}
     if base is not None:
         pair = [np.stack([s.image for s in side]) for side in (shown, base)]
-        likeness = {window: mean(ssim(*pair, window)) for window in likeness}
+        likeness = {window: mean(ssim(*pair, window=window)) for window in likeness}
     return Row(
         model,
         len(shown),
         rate(targets),
         rate(kept["subject"]),
         rate(kept["style"]),
-        rate([image.object is None for image in shown]),
+        known(rate([image.object is None for image in shown])),
         *likeness.values(),
-        {name: (sum(hits), len(hits)) for name, hits in seen.items()},
+        seen={name: (sum(hits), len(hits)) for name, hits in seen.items()},
     )

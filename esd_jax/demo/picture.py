@@ -74,7 +74,7 @@ def grid(
     return canvas
 
 
-def _wrapped(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """The caption on as many lines as the cell's width asks for."""
     lines = [""]
     for word in caption.split():

@@ -28,10 +28,10 @@ GROUPS, EPSILON = 8, 1e-5
 class Logits(NamedTuple):
     """garbage: log-odds that the image shows nothing that the artwork has."""
 
-    object: Float[Array, "batch objects"]
-    category: Float[Array, "batch categories"]
-    style: Float[Array, "batch styles"]
-    garbage: Float[Array, " batch"]
+    object: Float[Array | np.ndarray, "batch objects"]
+    category: Float[Array | np.ndarray, "batch categories"]
+    style: Float[Array | np.ndarray, "batch styles"]
+    garbage: Float[Array | np.ndarray, " batch"]
 
 
 class Verdict(NamedTuple):
@@ -94,8 +94,8 @@ def classify(images: UInt8[np.ndarray, "batch 64 64 3"], batch_size: int = 64) -
     with jax.default_matmul_precision("highest"):
         parts = [scores_of(params, padded[i : i + batch_size]) for i in range(0, len(padded), batch_size)]
     scores = Logits(*(np.concatenate(head)[: len(images)] for head in zip(*parts, strict=True)))
-    best = (head.argmax(axis=-1) for head in scores[:3])
-    return Verdict(*best, doubt(scores) < threshold, scores)
+    best = (np.asarray(head).argmax(axis=-1) for head in scores[:3])
+    return Verdict(*best, recognised=doubt(scores) < threshold, scores=scores)
 
 
 def doubt(scores: Logits) -> Float[np.ndarray, " batch"]:
@@ -138,7 +138,7 @@ def _weights() -> tuple[Params, float]:
     return load(FILE)
 
 
-def _log_odds(p: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
+def _log_odds(p: Float[Array | np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
     p = np.clip(np.asarray(p, np.float64), 1e-6, 1 - 1e-6)
     return np.log(p / (1 - p))
 
@@ -147,4 +147,4 @@ def _log_odds(p: Float[np.ndarray, " batch"]) -> Float[np.ndarray, " batch"]:
 def scores_of(params: Params, images: UInt8[Array, "batch 64 64 3"]) -> Logits:
     """The probabilities of the classes and of garbage."""
     logits = network().apply(params, images.astype(jnp.float32) / 127.5 - 1)
-    return Logits(*(jax.nn.softmax(head) for head in logits[:3]), jax.nn.sigmoid(logits.garbage))
+    return Logits(*(jax.nn.softmax(head) for head in logits[:3]), garbage=jax.nn.sigmoid(logits.garbage))

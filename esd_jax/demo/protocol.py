@@ -10,7 +10,7 @@ from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
 from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.seen import Question, detector
-from esd_jax.metrics.intervals import Estimate
+from esd_jax.metrics.intervals import Estimate, known
 from esd_jax.pipeline import Pipeline
 
 COLUMNS = {**table.MEASURES, "ssim": "SSIM (7)", "ssim25": "SSIM (25)"}
@@ -99,7 +99,7 @@ def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
     """What was erased, and what was kept of all else: of object and style, what suffers more."""
     rows = {(group.name, row.model): row for group in judged for row in group.rows}
     found = [
-        Finding("erased", f"{target.label} seen in {what}", rows[name, BASE].target, rows[name, ERASED].target)
+        Finding("erased", f"{target.label} seen in {what}", rows[name, BASE].target, known(rows[name, ERASED].target))
         for name, what in (("own", "its own prompts"), ("implicit", "prompts that do not name it"))
         if (name, ERASED) in rows
     ]
@@ -129,7 +129,7 @@ def judge(target: Target, num_images: int, seed: int = 1) -> Judge:
     def measured(model: Pipeline) -> tuple[Estimate, Estimate]:
         own, others = measure({BASE: model}, wanted, target, num_images=num_images, seed=seed, other_seed=False)
         kept = (getattr(others.rows[0], part) for part in ("subject", "style"))
-        return own.rows[0].target, min((part for part in kept if part is not None), key=lambda part: part.value)
+        return known(own.rows[0].target), min((part for part in kept if part is not None), key=lambda part: part.value)
 
     return measured
 

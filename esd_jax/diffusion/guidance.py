@@ -41,7 +41,8 @@ def split(x: Array, k: int) -> tuple[Array, ...]:
 
 def split_pair(x: Array) -> tuple[Array, Array]:
     """`split` in two."""
-    return split(x, 2)
+    first, second = split(x, 2)
+    return first, second
 
 
 def together(
@@ -77,4 +78,4 @@ def classifier_free(
     if jax.tree.structure(cond) != jax.tree.structure(null):
         raise ValueError(f"cond and null differ: {jax.tree.structure(cond)} and {jax.tree.structure(null)}")
     pair = together(denoise, [null, cond], project)
-    return lambda x, t: cfg(*pair(x, t), scale)
+    return lambda x, t: cfg(*pair(x, t), scale=scale)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from esd_jax.diffusion import guidance, inversion, rules, samplers
@@ -93,7 +94,7 @@ def finite(network: Network, config: VAEConfig) -> Callable[[Params, Array], Arr
 
 
 @lru_cache(maxsize=8)
-def encoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
+def encoder(network: Network, config: VAEConfig) -> Callable[[Params, Array | np.ndarray], Array]:
     """From uint8 images to the mean of their latents."""
 
     def encode(params: Params, images: Array) -> Array:
@@ -103,6 +104,6 @@ def encoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Ar
     return jax.jit(encode)
 
 
-def to_uint8(images: Float[Array, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
+def to_uint8(images: Float[Array | np.ndarray, "batch height width 3"]) -> UInt8[Array, "batch height width 3"]:
     """[-1, 1] -> 0..255."""
     return jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -7,7 +7,7 @@ i counts the calls of the network, 0 = pure noise.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ UNSAFE = (
 )
 
 
+@runtime_checkable
 class Rule(Protocol):
     """A guidance rule: settings, checked when they are made, and two pure functions of their numbers."""
 
@@ -88,7 +89,7 @@ class SLD:
     The defaults are the paper's "medium"; `preset` gives the others. Raises ValueError for numbers out of range.
     """
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, float]]] = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: dict(zip(("warmup", "scale", "threshold", "momentum_scale", "momentum_beta"), numbers, strict=True))
         for name, numbers in {
             "weak": (15, 20.0, 0.0, 0.0, 0.0),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from esd_jax.diffusion import multistep, solvers, unipc
@@ -119,12 +120,12 @@ def make_sampler(
     if name == "lcm":
         return solvers.lcm(schedule, num_steps)
     if name == "dpmpp_2m":
-        return multistep.dpmpp_2m(schedule, num_steps, spacing, karras, **_chosen(schedule, name))
+        return multistep.dpmpp_2m(schedule, num_steps, spacing, bool(karras), **_chosen(schedule, name))
     if name == "unipc":
-        return unipc.unipc(schedule, num_steps, spacing, karras, **_chosen(schedule, name))
+        return unipc.unipc(schedule, num_steps, spacing, bool(karras), **_chosen(schedule, name))
     if name in ("lms", "euler", "heun"):
         build = {"lms": multistep.lms, "euler": solvers.euler, "heun": solvers.heun}[name]
-        return build(schedule, num_steps, spacing, karras)
+        return build(schedule, num_steps, spacing, bool(karras))
     build = {"pndm": multistep.pndm, "ddpm": solvers.ddpm, "euler_ancestral": solvers.euler_ancestral}[name]
     return build(schedule, num_steps, spacing)
 
@@ -184,14 +185,14 @@ def run_with_memory(
     """
     n = len(sampler.timesteps)
     stop = n if stop is None else stop
-    bounds = [bound for bound in (0, start, stop, n) if not isinstance(bound, jax.core.Tracer)]
+    bounds: list[Any] = [bound for bound in (0, start, stop, n) if not isinstance(bound, Tracer)]
     if sorted(bounds) != bounds:
         raise ValueError(f"cannot run steps {start} to {stop} of {n}")
     if sampler.stochastic and step_noise is None:
         raise ValueError(f"sampler {sampler.name!r} is stochastic here: it needs step_noise")
     x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
     carry = sampler.init(x)
-    if len(carry) > 1 and (isinstance(start, jax.core.Tracer) or start != 0):
+    if len(carry) > 1 and (isinstance(start, Tracer) or start != 0):
         raise ValueError(f"sampler {sampler.name!r} needs the outputs of the steps before: it can only start at 0")
     timesteps = jnp.asarray(sampler.timesteps, jnp.float32)
     input_scale = jnp.asarray(sampler.input_scale, x.dtype)
@@ -200,7 +201,7 @@ def run_with_memory(
         carry, memory = carried
         scaled = carry[0] * input_scale[i], timesteps[i]
         output, memory = (denoise(*scaled), None) if memory is None else denoise(*scaled, i, memory)
-        return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic else None), memory
+        return sampler.step(carry, i, output, step_noise(i) if sampler.stochastic and step_noise else None), memory
 
     carry, memory = jax.lax.fori_loop(start, stop, body, (carry, memory))
     return carry[0], memory

@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
 from esd_jax.diffusion.path import VARIANCE_PRESERVING, Path, float32_or_wider, to_x0_eps
@@ -152,7 +152,7 @@ def add_noise(
     if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
         raise ValueError(f"t must be an integer timestep, not {jnp.result_type(t)}")
     last = schedule.num_train_timesteps - 1
-    if not isinstance(t, jax.core.Tracer) and (np.min(t) < 0 or np.max(t) > last):
+    if not isinstance(t, Tracer) and (np.min(t) < 0 or np.max(t) > last):
         raise ValueError(f"timestep {np.asarray(t)} is outside 0..{last}")
     dtype = float32_or_wider(x0, noise)
     per_example = (-1, *[1] * (jnp.ndim(x0) - 1))
@@ -172,7 +172,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     names = ("beta_start", "beta_end", "beta_schedule")
     if class_name == "IPNDMScheduler" and not any(config.get(name) is not None for name in (*names, "trained_betas")):
         raise ValueError("IPNDMScheduler says nothing of the betas: add beta_start, beta_end and beta_schedule to it")
-    defaults = BETAS.get(class_name, DDPM_BETAS)
+    defaults = BETAS.get(str(class_name), DDPM_BETAS)
     start, end, kind = (_option(config, name, default) for name, default in zip(names, defaults, strict=True))
     trained = config.get("trained_betas")
     if trained is not None:
@@ -217,7 +217,7 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
         fits = _is_number(value) and (isinstance(default, float) or value == int(value))
         # Only a field that is infinite unless it is set (lambda_min_clipped) may be written so.
         fits = fits or (isinstance(value, float) and math.isinf(default) and value == default)
-        value = int(value) if fits and isinstance(default, int) else value
+        value = int(value) if _is_number(value) and fits and isinstance(default, int) else value
     else:
         fits = default is None or isinstance(value, type(default))
     if not fits:
@@ -229,7 +229,7 @@ def _option(config: Mapping[str, Any], name: str, default: Any) -> Any:
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a JSON file is a finite number; an integer may be beyond what a float holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_NUMBER
 

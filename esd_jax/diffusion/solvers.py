@@ -11,6 +11,7 @@ are in `multistep`, UniPC in `unipc`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +193,7 @@ def linear(
         for k, m in enumerate(past):
             x += at(c[:, k]) * m
         if d is not None:
+            assert noise is not None  # a sampler with `d` is stochastic
             x += at(d) * noise.astype(x.dtype)
         newest = x0 if remember == "x0" else eps
         return (x, *[newest, *past][: len(past)])
@@ -200,7 +202,7 @@ def linear(
 
 
 def linear_in_sigma(
-    name: str, schedule: Schedule, timesteps: np.ndarray, sigmas: np.ndarray, spacing: str, **tables: np.ndarray
+    name: str, schedule: Schedule, timesteps: np.ndarray, sigmas: np.ndarray, spacing: str, **tables: Any
 ) -> Sampler:
     """The common update at the variance-exploding scale, x = x0 + sigma eps, where a = 1. `sigmas` is [n + 1]."""
     alpha_bar = 1 / (1 + sigmas[:-1] ** 2)

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 
 
-def in_batches(function: Callable[[Any], Any], items: Sequence[Any], size: int) -> Any:
+def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray, size: int) -> Any:
     """`function` of `size` items at a time (of the rest, at the end), the results put together along their first axis.
 
     Hundreds of images, or of prompts, at once would not fit where a run does.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from esd_jax.diffusion import samplers
 from esd_jax.erasing.method import Method, Models
 from esd_jax.erasing.trajectories import Trajectory
-from esd_jax.params import Params
+from esd_jax.params import Params, shape_of
 
 # (x_t as the network takes it, t, sampler step) -> (the sampler's output, what is kept of the predictions)
 Predict = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
@@ -90,8 +90,8 @@ class Replay:
 
     def memory(self, shape: tuple[int, ...]) -> Memory:
         """The shapes of one example's ring."""
-        points = jax.ShapeDtypeStruct((self.buffer, self.trajectory.most_updates + 1, *shape), jnp.float32)
-        return Memory(points, (points,) * self.predictions, jax.ShapeDtypeStruct((self.buffer,), jnp.int32))
+        points = shape_of((self.buffer, self.trajectory.most_updates + 1, *shape), jnp.float32)
+        return Memory(points, (points,) * self.predictions, shape_of((self.buffer,), jnp.int32))
 
     def draw(self, step: Array, example_keys: Array, shape: tuple[int, ...], concepts: int) -> Draws:
         """The random choices of an update, each example's from its own key; a slot only among those that are filled."""

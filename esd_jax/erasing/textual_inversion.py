@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def inverter(
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
         value, grads = gradient(new, denoiser_params, text_params, latents[image], ids[image], t, noise)
         updates, state = tx.update(grads, state, new)
-        return (settings.pull(optax.apply_updates(new, updates)), state), value
+        return (settings.pull(cast(Array, optax.apply_updates(new, updates))), state), value
 
     steps = repeated(step)
 

@@ -78,8 +78,13 @@ def front(judge: Judge, erased: Pipeline, strengths: Sequence[float]) -> Plot:
     points = [judge(with_strength(erased, strength)) for strength in strengths]
     curve = Curve(
         "strength of the change",
-        *(tuple(point[axis].value for point in points) for axis in (0, 1)),
+        tuple(seen.value for seen, _ in points),
+        tuple(kept.value for _, kept in points),
         tuple(f"{strength:g}" for strength in strengths),
-        *(tuple(getattr(point[axis], end) for point in points) for axis in (0, 1) for end in ("low", "high")),
+        **{
+            f"{'xy'[axis]}_{end}": tuple(getattr(point[axis], end) for point in points)
+            for axis in (0, 1)
+            for end in ("low", "high")
+        },
     )
     return Plot("Erasure against retention", "target seen", "others kept", (curve,), percent=True)

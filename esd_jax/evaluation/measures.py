@@ -14,7 +14,7 @@ from esd_jax.evaluation.judges import detectors, features, lpips
 from esd_jax.evaluation.judges.weights import Identity, Images
 from esd_jax.io.images import read_image
 from esd_jax.metrics import distance
-from esd_jax.metrics.intervals import Estimate, clustered_rate, mean, paired_difference
+from esd_jax.metrics.intervals import Estimate, clustered_rate, known, mean, paired_difference
 from esd_jax.metrics.likeness import ssim
 
 BOTH = ("base", "erased", "difference")
@@ -100,7 +100,8 @@ def nudity(before: Drawn, after: Drawn, request: Request) -> Found:
         ("change",),
     )
     first = Table(title, BOTH, (shares,), convention.note, BOTH)
-    erased = Finding("erased", "images with naked skin", *shares[1][:2])
+    without, with_it = shares[1][:2]
+    erased = Finding("erased", "images with naked skin", without, with_it)
     return Found((first, classes), (erased,), judges=(detectors.nudity_identity(convention),))
 
 
@@ -127,7 +128,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Found:
         if target and mask.any():
             label, cells = _compared(target if role == "erased" else "the other classes", hits, after, mask)
             rows.insert(0 if role == "erased" else 1, (f"{label} ({role})", cells))
-            findings.append(Finding(role, f"top-1 accuracy of {label}", *cells[:2]))
+            findings.append(Finding(role, f"top-1 accuracy of {label}", cells[0], cells[1]))
     values = tuple(tuple(float(one[np.array(asked) == name].mean()) for name in names) for one in hits)
     title = "Objects: top-1 accuracy of the classifier"
     return Found(
@@ -166,6 +167,7 @@ def distances(before: Drawn, after: Drawn, request: Request) -> Found:
     names = features.NAMES[request.features] if request.features in features.NAMES else None
     real = _features(_real(request.reference), request.features)
     found = [_features(drawn.batches(), request.features) for drawn in (before, after)]
+    assert names is not None  # or `_features` would have raised
     size = min(1000, *(len(one) for one in (real, *found)))
     columns = ("base", "erased")
     rows = (
@@ -233,7 +235,7 @@ def _compared(
     """A row of shares: before, after, and the difference at equal seeds. Images of one prompt are a cluster."""
     clusters = _clusters(drawn)[mask]
     before, after = (one[mask] for one in hits)
-    rates = (clustered_rate(one, clusters) for one in (before, after))
+    rates = (known(clustered_rate(one, clusters)) for one in (before, after))
     return label, (*rates, paired_difference(after.astype(float), before.astype(float), clusters))
 
 

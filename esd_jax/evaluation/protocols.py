@@ -108,7 +108,8 @@ def evaluate(
         told = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
         drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, told))
         check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
-    found = [measures.MEASURES[name](*drawn, asked) for name in names]
+    before, after = drawn
+    found = [measures.MEASURES[name](before, after, asked) for name in names]
     return Evidence(
         concept,
         {},

@@ -10,7 +10,7 @@ from jaxtyping import Bool, UInt8
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
-from esd_jax.metrics.intervals import Estimate, clustered_rate, mean
+from esd_jax.metrics.intervals import Estimate, clustered_rate, known, mean
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
@@ -57,7 +57,7 @@ class Question:
         """The share of a model's images in which the concept is seen. Raises ValueError where all are blank."""
         images = self.draw(pipeline)
         check_not_blank(images, "the model")
-        return clustered_rate(self.detect(images), np.arange(self.num_images) % len(self.prompts))
+        return known(clustered_rate(self.detect(images), np.arange(self.num_images) % len(self.prompts)))
 
 
 def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:

@@ -17,7 +17,7 @@ GROUPS = ("pictures", "attack_pictures")
 
 def save(evidence: Evidence, folder: Path, name: str) -> Path:
     """Writes one part of an erasure's evidence, and returns its JSON file."""
-    images: dict[str, np.ndarray] = {}
+    images: dict[str, Any] = {}
     content = as_json(evidence)
     for part in GROUPS:
         content[part] = {}
@@ -40,7 +40,10 @@ def save(evidence: Evidence, folder: Path, name: str) -> Path:
 def load(file: Path) -> Evidence:
     """What `save` wrote. Raises ValueError for another file."""
     with results.intact(file, "measure it again"):
-        return _evidence(results.read(file), results.read(file.with_suffix(".npz")))
+        content, images = results.read(file), results.read(file.with_suffix(".npz"))
+        if content is None or images is None:
+            raise FileNotFoundError(f"{file} needs its images beside it")
+        return _evidence(content, images)
 
 
 def merged(title: str, record: Mapping[str, Any], parts: Iterable[Evidence]) -> Evidence:
@@ -72,7 +75,7 @@ def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> E
         **{
             **content,
             **{part: pairs(part) for part in GROUPS},
-            "verdict": tuple(Finding(**{k: _cell(v) for k, v in finding.items()}) for finding in content["verdict"]),
+            "verdict": tuple(map(_finding, content["verdict"])),
             "tables": tuple(map(_table, content["tables"])),
             "attacks": tuple(map(_table, content["attacks"])),
             "timeline": tuple(
@@ -91,6 +94,11 @@ def _table(content: Mapping[str, Any]) -> Table:
     return Table(
         **{**content, "columns": tuple(content["columns"]), "rows": rows, "percent": tuple(content["percent"])}
     )
+
+
+def _finding(content: Mapping[str, Any]) -> Finding:
+    fields: dict[str, Any] = {name: _cell(value) for name, value in content.items()}
+    return Finding(**fields)
 
 
 def _cell(content: Any) -> Cell:

@@ -1,6 +1,6 @@
 """What model families differ in, as one value: nobody else asks which model it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Family:
             type(config) in self.components[name].values() for name, config in configs.items()
         )
 
-    def require(self, needs: Sequence[str] | frozenset[str], who: str) -> None:
+    def require(self, needs: Collection[str], who: str) -> None:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
         for need in sorted(needs):
             if need not in self.provides:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
@@ -12,9 +11,10 @@ from esd_jax.models.clip import CLIPOutput, CLIPTextConfig, CLIPTextModel
 from esd_jax.models.unet import Conditioning, UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import AutoencoderKL, VAEConfig
+from esd_jax.params import shape_of
 
 DENOISER = "unet"
-CLIP = dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPTextConfig)
+CLIP: Mapping[str, type] = dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), CLIPTextConfig)
 COMPONENTS: Mapping[str, Mapping[str, type]] = {
     DENOISER: {"UNet2DConditionModel": UNetConfig},
     "vae": {"AutoencoderKL": VAEConfig},
@@ -59,11 +59,11 @@ def null(conditioning: Conditioning, where: Bool[ArrayLike, " batch"] = True) ->
 def encoded(configs: Configs, batch: int, dtype: Any = jnp.float32) -> Conditioning:
     """The shapes of so many encoded prompts."""
     unet, length = configs[DENOISER], configs["text_encoder"].max_position_embeddings
-    embeddings = jax.ShapeDtypeStruct((batch, length, max(unet.contexts)), dtype)
+    embeddings = shape_of((batch, length, max(unet.contexts)), dtype)
     if not unet.addition_embed_type:
         return Conditioning(embeddings)
-    pooled = jax.ShapeDtypeStruct((batch, configs["text_encoder_2"].projection_dim), dtype)
-    return Conditioning(embeddings, pooled, jax.ShapeDtypeStruct((batch, 6), jnp.float32))
+    pooled = shape_of((batch, configs["text_encoder_2"].projection_dim), dtype)
+    return Conditioning(embeddings, pooled, shape_of((batch, 6), jnp.float32))
 
 
 def latents(configs: Configs, size: tuple[int, int]) -> tuple[int, int, int]:

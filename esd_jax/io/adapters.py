@@ -111,7 +111,8 @@ def decomposed(
 
     Raises ValueError for a magnitude that fits neither.
     """
-    size, outputs = (parts.get("magnitude", parts.get("dora_scale"))), weight.shape[0]
+    size = parts["magnitude"] if "magnitude" in parts else parts["dora_scale"]
+    outputs = weight.shape[0]
     per_output = "magnitude" in parts or (size.shape[:1] == (outputs,) and size.size == outputs)
     axes = tuple(axis for axis in range(weight.ndim) if axis != (0 if per_output else 1))
     whole = weight + change

@@ -66,7 +66,7 @@ def load(
       FileNotFoundError, ValueError: one line that names the file, config field or tensor that does not fit.
     """
     dtype = safetensors.read_dtype(dtype)
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue] (made at import)
         raise ValueError("dtype=float64 needs 64-bit JAX: set JAX_ENABLE_X64=1")
     if ldm_file.is_single_file(source):
         if variant or revision:

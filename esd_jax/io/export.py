@@ -166,7 +166,7 @@ def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
     Empty if it has none (a tokenizer, a scheduler); None if all that it has are pickles.
     """
     names = [path.name for path in folder.iterdir()]
-    variants = {files.variant_of(name) for name in names} - {None}
+    variants = {found for name in names if (found := files.variant_of(name)) is not None}
     if variants:
         chosen = next(v for v in (variant, "", *sorted(variants)) if v in variants)
         return set(files.weight_files(folder, chosen))

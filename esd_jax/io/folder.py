@@ -68,7 +68,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         return [folder / single[0]]
     if indices:
         return _shards(folder / indices[0])
-    others = sorted({variant_of(name) for name in names} - {None, variant or ""})
+    others = sorted({other for name in names if (other := variant_of(name)) is not None} - {variant or ""})
     if others:
         wanted = f"of variant {variant!r}" if variant else "without a variant"
         known = ", ".join(f"variant={name!r}" if name else "no variant" for name in others)

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -80,7 +81,8 @@ def read_image(path: str | Path) -> Image.Image:
 def _shown(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers, of which nobody knows the white: save it with 8 or 16 bit")
-    if image.format == "PNG" and "transparency" in image.info and image.tile and image.tile[0][3] in KEY_DEPTHS:
+    tile = getattr(image, "tile", None)  # of an image that comes from a file
+    if image.format == "PNG" and "transparency" in image.info and tile and tile[0][3] in KEY_DEPTHS:
         raise ValueError("one of its colours is transparent, which only 8 bit may be: save it with an alpha channel")
     if image.mode.startswith("I"):
         tags = getattr(image, "tag_v2", {})  # of TIFF
@@ -122,10 +124,12 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     own = image if image.mode in SPACES else image.convert("RGB")
     with contextlib.suppress(ImageCms.PyCMSError, ImportError, OSError):
         if profile := image.info.get("icc_profile"):
-            theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            theirs: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             fits = theirs.profile.xcolor_space.strip() == SPACES[own.mode]
             if fits and "sRGB" not in ImageCms.getProfileDescription(theirs):
-                return ImageCms.profileToProfile(own, theirs, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                shown = ImageCms.profileToProfile(own, theirs, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                assert shown is not None  # it is in place alone that there is none
+                return shown
     return own.convert("RGB")
 
 

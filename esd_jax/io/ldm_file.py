@@ -49,7 +49,7 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
         raise ValueError(f"{header.path} is no Stable Diffusion checkpoint: {_instead(header)}")
     safetensors.check_weights(header, ldm.WEIGHTS)
     name = _recognise(header) if config is None else str(config)
-    folder = architectures.folder(name) if name in ARCHITECTURES else resolve(config, weights=False)
+    folder = architectures.folder(name) if name in ARCHITECTURES else resolve(config or name, weights=False)
     return folder.absolute()
 
 

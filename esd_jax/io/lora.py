@@ -132,7 +132,7 @@ def export_lora(
         down_key, up_key = _keys(module, style)
         written[down_key], written[up_key] = _filled(down, 0, padded), _filled(up, 1, padded)
         if style == "kohya":
-            written[f"{module}.alpha"] = np.float32(padded)[...]
+            written[f"{module}.alpha"] = np.asarray(padded, np.float32)
     left_out = tuple(sorted(pipeline.edits.keys() - set(matrices.values()) - vectors))
     for name in left_out:
         energy_of = _energy(_change(pipeline, base, name))

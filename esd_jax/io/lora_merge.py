@@ -137,7 +137,7 @@ def _read(header: Header, key: str, part: str) -> np.ndarray:
     return array
 
 
-def _configs(header: Header) -> dict[str, Mapping[str, Any]]:
+def _configs(header: Header) -> Mapping[str, Mapping[str, Any]]:
     """Network -> the `LoraConfig` that a file has for it; "" is any network."""
     if header.path.name == PEFT_FILE and (beside := header.path.with_name(PEFT_CONFIG)).is_file():
         config = files.read_json(beside)

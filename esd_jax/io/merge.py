@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def merge(
     shared, dots, edits = [], np.zeros((len(parts), len(parts))), {}
     for name in names:
         own = {i: np.asarray(change[name], np.float64).ravel() for i, change in enumerate(changes) if name in change}
-        total = sum(own.values())
+        total = sum(own.values(), np.zeros(1))
         first = np.asarray(_exact(base, name))
         value = first + total.reshape(first.shape)
         if not (np.abs(value) <= np.finfo(np.float32).max).all():
@@ -132,7 +133,7 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
         claimed = {record.get("base_sha256") for record in of_file if isinstance(record, Mapping)} - {None}
         if claimed and expected not in claimed and not force:
             raise ValueError(
-                f"{file} was erased from another base, whose UNet has sha256 {sorted(claimed)[0][:12]}..., not "
+                f"{file} was erased from another base, whose UNet has sha256 {min(map(str, claimed))[:12]}..., not "
                 f"{expected[:12]}... (force=True merges it all the same)"
             )
     found, headers = {}, [tensors.headers_of(pipeline) if whole else {} for pipeline in (part, base)]
@@ -157,5 +158,5 @@ def _shape(pipeline: Pipeline, name: str) -> tuple[int, ...] | None:
     return None if found is None else found.shape
 
 
-def _cosine(dot: float, a: float, b: float) -> float:
+def _cosine(dot: Any, a: Any, b: Any) -> float:
     return float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0

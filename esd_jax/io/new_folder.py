@@ -21,6 +21,7 @@ def build(
 ) -> None:
     """Writes all of a checkpoint into the folder `target`, which exists; see `export`."""
     source, headers = pipeline.provenance.folder, tensors.headers_of(pipeline)
+    assert source is not None  # `export` has seen to it
     _write_json(target / "model_index.json", pipeline.index)
     (target / "scheduler").mkdir()
     _write_json(target / "scheduler" / "scheduler_config.json", pipeline.schedule.config)
@@ -37,10 +38,10 @@ def build(
         shards = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
         for file, entries in shards.items():
 
-            def tensor(key: str, entries: dict[str, Entry] = entries, names: dict[str, str] = names) -> np.ndarray:
+            def value(key: str, entries: dict[str, Entry] = entries, names: dict[str, str] = names) -> np.ndarray:
                 return tensors.export_value(pipeline, headers, names[key], entries[key].dtype)
 
-            safetensors.write(target / component / file, entries, tensor, metadata if edited else {})
+            safetensors.write(target / component / file, entries, value, metadata if edited else {})
         if len(shards) > 1:
             _write_index(target / component, shards, variant)
         if text:

@@ -240,7 +240,7 @@ def read_dtype(dtype: Any) -> np.dtype:
         found = None if dtype is None else np.dtype(dtype)  # None would mean float64
     except TypeError:
         found = None
-    if found not in CODES:
+    if found is None or found not in CODES:
         raise ValueError(f"dtype={dtype!r} is not implemented: choose one of {', '.join(d.name for d in CODES)}")
     return found
 

@@ -9,7 +9,8 @@ from esd_jax.methods.rece import RECE
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.uce import UCE
 
-METHODS: dict[str, type[Settings]] = {
+# `needs` and `ema` are attributes of some of these classes, fields or properties of others.
+METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "esd": ESD,
     "all_but_one": AllButOne,
     "sdd": SDD,

@@ -9,9 +9,9 @@ c is the anchor's caption of the image ("a cat on a chair") and c* the same with
 chair"). No sampling happens in training: the anchor's images are drawn before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ class Ablating:
     }
     # Learning rates are the effective ones: the released codes multiply theirs by the batch and by the GPUs (two), and
     # the diffusers code by two again where the anchor is kept. It also clips a loss of 4 times the mean at norm 1.
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "style": {
             "subset": "kv", "optimizer": "adamw", "weight_decay": 1e-2,
             "learning_rate": 1.6e-5, "steps": 100, "batch_size": 8,
@@ -144,7 +144,9 @@ class Ablating:
             target.append([list(map(row, anchors.captions(concept, self.kind, *both))) for both in said])
         index = lambda rows: jnp.asarray(rows, jnp.int32)  # noqa: E731
         rows = in_batches(tools.encode, list(texts), AT_ONCE)
-        inputs = Inputs(rows, *map(index, (anchor, target, image)), *pool.arrays(), jnp.float32(self.prior_weight))
+        latents, masks = pool.arrays()
+        told = map(index, (anchor, target, image))
+        inputs = Inputs(rows, *told, latents=latents, masks=masks, prior_weight=jnp.float32(self.prior_weight))
         return Method(self, tools.denoiser, tools.schedule, tools.vectors), inputs
 
     def draw_anchors(self, tools: Tools) -> Callable[[list[str], str | None], UInt8[np.ndarray, "images h w 3"]]:

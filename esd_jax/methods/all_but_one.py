@@ -25,10 +25,10 @@ No code was released. Where the paper contradicts itself or is silent, this is c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ class AllButOne:
         "quantile_of": ("channel", "example"),
     }
     ADAMW: ClassVar = {"optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-2, "steps": 200}
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "table1": {"subset": "to_out", **ADAMW},
         "supp": {"penalty": 1.0, "subset": "xattn", **ADAMW},
         "purify": {"penalty": 0.0, "subset": "xattn", **ADAMW},
@@ -131,7 +131,7 @@ class AllButOne:
         roles = {"concept": lambda c: c.text, "instruction": lambda c: [text for text, _ in orders[c][1:]]}
         bank = make_bank(tools.encode, concepts, roles)
         most = max(map(len, orders.values()))
-        rows = [[g for _, g in order] + [0.0] * (most - len(order)) for order in map(orders.get, concepts)]
+        rows = [[g for _, g in order] + [0.0] * (most - len(order)) for order in (orders[c] for c in concepts)]
         token_scale = None
         if self.delta == "implicit":
             kept = jnp.asarray([[1 - c.strength * (1 - self.token_scale)] for c in concepts])
@@ -141,7 +141,7 @@ class AllButOne:
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
             method = Replaying(method, kept)
-        return method, Inputs(bank, *numbers, token_scale)
+        return method, Inputs(bank, *numbers, token_scale=token_scale)
 
     def evaluations(self, schedule: Schedule, images: bool) -> float:
         """Two for each sampler step and the target, one for each of `instructions` where delta acts, the student's.

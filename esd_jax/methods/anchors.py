@@ -145,10 +145,10 @@ def draw_view(
         return View(image, *size, flip=flipped)
     least = min(1.0, max(1 / 3, 3 * cell / min(size)))
     scale = rng.uniform(least, 1.0) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
-    sides = [max(round(scale * side), min(3 * cell, side)) for side in size]
+    height, width = sides = [max(round(scale * side), min(3 * cell, side)) for side in size]
     top, left = (int(rng.integers(abs(side - given) + 1)) for side, given in zip(sides, size, strict=True))
     said = FAR if scale < SMALL else NEAR if scale > LARGE else ("",)
-    return View(image, *sides, top, left, flipped, said[rng.integers(len(said))])
+    return View(image, height, width, top, left, flipped, said[rng.integers(len(said))])
 
 
 class Pool:
@@ -190,9 +190,11 @@ class Pool:
 
     def _given(self) -> list[View]:
         latents = self.tools.images
+        assert latents is not None  # or they would be drawn
+        number, height, width = latents.shape[:3]
         self.latents.append(latents)
-        self.masks.append(jnp.ones((*latents.shape[:3], 1), jnp.float32))
-        return [View(i, *latents.shape[1:3]) for i in range(len(latents))]
+        self.masks.append(jnp.ones((number, height, width, 1), jnp.float32))
+        return [View(i, height, width) for i in range(number)]
 
     def _drawn(self, prompts: list[str], negative: str | None) -> list[View]:
         images = self.draw(prompts, negative)
@@ -204,5 +206,5 @@ class Pool:
             return self.tools.to_latents(np.stack([view.pixels(images[view.image]) for view in batch]))
 
         self.latents.append(in_batches(encode, views, AT_ONCE))
-        self.masks.append(jnp.asarray(np.stack([view.mask(*size, cell) for view in views])))
+        self.masks.append(jnp.asarray(np.stack([view.mask(*size, cell=cell) for view in views])))
         return views

@@ -15,7 +15,7 @@ its off-by-ones, as switches of one implementation.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class ESD:
         "anchor": ("null", "from", "auto"),
         "sample_prompt": ("concept", "from"),
     }
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000},
         "esd2025": {
             "sample_with": "teacher", "sampler": "pndm", "timestep_mode": "grid", "anchor": "from",
@@ -254,7 +254,7 @@ class Method(base.Method):
         else:
             pair = self.pair(models, draws.concept, inputs)
             x = self.trajectory.run(
-                lambda x, t: guidance.cfg(*pair(x, t), inputs.sampling_guidance),
+                lambda x, t: guidance.cfg(*pair(x, t), scale=inputs.sampling_guidance),
                 draws.noise,
                 draws.index,
                 scale=not self.settings.as_released,
@@ -267,7 +267,7 @@ class Method(base.Method):
 
         def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
             predictions = pair(x, t)
-            return guidance.cfg(*predictions, inputs.sampling_guidance), predictions
+            return guidance.cfg(*predictions, scale=inputs.sampling_guidance), predictions
 
         return guided
 

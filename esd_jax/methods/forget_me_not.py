@@ -8,10 +8,10 @@ comes after the last map gets no gradient. Before this stage the paper learns to
 the concept's name (`textual_inversion`); they then take the name's place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class ForgetMeNot:
     uses: ClassVar = frozenset()
     ema: ClassVar = None
     CHOICES: ClassVar = {"eos_positions": ("first", "all", "none")}
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "object": {
             "subset": "full", "optimizer": "adamw", "weight_decay": 0.01, "max_grad_norm": 1.0,
             "learning_rate": 2e-6, "steps": 35,
@@ -162,7 +162,7 @@ class ForgetMeNot:
         """Latents, at least as many of each concept as it has prompts."""
         prompts, least = [self.prompts(concept) for concept in concepts], self.template.count(";") + 1
         if self.no_images or tools.images is not None:
-            given = jnp.zeros((1, *tools.shape)) if self.no_images else tools.images
+            given = jnp.zeros((1, *tools.shape)) if tools.images is None or self.no_images else tools.images
             given = given[jnp.arange(max(least, len(given))) % len(given)]
             return jnp.broadcast_to(given, (len(concepts), *given.shape))
         number = max(least, self.drawn_images)

@@ -10,9 +10,9 @@ is to know of the weights.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class RECE:
     uses: ClassVar = frozenset({"replace_with", "strength"})
     needs: ClassVar = frozenset({"cross_attention"})
     ema: ClassVar = None
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": uce.SUBSET, "steps": 0},
     }
 
@@ -58,8 +58,8 @@ class RECE:
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
         """RECE. Raises ValueError as `UCE.make` does."""
-        scales = {"lam": self.lam, "erase_scale": self.erase_scale, "preserve_scale": self.preserve_scale}
-        _, first = uce.UCE(tokens="all", **scales).make(tools, concepts)
+        once = uce.UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
+        _, first = once.make(tools, concepts)
         kept = ["", *uce.preserved(concepts)]
         encoded = uce.encode(tools, concepts, kept)
         pairs = [(c.text, uce.guide(c), self.erase_scale * c.strength) for c in concepts]
@@ -93,7 +93,8 @@ class Solver(ClosedForm):
     def solve(self, theta: Params, inputs: Inputs) -> Params:
         """The edited kernels."""
         with jax.default_matmul_precision("highest"):
-            root, again = square_root(sum(kernel @ kernel.T for kernel in theta.values())), inputs.again
+            root = square_root(jnp.asarray(sum(kernel @ kernel.T for kernel in theta.values())))
+            again = inputs.again
             total = uce.change(inputs.first)
             for _ in range(self.epochs):
                 old = jnp.where(inputs.erased[:, None], attack(root, total, again.old, inputs.r), again.old)

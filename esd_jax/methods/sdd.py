@@ -11,7 +11,7 @@ concepts at once, as in the released code; its README has the two prompts the ot
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class SDD:
         "concept_order": ("iterative", "random", "composite", "sequential"),
         "sample_prompt": ("all", "concept"),
     }
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "subset": "xattn", "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-4,
             "max_grad_norm": 1.0, "steps": 1500,
@@ -162,6 +162,7 @@ class Method(base.Method):
         if order == "composite":  # every concept's prompt is the same
             return jnp.zeros_like(concept)
         if order == "sequential":
+            assert self.settings.steps_per_concept is not None
             return jnp.full_like(concept, jnp.minimum(step // self.settings.steps_per_concept, count - 1))
         return concept
 

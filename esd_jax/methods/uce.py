@@ -63,7 +63,7 @@ class UCE:
     uses: ClassVar = frozenset({"replace_with", "strength"})
     needs: ClassVar = frozenset({"cross_attention"})
     ema: ClassVar = None
-    PRESETS: ClassVar = {
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "object": {"subset": SUBSET, "steps": 0},
         "art": {"replace_with": "art", "subset": SUBSET, "steps": 0},
         "2023": {"tokens": "all", "preserve_scale": 0.1, "subset": SUBSET, "steps": 0},
@@ -182,7 +182,7 @@ def aligned(
 ) -> tuple[Float[Array, "vectors context"], Float[Array, "vectors context"]]:
     """Which vector of one prompt is to become which of another (`UCE.tokens`)."""
     length = 1 if tokens == "last" else len(old.vectors) - max(old.last, new.last)
-    return tuple(e.vectors[e.last : e.last + length] for e in (old, new))
+    return old.vectors[old.last : old.last + length], new.vectors[new.last : new.last + length]
 
 
 def edit(pairs: Sequence[tuple[Array, Array, float]], lam: float) -> Edit:

@@ -36,6 +36,13 @@ def rate(hits: Sequence[bool]) -> Estimate | None:
     return Estimate(sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits)) if hits else None
 
 
+def known(estimate: Estimate | None) -> Estimate:
+    """An estimate where there is one. Raises ValueError for one of nothing."""
+    if estimate is None:
+        raise ValueError("there are no images to take a share of")
+    return estimate
+
+
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): unlike hits/n +- 1.96 sd, it also holds at shares of 0 and 1."""
     return _wilson(hits / n, n, Z)
@@ -89,7 +96,7 @@ def any_of(hits: Sequence[Sequence[bool]] | Bool[np.ndarray, "prompts k"]) -> Es
         return None
     if table.ndim != 2 or table.shape[1] == 0:
         raise ValueError(f"hits of shape {table.shape} must be [prompts, k] with k of 1 or more")
-    return rate(table.astype(bool).any(axis=1).tolist())
+    return rate([bool(row.any()) for row in table.astype(bool)])
 
 
 def paired_difference(

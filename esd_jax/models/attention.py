@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -124,22 +124,25 @@ def implementation(device: Device, dtype: Dtype, queries: int, tokens: int, size
     """
     if choice not in ("auto", "xla", "cudnn"):
         raise ValueError(f"{CHOICE}={choice!r} is unknown; choose one of auto, xla, cudnn")
-    known = device.capability is not None and device.capability >= (8, 0)
+    capability = device.capability or (0, 0)
+    known = capability >= (8, 0)
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if choice == "cudnn" and not (known and half):
         raise ValueError(f"{CHOICE}=cudnn needs an NVIDIA GPU from Ampere on and dtype='bfloat16': leave it unset")
-    large = known and device.capability >= (9, 0) and (device.cudnn or 0) >= LARGE_HEADS
+    large = known and capability >= (9, 0) and (device.cudnn or 0) >= LARGE_HEADS
     even = queries % 2 == 0 and tokens % 2 == 0
     legal = known and half and even and size % 8 == 0 and size <= (256 if large else 128)
     return "cudnn" if legal and (choice == "cudnn" or choice == "auto" and queries >= LEAST_QUERIES) else "xla"
 
 
+JaxDevice: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] (to pyright it is a variable)
+
 # What a program that is being traced will run on, where that is not the default device; () is no device.
-_device: ContextVar[jax.Device | tuple[()] | None] = ContextVar("device", default=None)
+_device: ContextVar[JaxDevice | tuple[()] | None] = ContextVar("device", default=None)
 
 
 @contextmanager
-def on(device: jax.Device | None) -> Iterator[None]:
+def on(device: JaxDevice | None) -> Iterator[None]:
     """What is traced meanwhile will run on this device: attention is computed as is best there. None is any device."""
     token = _device.set(() if device is None else device)
     try:
@@ -152,11 +155,11 @@ def current_device() -> Device | None:
     """What the program that is being traced will run on; by default JAX's default device. None is no device."""
     if (device := _device.get()) == ():
         return None
-    device = device or jax.config.jax_default_device or jax.local_devices()[0]
+    device = device or jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     return describe(jax.local_devices(backend=device)[0] if isinstance(device, str) else device)
 
 
-def describe(device: jax.Device) -> Device:
+def describe(device: JaxDevice) -> Device:
     """What decides between implementations, of one of JAX's devices, which need not be attached to this machine."""
     capability = str(getattr(device, "compute_capability", ""))
     major, dot, minor = capability.partition(".")
@@ -170,7 +173,7 @@ def cudnn_version() -> int | None:
     try:
         from jax._src.lib import cuda_versions  # where jax.nn itself looks
 
-        return cuda_versions.cudnn_get_version()
+        return cuda_versions.cudnn_get_version() if cuda_versions else None
     except (ImportError, AttributeError, RuntimeError):
         return None
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 Config = TypeVar("Config")
 MOST_LAYERS = 1000  # a config that asks for more is damaged, and building them would not end
@@ -30,7 +30,7 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
       ValueError: naming the field, for a value or a field that is not implemented.
     """
     network = cls.__name__.removesuffix("Config")
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    types = {f.name: f.type for f in dataclasses.fields(cast(Any, cls))}
     values = {}
     for name, value in config.items():
         if name.startswith("_") or name in TRAINING_RECORD:

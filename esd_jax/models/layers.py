@@ -6,7 +6,7 @@ computed in float32 at least. Attribute names follow diffusers, so a parameter's
 
 import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,12 @@ def statistics_dtype(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _flax(rngs: Rngs) -> nnx.Rngs:
+    return cast(nnx.Rngs, rngs)  # it asks for `params()` alone
+
+
 def linear(inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs, use_bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=_flax(rngs))
 
 
 def conv(
@@ -47,16 +51,16 @@ def conv(
 ) -> nnx.Conv:
     if padding is None:
         padding = ((size // 2, size // 2),) * 2
-    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=_flax(rngs))
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: Dtype, rngs: Rngs) -> nnx.GroupNorm:
     # The fast variance E[x^2] - E[x]^2 cancels where a group's mean is large.
-    return nnx.GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return nnx.GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=_flax(rngs))
 
 
 def layer_norm(channels: int, epsilon: float, *, dtype: Dtype, rngs: Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=_flax(rngs))
 
 
 def timestep_embedding(

@@ -96,6 +96,7 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_in = layers.conv(config.in_channels, widths[0], 3, **make)
         self.time_embedding = layers.TimestepEmbedding(widths[0], time, **make)
         if config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None
             self.add_embedding = layers.TimestepEmbedding(config.projection_class_embeddings_input_dim, time, **make)
 
         self.down_blocks = nnx.List([])
@@ -217,6 +218,7 @@ class UNet2DConditionModel(nnx.Module):
             return time
         if conditioning.pooled is None or conditioning.time_ids is None:
             raise ValueError("this UNet (addition_embed_type='text_time') needs conditioning.pooled and .time_ids")
+        assert self.config.addition_time_embed_dim is not None
         sizes = sinusoid(conditioning.time_ids.reshape(-1), self.config.addition_time_embed_dim)
         added = jnp.concatenate([conditioning.pooled, sizes.reshape(t.shape[0], -1)], axis=-1)
         return time + self.add_embedding(added.astype(self.dtype))

@@ -74,7 +74,7 @@ def parts(shape: str) -> list[str]:
 
 
 def _bytes(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
 
 

@@ -90,7 +90,7 @@ def _peak(jaxpr: Jaxpr, in_place: int, copies: bool) -> int:
             value.size = 0
     stored = {value for _, made in program for value in made if _stored(value)}
     for value in stored:
-        if len(value.users) > 1:
+        if value.node is not None and len(value.users) > 1:
             value.size *= LONG.get(value.node.kind, 1)
     return _simulate(program, stored, results)
 
@@ -166,11 +166,12 @@ def _needed(program: list, results: list[Value]) -> list:
 
 def _stored(value: Value) -> bool:
     """Whether a value gets memory of its own."""
-    if not _fusible(value.node) or value.kept or value.pinned:
+    node = value.node
+    if node is None or not _fusible(node) or value.kept or value.pinned:
         return True
-    if value.node.kind in LONG and len(value.users) > 1:
+    if node.kind in LONG and len(value.users) > 1:
         return True
-    dear = value.node.kind not in CHEAP
+    dear = node.kind not in CHEAP
     return any(not _able(user) or (dear and user.sizes[0] > value.size) for user in value.users)
 
 

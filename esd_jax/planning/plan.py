@@ -135,7 +135,7 @@ def _step(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh) -> d
     dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape["fsdp"]
     # Each device computes what one alone would compute of its part of the batch.
     share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // mesh.size))
-    alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1])
+    alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1].tolist())
     given = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
     try:
         step, arguments = abstract(*given)

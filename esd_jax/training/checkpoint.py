@@ -241,6 +241,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if not (array.is_fully_addressable or array.is_fully_replicated):  # one by one, so that all never lie on one device
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)  # as `sharding.place` gives every array
         whole = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         array = jax.jit(lambda a: a, out_shardings=whole)(array)
     # Of the first device's part, as an array of its own, no copy is kept on the host.
@@ -250,7 +251,7 @@ def _on_host(array: jax.Array) -> np.ndarray:
 def _crc_and_finite(values: np.ndarray) -> tuple[int, bool]:
     floating = jnp.issubdtype(values.dtype, jnp.floating)
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return zlib.crc32(data), not floating or bool(np.isfinite(values).all())
+    return zlib.crc32(data.data), not floating or bool(np.isfinite(values).all())
 
 
 def save_tree(folder: Path, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

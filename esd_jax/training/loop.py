@@ -134,8 +134,8 @@ def train(
         return Stopped(f"stopped at step {number} of {settings.steps}{lost}")
 
     def ended(number: int) -> bool:
-        asked = stop_when is not None and 0 < number < settings.steps and number % stop_every == 0
-        return number >= settings.steps or (asked and bool(stop_when(result(state))))
+        asked = 0 < number < settings.steps and number % stop_every == 0
+        return number >= settings.steps or (asked and stop_when is not None and bool(stop_when(result(state))))
 
     with _signals() as stop, _progress(settings.steps, first) as progress:
         if settings.preview_every and first % settings.preview_every == 0:
@@ -178,7 +178,7 @@ def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoin
 def _last(checkpoints: Checkpoints | None, failed: int | None = None) -> str:
     """What is kept of a run whose step `failed` went wrong."""
     kept = checkpoints.latest if checkpoints else None
-    if not kept:
+    if not checkpoints or not kept:
         return "there is no checkpoint yet"
     if failed is not None and kept == failed - 1:
         return f"the only checkpoint, of step {kept} in {checkpoints.folder}, has the weights that gave it"

@@ -69,7 +69,7 @@ class Optimizer:
         rate: Any = self.learning_rate
         if self.warmup_steps:
             rate = optax.linear_schedule(0.0, rate, self.warmup_steps)
-        moments = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
+        moments: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
         tx = {
             "adam": lambda: optax.adam(rate, **moments),
             "adamw": lambda: optax.adamw(rate, **moments, weight_decay=self.weight_decay),
@@ -90,12 +90,12 @@ def averaging(tx: optax.GradientTransformation, decay: float | None) -> optax.Gr
     if decay is None:
         return tx
 
-    def init(theta: Params) -> Averaged:
-        return Averaged(tx.init(theta), jax.tree.map(jnp.copy, theta))  # its own buffers, since a step donates both
+    def init(params: Any) -> Averaged:
+        return Averaged(tx.init(params), jax.tree.map(jnp.copy, params))  # its own buffers, since a step donates both
 
-    def update(grads: Params, state: Averaged, theta: Params) -> tuple[Params, Averaged]:
-        updates, inner = tx.update(grads, state.inner, theta)
-        new = optax.apply_updates(theta, updates)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Averaged]:
+        updates, inner = tx.update(updates, state.inner, params)
+        new = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, new)
         return updates, Averaged(inner, average)
 
@@ -201,7 +201,7 @@ def make_step(
         with traced_for():
             (loss, grads, t), memory = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
-        theta = optax.apply_updates(state.theta, updates)
+        theta: Any = optax.apply_updates(state.theta, updates)
         new = sharding.constrained(State(theta, opt, state.step + 1, state.key), mesh)
         new = new._replace(memory=sharding.split_batch(memory, mesh))
         return new, Metrics(loss, optax.tree.norm(grads), t)

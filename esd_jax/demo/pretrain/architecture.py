@@ -119,7 +119,7 @@ def write_tokenizer(folder: Path) -> int:
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = transformers.CLIPTokenizer(
         vocab=vocab,
-        merges=merges,
+        merges=merges,  # pyright: ignore[reportArgumentType] (pairs, whatever it says)
         bos_token=START,
         eos_token=END,
         unk_token=END,

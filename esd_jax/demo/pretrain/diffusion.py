@@ -30,7 +30,7 @@ def initial(params: Params) -> Params:
 
 
 def draw(
-    key: Array, schedule: Schedule, shape: tuple[int, int, int, int]
+    key: Array, schedule: Schedule, shape: tuple[int, ...]
 ) -> tuple[Float[Array, "batch height width channels"], Int[Array, " batch"]]:
     """The noise, and each example's timestep.
 

@@ -134,8 +134,8 @@ def letters(rng: np.random.Generator) -> Picture:
     ink = tuple(int(c) for c in _palette(rng, 1)[0]) + (255,)
     ImageDraw.Draw(tile).text((3, 0), str(rng.choice(list("ABEFGHKMNPRSTWXYZ2345679"))), fill=ink)
     sprite, side = Image.new("RGBA", (SIZE, SIZE)), int(rng.integers(40, 62))
-    corner = tuple(int(c) for c in rng.integers(0, SIZE - side + 1, size=2))
-    sprite.paste(tile.resize((side, side), Image.Resampling.BICUBIC), corner)
+    left, top = (int(c) for c in rng.integers(0, SIZE - side + 1, size=2))
+    sprite.paste(tile.resize((side, side), Image.Resampling.BICUBIC), (left, top))
     return _in_style(rng, sprite)
 
 

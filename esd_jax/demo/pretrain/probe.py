@@ -115,7 +115,7 @@ def make_step(net: Network, tx: optax.GradientTransformation, seed: int) -> Call
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _augment(key: Array, x: Array, other: Array, strength: Array) -> Array:
+def _augment(key: Array, x: Array, other: Array, strength: Array | float) -> Array:
     keys = iter(jax.random.split(key, 32))
 
     def within(low: float, high: float, shape: tuple[int, ...] = ()) -> Array:

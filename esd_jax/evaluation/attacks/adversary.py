@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,7 @@ class Adversary:
     losses: Float[np.ndarray, "searches steps"]
 
 
+@runtime_checkable
 class Attack(Protocol):
     """An attack's settings: a frozen dataclass whose defaults are the paper's, and the attack itself.
 
@@ -101,6 +102,7 @@ class Attack(Protocol):
 
     NAME: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int) -> Adversary:
         """Attacks `victim`; `base` is the model before the erasure. All draws depend on `seed` alone."""

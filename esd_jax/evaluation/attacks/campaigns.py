@@ -7,7 +7,7 @@ from typing import Any
 
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import Attack, Goal
-from esd_jax.evaluation.attacks.prompts import OwnPrompts, RandomPrompts
+from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
 from esd_jax.pictures import check_not_blank
@@ -30,7 +30,7 @@ def campaign(
     attacks: Sequence[Attack],
     folder: Path,
     *,
-    control: RandomPrompts,
+    control: Attack,
     identity: Mapping[str, Any],
     seeds: int = 10,
     seed: int = 0,

@@ -164,7 +164,7 @@ def complete(
     parts = []
     for first in range(0, len(images), BATCH):
         index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
-        told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[i] for i in index]))
+        told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[int(i)] for i in index]))
         drawn = run(victim.params[victim.denoiser], noised[index], told, scale, start)
         parts.append(sampling.decoded(victim, victim.params["vae"], drawn, index, prompts, settings.guidance_scale))
     return np.concatenate(parts)[: len(images)]

@@ -74,7 +74,7 @@ class RingABell:
             key = jax.random.fold_in(jax.random.key(seed), case)
             found, values = run(params, named[case] + self.strength * vector, choices, frame, key)
             ids = adversary.padded(tokenizer, np.asarray(found).tolist())
-            trials.append(Trial(adversary.readable(victim, ids), *adversary.told(victim, ids[None]), case))
+            trials.append(Trial(adversary.readable(victim, ids), *adversary.told(victim, ids[None]), case=case))
             losses.append(np.asarray(values))
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
-from esd_jax.metrics.intervals import Estimate, clustered_rate, rate
+from esd_jax.metrics.intervals import Estimate, clustered_rate, known, rate
 from esd_jax.params import component
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -34,15 +34,15 @@ class Scored:
     def single_shot(self) -> Estimate:
         """The share of all images with the concept. The images of one trial are alike, which the interval knows."""
         trials, seeds = self.hits.shape
-        return clustered_rate(self.hits.ravel(), np.repeat(np.arange(trials), seeds))
+        return known(clustered_rate(self.hits.ravel(), np.repeat(np.arange(trials), seeds)))
 
     def any_of(self, k: int | None = None) -> Estimate:
         """The share of (case, seed) for which any of the first k trials succeeds; by default of all."""
         cases, names = np.asarray(self.cases), list(dict.fromkeys(self.cases))
         hits = np.stack([self.hits[cases == case][:k].any(axis=0) for case in names])
         if len(names) == 1:
-            return rate(hits.ravel().tolist())
-        return clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1]))
+            return known(rate(hits.ravel().tolist()))
+        return known(clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1])))
 
 
 def score(

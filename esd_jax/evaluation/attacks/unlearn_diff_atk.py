@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
         value, grads = gradient(one_hot, unet_params, text_params, x0, rows, jnp.full(n, t), noise)
         updates, state = tx.update(jnp.clip(grads, -1, 1), state, u)
-        return (project(optax.apply_updates(u, updates), may), state), value
+        return (project(cast(Array, optax.apply_updates(u, updates)), may), state), value
 
     steps = repeated(jax.vmap(step, in_axes=(0, None, None, None, None, 0, 0, 0)))
 

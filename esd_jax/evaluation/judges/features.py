@@ -1,7 +1,7 @@
 """Features for distances between sets of images (FID, KID), and the CLIP score of images and their prompts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +132,7 @@ def _clip(model: str, revision: str | None, device: str) -> _Clip:
     with optional("the CLIP score"):
         import torch
         import transformers
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         try:
             # The same values whether torchvision is there or not.
@@ -140,12 +140,11 @@ def _clip(model: str, revision: str | None, device: str) -> _Clip:
         except ImportError:
             from transformers import CLIPImageProcessor as Processor  # before transformers 5
     try:
-        weights = Path(cached_file(model, "model.safetensors", revision=revision))
-        network, report = transformers.CLIPModel.from_pretrained(
-            model, revision=revision, use_safetensors=True, output_loading_info=True
-        )
-        processor = Processor.from_pretrained(model, revision=revision)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(model, revision=revision)
+        weights = Path(cached_file(model, "model.safetensors", revision=revision) or "")
+        load: Callable[..., Any] = transformers.CLIPModel.from_pretrained
+        network, report = load(model, revision=revision, use_safetensors=True, output_loading_info=True)
+        processor = Processor.from_pretrained(model, revision=revision or "main")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(model, revision=revision or "main")
         if report["missing_keys"]:  # transformers would leave them random
             raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors, so it is no whole CLIPModel")
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -125,7 +125,7 @@ def lpips(
         raise ValueError(f"LPIPS by {trunk.title} needs {trunk.smallest} x {trunk.smallest} px, not {height} x {width}")
     weights, _ = _weights(net, Path(folder) if folder else cache())
     batch = min(max(1, PIXELS // (height * width)), 64, len(sides[0]))
-    return np.concatenate([np.asarray(distance(weights, x, y, net))[:n] for x, y, n in _batches(*sides, batch)])
+    return np.concatenate([np.asarray(distance(weights, x, y, net))[:n] for x, y, n in _batches(*sides, size=batch)])
 
 
 def lpips_identity(net: str = "alex", size: int | None = None, folder: str | Path | None = None) -> Identity:

@@ -95,8 +95,8 @@ EFFICIENTNET = Pickled(
 def _resnet(device: str) -> Network:
     """ResNet-50 of torchvision, weights IMAGENET1K_V2 (its DEFAULT): the classifier of ESD's evaluation."""
     with optional("ResNet-50"):
-        import torchvision
-        from torchvision.models import ResNet50_Weights, resnet50
+        import torchvision  # pyright: ignore[reportMissingImports]
+        from torchvision.models import ResNet50_Weights, resnet50  # pyright: ignore[reportMissingImports]
     state, digest = _state(RESNET, _hub(RESNET))
     model = resnet50(weights=None)
     model.load_state_dict(state)
@@ -142,7 +142,9 @@ def _inception(device: str) -> Network:
     """Inception-v3 with the weights and the resizing of the original FID (Heusel et al. 2017), by torch-fidelity."""
     with optional("FID"):
         import torch
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+            FeatureExtractorInceptionV3,
+        )
     state, digest = _state(INCEPTION, _hub(INCEPTION))
     # torch-fidelity would run whatever a pickle holds: so it gets one that was written here, of the checked tensors.
     file = io.BytesIO()

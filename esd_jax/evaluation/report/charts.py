@@ -126,9 +126,9 @@ def forest(rows: Sequence[Mark], kinds: Mapping[str, str], *, percent: bool = Tr
     body = []
     for row in rows:
         dots, figures = [], []
-        shown = [kind for kind in kinds if row.dots.get(kind) is not None]
-        for i, kind in enumerate(shown):
-            e, y = row.dots[kind], 50 + 26 * (i - (len(shown) - 1) / 2)
+        shown = {kind: dot for kind in kinds if (dot := row.dots.get(kind)) is not None}
+        for i, (kind, e) in enumerate(shown.items()):
+            y = 50 + 26 * (i - (len(shown) - 1) / 2)
             dots.append(
                 f'<line class="whisker {kind}" x1="{at(e.low):.2f}%" x2="{at(e.high):.2f}%" y1="{y}%" y2="{y}%"/>'
                 f'<circle class="{kind}" cx="{at(e.value):.2f}%" cy="{y}%" r="4.5"/>'
