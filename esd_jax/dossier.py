@@ -157,14 +157,16 @@ def attack(
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
-    if goal is None and bed is None:
-        raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
+    if goal is None:
+        if bed is None:
+            raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
+        goal = bed.goal(base, concepts)
     if bed:
         options = {**bed.sampling, **options}
     found = attacks.campaign(
         base,
         erased,
-        goal or bed.goal(base, concepts),
+        goal,
         made,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
