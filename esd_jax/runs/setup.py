@@ -115,7 +115,7 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     step = make_step(
         method,
         tx,
-        compute_dtype=jnp.dtype(recipe.dtype),
+        compute_dtype=compute_dtype(source, recipe),
         shape=given.shape,
         batch_size=training.batch_size,
         accumulate=training.accumulate,
@@ -126,12 +126,17 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     return Setup(recipe, family.denoiser, names, given.shape, method, inputs, tx, step, mesh)
 
 
+def compute_dtype(source: Source, recipe: Recipe) -> jnp.dtype:
+    """The dtype of a base's networks; of shapes, the recipe's."""
+    return jnp.dtype(source.dtype if isinstance(source, Pipeline) else recipe.dtype)
+
+
 def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
     """What a method may use of a source; of shapes, zeros in place of encoded prompts, and nothing of weights."""
     family, configs = families.of(source.configs), source.configs
     size, config = image_size(configs, recipe.height, recipe.width), configs[family.denoiser]
     shape = family.latents(configs, size)
-    net = network(config, jnp.dtype(recipe.dtype).name, recomputes(recipe, config))
+    net = network(config, compute_dtype(source, recipe).name, recomputes(recipe, config))
     own = _of_base(source, recipe, size) if isinstance(source, Pipeline) else _of_shapes(source, recipe, shape)
     return Tools(
         denoiser=sharding.gathering(net, mesh),
