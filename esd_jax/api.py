@@ -12,7 +12,6 @@ from esd_jax import demo, exports, prompt_files, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
-from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
 from esd_jax.io.ldm import UNET
@@ -202,11 +201,10 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
     folder = expanded(folder)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
-    record = files.read_json(folder / "run.json")
+    record, local = runs.read(folder)
     try:
-        plan = recipe.make(**{**record["recipe"], **record.pop("local")})
-        sha256 = record["base_sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+        plan = recipe.make(**{**record.recipe, **local})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
     if isinstance(base, Pipeline):
         loaded, base = base, base.provenance.source
@@ -215,11 +213,12 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
             loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
-    if (found := diffusers.source_hash(loaded, "unet")) != sha256:
+    if (found := diffusers.source_hash(loaded, "unet")) != record.base_sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its UNet has sha256 {found[:12]}...")
     net, tx = loaded.network("unet"), runs.transformation(plan)
     names = changed_names(plan, net)
     like = jax.eval_shape(lambda theta: init_state(theta, tx, plan.training.seed), theta_shapes(plan, net))
     with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
         state: State = checkpoints.restore(like, step, check=False)
-    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), {**record, "step": int(state.step)})
+    record = dataclasses.replace(record, step=int(state.step))
+    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), record)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api, several
+from esd_jax import api, runs, several
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.measure import BASE, ERASED, SHAM
+from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import attacks, emoji, gather, protocols, seen, store
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
@@ -65,7 +66,7 @@ def concept_of(erased: Pipeline, concept: str | None = None) -> str:
 
 def concepts_of(erased: Pipeline) -> list[str]:
     """The concepts that were erased, as the model's records say."""
-    return [c["text"] for record in erased.provenance.erased for c in record.get("concepts", ())]
+    return list(texts_of(erased.provenance.erased))
 
 
 def evaluate(
@@ -217,7 +218,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
     for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
-        if evidence.record and evidence.record in files.read_records(read_header(file))[-1:]:
+        if evidence.record != Erasure() and evidence.record in files.read_records(read_header(file))[-1:]:
             annotate(file, card.facts(evidence), replacing=card.METADATA)
     return folder / "report.html"
 
@@ -225,9 +226,8 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
 def facts(run: str | Path) -> dict[str, str]:
     """What is known of a run as flat texts, for the metadata of an export."""
     folder = expanded(run)
-    record = {name: said for name, said in files.read_json(folder / "run.json").items() if name != "local"}
-    title = ", ".join(concept["text"] for concept in record["concepts"])
-    return card.facts(store.merged(title, record, _parts(folder / EVIDENCE)))
+    record, _ = runs.read(folder)
+    return card.facts(store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE)))
 
 
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
@@ -247,7 +247,7 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         detect = seen.probed(groups.parse_target(title))
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = several.parts("preview_prompts", record["recipe"].get("preview_prompts")) or concepts_of(erased)
+    texts = several.parts("preview_prompts", record.recipe.get("preview_prompts")) or concepts_of(erased)
     course = dataclasses.replace(
         course,
         timeline_prompts=tuple(texts) if course.timeline else (),
@@ -276,9 +276,9 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> Path:
     return output
 
 
-def _record(erased: Pipeline) -> Mapping[str, Any]:
+def _record(erased: Pipeline) -> Erasure:
     """The newest erasure's record."""
-    return erased.provenance.erased[-1] if erased.provenance.erased else {}
+    return erased.provenance.erased[-1] if erased.provenance.erased else Erasure()
 
 
 def _own(folder: Path, identity: Mapping[str, Any]) -> Path:

@@ -92,11 +92,11 @@ def test_texts_of_a_list_stay_whole(base, tmp_path):
     """Erased, kept in the record, restored and resumed."""
     texts, options = ["Tom; Jerry", "Rock &amp; Roll"], {**SHORT, "preserve": [["a | b", "c; d"], []]}
     erased = esd_jax.erase(base, texts, output_dir=tmp_path / "run", **options)
-    (record,) = erased.provenance.erased
-    assert [concept["text"] for concept in record["concepts"]] == texts
-    assert [concept["preserve"] for concept in record["concepts"]] == [["a | b", "c; d"], []]
+    (erasure,) = erased.provenance.erased
+    assert [concept.text for concept in erasure.concepts] == texts
+    assert [concept.preserve for concept in erasure.concepts] == [("a | b", "c; d"), ()]
     apart = esd_jax.erase(base, "Tom; Jerry", **SHORT)
-    assert [concept["text"] for concept in apart.provenance.erased[0]["concepts"]] == ["Tom", "Jerry"]
+    assert apart.provenance.erased[0].texts == ("Tom", "Jerry")
     json.loads((tmp_path / "run" / "run.json").read_text())
     for again in (
         api.restore(tmp_path / "run"),

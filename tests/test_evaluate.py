@@ -16,6 +16,7 @@ import esd_jax
 from esd_jax import cli, dossier
 from esd_jax.demo import groups
 from esd_jax.demo.measure import BASE, ERASED
+from esd_jax.erasure import Concept, Erasure
 from esd_jax.evaluation import drawing, emoji, gather, measures, prompts, protocols, seen, store
 from esd_jax.evaluation.drawing import Drawing
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
@@ -220,7 +221,7 @@ def whole():
     share = Estimate(0.5, 0.4, 0.6, 40)
     return Evidence(
         "neon style",
-        {"base": "emoji", "concepts": [{"text": "neon style"}]},
+        Erasure(base="emoji", concepts=(Concept("neon style"),)),
         measured_with={"seed": 1, "detectors": [{"name": "probe"}]},
         verdict=(Finding("erased", "seen", share, share), Finding("kept", "SSIM", None, share, percent=False)),
         pictures={"a": (Pair("a cat", *image),), "b": ()},
@@ -253,17 +254,17 @@ def same(a, b):
 def test_evidence_survives_the_disk(tmp_path):
     evidence = whole()
     assert same(store.load(store.save(evidence, tmp_path, "part")), evidence)
-    assert same(store.load(store.save(Evidence("x", {}), tmp_path, "empty")), Evidence("x", {}))
+    assert same(store.load(store.save(Evidence("x"), tmp_path, "empty")), Evidence("x"))
     (tmp_path / "other.json").write_text('{"title": 3}')
     with pytest.raises(ValueError, match=one_line("other.json", "measure it again")):
         store.load(tmp_path / "other.json")
 
 
 def test_parts_are_joined():
-    one = Evidence("x", {}, tables=(Table("a", (), ()),), measured_with={"seed": 1}, caveats=("c",))
-    other = Evidence("y", {}, tables=(Table("b", (), ()),), measured_with={"steps": 2}, caveats=("c", "d"))
-    found = store.merged("z", {"base": "b"}, [one, other])
-    assert (found.title, found.record) == ("z", {"base": "b"})
+    one = Evidence("x", tables=(Table("a", (), ()),), measured_with={"seed": 1}, caveats=("c",))
+    other = Evidence("y", tables=(Table("b", (), ()),), measured_with={"steps": 2}, caveats=("c", "d"))
+    found = store.merged("z", Erasure(base="b"), [one, other])
+    assert (found.title, found.record) == ("z", Erasure(base="b"))
     assert [table.title for table in found.tables] == ["a", "b"] and found.caveats == ("c", "d")
     assert found.measured_with == {"seed": 1, "steps": 2}
 
@@ -276,7 +277,7 @@ def test_what_a_run_tells_by_itself(models):
     half = gather.weight_changes(gather.with_strength(erased, 0.5))
     assert half[name] == pytest.approx(changes[name] / 2, rel=1e-4)
     score = lambda images: len(images) / 10  # noqa: E731
-    course = gather.course(folder / "run", {}, score)
+    course = gather.course(folder / "run", Erasure(), score)
     assert [m.step for m in course.timeline] == [0, 1, 2] and course.timeline[0].ssim == pytest.approx(1)
     assert course.timeline[2].ssim < 1 and {m.score for m in course.timeline} == {0.2}
     assert course.training.curves[0].x == (1, 2)

@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
     {"inputs"},
-    {"models", "prompt_files", "wording"},
+    {"erasure", "models", "prompt_files", "wording"},
     {"params"},
     {"diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
     {"methods", "pipeline"},

@@ -1,6 +1,5 @@
 """Protocols: which prompts are drawn, how, and what is measured of them."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from esd_jax.evaluation import measures, prompts
 from esd_jax.evaluation.drawing import Drawing, draw
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
+from esd_jax.io import folder as files
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
@@ -111,7 +111,6 @@ def evaluate(
     found = [measures.MEASURES[name](*drawn, asked) for name in names]
     return Evidence(
         concept,
-        {},
         measured_with={
             "protocol": f"{protocol}, {len(cases)} images of each model"
             + (f". {plan.published}" if plan.published else ""),
@@ -133,5 +132,5 @@ def evaluate(
 
 def identity(pipeline: Pipeline) -> dict[str, Any]:
     """What tells a model's images from another's: its files and what was erased from it."""
-    records = json.loads(json.dumps(pipeline.provenance.erased, default=str))
+    records = files.json_records(pipeline.provenance.erased)
     return {"unet_sha256": source_hash(pipeline, "unet"), "dtype": str(pipeline.dtype), "erased": records}

@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Cell, Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table, as_json
 from esd_jax.inputs import parse_json
 from esd_jax.io.safetensors import writing
@@ -51,7 +52,7 @@ def load(file: Path) -> Evidence:
         raise ValueError(f"{file} is no evidence of this version: measure it again") from error
 
 
-def merged(title: str, record: Mapping[str, Any], parts: Iterable[Evidence]) -> Evidence:
+def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
     """One erasure's evidence from its parts: mappings and lists are joined, of anything else the last one counts."""
     found: dict[str, Any] = {}
     for part in parts:
@@ -79,6 +80,7 @@ def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> E
     return Evidence(
         **{
             **content,
+            "record": Erasure.from_dict(content["record"]),
             **{part: pairs(part) for part in GROUPS},
             "verdict": tuple(Finding(**{k: _cell(v) for k, v in finding.items()}) for finding in content["verdict"]),
             "tables": tuple(map(_table, content["tables"])),

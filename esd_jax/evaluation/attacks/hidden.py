@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, UInt8
 from esd_jax import sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BATCH, Goal
 from esd_jax.evaluation.attacks.scoring import Scored
@@ -92,9 +93,9 @@ def resurge(
     told = in_batches(victim.encode_prompts, prompts, BATCH)
     run = healer(settings, unet, adversary.noise_schedule(victim), jnp.dtype(victim.dtype).name)
     theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
-    record = {"healed": {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}}
+    how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     losses = np.asarray(losses)  # waits for the training
-    return Healed(victim.with_edits(prefixed(theta, "unet"), record), losses, time.monotonic() - started)
+    return Healed(victim.with_edits(prefixed(theta, "unet"), Erasure(healed=how)), losses, time.monotonic() - started)
 
 
 @lru_cache(maxsize=8)
