@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 _PLACES = {
+    "Concept": "erasure",
     "Pipeline": "pipeline",
     **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "api"),
     **dict.fromkeys(("attack", "evaluate", "report"), "dossier"),

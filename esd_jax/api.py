@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esd_jax import demo, exports, prompt_files, recipe, runs
+from esd_jax import demo, exports, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasure import Concept
 from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
 from esd_jax.io.delta import load_delta
@@ -21,6 +22,7 @@ from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
 from esd_jax.sampling import invert, purify, sample
+from esd_jax.several import FOR_EACH
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.plan import changed_names, theta_shapes
 from esd_jax.training.step import State, init_state, result
@@ -74,7 +76,7 @@ def architecture(
 
 def erase(
     base: Pipeline | str | Path,
-    concept: str | Sequence[str] | None = None,
+    concept: str | Concept | Sequence[str | Concept] | None = None,
     *,
     config: str | None = None,
     resume: bool = False,
@@ -89,8 +91,9 @@ def erase(
     Args:
       base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
         VAE are not on the device in training.
-      concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose texts are
-        taken as they are.
+      concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose items are
+        taken as they are. A `Concept` brings its own from_, replace_with, preserve and strength; the config's are for
+        texts.
       config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
@@ -112,11 +115,14 @@ def erase(
     """
     if concept is not None:
         fields["concept"] = concept
+    named = concept if isinstance(concept, list | tuple) else (concept,)
+    beside = [name for name in FOR_EACH if fields.get(name) is not None]
+    if beside and any(isinstance(one, Concept) for one in named):
+        raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = recipe.read(config or default_config(source, fields.get("method", "esd"))).to_dict()
-    plan = recipe.make(**{**settings, **fields, "base": source})
-    if isinstance(shown := plan.preview_prompts, str) and prompt_files.file_of(shown, "preview_prompts"):
-        plan = dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(shown, "preview_prompts")))
+    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
+    plan.check_concepts()
     own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,12 @@ class Concept:
     def erased_from(self) -> str:
         """The prompt from which the concept is erased."""
         return self.from_ or self.text
+
+    def stripped(self) -> "Concept":
+        """The same concept without the spaces around its texts; an empty `from_` becomes None."""
+        lists = {name: tuple(text.strip() for text in getattr(self, name)) for name in ("replace_with", "preserve")}
+        from_ = (self.from_ or "").strip() or None
+        return replace(self, text=self.text.strip(), from_=from_, strength=float(self.strength), **lists)
 
 
 @dataclass(frozen=True)

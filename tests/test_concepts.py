@@ -111,9 +111,9 @@ def test_texts_of_a_list_stay_whole(base, tmp_path):
 def test_lists_that_separators_can_part_are_recorded_as_they_were(base):
     """A run of an older version is resumed with the list that it was made with."""
     plan = recipe.make(concept=["cat", "dog"], preserve=[["a", "b"], "c"], method="uce", steps=0)
-    assert (plan.concept, plan.preserve) == ("cat; dog", "a | b; c")
+    assert (plan.flat()["concept"], plan.flat()["preserve"]) == ("cat; dog", "a | b; c")
     for images, whole in (("a;b.png", ("a", "b.png")), (Path("a;b.png"), ("a;b.png",)), (["a;b.png"], ("a;b.png",))):
-        assert recipe.make(images=images).texts("images") == whole
+        assert recipe.make(images=images).images == whole
 
 
 def test_integers_that_no_device_counts():

@@ -361,7 +361,7 @@ def test_a_report_of_sixty_pictures_stays_below_3_megabytes(size):
 
 @pytest.mark.parametrize("changes", [
     {},
-    {"concept": "Van Gogh's style; a \"cat\" & $HOME", "from_": "art; ", "replace_with": "a | b; c"},
+    {"concept": "Van Gogh's style; a \"cat\" & $HOME", "strength": "2; 0.5", "replace_with": "a | b; c"},
     {"remat": True, "subset": r"regex:attn2\.to_(k|v)", "optimizer": "adamw", "weight_decay": 1e-08},
 ], ids=["as it is", "quoted", "other types"])  # fmt: skip
 def test_the_command_repeats_the_recipe(changes):

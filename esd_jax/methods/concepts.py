@@ -72,13 +72,15 @@ def make_bank(
 def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
     """Raises ValueError for what no method can do, told by what the text encoder reads: "A Cat" is "a cat".
 
-    A concept that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that is to
-    be kept twice.
+    No concept; one that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that
+    is to be kept twice.
 
     Args:
       tokens: prompts -> ids, padded.
       concepts: all of a run's.
     """
+    if not concepts:
+        raise ValueError("the concept is empty: name what is to be erased")
     read = reader(tokens)
     known: dict[Any, str] = {}
     for concept in concepts:

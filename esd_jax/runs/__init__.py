@@ -115,13 +115,13 @@ def run(
             meta = {k: v for k, v in record.recipe.items() if k not in NOT_COMPUTED}
             meta["base_sha256"] = record.base_sha256
             if plan.images:
-                pixels = read_images(plan.texts("images"), image_size(base.configs, plan.height, plan.width))
+                pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
                 meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
             # A run's own file, unlike its exports, says where things lie on this machine.
             if resume and (started := read(folder)[0].started_from):
                 record = dataclasses.replace(record, started_from=started)
-            private = {**record.to_dict(), "local": {"base": plan.base, "images": plan.images}}
+            private = {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
             if hosts.first() and not resume:
                 run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
@@ -222,7 +222,7 @@ def prepare(base: Pipeline, plan: Recipe, mesh: Mesh | None = None) -> tuple[Met
         tokens=base.tokenizers[0],
         sample=draw,
         to_latents=lambda images: to_latents(base.params["vae"], images),
-        images=None if plan.images is None else base.encode(read_images(plan.texts("images"), size)),
+        images=None if plan.images is None else base.encode(read_images(plan.images, size)),
         params=base.params,
         text_encoders={name: base.network(name) for name in base.text_encoders},
     )
@@ -300,7 +300,7 @@ def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
 
 def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
     """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
-    prompts = plan.texts("preview_prompts") or tuple(concept.text for concept in plan.concepts)
+    prompts = plan.preview_prompts or tuple(concept.text for concept in plan.concepts)
     (folder / "previews").mkdir(exist_ok=True)
 
     def preview(step: int, erased: Pipeline) -> None:

@@ -19,7 +19,7 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
     packages = ("esd-jax", "jax", "jaxlib", "flax", "optax")
     # A machine's paths do not belong in a model's files: of a folder or an image, its name is kept.
     name = _public(plan.base)
-    images = plan.images and several.joined("images", [Path(path).name for path in plan.texts("images")])
+    images = several.joined("images", [Path(path).name for path in plan.images]) if plan.images else None
     recorded = plan.flat() | {"base": name, "images": images}
     recorded = json.loads(json.dumps(recorded))  # tuples as lists, which is how JSON gives them back
     return Erasure(

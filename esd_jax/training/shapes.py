@@ -101,14 +101,14 @@ def abstract(
     theta_0, frozen = (prefixed(part, "unet") for part in partition(params, names))
 
     tools = _tools(configs, schedule, recipe, names, mesh)
-    concepts = recipe.concepts if recipe.concept else (Concept("concept"),)
+    concepts = recipe.concepts or (Concept("concept"),)
     if student_alone:
         method, inputs = Student(tools.unet, tools.encode([""])), ()
     else:
         try:
             method, inputs = settings.make(tools, concepts)
         except ValueError as error:
-            if recipe.concept:
+            if recipe.concepts:
                 raise
             raise Unknown(f"{error} (no concept is given)") from error
     method, inputs = preserving(method, inputs, tools, concepts, recipe.preserve_weight)
@@ -156,7 +156,7 @@ def _tools(configs: Mapping[str, NetworkConfig], schedule: Any, recipe: Any, nam
     class Absent(Mapping):
         __getitem__ = __iter__ = __len__ = absent
 
-    images = None if recipe.images is None else jnp.zeros((len(recipe.texts("images")), *shape))
+    images = None if recipe.images is None else jnp.zeros((len(recipe.images), *shape))
     return Tools(
         unet=sharding.gathering(network(unet, recipe.dtype, recomputes(recipe, unet)), mesh),
         schedule=schedule,
