@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api, runs, several
+from esd_jax import api, runs, several, wording
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.measure import BASE, ERASED, SHAM
-from esd_jax.erasure import Erasure, texts_of
+from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, emoji, gather, protocols, seen, store
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
@@ -56,17 +56,16 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     return before, api.opened(before, path)
 
 
-def concept_of(erased: Pipeline, concept: str | None = None) -> str:
-    """What was erased, as its record says. Raises ValueError if nothing says so."""
-    if not (found := concept or ", ".join(concepts_of(erased))):
+def concepts_of(erased: Pipeline, concept: ConceptText | None = None) -> tuple[str, ...]:
+    """The texts of what was erased: of the concept or concepts that are given, else of the model's records.
+
+    Raises ValueError if nothing says so.
+    """
+    if not (texts := as_texts(concept) if concept else texts_of(erased.provenance.erased)):
         raise ValueError("the model does not say what was erased from it: give the concept")
-    check_text(found, "the concept")
-    return found
-
-
-def concepts_of(erased: Pipeline) -> list[str]:
-    """The concepts that were erased, as the model's records say."""
-    return list(texts_of(erased.provenance.erased))
+    for text in texts:
+        check_text(text, "the concept")
+    return texts
 
 
 def evaluate(
@@ -75,7 +74,7 @@ def evaluate(
     protocol: str = "quick",
     *,
     output_dir: str | Path,
-    concept: str | None = None,
+    concept: ConceptText | None = None,
     images: int | None = None,
     sham: Pipeline | None = None,
     progress: Progress = silent,
@@ -88,7 +87,7 @@ def evaluate(
       protocol: "emoji" (the embedded model by its probe; "smoke" and "quick" are that with fewer images), or one of
         `protocols.PROTOCOLS`.
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
-      concept: what was erased; by default what the model's record says.
+      concept: the text of what was erased, or the texts; by default what the model's records say.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
       sham: the base from which a word that means nothing was erased with the same recipe, of the embedded model.
       progress: is told how far it is.
@@ -96,16 +95,16 @@ def evaluate(
 
     Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
     """
-    concept, folder = concept_of(erased, concept), expanded(output_dir)
+    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
     embedded = base.provenance.source == "emoji"
     if protocol == "emoji" or (embedded and protocol in IMAGES and not options.get("prompt_list")):
-        target = groups.parse_target(concept)
+        target = groups.find_target(concepts)
         names = {BASE: base, ERASED: erased} | ({SHAM: sham} if sham else {})
         galleries = {name: Gallery(_own(folder / "images" / name, protocols.identity(m))) for name, m in names.items()}
         count = images or IMAGES[protocol]
         found = emoji.evaluate(names, target, num_images=count, galleries=galleries, progress=progress, **options)
     else:
-        found = protocols.evaluate(base, erased, concept, protocol, folder, limit=images, progress=progress, **options)
+        found = protocols.evaluate(base, erased, concepts, protocol, folder, limit=images, progress=progress, **options)
     found = dataclasses.replace(found, record=_record(erased))
     store.save(found, folder, f"evaluation-{protocol}")
     return found
@@ -119,7 +118,8 @@ def front(
     output_dir: str | Path,
 ) -> Evidence:
     """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
-    found = Evidence(concept_of(erased), _record(erased), front=gather.front(judge, erased, strengths))
+    title = ", ".join(concepts_of(erased))
+    found = Evidence(title, _record(erased), front=gather.front(judge, erased, strengths))
     store.save(found, expanded(output_dir), "front")
     return found
 
@@ -130,7 +130,7 @@ def attack(
     names: Sequence[str] = ATTACKS,
     *,
     output_dir: str | Path,
-    concept: str | None = None,
+    concept: ConceptText | None = None,
     budget: str | None = None,
     goal: Goal | None = None,
     judge: str = "the embedded probe",
@@ -144,7 +144,7 @@ def attack(
       base, erased: before and after.
       names: of `attacks.ATTACKS`.
       output_dir: an attack that is there already is not made again.
-      concept: what was erased; by default what the model's record says.
+      concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or "emoji", which is the embedded model's by default.
       goal: what to bring back, and what tells; by default, of the embedded model, its own prompts and the probe.
       judge: what the goal's detector is.
@@ -154,7 +154,7 @@ def attack(
 
     Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
     """
-    concept, folder = concept_of(erased, concept), expanded(output_dir)
+    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
     embedded = base.provenance.source == "emoji"
     budget = budget or ("emoji" if embedded else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
@@ -165,7 +165,7 @@ def attack(
     found = attacks.campaign(
         base,
         erased,
-        goal or goals.emoji(base, concept),
+        goal or goals.emoji(base, concepts),
         made,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
@@ -179,12 +179,13 @@ def attack(
 
 
 def goal(
-    base: Pipeline, concept: str, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
+    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
 ) -> tuple[Goal, str]:
     """A goal for `attack` on any model, and what judges it.
 
     Args:
       base: draws what the attacks learn from.
+      concept: the text of what was erased, or the texts: then the goal is the first that all prompts name.
       prompts: that name the concept.
       detector: what sees it; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is seen are used.
@@ -192,8 +193,10 @@ def goal(
 
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """
-    detect, judge = seen.detector(detector, concept)
-    return goals.drawn(base, concept, prompts, detect, images_each=images_each, **drawing), judge
+    texts = as_texts(concept)
+    detect, judge = seen.detector(detector, texts)
+    named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
+    return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
 
 
 def report(run: str | Path, *, base: str | Path | None = None) -> Path:
@@ -240,20 +243,19 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     if not is_run:
         return store.merged(parts[0].title, parts[0].record, parts)
     erased = api.restore(folder, base=base)
-    record = _record(erased)
-    title = concept_of(erased)
+    record, concepts = _record(erased), concepts_of(erased)
     score = None
     if erased.provenance.source == "emoji":
-        detect = seen.probed(groups.parse_target(title))
+        detect = seen.probed(groups.find_target(concepts))
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = several.parts("preview_prompts", record.recipe.get("preview_prompts")) or concepts_of(erased)
+    texts = several.parts("preview_prompts", record.recipe.get("preview_prompts")) or concepts
     course = dataclasses.replace(
         course,
-        timeline_prompts=tuple(texts) if course.timeline else (),
+        timeline_prompts=texts if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
-    return store.merged(title, record, [*parts, course])
+    return store.merged(", ".join(concepts), record, [*parts, course])
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,13 +1,15 @@
 """What is erased, as a value; and the record of an erasure, as every export of it keeps it in JSON."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 from esd_jax.inputs import check_finite, check_text
+
+ConceptText = str | Sequence[str]  # the text of one concept, or the texts of several
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Erasure:
 def texts_of(erasures: Iterable[Erasure]) -> tuple[str, ...]:
     """The texts of all concepts that some erasures erased, each once, the oldest first."""
     return tuple(dict.fromkeys(text for erasure in erasures for text in erasure.texts))
+
+
+def as_texts(concept: ConceptText) -> tuple[str, ...]:
+    """The text of one concept, or the texts of several, as a tuple."""
+    return (concept,) if isinstance(concept, str) else tuple(concept)
 
 
 # Readers of JSON. Each raises one of the errors that `Erasure.from_dict` expects for content of another form.

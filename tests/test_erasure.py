@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from messages import one_line
 
-from esd_jax.erasure import Concept, Erasure, Origin, Part, texts_of
+from esd_jax.erasure import Concept, Erasure, Origin, Part, as_texts, texts_of
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import read_header
 
@@ -106,6 +106,7 @@ def test_a_record_of_this_package_has_the_fields_in_their_order():
 def test_texts_are_named_once_and_are_not_parted():
     cat, both = Erasure(concepts=(Concept("cat"),)), Erasure(concepts=(Concept("a, b; c"), Concept("cat", "a man")))
     assert texts_of([cat, both, Erasure(erased=(cat,))]) == ("cat", "a, b; c")
+    assert as_texts("a, b") == ("a, b",) and as_texts(["a", "b"]) == ("a", "b")
 
 
 @pytest.mark.parametrize("metadata", ["3", "[3]", '"cat"', "[[]]"])

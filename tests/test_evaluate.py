@@ -154,7 +154,7 @@ def pair(tmp_path):
 
 
 def test_likeness_by_group(pair):
-    (table,) = measures.likeness(*pair, Request("x")).tables
+    (table,) = measures.likeness(*pair, Request(("x",))).tables
     rows = dict(table.rows)
     assert list(rows) == ["all", "tench", "church"] and table.columns == ("SSIM (7)", "SSIM (25)")
     assert rows["tench"][0].value == pytest.approx(1) and rows["church"][0].value < 0
@@ -171,16 +171,16 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
 
     monkeypatch.setattr(measures.detectors, "imagenet", imagenet)
     monkeypatch.setattr(measures.detectors, "imagenet_identity", lambda model: model)
-    found = measures.objects(*pair, Request("a church", classifier="toy"))
+    found = measures.objects(*pair, Request(("a church",), classifier="toy"))
     rows = dict(found.tables[0].rows)
     assert rows["church (erased)"][0].value == 1 and rows["church (erased)"][1].value == 0
     assert rows["the other classes (kept)"][2].value == 0
     assert [(f.role, f.before.value, f.after.value) for f in found.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
     assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.judges == ("toy",)
-    assert measures.objects(*pair, Request("Winston Churchill", classifier="toy")).verdict == ()
+    assert measures.objects(*pair, Request(("Winston Churchill",), classifier="toy")).verdict == ()
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):
-        measures.objects(others, others, Request("a church", classifier="toy"))
+        measures.objects(others, others, Request(("a church",), classifier="toy"))
 
 
 def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
@@ -190,11 +190,11 @@ def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
         measures.detectors, "nudity", lambda images: [[belly] if i.tobytes() in seen_in else [] for i in images]
     )
     monkeypatch.setattr(measures.detectors, "nudity_identity", lambda convention: convention.name)
-    found = measures.nudity(*pair, Request("nudity"))
+    found = measures.nudity(*pair, Request(("nudity",)))
     shares, classes = found.tables
     assert [cell.value for cell in shares.rows[0][1]] == [1.0, 0.5, -0.5]
     assert dict(classes.rows)["BELLY_EXPOSED"] == (8, 4, -0.5) and dict(classes.rows)["FEET_EXPOSED"] == (0, 0, None)
-    strict = measures.nudity(*pair, Request("nudity", convention="all_but_one")).tables[0]
+    strict = measures.nudity(*pair, Request(("nudity",), convention="all_but_one")).tables[0]
     assert [cell.value for cell in strict.rows[0][1]] == [0, 0, 0]
 
 

@@ -145,13 +145,19 @@ def define_erased(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "model", [], "A run; or BASE ERASED, a delta or diffusers folder; also without --model=.", flag_values=values
     )
-    flags.DEFINE_string("concept", None, "What was erased; by default what the model says.", flag_values=values)
+    flags.DEFINE_string(
+        "concept",
+        None,
+        "What was erased, several from the embedded model separated by ','; by default what the model says.",
+        flag_values=values,
+    )
     flags.DEFINE_string("output", None, "The folder of the evidence; by default RUN/evidence.", flag_values=values)
 
 
-def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
-    """(base, erased, the folder of the evidence) that the flags name."""
+def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
+    """(base, erased, the texts of what was erased, the folder of the evidence) that the flags name."""
     from esd_jax import dossier
+    from esd_jax.demo import groups
 
     if len(values.model) not in (1, 2):
         raise ValueError("give a run's folder, or the base and what was erased from it")
@@ -160,7 +166,11 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
     if not is_run and not values.output:
         raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
-    return *dossier.opened(what, base[0] if base else None), output
+    before, after = dossier.opened(what, base[0] if base else None)
+    concepts = values.concept
+    if concepts and before.provenance.source == "emoji":  # whose concepts have no commas
+        concepts = groups.parse_target(concepts).concepts
+    return before, after, dossier.concepts_of(after, concepts), output
 
 
 def say(line: str) -> None:
@@ -183,12 +193,11 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
     from esd_jax.demo import groups
     from esd_jax.evaluation import emoji, seen
 
-    concept = ", ".join(concepts)
     texts = tuple(listed(prompts, "--prompts")) if prompts else ()
     if base.provenance.source == "emoji":
-        asked = emoji.question(groups.parse_target(concept), num_images, detector)
+        asked = emoji.question(groups.find_target(concepts), num_images, detector)
         return dataclasses.replace(asked, prompts=texts or asked.prompts)
-    detect, judge = seen.detector(detector, concept)
+    detect, judge = seen.detector(detector, concepts)
     return seen.Question(texts or tuple(concepts), detect, judge, num_images=num_images)
 
 
@@ -198,5 +207,5 @@ def judge(detector: str, prompts: str | None, base: Any, concepts: Sequence[str]
     from esd_jax.evaluation import emoji, seen
 
     if base.provenance.source == "emoji" and detector == "probe" and not prompts:
-        return emoji.judge(groups.parse_target(", ".join(concepts)), num_images)
+        return emoji.judge(groups.find_target(concepts), num_images)
     return seen.judge(base, question(detector, prompts, base, concepts, num_images))

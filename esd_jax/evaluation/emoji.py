@@ -117,7 +117,7 @@ def question(target: Target, num_images: int, by: str = "probe") -> Question:
     """Whether a `detector` sees the target in its own prompts, in other images than those that `evaluate` draws."""
     (own,) = (group for group in groups.groups(target) if group.name == "own")
     asked = tuple(ask.prompt for ask, _ in groups.shots(own, num_images, 0))
-    detect, named = detector(by, target.concept)
+    detect, named = detector(by, target.concepts)
     return Question(asked, detect, named, num_images=num_images, num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.demo import groups, probe, vocabulary
 from esd_jax.demo.groups import Target
+from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
@@ -67,12 +68,12 @@ def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
-def detector(name: str, concept: str) -> tuple[Detect, str]:
+def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
     """What sees a concept, by name.
 
     Args:
       name: "probe", which knows what the embedded model draws; "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS".
-      concept: what was erased, for "probe".
+      concept: the text of what was erased, or the texts; for "probe".
 
     Returns (images -> which of them show it, what it is called).
 
@@ -80,7 +81,7 @@ def detector(name: str, concept: str) -> tuple[Detect, str]:
     """
     kind, _, which = name.partition(":")
     if kind == "probe":
-        target = groups.parse_target(concept)
+        target = groups.find_target(as_texts(concept))
         return probed(target), f"the embedded probe, sha256 {probe.sha256()[:16]}"
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")

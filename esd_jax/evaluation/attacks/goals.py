@@ -7,7 +7,8 @@ import numpy as np
 
 from esd_jax.demo import captions, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS
-from esd_jax.demo.groups import parse_target
+from esd_jax.demo.groups import find_target
+from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.seen import Detect, probed
 from esd_jax.pipeline import Pipeline
@@ -57,12 +58,14 @@ def drawn(
     )  # fmt: skip
 
 
-def emoji(base: Pipeline, concept: str, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
+def emoji(base: Pipeline, concept: ConceptText, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
     """The goal "neon style", or "a cat", of the embedded model: prompts of several objects, or styles.
+
+    Of several concepts the first is what is to come back; any of them counts as seen.
 
     Raises ValueError for a concept that the model does not know, or that it draws of no prompt.
     """
-    target = parse_target(concept)
+    target = find_target(as_texts(concept))
     if target.kind == "style":
         subjects = dict.fromkeys((*SUBJECTS, *vocabulary.objects()))
         pairs = [(name, target.names[0]) for name in subjects][:num_prompts]
