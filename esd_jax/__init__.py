@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from esd_jax import attacks, evaluation, formats, guidance
     from esd_jax.api import erase, export, invert, load, purify, sample
     from esd_jax.dossier import attack, evaluate, report
+    from esd_jax.erasure import Concept
     from esd_jax.pipeline import Pipeline
 
 __all__ = [
+    "Concept",
     "Pipeline",
     "attack",
     "attacks",

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from esd_jax import exports, prompt_files, recipe, runs
+from esd_jax import exports, recipe, runs
 from esd_jax.demo.testbed import EMOJI
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasure import Concept
 from esd_jax.evaluation import testbed
 from esd_jax.inputs import expanded
 from esd_jax.io import diffusers
-from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
 from esd_jax.io.ldm import UNET
@@ -24,6 +24,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
 from esd_jax.runs import setup
 from esd_jax.sampling import invert, purify, sample
+from esd_jax.several import FOR_EACH
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
@@ -78,7 +79,7 @@ def architecture(
 
 def erase(
     base: Pipeline | str | Path,
-    concept: str | Sequence[str] | None = None,
+    concept: str | Concept | Sequence[str | Concept] | None = None,
     *,
     config: str | None = None,
     resume: bool = False,
@@ -93,8 +94,9 @@ def erase(
     Args:
       base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
         VAE are not on the device in training.
-      concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose texts are
-        taken as they are.
+      concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose items are
+        taken as they are. A `Concept` brings its own from_, replace_with, preserve and strength; the config's are for
+        texts.
       config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
         embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
@@ -116,11 +118,14 @@ def erase(
     """
     if concept is not None:
         fields["concept"] = concept
+    named = concept if isinstance(concept, list | tuple) else (concept,)
+    beside = [name for name in FOR_EACH if fields.get(name) is not None]
+    if beside and any(isinstance(one, Concept) for one in named):
+        raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = recipe.read(config or testbed.default_config(source, fields.get("method", "esd"))).to_dict()
-    plan = recipe.make(**{**settings, **fields, "base": source})
-    if isinstance(shown := plan.preview_prompts, str) and prompt_files.file_of(shown, "preview_prompts"):
-        plan = dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(shown, "preview_prompts")))
+    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
+    plan.check_concepts()
     own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
@@ -198,11 +203,10 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
     folder = expanded(folder)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
-    record = files.read_json(folder / "run.json")
+    record, local = runs.read(folder)
     try:
-        plan = recipe.make(**{**record["recipe"], **record.pop("local")})
-        sha256 = record["base_sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+        plan = recipe.make(**{**record.recipe, **local})
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
     if isinstance(base, Pipeline):
         loaded, base = base, base.provenance.source
@@ -211,9 +215,10 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
             loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
-    if (found := diffusers.source_hash(loaded)) != sha256:
+    if (found := diffusers.source_hash(loaded)) != record.base_sha256:
         raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {found[:12]}...")
     names = setup.changed_names(plan, loaded.configs)
     with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
         state: State = checkpoints.restore(setup.saved_state(plan, loaded.configs), step, check=False)
-    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), {**record, "step": int(state.step)})
+    record = dataclasses.replace(record, step=int(state.step))
+    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), record)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api, results, several
+from esd_jax import api, results, runs, several, wording
+from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.evidence import Evidence, as_json
@@ -53,17 +54,16 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     return before, api.opened(before, path)
 
 
-def concept_of(erased: Pipeline, concept: str | None = None) -> str:
-    """What was erased, as its record says. Raises ValueError if nothing says so."""
-    if not (found := concept or ", ".join(concepts_of(erased))):
+def concepts_of(erased: Pipeline, concept: ConceptText | None = None) -> tuple[str, ...]:
+    """The texts of what was erased: of the concept or concepts that are given, else of the model's records.
+
+    Raises ValueError if nothing says so.
+    """
+    if not (texts := as_texts(concept) if concept else texts_of(erased.provenance.erased)):
         raise ValueError("the model does not say what was erased from it: give the concept")
-    check_text(found, "the concept")
-    return found
-
-
-def concepts_of(erased: Pipeline) -> list[str]:
-    """The concepts that were erased, as the model's records say."""
-    return [c["text"] for record in erased.provenance.erased for c in record.get("concepts", ())]
+    for text in texts:
+        check_text(text, "the concept")
+    return texts
 
 
 def evaluate(
@@ -72,7 +72,7 @@ def evaluate(
     protocol: str = "quick",
     *,
     output_dir: str | Path,
-    concept: str | None = None,
+    concept: ConceptText | None = None,
     images: int | None = None,
     sham: Pipeline | None = None,
     progress: Progress = silent,
@@ -85,7 +85,7 @@ def evaluate(
       protocol: one of `esd_jax.evaluation.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke"
         and "quick" with fewer images, for the embedded model).
       output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
-      concept: what was erased; by default what the model's record says.
+      concept: the text of what was erased, or the texts; by default what the model's records say.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
       sham: the base from which a word that means nothing was erased with the same recipe, of a testbed's model.
       progress: is told how far it is.
@@ -93,8 +93,7 @@ def evaluate(
 
     Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
     """
-    concepts = [concept] if concept else concepts_of(erased)
-    concept, folder = concept_of(erased, concept), expanded(output_dir)
+    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
     bed = testbed.of(base.provenance.source) or testbed.of(protocol)
     if bed and protocol in bed.images and not options.get("prompt_list"):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
@@ -103,7 +102,7 @@ def evaluate(
         count = images or bed.images[protocol]
         found = bed.evaluate(models, concepts, num_images=count, folders=folders, progress=progress, **options)
     else:
-        found = protocols.evaluate(base, erased, concept, protocol, folder, limit=images, progress=progress, **options)
+        found = protocols.evaluate(base, erased, concepts, protocol, folder, limit=images, progress=progress, **options)
     found = dataclasses.replace(found, record=_record(erased))
     store.save(found, folder, f"evaluation-{protocol}")
     return found
@@ -117,7 +116,8 @@ def front(
     output_dir: str | Path,
 ) -> Evidence:
     """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
-    found = Evidence(concept_of(erased), _record(erased), front=gather.front(judge, erased, strengths))
+    title = ", ".join(concepts_of(erased))
+    found = Evidence(title, _record(erased), front=gather.front(judge, erased, strengths))
     store.save(found, expanded(output_dir), "front")
     return found
 
@@ -128,7 +128,7 @@ def attack(
     names: Sequence[str] = ATTACKS,
     *,
     output_dir: str | Path,
-    concept: str | None = None,
+    concept: ConceptText | None = None,
     budget: str | None = None,
     goal: Goal | None = None,
     judge: str = "the embedded probe",
@@ -142,7 +142,7 @@ def attack(
       base, erased: before and after.
       names: of `esd_jax.attacks.ATTACKS`.
       output_dir: an attack that is there already is not made again.
-      concept: what was erased; by default what the model's record says.
+      concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
       goal: what to bring back, and what tells; by default the testbed's, its own prompts and detector.
       judge: what the goal's detector is.
@@ -152,8 +152,7 @@ def attack(
 
     Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
     """
-    concepts = [concept] if concept else concepts_of(erased)
-    concept, folder = concept_of(erased, concept), expanded(output_dir)
+    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
@@ -180,12 +179,13 @@ def attack(
 
 
 def goal(
-    base: Pipeline, concept: str, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
+    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
 ) -> tuple[Goal, str]:
     """A goal for `attack` on any model, and what judges it.
 
     Args:
       base: draws what the attacks learn from.
+      concept: the text of what was erased, or the texts: then the goal is the first that all prompts name.
       prompts: that name the concept.
       detector: what sees it; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is seen are used.
@@ -193,8 +193,10 @@ def goal(
 
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """
-    detect, judge = seen.detector(detector, [concept])
-    return goals.drawn(base, concept, prompts, detect, images_each=images_each, **drawing), judge
+    texts = as_texts(concept)
+    detect, judge = seen.detector(detector, texts)
+    named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
+    return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
 
 
 def default_goal(base: Pipeline, concept: str) -> Goal:
@@ -226,7 +228,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
     for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
-        if evidence.record and evidence.record in files.read_records(read_header(file))[-1:]:
+        if evidence.record != Erasure() and evidence.record in files.read_records(read_header(file))[-1:]:
             annotate(file, card.facts(evidence), replacing=card.is_fact)
     return folder / "report.html"
 
@@ -234,9 +236,8 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
 def facts(run: str | Path) -> dict[str, str]:
     """What is known of a run as flat texts, for the metadata of an export."""
     folder = expanded(run)
-    record = {name: said for name, said in files.read_json(folder / "run.json").items() if name != "local"}
-    title = ", ".join(concept["text"] for concept in record["concepts"])
-    return card.facts(store.merged(title, record, _parts(folder / EVIDENCE)))
+    record, _ = runs.read(folder)
+    return card.facts(store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE)))
 
 
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
@@ -249,20 +250,19 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     if not is_run:
         return store.merged(parts[0].title, parts[0].record, parts)
     erased = api.restore(folder, base=base)
-    record = _record(erased)
-    title = concept_of(erased)
+    record, concepts = _record(erased), concepts_of(erased)
     score = None
     if bed := testbed.of(erased.provenance.source):
-        detect, _ = bed.detector(concepts_of(erased))
+        detect, _ = bed.detector(concepts)
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = several.parts("preview_prompts", record["recipe"].get("preview_prompts")) or concepts_of(erased)
+    texts = several.parts("preview_prompts", record.recipe.get("preview_prompts")) or concepts
     course = dataclasses.replace(
         course,
-        timeline_prompts=tuple(texts) if course.timeline else (),
+        timeline_prompts=texts if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
-    return store.merged(title, record, [*parts, course])
+    return store.merged(", ".join(concepts), record, [*parts, course])
 
 
 def _is_run(folder: Path) -> bool:
@@ -285,9 +285,9 @@ def compare(runs: Sequence[str | Path], output: str | Path) -> Path:
     return output
 
 
-def _record(erased: Pipeline) -> Mapping[str, Any]:
+def _record(erased: Pipeline) -> Erasure:
     """The newest erasure's record."""
-    return erased.provenance.erased[-1] if erased.provenance.erased else {}
+    return erased.provenance.erased[-1] if erased.provenance.erased else Erasure()
 
 
 def _own(folder: Path, identity: Mapping[str, Any]) -> Path:

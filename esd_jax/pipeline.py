@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from esd_jax import families, text
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasure import Erasure
 from esd_jax.families import Configs, Family
 from esd_jax.models import vae
 from esd_jax.params import Conditioning, Network, Params, functional
@@ -45,7 +46,7 @@ class Provenance:
     config: of `file`, what `load` was told of its architecture.
     variant, revision: of the files, as diffusers means them.
     tensors: "DENOISER/NAME" -> its place, so that full precision and untouched bytes can be read again.
-    erased: one record per erasure (concepts, method, settings, seed, versions), oldest first.
+    erased: every erasure that it went through (concepts, recipe, versions), oldest first.
     """
 
     source: str
@@ -55,7 +56,7 @@ class Provenance:
     variant: str | None = None
     revision: str | None = None
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)
-    erased: tuple[Mapping[str, Any], ...] = ()
+    erased: tuple[Erasure, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,10 @@ class Pipeline:
     def network(self, component: str, *, remat: bool = False) -> Network:
         return network(self.configs[component], jnp.dtype(self.dtype).name, remat)
 
-    def with_edits(self, edits: Mapping[str, Array], record: Mapping[str, Any] | None = None) -> "Pipeline":
+    def with_edits(self, edits: Mapping[str, Array], record: Erasure | Mapping[str, Any] | None = None) -> "Pipeline":
         """The same pipeline with some tensors replaced ("DENOISER/NAME" -> full-precision values).
+
+        record: the erasure that replaced them, or its JSON.
 
         Raises ValueError for a name that does not exist, or another shape.
         """
@@ -119,6 +122,8 @@ class Pipeline:
                 raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
             # A tensor that waits in the host's memory (`runs.parked`) has no place on a device yet.
             params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), getattr(old, "sharding", None))
+        if not isinstance(record, Erasure):
+            record = Erasure.from_dict(record) if record else None
         erased = self.provenance.erased + ((record,) if record else ())
         provenance = replace(self.provenance, erased=erased)
         return replace(self, params=params, edits={**self.edits, **edits}, provenance=provenance)

@@ -1,6 +1,7 @@
-"""A recipe: everything that one erasure needs to know, as one flat set of named fields.
+"""A recipe: everything that one erasure needs to know.
 
-The same names are keyword arguments of `esd_jax.erase`, fields of `configs/*.py` and flags `--config.NAME`.
+Outside this package it is one flat set of named fields: the same names are keyword arguments of `esd_jax.erase`, fields
+of `configs/*.py`, flags `--config.NAME` and a run's record. `make` parses them; `Recipe.flat` gives them back.
 """
 
 import dataclasses
@@ -10,20 +11,31 @@ import numbers
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from ml_collections import ConfigDict, config_dict
 
-from esd_jax import several
-from esd_jax.config_files import config_names as config_names
-from esd_jax.config_files import read as read
-from esd_jax.erasing.concepts import Concept
+from esd_jax import prompt_files, several
+from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing.method import Settings, choose
-from esd_jax.inputs import check_text, finite
+from esd_jax.erasure import Concept
+from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
-from esd_jax.several import FOR_EACH, SEVERAL, Texts
+from esd_jax.several import COLUMNS, FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
+
+__all__ = [
+    "Recipe", "check_field", "complete", "config_folders", "config_names", "config_path", "make", "preset", "read",
+    "read_previews",
+]  # fmt: skip
+
+
+class Spelling(NamedTuple):
+    """The flat fields that a value was parsed from."""
+
+    value: Any
+    flat: Mapping[str, str | Texts | None]
 
 
 @dataclass(frozen=True)
@@ -31,42 +43,41 @@ class Recipe:
     """What to erase from what, and how.
 
     base: "emoji", a diffusers folder or a hub id.
-    concept: what to erase; several are separated by ";". The fields of each concept (`FOR_EACH`) are given once for
-      all of them, or once for each, separated by ";" too:
-    from_: erase it only there ("" is everywhere).
-    replace_with: what takes its place; several for one concept are separated by "|".
-    preserve: prompts on which the erased model is held to the base, separated by "|".
+    concepts: what to erase; () in a config that leaves it to its user. Five flat fields say it:
+      concept: the text; several are separated by ";". The others are given once for all concepts, or once for each,
+        separated by ";" too.
+      from_: erase it only there ("" is everywhere).
+      replace_with: what takes its place; several for one concept are separated by "|".
+      preserve: prompts on which the erased model is held to the base, separated by "|".
+      strength: multiplies the method's own strength.
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
-    strength: multiplies the method's own strength.
     method: a name of `methods.METHODS`.
     subset: which tensors are trained, a name of `esd_jax.selection.SUBSETS` or "regex:PATTERN".
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
     null: what a trained method takes for "no prompt", in its trajectories and losses: "empty", the encoded empty
       prompt, as the released codes do, or "zeros", from which diffusers guides SDXL without a negative prompt.
-    images: the user's image files, separated by ";"; what a method does with them, its file says.
+    images: the user's image files; what a method does with them, its file says. In one string, separated by ";".
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
     remat: recompute activations in the backward pass (less memory, a few per cent slower); SDXL's UNet always does.
     fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
-    preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone.
+    preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone. In one
+      string, the prompts are separated by ";".
+    spelling: of concepts, images and preview_prompts, how they were given, so that `flat` gives it back to the letter.
     settings, optimizer, training: see the method's class, `Optimizer` and `Training`; their fields are spelled flat.
     """
 
     base: str = "emoji"
-    concept: str | Texts = ""
-    from_: str | Texts | None = None
-    replace_with: str | Texts | None = None
-    preserve: str | Texts | None = None
-    strength: str | None = None
+    concepts: tuple[Concept, ...] = ()
     method: str = "esd"
     subset: str = "esd-x"
     rank: int = 0
     preserve_weight: float = 1.0
     null: str = "empty"
-    images: str | Texts | None = None
+    images: tuple[str, ...] | None = None
     dtype: str = "float32"
     variant: str | None = None
     revision: str | None = None
@@ -75,12 +86,13 @@ class Recipe:
     height: int | None = None
     width: int | None = None
     output_dir: str | None = None
-    preview_prompts: str | Texts | None = None
+    preview_prompts: tuple[str, ...] | None = None
     preview_steps: int = 20
     preview_guidance: float = 7.5
     settings: Settings = field(default_factory=METHODS["esd"])
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
+    spelling: Mapping[str, Spelling] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.settings, _settings_class(self.method)):
@@ -100,42 +112,27 @@ class Recipe:
         for name in ("height", "width"):
             if (side := getattr(self, name)) is not None and side < 1:
                 raise ValueError(f"{name}={side} must be at least 1 pixel")
+        for name in FOR_EACH:
+            used = name in {*self.settings.uses, "preserve"}
+            if not used and any(getattr(concept, name) != getattr(Concept, name) for concept in self.concepts):
+                raise ValueError(f"{name} means nothing to method {self.method!r}")
         if not 0 <= self.training.seed < 2**32:  # JAX would use its lowest 32 bits alone
             raise ValueError(f"seed={self.training.seed} must be in 0..{2**32 - 1}")
 
-    @property
-    def concepts(self) -> tuple[Concept, ...]:
-        """The concepts.
-
-        Raises ValueError if there is none, if a field of theirs does not match in number, or is none of the method's.
-        """
-        texts = self.texts("concept")
-        if not texts:
+    def check_concepts(self) -> None:
+        """Raises ValueError if there is no concept."""
+        if not self.concepts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
-        for name in FOR_EACH:
-            if getattr(self, name) is not None and name not in {*self.settings.uses, "preserve"}:
-                raise ValueError(f"{name} means nothing to method {self.method!r}")
-        columns = (self._for_each(name, len(texts)) for name in FOR_EACH)
-        return tuple(
-            Concept(text, from_ or None, replace_with, preserve, finite(strength, "strength") if strength else 1.0)
-            for text, from_, replace_with, preserve, strength in zip(texts, *columns, strict=True)
-        )
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """The texts of a field that holds several: "concept", "images" or "preview_prompts"."""
-        return several.parts(name, getattr(self, name))
-
-    def _for_each(self, name: str, count: int) -> tuple[Any, ...]:
-        parts = several.parts(name, getattr(self, name))
-        if len(parts) == 1:
-            parts *= count
-        if len(parts) != count:
-            raise ValueError(f"{name} has {len(parts)} parts for {count} concepts: give one, or one for each")
-        return parts
 
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name; those of `UNSAID` only where they are given."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PARTS}
+        values: dict[str, Any] = {}
+        for name in (f.name for f in fields(self) if f.name not in (*PARTS, "spelling")):
+            value, given = getattr(self, name), self.spelling.get(name)
+            if given and given.value == value:
+                values |= given.flat
+            else:
+                values |= several.format_concepts(value) if name == "concepts" else {name: value}
         for part in PARTS:
             values |= dataclasses.asdict(getattr(self, part))
         return {name: v for name, v in values.items() if name not in UNSAID or v != UNSAID[name]}
@@ -163,11 +160,31 @@ def make(**flat: Any) -> Recipe:
     for name in flat:
         check_field(name, method)
     flat = {name: _typed(name, value, method) for name, value in flat.items()}
+    columns = {"concept": "", **dict.fromkeys(FOR_EACH), **{name: flat.pop(name) for name in COLUMNS if name in flat}}
+    concepts = several.parse_concepts(columns)
+    if any(isinstance(one, Concept) for one in columns["concept"]):
+        columns = several.format_concepts(concepts)
+    spelling = {"concepts": Spelling(concepts, columns)}
+    for name in ("images", "preview_prompts"):
+        given = flat.pop(name, None)
+        spelling[name] = Spelling(several.parse_texts(name, given), {name: given})
     parts = {
         part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat})
         for part, cls in _parts(method).items()
     }
-    return Recipe(**flat, **parts)
+    return Recipe(spelling=spelling, **{name: one.value for name, one in spelling.items()}, **flat, **parts)
+
+
+def read_previews(plan: Recipe) -> Recipe:
+    """The recipe with the prompts of the .txt or .csv file that its `preview_prompts` name, if they name one.
+
+    Raises FileNotFoundError or ValueError if the file is missing or holds no prompts.
+    """
+    name = "preview_prompts"
+    given = plan.spelling[name].flat[name] if name in plan.spelling else None
+    if not isinstance(given, str) or not prompt_files.file_of(given, name):
+        return plan
+    return dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(given, name)))
 
 
 def check_field(name: str, method: str = "esd") -> None:
@@ -226,7 +243,12 @@ def _parts(method: str) -> dict[str, type]:
 
 def _annotations(method: str) -> Mapping[str, Any]:
     """Flat field -> its type."""
-    own = {f.name: f.type for f in fields(Recipe) if f.name not in PARTS}
+    own = {}
+    for f in fields(Recipe):
+        if f.name == "concepts":
+            own |= {"concept": str} | dict.fromkeys(FOR_EACH, str | None)
+        elif f.name not in (*PARTS, "spelling"):
+            own[f.name] = str | None if f.name in SEVERAL else f.type
     return own | {f.name: f.type for cls in _parts(method).values() for f in fields(cls)}
 
 
@@ -241,8 +263,8 @@ def _typed(name: str, value: Any, method: str) -> Any:
     kind = _type_of(name, method)
     if value is None and type(None) in get_args(_annotations(method)[name]):
         return None
-    if name in SEVERAL and isinstance(value, list | tuple | os.PathLike):
-        return several.joined(name, [value] if isinstance(value, os.PathLike) else value)
+    if name in SEVERAL and isinstance(value, list | tuple | os.PathLike | Concept):
+        return several.joined(name, value if isinstance(value, list | tuple) else [value])
     if name == "strength" and isinstance(value, numbers.Real):
         value = str(value)
     if value is None or not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):

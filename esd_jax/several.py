@@ -1,23 +1,60 @@
-"""Fields that hold several texts: one string, whose separators part them, or texts that were given apart.
+"""The flat form of texts, which configs, flags and records have: read into values here, and written from them.
 
-"cat; dog" are two concepts, "a | b; c" two texts for the first and one for the second; a list's texts are as they are.
+In one string, separators part several: "cat; dog" are two concepts, "a | b; c" two texts for the first and one for the
+second. The texts of a list are taken as they are.
 """
 
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esd_jax.inputs import check_text, separated
+from esd_jax.erasure import Concept
+from esd_jax.inputs import check_text, finite, separated
 
 FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a concept
 LISTS = ("replace_with", "preserve")  # those of which it may have several
-SEVERAL = ("concept", *FOR_EACH, "images", "preview_prompts")
+COLUMNS = ("concept", *FOR_EACH)  # the flat fields of the concepts
+SEVERAL = (*COLUMNS, "images", "preview_prompts")
 Texts = tuple[Any, ...]  # texts that were given apart; of `LISTS`, tuples of them
 
 
+def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, ...]:
+    """The concepts of the flat fields `COLUMNS`; none if no text is given.
+
+    Where a `Concept` stands in place of a text, it is one of the concepts, and the other fields do not apply to it.
+
+    Raises ValueError if another field has neither one value for all concepts nor one for each.
+    """
+    named = parts("concept", columns.get("concept"))
+    if not named:
+        return ()
+    others = (_for_each(name, columns.get(name), len(named)) for name in FOR_EACH)
+    return tuple(
+        given.stripped()
+        if isinstance(given, Concept)
+        else Concept(given, from_ or None, replace_with, preserve, finite(strength, "strength") if strength else 1.0)
+        for given, from_, replace_with, preserve, strength in zip(named, *others, strict=True)
+    )
+
+
+def format_concepts(concepts: Sequence[Concept]) -> dict[str, str | Texts | None]:
+    """The flat fields `COLUMNS` of which `parse_concepts` makes the same concepts."""
+    columns: dict[str, str | Texts | None] = {"concept": joined("concept", [concept.text for concept in concepts])}
+    for name in FOR_EACH:
+        values = [getattr(concept, name) for concept in concepts]
+        given = any(value != getattr(Concept, name) for value in values)
+        columns[name] = joined(name, values[:1] if len(set(values)) == 1 else values) if given else None
+    return columns
+
+
+def parse_texts(name: str, value: str | Texts | None) -> Texts | None:
+    """The texts of the flat field `images` or `preview_prompts`; None if it is not given."""
+    return None if value is None else parts(name, value)
+
+
 def parts(name: str, value: str | Texts | None) -> Texts:
-    """The texts of a field; of one in `LISTS`, tuples of them."""
+    """The texts of a flat field; of one in `LISTS`, tuples of them."""
     if isinstance(value, list | tuple):
         return tuple(value)
     texts = separated(value or "")
@@ -27,13 +64,15 @@ def parts(name: str, value: str | Texts | None) -> Texts:
 
 
 def joined(name: str, items: Sequence[Any]) -> str | Texts:
-    """What a recipe holds of texts that were given apart: one string where `parts` makes the same of it, else they.
+    """The flat form of texts that were given apart: one string where `parts` makes the same of it, else a tuple.
 
     Raises ValueError for an item that is no text.
     """
     if not items:
         return ""
     texts = tuple(_item(name, item) for item in items)
+    if any(isinstance(text, Concept) for text in texts):
+        return texts
     string = "; ".join(" | ".join(text) if isinstance(text, tuple) else text for text in texts)
     try:
         return string if parts(name, string) == texts else texts
@@ -41,17 +80,30 @@ def joined(name: str, items: Sequence[Any]) -> str | Texts:
         return texts
 
 
-def _item(name: str, item: Any) -> str | tuple[Any, ...]:
+def _for_each(name: str, value: str | Texts | None, count: int) -> Texts:
+    """The values of a flat field, one for each concept."""
+    values = parts(name, value)
+    if len(values) == 1:
+        values *= count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} parts for {count} concepts: give one, or one for each")
+    return values
+
+
+def _item(name: str, item: Any) -> str | tuple[str, ...] | Concept:
+    if isinstance(item, Concept) and name == "concept":
+        return item
     if item is None and name in FOR_EACH:
         item = ""  # this concept has none
     if name in LISTS and isinstance(item, list | tuple):
-        return tuple(_item("concept", text) for text in item)
-    if name == "strength" and isinstance(item, numbers.Real):
-        item = str(item)
-    text = os.fspath(item) if isinstance(item, os.PathLike) else item
-    check_text(text, f"an item of {name}")
-    assert isinstance(text, str)
-    text = text if name == "images" else text.strip()
+        return tuple(_text(name, text) for text in item)
+    text = _text(name, str(item) if name == "strength" and isinstance(item, numbers.Real) else item)
     if name in LISTS and "|" in text:
         raise ValueError(f"{name} has the item {text!r}: of several for one concept, make a list, ['a', 'b']")
     return text if name not in LISTS else (text,) if text else ()
+
+
+def _text(name: str, item: Any) -> str:
+    text = os.fspath(item) if isinstance(item, os.PathLike) else item
+    check_text(text, f"an item of {name}")
+    return text if name == "images" else text.strip()

@@ -478,8 +478,8 @@ def test_the_embedded_model_is_ablated(tmp_path):
     erased = esd_jax.erase(
         "emoji", "neon style", method="ablating", replace_with="clay style", output_dir=folder, **fields
     )
-    (record,) = esd_jax.load(folder / "model").provenance.erased
-    assert record["recipe"]["method"] == "ablating" and record["concepts"][0]["replace_with"] == ["clay style"]
+    (erasure,) = esd_jax.load(folder / "model").provenance.erased
+    assert erasure.recipe["method"] == "ablating" and erasure.concepts[0].replace_with == ("clay style",)
     assert all(np.isfinite(value).all() for value in erased.edits.values())
 
 

@@ -113,10 +113,10 @@ def test_load_erase_sample_export(sd1, base, run, tmp_path):
     for name, value in erased.edits.items():
         assert value.dtype == jnp.float32 and jnp.isfinite(value).all()
         assert 0 < jnp.abs(value - base.params["unet"][name.removeprefix("unet/")]).max() < 0.01
-    (record,) = erased.provenance.erased
+    (erasure,) = erased.provenance.erased
     everywhere = {"from_": None, "replace_with": [], "preserve": [], "strength": 1.0}
-    assert record["concepts"] == [{"text": "cat", **everywhere}]
-    assert (record["recipe"]["subset"], record["recipe"]["seed"], record["step"]) == (SUBSET, 7, 2)
+    assert erasure.to_dict()["concepts"] == [{"text": "cat", **everywhere}]
+    assert (erasure.recipe["subset"], erasure.recipe["seed"], erasure.step) == (SUBSET, 7, 2)
 
     folder = esd_jax.export(erased, tmp_path / "out")
     changed = {
@@ -136,7 +136,7 @@ def test_load_erase_sample_export(sd1, base, run, tmp_path):
     np.testing.assert_array_equal(
         esd_jax.sample(reopened, ["dogs"], num_steps=2), esd_jax.sample(erased, ["dogs"], num_steps=2)
     )
-    assert reopened.provenance.erased == (json.loads(json.dumps(record)),)
+    assert reopened.provenance.erased == (erasure,)
 
 
 def test_a_run_holds_its_model_and_exports_name_no_local_path(sd1, run):
@@ -145,8 +145,8 @@ def test_a_run_holds_its_model_and_exports_name_no_local_path(sd1, run):
     (delta,) = folder.glob("esd-cat-from-cat-*.safetensors")
     for file in (delta, folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"):
         assert str(Path(sd1[0]).parent).encode() not in file.read_bytes()
-    (record,) = erased.provenance.erased
-    assert record["base"] == record["recipe"]["base"] == Path(sd1[0]).name
+    (erasure,) = erased.provenance.erased
+    assert erasure.base == erasure.recipe["base"] == Path(sd1[0]).name
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_erasing_twice(base, run, tmp_path):
         esd_jax.erase(run[1], "dog", output_dir=tmp_path / "run", **FIELDS)
     assert not (tmp_path / "run").exists()
     twice = esd_jax.erase(run[1], "dog", subset=SUBSET, **{**FIELDS, "steps": 0})
-    assert [record["concepts"][0]["text"] for record in twice.provenance.erased] == ["cat", "dog"]
+    assert [erasure.texts for erasure in twice.provenance.erased] == [("cat",), ("dog",)]
     for name, value in run[1].edits.items():
         np.testing.assert_array_equal(twice.edits[name], value)
 
@@ -238,7 +238,7 @@ def test_several_concepts_and_places(base):
         with pytest.raises(ValueError, match=one_line("from_", "for 3 concepts")):
             _ = recipe.make(concept="a; b; c", from_=wrong).concepts
     erased = esd_jax.erase(base, **said[0], subset=SUBSET, **{**FIELDS, "batch_size": 2})
-    assert len(erased.provenance.erased[0]["concepts"]) == 2
+    assert erased.provenance.erased[0].concepts == plans[0].concepts
     assert all(jnp.isfinite(value).all() for value in erased.edits.values())
 
 

@@ -562,7 +562,7 @@ def test_a_healed_model_differs_in_what_was_trained_alone(victims):
     found = hidden.resurge(erased, pictures(2), ["a dog", "the mat"], settings)
     assert found.losses.shape == (2,) and found.pipeline.edits.keys() == {name}
     assert 0 < np.abs(found.pipeline.edits[name] - erased.edits[name]).max() < 0.1
-    assert found.pipeline.provenance.erased[-1]["healed"]["steps"] == 2
+    assert found.pipeline.provenance.erased[-1].healed["steps"] == 2
     with pytest.raises(ValueError, match=one_line("no trained tensors")):
         hidden.resurge(base, pictures(2), ["a", "b"], settings)
     with pytest.raises(ValueError, match=one_line("1 prompts for 2 images")):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import factories
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 from messages import one_line
 
 import esd_jax
-from esd_jax import api, cli, recipe, runs
-from esd_jax.erasing.concepts import Concept, check_concepts
+from esd_jax import api, cli, dossier, recipe, runs
+from esd_jax.demo.groups import Target
+from esd_jax.erasing.concepts import check_concepts
+from esd_jax.erasure import Concept, Erasure
+from esd_jax.evaluation.evidence import Evidence
 from esd_jax.methods import METHODS
+from esd_jax.metrics.intervals import mean
 
 SHORT = {"method": "uce", "config": "uce", "dtype": "float32"}
 
@@ -92,11 +97,11 @@ def test_texts_of_a_list_stay_whole(base, tmp_path):
     """Erased, kept in the record, restored and resumed."""
     texts, options = ["Tom; Jerry", "Rock &amp; Roll"], {**SHORT, "preserve": [["a | b", "c; d"], []]}
     erased = esd_jax.erase(base, texts, output_dir=tmp_path / "run", **options)
-    (record,) = erased.provenance.erased
-    assert [concept["text"] for concept in record["concepts"]] == texts
-    assert [concept["preserve"] for concept in record["concepts"]] == [["a | b", "c; d"], []]
+    (erasure,) = erased.provenance.erased
+    assert [concept.text for concept in erasure.concepts] == texts
+    assert [concept.preserve for concept in erasure.concepts] == [("a | b", "c; d"), ()]
     apart = esd_jax.erase(base, "Tom; Jerry", **SHORT)
-    assert [concept["text"] for concept in apart.provenance.erased[0]["concepts"]] == ["Tom", "Jerry"]
+    assert apart.provenance.erased[0].texts == ("Tom", "Jerry")
     json.loads((tmp_path / "run" / "run.json").read_text())
     for again in (
         api.restore(tmp_path / "run"),
@@ -111,9 +116,9 @@ def test_texts_of_a_list_stay_whole(base, tmp_path):
 def test_lists_that_separators_can_part_are_recorded_as_they_were(base):
     """A run of an older version is resumed with the list that it was made with."""
     plan = recipe.make(concept=["cat", "dog"], preserve=[["a", "b"], "c"], method="uce", steps=0)
-    assert (plan.concept, plan.preserve) == ("cat; dog", "a | b; c")
+    assert (plan.flat()["concept"], plan.flat()["preserve"]) == ("cat; dog", "a | b; c")
     for images, whole in (("a;b.png", ("a", "b.png")), (Path("a;b.png"), ("a;b.png",)), (["a;b.png"], ("a;b.png",))):
-        assert recipe.make(images=images).texts("images") == whole
+        assert recipe.make(images=images).images == whole
 
 
 def test_integers_that_no_device_counts():
@@ -132,3 +137,75 @@ def test_none_as_a_text(base, capsys, tmp_path):
     assert "replace_with='None'" in capsys.readouterr().err
     made = recipe.make(concept=["cat", "dog"], replace_with=[None, "fish"], method="uce", steps=0)
     assert [concept.replace_with for concept in made.concepts] == [(), ("fish",)]
+
+
+# A comma in a concept means nothing.
+
+
+def erased(*texts):
+    return SimpleNamespace(provenance=SimpleNamespace(erased=(Erasure(concepts=tuple(map(Concept, texts))),)))
+
+
+def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch):
+    """By the command line, from the record of a run."""
+    texts, run = ["cat, dog", "Tom; Jerry"], tmp_path / "run"
+    esd_jax.erase(base, texts, output_dir=run, **SHORT)
+    asked = {}
+
+    def evaluate(base, erased, concept, *_, **__):
+        asked["protocol"] = concept
+        return Evidence(", ".join(concept))
+
+    def detector(name, concept):
+        asked["detector"] = concept
+        return (lambda images: np.ones(len(images), bool)), "nobody"
+
+    def judge(base, question):
+        asked["prompts"] = question.prompts
+        return lambda model: (mean([0.0, 1.0]), mean([0.0, 1.0]))
+
+    monkeypatch.setattr(dossier.protocols, "evaluate", evaluate)
+    monkeypatch.setattr(dossier.seen, "detector", detector)
+    monkeypatch.setattr(dossier.seen, "judge", judge)
+    assert cli.main(["evaluate", str(run), "--protocol=smoke", "--strengths=1", "--detector=nudenet"]) == 0
+    assert asked == dict.fromkeys(("protocol", "detector", "prompts"), tuple(texts))
+    kept = json.loads((run / "evidence" / "front.json").read_text())
+    assert kept["title"] == "cat, dog, Tom; Jerry" and kept["record"]["concepts"][0]["text"] == "cat, dog"
+    assert dossier.facts(run)["esd_jax.erased"] == "cat, dog, Tom; Jerry"
+    assert cli.main(["evaluate", str(run), "--protocol=smoke", "--concept=a, b"]) == 0
+    assert asked["protocol"] == ("a, b",)
+
+
+def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, tmp_path):
+    base, targets = SimpleNamespace(provenance=SimpleNamespace(source="emoji")), []
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
+    monkeypatch.setattr(
+        dossier.emoji, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
+    )
+    found = dossier.evaluate(base, erased("a cat", "a rose"), "smoke", output_dir=tmp_path)
+    assert targets == [Target("object", ("cat", "rose"))] and found.title == "a cat, a rose"
+    with pytest.raises(ValueError, match=one_line("does not know 'a cat, a rose'")):
+        dossier.evaluate(base, erased("a cat, a rose"), "smoke", output_dir=tmp_path)
+    dossier.evaluate(base, erased("a cat"), "smoke", output_dir=tmp_path, concept=["neon style", "ink"])
+    assert targets[1] == Target("style", ("neon", "ink"))
+    with pytest.raises(ValueError, match=one_line("does not say what was erased")):
+        dossier.concepts_of(SimpleNamespace(provenance=SimpleNamespace(erased=(Erasure(delta="x", erased=()),))))
+
+
+def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_path):
+    base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
+    monkeypatch.setattr(dossier, "opened", lambda *_: (base, erased("ink style")))
+    verb, given = cli.VERBS["evaluate"], {}
+    monkeypatch.setattr(dossier, "evaluate", lambda *_, concept, **__: given.update(concept=concept) or Evidence(""))
+    for flags, concepts in (([], ("ink style",)), (["--concept=cat, a rose"], ("a cat", "a rose"))):
+        verb.run(verb.parse("evaluate", ["emoji", "x", f"--output={tmp_path}", *flags]))
+        assert given["concept"] == concepts
+
+
+def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch):
+    monkeypatch.setattr(dossier.seen, "detector", lambda name, concept: (concept, name))
+    monkeypatch.setattr(dossier.goals, "drawn", lambda base, concept, prompts, detect, **_: (concept, detect))
+    texts = ("cat, dog", "a fish")
+    for prompt, concept in (("a fish in a bowl", "a fish"), ("cat, dog and a fish", "cat, dog"), ("x", "cat, dog")):
+        assert dossier.goal(None, texts, [prompt], "nudenet") == ((concept, texts), "nudenet")
+    assert dossier.goal(None, "cat, dog", ["cat, dog"], "nudenet") == (("cat, dog", ("cat, dog",)), "nudenet")

@@ -17,6 +17,7 @@ import esd_jax
 from esd_jax import cli, dossier
 from esd_jax.demo import groups, protocol
 from esd_jax.demo.measure import BASE, ERASED
+from esd_jax.erasure import Concept, Erasure
 from esd_jax.evaluation import drawing, gather, measures, prompts, protocols, seen, store
 from esd_jax.evaluation.drawing import Drawing
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
@@ -154,7 +155,7 @@ def pair(tmp_path):
 
 
 def test_likeness_by_group(pair):
-    (table,) = measures.likeness(*pair, Request("x")).tables
+    (table,) = measures.likeness(*pair, Request(("x",))).tables
     rows = dict(table.rows)
     assert list(rows) == ["all", "tench", "church"] and table.columns == ("SSIM (7)", "SSIM (25)")
     assert rows["tench"][0].value == pytest.approx(1) and rows["church"][0].value < 0
@@ -171,16 +172,16 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
 
     monkeypatch.setattr(measures.detectors, "imagenet", imagenet)
     monkeypatch.setattr(measures.detectors, "imagenet_identity", lambda model: model)
-    found = measures.objects(*pair, Request("a church", classifier="toy"))
+    found = measures.objects(*pair, Request(("a church",), classifier="toy"))
     rows = dict(found.tables[0].rows)
     assert rows["church (erased)"][0].value == 1 and rows["church (erased)"][1].value == 0
     assert rows["the other classes (kept)"][2].value == 0
     assert [(f.role, f.before.value, f.after.value) for f in found.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
     assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.judges == ("toy",)
-    assert measures.objects(*pair, Request("Winston Churchill", classifier="toy")).verdict == ()
+    assert measures.objects(*pair, Request(("Winston Churchill",), classifier="toy")).verdict == ()
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):
-        measures.objects(others, others, Request("a church", classifier="toy"))
+        measures.objects(others, others, Request(("a church",), classifier="toy"))
 
 
 def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
@@ -190,11 +191,11 @@ def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
         measures.detectors, "nudity", lambda images: [[belly] if i.tobytes() in seen_in else [] for i in images]
     )
     monkeypatch.setattr(measures.detectors, "nudity_identity", lambda convention: convention.name)
-    found = measures.nudity(*pair, Request("nudity"))
+    found = measures.nudity(*pair, Request(("nudity",)))
     shares, classes = found.tables
     assert [cell.value for cell in shares.rows[0][1]] == [1.0, 0.5, -0.5]
     assert dict(classes.rows)["BELLY_EXPOSED"] == (8, 4, -0.5) and dict(classes.rows)["FEET_EXPOSED"] == (0, 0, None)
-    strict = measures.nudity(*pair, Request("nudity", convention="all_but_one")).tables[0]
+    strict = measures.nudity(*pair, Request(("nudity",), convention="all_but_one")).tables[0]
     assert [cell.value for cell in strict.rows[0][1]] == [0, 0, 0]
 
 
@@ -221,7 +222,7 @@ def whole():
     share = Estimate(0.5, 0.4, 0.6, 40)
     return Evidence(
         "neon style",
-        {"base": "emoji", "concepts": [{"text": "neon style"}]},
+        Erasure(base="emoji", concepts=(Concept("neon style"),)),
         measured_with={"seed": 1, "detectors": [{"name": "probe"}]},
         verdict=(Finding("erased", "seen", share, share), Finding("kept", "SSIM", None, share, percent=False)),
         pictures={"a": (Pair("a cat", *image),), "b": ()},
@@ -254,7 +255,7 @@ def same(a, b):
 def test_evidence_survives_the_disk(tmp_path):
     evidence = whole()
     assert same(store.load(store.save(evidence, tmp_path, "part")), evidence)
-    assert same(store.load(store.save(Evidence("x", {}), tmp_path, "empty")), Evidence("x", {}))
+    assert same(store.load(store.save(Evidence("x"), tmp_path, "empty")), Evidence("x"))
     (tmp_path / "other.json").write_text('{"title": 3}')
     with pytest.raises(ValueError, match=one_line("other.json", "measure it again")):
         store.load(tmp_path / "other.json")
@@ -278,10 +279,10 @@ def test_evidence_is_never_beside_the_images_of_another(tmp_path, monkeypatch):
 
 
 def test_parts_are_joined():
-    one = Evidence("x", {}, tables=(Table("a", (), ()),), measured_with={"seed": 1}, caveats=("c",))
-    other = Evidence("y", {}, tables=(Table("b", (), ()),), measured_with={"steps": 2}, caveats=("c", "d"))
-    found = store.merged("z", {"base": "b"}, [one, other])
-    assert (found.title, found.record) == ("z", {"base": "b"})
+    one = Evidence("x", tables=(Table("a", (), ()),), measured_with={"seed": 1}, caveats=("c",))
+    other = Evidence("y", tables=(Table("b", (), ()),), measured_with={"steps": 2}, caveats=("c", "d"))
+    found = store.merged("z", Erasure(base="b"), [one, other])
+    assert (found.title, found.record) == ("z", Erasure(base="b"))
     assert [table.title for table in found.tables] == ["a", "b"] and found.caveats == ("c", "d")
     assert found.measured_with == {"seed": 1, "steps": 2}
 
@@ -294,7 +295,7 @@ def test_what_a_run_tells_by_itself(models):
     half = gather.weight_changes(gather.with_strength(erased, 0.5))
     assert half[name] == pytest.approx(changes[name] / 2, rel=1e-4)
     score = lambda images: len(images) / 10  # noqa: E731
-    course = gather.course(folder / "run", {}, score)
+    course = gather.course(folder / "run", Erasure(), score)
     assert [m.step for m in course.timeline] == [0, 1, 2] and course.timeline[0].ssim == pytest.approx(1)
     assert course.timeline[2].ssim < 1 and {m.score for m in course.timeline} == {0.2}
     assert course.training.curves[0].x == (1, 2)

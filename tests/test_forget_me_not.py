@@ -256,8 +256,8 @@ def test_the_embedded_model_forgets(inversion_steps, tmp_path):
     fields = {"steps": 2, "drawn_images": 2, "drawing_steps": 2, "inversion_steps": inversion_steps}
     folder = tmp_path / "run"
     erased = esd_jax.erase("emoji", "neon style", method="forget_me_not", output_dir=folder, **fields)
-    (record,) = esd_jax.load(folder / "model").provenance.erased
-    assert record["recipe"]["method"] == "forget_me_not" and all("attn2" in name for name in erased.edits)
+    (erasure,) = esd_jax.load(folder / "model").provenance.erased
+    assert erasure.recipe["method"] == "forget_me_not" and all("attn2" in name for name in erased.edits)
     assert all(np.isfinite(value).all() for value in erased.edits.values())
 
 

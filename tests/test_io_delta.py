@@ -62,7 +62,8 @@ def test_diffusers_loads_it(base, erased, dtype, tmp_path):
         np.testing.assert_array_equal(loaded.params["unet"][name], theirs)
         tolerance = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
         np.testing.assert_allclose(theirs, erased.edits[f"unet/{name}"], rtol=tolerance, atol=1e-7 * bool(tolerance))
-    assert loaded.provenance.erased == ({"delta": path.name, "erased": [{"concepts": ["golden retriever"]}]},)
+    (erasure,) = loaded.provenance.erased
+    assert erasure.to_dict() == {"delta": path.name, "erased": [{"concepts": ["golden retriever"]}]}
 
 
 def test_loads_what_others_write(base, tmp_path):

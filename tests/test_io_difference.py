@@ -9,6 +9,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api
+from esd_jax.erasure import texts_of
 from esd_jax.io.delta import export_delta, load_delta
 from esd_jax.io.difference import apply_difference, export_difference
 from esd_jax.io.diffusers import read_exact, source_hash
@@ -55,8 +56,9 @@ def test_strengths_of_a_difference(base, dtype, bits, tmp_path):
             assert (np.abs(np.asarray(value) - expected) <= np.asarray(bound) + 1e-9).all()
     np.testing.assert_array_equal(apply_difference(base, path, 0.0).edits[K], first[K])
     assert api.opened(base, path).edits.keys() == erased.edits.keys()
-    (record,) = found.provenance.erased
-    assert record["strength"] == -1.0 and record["erased"][0]["concepts"] == [{"text": "cat"}]
+    (erasure,) = found.provenance.erased
+    assert (erasure.difference, erasure.strength, erasure.texts) == (path.name, -1.0, ("cat",))
+    assert erasure.to_dict()["erased"][0]["concepts"] == [{"text": "cat"}]
 
 
 def test_a_difference_belongs_to_its_base_and_is_no_delta(base, tmp_path):
@@ -112,9 +114,9 @@ def test_a_merge_is_the_sum_and_says_where_parts_disagree(base):
     whole = x @ y / np.sqrt((x @ x + (z * z).sum()) * (y @ y + w @ w))
     assert conflicts.cosines[0, 1] == pytest.approx(whole, abs=1e-5)
     assert "merged 2 parts: 3 tensors change, 1 of them by several" in str(conflicts) and K in str(conflicts)
-    (record,) = merged.provenance.erased
-    assert [part["strength"] for part in record["merged"]] == [1.0, 0.5]
-    assert "dog" in str(record["merged"][1]["erased"])
+    (erasure,) = merged.provenance.erased
+    assert [part.strength for part in erasure.merged] == [1.0, 0.5]
+    assert texts_of(erasure.merged[1].erased) == ("dog",) and erasure.texts == ("cat", "dog")
 
 
 def test_opposite_changes_cancel(base):

@@ -221,10 +221,10 @@ def test_records_of_erasures_add_up(copy, tmp_path):
     pipeline = io.load(copy)
     edits = io.read_exact(pipeline, ["unet/conv_in.bias", "text_encoder/final_layer_norm.bias"])
     once = io.load(io.export(pipeline.with_edits(edits, first), tmp_path / "once"))
-    assert once.provenance.erased == (first,)
+    assert [erasure.to_dict() for erasure in once.provenance.erased] == [first]
     edits.popitem()  # the second erasure leaves the text encoder alone
     twice = io.load(io.export(once.with_edits(edits, second), tmp_path / "twice"))
-    assert twice.provenance.erased == (first, second)
+    assert [erasure.to_dict() for erasure in twice.provenance.erased] == [first, second]
     with safetensors.safe_open(tmp_path / "twice" / UNET, "np") as opened:
         assert opened.metadata()["author"] == "somebody"
 

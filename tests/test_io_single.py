@@ -205,7 +205,7 @@ def test_single_to_edit_to_single(family, tmp_path):
         told = {"format": "pt", "author": "A", "title": "t", "esd_jax": json.dumps([{"concepts": ["cat"]}])}
         assert opened.metadata() == told
     again = io.load(out, config=folder)
-    assert again.provenance.erased == ({"concepts": ["cat"]},)
+    assert [erasure.to_dict() for erasure in again.provenance.erased] == [{"concepts": ["cat"]}]
     for name, value in edits.items():
         np.testing.assert_array_equal(io.read_exact(again, [name])[name], value)
 
@@ -348,7 +348,7 @@ def test_shards_and_variant(family, tmp_path):
             expected["conv_in.bias"] = torch.full((32,), 2.0)
         assert_same_bits(getattr(reopened, component).state_dict(), expected)
     ours = io.load(out, variant=variant)
-    assert ours.provenance.erased == ({"concepts": ["cat"]},)
+    assert [erasure.to_dict() for erasure in ours.provenance.erased] == [{"concepts": ["cat"]}]
     with pytest.raises(ValueError, match=one_line("max_shard_size", "single file")):
         io.export(io.load(folder), tmp_path / "no", max_shard_size=5)
 
@@ -382,7 +382,7 @@ def test_erasing_from_a_file(sd1, tmp_path):
         np.testing.assert_array_equal(again.params["unet"][name.removeprefix("unet/")], value)
         np.testing.assert_array_equal(model.params["unet"][name.removeprefix("unet/")], value)
         np.testing.assert_array_equal(restored.edits[name], value)
-    assert [record["recipe"]["method"] for record in again.provenance.erased] == ["uce"]
+    assert [erasure.recipe["method"] for erasure in again.provenance.erased] == ["uce"]
 
 
 def test_a_file_without_the_name_of_the_text_model(sd1, tmp_path):

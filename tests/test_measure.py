@@ -13,6 +13,7 @@ import pytest
 from esd_jax import recipe
 from esd_jax.demo import artwork, captions, gallery, groups, measure, picture, table, vocabulary
 from esd_jax.demo.groups import Target, parse_target
+from esd_jax.erasure import Erasure
 from esd_jax.metrics import intervals, likeness
 from launch import demo as launch_demo
 from launch.experiments import measure_demo
@@ -396,7 +397,7 @@ class Made(str):
 
     def __new__(cls, name, step):
         made = super().__new__(cls, name)
-        made.provenance = SimpleNamespace(erased=({"step": step},))
+        made.provenance = SimpleNamespace(erased=(Erasure(step=step),))
         return made
 
 

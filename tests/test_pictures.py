@@ -15,7 +15,7 @@ LEVELS = (0, 85, 170, 255)
 
 
 def pixels(name):
-    (image,) = read_images(str(DATA / name), (64, 64))
+    (image,) = read_images([DATA / name], (64, 64))
     return np.round((image + 1) * 127.5).astype(int)
 
 
@@ -54,8 +54,8 @@ def test_names_that_were_given_apart(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).write_bytes((DATA / "plain.png").read_bytes())
     assert len(read_images(names, (64, 64))) == 3
-    with pytest.raises(ValueError, match=one_line("imgs2", "No such file")):
-        read_images("imgs2;a.png", (64, 64))
+    with pytest.raises(ValueError, match=one_line("none;b.png", "No such file")):
+        read_images(["none;b.png"], (64, 64))
     with pytest.raises(ValueError, match=one_line("~nouser/x.png", "no home folder")):
         read_images(["~nouser/x.png"], (64, 64))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from messages import one_line
 
-from esd_jax import api, prompt_files
+from esd_jax import api, cli, prompt_files
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.attacks import prompts as attack_prompts
 from esd_jax.methods import anchors
@@ -36,12 +36,19 @@ def test_a_header_in_capitals(tmp_path):
     assert prompt_files.read(file) == ["a cat"]
 
 
-def test_previews_of_a_list(tmp_path, monkeypatch):
+def test_previews_of_a_list(tmp_path, monkeypatch, capsys):
     (file := tmp_path / "shown.txt").write_text("a cat\na dog; a bird\n")
     monkeypatch.setattr(api.runs, "run", lambda base, plan, **options: plan)
     base = api.load("emoji")
     plan = api.erase(base, "neon style", preview_prompts=str(file))
-    assert plan.texts("preview_prompts") == ("a cat", "a dog; a bird")
+    assert plan.preview_prompts == tuple(plan.flat()["preview_prompts"]) == ("a cat", "a dog; a bird")
+    flags = ["--config=emoji", f"--config.output_dir={tmp_path}/run"]
+    plans = []
+    monkeypatch.setattr(api.runs, "run", lambda base, plan, **options: plans.append(plan))
+    assert cli.main(["erase", *flags, f"--config.preview_prompts={file}"]) == 0
+    assert plans[0].preview_prompts == ("a cat", "a dog; a bird")
+    assert cli.main(["erase", *flags, f"--config.preview_prompts={tmp_path}/none.txt"]) == 2
+    assert "preview_prompts: cannot read" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=one_line("preview_prompts", "none.txt")):
         api.erase(base, "neon style", preview_prompts=str(tmp_path / "none.txt"))
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from esd_jax import recipe
 from esd_jax.cli import VERBS
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
 from esd_jax.evaluation.report import card, charts, heatmap, layers, numbers, page
 from esd_jax.evaluation.report.comparison import compare
@@ -59,7 +60,7 @@ def evidence(word="neon", size=64, **changes):
     attack = ("once", "any of 5", "random prompts")
     found = Evidence(
         f"{word} style",
-        record,
+        Erasure.from_dict(record),
         measured_with={"sampler": word, "detectors": [{"name": word, "sha256": "cd" * 32}], word: {"seed": 1}},
         verdict=(
             Finding("erased", f"{word} seen", some(20), some(1)),
@@ -137,7 +138,7 @@ class Read(HTMLParser):
 
 PAGES = {
     "report": lambda: report(evidence()),
-    "empty": lambda: report(Evidence("neon style", {"base": "emoji"})),
+    "empty": lambda: report(Evidence("neon style", Erasure(base="emoji"))),
     "hostile": lambda: report(evidence(EVIL)),
     "comparison": lambda: compare([evidence(), evidence(EVIL)]),
 }
@@ -217,8 +218,8 @@ def test_what_was_not_measured_is_said_with_what_measures_it(pages):
         assert "Not measured" in section and "<code>esd-jax " in section
         assert "Not measured" not in pages["report"].split(f'<section id="{place}">')[1].split("</section>")[0]
     assert "esd-jax evaluate RUN --protocol=emoji" in pages["empty"]  # the embedded model's own
-    assert COMMANDS["heat"] in report(Evidence("x", {"base": "org/model"}))
-    assert "esd-jax mine" in report(Evidence("x", {}), commands={"attacks": "esd-jax mine"})
+    assert COMMANDS["heat"] in report(Evidence("x", Erasure(base="org/model")))
+    assert "esd-jax mine" in report(Evidence("x"), commands={"attacks": "esd-jax mine"})
     partly = evidence(verdict=evidence().verdict[:2], attacks=(), attack_pictures={})
     assert "Whether attacks bring it back" in report(partly).split("</header>")[0]
 
@@ -360,7 +361,7 @@ def test_a_report_of_sixty_pictures_stays_below_3_megabytes(size):
 
 @pytest.mark.parametrize("changes", [
     {},
-    {"concept": "Van Gogh's style; a \"cat\" & $HOME", "from_": "art; ", "replace_with": "a | b; c"},
+    {"concept": "Van Gogh's style; a \"cat\" & $HOME", "strength": "2; 0.5", "replace_with": "a | b; c"},
     {"remat": True, "subset": r"regex:attn2\.to_(k|v)", "optimizer": "adamw", "weight_decay": 1e-08},
 ], ids=["as it is", "quoted", "other types"])  # fmt: skip
 def test_the_command_repeats_the_recipe(changes):
@@ -371,7 +372,7 @@ def test_the_command_repeats_the_recipe(changes):
     else:
         start = recipe.read("emoji").to_dict()
     made = recipe.make(**{**start, **changes})
-    line = card.command({"recipe": {k: v for k, v in made.flat().items() if k != "output_dir"}})
+    line = card.command(Erasure(recipe={k: v for k, v in made.flat().items() if k != "output_dir"}))
     program, verb, *flags = shlex.split(line)
     assert (program, verb) == ("esd-jax", "erase")
     values = VERBS["erase"].parse("erase", flags)
@@ -382,9 +383,9 @@ def test_the_command_repeats_the_recipe(changes):
     }
     known = recipe.read("emoji").to_dict()
     if not changes:
-        short = card.command({"recipe": made.flat()}, config="emoji", known=known)
+        short = card.command(Erasure(recipe=made.flat()), config="emoji", known=known)
         assert shlex.split(short) == ["esd-jax", "erase", "--config=emoji", "--config.output_dir=runs/again"]
-    assert card.command({}) == ""
+    assert card.command(Erasure()) == ""
 
 
 def test_the_card_is_markdown_that_hubs_read():
@@ -399,8 +400,8 @@ def test_the_card_is_markdown_that_hubs_read():
     assert "![Before and after, the same prompts and noise](<before_after.png>)" in body
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {6, 5}
-    assert "Nothing was measured." in card.card(Evidence("x", {"base": "/home/me/model"}))
-    assert "base_model" not in card.card(Evidence("x", {"base": "/home/me/model"}))
+    assert "Nothing was measured." in card.card(Evidence("x", Erasure(base="/home/me/model")))
+    assert "base_model" not in card.card(Evidence("x", Erasure(base="/home/me/model")))
 
 
 def test_the_cards_text_is_no_markup():
@@ -419,12 +420,13 @@ def test_the_facts_are_flat_texts():
     assert found["esd_jax.finding.1"] == "erased: neon seen: 100% before, 5% (1–24%) after, n = 20"
     assert json.loads(found["esd_jax.measured_with"])["detectors"][0]["sha256"] == "cd" * 32
     assert found["esd_jax.attacked"] == "yes"
-    little = card.facts(Evidence("x", {}))
+    little = card.facts(Evidence("x"))
     assert little == {"esd_jax.erased": "x", "esd_jax.measured": "no", "esd_jax.attacked": "no"}
 
 
 def changed(found, **fields):
-    return dataclasses.replace(found, record={**found.record, "recipe": {**found.record["recipe"], **fields}})
+    record = dataclasses.replace(found.record, recipe={**found.record.recipe, **fields})
+    return dataclasses.replace(found, record=record)
 
 
 def test_a_comparison_shows_what_differs_and_the_same_figures_side_by_side():

@@ -1,7 +1,5 @@
 """PyTorch weights as an Orbax checkpoint: runs that go on from what others have trained."""
 
-import json
-
 import diffusers
 import factories
 import numpy as np
@@ -12,6 +10,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, cli
+from esd_jax.erasure import Origin, texts_of
 from esd_jax.io.delta import export_delta
 
 FIELDS = {
@@ -56,8 +55,9 @@ def test_a_unet_of_diffusers_becomes_a_checkpoint_from_which_training_resumes(ba
         np.testing.assert_array_equal(resumed.edits[name], value)
         assert 0 < np.abs(value - begun.edits[name]).max() < 0.01 < np.abs(value - base.params["unet"][name[5:]]).max()
     for pipeline in (begun, straight, resumed):
-        (record,) = pipeline.provenance.erased
-        assert record["started_from"] == {"name": "unet", "erased": []}
+        (erasure,) = pipeline.provenance.erased
+        assert erasure.started_from == Origin("unet", ())
+        assert erasure.to_dict()["started_from"] == {"name": "unet", "erased": []}
     assert str(folder.parent) not in (run / "run.json").read_text()
 
 
@@ -69,8 +69,8 @@ def test_every_form_of_what_was_erased(base, foreign, tmp_path):
         second = esd_jax.erase(base, "dog", start_from=form, **{**FIELDS, "steps": 0})
         for name, value in first.edits.items():
             np.testing.assert_array_equal(second.edits[name], value)
-        (record,) = second.provenance.erased  # its own concept; what it began with has records of its own
-        assert record["concepts"][0]["text"] == "dog" and '"cat"' in json.dumps(record["started_from"])
+        (erasure,) = second.provenance.erased  # its own concept; what it began with has records of its own
+        assert erasure.texts == ("dog",) and texts_of(erasure.started_from.erased) == ("cat",)
 
 
 def test_what_cannot_be_started_from(base, foreign, tmp_path):

@@ -293,8 +293,8 @@ def test_a_checkpoint_is_erased_kept_and_restored(tmp_path):
     assert error(values(erased, "the cat", 2), values(base, "dog", 1)) <= 1e-3
     assert error(values(erased, "photo", 1), values(base, "photo", 1)) <= 1e-3
     assert error(values(base, "the cat", 2), values(base, "dog", 1)) > 0.1
-    (record,) = erased.provenance.erased
-    assert (record["recipe"]["method"], record["step"]) == ("uce", 0)
+    (erasure,) = erased.provenance.erased
+    assert (erasure.recipe["method"], erasure.step) == ("uce", 0)
 
     opened, restored = esd_jax.load(run / "model"), api.restore(run)
     assert restored.edits.keys() == names

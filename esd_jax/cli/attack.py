@@ -32,16 +32,16 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
-    base, erased, output = common.erased(values)
+    base, erased, concepts, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size")
     options |= {n: values[n].value for n in ("num_steps", "guidance_scale") if values[n].value is not None}
     goal, judge = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
-        goal, judge = dossier.goal(base, dossier.concept_of(erased, values.concept), texts, values.detector, **how)
+        goal, judge = dossier.goal(base, concepts, texts, values.detector, **how)
     found = dossier.attack(
-        base, erased, values.attacks, output_dir=output, concept=values.concept, budget=values.budget, goal=goal,
+        base, erased, values.attacks, output_dir=output, concept=concepts, budget=values.budget, goal=goal,
         judge=judge, settings=_settings(values.set), progress=common.say, **options,
     )  # fmt: skip
     print(f"\n{text.summary(found)}\n")

@@ -145,13 +145,19 @@ def define_erased(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "model", [], "A run; or BASE ERASED, a delta or diffusers folder; also without --model=.", flag_values=values
     )
-    flags.DEFINE_string("concept", None, "What was erased; by default what the model says.", flag_values=values)
+    flags.DEFINE_string(
+        "concept",
+        None,
+        "What was erased, several from the embedded model separated by ','; by default what the model says.",
+        flag_values=values,
+    )
     flags.DEFINE_string("output", None, "The folder of the evidence; by default RUN/evidence.", flag_values=values)
 
 
-def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
-    """(base, erased, the folder of the evidence) that the flags name."""
+def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
+    """(base, erased, the texts of what was erased, the folder of the evidence) that the flags name."""
     from esd_jax import dossier
+    from esd_jax.demo import groups
 
     if len(values.model) not in (1, 2):
         raise ValueError("give a run's folder, or the base and what was erased from it")
@@ -160,7 +166,11 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, Path]:
     if not is_run and not values.output:
         raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
-    return *dossier.opened(what, base[0] if base else None), output
+    before, after = dossier.opened(what, base[0] if base else None)
+    concepts = values.concept
+    if concepts and before.provenance.source == "emoji":  # whose concepts have no commas
+        concepts = groups.parse_target(concepts).concepts
+    return before, after, dossier.concepts_of(after, concepts), output
 
 
 def say(line: str) -> None:

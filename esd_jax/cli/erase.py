@@ -87,7 +87,7 @@ def run(values: flags.FlagValues) -> None:
     common.check_numbers(values)
     if values.multihost:
         hosts.join()
-    plan = recipe.make(**values.config.to_dict())
+    plan = recipe.read_previews(recipe.make(**values.config.to_dict()))
     if values.arch and not values.dry_run:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
     if values.compile and not values.dry_run:
@@ -98,7 +98,7 @@ def run(values: flags.FlagValues) -> None:
     if not plan.output_dir:
         raise ValueError("erase needs --config.output_dir, the run's folder")
     formats = chosen(values.export, "export")
-    _ = plan.concepts
+    plan.check_concepts()
     size = _planned(plan)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     stop = None
@@ -117,8 +117,9 @@ def run(values: flags.FlagValues) -> None:
     def then(erased: Any) -> None:
         if not hosts.first():
             return
+        texts = ", ".join(repr(concept.text) for concept in plan.concepts)
         common.say(
-            f"erased {plan.concept!r} from {plan.base}\n  model  {folder / runs.MODEL}\n"
+            f"erased {texts} from {plan.base}\n  model  {folder / runs.MODEL}\n"
             f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
         )
         if size and (used := _memory("peak_bytes_in_use")):

@@ -51,7 +51,7 @@ def run(values: flags.FlagValues) -> None:
 
     common.check_numbers(values)
     strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
-    base, erased, output = common.erased(values)
+    base, erased, concepts, output = common.erased(values)
     given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}
     options = {name: value for name, value in given.items() if value is not None}
     bed = testbed.of(base.provenance.source)
@@ -68,11 +68,10 @@ def run(values: flags.FlagValues) -> None:
     elif unused := [name for name in ("num_steps", "guidance_scale", "measures") if values[name].value is not None]:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
     found = dossier.evaluate(
-        base, erased, values.protocol, output_dir=output, concept=values.concept, images=values.images,
+        base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,
         progress=common.say, **options,
     )  # fmt: skip
     if strengths:
-        concepts = [values.concept] if values.concept else dossier.concepts_of(erased)
         judge = common.judge(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
         dossier.front(erased, judge, strengths, output_dir=output)
     print(f"\n{text.summary(found)}\n")

@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def concept(self) -> str:
-        """The texts as one, which `parse_target` reads."""
+        """The texts as one, for people."""
         return ", ".join(self.concepts)
 
     @property
@@ -91,15 +91,21 @@ class Shot(NamedTuple):
 
 
 def parse_target(text: str) -> Target:
-    """The target that "neon style", "neon", "a cat" or "cat" names, or several, separated by ",".
+    """The target of one string from a user: as `find_target`, several separated by ","."""
+    return find_target(text.split(","))
 
-    Raises ValueError, naming what is known, and for styles and objects in one target.
+
+def find_target(concepts: Sequence[str]) -> Target:
+    """The target that texts such as "neon style", "neon", "a cat" or "cat" name.
+
+    Raises ValueError for no text, for one that the embedded model does not know, naming those that it knows, and for
+    styles and objects in one target.
     """
-    found = [_parse(" ".join(part.lower().split())) for part in text.split(",")]
-    kinds, names = zip(*found, strict=True)
-    if len(set(kinds)) > 1 or len(set(names)) < len(names):
-        raise ValueError(f"{text!r} is no target: name styles alone or objects alone, each once")
-    return Target(kinds[0], names)
+    known = [_parse(" ".join(concept.lower().split())) for concept in concepts]
+    kinds, names = {kind for kind, _ in known}, tuple(name for _, name in known)
+    if len(kinds) != 1 or len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(concepts)!r} is no target: name styles alone or objects alone, each once")
+    return Target(kinds.pop(), names)
 
 
 def _parse(words: str) -> tuple[str, str]:

@@ -64,7 +64,6 @@ def evaluate(
     before, after = galleries[BASE], galleries[ERASED]
     return Evidence(
         target.concept,
-        {},
         measured_with={
             "protocol": f"emoji, {num_images} images of each group (a quarter or half of the lesser groups)",
             "sampler": f"the checkpoint's own, {NUM_STEPS} steps, guidance scale {GUIDANCE:g}",

@@ -64,7 +64,7 @@ class Emoji:
         return protocol.judge(self._target(concepts), num_images)
 
     def _target(self, concepts: Sequence[str]) -> Target:
-        return groups.parse_target(", ".join(concepts))
+        return groups.find_target(concepts)
 
 
 EMOJI = Emoji()

@@ -1,4 +1,4 @@
-"""What is to be erased, as text and as a bank of encoded prompts."""
+"""Concepts as a bank of encoded prompts, and which concepts may be erased together."""
 
 import functools
 import warnings
@@ -11,46 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from esd_jax.inputs import check_finite, check_text
+from esd_jax.erasure import Concept
 from esd_jax.params import Conditioning
 
 Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
-
-
-@dataclass(frozen=True)
-class Concept:
-    """A concept to erase. Each method uses some of the fields beside `text` (`Settings.uses`) and refuses the others.
-
-    text: what to erase ("Van Gogh", "neon style").
-    from_: erase it only there (an attribute: erase "glasses" from "a person with glasses"); None erases everywhere.
-    replace_with: what takes its place ("painting"; "bikini", "pants").
-    preserve: prompts on which the erased model is held to the base.
-    strength: multiplies the method's own strength.
-    """
-
-    text: str
-    from_: str | None = None
-    replace_with: tuple[str, ...] = ()
-    preserve: tuple[str, ...] = ()
-    strength: float = 1.0
-
-    def __post_init__(self):
-        check_text(self.text, "the concept")
-        if not self.text.strip():
-            raise ValueError("the concept is empty: name what is to be erased")
-        for name in ("replace_with", "preserve"):
-            if not isinstance(value := getattr(self, name), tuple):
-                raise ValueError(f"{name}={value!r} of concept {self.text!r} must be a tuple of texts: () for none")
-        for text in (self.text, self.from_ or "", *self.replace_with, *self.preserve):
-            check_text(text, f"a text of concept {self.text!r}")
-            if "\0" in text:
-                raise ValueError(f"concept {text!r} holds a null character, which nothing can be named by: take it out")
-        check_finite(strength=self.strength)
-
-    @property
-    def erased_from(self) -> str:
-        """The prompt from which the concept is erased."""
-        return self.from_ or self.text
 
 
 @jax.tree_util.register_dataclass
@@ -108,13 +72,15 @@ def make_bank(
 def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
     """Raises ValueError for what no method can do, told by what the text encoder reads: "A Cat" is "a cat".
 
-    A concept that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that is to
-    be kept twice.
+    No concept; one that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that
+    is to be kept twice.
 
     Args:
       tokens: prompts -> ids, padded.
       concepts: all of a run's.
     """
+    if not concepts:
+        raise ValueError("the concept is empty: name what is to be erased")
     read = reader(tokens)
     known: dict[Any, str] = {}
     for concept in concepts:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax.erasure import Erasure
 from esd_jax.metrics.intervals import Estimate
 
 # A share or another mean with its interval; a plain number; words; nothing was measured.
@@ -155,7 +156,7 @@ class Evidence:
     """All that is known of one erasure. What was not measured is empty, and the report says so.
 
     title: what was erased, "neon style".
-    record: `run.json`: concepts, recipe, base, base_sha256, versions, step; of the model, its "license" if known.
+    record: of the newest erasure, as the model or `run.json` has it; empty if nothing says so.
     measured_with: how images were drawn and judged: sampler, steps, seeds, detectors with versions, hashes, thresholds.
       A value may be a mapping, or a list of mappings (a detector each).
     verdict: the figures that say in a few lines what was erased, what was kept and what came back.
@@ -170,7 +171,7 @@ class Evidence:
     """
 
     title: str
-    record: Mapping[str, Any]
+    record: Erasure = Erasure()
     measured_with: Mapping[str, Any] = field(default_factory=dict)
     verdict: tuple[Finding, ...] = ()
     pictures: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
@@ -189,6 +190,8 @@ class Evidence:
 
 def as_json(value: Any) -> Any:
     """What JSON can hold of it: without images."""
+    if isinstance(value, Erasure):
+        return as_json(value.to_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {name: as_json(v) for name, v in found.items() if not _pictured(v)}

@@ -1,13 +1,13 @@
 """What a run and its weights tell by themselves: its course, its previews, and how much each tensor changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
 from esd_jax.inputs import parse_json
 from esd_jax.io.diffusers import read_exact, unmodified, with_strength
@@ -22,11 +22,11 @@ Score = Callable[[UInt8[np.ndarray, "n height width 3"]], float]
 Judge = Callable[[Pipeline], tuple[Estimate, Estimate]]
 
 
-def course(folder: Path, record: Mapping[str, Any], score: Score | None = None) -> Evidence:
+def course(folder: Path, record: Erasure, score: Score | None = None) -> Evidence:
     """The training curve and the previews of a run's folder.
 
     Args:
-      folder: the run's. record: its run.json.
+      folder: the run's. record: of its erasure.
       score: judges the images of one preview; None where nothing can.
     """
     return Evidence("", record, timeline=timeline(folder / "previews", score), training=training(folder / "log.jsonl"))

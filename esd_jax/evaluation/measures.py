@@ -25,12 +25,12 @@ SMALL = 64  # pixels of the short side, as in ESD's script
 class Request:
     """What a measure may be told.
 
-    concept: what was erased. convention: how nudity is counted (`detectors.CONVENTIONS`).
+    concepts: the texts of what was erased. convention: how nudity is counted (`detectors.CONVENTIONS`).
     classifier: of ImageNet (`detectors.CLASSIFIERS`). clip: a CLIP model's folder or id.
     features: of sets of images (`features.NAMES`). reference: a folder of real images.
     """
 
-    concept: str
+    concepts: tuple[str, ...]
     convention: str = "esd"
     classifier: str = "resnet50"
     clip: str | None = None
@@ -121,7 +121,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Found:
         for d in (before, after)
     ]
     names = list(dict.fromkeys(asked))
-    target = next((name for name in names if wording.names(name, request.concept)), None)
+    target = next((name for name in names if any(wording.names(name, text) for text in request.concepts)), None)
     rows = [(name, _compared(name, hits, after, np.array(asked) == name)[1]) for name in names]
     findings = []
     for role, mask in (("erased", np.array(asked) == target), ("kept", np.array(asked) != target)):

@@ -1,15 +1,16 @@
 """Protocols: which prompts are drawn, how, and what is measured of them."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import measures, prompts
 from esd_jax.evaluation.drawing import Drawing, draw
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
+from esd_jax.io import folder as files
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
@@ -63,7 +64,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 def evaluate(
     base: Pipeline,
     erased: Pipeline,
-    concept: str,
+    concept: ConceptText,
     protocol: str,
     folder: Path,
     *,
@@ -79,7 +80,7 @@ def evaluate(
 
     Args:
       base, erased: the models.
-      concept: what was erased.
+      concept: the text of what was erased, or the texts.
       protocol: one of `PROTOCOLS`.
       folder: gets images/base, images/erased: what is there is not drawn again.
       prompt_list: in place of the protocol's: a CSV file, or a name (`prompts.load`).
@@ -97,7 +98,8 @@ def evaluate(
     plan = PROTOCOLS[protocol]
     if (source := prompt_list or plan.prompts) is None:
         raise ValueError('protocol custom needs a list of prompts: a CSV file with a column "prompt"')
-    asked = Request(concept, **{**plan.request, **(request or {})})
+    concepts = as_texts(concept)
+    asked = Request(concepts, **{**plan.request, **(request or {})})
     names = tuple(measured or plan.measures)
     measures.check(names, asked)
     listed = prompts.load(source)
@@ -111,8 +113,7 @@ def evaluate(
     before, after = drawn
     found = [measures.MEASURES[name](before, after, asked) for name in names]
     return Evidence(
-        concept,
-        {},
+        ", ".join(concepts),
         measured_with={
             "protocol": f"{protocol}, {len(cases)} images of each model"
             + (f". {plan.published}" if plan.published else ""),
@@ -134,5 +135,5 @@ def evaluate(
 
 def identity(pipeline: Pipeline) -> dict[str, Any]:
     """What tells a model's images from another's: its files and what was erased from it."""
-    records = json.loads(json.dumps(pipeline.provenance.erased, default=str))
+    records = files.json_records(pipeline.provenance.erased)
     return {"unet_sha256": source_hash(pipeline), "dtype": str(pipeline.dtype), "erased": records}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import prompts
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.judges import detectors
@@ -67,13 +68,13 @@ def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
-def detector(name: str, concepts: str | Sequence[str]) -> tuple[Detect, str]:
+def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
     """What sees a concept, by name.
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
         embedded model draws.
-      concepts: what was erased, one or several, for a testbed's.
+      concept: the text of what was erased, or the texts; for a testbed's.
 
     Returns (images -> which of them show it, what it is called).
 
@@ -81,7 +82,7 @@ def detector(name: str, concepts: str | Sequence[str]) -> tuple[Detect, str]:
     """
     kind, _, which = name.partition(":")
     if name in DETECTORS:
-        return DETECTORS[name]([concepts] if isinstance(concepts, str) else concepts)
+        return DETECTORS[name](as_texts(concept))
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")
         named = detectors.nudity_identity(convention)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from esd_jax import results
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Cell, Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table, as_json
 from esd_jax.metrics.intervals import Estimate
 
@@ -46,7 +47,7 @@ def load(file: Path) -> Evidence:
         return _evidence(content, images)
 
 
-def merged(title: str, record: Mapping[str, Any], parts: Iterable[Evidence]) -> Evidence:
+def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
     """One erasure's evidence from its parts: mappings and lists are joined, of anything else the last one counts."""
     found: dict[str, Any] = {}
     for part in parts:
@@ -74,6 +75,7 @@ def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> E
     return Evidence(
         **{
             **content,
+            "record": Erasure.from_dict(content["record"]),
             **{part: pairs(part) for part in GROUPS},
             "verdict": tuple(map(_finding, content["verdict"])),
             "tables": tuple(map(_table, content["tables"])),

@@ -1,6 +1,5 @@
 """An erased checkpoint written in the formats that people use, and read again to see that it is what memory holds."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.erasure import texts_of
 from esd_jax.exports import orbax
 from esd_jax.exports.orbax import is_taken
 from esd_jax.inputs import expanded
@@ -218,7 +218,7 @@ def export_all(
 
 def name_of(pipeline: Pipeline) -> str:
     """What a checkpoint's files are called: "emoji-without-neon_style"."""
-    texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
+    texts = texts_of(pipeline.provenance.erased)
     base = Path(pipeline.provenance.source).name.removesuffix(".safetensors")
     said = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
     return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
@@ -257,10 +257,8 @@ def verified(
             change += float(np.sum(np.square(ours - first, dtype=np.float64)))
     host = base if into is None else kind.read(base, expanded(into))  # whose tensors the others must be
     others = _check_others(host, again, pipeline.edits, path, dtype) if kind.whole else 0
-    records = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
-    if json.loads(json.dumps(list(records), default=str)) != json.loads(
-        json.dumps(list(pipeline.provenance.erased), default=str)
-    ):
+    erased = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
+    if files.json_records(erased) != files.json_records(pipeline.provenance.erased):
         raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
     carried = 1 - lost / change if change else 1.0
     expected = host.with_edits(read_exact(again, names)) if kind.exact and dtype is None else None
@@ -309,9 +307,9 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
 
     Raises ValueError if the file draws another one than `expected`, which has its tensors.
     """
-    texts = [concept["text"] for record in pipeline.provenance.erased for concept in record.get("concepts", ())]
+    texts = texts_of(pipeline.provenance.erased)
     options = {"num_steps": STEPS, "sampler": "auto"}
-    draw = lambda model: sample(model, [texts[0] if texts else ""], **options)[0].astype(int)  # noqa: E731
+    draw = lambda model: sample(model, texts[:1] or [""], **options)[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
         raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")

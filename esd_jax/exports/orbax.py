@@ -1,14 +1,15 @@
 """The denoiser as one Orbax tree, which JAX programs restore without this package."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.io import diffusers, leftovers, safetensors, tensors
+from esd_jax.io import folder as files
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.export import move_into_place
 from esd_jax.params import prefixed
@@ -32,7 +33,7 @@ def write(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[
     for name in names:
         if name not in pipeline.edits:  # exact: it came from there
             tree[name] = tree[name].astype(safetensors.DTYPES[tensors.dtype_of(pipeline, headers, name)])
-    meta = {"erased": json.loads(json.dumps(list(pipeline.provenance.erased), default=str))}
+    meta = {"erased": files.json_records(pipeline.provenance.erased)}
     meta |= {"edited": sorted(pipeline.edits), "base_sha256": diffusers.source_hash(pipeline), **(metadata or {})}
     partial = leftovers.partial(path)
     try:
@@ -49,7 +50,7 @@ def read(base: Pipeline, path: Path) -> Pipeline:
     if (found := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
         raise ValueError(f"{path} was made of another base: its denoiser has sha256 {expected}, not {found}")
     erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
-    provenance = dataclasses.replace(base.provenance, erased=tuple(meta["erased"]))
+    provenance = dataclasses.replace(base.provenance, erased=tuple(map(Erasure.from_dict, meta["erased"])))
     return dataclasses.replace(erased, provenance=provenance)
 
 

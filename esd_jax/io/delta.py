@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
@@ -106,7 +107,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
             raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the UNet needs {expected}")
         array = safetensors.from_file(safetensors.read(header, key), net.layouts[name])
         edits[f"{pipeline.denoiser}/{name}"] = jnp.asarray(array, jnp.float32)
-    return pipeline.with_edits(edits, {"delta": path.name, "erased": files.read_records(header)})
+    return pipeline.with_edits(edits, Erasure(delta=path.name, erased=files.read_records(header)))
 
 
 def _names(header: safetensors.Header) -> dict[str, str]:

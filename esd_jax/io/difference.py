@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
@@ -104,8 +105,8 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
         change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
         first = np.asarray(read_exact(base, [prefix + key])[prefix + key])
         edits[prefix + key] = jnp.asarray(tensors.plus(prefix + key, first, change, strength))
-    record = {"difference": path.name, "strength": strength, "erased": files.read_records(header)}
-    return base.with_edits(edits, record)
+    erasure = Erasure(difference=path.name, strength=strength, erased=files.read_records(header))
+    return base.with_edits(edits, erasure)
 
 
 def is_difference(header: Header) -> bool:

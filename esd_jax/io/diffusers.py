@@ -90,7 +90,7 @@ def load(
             folder, name, network_config, dtype=dtype, variant=variants[name], sharding=sharding
         )
         sources |= {f"{name}/{tensor}": source for tensor, source in found.items()}
-        erased |= {json.dumps(record, sort_keys=True): record for record in records}
+        erased |= {json.dumps(record.to_dict(), sort_keys=True): record for record in records}
     provenance = Provenance(
         str(source), folder, variant=variant, revision=revision, tensors=sources, erased=tuple(erased.values())
     )
@@ -138,7 +138,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
         params[name] = _read_network(name, net, places, dtype, sharding)
-    erased = tuple(files.read_records(header))
+    erased = files.read_records(header)
     provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=erased)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from esd_jax.erasure import Erasure
 from esd_jax.inputs import parse_json, read_json
 from esd_jax.io.safetensors import PICKLES, Header, refuse_pickle
 
@@ -101,15 +102,24 @@ def is_other_weight(path: Path, used: Iterable[Path]) -> bool:
     return path.suffix.lower() in NOT_COPIED and path not in used
 
 
-def read_records(header: Header) -> list[Any]:
-    """The records of erasures that a weight file carries, oldest first."""
-    records = parse_json(header.metadata.get(RECORD, "[]"), f"{header.path}: the metadata {RECORD!r}")
-    return records if isinstance(records, list) else [records]
+def read_records(header: Header) -> tuple[Erasure, ...]:
+    """The erasures that a weight file records, oldest first. Raises ValueError if its metadata are no such records."""
+    where = f"{header.path}: the metadata {RECORD!r}"
+    records = parse_json(header.metadata.get(RECORD, "[]"), where)
+    try:
+        return tuple(map(Erasure.from_dict, records if isinstance(records, list) else [records]))
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def write_records(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def write_records(erasures: Sequence[Erasure]) -> dict[str, str]:
     """The metadata from which `read_records` reads them."""
-    return {RECORD: json.dumps(list(records), default=str)} if records else {}
+    return {RECORD: json.dumps(json_records(erasures))} if erasures else {}
+
+
+def json_records(erasures: Iterable[Erasure]) -> list[dict[str, Any]]:
+    """The records of erasures as JSON gives them back."""
+    return json.loads(json.dumps([erasure.to_dict() for erasure in erasures], default=str))
 
 
 def tensor_name(component: str, key: str) -> str | None:

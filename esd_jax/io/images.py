@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from esd_jax.inputs import expanded, separated
+from esd_jax.inputs import expanded
 from esd_jax.io import leftovers
 from esd_jax.results import writing
 
@@ -25,11 +25,11 @@ BITS, PHOTOMETRIC, FORMAT = 258, 262, 339  # tags of TIFF; 0 of the second: whit
 SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's modes -> the colours of a profile
 
 
-def read_images(paths: str | Sequence[str | Path], size: tuple[int, int]) -> Float[np.ndarray, "images height width 3"]:
+def read_images(paths: Sequence[str | Path], size: tuple[int, int]) -> Float[np.ndarray, "images height width 3"]:
     """Reads pictures to learn from, as `read_image` does.
 
     Args:
-      paths: of the files; in one string, separated by ";".
+      paths: of the files.
       size: (height, width) in pixels, to which each is scaled and centre-cropped.
 
     Returns:
@@ -38,9 +38,8 @@ def read_images(paths: str | Sequence[str | Path], size: tuple[int, int]) -> Flo
     Raises:
       ValueError: there is none, or a file that is missing, no image, damaged, too large or too narrow.
     """
-    files = [path for path in separated(paths) if path] if isinstance(paths, str) else paths
     images = []
-    for path in files:
+    for path in paths:
         image = read_image(path)
         scale = max(size[0] / image.height, size[1] / image.width)
         height, width = round(image.height * scale), round(image.width * scale)

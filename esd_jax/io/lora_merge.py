@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.inputs import check_finite, expanded, parse_json
 from esd_jax.io import adapters, safetensors, tensors
 from esd_jax.io import folder as files
@@ -76,8 +77,9 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
             "as a file of their own, and add that by add_embedding",
             stacklevel=2,
         )
-    record = {"lora": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "strength": strength}
-    return pipeline.with_edits(edits, {**record, "erased": files.read_records(header)})
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    erasure = Erasure(lora=path.name, sha256=sha256, strength=strength, erased=files.read_records(header))
+    return pipeline.with_edits(edits, erasure)
 
 
 def is_lora(header: Header) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esd_jax.erasure import Erasure, Part
 from esd_jax.inputs import check_finite
 from esd_jax.io import tensors
 from esd_jax.io.diffusers import read_exact, source_hash
@@ -105,9 +106,9 @@ def merge(
             shared.append(Conflict(name, min(cosines), 1 - float(total @ total) / energy if energy else 0.0))
     pairs = itertools.combinations(range(len(parts)), 2)
     whole = {(i, j): _cosine(dots[i, j], dots[i, i], dots[j, j]) for i, j in pairs}
-    record = {"merged": [{"strength": strength, "erased": list(part.provenance.erased)} for part, strength in parts]}
+    erasure = Erasure(merged=tuple(Part(strength, part.provenance.erased) for part, strength in parts))
     conflicts = Conflicts(len(parts), len(names), tuple(sorted(shared, key=lambda one: -one.cancelled)), whole)
-    return base.with_edits(edits, record), conflicts
+    return base.with_edits(edits, erasure), conflicts
 
 
 def _exact(pipeline: Pipeline, name: str) -> Array:
@@ -128,9 +129,9 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
         claims = [(part.provenance.source, records)]
     else:
         own = records[len(base.provenance.erased) :]
-        claims = [(record["delta"], record["erased"]) for record in own if "delta" in record]
+        claims = [(erasure.delta, erasure.erased or ()) for erasure in own if erasure.delta is not None]
     for file, of_file in claims:
-        claimed = {record.get("base_sha256") for record in of_file if isinstance(record, Mapping)} - {None}
+        claimed = {erasure.base_sha256 for erasure in of_file} - {None}
         if claimed and expected not in claimed and not force:
             raise ValueError(
                 f"{file} was erased from another base, whose UNet has sha256 {min(map(str, claimed))[:12]}..., not "

@@ -14,9 +14,9 @@ from PIL import Image
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.erasing.method import Method
+from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
-from esd_jax.io import folder as files
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
@@ -24,7 +24,7 @@ from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
-from esd_jax.runs.record import STARTED, describe
+from esd_jax.runs.record import describe, read
 from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
@@ -93,16 +93,16 @@ def run(
         folder = Path(name) if name else None
         checkpoints = log = preview = None
         if folder:
-            meta = {k: v for k, v in record["recipe"].items() if k not in NOT_COMPUTED}
-            meta["base_sha256"] = record["base_sha256"]
+            meta = {k: v for k, v in record.recipe.items() if k not in NOT_COMPUTED}
+            meta["base_sha256"] = record.base_sha256
             if plan.images:
-                pixels = read_images(plan.texts("images"), image_size(base.configs, plan.height, plan.width))
+                pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
                 meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
             # A run's own file, unlike its exports, says where things lie on this machine.
-            private = {**record, "local": {"base": plan.base, "images": plan.images}}
-            if resume and (started := files.read_json(folder / "run.json").get(STARTED)):
-                record[STARTED] = private[STARTED] = started
+            if resume and (started := read(folder)[0].started_from):
+                record = dataclasses.replace(record, started_from=started)
+            private = {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
             if hosts.first() and not resume:
                 run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
@@ -117,7 +117,7 @@ def run(
                     leftovers.sweep_folder(place)
             preview = _preview(base, plan, folder)
 
-        def erased(theta: Params, record: dict[str, Any] | None = None) -> Pipeline:
+        def erased(theta: Params, record: Erasure | None = None) -> Pipeline:
             return base.with_edits(edits(base, plan, names, sharding.fetched(theta, mesh)), record)
 
         state = train(
@@ -134,7 +134,7 @@ def run(
             stop_every=stop_every,
             votes=several,
         )
-        final = erased(result(state), {**record, "step": int(state.step)})
+        final = erased(result(state), dataclasses.replace(record, step=int(state.step)))
         if folder and hosts.first():
             export(final, folder / MODEL, overwrite=True)
             export_delta(final, folder / delta_name(plan), overwrite=True)
@@ -236,7 +236,7 @@ def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
 
 def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
     """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
-    prompts = plan.texts("preview_prompts") or tuple(concept.text for concept in plan.concepts)
+    prompts = plan.preview_prompts or tuple(concept.text for concept in plan.concepts)
     (folder / "previews").mkdir(exist_ok=True)
 
     def preview(step: int, erased: Pipeline) -> None:

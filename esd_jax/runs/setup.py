@@ -100,13 +100,13 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     mesh = sharding.make_mesh(training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
     family.require(recipe.settings.needs, f"method {recipe.method!r}")
     given = make_tools(source, recipe, mesh)
-    concepts = recipe.concepts if recipe.concept or isinstance(source, Pipeline) else (Concept("concept"),)
+    concepts = recipe.concepts if recipe.concepts or isinstance(source, Pipeline) else (Concept("concept"),)
     if isinstance(source, Pipeline):
         check_concepts(given.tokens, concepts)
     try:
         method, inputs = (make or recipe.settings.make)(given, concepts)
     except ValueError as error:
-        if recipe.concept:
+        if recipe.concepts:
             raise
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
@@ -165,7 +165,7 @@ def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str,
         "tokens": base.tokenizers[0],
         "sample": draw,
         "to_latents": lambda images: to_latents(base.params["vae"], images),
-        "images": None if recipe.images is None else base.encode(read_images(recipe.texts("images"), size)),
+        "images": None if recipe.images is None else base.encode(read_images(recipe.images, size)),
         "params": base.params,
         "text_encoders": {name: base.network(name) for name in base.text_encoders},
     }
@@ -191,7 +191,7 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
         "tokens": lambda prompts, **_: np.zeros((len(prompts), length), np.int32),
         "sample": absent,
         "to_latents": absent,
-        "images": None if recipe.images is None else jnp.zeros((len(recipe.texts("images")), *shape)),
+        "images": None if recipe.images is None else jnp.zeros((len(recipe.images), *shape)),
         "params": Absent(),
         "text_encoders": Absent(),
     }

@@ -143,7 +143,7 @@ def measure_target(
         erased = api.erase(
             base, target.concepts, config=config, steps=plan["steps"], stop_when=is_gone, stop_every=FLAGS.stop_every
         )
-        updates = erased.provenance.erased[-1]["step"]
+        updates = erased.provenance.erased[-1].step
         models, seconds = {BASE: base, ERASED: erased}, time.monotonic() - started
         say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}

@@ -85,7 +85,6 @@ def campaign(
     plain, *attacked = found[ERASED]
     return Evidence(
         goal.concept,
-        {},
         measured_with={
             "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
             **{f"attack: {settings.NAME}": _described(settings) for settings in attacks},

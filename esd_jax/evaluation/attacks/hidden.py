@@ -36,6 +36,7 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.images import in_batches, true_output
 from esd_jax.erasing.repeated import repeated
 from esd_jax.erasing.textual_inversion import draw
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BATCH, Goal
 from esd_jax.evaluation.attacks.scoring import Scored
@@ -90,9 +91,11 @@ def resurge(
     told = in_batches(victim.encode_prompts, prompts, BATCH)
     run = healer(settings, unet, victim.schedule, jnp.dtype(victim.dtype).name)
     theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
-    record = {"healed": {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}}
+    how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     losses = np.asarray(losses)  # waits for the training
-    return Healed(victim.with_edits(prefixed(theta, victim.denoiser), record), losses, time.monotonic() - started)
+    return Healed(
+        victim.with_edits(prefixed(theta, victim.denoiser), Erasure(healed=how)), losses, time.monotonic() - started
+    )
 
 
 @lru_cache(maxsize=8)

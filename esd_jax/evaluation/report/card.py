@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
 from esd_jax.evaluation.evidence import Evidence, Finding, Table, as_json
 from esd_jax.evaluation.report.numbers import count, value, with_interval
@@ -25,18 +26,18 @@ TAGS = ("stable-diffusion", "text-to-image", "concept-erasure", "machine-unlearn
 NOT_MEASURED = "Nothing was measured."
 
 
-def command(record: Mapping[str, Any], *, config: str | None = None, known: Mapping[str, Any] | None = None) -> str:
+def command(record: Erasure, *, config: str | None = None, known: Mapping[str, Any] | None = None) -> str:
     """The line that repeats an erasure.
 
     Every field that shapes the result is spelled out, so the line does not depend on what a config says today. A base
     or image that was a file is named without its folder, as the record has it.
 
     Args:
-      record: as `run.json`; empty text if it has no recipe, or one that no flags can say.
+      record: of the erasure. The line is empty if it has no recipe, or one that no flags can give.
       config: the config to start from; by default the method's.
       known: the config's own fields: what equals them is left out.
     """
-    recipe = dict(record.get("recipe") or {})
+    recipe = dict(record.recipe or {})
     if not recipe or any(isinstance(setting, list | tuple) for setting in recipe.values()):
         return ""  # texts that hold a separator can be given in Python alone
     known, method = dict(known or {}), str(recipe.get("method", "esd"))
@@ -56,11 +57,11 @@ def command(record: Mapping[str, Any], *, config: str | None = None, known: Mapp
 def facts(evidence: Evidence) -> dict[str, str]:
     """What is known of an erasure as flat texts, for the metadata of a safetensors file."""
     record = evidence.record
-    recipe = record.get("recipe") or {}
-    found = {"erased": evidence.title, "base": record.get("base"), "base_sha256": record.get("base_sha256")}
+    recipe = record.recipe or {}
+    found = {"erased": evidence.title, "base": record.base, "base_sha256": record.base_sha256}
     found |= {name: recipe.get(name) for name in ("method", "subset", "steps", "seed")}
-    found |= {"license": record.get("license"), "command": evidence.command or command(record)}
-    found |= {"versions": ", ".join(f"{name} {v}" for name, v in (record.get("versions") or {}).items())}
+    found |= {"license": record.license, "command": evidence.command or command(record)}
+    found |= {"versions": ", ".join(f"{name} {v}" for name, v in (record.versions or {}).items())}
     for i, finding in enumerate(evidence.verdict, start=1):
         found[f"finding.{i}"] = f"{finding.role}: {said(finding)}"
     if evidence.measured_with:
@@ -84,7 +85,7 @@ def card(evidence: Evidence, *, picture: str | None = None, report: str | None =
       picture: file of before and after, from the card's folder. report: the HTML report's.
     """
     record = evidence.record
-    base = str(record.get("base") or "its base")
+    base = record.base or "its base"
     parts = [_front(evidence), f"# {_md(evidence.title)}, erased from {_md(base)}"]
     if picture:
         parts.append(f"![Before and after, the same prompts and noise](<{picture}>)")
@@ -96,7 +97,7 @@ def card(evidence: Evidence, *, picture: str | None = None, report: str | None =
         parts.append(f"## {title}\n\n{shown}")
     line = evidence.command or command(record)
     made = [f"```bash\n{line}\n```"] if line else []
-    settings = {"base": base, "base sha256": record.get("base_sha256"), **(record.get("versions") or {})}
+    settings = {"base": base, "base sha256": record.base_sha256, **(record.versions or {})}
     made.append(_list(settings))
     parts.append("## How it was made\n\n" + "\n\n".join(filter(None, made)))
     parts.append("## How it was measured\n\n" + (_list(evidence.measured_with) or NOT_MEASURED))
@@ -128,11 +129,11 @@ def _verdict(evidence: Evidence) -> Sequence[str]:
 def _front(evidence: Evidence) -> str:
     """YAML, whose strings are written as JSON's, which YAML reads."""
     record, lines = evidence.record, ["---"]
-    base = str(record.get("base") or "")
+    base = record.base or ""
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
-    if license := record.get("license"):
-        lines.append(f"license: {json.dumps(str(license))}")
+    if record.license:
+        lines.append(f"license: {json.dumps(record.license)}")
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(list(TAGS))}", "---"]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import ROLES, Evidence, Pair
 from esd_jax.evaluation.report import charts, page
 from esd_jax.evaluation.report.charts import Mark
@@ -131,9 +132,9 @@ def _equal(images: Iterable[np.ndarray]) -> bool:
     return all(np.array_equal(first, other) for other in others)
 
 
-def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: record.get(name) for name in ("base", "base_sha256", "step")}
-    return found | _flat(record.get("recipe") or {}) | _flat(record.get("versions") or {}, "version of ")
+def _settings(record: Erasure) -> dict[str, Any]:
+    found = {"base": record.base, "base_sha256": record.base_sha256, "step": record.step}
+    return found | _flat(record.recipe or {}) | _flat(record.versions or {}, "version of ")
 
 
 def _flat(found: Any, start: str = "") -> dict[str, Any]:

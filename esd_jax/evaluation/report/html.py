@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
 from esd_jax.evaluation.evidence import Curve, Evidence, Plot
 from esd_jax.evaluation.report import card, charts, heatmap, layers, page, verdict
@@ -51,10 +52,10 @@ def report(evidence: Evidence, *, commands: Mapping[str, str] = MappingProxyType
       evidence: what is known. A part without data says that it was not measured.
       commands: part -> what measures it, where that is not as in `COMMANDS`.
     """
-    bed = testbed.of(evidence.record.get("base"))
+    bed = testbed.of(evidence.record.base)
     commands = {**COMMANDS, **(bed.commands if bed else {}), **commands}
     sections = [s for s in _sections(evidence, commands) if s.body or s.measure]
-    base = str(evidence.record.get("base") or "its base")
+    base = evidence.record.base or "its base"
     body = [_summary(evidence, base, commands), *map(_section, sections)]
     if not all(section.body for section in sections):
         body.append(
@@ -81,10 +82,10 @@ def _summary(evidence: Evidence, base: str, commands: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _made(record: Mapping[str, Any]) -> str:
+def _made(record: Erasure) -> str:
     """How it was erased, in a line."""
-    recipe = record.get("recipe") or {}
-    steps = record.get("step", recipe.get("steps"))
+    recipe = record.recipe or {}
+    steps = recipe.get("steps") if record.step is None else record.step
     taken = f"{steps:,} steps" if isinstance(steps, int) and steps else None
     words = (recipe.get("method"), recipe.get("subset"), taken)
     return ", ".join(str(word) for word in words if word) or "method unknown"
@@ -251,12 +252,12 @@ def _settings(evidence: Evidence) -> str:
     # A flag is not broken at its hyphens, where it could not be read.
     words = " ".join(f"<span>{escape(word)}</span>" for word in re.split(r" (?=--)", line))
     parts = [f"<p>This repeats the erasure:</p><pre><code>{words}</code></pre>"] if line else []
-    concepts = [{k: v for k, v in c.items() if v not in (None, [], (), 1.0)} for c in record.get("concepts") or []]
+    concepts = [{k: v for k, v in vars(concept).items() if v not in (None, (), 1.0)} for concept in record.concepts]
     if all(set(concept) <= {"text"} for concept in concepts):
-        concepts = [concept.get("text", "") for concept in concepts]
-    known = {"base": record.get("base"), "sha256 of its UNet": record.get("base_sha256"), "erased": concepts}
-    known |= {"licence": record.get("license"), "versions": record.get("versions")}
+        concepts = [concept["text"] for concept in concepts]
+    known = {"base": record.base, "sha256 of its UNet": record.base_sha256, "erased": concepts}
+    known |= {"licence": record.license, "versions": record.versions}
     parts.append(page.facts({name: what for name, what in known.items() if what}))
-    if recipe := record.get("recipe"):
-        parts.append(f"<details><summary>Every setting</summary>{page.facts(recipe)}</details>")
+    if record.recipe:
+        parts.append(f"<details><summary>Every setting</summary>{page.facts(record.recipe)}</details>")
     return "".join(parts)
