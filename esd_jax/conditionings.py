@@ -20,7 +20,8 @@ def count(prompts: Sequence[str] | Conditioning) -> int:
 
 def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
     """Whether prompts were given as what the network is told in place of them."""
-    return not isinstance(prompts, list | tuple) and getattr(prompts, "dtype", np.dtype(float)).kind not in "OUS"
+    leaves = jax.tree.leaves(prompts)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype.kind == "f" for leaf in leaves)
 
 
 def make_conditioning(
@@ -38,6 +39,8 @@ def make_conditioning(
     if negatives is not None and len(negatives) != count(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {count(prompts)} prompts")
     encoded = is_encoded(prompts)
+    if reweight:
+        pipeline.family.require({"cross_attention"}, "reweight")
     if encoded and reweight:
         raise ValueError("reweight names words, and what the network is told in place of prompts has none")
     scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None

@@ -16,7 +16,7 @@ QUOTED = "a field with a comma, a quote or a line break stands between two quote
 def read_csv(path: Path, columns: Collection[str] = (), empty: bool = False) -> list[dict[str, str]]:
     """The rows of a CSV file, by column, without the spaces around each field. Empty lines are left out.
 
-    The names of the columns that are used may be in capitals ("Prompt").
+    A column that is used may be named in capitals ("Prompt") where none has the name itself.
 
     Args:
       path: the file, in UTF-8, with a column "prompt".
@@ -41,7 +41,7 @@ def read_csv(path: Path, columns: Collection[str] = (), empty: bool = False) -> 
         raise ValueError(f"{path} has no prompts: it is empty")
     (_, header), *rows = table
     used = {"prompt", *columns}
-    names = [name.lower() if name.lower() in used else name for name in header]
+    names = [name.lower() if name.lower() in used and name.lower() not in header else name for name in header]
     if "prompt" not in names:
         needed = f'its first line must name a column "prompt", but reads {", ".join(names)!r} where commas separate'
         raise ValueError(f"{path} has no prompts, for it has no column 'prompt': {needed}")

@@ -59,9 +59,7 @@ erased = esd_jax.erase(base, concept, config="emoji", steps=steps)  # ESD-x: cro
 # The table has the base beside it, which should be open to the attack, and random prompts, which should find nothing.
 
 # %%
-goal = testbed.goal(
-    base, groups.parse_target(concept)
-)  # prompts, the base's pictures of them, and the classifier that judges
+goal = attacks.default_goal(base, concept)  # prompts, the base's pictures of them, and the classifier that judges
 evidence = esd_jax.attack(
     base,
     erased,

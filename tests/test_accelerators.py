@@ -167,7 +167,7 @@ def test_a_run_is_planned_where_nothing_tells_the_cost_of_a_program(monkeypatch)
     monkeypatch.setattr(pxla.xb, "using_pjrt_c_api", lambda backend: True)
     assert jax.jit(lambda x: x @ x).lower(jnp.zeros((2, 2))).cost_analysis() is None
     assert plan.make_plan(configs, schedule, recipe_) == expected
-    assert "TFLOP a UNet evaluation" in str(expected)
+    assert "TFLOP an evaluation of the denoiser" in str(expected)
 
 
 def test_kernels_of_convolutions_lie_as_a_gpu_reads_them(base, monkeypatch):

@@ -1,6 +1,5 @@
 """Attacks: their losses, gradients and searches against torch, their projections by hand, and their rates."""
 
-import json
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -52,7 +51,6 @@ from esd_jax.sampling import example_keys, initial_noise, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
-CONFIG = json.dumps(dict(SCHEDULE.config), sort_keys=True)
 TINY = {
     "concept_inversion": {"steps": 3},
     "unlearn_diff_atk": {"num_times": 2, "iterations": 2, "tokens": 2, "together": 2},
@@ -115,7 +113,7 @@ def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
     settings = ConceptInversion(steps=4, learning_rate=2e-2, batch_size=2, from_t=600, tokens=NEW)
     ids = np.stack([padded(tokens, [3, VOCAB, VOCAB + 1]), padded(tokens, [VOCAB, VOCAB + 1])])[[0, 1, 0]]
     key, x0 = jax.random.key(3), latents()
-    run = concept_inversion.searcher(settings, oracle.world.network, oracle.network, CONFIG)
+    run = concept_inversion.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
     found, losses = run(oracle.erased, oracle.params, x0, jnp.asarray(ids), oracle.start, key)
 
     new = torch.tensor(np.asarray(oracle.start)).requires_grad_(True)
@@ -147,7 +145,7 @@ def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
     settings = UnlearnDiffAtk(tokens=2, num_times=2, iterations=3, learning_rate=0.1)
     may = np.arange(VOCAB) > 1
     ids, x0, keys = padded(tokens, [VOCAB, VOCAB + 1, 3]), latents(1), jax.random.split(jax.random.key(1), 2)
-    run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.network, CONFIG)
+    run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
     # Two cases at once, of which the second is looked at.
     found, losses = run(oracle.erased, oracle.params, may, jnp.stack([x0 * 2, x0]), jnp.tile(ids, (2, 1)), keys)
 
@@ -179,7 +177,7 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
     ids, x0, keys = padded(tokens, [VOCAB, 4, VOCAB + 1]), latents(), jax.random.split(jax.random.key(2), 2)
     asked = padded(tokens, [4, 3])[None]
     target = textual_inversion.encode(oracle.network, oracle.params, asked, jnp.zeros((1, 16), jnp.float64))
-    run = p4d.searcher(settings, oracle.world.network, oracle.network, CONFIG)
+    run = p4d.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
     stack = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * 2), tree)  # noqa: E731
     found, judged, losses = run(
         oracle.erased, oracle.base, oracle.params, may, *map(stack, (x0, target, ids, oracle.start)), keys
@@ -530,7 +528,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     x0, key = latents(), jax.random.key(4)
     ids = np.stack([padded(tokens, row) for row in ([2], [3, 4], [5])])
     told = textual_inversion.encode(oracle.network, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
-    run = hidden.healer(settings, oracle.world.network, CONFIG, "float64")
+    run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
     healed, losses = run(theta, frozen, x0, told, key)
 
     trained = [p for n, p in unet.named_parameters() if n in names]

@@ -787,7 +787,7 @@ def test_dry_runs_need_no_weights_and_little_memory(arch, trained, total):
     command = [sys.executable, "-m", "esd_jax.cli", "erase", "--config=esd_x", "--dry_run", f"--arch={arch}"]
     child = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
-    assert f"trained   {trained}" in child.stdout and f"the UNet's {total})" in child.stdout
+    assert f"trained   {trained}" in child.stdout and f"the denoiser's {total})" in child.stdout
     bias = r"\n +down_blocks\.\d\.attentions\.0\.transformer_blocks\.0\.attn2\.to_out\.0\.bias\n"
     assert re.search(bias, child.stdout)
     assert int(child.stderr) < 2**20  # KiB

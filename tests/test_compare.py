@@ -27,7 +27,7 @@ def erasing(monkeypatch, module, erasures):
 
     monkeypatch.setattr(module.api, "load", lambda source: "base")
     monkeypatch.setattr(module.api, "erase", erase)
-    monkeypatch.setattr(module, "source_hash", lambda base, part: "0" * 64)
+    monkeypatch.setattr(module, "source_hash", lambda base: "0" * 64)
 
 
 def run(monkeypatch, module, *arguments):

@@ -25,8 +25,9 @@ import pytest
 from messages import one_line
 from safetensors.numpy import load_file
 
-from esd_jax import cli, runs
+from esd_jax import cli
 from esd_jax.io import leftovers
+from esd_jax.runs import setup
 from esd_jax.training import loop, run_folder
 from esd_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from esd_jax.training.loop import NotFinite, Training, train
@@ -669,7 +670,7 @@ def toy(monkeypatch):
     """Runs compile no step; one may be given."""
 
     def use(step=fault_child.toy_step):
-        monkeypatch.setattr(runs, "make_step", lambda *_, **__: step)
+        monkeypatch.setattr(setup, "make_step", lambda *_, **__: step)
 
     use()
     return use

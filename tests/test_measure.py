@@ -413,7 +413,7 @@ def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(measure_demo.api, "load", lambda source: "base")
     monkeypatch.setattr(measure_demo.api, "erase", erase)
-    monkeypatch.setattr(measure_demo, "source_hash", lambda base, part: "0" * 64)
+    monkeypatch.setattr(measure_demo, "source_hash", lambda base: "0" * 64)
     argv = ["measure_demo", f"--output={tmp_path}", "--images=3", "--base_images=4", "--targets=neon; a cat; a rose"]
     monkeypatch.setattr(sys, "argv", argv)
     measure_demo.main()
@@ -466,7 +466,7 @@ def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeyp
     monkeypatch.setattr(measure_demo.seen.Question, "rate", rate)
     monkeypatch.setattr(measure_demo.api, "load", lambda source: "base")
     monkeypatch.setattr(measure_demo.api, "erase", erase)
-    monkeypatch.setattr(measure_demo, "source_hash", lambda base, part: "0" * 64)
+    monkeypatch.setattr(measure_demo, "source_hash", lambda base: "0" * 64)
     given = {"images": 3, "base_images": 0, "targets": "a cat", "stop_below": 0.02, "stop_every": 25, "steps": 75}
     for name in given:  # what a flag is given stays with it
         monkeypatch.setattr(measure_demo.FLAGS[name], "value", measure_demo.FLAGS[name].value)

@@ -73,7 +73,7 @@ def test_a_list_that_would_be_misread(name, words):
     [
         ("case_number,prompt\n0,a cat\n1,\n", ["row 2 (line 3)", "no prompt"]),
         ("case_number,prompt\n0,a cat\n,\n", ["row 2 (line 3)", "no prompt"]),
-        ("Prompt,prompt\na,b\n", ["'prompt' twice"]),
+        ("Prompt,PROMPT\na,b\n", ["'prompt' twice"]),
         ("case_number,prompt\n0,a cat\n1\n", ["row 2 (line 3)", "1 fields for 2 columns"]),
         ('prompt\n"a cat" and more\n', ["row 1 (line 2)", "quote"]),
         ("prompt,prompt\na,b\n", ["'prompt' twice"]),

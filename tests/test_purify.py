@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(measure_purify.api, "load", lambda source: "base")
     monkeypatch.setattr(measure_purify.api, "erase", erase)
-    monkeypatch.setattr(measure_purify, "source_hash", lambda base, part: "0" * 64)
+    monkeypatch.setattr(measure_purify, "source_hash", lambda base: "0" * 64)
     monkeypatch.setattr(sampling, "purify", purify)
     monkeypatch.setattr(sampling, "reconstruct", lambda base, pictures, batch_size: pictures)
     return made

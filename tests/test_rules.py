@@ -315,7 +315,7 @@ def test_sld_draws_what_diffusers_draws(sd1, in_latents, monkeypatch):
     again = sampling.sample(base, prompts[2:] * 2, rule=rule, latents=third.repeat(2, 0), guidance_scale=3.0, **options)
     np.testing.assert_array_equal(images[2], again[0])
     np.testing.assert_array_equal(images[2], again[1])
-    sampler = programs.sampler(sampling._schedule(base), "ddim", 6, 0.0)
+    sampler = programs.sampler(base.schedule, "ddim", 6, 0.0)
     assert programs.steps(base.network("unet"), sampler, SLD)._cache_size() == 1
 
 
@@ -385,7 +385,7 @@ def test_reweighting_draws_what_diffusers_draws_with_edited_attention(sd1, in_la
         found = sampling.sample(base, PROMPTS, reweight=factors, **options)
         assert np.abs(found - to_nhwc(expected)).max() <= 1e-4
         assert (np.abs(found - unedited).max(axis=(1, 2, 3)) > 1e-2).all()
-    sampler = programs.sampler(sampling._schedule(base), "pndm", 5, 0.0)
+    sampler = programs.sampler(base.schedule, "pndm", 5, 0.0)
     assert programs.steps(base.network("unet"), sampler, None)._cache_size() == 2  # without, and with, edited maps
 
 

@@ -150,7 +150,7 @@ def stage(concepts=BOTH, encoders=1, studio=None, **fields):
     unet = dataclasses.replace(w.network, layouts={**w.network.layouts, "a.attn2.to_q.weight": "linear"})
     tools = world_tools(
         w,
-        unet=unet,
+        denoiser=unet,
         encode=lambda texts: Conditioning(jax.jit(network.apply)(weights, tokens(texts)).last_hidden_state),
         tokens=tokens,
         sample=studio.sample,
@@ -172,7 +172,7 @@ def test_new_tokens_stand_for_the_concept():
     np.testing.assert_array_equal(inputs.bank.rows.embeddings[:1], tools.encode([""]).embeddings)
     encode = jax.jit(partial(textual_inversion.encode, network))
     assert inputs.bank.roles["concept"].tolist() == [[1, 2], [3, 4]]
-    run = inverter(TextualInversion(3, 1e-2), tools.unet, network, tools.schedule)
+    run = inverter(TextualInversion(3, 1e-2), tools.denoiser, network, tools.schedule)
     ids = np.array([[0, 4, 9, 10, 4, 1, 1], [0, 7, 9, 10, 1, 1, 1]])
     for i, starts in enumerate(STAGE["inversion_tokens"].split(";")):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(5), i))

@@ -329,8 +329,8 @@ def test_other_families(family, tmp_path):
     }
     for tokens, (erased, kept) in pairs.items():
         plan = recipe.make(method="uce", concept="the cat", subset="esd-x-strict", steps=0, tokens=tokens, **scales)
-        method, inputs, _ = runs.prepare(base, plan)
-        ours = method.solve(exact, inputs)
+        made = runs.assemble(base, plan)
+        ours = made.method.solve(exact, made.inputs)
         for name, value in ours.items():
             kernel = np.asarray(exact[name], float)
             assert error(value - exact[name], edited(kernel.T, erased, kept, 0.2).T - kernel) <= 1e-4

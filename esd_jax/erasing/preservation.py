@@ -62,6 +62,9 @@ class Preserving(base.Method):
         kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
         return Draws(inner, inner.t, kept)
 
+    def solve(self, theta: Params, inputs: Inputs) -> Params:
+        return self.method.solve(theta, inputs.inner)
+
     def memory(self, shape: tuple[int, ...]) -> Any:
         return self.method.memory(shape)
 

@@ -173,6 +173,9 @@ class Replaying(Method):
     replay: Replay
     order: Callable[[Array, Array, int], Array] | None = None
 
+    def solve(self, theta: Params, inputs: Any) -> Params:
+        return self.method.solve(theta, inputs)
+
     def memory(self, shape: tuple[int, ...]) -> Memory:
         """The shapes of what is kept for each example from update to update."""
         return self.replay.memory(shape)

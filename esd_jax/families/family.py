@@ -75,4 +75,4 @@ class Family:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
         for need in sorted(needs):
             if need not in self.provides:
-                raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have: choose another")
+                raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have")

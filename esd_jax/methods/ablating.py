@@ -77,7 +77,6 @@ class Ablating:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    needs: ClassVar = frozenset()
     ema: ClassVar = None
     CHOICES: ClassVar = {
         "kind": anchors.KINDS,
@@ -114,6 +113,10 @@ class Ablating:
         for field, least in (("views", 1), ("drawn_images", 1), ("drawing_steps", 1), ("prior_weight", 0)):
             if (value := getattr(self, field)) < least:
                 raise ValueError(f"{field}={value} must be at least {least}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cross_attention"} if self.detach_bos else ())
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the anchor's images drawn (unless given) and every caption encoded.

@@ -121,7 +121,7 @@ class AllButOne:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cross_attention"} if self.delta == "implicit" else ())
+        return frozenset({"variance_preserving", *(["cross_attention"] if self.delta == "implicit" else [])})
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""

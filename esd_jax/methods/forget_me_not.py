@@ -101,7 +101,7 @@ class ForgetMeNot:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cross_attention", *(["one_clip"] if self.inversion_steps else [])})
+        return frozenset({"cross_attention", "unet_names"})  # and one text encoder, where new tokens are learned
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the concepts' images drawn, unless they are given or not wanted, and new tokens learned.
@@ -134,8 +134,13 @@ class ForgetMeNot:
     ) -> tuple[list[Float[Array, "new width"]], Int[np.ndarray, "concepts prompts tokens"], Bool[np.ndarray, "..."]]:
         """The embeddings with which each concept's new tokens start, the ids of the prompts in which they stand, and M.
 
-        Raises ValueError for `inversion_tokens` that do not fit.
+        Raises ValueError for a checkpoint with several text encoders, and for `inversion_tokens` that do not fit.
         """
+        if (number := len(tools.text_encoders)) != 1:
+            raise ValueError(
+                f"inversion_steps={self.inversion_steps}: textual inversion is for checkpoints with one text encoder, "
+                f"but this one has {number} (as SDXL has): set inversion_steps=0"
+            )
         given = [part.strip() for part in self.inversion_tokens.split(";")]
         if len(given) not in (1, len(concepts)):
             raise ValueError(

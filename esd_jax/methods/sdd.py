@@ -59,7 +59,7 @@ class SDD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    needs: ClassVar = frozenset()
+    needs: ClassVar = frozenset({"variance_preserving"})  # its sampler is DDIM
     CHOICES: ClassVar = {
         "concept_order": ("iterative", "random", "composite", "sequential"),
         "sample_prompt": ("all", "concept"),

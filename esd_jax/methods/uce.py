@@ -61,7 +61,7 @@ class UCE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
-    needs: ClassVar = frozenset({"cross_attention"})
+    needs: ClassVar = frozenset({"cross_attention", "unet_names"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "object": {"subset": SUBSET, "steps": 0},

@@ -57,11 +57,11 @@ class Plan:
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         lines = [
             f"trained   {len(self.names)} tensors, {self.trained:,} scalars "
-            f"({self.trained / self.total:.2%} of the UNet's {self.total:,})",
+            f"({self.trained / self.total:.2%} of the denoiser's {self.total:,})",
             *(f"          {name}" for name in _abridged(self.names)),
             f"memory    about {readable(self.peak)}{each}, and {readable(self.before)} until the first step",
             *(f"          {readable(size):>10}  {what}" for what, size in self.memory.items()),
-            f"compute   {self.forward_flops / 1e12:.3g} TFLOP a UNet evaluation, "
+            f"compute   {self.forward_flops / 1e12:.3g} TFLOP an evaluation of the denoiser, "
             f"{self.step_flops / 1e12:.3g} TFLOP an update on average",
         ]
         return "\n".join(lines)
@@ -105,6 +105,7 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
       recipe: the `Recipe`; its base is not read, and its concept may be empty.
       mesh: what the run is spread over; by default what it would be here.
     """
+    families.of(configs).require(recipe.settings.needs, f"method {recipe.method!r}")
     denoiser, dtype = families.of(configs).denoiser, jnp.dtype(recipe.dtype)
     names, trained = changed_names(recipe, configs), theta_shapes(recipe, configs)
     batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
@@ -116,7 +117,10 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
     if recipe.settings.trained:
         memory = _step(configs, schedule, recipe, mesh)
     else:
-        memory = {f"UNet, {dtype.name}": num_bytes(params), "changed tensors, float32": num_bytes(trained, jnp.float32)}
+        memory = {
+            f"{denoiser}, {dtype.name}": num_bytes(params),
+            "changed tensors, float32": num_bytes(trained, jnp.float32),
+        }
     evaluations = batch * accumulate * recipe.settings.evaluations(schedule, recipe.images is not None)
     return Plan(
         names,
@@ -143,7 +147,7 @@ def _step(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh) -> d
         step, arguments = abstract(*given, student_alone=True)
     state, *base, inputs = jax.tree.map(_on_each, arguments, sharding.placements(arguments, mesh))
     memory = {
-        f"UNet, {dtype}": _total(base),
+        f"{families.of(configs).denoiser}, {dtype}": _total(base),
         "trained tensors, float32": _total(state.theta),
         f"{recipe.optimizer.optimizer}'s state, float32": _total(state.opt),
         "prompts, images and kept trajectories": _total((inputs, state.memory)),

@@ -71,6 +71,7 @@ def run(
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
     made = assemble(base, plan)
     names, mesh, inputs, step, weights = made.names, made.mesh, made.inputs, made.step, f"{base.denoiser}/"
+    made = dataclasses.replace(made, inputs=None)  # they are held once, where the step reads them
     if own:
         base = parked(base, lambda name, _: not name.startswith(weights))
     if start_from is not None:
