@@ -20,6 +20,7 @@ from test_textual_inversion import NEW, VOCAB, text_encoders
 from torch_oracle import exactly, to_nchw
 
 import esd_jax
+from esd_jax import families
 from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.textual_inversion import TABLE
@@ -428,8 +429,8 @@ def test_ids_tell_what_their_prompts_tell(victims):
     np.testing.assert_allclose(np.concatenate([row.embeddings for row in rows]), wanted, atol=1e-6)
     ids = padded(base.tokenizers[0], textual_inversion.words(base.tokenizers[0], "the cat"))
     assert adversaries.readable(base, ids) == "the cat"
-    with pytest.raises(ValueError, match=one_line("one text encoder", "2")):
-        adversaries.text_encoder(SimpleNamespace(text_encoders=("text_encoder", "text_encoder_2")))
+    with pytest.raises(ValueError, match=one_line("one CLIP text encoder", "SDXL")):
+        adversaries.text_encoder(SimpleNamespace(family=families.SDXL))
 
 
 def test_what_the_prompts_alone_do(tmp_path, victims):
