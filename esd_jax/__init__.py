@@ -42,6 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 # The verbs bring JAX and Flax with them: only who uses one waits for that.
 _PLACES = {
+    "Concept": "esd_jax.erasure",
     "Pipeline": "esd_jax.pipeline",
     **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "esd_jax.api"),
     **dict.fromkeys(("attack", "evaluate", "report"), "esd_jax.dossier"),

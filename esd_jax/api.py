@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from esd_jax import exports, recipe, runs
-from esd_jax.demo.testbed import EMOJI
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Concept
 from esd_jax.evaluation import testbed
@@ -27,8 +26,6 @@ from esd_jax.sampling import invert, purify, sample
 from esd_jax.several import FOR_EACH
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
-
-testbed.register(EMOJI)  # the model that the package carries
 
 __all__ = ["erase", "export", "invert", "load", "purify", "sample"]
 

@@ -1,32 +1,31 @@
-"""Where a text names a phrase: as whole words, whatever the case, the spaces and the normal form of its letters."""
+"""Where a text names a phrase: as whole words, whatever the case, the spaces and the normal form of its letters.
+
+"cat" is named by "A Cat" and "two cats", not by "a cathedral". A word ends where a letter without capitals stands, as
+in scripts without spaces: "Monet" is named by "Monet風の絵", and "猫" by "黒猫".
+"""
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
-ENDING = re.compile(r"^(?:s|es|'s|’s)(?!\w)", re.IGNORECASE)  # of an English plural or genitive
-
-
-def naming(phrase: str) -> re.Pattern[str]:
-    """Finds a phrase in texts that `normal` returned: "cat" in "A Cat" and "two cats", not in "a cathedral".
-
-    An English plural counts; its ending is no part of the match, so that what takes the phrase's place keeps it. In
-    scripts without capital letters, many of which have no spaces either, a phrase may stand anywhere.
-    """
-    words = normal(phrase).split()
-    inner = r"\s+".join(map(re.escape, words))
-    before = r"(?<!\w)" if words and _ends_a_word(words[0][0]) else ""
-    after = r"(?=(?:s|es|'s|’s)?(?!\w))" if words and _ends_a_word(words[-1][-1]) else ""
-    return re.compile(f"{before}{inner}{after}", re.IGNORECASE)
+SIBILANTS = ("s", "x", "z", "ch", "sh")  # after which an English plural ends in "es"
+ENDING = re.compile(r"'s|’s|es|s", re.IGNORECASE)  # of a plural or genitive
 
 
 def names(phrase: str, text: str) -> bool:
     """Whether a text names a phrase; the empty one is named by none."""
-    return bool(phrase.strip()) and naming(phrase).search(normal(text)) is not None
+    return next(_places(phrase, normal(text)), None) is not None
 
 
 def replaced(text: str, phrase: str, by: str) -> str:
-    """A text with something in place of a phrase, wherever it names it."""
-    return naming(phrase).sub(lambda _: by, normal(text))
+    """A text with something in place of a phrase, wherever it names it; a plural stays one."""
+    text, parts, last = normal(text), [], 0
+    for start, end, ending in _places(phrase, text):
+        if ending.lower() in ("s", "es"):
+            ending = "es" if by.lower().endswith(SIBILANTS) else "s"
+        parts += [text[last:start], by, ending]
+        last = end
+    return "".join([*parts, text[last:]])
 
 
 def around(text: str, phrase: str) -> tuple[str, str]:
@@ -35,9 +34,9 @@ def around(text: str, phrase: str) -> tuple[str, str]:
     Raises ValueError if there is none.
     """
     text = normal(text)
-    if not names(phrase, text) or (place := naming(phrase).search(text)) is None:
+    if (place := next(_places(phrase, text), None)) is None:
         raise ValueError(f"{text!r} does not name {phrase!r}")
-    return text[: place.start()], ENDING.sub("", text[place.end() :], count=1)
+    return text[: place[0]], text[place[1] :]
 
 
 def normal(text: str) -> str:
@@ -45,5 +44,33 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _ends_a_word(letter: str) -> bool:
-    return letter.isdigit() or letter.lower() != letter.upper()
+def _places(phrase: str, text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, the ending before it) of every place where a text in normal form names a phrase."""
+    words = normal(phrase).split()
+    if not words:
+        return
+    last = 0
+    for match in re.finditer(r"\s+".join(map(re.escape, words)), text, re.IGNORECASE):
+        start, end = match.span()
+        if start < last or (_in_a_word(match[0][0]) and start and _in_a_word(text[start - 1])):
+            continue
+        ending = ""
+        if _in_a_word(match[0][-1]) and _starts_in_a_word(text, end):
+            found = ENDING.match(text, end)
+            if found is None or _starts_in_a_word(text, found.end()):
+                continue
+            if found[0].lower() == "es" and not match[0].lower().endswith((*SIBILANTS, "o")):
+                continue
+            ending = found[0]
+        elif (found := re.match(r"['’]s", text[end:], re.IGNORECASE)) and not _starts_in_a_word(text, end + 2):
+            ending = found[0]
+        last = end + len(ending)
+        yield start, last, ending
+
+
+def _starts_in_a_word(text: str, at: int) -> bool:
+    return at < len(text) and _in_a_word(text[at])
+
+
+def _in_a_word(letter: str) -> bool:
+    return letter == "_" or letter.isdigit() or letter.lower() != letter.upper()

@@ -46,8 +46,10 @@ def test_the_families_of_the_package():
     assert families.SDXL.text_encoders == ("text_encoder", "text_encoder_2")
     with pytest.raises(ValueError, match=one_line("no model family", "unet, vae")):
         families.of({name: config for name, config in configs.items() if name in ("unet", "vae")})
-    with pytest.raises(ValueError, match=one_line("StableDiffusionPipeline", "taken")):
-        families.register(dataclasses.replace(families.SD))
+    for changes in ({}, {"pipeline": "Another"}):  # of another name, and of another class, too
+        with pytest.raises(ValueError, match=one_line("mine", "Stable Diffusion 1 and 2")):
+            families.register(dataclasses.replace(families.SD, name="mine", **changes))
+    assert families.register(toy_family.TOY) is families.register(toy_family.TOY)
 
 
 def test_the_rectified_flow_is_a_second_path():

@@ -17,6 +17,8 @@ from esd_jax import wording
         ("C++", "written in C++."),
         ("<toy>", "a photo of<toy>"),
         ("猫", "黒猫の絵"),
+        ("Monet", "Monet風の絵"),
+        ("potato", "two potatoes"),
         ("24", "number 24"),
     ],
 )
@@ -34,6 +36,8 @@ def test_named(phrase, text):
         ("24", "1245"),
         ("neon style", "neon and style"),
         ("C++", "vitamin C"),
+        ("cat", "the cates"),
+        ("cat", "cat5"),
         ("", "a cat"),
         (" ", "a cat"),
     ],
@@ -49,4 +53,6 @@ def test_replaced_and_cut_out():
         "grumpy cats, a grumpy cat and a cathedral"
     )
     assert wording.replaced("a cat", "cat", r"\1 dog") == r"a \1 dog"
+    assert wording.replaced("two glasses, a glass's rim", "glass", "cup") == "two cups, a cup's rim"
+    assert wording.replaced("two cats", "cat", "fox") == "two foxes"
     assert wording.around("two Cats on a cat", "cat") == ("two ", " on a cat")

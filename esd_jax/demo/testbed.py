@@ -16,6 +16,7 @@ from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.evidence import Evidence
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.seen import Detect, Question
+from esd_jax.evaluation.testbed import register
 from esd_jax.pipeline import Pipeline
 
 SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
@@ -67,7 +68,7 @@ class Emoji:
         return groups.find_target(concepts)
 
 
-EMOJI = Emoji()
+EMOJI = register(Emoji())
 
 
 def probed(target: Target) -> Detect:

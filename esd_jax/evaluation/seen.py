@@ -1,7 +1,7 @@
 """Whether a concept is seen in images: what attacks, early stopping and the search for settings ask."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,6 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
 CLASSIFIER = "resnet50"
-# Name -> (concepts -> their detector, and what it is called): those of testbeds.
-DETECTORS: dict[str, Callable[[Sequence[str]], tuple["Detect", str]]] = {}
 Images = UInt8[np.ndarray, "n height width 3"]
 Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
@@ -81,8 +79,11 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
     Raises ValueError for an unknown one, or one whose library or weights are not there.
     """
     kind, _, which = name.partition(":")
-    if name in DETECTORS:
-        return DETECTORS[name](as_texts(concept))
+    from esd_jax.evaluation import testbed  # which asks questions itself
+
+    testbeds = {bed.detector_name: bed for bed in testbed.known()}
+    if name in testbeds:
+        return testbeds[name].detector(as_texts(concept))
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")
         named = detectors.nudity_identity(convention)
@@ -93,7 +94,8 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
             raise ValueError(f"imagenet:{which}: the class must be one of {', '.join(detectors.IMAGENETTE)}")
         wanted, named = numbers[which.lower()], detectors.imagenet_identity(CLASSIFIER)
         return (lambda images: detectors.imagenet(images, CLASSIFIER, top=1).classes[:, 0] == wanted), named.name
-    raise ValueError(f"unknown detector {name!r}: choose probe, nudenet, nudenet:CONVENTION or imagenet:CLASS")
+    choices = ", ".join([*testbeds, "nudenet", "nudenet:CONVENTION"])
+    raise ValueError(f"unknown detector {name!r}: choose {choices} or imagenet:CLASS")
 
 
 def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Judge:

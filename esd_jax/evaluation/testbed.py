@@ -4,6 +4,7 @@ Measuring, attacks, early stopping and the search for settings take their prompt
 of a base where it has one, and from the user elsewhere.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.evidence import Evidence
 from esd_jax.evaluation.gather import Judge
-from esd_jax.evaluation.seen import DETECTORS, Detect, Question
+from esd_jax.evaluation.seen import Detect, Question
 from esd_jax.pipeline import Pipeline
 
 
@@ -71,12 +72,13 @@ class Testbed(Protocol):
         ...
 
 
+# What the package carries registers itself when it is imported. It stands above this module: hence by its name.
+BUILT_IN = "esd_jax.demo.testbed"
 _TESTBEDS: list[Testbed] = []
 
 
 def register(testbed: Testbed) -> Testbed:
-    """Makes a testbed, and its detector, known, in place of one of the same source."""
-    DETECTORS[testbed.detector_name] = testbed.detector
+    """Makes a testbed known, in place of one of the same source."""
     _TESTBEDS[:] = [other for other in _TESTBEDS if other.source != testbed.source] + [testbed]
     return testbed
 
@@ -90,4 +92,10 @@ def default_config(source: Any, method: str) -> str:
 
 def of(source: Any) -> Testbed | None:
     """The testbed of a model, by its source; None for a model that has none."""
-    return next((testbed for testbed in _TESTBEDS if testbed.source == str(source)), None)
+    return next((testbed for testbed in known() if testbed.source == str(source)), None)
+
+
+def known() -> tuple[Testbed, ...]:
+    """All testbeds."""
+    importlib.import_module(BUILT_IN)
+    return tuple(_TESTBEDS)

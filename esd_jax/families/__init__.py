@@ -17,12 +17,20 @@ _FAMILIES = [SD, SDXL]
 
 
 def register(family: Family) -> Family:
-    """Makes a family known. Raises ValueError for a pipeline class that another one has."""
-    if family.pipeline in (other.pipeline for other in _FAMILIES if other is not family):
-        raise ValueError(f"{family.name}: pipeline class {family.pipeline} is already taken")
-    if family not in _FAMILIES:
-        _FAMILIES.append(family)
+    """Makes a family known, in place of one of the same name.
+
+    Raises ValueError for a pipeline class, or components of the same config classes, that another family has.
+    """
+    others = [other for other in _FAMILIES if other.name != family.name]
+    for other in others:
+        if family.pipeline == other.pipeline or _configs(family) == _configs(other):
+            raise ValueError(f"{family.name}: its pipeline class or its components are those of {other.name}")
+    _FAMILIES[:] = [*others, family]
     return family
+
+
+def _configs(family: Family) -> Mapping[str, set[type]]:
+    return {name: set(classes.values()) for name, classes in family.components.items()}
 
 
 def of(configs: Configs) -> Family:
@@ -44,5 +52,8 @@ def known() -> str:
 
 
 def module(config: Any) -> Any:
-    """The NNX module that is built of a network's config."""
-    return next(f.modules[type(config)] for f in _FAMILIES if type(config) in f.modules)
+    """The NNX module that is built of a network's config. Raises ValueError for a class that no family has."""
+    for family in _FAMILIES:
+        if type(config) in family.modules:
+            return family.modules[type(config)]
+    raise ValueError(f"no model family builds a network of a {type(config).__name__}")

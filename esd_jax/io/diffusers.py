@@ -213,7 +213,9 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     """
     folder = expanded(folder).absolute()
     name, own = base.denoiser, base.configs[base.denoiser]
-    ((kind, config_class),) = base.family.components[name].items()
+    classes = base.family.components[name]
+    kind = next((kind for kind, cls in classes.items() if cls is type(own)), next(iter(classes)))
+    config_class = classes[kind]
     config = read_config(folder.parent, folder.name, kind, config_class)
     if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
         raise ValueError(f"{folder} and the base have denoisers of different architectures")

@@ -31,7 +31,7 @@ def export(
 
     Files are copied byte for byte from the source folder. Only a weight file that holds edited tensors is rewritten:
     same name, keys, order and dtypes, its other tensors byte for byte, and one more metadata key, "esd_jax", with the
-    records of what was erased. So is one whose tensors were read from elsewhere (`with_unet`), in its own dtypes.
+    records of what was erased. So is one whose tensors were read from elsewhere (`with_denoiser`), in its own dtypes.
 
     Copied are `model_index.json`, licences, and the files of every component that it names. Left out are pickles and
     other formats, and all weights but the variant that was loaded: a stale one next to an erased one would be a trap.
@@ -147,7 +147,7 @@ def _fill(target: Path, pipeline: Pipeline, source: Path, metadata: Mapping[str,
 
 
 def _places(pipeline: Pipeline, source: Path) -> dict[str, TensorFile]:
-    """Where the source folder has every tensor, though it was read from elsewhere (`with_unet`)."""
+    """Where the source folder has every tensor, though it was read from elsewhere (`with_denoiser`)."""
     places = dict(pipeline.provenance.tensors)
     variants = files.variants(source, list(pipeline.configs), pipeline.provenance.variant)
     for component in pipeline.configs:

@@ -1,4 +1,4 @@
-"""The erasing methods, one paper per file: frozen dataclasses of settings that make what `method.Method` describes."""
+"""The erasing methods, one paper per file: frozen dataclasses of settings that make an `erasing.method.Method`."""
 
 from esd_jax.erasing.method import Settings
 from esd_jax.methods.ablating import Ablating
