@@ -52,7 +52,7 @@ class Recipe:
       strength: multiplies the method's own strength.
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
     method: a name of `methods.METHODS`.
-    subset: which tensors are trained, a name of `esd_jax.selection.SUBSETS` or "regex:PATTERN".
+    subset: which tensors are trained, a name of the family's subsets (`esd_jax.selection.SUBSETS`) or "regex:PATTERN".
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
     null: what a trained method takes for "no prompt", in its trajectories and losses: "empty", the encoded empty

@@ -23,7 +23,7 @@ SHOWN = 5  # tensors in the table
 class Conflict:
     """A tensor that several parts change.
 
-    name: "unet/NAME". cosine: the least between two parts' changes; -1 is opposite. cancelled: the share of the parts'
+    name: "COMPONENT/NAME". cosine: the least of two parts' changes; -1 is opposite. cancelled: the share of the parts'
     energy that is gone from their sum, 1 - |sum|^2 / sum of |each|^2; below zero where they add up.
     """
 

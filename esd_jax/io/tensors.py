@@ -62,7 +62,7 @@ def export_value(pipeline: Pipeline, headers: Mapping[Path, Header], name: str, 
 
     Args:
       pipeline: read from files, whose headers are `headers`.
-      name: "unet/NAME".
+      name: "COMPONENT/NAME".
       dtype: the code of the dtype to write.
 
     Returns:

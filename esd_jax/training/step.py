@@ -25,7 +25,7 @@ from esd_jax.params import Params, cast, combine
 
 
 class State(NamedTuple):
-    """All that changes in training; what a checkpoint holds. The keys of theta are "unet/NAME".
+    """All that changes in training; what a checkpoint holds. The keys of theta are "DENOISER/NAME".
 
     memory: what a method keeps from update to update, arrays of [batch, accumulate, ...]; () if it keeps nothing.
     """
@@ -142,7 +142,7 @@ def make_step(
     guidance and the strength are all traced.
 
     Args:
-      method: the three functions of an erasing method.
+      method: the functions of an erasing method.
       tx: the optimizer; `averaging`'s, if the method needs the average.
       compute_dtype: of the networks; theta is cast to it for each step.
       shape: of one example's latents (height, width, channel).
