@@ -9,14 +9,19 @@ esd_jax.export(erased, "emoji-without-neon")
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esd_jax.api import erase, export, invert, load, purify, sample
+    from esd_jax.dossier import attack, evaluate, report
+    from esd_jax.pipeline import Pipeline
 
 _PLACES = {
     "Pipeline": "pipeline",
     **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "api"),
     **dict.fromkeys(("attack", "evaluate", "report"), "dossier"),
 }
-__all__ = [*_PLACES]
+__all__ = ["Pipeline", "attack", "erase", "evaluate", "export", "invert", "load", "purify", "report", "sample"]
 __version__ = "0.1.0"
 
 
