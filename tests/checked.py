@@ -89,4 +89,6 @@ def _each(change: Callable[[Any], Any], hint: Any) -> Any:
     parts = tuple(change(part) for part in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
         return functools.reduce(operator.or_, parts)
-    return get_origin(hint)[parts] if get_origin(hint) in (list, tuple, Mapping, Sequence) else hint
+    if get_origin(hint) is Mapping:
+        return Mapping  # beartype would look at an item, which what stands for absent weights does not allow
+    return get_origin(hint)[parts] if get_origin(hint) in (list, tuple, Sequence) else hint
