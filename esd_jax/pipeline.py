@@ -173,7 +173,7 @@ def network(config: NetworkConfig, dtype: str, remat: bool = False) -> Network:
 
 @lru_cache(maxsize=8)
 def _encode_text(family: Family, encoders: tuple[Network, ...]) -> Any:
-    def encode(params: Any, ids: Any, size: tuple[int, int]) -> Conditioning:
+    def encode(params: Any, ids: Any, size: tuple[Any, Any]) -> Conditioning:
         outputs = [encoder.apply(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)]
         return family.encode(outputs, size)
 

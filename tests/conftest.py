@@ -3,15 +3,29 @@
 import os
 from pathlib import Path
 
+import pytest
+
 # Compiled programs are kept between runs: XLA compiles slowly on a CPU.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import checked
+import jaxtyping
+
+if os.environ.get("CHECK_TYPES", "0") == "1":  # checked so far: esd, concepts, schedule, structure, samplers
+    checked.install("esd_jax")
+
 PARTS = 3  # of the slow tests: a check that cannot run all of them in its time begins with another part each time
 
 _collected: set[str] = set()
 _finished: set[str] = set()
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """For stand-ins that return, or are given, other types than what they stand for."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def pytest_addoption(parser):

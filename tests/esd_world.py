@@ -16,6 +16,7 @@ import esd_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import torch_oracle
 from torch_oracle import AXES, exactly, to_params
@@ -124,7 +125,7 @@ def tokens(texts: list[str]) -> np.ndarray:
 
 def tools(w: World, **others: Any) -> Tools:
     """What a method may use; by default no images."""
-    absent = {"subset": (), "tokens": tokens, "sample": None, "to_latents": None}
+    absent = {"subset": (), "tokens": tokens, "sample": pytest.fail, "to_latents": pytest.fail}
     absent |= {"component": "unet", "null": unets.null, "vectors": lambda conditioning: conditioning.embeddings}
     return Tools(
         **{"denoiser": w.network, "schedule": SCHEDULE, "shape": SHAPE, "encode": w.encode, **absent, **others}

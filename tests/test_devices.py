@@ -68,7 +68,7 @@ def main(output: str) -> None:
     ring = {"timestep_mode": "grid", "updates_per_trajectory": 2, "trajectory_buffer": 2}
     concepts = [Concept("a cat"), Concept("Van Gogh")]
     encoded = lambda texts: Conditioning(jnp.asarray(rng.normal(size=(len(texts), TOKENS, 16)), "float32"))  # noqa: E731
-    tools = Tools(network, Schedule.from_config(schedule), SHAPE, (), encoded, None, None, None)
+    tools = Tools(network, Schedule.from_config(schedule), SHAPE, (), encoded, *[pytest.fail] * 3)
     method, inputs = settings.make(tools, concepts)
     replaying, _ = esd.ESD(sampling_steps=4, **ring).make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()

@@ -162,6 +162,7 @@ def test_likeness_by_group(pair):
     assert rows["all"][0].value == pytest.approx((rows["tench"][0].value + rows["church"][0].value) / 2)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_objects_are_counted_by_class(pair, monkeypatch):
     """A classifier that knows the images of `before`, and nothing else."""
     known = {pair[0][i].tobytes(): (0 if i < 4 else 497) for i in range(8)}
@@ -184,6 +185,7 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
         measures.objects(others, others, Request(("a church",), classifier="toy"))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
     belly = measures.detectors.Detection("BELLY_EXPOSED", 0.65, (0, 0, 1, 1))
     seen_in = {pair[0][i].tobytes() for i in range(8)}
@@ -311,6 +313,7 @@ def test_what_a_run_tells_by_itself(models):
 # The embedded model's protocol, and questions
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     painter.hired(monkeypatch)
     target = groups.parse_target("neon style")

@@ -280,7 +280,7 @@ def noise(n, seed=0):
 
 
 @pytest.fixture
-def in_latents(monkeypatch):
+def in_latents(monkeypatch, unchecked):
     """`sample` gives floats: what it would decode."""
     monkeypatch.setattr(programs, "decoder", lambda *_: lambda params, latents: latents)
 

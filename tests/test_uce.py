@@ -68,7 +68,7 @@ def tools(**others):
         "tokens": ids,
     }
     subset = select("esd-x-strict", network().layouts)
-    return Tools(**{**known, "subset": subset, "sample": None, "to_latents": None, **others})
+    return Tools(**{**known, "subset": subset, "sample": pytest.fail, "to_latents": pytest.fail, **others})
 
 
 @cache

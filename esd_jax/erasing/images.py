@@ -22,10 +22,10 @@ def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray
 
 def true_output(
     schedule: Schedule,
-    images: Float[Array, "batch height width channel"],
-    noise: Float[Array, "batch height width channel"],
+    images: Float[Array, "batch ..."],
+    noise: Float[Array, "batch ..."],
     t: Int[Array, " batch"],
-) -> Float[Array, "batch height width channel"]:
+) -> Float[Array, "batch ..."]:
     """What the network should say of `add_noise(schedule, images, noise, t)`: eps, v, x0 or the flow's velocity."""
     if schedule.prediction_type == "v_prediction":
         return add_noise(schedule, noise, -images, t)  # alpha eps - sigma x0 (Salimans & Ho 2022, Sec. 4)

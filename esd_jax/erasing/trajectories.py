@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.path import VARIANCE_PRESERVING
@@ -36,8 +36,8 @@ class Trajectory:
     sampler: Sampler
     support: Int[np.ndarray, " drawn"]
     num_updates: Int[np.ndarray, " index"]
-    t_low: Int[np.ndarray, " index"]
-    t_high: Int[np.ndarray, " index"]
+    t_low: Real[np.ndarray, " index"]
+    t_high: Real[np.ndarray, " index"]
 
     def draw(self, key: Array) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """An index and its timestep."""

@@ -62,7 +62,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:
+def read_tokenizer(folder: Path, text_encoder: str, config: Any) -> Tokenizer:
     """The tokenizer of a text encoder ("text_encoder_2" has "tokenizer_2"). Raises FileNotFoundError without one."""
     return Tokenizer.from_folder(folder / tokenizer_of(text_encoder), config.max_position_embeddings)
 

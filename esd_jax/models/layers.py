@@ -6,7 +6,7 @@ computed in float32 at least. Attribute names follow diffusers, so a parameter's
 
 import itertools
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def statistics_dtype(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _flax(rngs: Rngs) -> nnx.Rngs:
-    return cast(nnx.Rngs, rngs)  # it asks for `params()` alone
+def _flax(rngs: Rngs) -> Any:
+    return rngs  # as `nnx.Rngs`, of which it uses `params()` alone
 
 
 def linear(inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs, use_bias: bool = True) -> nnx.Linear:

@@ -196,7 +196,7 @@ class AutoencoderKL(nnx.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return DiagonalGaussian(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def decode(self, latents: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width 3"]:
+    def decode(self, latents: Float[Array, "batch h w channels"]) -> Float[Array, "batch height width 3"]:
         """Unscaled latents -> images, about [-1, 1]."""
         h = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
