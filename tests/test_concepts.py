@@ -11,6 +11,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, cli, dossier, recipe, runs
+from esd_jax.demo import protocol
 from esd_jax.demo.groups import Target
 from esd_jax.erasing.concepts import check_concepts
 from esd_jax.erasure import Concept, Erasure
@@ -180,7 +181,7 @@ def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, 
     base, targets = SimpleNamespace(provenance=SimpleNamespace(source="emoji")), []
     monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
     monkeypatch.setattr(
-        dossier.emoji, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
+        protocol, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
     )
     found = dossier.evaluate(base, erased("a cat", "a rose"), "smoke", output_dir=tmp_path)
     assert targets == [Target("object", ("cat", "rose"))] and found.title == "a cat, a rose"
