@@ -155,8 +155,9 @@ def stage(concepts=BOTH, encoders=1, studio=None, **fields):
         tokens=tokens,
         sample=studio.sample,
         to_latents=studio.to_latents,
+        component="unet",
         params={"unet": component(w.teacher, "unet"), "text_encoder": weights},
-        text_encoders={f"text_encoder_{i}": network for i in range(encoders)},
+        text_encoders=dict.fromkeys(("text_encoder", "text_encoder_2")[:encoders], network),
     )
     return tools, ForgetMeNot(**{**STAGE, **fields}).make(tools, concepts)
 
