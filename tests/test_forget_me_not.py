@@ -61,7 +61,7 @@ def tokens(prompts: Any) -> np.ndarray:
 
 def make(w: World, concepts: Any = BOTH, studio: Studio | None = None, **fields: Any) -> Any:
     studio = studio or Studio()
-    given = {name: fields.pop(name) for name in ("images", "tokens", "unet") if name in fields}
+    given = {name: fields.pop(name) for name in ("images", "tokens", "denoiser") if name in fields}
     tools = world_tools(w, **{"sample": studio.sample, "to_latents": studio.to_latents, "tokens": tokens, **given})
     return ForgetMeNot(**{"template": "of {concept} of; the {concept}", "drawn_images": 3, **fields}).make(
         tools, concepts
