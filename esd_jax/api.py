@@ -202,8 +202,8 @@ def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str
         raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
     record, local = runs.read(folder)
     try:
-        if missing := [name for name in ("recipe", "base_sha256") if getattr(record, name) is None]:
-            raise ValueError(f"it has no {missing[0]!r}")
+        if record.recipe is None or record.base_sha256 is None:
+            raise ValueError("it has no 'recipe'" if record.recipe is None else "it has no 'base_sha256'")
         plan = recipe.make(**{**record.recipe, **local})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error

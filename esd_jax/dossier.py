@@ -256,7 +256,7 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         detect, _ = bed.detector(concepts)
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = several.parts("preview_prompts", record.recipe.get("preview_prompts")) or concepts
+    texts = several.parts("preview_prompts", (record.recipe or {}).get("preview_prompts")) or concepts
     course = dataclasses.replace(
         course,
         timeline_prompts=texts if course.timeline else (),

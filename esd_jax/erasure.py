@@ -175,8 +175,9 @@ def _items(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _concept(content: Any) -> Concept:
-    known = {f.name: content[f.name] for f in fields(Concept) if f.name in content}
-    return Concept(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    known: dict[str, Any] = {f.name: content[f.name] for f in fields(Concept) if f.name in content}
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return Concept(**known)
 
 
 def _concepts(content: Any) -> tuple[Concept, ...]:

@@ -71,9 +71,10 @@ def joined(name: str, items: Sequence[Any]) -> str | Texts:
     if not items:
         return ""
     texts = tuple(_item(name, item) for item in items)
-    if any(isinstance(text, Concept) for text in texts):
+    written = [" | ".join(text) if isinstance(text, tuple) else text for text in texts if not isinstance(text, Concept)]
+    if len(written) < len(texts):
         return texts
-    string = "; ".join(" | ".join(text) if isinstance(text, tuple) else text for text in texts)
+    string = "; ".join(written)
     try:
         return string if parts(name, string) == texts else texts
     except ValueError:  # "Rock &amp; Roll"

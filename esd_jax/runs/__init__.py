@@ -94,7 +94,7 @@ def run(
         folder = Path(name) if name else None
         checkpoints = log = preview = None
         if folder:
-            meta = {k: v for k, v in record.recipe.items() if k not in NOT_COMPUTED}
+            meta = {k: v for k, v in (record.recipe or {}).items() if k not in NOT_COMPUTED}
             meta["base_sha256"] = record.base_sha256
             if plan.images:
                 pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
