@@ -112,7 +112,7 @@ def test_the_wheel_works_alone(wheel, tmp_path):
 
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
     made = subprocess.run([*map(str, pip), str(wheel)], env=env, capture_output=True, text=True, timeout=1800)
-    if "No matching distribution" in made.stderr or "Connection" in made.stderr:
+    if made.returncode and "connection broken" in made.stderr:
         pytest.skip("no package index can be reached")
     assert made.returncode == 0, made.stderr
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
