@@ -50,7 +50,7 @@ def export_difference(
     prefix = f"{pipeline.denoiser}/"
     if others := sorted(name for name in pipeline.edits if not name.startswith(prefix)):
         raise ValueError(
-            f"a difference holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the folder"
+            f"a difference holds {pipeline.denoiser} tensors, but {others[0]!r} is edited: export the whole folder"
         )
     if not pipeline.edits:
         raise ValueError(f"no {pipeline.denoiser} tensor is edited, so there is no difference to write")
