@@ -1,0 +1,73 @@
+"""What to say of a name that nobody knows: the closest one, or a few to choose from, never a list of forty."""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MOST = 12  # names that a message lists
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """The choice that a name most likely means, "" if none is close.
+
+    Case, "-" and "_" do not count. A choice is close if the name is its beginning and no other's ("learn" of
+    "learning_rate"), has the initials of its words ("lr"), or differs from it in few letters ("stpes").
+    """
+    known = {_plain(choice): choice for choice in choices}
+    given = _plain(name)
+    if given in known:
+        return known[given]
+    begun = [choice for plain, choice in known.items() if plain.startswith(given)] if len(given) > 2 else []
+    initials = [choice for plain, choice in known.items() if "".join(w[0] for w in plain.split("_") if w) == given]
+    for few in (begun, initials if len(given) > 1 else []):
+        if len(few) == 1:
+            return few[0]
+    found = difflib.get_close_matches(given, known, n=1)
+    return known[found[0]] if found else ""
+
+
+def did_you_mean(name: str, choices: Collection[str], more: str = "") -> str:
+    """How a message ends that refuses a name: "did you mean 'steps'?", or "choose one of ...".
+
+    choices: where none is close, all are listed if they are at most `MOST`; of more, only their number is told, so
+      `more` should say where they stand ("docs/methods.md lists them").
+    """
+    if close := closest(name, choices):
+        return f"did you mean {close!r}?"
+    if len(choices) <= MOST:
+        return f"choose one of {', '.join(choices)}"
+    return f"none of the {len(choices)} names is close" + (f"; {more}" if more else "")
+
+
+def keywords(**elsewhere: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that makes a function refuse unknown keyword arguments with what was probably meant.
+
+    elsewhere: what other libraries call an argument -> what to say of it, if it is no parameter of the function; else
+      the parameter ("num_inference_steps" -> "steps").
+
+    The function then raises TypeError for them, as Python does, before it does anything.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **given: P.kwargs) -> R:
+            for name in (name for name in given if name not in known):
+                meant = elsewhere.get(name) or closest(name, known)
+                hint = f"did you mean {meant}=?" if meant in known else meant or f"it takes {', '.join(known)}"
+                raise TypeError(f"{function.__name__}() has no argument {name!r}: {hint}")
+            return function(*args, **given)
+
+        return checked
+
+    return decorate
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_\s]+", "_", name.strip().casefold())
