@@ -45,7 +45,15 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optax optimizer by name, with constant learning rate after an optional linear warm-up."""
+    """An optax optimizer by name, with constant learning rate after an optional linear warm-up.
+
+    optimizer: "adam", "adamw" or "sgd".
+    learning_rate: constant, after the warm-up.
+    b1, b2, eps: of Adam and AdamW.
+    weight_decay: of AdamW.
+    warmup_steps: updates over which the learning rate grows linearly from zero.
+    max_grad_norm: gradients are scaled down to this global norm; without one, never.
+    """
 
     optimizer: str = "adam"
     learning_rate: float = 1e-5
