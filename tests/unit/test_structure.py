@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+from paths import KINDS, ROOT, TESTS
 
 from esd_jax.cli import VERBS
 from esd_jax.methods import METHODS
@@ -157,6 +157,16 @@ def test_the_commands_of_launch_that_are_mentioned_exist():
 
 
 def test_files_stay_short():
-    for path in FILES:
-        lines = len(path.read_text().splitlines())
-        assert lines <= 330, f"{path.relative_to(ROOT)} has {lines} lines"
+    for path in (*FILES, *TESTS.rglob("*.py")):
+        lines, most = len(path.read_text().splitlines()), 300 if path.is_relative_to(TESTS / "support") else 330
+        assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_tests_lie_by_their_kind_and_share_through_support_alone():
+    for path in TESTS.rglob("*.py"):
+        place = path.relative_to(TESTS).parts[0]
+        assert path.name == "conftest.py" or path.name.startswith("test_") == (place in KINDS), path
+        shared = [name for name in imports(path) if name.split(".")[0].startswith(("test_", "conftest"))]
+        assert not shared, f"{path.relative_to(ROOT)} imports {shared}: what files share goes into tests/support"
+    names = [path.name for kind in KINDS for path in (TESTS / kind).rglob("test_*.py")]
+    assert len(names) == len({*names}), "two files of one name cannot be imported side by side"
