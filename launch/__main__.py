@@ -2,7 +2,7 @@
 
 import sys
 
-from esd_jax.cli import console
+from esd_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(main())

@@ -68,7 +68,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
     if found.config and found.kind:  # which some methods have as a setting of their own
         found.fields["kind"] = found.kind
-    name = found.config or _chosen(found)
+    name = found.config or _chosen(values, found)
     config = recipe.read(name)
     method = str(found.fields.get("method", config.get("method", "esd")))
     for field, text in found.fields.items():
@@ -91,8 +91,8 @@ def _known() -> tuple[list[str], set[str]]:
     return list(types), {name for name, kind in types.items() if kind is bool}
 
 
-def _chosen(found: words.Words) -> str:
-    """The config for base, kind and method; says which, and how another is chosen."""
+def _chosen(values: flags.FlagValues, found: words.Words) -> str:
+    """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
     from esd_jax import api, kinds
 
     base = found.fields.setdefault("base", words.EMBEDDED)
@@ -106,7 +106,8 @@ def _chosen(found: words.Words) -> str:
         base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=found.kind, fields=found.fields
     )
     others = "--kind=object, person, nudity or attribute" if not kind else "--kind or --config"
-    common.say(f"recipe {name}, for {'a style' if not kind else kind}; {others} chooses another")
+    said = f"recipe {name}, for {kind or 'a style'}; {others} chooses another"
+    flags.DEFINE_string("chosen", said, "Internal: why this config.", flag_values=values)
     return name
 
 
@@ -133,6 +134,8 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
     if values.compile and not values.dry_run:
         raise ValueError("--compile describes a run without weights: it needs --dry_run")
+    if "chosen" in values and hosts.first():
+        common.say(values.chosen)
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
         return

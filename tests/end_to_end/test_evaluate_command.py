@@ -93,7 +93,7 @@ def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_p
     _, _, folder = models
     fields = {"base": folder / "base", "concept": "cat", "steps": 6, "subset": "esd-x-strict", "sampling_steps": 4,
               "timestep_mode": "grid", "output_dir": tmp_path / "run"}  # fmt: skip
-    run = ("erase", "--config=esd_x", *(f"--config.{name}={value}" for name, value in fields.items()))
+    run = ("erase", "--config=esd_x", "--nopictures", *(f"--config.{name}={value}" for name, value in fields.items()))
     looked = []
 
     def nothing(name, concept):

@@ -44,7 +44,7 @@ def start(base, folder, devices, *flags, environment=None, **fields):
     flags += [f"--config.{name}={value}" for name, value in {**FIELDS, **fields}.items()]
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles faster
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, "erase", "--config=esd_x", *flags],
+        [sys.executable, "-c", CHILD, "erase", "--config=esd_x", "--nopictures", *flags],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -112,7 +112,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(base, alone, t
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     told = ended(processes, 143)
-    assert all("--resume continues it" in text for text in told)
+    assert all("this continues it: esd-jax erase " in text for text in told)
     (step,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 0 < step < STEPS and all(f"stopped at step {step} of {STEPS}" in text for text in told)
 

@@ -9,10 +9,9 @@ import painter
 import pytest
 from painter import CAT, NEON
 
-from esd_jax import recipe
+from esd_jax import cli, recipe
 from esd_jax.demo import groups
 from esd_jax.erasure import Erasure
-from launch import demo as launch_demo
 from launch.experiments import measure_demo
 
 
@@ -117,7 +116,7 @@ def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeyp
 
 
 @pytest.mark.slow
-def test_the_demo_from_end_to_end(monkeypatch, tmp_path, capsys):
+def test_the_demo_from_end_to_end(tmp_path, capsys):
     """Two updates and two images a group, with the embedded model and its probe."""
     config = tmp_path / "short.py"
     config.write_text(
@@ -125,9 +124,7 @@ def test_the_demo_from_end_to_end(monkeypatch, tmp_path, capsys):
         "    config.steps = 2\n    return config\n"
     )
     output = tmp_path / "out"
-    argv = ["demo", "--concept=neon", f"--config={config}", "--images=2", f"--output={output}"]
-    monkeypatch.setattr(sys, "argv", argv)
-    launch_demo.main()
+    assert cli.main(["demo", "neon", f"--config={config}", "--images=2", "-o", str(output)]) == 0
     printed = capsys.readouterr().out
     for name in ("report.html", "report.json", "ERASURE.md", "before_after.png", "model"):
         assert (output / name).exists() and str(output / name) in printed
@@ -137,8 +134,7 @@ def test_the_demo_from_end_to_end(monkeypatch, tmp_path, capsys):
     assert report["command"] or report["record"]["recipe"]["steps"] == 2
 
 
-def test_an_unknown_concept_ends_before_anything_is_done(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["demo", "--concept=a unicorn", f"--output={tmp_path / 'out'}"])
-    with pytest.raises(ValueError, match="a unicorn"):
-        launch_demo.main()
+def test_an_unknown_concept_ends_before_anything_is_done(tmp_path, capsys):
+    assert cli.main(["demo", "a unicorn", "-o", str(tmp_path / "out")]) == 2
+    assert "'a unicorn'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -123,7 +123,7 @@ def test_the_wheel_works_alone(wheel, tmp_path):
 
     esd = python.with_name("esd-jax")
     assert run(esd, "--help") == cli.USAGE + "\n"
-    assert run(esd, "erase", "--help").startswith("  esd-jax erase   --config=NAME")
+    assert run(esd, "erase", "--help").startswith("Examples:\n  esd-jax erase emoji ")
     assert run(esd, "erase", "--config=emoji", "--dry_run").startswith("base      emoji\nsubset    esd-x\n")
     names = run(python, "-c", "from esd_jax import recipe; print(*recipe.config_names(), sep='\\n')")
     assert names.split() == CONFIGS

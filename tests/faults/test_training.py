@@ -48,7 +48,7 @@ def uninterrupted(base, tmp_path_factory):
 def command(base, run, *flags, **fields):
     settings = {**FIELDS, "base": base, "output_dir": run, **fields}
     config = [f"--config.{name}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "esd_jax.cli", "erase", "--config=esd_x", *config, *flags]
+    return [sys.executable, "-m", "esd_jax.cli", "erase", "--config=esd_x", "--nopictures", *config, *flags]
 
 
 def start(base, run, *flags, **fields):

@@ -11,7 +11,13 @@ FIELDS = {"concept": "cat", "steps": 2, "sampling_steps": 4, "timestep_mode": "g
 
 def erase(base, folder, /, *flags, **fields):
     settings = {**FIELDS, "base": base, "output_dir": folder, **fields}
-    return ["erase", "--config=esd_x", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
+    return [
+        "erase",
+        "--config=esd_x",
+        "--nopictures",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+        *flags,
+    ]
 
 
 def assert_refused(result, *words):

@@ -18,7 +18,13 @@ UNET = "model/unet/diffusion_pytorch_model.safetensors"
 
 def erase(base, run, *flags, config="esd_x", **fields):
     settings = {**FIELDS, "base": base, "output_dir": run, **fields}
-    return ["erase", f"--config={config}", *(f"--config.{name}={value}" for name, value in settings.items()), *flags]
+    return [
+        "erase",
+        f"--config={config}",
+        "--nopictures",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+        *flags,
+    ]
 
 
 def log_of(run):

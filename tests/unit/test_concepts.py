@@ -133,7 +133,13 @@ def test_none_as_a_text(base, capsys, tmp_path):
     for name in ("replace_with", "from_", "output_dir", "preview_prompts"):
         with pytest.raises(ValueError, match=one_line(f"{name}='None'", "leave")):
             recipe.make(**{name: "None"})
-    command = ["erase", "--config=emoji_uce", "--config.replace_with=None", f"--config.output_dir={tmp_path}/run"]
+    command = [
+        "erase",
+        "--config=emoji_uce",
+        "--nopictures",
+        "--config.replace_with=None",
+        f"--config.output_dir={tmp_path}/run",
+    ]
     assert cli.main(command) == 2
     assert "replace_with='None'" in capsys.readouterr().err
     made = recipe.make(concept=["cat", "dog"], replace_with=[None, "fish"], method="uce", steps=0)

@@ -33,6 +33,7 @@ FLOORS = [
     {"dossier", "search"},
     {"attacks", "formats", "guidance"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 # Library -> the only places that may import it.
 ONLY_IN = {

@@ -17,19 +17,29 @@ from esd_jax.models import architectures
 # The command line itself.
 
 WRONG_COMMANDS = {
-    "erese": ["'erese'", "choose one of erase"],
-    "erase": ["--config", "emoji", "esd_x"],
-    "erase --config": ["needs --config=NAME"],
-    "erase --config.steps=3": ["needs --config=NAME"],
-    "erase --config=emojy": ["'emojy'", "emoji"],
+    "erese": ["'erese'", "did you mean 'erase'"],
+    "erase": ['esd-jax erase [BASE] "CONCEPT"'],
+    "erase --config": ["--config needs a value"],
+    "erase --config.steps=3": ['esd-jax erase [BASE] "CONCEPT"'],
+    "erase emoji": ['esd-jax erase emoji "CONCEPT"'],
+    "erase neon style": ["no model 'neon'", 'esd-jax erase "neon style"'],
+    "erase emoji neon style": ["'style'", "quotes", 'esd-jax erase emoji "neon style"'],
+    "erase emoji neon --concept=ink": ["twice", "'neon'", "--concept=ink"],
+    "erase neon --stpes=3": ["'--stpes'", "did you mean --steps"],
+    "erase neon --steps": ["--steps needs a value"],
+    "erase neon --steps=abc": ["--steps=abc", "whole number"],
+    "erase neon --eta=big": ["--eta=big", "number"],
+    "erase neon --kind=stile": ["kind='stile'", "did you mean 'style'"],
+    "erase neon --kind=attribute": ["kind='attribute'", "from_"],
+    "erase neon --method=uec": ["method='uec'", "did you mean 'uce'"],
+    "erase neon --ema=0.5": ["'ema'", "sdd"],
+    "erase --config=emojy": ["'emojy'", "did you mean 'emoji'"],
     "erase --config=nowhere/mine.py": ["nowhere/mine.py"],
     "erase --config=emoji --ovewrite": ["ovewrite", "overwrite"],
-    "erase --config=emoji --prompts=cat": ["prompts", "erase --help"],
-    "erase --config=emoji neon": ["'neon'", "--name=value"],
+    "erase --config=emoji --prompts=cat": ["'--prompts'", "--stop_prompts"],
     "erase --config=emoji --arch=sd14": ["--arch", "--dry_run"],
     "erase --config=emoji --compile": ["--compile", "--dry_run"],
     "erase --config=emoji --dry_run --arch=sd15": ["sd15", "sd14", "sdxl"],
-    "erase --config=emoji": ["--config.output_dir"],
     "erase --config=emoji --dry_run --config.height=7": ["7x64", "multiple of 4"],
     "erase --config=emoji --dry_run --config.sampling_steps=0": ["0"],
     "erase --config=emoji --dry_run --config.base=nowhere": ["nowhere", "diffusers folder"],
@@ -128,7 +138,7 @@ def launch(monkeypatch, capsys):
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_launch_runs_the_verbs(verb, launch):
     config = ["--config=emoji"] if verb in ("erase", "tune") else []
-    assert_refused(launch(verb, *config, "--nonsense=3"), "nonsense", f"{verb} --help")
+    assert_refused(launch(verb, *config, "--qqqqqq=3"), "--qqqqqq", f"{verb} --help")
 
 
 def test_launch_lists_the_verbs(launch, esd):
@@ -163,8 +173,8 @@ def test_out_of_memory(capsys):
 
 WRONG_SETTINGS = {
     "steps=-1": ["steps=-1", "at least 0"],
-    "steps=two": ["steps", "two", "int"],
-    "steps=2.5": ["steps", "2.5", "int"],
+    "steps=two": ["steps=two", "whole number"],
+    "steps=2.5": ["steps=2.5", "whole number"],
     "stepz=2": ["'stepz'", "did you mean 'steps'"],
     "zzz=2": ["'zzz'", "concept", "output_dir"],
     "batch_size=0": ["batch_size=0", "at least 1"],
