@@ -5,13 +5,14 @@ Each part is kept in a folder ("evidence" in a run's): NAME.json and NAME.npz. T
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from esd_jax import api, examples, results, runs, several, wording
+from esd_jax import api, examples, repeat, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
@@ -224,7 +225,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         picture(api.restore(folder, base=base), folder)
         evidence = gathered(run, base=base)
     with writing(folder / "report.html"):
-        (folder / "report.html").write_text(html(evidence), encoding="utf-8")
+        (folder / "report.html").write_text(html(evidence, run=shlex.quote(str(run))), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
         shown = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
@@ -239,7 +240,8 @@ def facts(run: str | Path) -> dict[str, str]:
     """What is known of a run as flat texts, for the metadata of an export."""
     folder = expanded(run)
     record, _ = runs.read(folder)
-    return card.facts(store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE)))
+    evidence = store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE))
+    return card.facts(dataclasses.replace(evidence, command=repeat.command(record)))
 
 
 def picture(erased: Pipeline, run: str | Path) -> Path:
@@ -271,7 +273,8 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         timeline_prompts=several.filled(templates, concepts) if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
-    return store.merged(", ".join(concepts), record, [*parts, course])
+    evidence = store.merged(", ".join(concepts), record, [*parts, course])
+    return dataclasses.replace(evidence, command=evidence.command or repeat.command(record))
 
 
 def _is_run(folder: Path) -> bool:

@@ -59,11 +59,15 @@ def define(values: flags.FlagValues) -> None:
     common.define_question(values, "stop_")
 
 
-def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Takes base, concept, config and recipe fields out of the words, and makes a flag --config.FIELD of each field."""
+def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True) -> list[str]:
+    """Takes base, concept, config and recipe fields out of the words, and makes a flag --config.FIELD of each field.
+
+    folder: whether the verb keeps a run's folder, which is then named after the concept where nobody names it.
+    """
     found = words.read(argv, values, *_known())
     words.place(found)
-    _check_folder(found)
+    if folder:
+        _check_folder(found)
     from esd_jax import recipe
 
     if found.config and found.kind:  # which some methods have as a setting of their own
@@ -75,7 +79,7 @@ def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
         recipe.check_field(field, method)
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, found.fields)
-    if not config.get("output_dir") and "output_dir" not in found.fields:
+    if folder and not config.get("output_dir") and "output_dir" not in found.fields:
         found.fields["output_dir"] = str(words.folder_of(found.fields.get("concept") or config.get("concept") or ""))
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     given = [f"--config.{field}={text}" for field, text in found.fields.items()]

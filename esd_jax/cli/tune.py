@@ -1,5 +1,6 @@
 """`esd-jax tune`: look for settings that erase enough and keep enough."""
 
+import functools
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
 USAGE = """\
-  esd-jax tune    --config=NAME --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   look for settings
+  esd-jax tune    [BASE] "CONCEPT" --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   look for settings
                   --output=FOLDER [--target=0.05 --drop=0.05] [--strengths=0.5,1]"""
 
 
@@ -83,4 +84,10 @@ def _line(trial: Any) -> str:
     return f"{of}: target {trial.target:.1%}, drop {trial.drop:.1%}"
 
 
-VERB = Verb(USAGE, define, run, prepare=erase.define_config)
+VERB = Verb(
+    USAGE,
+    define,
+    run,
+    prepare=functools.partial(erase.define_config, folder=False),
+    examples=('esd-jax tune emoji "neon style" --grid="eta=0.5,1" --steps=100,200 --output=out/tune',),
+)

@@ -10,7 +10,6 @@ from absl import flags
 from esd_jax import suggest
 from esd_jax.inputs import expanded
 
-SHORT = {"-o": "--output_dir", "--output": "--output_dir"}
 EMBEDDED = "emoji"
 
 
@@ -34,7 +33,7 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
 
     Args:
       argv: what follows the verb.
-      verb: the verb's own flags.
+      verb: the flags of the verb itself, which come first where a field has the same name.
       fields: the names of all recipe fields. switches: those that are true or false.
 
     Raises ValueError for an unknown flag, with the closest known one, or for one without its value.
@@ -49,23 +48,25 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
             found.positional.append(word)
             continue
         flag, equals, value = word.partition("=")
-        flag = SHORT.get(flag, flag)
-        name = re.sub(r"^--?(config\.)?", "", re.sub(r"^--?no(config\.)", r"--\1no", flag))
-        negated = name.startswith("no") and name[2:] in switches and name not in fields
-        if name in ("config", "kind"):
+        dotted = re.fullmatch(r"--?(no)?config\.(.+)", flag)
+        name = (dotted[1] or "") + dotted[2] if dotted else flag.lstrip("-")
+        if not dotted and name in ("o", "output"):
+            name = "output" if "output" in verb else "output_dir"
+        if not dotted and name in ("config", "kind"):
             setattr(found, name, value if equals else _next(words, word))
-        elif name in verb and not flag.startswith(("--config.", "-config.")):
-            found.rest.append(word)
-            if not equals and not verb[name].boolean:
-                found.rest.append(_next(words, word))
-        elif name in verb or (name.startswith("no") and name[2:] in verb and verb[name[2:]].boolean):
-            found.rest.append(word)
-        elif negated or (name in switches and not equals):
-            found.fields[name[2:] if negated else name] = "false" if negated else "true"
-        elif name in fields:
+        elif not dotted and (own := _own(verb, name)) is not None:
+            text = f"={_next(words, word)}" if not own.boolean and not equals else ""
+            found.rest.append(f"--{name}{equals}{value}{text}")
+        elif name in switches and not equals:
+            found.fields[name] = "true"
+        elif name.startswith("no") and name[2:] in switches:
+            found.fields[name[2:]] = "false"
+        elif dotted or name in fields:
             found.fields[name] = value if equals else _next(words, word)
         else:
-            raise ValueError(_unknown(flag, name, [*verb, *fields, "config", "kind"]))
+            close = suggest.closest(name, [*verb, *fields, "config", "kind"])
+            hint = f"did you mean --{close}?" if close else "--help lists the flags"
+            raise ValueError(f"unknown flag {flag!r}: {hint}")
     return found
 
 
@@ -133,7 +134,9 @@ def _next(words: list[str], flag: str) -> str:
     return words.pop(0)
 
 
-def _unknown(flag: str, name: str, known: Sequence[str]) -> str:
-    close = suggest.closest(name, known)
-    hint = f"did you mean --{close}?" if close else "`esd-jax erase --help` lists the flags"
-    return f"unknown flag {flag!r}: {hint}"
+def _own(verb: flags.FlagValues, name: str) -> flags.Flag | None:
+    """A flag of the verb itself, by its name, or of a switch by --noNAME."""
+    if name in verb:
+        return verb[name]
+    switch = verb[name[2:]] if name.startswith("no") and name[2:] in verb else None
+    return switch if switch is not None and switch.boolean else None

@@ -19,6 +19,7 @@ from paths import ROOT
 
 import esd_jax
 from esd_jax import cli, config_files, recipe
+from esd_jax.cli.common import fitted
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -122,7 +123,7 @@ def test_the_wheel_works_alone(wheel, tmp_path):
         (foreign / f"{name}.py").write_text("raise RuntimeError('this is another project')\n")
 
     esd = python.with_name("esd-jax")
-    assert run(esd, "--help") == cli.USAGE + "\n"
+    assert run(esd, "--help") == fitted(cli.USAGE) + "\n"
     assert run(esd, "erase", "--help").startswith("Examples:\n  esd-jax erase emoji ")
     assert run(esd, "erase", "--config=emoji", "--dry_run").startswith("base      emoji\nsubset    esd-x\n")
     names = run(python, "-c", "from esd_jax import recipe; print(*recipe.config_names(), sep='\\n')")

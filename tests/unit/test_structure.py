@@ -29,7 +29,7 @@ FLOORS = [
     {"recipe", "evaluation"},
     {"demo", "exports", "runs"},
     {"examples", "kinds", "planning"},
-    {"api", "recipe_docs"},
+    {"api", "recipe_docs", "repeat"},
     {"dossier", "search"},
     {"attacks", "formats", "guidance"},
     {"cli", "__init__"},

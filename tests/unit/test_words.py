@@ -19,7 +19,7 @@ TYPED = {
     "--config=emoji|--config.concept=neon style": ({"concept": "neon style"}, []),
     "emoji|neon style|--remat|--nofix_k0": (NEON | {"remat": "true", "fix_k0": "false"}, []),
     "emoji|neon style|--config.remat|--noconfig.fix_k0": (NEON | {"remat": "true", "fix_k0": "false"}, []),
-    "emoji|neon style|--dry_run|--arch|sd14|--nopictures": (NEON, ["--dry_run", "--arch", "sd14", "--nopictures"]),
+    "emoji|neon style|--dry_run|--arch|sd14|--nopictures": (NEON, ["--dry_run", "--arch=sd14", "--nopictures"]),
     "emoji|--|--steps": ({"base": "emoji", "concept": "--steps"}, []),
     "emoji|--concept=neon style": ({"base": "emoji", "concept": "neon style"}, []),
     "org/name|a cat; a dog": ({"base": "org/name", "concept": "a cat; a dog"}, []),

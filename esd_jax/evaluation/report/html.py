@@ -45,19 +45,21 @@ class Section(NamedTuple):
     measure: str = ""
 
 
-def report(evidence: Evidence, *, commands: Mapping[str, str] = MappingProxyType({})) -> str:
+def report(evidence: Evidence, *, commands: Mapping[str, str] = MappingProxyType({}), run: str = "RUN") -> str:
     """The report's HTML: self-contained, without scripts, for screens of any size, light and dark, and for paper.
 
     Args:
       evidence: what is known. A part without data says that it was not measured.
       commands: part -> what measures it, where that is not as in `COMMANDS`.
+      run: the run's folder, as it stands in commands; by default it is left to the reader.
     """
     bed = testbed.of(evidence.record.base)
     commands = {**COMMANDS, **(bed.commands if bed else {}), **commands}
+    commands = {part: re.sub(r"\bRUN\b", lambda _: run, line) for part, line in commands.items()}
     sections = [s for s in _sections(evidence, commands) if s.body or s.measure]
     base = evidence.record.base or "its base"
     body = [_summary(evidence, base, commands), *map(_section, sections)]
-    if not all(section.body for section in sections):
+    if run == "RUN" and not all(section.body for section in sections):
         body.append(
             '<p class="note">RUN is the folder of the run; <code>esd-jax report RUN</code> renews this page.</p>'
         )

@@ -1,0 +1,63 @@
+"""The shortest command that repeats an erasure: the config that is nearest to its recipe, and what differs from it."""
+
+import functools
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from esd_jax import config_files, kinds, recipe
+from esd_jax.erasure import Erasure
+from esd_jax.evaluation import testbed
+from esd_jax.evaluation.report import card
+
+SHOWN = ("base", "concept")  # what stands alone, without the name of its field
+
+
+def command(record: Erasure) -> str:
+    """`esd-jax erase BASE "CONCEPT" ... -o runs/again`; "" if nothing says how, or no flags can.
+
+    The result is the same erasure: every field that shapes it is the config's, or spelled out.
+    """
+    if not record.recipe:
+        return ""
+    try:
+        wanted = _computed(recipe.make(**record.recipe).flat())
+    except (TypeError, ValueError):  # another version's
+        return ""
+    if any(isinstance(value, list | tuple) for value in wanted.values()):
+        return ""  # texts that hold a separator can be given in Python alone
+    usual = _usual(record)
+    lines = [line for name in _configs() if (line := _line(name, wanted, usual)) is not None]
+    return min(lines, key=len, default="")
+
+
+def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None:
+    """The command that starts from a config; None if it sets what the recipe leaves open."""
+    known = _computed(_configs()[name])
+    if known.get("method", "esd") != wanted["method"]:
+        return None
+    other = {field: wanted.get(field) for field in {*known, *wanted} if known.get(field) != wanted.get(field)}
+    if any(value is None for field, value in other.items() if field not in SHOWN):
+        return None  # no flag takes a field's value away
+    base, concept = (shlex.quote(str(wanted.get(field) or "")) for field in SHOWN)
+    changed = sorted(f"--{field}={shlex.quote(str(value))}" for field, value in other.items() if field not in SHOWN)
+    words = ["esd-jax erase", base, concept, *([] if name == usual else [f"--config={name}"]), *changed]
+    return " ".join([*words, "-o runs/again"])
+
+
+@functools.cache
+def _configs() -> Mapping[str, Mapping[str, Any]]:
+    """The flat fields of each config that the package carries."""
+    return {name: recipe.make(**recipe.read(name).to_dict()).flat() for name in config_files.config_names()}
+
+
+def _computed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat.items() if name not in card.NOT_COMPUTED}
+
+
+def _usual(record: Erasure) -> str | None:
+    """The config that the command takes by itself, where that is known without the base's files."""
+    base, method = str((record.recipe or {}).get("base")), str((record.recipe or {}).get("method", "esd"))
+    if not testbed.of(base):
+        return None
+    return kinds.config(base, record.texts, dict, fields={} if method == "esd" else {"method": method})
