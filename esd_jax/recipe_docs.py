@@ -31,6 +31,27 @@ def described() -> list[Described]:
     return [*shared, *(one for method, settings in METHODS.items() for one in _fields(settings, method))]
 
 
+def markdown() -> str:
+    """The table of all fields: docs/fields.md."""
+    lines = [
+        "# Fields of a recipe",
+        "",
+        "Each is a flag of `esd-jax erase` (`--steps=200`), a keyword of `esd_jax.erase`, and a field of the files in",
+        "`configs/`. Defaults are those without a config; `esd-jax configs` lists the configs. Made by",
+        "`python -m esd_jax.recipe_docs`.",
+    ]
+    method: str | None = None
+    for one in described():
+        if one.method != method:
+            method = one.method
+            lines += ["", f"## {f'With method={method}' if method else 'With every method'}", ""]
+            lines += ["| field | is a | default | what it means |", "|---|---|---|---|"]
+        default = "" if one.default is None else f"`{one.default}`"
+        text = one.text.replace("|", "\\|")
+        lines.append(f"| `{one.name}` | {one.kind} | {default} | {text[:1].upper()}{text[1:]} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
 def sections(cls: type) -> dict[str, str]:
     """Field -> the words that a class's docstring has for it ("" where it has none), on one line."""
     names = [f.name for f in fields(cls)]
@@ -71,3 +92,7 @@ def _kind(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
         annotation = get_args(annotation)[0]
     return {int: "whole number", float: "number", bool: "switch"}.get(annotation, "text")
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

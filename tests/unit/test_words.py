@@ -3,6 +3,7 @@
 import pytest
 from absl import flags
 from messages import one_line
+from paths import ROOT
 
 from esd_jax import cli, kinds, recipe, recipe_docs
 from esd_jax.cli import words
@@ -128,6 +129,11 @@ def test_every_field_is_described():
     eta = next(one for one in described if (one.method, one.name) == ("esd", "eta"))
     assert (eta.kind, eta.default) == ("number", 1.0) and eta.text.startswith("strength.")
     assert {one.method for one in described} == {"", *METHODS}
+
+
+def test_the_table_of_fields_is_as_the_code_says():
+    """`python -m esd_jax.recipe_docs > docs/fields.md` makes it."""
+    assert (ROOT / "docs" / "fields.md").read_text() == recipe_docs.markdown()
 
 
 def test_templates_of_previews():
