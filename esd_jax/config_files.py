@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from esd_jax.inputs import expanded
+from esd_jax.suggest import did_you_mean
 
 PROJECT = "esd-jax"  # the name in this project's pyproject.toml
 
@@ -42,7 +43,8 @@ def config_path(name: str) -> Path:
     for folder in config_folders():
         if (path := folder / f"{name}.py").is_file():
             return path
-    raise FileNotFoundError(f"there is no config named {name!r}; choose one of {', '.join(config_names())}, or a path")
+    hint = did_you_mean(name, config_names(), "config_files.config_names() lists them")
+    raise FileNotFoundError(f"there is no config named {name!r}, and no such path: {hint}")
 
 
 def config_folders() -> tuple[Path, ...]:
