@@ -189,7 +189,7 @@ def goal(
       prompts: that name the concept.
       detector: what sees it; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is seen are used.
-      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+      **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """

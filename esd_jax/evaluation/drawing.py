@@ -90,7 +90,7 @@ def draw(
                 pipeline,
                 [case.prompt for case in chunk],
                 seed=[case.seed for case in chunk],
-                num_steps=drawing.num_steps,
+                steps=drawing.num_steps,
                 guidance_scale=guidance,
                 sampler=drawing.sampler or "auto",
                 height=drawing.height,

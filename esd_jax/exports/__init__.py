@@ -309,7 +309,7 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
     Raises ValueError if the file draws another one than `expected`, which has its tensors.
     """
     texts = texts_of(pipeline.provenance.erased)
-    options = {"num_steps": STEPS, "sampler": "auto"}
+    options = {"steps": STEPS, "sampler": "auto"}
     draw = lambda model: sample(model, texts[:1] or [""], **options)[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:

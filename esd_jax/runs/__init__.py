@@ -247,7 +247,7 @@ def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
             erased,
             prompts,
             seed=plan.training.seed,
-            num_steps=plan.preview_steps,
+            steps=plan.preview_steps,
             guidance_scale=plan.preview_guidance,
             sampler="auto",
             height=plan.height,

@@ -29,7 +29,7 @@ def drawn(
       prompts: that name the concept. neutral: the same without it, if given.
       detect: sees it. Where it does not, another image of the prompt is taken in place.
       skip: leave out prompts of which no image shows the concept.
-      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+      **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which no image shows the concept, with `skip` if that goes for all.
     """

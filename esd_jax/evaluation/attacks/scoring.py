@@ -70,7 +70,7 @@ def score(
     told = jax.tree.map(lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials))
     images = sample(
         victim, told, seed=[int(s) for s in seeds] * len(trials),
-        num_steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
+        steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
         sampler="auto",
     )  # fmt: skip
     hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)
