@@ -28,7 +28,7 @@ FLOORS = [
     {"training", "io"},
     {"recipe", "evaluation"},
     {"demo", "exports", "runs"},
-    {"planning"},
+    {"loading", "planning"},
     {"api"},
     {"dossier", "search"},
     {"attacks", "formats", "guidance"},
