@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import exports, loading, recipe, runs, sampling, suggest
+from esd_jax import compile_cache, exports, loading, recipe, runs, sampling, suggest
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
 from esd_jax.evaluation import testbed
@@ -67,6 +67,7 @@ def erase(
       FileExistsError: `output_dir` exists, and neither `resume` nor `overwrite` is given.
       NotFinite, Stopped: see `training.loop`.
     """
+    compile_cache.use()
     if "method" in fields:
         fields["method"] = recipe.method_name(fields["method"])
     if not isinstance(base, Pipeline) and loading.is_run(base):
@@ -150,6 +151,7 @@ def sample(
       ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, an
         image that comes out as NaN, ...
     """
+    compile_cache.use()
     return sampling.sample(
         pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
         guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from esd_jax import recipe, runs
+from esd_jax import compile_cache, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
@@ -64,6 +64,7 @@ def load(
       FileNotFoundError, ValueError: naming what is missing or not implemented, and the fix; of a delta, a difference or
         a LoRA without `base`, the call that opens it.
     """
+    compile_cache.use()
     given = {"dtype": dtype, "variant": variant, "revision": revision, "config": config, "ema": ema}
     reading = {name: value for name, value in given.items() if value}
     if isinstance(base, Pipeline) and reading:
