@@ -32,13 +32,14 @@ def erase(
     start_from: Pipeline | str | Path | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
     **fields: Any,
 ) -> Pipeline:
     """Erases a concept from a checkpoint.
 
         erase("emoji", "neon style")
         erase("CompVis/stable-diffusion-v1-4", "Van Gogh", config="sd14_style", output_dir="runs/van_gogh")
-        erase(base, ["a cat", "a dog"], subset="esd-u", steps=400)
+        erase(base, ["a cat", "a dog"], subset="esd-u", steps=400, on_step=lambda step, metrics: print(step, metrics))
 
     Args:
       base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
@@ -54,6 +55,12 @@ def erase(
         by this package or any other. With steps=0 and an `output_dir` they become a checkpoint that can be resumed.
       stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
         `esd_jax.evaluation.below`.
+      on_step: called with (step, metrics) after each update, step counted from 1; metrics are "loss", "grad_norm", "t"
+        (the timestep) and "seconds" since training began. It runs on the host when an update's numbers have arrived,
+        while the next two updates are computed already: it changes no result and compiles nothing, but one that takes
+        longer than an update holds training up by the difference. To act on every tenth update, look at `step`. What
+        it raises ends training. Of several processes, the primary one calls it. A method in closed form makes no
+        updates.
       **fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
         output_dir= .... With `output_dir`, the run's folder also gets the erased model and
         its delta.
@@ -94,6 +101,7 @@ def erase(
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
+    options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, own=own, **options)
 
 
