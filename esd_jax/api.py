@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from esd_jax.evaluation import testbed
 from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
+from esd_jax.recipe_fields import RecipeFields, completed
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
@@ -33,7 +34,7 @@ def erase(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
-    **fields: Any,
+    **recipe_fields: Unpack[RecipeFields],
 ) -> Pipeline:
     """Erases a concept from a checkpoint.
 
@@ -61,8 +62,8 @@ def erase(
         longer than an update holds training up by the difference. To act on every tenth update, look at `step`. What
         it raises ends training. Of several processes, the primary one calls it. A method in closed form makes no
         updates.
-      **fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
-        output_dir= .... With `output_dir`, the run's folder also gets the erased model and
+      **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
+        output_dir= ... (`RecipeFields` lists them). With `output_dir`, the run's folder also gets the erased model and
         its delta.
 
     Returns:
@@ -74,7 +75,10 @@ def erase(
       FileExistsError: `output_dir` exists, and neither `resume` nor `overwrite` is given.
       NotFinite, Stopped: see `training.loop`.
     """
+    if TYPE_CHECKING:
+        completed(**recipe_fields)  # whence Jedi takes their names
     compile_cache.use()
+    fields: dict[str, Any] = {**recipe_fields}
     if "method" in fields:
         fields["method"] = recipe.method_name(fields["method"])
     if not isinstance(base, Pipeline) and loading.is_run(base):

@@ -45,7 +45,14 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optax optimizer by name, with constant learning rate after an optional linear warm-up."""
+    """An optax optimizer by name, with constant learning rate after an optional linear warm-up.
+
+    optimizer: "adam", "adamw" or "sgd". learning_rate: after the warm-up. b1, b2, eps: Adam's.
+    weight_decay: of AdamW. warmup_steps: updates in which the learning rate rises from 0.
+    max_grad_norm: the global norm to which gradients are clipped; None clips nothing.
+
+    Raises ValueError for an unknown optimizer, or a number that does not go with it.
+    """
 
     optimizer: str = "adam"
     learning_rate: float = 1e-5
