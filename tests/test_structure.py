@@ -16,7 +16,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CAR
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
-    {"inputs", "lazy", "suggest"},
+    {"display", "inputs", "lazy", "suggest"},
     {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
     {"params"},
     {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from esd_jax import display
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, rate
@@ -25,6 +26,9 @@ class Scored:
     hits: Bool[np.ndarray, "trials seeds"]
     images: UInt8[np.ndarray, "trials seeds height width 3"]
     cases: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return display.line("Scored", self.name, [f"the concept in {self.hits.sum()} of {self.hits.size} images"])
 
     @property
     def k(self) -> int:
