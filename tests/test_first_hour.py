@@ -226,6 +226,17 @@ def test_the_words_of_other_libraries_are_answered_with_ours(verb, base):
         assert str(error.value) == f"{verb.__name__}() has no argument {name!r}: {hint}"
 
 
+def test_evaluations_take_the_same_word_and_keep_theirs(base, run, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\na cat\n")
+    options = {"output_dir": tmp_path / "out", "prompt_list": tmp_path / "prompts.csv"}
+    found = esd_jax.evaluate(base, run[1], "custom", steps=2, **options)
+    (image,) = (tmp_path / "out" / "images" / "base").glob("*.png")
+    drawn = image.stat().st_mtime_ns
+    again = esd_jax.evaluate(base, run[1], "custom", num_steps=2, **options)  # as kept results name it
+    assert found.measured_with == again.measured_with and found.measured_with["num_steps"] == 2
+    assert image.stat().st_mtime_ns == drawn
+
+
 def test_a_number_of_steps_is_refused_by_the_name_that_it_was_given_by(base):
     for verb, second in ((esd_jax.sample, "a cat"), (esd_jax.invert, np.zeros((1, 64, 64, 3), np.uint8))):
         with pytest.raises(ValueError, match=one_line("steps=0 must be in 1..1000")):
