@@ -67,7 +67,7 @@ def grid(
     canvas = Image.new("RGB", whole, "white")
     draw, y = ImageDraw.Draw(canvas), 0
     for row, head, above in zip(table, heads, heights, strict=True):
-        draw.multiline_text((0, y + above + height // 2), row.label, INK, font, anchor="lm")
+        draw.multiline_text((GAP, y + above + height // 2), row.label, INK, font, anchor="lm")
         for i, lines in enumerate(head):
             x = margin + i * (width + GAP) + width // 2
             draw.multiline_text((x, y + GAP // 2), "\n".join(lines), INK, font, anchor="ma", align="center")
