@@ -28,10 +28,10 @@ $(VENV)/.tests: $(VENV)/.package
 	touch $@
 
 demo: $(VENV)/.package
-	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" $(RECIPE) --output="$(OUT)" --overwrite
+	$(BIN)/esd-jax demo "$(CONCEPT)" $(RECIPE) --output="$(OUT)" --overwrite
 
 evidence: $(VENV)/.package
-	$(BIN)/python -m launch.demo --concept="$(CONCEPT)" $(RECIPE) --output="$(EVIDENCE)" \
+	$(BIN)/esd-jax demo "$(CONCEPT)" $(RECIPE) --output="$(EVIDENCE)" \
 	  --images=$(IMAGES) --attacks=$(ATTACKS) --seeds=10 --random --front
 
 # Most of the time goes to compiling, which takes one core: two processes.

@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
         learning_rate=1e-3,
         steps=300,
         checkpoint_every=50,
-        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_prompts="{}; a cat in {}; a cat in ink style; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -44,6 +44,6 @@ def get_config() -> ConfigDict:
         learning_rate=3e-4,
         steps=150,
         checkpoint_every=50,
-        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_prompts="{}; a cat in {}; a cat in ink style; a rocket in clay style",
         preview_guidance=3.0,
     )

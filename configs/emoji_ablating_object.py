@@ -38,6 +38,6 @@ def get_config() -> ConfigDict:
         learning_rate=3e-4,
         steps=150,
         checkpoint_every=50,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -35,6 +35,6 @@ def get_config() -> ConfigDict:
         learning_rate=1e-3,
         steps=20,
         checkpoint_every=20,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

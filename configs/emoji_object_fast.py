@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
         learning_rate=1e-4,
         steps=250,
         checkpoint_every=50,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
         lam=10.0,
         preserve="a dog | a lion | a bee | a rose | a rocket | a house | neon style | ink style",
         preserve_scale=1.0,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
         learning_rate=2e-4,
         steps=300,
         checkpoint_every=50,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
         base="emoji",
         concept="neon style",
         replace_with="a drawing",
-        preview_prompts="neon style; a cat in neon style; a cat in ink style; a rocket in clay style",
+        preview_prompts="{}; a cat in {}; a cat in ink style; a rocket in clay style",
         preview_guidance=3.0,
     )

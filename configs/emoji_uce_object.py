@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
         replace_with="a dog",
         preserve="a dog | a lion | a bee | a rose | a rocket | a house | neon style | ink style",
         preserve_scale=1.0,
-        preview_prompts="a cat; a cat in neon style; a pet; a rocket in clay style",
+        preview_prompts="{}; {} in neon style; a pet; a rocket in clay style",
         preview_guidance=3.0,
     )

@@ -23,5 +23,5 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",
         eta=1.0,
         preview_every=50,
-        preview_prompts="a photo of a librarian; a photo of a pair of glasses; a photo of a teacher",
+        preview_prompts="a photo of a librarian; a photo of {}; a photo of a teacher",
     )

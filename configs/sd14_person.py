@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
         subset="esd-x-strict",
         dtype="bfloat16",
         preview_every=100,
-        preview_prompts="a photo of Brad Pitt; a photo of Tom Cruise; a photo of a man",
+        preview_prompts="a photo of {}; a photo of Tom Cruise; a photo of a man",
     )

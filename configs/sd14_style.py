@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
         subset="esd-x",
         dtype="bfloat16",
         preview_every=100,
-        preview_prompts="a painting by Van Gogh; a painting by Claude Monet; a photo of a cat",
+        preview_prompts="a painting by {}; a painting by Claude Monet; a photo of a cat",
     )

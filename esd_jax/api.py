@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import compile_cache, exports, loading, recipe, runs, sampling, suggest
+from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, suggest
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
-from esd_jax.evaluation import testbed
 from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
@@ -27,6 +26,7 @@ def erase(
     base: Pipeline | str | Path,
     concept: str | Concept | Sequence[str | Concept] | None = None,
     *,
+    kind: str | None = None,
     config: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -48,8 +48,10 @@ def erase(
       concept: what to erase ("Van Gogh"), or several: in one string, separated by ";", or as a list, whose items are
         taken as they are. A `Concept` brings its own from_, replace_with, preserve and strength; the config's are for
         texts.
-      config: the name of a config of the package, or a path, to start from; by default the one for `method` on the
-        embedded model ("emoji", "emoji_sdd"), or the one of its paper ("esd_x", "sdd") for any other.
+      kind: of the concept: "style", "object", "person", "nudity" or "attribute". It decides the recipe. By default what
+        the embedded model knows of the concept, or its own words say ("neon style", "nudity"), and else "style".
+      config: the name of a config of the package, or a path, to start from, in place of the one for base, kind and
+        `method` (see `kinds.config`).
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
       overwrite: replace an existing `output_dir`.
       start_from: weights to train on from in place of the base's, which remains the teacher: what `opened` takes, made
@@ -90,8 +92,17 @@ def erase(
     if beside and any(isinstance(one, Concept) for one in named):
         raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    settings = recipe.read(config or testbed.default_config(source, fields.get("method", "esd"))).to_dict()
-    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
+    if config is None:
+        config = kinds.config(
+            source,
+            _texts(fields.get("concept")),
+            lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0],
+            kind=kind,
+            fields=fields,
+        )
+    elif kind is not None:  # which some methods have as a setting of their own
+        fields["kind"] = kind
+    plan = recipe.read_previews(recipe.make(**{**recipe.read(config).to_dict(), **fields, "base": source}))
     plan.check_concepts()
     own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
@@ -107,6 +118,17 @@ def erase(
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
     options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, own=own, **options)
+
+
+def _texts(concept: Any) -> tuple[str, ...]:
+    """The texts of what `erase` is given as its concept; what is wrong with it, the recipe says."""
+    if isinstance(concept, list | tuple):
+        return tuple(one.text if isinstance(one, Concept) else str(one) for one in concept)
+    return (concept.text,) if isinstance(concept, Concept) else tuple(filter(None, str(concept or "").split(";")))
+
+
+def _files(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in ("variant", "revision") if name in fields}
 
 
 @suggest.keywords(sampling.ELSEWHERE, sampling.RENAMED)

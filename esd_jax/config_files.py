@@ -1,5 +1,6 @@
 """The files of `configs/`: where they lie, and how one is read."""
 
+import ast
 import importlib.util
 import tomllib
 from collections.abc import Sequence
@@ -7,8 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from esd_jax import suggest
 from esd_jax.inputs import expanded
-from esd_jax.suggest import did_you_mean
 
 PROJECT = "esd-jax"  # the name in this project's pyproject.toml
 
@@ -43,8 +44,8 @@ def config_path(name: str) -> Path:
     for folder in config_folders():
         if (path := folder / f"{name}.py").is_file():
             return path
-    hint = did_you_mean(name, config_names(), "config_files.config_names() lists them")
-    raise FileNotFoundError(f"there is no config named {name!r}, and no such path: {hint}")
+    hint = suggest.did_you_mean(name, config_names(), "`esd-jax configs` lists them")
+    raise FileNotFoundError(f"there is no config named {name!r}; {hint}")
 
 
 def config_folders() -> tuple[Path, ...]:
@@ -64,6 +65,15 @@ def is_checkout(folder: Path) -> bool:
         return found["project"]["name"] == PROJECT
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def described() -> list[tuple[str, str]]:
+    """(name, the first line of its docstring) of each config that the package carries. None of them is executed."""
+    found = []
+    for name in config_names():
+        text = ast.get_docstring(ast.parse(config_path(name).read_text(encoding="utf-8"))) or ""
+        found.append((name, text.partition("\n")[0]))
+    return found
 
 
 def config_names() -> Sequence[str]:

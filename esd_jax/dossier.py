@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from esd_jax import api, results, runs, several, wording
+from esd_jax import api, examples, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
@@ -221,11 +221,13 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
     Raises FileNotFoundError if nothing is known.
     """
     evidence, folder = gathered(run, base=base), expanded(run)
-    picture = "before_after.png"
+    if _is_run(folder) and not evidence.pictures:
+        picture(api.restore(folder, base=base), folder)
+        evidence = gathered(run, base=base)
     with writing(folder / "report.html"):
         (folder / "report.html").write_text(html(evidence), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
-        shown = picture if (folder / picture).is_file() else None
+        shown = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
     for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
@@ -239,6 +241,13 @@ def facts(run: str | Path) -> dict[str, str]:
     folder = expanded(run)
     record, _ = runs.read(folder)
     return card.facts(store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE)))
+
+
+def picture(erased: Pipeline, run: str | Path) -> Path:
+    """Draws before and after at equal seeds into a run's folder, and returns the picture; see `examples.draw`."""
+    folder = expanded(run)
+    with writing(folder / examples.PICTURE):
+        return examples.write(examples.draw(erased), folder / examples.PICTURE, folder / EVIDENCE)
 
 
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
@@ -257,10 +266,10 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         detect, _ = bed.detector(concepts)
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)
-    texts = several.parts("preview_prompts", (record.recipe or {}).get("preview_prompts")) or concepts
+    templates = several.parts("preview_prompts", (record.recipe or {}).get("preview_prompts")) or ("{}",)
     course = dataclasses.replace(
         course,
-        timeline_prompts=texts if course.timeline else (),
+        timeline_prompts=several.filled(templates, concepts) if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
     return store.merged(", ".join(concepts), record, [*parts, course])
@@ -271,7 +280,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def _parts(folder: Path) -> list[Evidence]:
-    return [store.load(file) for file in sorted(folder.glob("*.json"))]
+    """The parts that are kept in a folder; what was measured shows more than the examples."""
+    parts = {file.stem: store.load(file) for file in sorted(folder.glob("*.json"))}
+    if any(part.pictures for name, part in parts.items() if name != examples.PART):
+        parts.pop(examples.PART, None)
+    return list(parts.values())
 
 
 def compare(runs: Sequence[str | Path], output: str | Path) -> Path:

@@ -63,8 +63,9 @@ class Recipe:
     fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
-    preview_prompts, preview_steps, preview_guidance: what the previews draw; by default the concepts alone. In one
-      string, the prompts are separated by ";".
+    preview_prompts: of the previews; by default the concepts alone. In one string, they are separated by ";". In each,
+      {} stands for the concept: "a painting by {}".
+    preview_steps, preview_guidance: sampler steps and guidance scale of the previews.
     spelling: of concepts, images and preview_prompts, how they were given, so that `flat` gives it back to the letter.
     settings, optimizer, training: see the method's class, `Optimizer` and `Training`; their fields are spelled flat.
     """
@@ -122,6 +123,11 @@ class Recipe:
         """Raises ValueError if there is no concept."""
         if not self.concepts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
+
+    @property
+    def previews(self) -> tuple[str, ...]:
+        """The prompts of the previews."""
+        return several.filled(self.preview_prompts or ("{}",), [concept.text for concept in self.concepts])
 
     def flat(self) -> dict[str, Any]:
         """Every field by its flat name; those of `UNSAID` only where they are given."""
@@ -238,7 +244,7 @@ def complete(config: ConfigDict, names: Iterable[str]) -> None:
 
 def _given(name: str, value: Any, method: str) -> Any:
     """A field's value as a config holds it: None with the type that it has where it is given, for its flag."""
-    return config_dict.placeholder(_type_of(name, method)) if value is None else value
+    return config_dict.placeholder(field_type(name, method)) if value is None else value
 
 
 def method_name(given: Any) -> str:
@@ -275,7 +281,12 @@ def _annotations(method: str) -> Mapping[str, Any]:
     return own | {f.name: f.type for cls in _parts(method).values() for f in fields(cls)}
 
 
-def _type_of(name: str, method: str) -> type:
+def field_types() -> dict[str, type]:
+    """Every flat field that recipes of some method have, with the type that it has where it is given."""
+    return {name: field_type(name, method) for method in METHODS for name in _annotations(method)}
+
+
+def field_type(name: str, method: str) -> type:
     """The type of a field; of an optional one, the type that it has where it is given: of `int | None`, int."""
     annotation = _annotations(method)[name]
     return get_args(annotation)[0] if get_args(annotation) else annotation
@@ -283,7 +294,7 @@ def _type_of(name: str, method: str) -> type:
 
 def _typed(name: str, value: Any, method: str) -> Any:
     """A field's value in the plain Python type that it is declared with. Raises ValueError if it has another one."""
-    kind = _type_of(name, method)
+    kind = field_type(name, method)
     if value is None and type(None) in get_args(_annotations(method)[name]):
         return None
     if name in SEVERAL and isinstance(value, list | tuple | os.PathLike | Concept):

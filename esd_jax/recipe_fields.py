@@ -93,7 +93,6 @@ class RecipeFields(TypedDict, total=False):
     ema: float
 
     # Of `methods.ablating.Ablating`.
-    kind: str
     objective: str
     target_from: str
     prior_weight: float
@@ -152,7 +151,7 @@ def completed(
     replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
     kappa: float = ..., quantile_of: str = ..., token_scale: float = ..., concept_order: str = ...,
-    steps_per_concept: int | None = ..., fix_k0: bool = ..., ema: float = ..., kind: str = ..., objective: str = ...,
+    steps_per_concept: int | None = ..., fix_k0: bool = ..., ema: float = ..., objective: str = ...,
     target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
     views: int = ..., anchor_prompts: str | None = ..., template: str = ..., eos_positions: str = ...,
     no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,

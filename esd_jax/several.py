@@ -53,6 +53,12 @@ def parse_texts(name: str, value: str | Texts | None) -> Texts | None:
     return None if value is None else parts(name, value)
 
 
+def filled(templates: Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]:
+    """Prompts of templates, each once: "a painting by {}" is one for each concept; without {}, it stays as it is."""
+    prompts = (template.replace("{}", text) for template in templates for text in (concepts or ("",)))
+    return tuple(dict.fromkeys(prompts))
+
+
 def parts(name: str, value: str | Texts | None) -> Texts:
     """The texts of a flat field; of one in `LISTS`, tuples of them."""
     if isinstance(value, list | tuple):

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from absl import flags
 
 from esd_jax import cli
-from esd_jax.cli import streams
+from esd_jax.cli import cpu, streams
 from esd_jax.cli.common import describe
-from launch import cpu
 
 
 def run(main: Callable[[], None], values: flags.FlagValues, usage: str) -> None:

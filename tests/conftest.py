@@ -1,12 +1,13 @@
 """Settings that every test shares; they must stand before jax is imported."""
 
 import os
-from pathlib import Path
+from collections import Counter
 
 import pytest
+from paths import KINDS, ROOT, TESTS
 
 # Compiled programs are kept between runs: XLA compiles slowly on a CPU.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +21,9 @@ PARTS = 3  # of the slow tests: a check that cannot run all of them in its time 
 
 _collected: set[str] = set()
 _finished: set[str] = set()
+# Of each kind: under xdist, too, where the reports of all processes arrive in the one that sums up.
+_tests: Counter[str] = Counter()
+_seconds: Counter[str] = Counter()  # setup, call and teardown
 
 
 @pytest.fixture
@@ -33,7 +37,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Begins with the file at which the part of this turn begins, and ends with those before it."""
+    """Marks every test with its kind; begins with the file at which the part of this turn begins, and ends with those
+    before it."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
     least = config.getoption("--turn") % PARTS * len(items) // PARTS
     first = next((i for i in range(least, len(items)) if items[i].path != items[i - 1].path), 0) if least else 0
     items[:] = items[first:] + items[:first]
@@ -46,9 +53,15 @@ def pytest_collection_finish(session):
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         _finished.add(report.nodeid)
+    kind = next(kind for kind in KINDS if kind in report.keywords)
+    _tests[kind] += report.when == "setup"
+    _seconds[kind] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter):
-    """After an interruption (a time limit, Ctrl-C), names the tests that it left out."""
+    """Says what each kind took, and after an interruption (a time limit, Ctrl-C) which tests it left out."""
+    if _tests:
+        took = (f"{kind}: {_tests[kind]} tests, {_seconds[kind]:.0f} s" for kind in KINDS if _tests[kind])
+        terminalreporter.write_line("; ".join(took))
     for name in sorted(_collected - _finished):
         terminalreporter.write_line(f"left out: {name}")

@@ -3,38 +3,64 @@
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import attack, erase, evaluate, export, purify, report, sample, streams, tune
-from esd_jax.cli.common import Verb
+from esd_jax import suggest
+from esd_jax.cli import (
+    attack,
+    completion,
+    configs,
+    cpu,
+    demo,
+    erase,
+    evaluate,
+    export,
+    purify,
+    report,
+    sample,
+    streams,
+    tune,
+)
+from esd_jax.cli.common import Verb, fitted
 from esd_jax.inputs import cache
 
 VERBS: Mapping[str, Verb] = {
+    "demo": demo.VERB,
     "erase": erase.VERB,
     "sample": sample.VERB,
     "evaluate": evaluate.VERB,
     "attack": attack.VERB,
     "report": report.VERB,
     "compare": report.COMPARE_VERB,
+    "export": export.VERB,
     "tune": tune.VERB,
     "purify": purify.VERB,
-    "export": export.VERB,
+    "configs": configs.VERB,
+    "completion": completion.VERB,
 }
 USAGE = "\n".join(
     [
-        "esd-jax: erase a concept from a Stable Diffusion checkpoint\n",
+        "esd-jax: erase a concept from a text-to-image checkpoint\n",
+        "Begin with:",
+        "  esd-jax demo                                       all of it on the embedded model, in minutes, on a CPU",
+        '  esd-jax erase emoji "neon style" -o runs/neon      one erasure, and before and after as a picture',
+        "  esd-jax report runs/neon                           a page of all that is known of it\n",
+        "Verbs:",
         *(verb.usage for verb in VERBS.values()),
-        '\nBASE is "emoji" (the model that comes with the package), a diffusers folder, or a hub id.',
-        "`esd-jax VERB --help` lists the flags of a verb.",
+        '\nBASE is "emoji" (the model in the package), a diffusers folder, a .safetensors file, or a hub id.',
+        "`esd-jax VERB --help` has the flags of a verb, and examples.",
     ]
 )
+HELP, VERSION = ("-h", "--help", "--helpfull", "--helpshort"), ("-V", "--version", "version")
 
 EXIT_BAD_INPUT = 2
 BAD_INPUT = (ValueError, OSError, FloatingPointError, flags.Error)
@@ -42,11 +68,24 @@ OUT_OF_MEMORY = (
     "this does not fit into the device's memory: lower batch_size, height or width, compute in bfloat16, "
     "or (erase) set remat"
 )
-EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell reports for a process that SIGTERM ended
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process that Ctrl-C ended
+RESUMED = ("erase",)  # the verbs that --resume continues
+AFRESH = ("--resume", "--overwrite")
+
+
+def console() -> int:
+    """The command `esd-jax`: `main`, in a process with the settings that make XLA fast on a CPU."""
+    verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if verb and verb.computes and not set(HELP) & set(sys.argv[2:]):
+        cpu.tuned()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, 2 after one line about what is wrong, 143 when stopped by a signal."""
+    """Runs one verb.
+
+    Returns the exit code: 0; 2 after one line about what is wrong; 130 after Ctrl-C; 143 when stopped by SIGTERM.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     with streams.lasting():
         try:
@@ -59,23 +98,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _carried_out(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if not argv or argv[0] in HELP:
+        print(fitted(USAGE), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else EXIT_BAD_INPUT
+    if argv[0] in VERSION:
+        print(f"esd-jax {version('esd-jax')}")
+        return 0
     encoding = sys.getfilesystemencoding()
     if garbled := [word for word in argv if encoding != "utf-8" and _is_garbled(word)]:
         return _fail(f"{garbled[0]!r} is no text in this locale's encoding, {encoding}: set PYTHONUTF8=1")
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        return _fail(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}")
-    if {"-h", "--help"} & set(rest):
+        return _fail(f"unknown verb {verb!r}; {suggest.did_you_mean(verb, VERBS)}")
+    if set(HELP) & set(rest):
         print(VERBS[verb].help())
         return 0
-    return guarded(lambda: VERBS[verb].run(VERBS[verb].parse(verb, rest)))
+    again = shlex.join(["esd-jax", *(word for word in argv if word not in AFRESH), "--resume"])
+    return guarded(lambda: VERBS[verb].run(VERBS[verb].parse(verb, rest)), again if verb in RESUMED else "")
 
 
-def guarded(action: Callable[[], Any]) -> int:
+def guarded(action: Callable[[], Any], again: str = "") -> int:
     """Runs an action with nothing but our own words on the terminal, and gives the exit code.
+
+    again: the command that continues it after it was stopped.
 
     Wrong input ends in one line; ESD_JAX_TRACEBACK=1 shows where it was found.
     """
@@ -84,13 +131,14 @@ def guarded(action: Callable[[], Any]) -> int:
         try:
             action()
         except KeyboardInterrupt:
-            return _fail("interrupted")
+            _say("interrupted")
+            return EXIT_INTERRUPTED
         except Exception as error:
             from esd_jax.training.loop import Stopped
 
             if isinstance(error, Stopped):
-                _say(f"{error}; --resume continues it")
-                return EXIT_STOPPED
+                _say(f"{error}; this continues it: {again}" if again and error.kept else str(error))
+                return 128 + error.signal
             too_large = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
             if os.environ.get("ESD_JAX_TRACEBACK") or not (too_large or isinstance(error, BAD_INPUT)):
                 raise

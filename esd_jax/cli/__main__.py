@@ -2,7 +2,7 @@
 
 import sys
 
-from esd_jax.cli import main
+from esd_jax.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

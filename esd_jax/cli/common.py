@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,22 +11,22 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import inputs
+from esd_jax import inputs, suggest
 from esd_jax.inputs import expanded, finite
 from esd_jax.prompt_files import listed
 
 DETECTOR = "What sees the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
-WIDTH, MARGIN = 110, 30  # of --help, in characters: of all, and of the flags' names
+WIDEST, NARROWEST, MARGIN = 110, 50, 30  # of --help, in characters: of all, and of the flags' names
 
 
 @dataclass(frozen=True)
 class Verb:
     """One verb of the command line.
 
-    usage: how it is written, for --help. notes: what its own --help ends with.
+    usage: how it is written, for --help. examples: commands, on top of its own --help. notes: what that ends with.
     define: makes its flags. run: carries out what their values say.
     prepare: takes what are no plain flags out of the arguments, before the rest is parsed.
-    positional: the flag whose values may also stand alone.
+    positional: the flag whose values may also stand alone. computes: whether it runs a network.
     """
 
     usage: str
@@ -33,6 +34,8 @@ class Verb:
     run: Callable[[flags.FlagValues], None]
     prepare: Callable[[flags.FlagValues, list[str]], list[str]] = lambda _, argv: argv
     positional: str | None = None
+    computes: bool = True
+    examples: tuple[str, ...] = ()
     notes: Callable[[], str] = str
 
     def defined(self) -> flags.FlagValues:
@@ -43,7 +46,10 @@ class Verb:
 
     def help(self) -> str:
         """The usage, and a line or more for each flag."""
-        return "\n".join([self.usage, "", *describe(self.defined()), self.notes()]).rstrip()
+        examples = ["Examples:", *(f"  {line}" for line in self.examples), ""] if self.examples else []
+        return "\n".join(
+            [*examples, "Usage:", fitted(self.usage), "", "Flags:", *describe(self.defined()), self.notes()]
+        ).rstrip()
 
     def parse(self, name: str, argv: list[str]) -> flags.FlagValues:
         """The flags' values. Raises ValueError, or flags.Error, in one line."""
@@ -51,7 +57,9 @@ class Verb:
         try:
             rest = values([f"esd-jax {name}", *self.prepare(values, argv)])[1:]
         except flags.UnrecognizedFlagError as error:
-            raise ValueError(f"{error}; `esd-jax {name} --help` lists the flags") from error
+            close = suggest.closest(error.flagname, values)
+            hint = f"did you mean --{close}?" if close else f"`esd-jax {name} --help` lists the flags"
+            raise ValueError(f"unknown flag '--{error.flagname}': {hint}") from error
         except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a wrong value
             raise ValueError(f"config: {error}") from error
         if rest:
@@ -66,14 +74,38 @@ def describe(values: flags.FlagValues) -> list[str]:
     lines = []
     for name in values:
         flag = values[name]
+        if (flag.help or "").startswith("Internal"):
+            continue
         text, *_ = flag.help.split(";\n")  # absl says of some, at length, that they may be repeated
         if isinstance(flag, flags.MultiFlag):
             text += " May be repeated."
-        elif flag.default not in (None, "") and flag.default is not False:
-            text += f" [default: {flag.default}]"
-        left = f"  --{'[no]' if flag.boolean else ''}{name}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{left:{MARGIN}}", subsequent_indent=" " * MARGIN)
+        elif flag.default not in (None, "", []) and flag.default is not False:
+            default = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+            text += f" [default: {default}]"
+        lines += entry(f"--{'[no]' if flag.boolean else ''}{name}", text)
     return lines
+
+
+def fitted(text: str) -> str:
+    """A text whose lines are broken where the terminal is narrower."""
+    wide = width()
+    broken = (textwrap.wrap(line, wide, subsequent_indent=" " * 6) or [""] for line in text.splitlines())
+    return "\n".join(line for lines in broken for line in lines)
+
+
+def entry(name: str, text: str) -> list[str]:
+    """A name and what it means, as lines in two columns; in a narrow terminal, one below the other."""
+    wide = width()
+    margin = MARGIN if wide > 2 * MARGIN else 8
+    first = f"  {name}"
+    above = [first] if len(first) >= margin or margin < MARGIN else []
+    indent = " " * margin if above else f"{first:{margin}}"
+    return above + textwrap.wrap(text, wide, initial_indent=indent, subsequent_indent=" " * margin)
+
+
+def width() -> int:
+    """How many characters a line of --help has: the terminal's, within bounds."""
+    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
 
 
 # Flags that several verbs have, and what their values mean.

@@ -1,20 +1,20 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
-import re
+import shlex
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from esd_jax import selection
-from esd_jax.cli import common
+from esd_jax.cli import common, words
 from esd_jax.cli.common import Verb
 from esd_jax.cli.export import FORMATS, chosen
 from esd_jax.inputs import expanded
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
-  esd-jax erase   --config=NAME [--config.FIELD=VALUE ...]   erase, and export the result
+  esd-jax erase   [BASE] "CONCEPT" [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
                   [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
@@ -34,8 +34,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "multihost", False, "Join the other processes of this job, which run the same command.", flag_values=values
     )
-    flags.DEFINE_bool("resume", False, "Continue the run in config.output_dir.", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "Replace the run in config.output_dir.", flag_values=values)
+    flags.DEFINE_bool("resume", False, "Continue the run in the folder.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace the run in the folder.", flag_values=values)
     flags.DEFINE_list(
         "export",
         [],
@@ -48,6 +48,9 @@ def define(values: flags.FlagValues) -> None:
         "Weights to train on from: a run, a delta, or a diffusers folder, of a UNet alone or of all.",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "pictures", True, "Draw before and after at equal seeds into the run's folder.", flag_values=values
+    )
     flags.DEFINE_float(
         "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
     )
@@ -57,31 +60,70 @@ def define(values: flags.FlagValues) -> None:
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Takes --config=NAME out of the arguments, and makes a flag --config.FIELD of every field that they change."""
+    """Takes base, concept, config and recipe fields out of the words, and makes a flag --config.FIELD of each field."""
+    found = words.read(argv, values, *_known())
+    words.place(found)
+    _check_folder(found)
     from esd_jax import recipe
 
-    name, rest, changed, words = None, [], [], iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("-config", "--config"):
-            name = value if equals else next(words, None)
-            continue
-        if field := re.fullmatch(r"--?(?:no)?config\.(.*)", flag):
-            changed.append(field[1])
-        rest.append(word)
-    if not name:
-        raise ValueError(f"this needs --config=NAME: choose one of {', '.join(recipe.config_names())}, or a path")
+    if found.config and found.kind:  # which some methods have as a setting of their own
+        found.fields["kind"] = found.kind
+    name = found.config or _chosen(values, found)
     config = recipe.read(name)
-    for field in changed:
-        recipe.check_field(field, str(config.get("method", "esd")))
-    recipe.complete(config, changed)
+    method = str(found.fields.get("method", config.get("method", "esd")))
+    for field, text in found.fields.items():
+        recipe.check_field(field, method)
+        words.check_type(field, text, recipe.field_type(field, method))
+    recipe.complete(config, found.fields)
+    if not config.get("output_dir") and "output_dir" not in found.fields:
+        found.fields["output_dir"] = str(words.folder_of(found.fields.get("concept") or config.get("concept") or ""))
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *rest])
-    return rest
+    given = [f"--config.{field}={text}" for field, text in found.fields.items()]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])
+    return [*found.rest, *given]
+
+
+def _known() -> tuple[list[str], set[str]]:
+    """The names of all recipe fields, and of those that are switches."""
+    from esd_jax import recipe
+
+    types = recipe.field_types()
+    return list(types), {name for name, kind in types.items() if kind is bool}
+
+
+def _chosen(values: flags.FlagValues, found: words.Words) -> str:
+    """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
+    from esd_jax import api, kinds
+
+    base = found.fields.setdefault("base", words.EMBEDDED)
+    arch = next((word.partition("=")[2] for word in found.rest if word.startswith(("--arch=", "-arch="))), "")
+    concepts = [text for text in found.fields.get("concept", "").split(";") if text.strip()]
+    if not concepts:
+        raise ValueError('name what is to be erased: esd-jax erase [BASE] "CONCEPT"')
+    files = {name: found.fields[name] for name in ("variant", "revision") if name in found.fields}
+    kind = found.kind or kinds.told(base, concepts)
+    name = kinds.config(
+        base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=found.kind, fields=found.fields
+    )
+    others = "--kind=object, person, nudity or attribute" if not kind else "--kind or --config"
+    said = f"recipe {name}, for {kind or 'a style'}; {others} chooses another"
+    flags.DEFINE_string("chosen", said, "Internal: why this config.", flag_values=values)
+    return name
+
+
+def _check_folder(found: words.Words) -> None:
+    """Raises FileExistsError for a run's folder that is there, before anything is loaded."""
+    concept = found.fields.get("concept")
+    named = found.fields.get("output_dir") or (None if found.config or not concept else words.folder_of(concept))
+    if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in found.rest}:
+        return
+    folder = expanded(named)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists: --resume continues it, --overwrite replaces it, -o names another")
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, exports, hosts, recipe, runs
+    from esd_jax import api, dossier, exports, hosts, recipe, runs
     from esd_jax.planning.plan import compared
 
     common.check_numbers(values)
@@ -92,11 +134,11 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
     if values.compile and not values.dry_run:
         raise ValueError("--compile describes a run without weights: it needs --dry_run")
+    if "chosen" in values and hosts.first():
+        common.say(values.chosen)
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
         return
-    if not plan.output_dir:
-        raise ValueError("erase needs --config.output_dir, the run's folder")
     formats = chosen(values.export, "export")
     plan.check_concepts()
     size = _planned(plan)
@@ -124,8 +166,11 @@ def run(values: flags.FlagValues) -> None:
         )
         if size and (used := _memory("peak_bytes_in_use")):
             common.say("  " + compared(size, used))
+        if values.pictures:
+            common.say(f"  before and after  {dossier.picture(erased, folder)}")
         for written in exports.export_all(erased, folder / runs.EXPORTS, formats, verify=True, overwrite=True):
             common.say(str(written))
+        common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
 
     runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, then=then, **options)
 
@@ -168,7 +213,24 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
 
 
 def _notes() -> str:
-    return f"\n  what --config.subset may be:\n{selection.describe()}"
+    from esd_jax import kinds, recipe_docs
+
+    lines = ["", "Kinds (--kind):"]
+    for name, text in kinds.KINDS.items():
+        lines += common.entry(name, text)
+    lines += ["", "Fields of the recipe (--FIELD=VALUE, or --config.FIELD=VALUE); `esd-jax configs` lists the recipes:"]
+    method = ""
+    for one in recipe_docs.described():
+        if one.method != method:
+            method = one.method
+            lines += ["", f"Fields of --method={method}:"]
+        default = "" if one.default in (None, "", False) else f" [default: {one.default}]"
+        lines += common.entry(f"--{one.name}", f"{one.kind}: {one.text}{default}")
+    return "\n".join([*lines, "", "What --subset may be:", selection.describe()])
 
 
-VERB = Verb(USAGE, define, run, prepare=define_config, notes=_notes)
+EXAMPLES = (
+    'esd-jax erase emoji "neon style"',
+    'esd-jax erase CompVis/stable-diffusion-v1-4 "Van Gogh" --kind=style -o runs/van_gogh --export=lora',
+)
+VERB = Verb(USAGE, define, run, prepare=define_config, examples=EXAMPLES, notes=_notes)

@@ -33,8 +33,22 @@ class Emoji:
     commands: Mapping[str, str] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
     detector_name = "probe"
 
-    def config(self, method: str) -> str:
-        return "emoji" if method == "esd" else f"emoji_{method}"
+    def kind(self, concepts: Sequence[str]) -> str:
+        try:
+            return self._target(concepts).kind
+        except ValueError:  # nothing that it knows, and every style has its name
+            return "object"
+
+    def config(self, method: str, kind: str) -> str:
+        if method == "esd":
+            return "emoji_contexts" if kind == "style" else "emoji_object"
+        return f"emoji_{method}" if kind == "style" else f"emoji_{method}_object"
+
+    def examples(self, concepts: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]] | None:
+        try:
+            return groups.examples(self._target(concepts))
+        except ValueError:
+            return None
 
     def evaluate(
         self,

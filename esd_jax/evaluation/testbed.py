@@ -35,8 +35,16 @@ class Testbed(Protocol):
     commands: Mapping[str, str]
     detector_name: str
 
-    def config(self, method: str) -> str:
+    def kind(self, concepts: Sequence[str]) -> str:
+        """Of which kind concepts are, one of `kinds.KINDS`."""
+        ...
+
+    def config(self, method: str, kind: str) -> str:
         """The name of the config that `erase` starts from."""
+        ...
+
+    def examples(self, concepts: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]] | None:
+        """Titled groups of prompts that show an erasure at a glance; None for concepts that it does not know."""
         ...
 
     def evaluate(
@@ -81,13 +89,6 @@ def register(testbed: Testbed) -> Testbed:
     """Makes a testbed known, in place of one of the same source."""
     _TESTBEDS[:] = [other for other in _TESTBEDS if other.source != testbed.source] + [testbed]
     return testbed
-
-
-def default_config(source: Any, method: str) -> str:
-    """The name of the config that `erase` starts from: the testbed's, or that of the method's paper."""
-    if testbed := of(source):
-        return testbed.config(method)
-    return "esd_x" if method == "esd" else method
 
 
 def of(source: Any) -> Testbed | None:

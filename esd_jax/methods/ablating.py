@@ -57,7 +57,7 @@ class Ablating:
       "{anchor}" in them is each concept's anchor. They are taken in turn, also for images that the user gives. An
       object takes only those that name its anchor.
     drawn_images: how many are drawn; several concepts with the same prompts share them.
-    drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how.
+    drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn.
     """
 
     kind: str = "style"

@@ -54,6 +54,7 @@ class AllButOne:
     delta: "explicit" or "implicit".
     instructions: "sexual:-7.5 | bikini:6.5 | pants:6.5", the same for every concept. By default a concept's are its own
       text at `erase_scale` and each of its `replace_with` at `replace_scale`.
+    erase_scale, replace_scale: of the instructions that a concept brings itself.
     gamma_1, gamma_2: guidance of the teacher, and the guidance at which the student is to draw the same.
     penalty: lambda. At 0 no gradient reaches the student's prediction for the empty prompt.
     sampling_steps: T, of the teacher's DDIM trajectory.

@@ -46,7 +46,8 @@ class ForgetMeNot:
       has one, but SD 1 pads with end tokens, and then nearly all of M would be padding.
     no_images: learn from noise alone: x_t = sqrt(1 - alpha_bar) n.
     drawn_images: of each concept, with its prompts; at least one with each.
-    drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how; without a sampler, with the checkpoint's own.
+    drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
+      checkpoint's own.
     inversion_steps: of the first stage, which learns new tokens from each concept's images; they stand in its place in
       the second. 0 keeps its name; the paper has 500. For checkpoints with one text encoder.
     inversion_tokens: what the new tokens start from, separated by "|": a word that is one token, or "<rand-S>", which

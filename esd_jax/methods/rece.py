@@ -35,7 +35,8 @@ class RECE:
 
     epochs: how often what still works is erased; 0 is UCE alone.
     r: how short c' is held.
-    lam, erase_scale, preserve_scale: as in `UCE`.
+    lam: how hard the weights are held to the old ones.
+    erase_scale, preserve_scale: s_i and s_p, the weights of each vector.
     """
 
     epochs: int = 3

@@ -239,7 +239,7 @@ def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
 
 def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
     """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
-    prompts = plan.preview_prompts or tuple(concept.text for concept in plan.concepts)
+    prompts = plan.previews
     (folder / "previews").mkdir(exist_ok=True)
 
     def preview(step: int, erased: Pipeline) -> None:

@@ -27,9 +27,13 @@ ADVICE = "Lower learning_rate or eta, or compute in float32"
 class Training:
     """How long and how to train.
 
-    steps: updates. batch_size: examples per evaluation. accumulate: batches per update.
-    seed: of every draw. log_every, checkpoint_every, preview_every: in steps; 0 switches previews off.
-    keep_checkpoints: how many of the newest stay on disk. tensorboard: also write event files.
+    steps: number of updates.
+    batch_size: examples per evaluation of the network. accumulate: batches per update.
+    seed: of every random draw.
+    log_every, checkpoint_every: in updates.
+    keep_checkpoints: how many of the newest stay on disk.
+    preview_every: in updates; 0: no previews.
+    tensorboard: also write event files.
     """
 
     steps: int = 1000
@@ -52,7 +56,14 @@ class Training:
 
 
 class Stopped(Exception):
-    """A run that ended early because it was asked to (SIGTERM or Ctrl-C), after saving a checkpoint if it keeps any."""
+    """A run that ended early because it was asked to, after saving a checkpoint if it keeps any.
+
+    signal: which asked, SIGTERM or SIGINT (Ctrl-C). kept: whether there is a checkpoint.
+    """
+
+    def __init__(self, message: str, signal: int, kept: bool):
+        super().__init__(message)
+        self.signal, self.kept = signal, kept
 
 
 class NotFinite(FloatingPointError):
@@ -138,7 +149,8 @@ def train(
 
     def stopped(number: int) -> Stopped:
         lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
-        return Stopped(f"stopped at step {number} of {settings.steps}{lost}")
+        message = f"stopped at step {number} of {settings.steps}{lost}"
+        return Stopped(message, stop.signal, kept=checkpoints is not None)
 
     def ended(number: int) -> bool:
         asked = 0 < number < settings.steps and number % stop_every == 0
@@ -192,10 +204,16 @@ def _last(checkpoints: Checkpoints | None, failed: int | None = None) -> str:
     return f"the checkpoint of step {kept} in {checkpoints.folder} is good"
 
 
+class _Stop(threading.Event):
+    """That the run is to end, and which signal said so."""
+
+    signal = int(signal.SIGTERM)
+
+
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
+def _signals() -> Iterator[_Stop]:
     """An event that SIGTERM or the first Ctrl-C sets; a second Ctrl-C ends at once."""
-    stop = threading.Event()
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -203,6 +221,7 @@ def _signals() -> Iterator[threading.Event]:
     def handler(number: int, frame: FrameType | None) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        stop.signal = number
         stop.set()
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}

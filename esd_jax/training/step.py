@@ -47,9 +47,12 @@ class Metrics(NamedTuple):
 class Optimizer:
     """An optax optimizer by name, with constant learning rate after an optional linear warm-up.
 
-    optimizer: "adam", "adamw" or "sgd". learning_rate: after the warm-up. b1, b2, eps: Adam's.
-    weight_decay: of AdamW. warmup_steps: updates in which the learning rate rises from 0.
-    max_grad_norm: the global norm to which gradients are clipped; None clips nothing.
+    optimizer: "adam", "adamw" or "sgd".
+    learning_rate: constant, after the warm-up.
+    b1, b2, eps: of Adam and AdamW.
+    weight_decay: of AdamW.
+    warmup_steps: updates over which the learning rate grows linearly from zero.
+    max_grad_norm: gradients are scaled down to this global norm; without one, never.
 
     Raises ValueError for an unknown optimizer, or a number that does not go with it.
     """

@@ -29,9 +29,9 @@ from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
 from launch.command import say
-from launch.demo import RECIPES
 from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
 
+RECIPES = {"style": "emoji_contexts", "object": "emoji_object"}  # what the figures of the documents are of
 PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
 CONTROL_SHARE = 0.25  # the controls' figures need less precision
 TARGETS = "neon style; ink style; pop art style; a cat; a rose; a pizza; a rocket; a robot"

@@ -42,7 +42,7 @@ def command(record: Erasure, *, config: str | None = None, known: Mapping[str, A
         return ""  # texts that hold a separator can be given in Python alone
     known, method = dict(known or {}), str(recipe.get("method", "esd"))
     if config is None:
-        config = testbed.default_config(recipe.get("base"), method)
+        config = _usual_config(record, method)
     names = [name for name in FIRST if name in recipe] + [name for name in recipe if name not in FIRST]
     words = ["esd-jax erase", f"--config={shlex.quote(config)}"]
     for name in names:
@@ -52,6 +52,13 @@ def command(record: Erasure, *, config: str | None = None, known: Mapping[str, A
             continue
         words.append(f"--config.{name}={shlex.quote(str(setting))}")
     return " ".join([*words, "--config.output_dir=runs/again"])
+
+
+def _usual_config(record: Erasure, method: str) -> str:
+    """The config of a method: for the base's own testbed, or as its paper has it."""
+    if bed := testbed.of((record.recipe or {}).get("base")):
+        return bed.config(method, bed.kind(record.texts))
+    return "esd_x" if method == "esd" else method
 
 
 def facts(evidence: Evidence) -> dict[str, str]:

@@ -1,0 +1,8 @@
+"""`python -m esd_jax VERB` is `esd-jax VERB`."""
+
+import sys
+
+from esd_jax.cli import console
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -1,0 +1,73 @@
+"""`esd-jax completion`: what a shell needs to complete verbs, flags and the names of configs."""
+
+from absl import flags
+
+from esd_jax.cli.common import Verb
+
+USAGE = """\
+  esd-jax completion bash|zsh|fish                   a script with which your shell completes words"""
+BASH = """\
+_esd_jax() {
+  local word=${COMP_WORDS[COMP_CWORD]}
+  if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "VERBS" -- "$word")); return; fi
+  case "${COMP_WORDS[1]}" in
+CASES
+  esac
+  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "$word"))
+}
+complete -o filenames -o nospace -F _esd_jax esd-jax
+"""
+CASE = '    NAME) COMPREPLY=($(compgen -W "WORDS" -- "$word")) ;;'
+ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+SHELLS = ("bash", "zsh", "fish")
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string("shell", [], f"{', '.join(SHELLS)}; also without --shell=.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    if len(values.shell) != 1 or values.shell[0] not in SHELLS:
+        raise ValueError(f"name one shell: {', '.join(SHELLS)}")
+    print(script(values.shell[0]), end="")
+
+
+def script(shell: str) -> str:
+    """The completion script of a shell."""
+    from esd_jax.cli import VERBS
+
+    offered = {name: words(name) for name in VERBS}
+    if shell == "fish":
+        lines = ["complete -c esd-jax -n __fish_use_subcommand -f -a '{}'".format(" ".join(VERBS))]
+        for verb, flags_of in offered.items():
+            wanted = f"__fish_seen_subcommand_from {verb}"
+            lines.append(f"complete -c esd-jax -n '{wanted}' -a '{' '.join(flags_of)}'")
+        return "\n".join(lines) + "\n"
+    cases = "\n".join(CASE.replace("NAME", verb).replace("WORDS", " ".join(w)) for verb, w in offered.items())
+    text = BASH.replace("VERBS", " ".join(VERBS)).replace("CASES", cases)
+    return text if shell == "bash" else ZSH + text
+
+
+def words(verb: str) -> list[str]:
+    """What may follow a verb: its flags, a value's ending in "="; of erase, the fields, configs and kinds, too."""
+    from esd_jax.cli import VERBS
+
+    values = VERBS[verb].defined()
+    found = [f"--{name}" + ("" if values[name].boolean else "=") for name in values]
+    if verb == "erase":
+        from esd_jax import config_files, kinds, recipe
+
+        fields = recipe.field_types()
+        found += [f"--{name}" + ("" if kind is bool else "=") for name, kind in fields.items()]
+        found += [f"--config={name}" for name in config_files.config_names()]
+        found += [f"--kind={kind}" for kind in kinds.KINDS]
+    return sorted(set(found))
+
+
+VERB = Verb(
+    USAGE, define, run, positional="shell", computes=False,
+    examples=(
+        "esd-jax completion bash > ~/.local/share/bash-completion/completions/esd-jax",
+        "esd-jax completion fish > ~/.config/fish/completions/esd-jax.fish",
+    ),
+)  # fmt: skip

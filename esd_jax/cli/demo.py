@@ -1,0 +1,111 @@
+"""`esd-jax demo`: erase a concept from the embedded model, measure, attack and draw it, and write the report."""
+
+import json
+import time
+from pathlib import Path
+
+from absl import flags
+
+from esd_jax.cli.common import Verb, say
+
+USAGE = """\
+  esd-jax demo    ["CONCEPT"] [-o FOLDER]            all of it on the embedded model: erase, measure, attack, report
+                  [--images=60 --attacks=all --random --front]"""
+
+MOMENTS = 6  # of the timeline
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+def define(values: flags.FlagValues) -> None:
+    at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=values)
+    flags.DEFINE_string("config", None, "The recipe; by default the one for the concept.", flag_values=values)
+    flags.DEFINE_integer("images", 20, "To measure of each group and model.", **at_least_1)
+    flags.DEFINE_integer("seed", 1, "Of the images' noise.", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_bool("controls", True, "Also measure a placebo erasure, and the base reseeded.", flag_values=values)
+    flags.DEFINE_list("attacks", ["concept_inversion"], 'Attacks, by their names; "all".', flag_values=values)
+    flags.DEFINE_integer("seeds", 4, "Images of each trial of an attack.", **at_least_1)
+    flags.DEFINE_bool("random", False, "Also attack a model of random weights.", flag_values=values)
+    flags.DEFINE_bool("front", False, "Also measure parts of the weight change.", flag_values=values)
+    flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace an existing output; else it is continued.", flag_values=values)
+
+
+def take_concept(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Makes flags of the concept that stands alone, and of -o."""
+    rest, words = [], iter(argv)
+    for word in words:
+        if word == "-o":
+            word = f"--output={next(words, '')}"
+        elif not word.startswith("-"):
+            word = f"--concept={word}"
+        rest.append(word)
+    return rest
+
+
+def run(values: flags.FlagValues) -> None:
+    from esd_jax import api, dossier, examples, kinds, recipe, runs
+    from esd_jax.demo import groups
+    from esd_jax.demo.testbed import EMOJI
+    from esd_jax.evaluation.report import text
+
+    started = time.monotonic()
+    target = groups.parse_target(values.concept)
+    output = Path(values.output)
+    config = values.config or kinds.config(EMOJI.source, target.concepts, lambda: {})
+    settings = recipe.read(config).to_dict()
+    base = api.load("emoji")
+    say(f"erasing {target.concept!r} from the embedded model, by the recipe {config} ...")
+    shown = {
+        "preview_prompts": "; ".join(prompts[0] for _, prompts in groups.examples(target)),
+        "preview_every": max(1, -(-settings["steps"] // MOMENTS)),
+        "preview_guidance": 3.0,
+    }
+    begun = not values.overwrite and (output / "run.json").is_file()
+    erased = api.erase(
+        base, target.concepts, config=config, output_dir=str(output), overwrite=values.overwrite, resume=begun, **shown
+    )
+    say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
+    sham = None
+    if values.controls:
+        again = time.monotonic()
+        say(f"the placebo: erasing {', '.join(target.sham)!r}, which means nothing, by the same recipe ...")
+        sham = api.erase(base, target.sham, config=config)
+        say(f"the placebo is erased, in {time.monotonic() - again:.0f} s")
+    evidence = output / dossier.EVIDENCE
+    say(f"measuring {values.images} images of each group ...")
+    found = dossier.evaluate(
+        base, erased, "emoji", output_dir=evidence, images=values.images, seed=values.seed, sham=sham, progress=say
+    )
+    say(f"\n{text.summary(found)}\n")
+    examples.save(found, output / examples.PICTURE)
+    if values.attacks:
+        say("attacking ...")
+        names = dossier.ATTACKS if values.attacks == ["all"] else values.attacks
+        attacked = dossier.attack(
+            base, erased, names, output_dir=evidence, seeds=values.seeds, random=values.random, progress=say
+        )
+        say(f"\n{text.summary(attacked)}\n")
+    if values.front:
+        say("measuring parts of the change ...")
+        dossier.front(erased, EMOJI.metric(target.concepts, values.images), STRENGTHS, output_dir=evidence)
+    files = {
+        "report": dossier.report(output),
+        "card": output / "ERASURE.md",
+        "picture": output / examples.PICTURE,
+        "figures": output / "report.json",
+        "model": output / runs.MODEL,
+    }
+    for what, file in files.items():
+        print(f"{what:9}{file}{'  (a diffusers folder)' if what == 'model' else ''}")
+    print(f"all in {time.monotonic() - started:.0f} s")
+
+
+def timing(log: Path) -> str:
+    """Compilation and step time, from the run's log."""
+    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
+    return f"{seconds[0]:.0f} s to compile and make the first step, then {step:.2f} s a step"
+
+
+VERB = Verb(USAGE, define, run, prepare=take_concept)

@@ -1,0 +1,77 @@
+"""Before and after: what an erased model and its base draw of the same prompts at equal seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esd_jax import several
+from esd_jax.demo.picture import Column, before_after
+from esd_jax.erasure import Erasure, texts_of
+from esd_jax.evaluation import store, testbed
+from esd_jax.evaluation.evidence import Evidence, Pair
+from esd_jax.io.diffusers import unmodified
+from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
+
+PICTURE = "before_after.png"
+PART = "examples"  # of the evidence of an erasure
+MOST = 6  # prompts, of a model without a testbed
+SEED = 1
+DRAWN_BY = {"num_steps": 20, "guidance_scale": 7.5}  # a model without a testbed, where its recipe does not say
+
+
+def draw(erased: Pipeline) -> Evidence:
+    """The base's and the erased model's images of a few prompts, at equal seeds.
+
+    The prompts are the testbed's where the base has one that knows the concepts; else those of the recipe's previews,
+    in which {} stands for the concept.
+    """
+    records = erased.provenance.erased
+    record, concepts = (records[-1] if records else Erasure()), texts_of(records)
+    base, bed, recipe = unmodified(erased), testbed.of(erased.provenance.source), record.recipe or {}
+    groups = (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
+    how: Mapping[str, Any] = bed.sampling if bed else _sampling(recipe)
+    prompts = [prompt for _, texts in groups for prompt in texts]
+    before, after = (sample(model, prompts, seed=SEED, sampler="auto", **how) for model in (base, erased))
+    pairs = iter([Pair(*row) for row in zip(prompts, before, after, strict=True)])
+    return Evidence(
+        ", ".join(concepts),
+        record,
+        measured_with={"examples": f"{len(prompts)} prompts at equal seeds ({SEED})", **how},
+        pictures={title: tuple(next(pairs) for _ in texts) for title, texts in groups},
+    )
+
+
+def write(examples: Evidence, picture: Path, evidence: Path) -> Path:
+    """Writes the examples as one picture, and keeps them as a part of the erasure's evidence. Returns the picture."""
+    save(examples, picture)
+    store.save(examples, evidence, PART)
+    return picture
+
+
+def save(evidence: Evidence, picture: Path) -> None:
+    """Writes the pictures of an erasure's evidence as one, before above after."""
+    columns = [
+        (title, [Column(pair.prompt, pair.before, pair.after) for pair in pairs])
+        for title, pairs in evidence.pictures.items()
+    ]
+    before_after(columns).save(picture)
+
+
+def _previewed(recipe: Mapping[str, Any], concepts: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The prompts of a recipe's previews: those that hold the concept, and the others."""
+    templates = several.parts("preview_prompts", recipe.get("preview_prompts")) or ("{}",)
+    own = several.filled([text for text in templates if "{}" in text] or ["{}"], concepts)[:MOST]
+    others = [text for text in templates if "{}" not in text and text not in own][: MOST - len(own)]
+    titled = [(f"erased: {', '.join(concepts)}", list(own)), ("others", others)]
+    return [(title, texts) for title, texts in titled if texts]
+
+
+def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    said = {
+        "num_steps": recipe.get("preview_steps"),
+        "guidance_scale": recipe.get("preview_guidance"),
+        "height": recipe.get("height"),
+        "width": recipe.get("width"),
+    }
+    return DRAWN_BY | {name: value for name, value in said.items() if value is not None}

@@ -1,0 +1,88 @@
+"""Which recipe an erasure starts from: by what the base is, and by what kind of concept is erased.
+
+The same choice in Python, on the command line and in the demo. A config that is named takes its place.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from esd_jax import families, suggest, wording
+from esd_jax.config_files import config_names
+from esd_jax.evaluation import testbed
+from esd_jax.methods import METHODS
+
+KINDS = {
+    "style": "an artist's hand, or another style",
+    "object": "a thing or an animal, whether or not a prompt names it",
+    "person": "a person's likeness",
+    "nudity": "nudity, which prompts rarely name",
+    "attribute": "what something has, there and nowhere else (with from_)",
+}
+# Family -> kind -> config. What a family has no config for takes the nearest: cross-attention where the prompt names
+# the concept, the rest of the network where it may not.
+RECIPES: Mapping[str, Mapping[str, str]] = {
+    "SD 1": {kind: f"sd14_{kind}" for kind in KINDS},
+    "SD 2": {kind: "sd21_object" if kind in ("object", "nudity") else "sd21_style" for kind in KINDS},
+    "SDXL": {kind: "sdxl_object" if kind in ("object", "nudity") else "sdxl_style" for kind in KINDS},
+}
+NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
+
+
+def check(kind: str | None, method: str | None = None) -> None:
+    """Raises ValueError, with the closest known one, for an unknown kind; a method may have more of them."""
+    if kind is not None and kind not in KINDS and f"{method}_{kind}" not in config_names():
+        raise ValueError(f"kind={kind!r} is unknown; {suggest.did_you_mean(kind, KINDS)}")
+
+
+def told(source: Any, concepts: Sequence[str]) -> str | None:
+    """The kind of some concepts where the base, or the words themselves, leave no doubt; else None.
+
+    Args:
+      source: where the base came from ("emoji", a folder, a hub id).
+      concepts: the texts to erase.
+    """
+    if any(wording.names(word, text) for text in concepts for word in NUDITY):
+        return "nudity"
+    if concepts and all(wording.names("style", text) for text in concepts):
+        return "style"
+    bed = testbed.of(source)
+    return bed.kind(concepts) if bed and concepts else None
+
+
+def config(
+    source: Any,
+    concepts: Sequence[str],
+    configs: Callable[[], families.Configs],
+    *,
+    kind: str | None = None,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The name of the config that `erase` starts from.
+
+    Args:
+      source: where the base came from ("emoji", a folder, a hub id).
+      concepts: the texts to erase; none if the config is to say it.
+      configs: gives the base's configs, of which the family is told; called only if it matters.
+      kind: of the concepts, one of `KINDS`; by default what `told` says, or "style".
+      fields: of the recipe, as the user gives them; `method` is one of `METHODS`, by default "esd".
+
+    Raises ValueError for an unknown kind or method, or an attribute without the place that it is erased from.
+    """
+    method = fields.get("method")
+    check(kind, method)
+    if kind == "attribute" and not fields.get("from_"):
+        raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
+    kind = kind or told(source, concepts) or "style"
+    if bed := testbed.of(source):
+        return bed.config(method or "esd", kind)
+    if method not in (None, "esd"):
+        return own if (own := f"{method}_{kind}") in config_names() else method
+    return RECIPES[model(configs())][kind] if model(configs()) in RECIPES else {"style": "esd_x"}.get(kind, "esd_u")
+
+
+def model(configs: families.Configs) -> str:
+    """What `RECIPES` calls a base: its family, of which SD 2 is apart for its other text encoder."""
+    return families.of(configs).called(configs)

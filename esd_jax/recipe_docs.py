@@ -1,0 +1,73 @@
+"""What each field of a recipe means, read from where it is written: the docstrings of the classes that have it."""
+
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, get_args
+
+from esd_jax.erasure import Concept
+from esd_jax.methods import METHODS
+from esd_jax.recipe import PARTS, SEVERAL, Recipe
+from esd_jax.training.loop import Training
+from esd_jax.training.step import Optimizer
+
+
+@dataclass(frozen=True)
+class Described:
+    """One field: its flat name, its type in words, its default, what it means, and the method that alone has it."""
+
+    name: str
+    kind: str
+    default: Any
+    text: str
+    method: str = ""
+
+
+def described() -> list[Described]:
+    """Every flat field: those that all recipes have, then the settings of each method."""
+    shared = [*_concepts(), *_fields(Recipe, ""), *_fields(Optimizer, ""), *_fields(Training, "")]
+    return [*shared, *(one for method, settings in METHODS.items() for one in _fields(settings, method))]
+
+
+def sections(cls: type) -> dict[str, str]:
+    """Field -> the words that a class's docstring has for it ("" where it has none), on one line."""
+    names = [f.name for f in fields(cls)]
+    text = inspect.getdoc(cls) or ""
+    # "name: what it is", where a line or a sentence begins; several that share their words are separated by commas.
+    name = "|".join(names)
+    heads = list(re.finditer(rf"(?:^|(?<=\. ))((?:{name})(?:, (?:{name}))*): ", text, re.MULTILINE))
+    found = dict.fromkeys(names, "")
+    for head, end in zip(heads, [*(head.start() for head in heads[1:]), len(text)], strict=False):
+        body = text[head.end() : end].partition("\n\n")[0]
+        found |= dict.fromkeys(head[1].split(", "), " ".join(body.split()))
+    return found
+
+
+def _fields(cls: type, method: str) -> Iterator[Described]:
+    texts = sections(cls)
+    for f in fields(cls):
+        if cls is not Recipe or f.name not in (*PARTS, "concepts", "spelling"):
+            kind = str if f.name in SEVERAL else f.type
+            yield Described(f.name, _kind(kind), _default(f), texts[f.name], method)
+
+
+def _concepts() -> Iterator[Described]:
+    texts = sections(Concept)
+    for f in fields(Concept):
+        name = "concept" if f.name == "text" else f.name
+        several = 'several are separated by ";"' if name == "concept" else 'once for all concepts, or for each, by ";"'
+        kind = "number" if name == "strength" else "text"
+        yield Described(name, kind, _default(f) or None, f"{texts[f.name].rstrip('.')}; {several}.")
+
+
+def _default(f: Field) -> Any:
+    return None if f.default is MISSING else f.default
+
+
+def _kind(annotation: Any) -> str:
+    """A type as the command line speaks of it."""
+    if isinstance(annotation, types.UnionType):
+        annotation = get_args(annotation)[0]
+    return {int: "whole number", float: "number", bool: "switch"}.get(annotation, "text")

@@ -1,0 +1,108 @@
+"""Evaluating, reporting and attacking runs from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from evaluated import base_and_run, same
+from safetensors.numpy import load_file
+
+from esd_jax import cli, dossier
+from esd_jax.evaluation import seen, store
+from esd_jax.io.safetensors import read_header
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return base_and_run(tmp_path_factory.mktemp("models"))
+
+
+def esd(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_evaluate_a_run_and_go_on(models, capsys):
+    _, _, folder = models
+    run = folder / "run"
+    options = ("--protocol=smoke", "--images=3", "--num_steps=2", "--batch_size=3")
+    assert esd("evaluate", run, *options) == 0
+    out = capsys.readouterr().out
+    assert "SSIM (7) to the base's images" in out and str(run / "evidence") in out
+    kept = json.loads((run / "evidence" / "evaluation-smoke.json").read_text())
+    assert (
+        kept["record"]["concepts"][0]["text"] == "cat" and "3 images of each model" in kept["measured_with"]["protocol"]
+    )
+    assert len(list((run / "evidence" / "images" / "erased").glob("*.png"))) == 3
+    assert esd("evaluate", run, *options) == 0 and "3 of 3" not in capsys.readouterr().out  # nothing is drawn again
+    assert json.loads((run / "evidence" / "evaluation-smoke.json").read_text()) == kept
+    assert same(dossier.gathered(run).tables, store.load(run / "evidence" / "evaluation-smoke.json").tables)
+    # The same by the model's folder, which does not know its base.
+    assert esd("evaluate", run / "model", *options) == 2
+    assert "--output is required" in capsys.readouterr().err
+    assert esd("evaluate", run / "model", *options, f"--output={folder / 'x'}") == 2
+    assert "give the base" in capsys.readouterr().err
+    assert esd("evaluate", folder / "base", run / "model", *options, f"--output={folder / 'x'}") == 0
+    again = json.loads((folder / "x" / "evaluation-smoke.json").read_text())
+    assert again["tables"] == kept["tables"]
+
+
+def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
+    _, _, folder = models
+    run = folder / "run"
+    assert esd("report", run) == 0 and str(run / "report.html") in capsys.readouterr().out
+    page, card = (run / "report.html").read_text(), (run / "ERASURE.md").read_text()
+    assert "cat" in page and "--config.steps=2" in page and "http-equiv" in page
+    assert "# cat, erased from" in card and str(folder) not in card + page
+    report = json.loads((run / "report.json").read_text())
+    assert len(report["weights"]) > 0 and [m["step"] for m in report["timeline"]] == [0, 1, 2]
+    assert report["timeline_prompts"] == ["cat", "dog"]
+    # The same facts are in the files that were erased from, and in what is exported later; tensors stay as they are.
+    assert esd("export", f"--run={run}", f"--output={tmp_path / 'd.safetensors'}", "--format=delta") == 0
+    (delta,) = run.glob("*.safetensors")
+    unet, encoder = (run / "model" / name / "model.safetensors" for name in ("unet", "text_encoder"))
+    unet = unet.with_name("diffusion_pytorch_model.safetensors")
+    for file in (unet, delta, tmp_path / "d.safetensors"):
+        told = read_header(file).metadata
+        assert told["esd_jax.erased"] == "cat" and told["esd_jax.attacked"] == "no" and "esd_jax" in told
+        assert told["esd_jax.measured"] == ("yes" if (run / "evidence" / "evaluation-smoke.json").exists() else "no")
+    assert "esd_jax.erased" not in read_header(encoder).metadata
+    before, after = (load_file(file) for file in (delta, tmp_path / "d.safetensors"))
+    assert all((before[name] == after[name]).all() for name in before) and before.keys() == after.keys()
+    told = read_header(unet).metadata
+    assert esd("report", run) == 0 and read_header(unet).metadata == told
+    assert esd("compare", run, f"--output={tmp_path / 'c.html'}") == 2
+    assert "two runs" in capsys.readouterr().err
+    assert esd("compare", run, run, f"--output={tmp_path / 'c.html'}") == 0 and (tmp_path / "c.html").stat().st_size > 0
+    assert esd("report", tmp_path) == 2 and "evaluate it first" in capsys.readouterr().err
+
+
+def test_attacks_need_a_goal(models, capsys):
+    _, _, folder = models
+    assert esd("attack", folder / "run") == 2 and "attacks need a goal" in capsys.readouterr().err
+    for flags, words in (
+        (("--attacks=magic",), "attack='magic' is unknown"),
+        (("--set=p4d.steps",), "--set=p4d.steps is not ATTACK.FIELD=VALUE"),
+        (("--prompts=cat", "--detector=magic"), "unknown detector 'magic'"),
+    ):
+        assert esd("attack", folder / "run", *flags) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_path):
+    _, _, folder = models
+    fields = {"base": folder / "base", "concept": "cat", "steps": 6, "subset": "esd-x-strict", "sampling_steps": 4,
+              "timestep_mode": "grid", "output_dir": tmp_path / "run"}  # fmt: skip
+    run = ("erase", "--config=esd_x", "--nopictures", *(f"--config.{name}={value}" for name, value in fields.items()))
+    looked = []
+
+    def nothing(name, concept):
+        assert (name, concept) == ("nudenet", "cat")
+        return lambda images: np.zeros(len(looked.append(images) or images), bool), "nothing"
+
+    monkeypatch.setattr(seen, "detector", nothing)
+    look = ("--stop_every=2", "--stop_images=3", "--stop_detector=nudenet", "--stop_prompts=a cat; one cat")
+    assert esd(*run, *look, "--stop_below=0.1") == 0
+    assert len(looked) == 1 and len(looked[0]) == 3
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert esd(*run, *look, "--overwrite", "--stop_below=2") == 2 and "0..1" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Parts of attacks by hand: projections, goals, prompts, presets and rates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from attacked import goal, scored
+from esd_world import SCHEDULE
+from messages import one_line
+from words import tokens
+
+from esd_jax.erasing.textual_inversion import TABLE
+from esd_jax.evaluation.attacks import (
+    ATTACKS,
+    Goal,
+    p4d,
+    preset,
+    prompts,
+    ring_a_bell,
+    table,
+    unlearn_diff_atk,
+)
+from esd_jax.evaluation.attacks import adversary as adversaries
+from esd_jax.evaluation.attacks.adversary import padded, usable
+from esd_jax.evaluation.attacks.p4d import P4D
+from esd_jax.evaluation.attacks.ring_a_bell import RingABell
+from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
+
+
+# Their parts by hand
+
+
+def test_children_are_cut_from_two_parents_and_mutants_differ_in_one_place():
+    parents = jnp.arange(10)[:, None] * 100 + jnp.arange(6)
+    pure = RingABell(length=6, population=20, mutation=0.0)
+    people = np.asarray(ring_a_bell.breed(pure, parents, jnp.array([7]), jax.random.key(0)))
+    np.testing.assert_array_equal(people[:10], parents)
+    assert people.shape == (20, 6) and (people % 100 == np.arange(6)).all()
+    places = []
+    for a, b in zip(people[10:15] // 100, people[15:] // 100, strict=True):
+        assert len({frozenset(pair) for pair in zip(a.tolist(), b.tolist(), strict=True)}) == 1  # both have one origin
+        cuts = [np.flatnonzero(np.diff(child)).tolist() for child in (a, b)]
+        assert cuts[0] == cuts[1] and len(cuts[0]) <= 1
+        places += cuts[0]
+    assert len(set(places)) > 1
+    mutants = np.asarray(
+        ring_a_bell.breed(RingABell(length=6, mating=0.0, mutation=1.0), parents, jnp.array([7]), jax.random.key(1))
+    )
+    changed = mutants != np.asarray(parents)
+    assert (changed.sum(axis=1) == 1).all() and (mutants[changed] == 7).all() and len(set(changed.argmax(axis=1))) > 2
+
+
+def test_projections_by_hand():
+    may = jnp.array([True, True, True, False])
+    rows = jnp.array([[0.5, 0.3, 0.2, 0.9], [2.0, 0.5, 0.0, 9.0], [0.6, 0.6, -1.0, 0.0], [-3.0, -3.0, -3.0, 5.0]])
+    wanted = [[0.5, 0.3, 0.2, 0], [1, 0, 0, 0], [0.5, 0.5, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0]]
+    np.testing.assert_allclose(unlearn_diff_atk.project(rows, may), wanted, atol=1e-6)
+    words = jnp.array([[1.0, 0.0], [0.0, 0.1], [-5.0, 0.0], [3.0, 3.0]])
+    embeddings = jnp.array([[9.0, 1.0], [0.1, 1.0], [-1.0, 0.2], [1.0, 1.1]])
+    assert p4d.nearest(embeddings, words, may).tolist() == [0, 1, 2, 1]  # by direction; the last would be 3
+
+
+def test_where_tokens_are_put():
+    assert p4d.arrange([1, 2, 3, 4, 5, 6], [91, 92, 93], 3) == [91, 1, 2, 3, 92, 4, 5, 6, 93]
+    assert p4d.arrange([1, 2, 3, 4], [91, 92], 3) == [91, 1, 2, 3, 92, 4]
+    assert p4d.arrange([1, 2], [91, 92], None) == [91, 92]
+    assert padded(tokens, [5, 6]).tolist() == [0, 5, 6, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match=one_line("6 tokens", "5", "length")):
+        padded(tokens, range(6))
+    assert usable(tokens, {TABLE: np.zeros((5, 2))}).tolist() == [False, False, True, True, True]
+
+
+def test_the_timesteps_of_unlearn_diff_atk():
+    assert unlearn_diff_atk.times(50, SCHEDULE).tolist() == list(range(10, 1000, 20))
+    with pytest.raises(ValueError, match=one_line("num_times=1001", "1000")):
+        unlearn_diff_atk.times(1001, SCHEDULE)
+
+
+def test_weight_decay_is_part_of_the_gradient():
+    tx = unlearn_diff_atk.transformation(UnlearnDiffAtk(learning_rate=0.1, weight_decay=0.5))
+    updates, _ = tx.update(jnp.array([1.0, -0.2]), tx.init(jnp.array([1.0, 1.0])), jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(optax.apply_updates(jnp.ones(2), updates), [0.9, 0.9], rtol=1e-5)  # signs of 1.5 and 0.3
+
+
+# Goals, prompts and presets
+
+
+def test_goals():
+    made = goal()
+    assert made.neutral == ("a cat", "the dog") and made.templates == ("a cat in {concept}", "the dog, {concept}")
+    np.testing.assert_array_equal(made.of(1), made.images[[1, 3]])
+    assert goal("a cat", ("a cat in ink style", "a cat"), 2).neutral == ("ink style", "")
+    assert goal("Van Gogh", ("a painting in the style of Van Gogh",), 1).neutral == ("a painting",)
+    assert goal(neutral=("x", "y")).neutral == ("x", "y")
+    beside = goal("cat", ("two cats in a cathedral",), 1)
+    assert beside.neutral == ("two in a cathedral",) and beside.templates == ("two {concept}s in a cathedral",)
+    for fields, said in (
+        ({"texts": ("a cat",)}, ("'a cat'", "'neon style'")),
+        ({"concept": "cat", "texts": ("a cathedral",), "n": 1}, ("'a cathedral'", "'cat'")),
+        ({"texts": ()}, ("no prompts",)),
+        ({"n": 1}, ("1 images for 2 prompts",)),
+        ({"neutral": ("x",)}, ("1 neutral prompts for 2",)),
+    ):
+        with pytest.raises(ValueError, match=one_line(*said)):
+            goal(**fields)
+    with pytest.raises(ValueError, match=one_line("uint8", "float64")):
+        Goal("cat", ("cat",), np.zeros((1, 8, 8, 3)), len)
+
+
+def test_files_of_prompts(tmp_path):
+    lines, column = tmp_path / "list.txt", tmp_path / "list.csv"
+    lines.write_text("a cat\n\n  a   dog \n")
+    column.write_text('case,prompt,seed\n1,"a cat, sitting",5\n2,a dog,6\n')
+    assert prompts.read(lines) == ("a cat", "a dog") and prompts.read(column) == ("a cat, sitting", "a dog")
+    column.write_text("case,text\n1,a cat\n")
+    with pytest.raises(ValueError, match=one_line("list.csv", "'prompt'", "case, text")):
+        prompts.read(column)
+    lines.write_text("\n")
+    with pytest.raises(ValueError, match=one_line("list.txt", "no prompts")):
+        prompts.read(lines)
+    with pytest.raises(FileNotFoundError, match=one_line("none.txt")):
+        prompts.read(tmp_path / "none.txt")
+
+
+def test_presets():
+    assert preset("p4d", "paper_k").every == 3 and preset("p4d", "emoji", keep=2).keep == 2
+    assert preset("unlearn_diff_atk") == UnlearnDiffAtk(tokens=3, num_times=50, iterations=40)
+    for name, settings in ATTACKS.items():
+        assert preset(name, "emoji") and preset(name) == settings()
+    for given, said in (
+        (("p5d", "paper"), ("'p5d'", "p4d")),
+        (("p4d", "big"), ("'big'", "paper_k")),
+    ):
+        with pytest.raises(ValueError, match=one_line(*said)):
+            preset(*given)
+    with pytest.raises(ValueError, match=one_line("'iteration'", "'iterations'")):
+        preset("p4d", iteration=3)
+    for settings, fields in ((P4D, {"iterations": 70}), (P4D, {"every": 0}), (RingABell, {"mating": 2.0})):
+        with pytest.raises(ValueError, match=one_line(*(f"{k}={v}" for k, v in fields.items()))):
+            settings(**fields)
+
+
+# Cases
+
+
+def test_cases_are_searched_in_turn():
+    asked = []
+
+    def search(a, b):
+        asked.append(a.tolist())
+        return {"sum": jnp.asarray(a + b)}
+
+    found = adversaries.in_turn(search, (np.arange(5), np.arange(5) * 10), 2)
+    assert asked == [[0, 1], [2, 3], [4, 4]] and found["sum"].tolist() == [0, 11, 22, 33, 44]
+    asked.clear()
+    assert adversaries.in_turn(search, (np.arange(2), np.arange(2)), 8)["sum"].tolist() == [0, 2] and asked == [[0, 1]]
+
+
+# Rates
+
+
+def test_rates_by_hand():
+    one = scored("a", [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]], (0, 0, 0, 1))
+    assert one.k == 3 and one.single_shot().value == pytest.approx(3 / 12) and one.single_shot().n == 12
+    assert one.any_of().value == pytest.approx(3 / 6) and one.any_of(1).value == pytest.approx(2 / 6)
+    chance = scored("random prompts", [[0, 0], [0, 1], [0, 0], [1, 1]], (0,) * 4)
+    assert [chance.any_of(k).value for k in (1, 2, 4)] == [0, 0.5, 1] and chance.any_of().n == 2
+    assert chance.single_shot().low > 0 and chance.single_shot().high < 1  # of four prompts, not of one
+
+
+def test_the_table_gives_random_prompts_the_budget_of_the_attack():
+    base = [scored("own", [[1, 1]], (0,)), scored("found", [[1, 1], [0, 0]], (0, 0))]
+    erased = [
+        scored("own", [[0, 0]], (0,)),
+        scored("found", [[0, 1], [1, 0]], (0, 0)),
+        scored("big", [[1]] * 9, (0,) * 9),
+    ]
+    made = table({"base": base, "erased": erased}, scored("random prompts", [[0, 0], [0, 1]], (0, 0)))
+    assert made.columns == made.percent == ("base", "erased", "random prompts")
+    rows = {label: [c if c is None else c.value for c in cells] for label, cells in made.rows}
+    assert rows == {
+        "own": [1, 0, 0.25],
+        "found": [0.5, 0.5, 0.25],
+        "found, any of 2": [1, 1, 0.5],
+        "big": [None, 1, 0.25],
+        "big, any of 9": [None, 1, None],
+    }
+    assert table({"base": base}).columns == ("base",)

@@ -1,0 +1,173 @@
+"""The house: imports point downwards, and each third-party library has one room."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from paths import KINDS, ROOT, TESTS
+
+from esd_jax.cli import VERBS
+from esd_jax.methods import METHODS
+
+FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
+MODEL_CARD = ROOT / "esd_jax" / "demo" / "model" / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CARD])
+
+# Floors from the ground up; a module imports only from below.
+FLOORS = [
+    {"display", "inputs", "lazy", "picture_grid", "suggest"},
+    {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
+    {"params"},
+    {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
+    {"families"},
+    {"erasing", "pipeline"},
+    {"methods"},
+    {"conditionings"},
+    {"sampling"},
+    {"training", "io"},
+    {"recipe", "evaluation"},
+    {"demo", "exports", "runs"},
+    {"examples", "kinds", "loading", "planning"},
+    {"api", "recipe_docs"},
+    {"dossier", "search"},
+    {"attacks", "formats", "guidance"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
+# Library -> the only places that may import it.
+ONLY_IN = {
+    "flax": {"models", "params", "demo/probe"},
+    "orbax": {"training/checkpoint"},
+    "ml_collections": {"config_files", "recipe", "cli"},
+    "huggingface_hub": {"io/hub"},
+    "absl": {"cli"},
+    "torch": {"evaluation/judges"},
+    **dict.fromkeys(("cv2", "nudenet", "onnxruntime"), {"evaluation/judges/detectors"}),
+    "diffusers": set(),
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "esd_jax").parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted names of everything a file imports, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    mine = room(path)
+    for name in imports(path):
+        if not name.startswith("esd_jax."):
+            continue
+        other = name.split(".")[1]
+        assert other == mine or floor(other) < floor(mine), f"{mine} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_each_library_has_its_room(path):
+    place = str(path.relative_to(ROOT / "esd_jax").with_suffix(""))
+    for name in imports(path):
+        if (rooms := ONLY_IN.get(name.split(".")[0])) is not None:
+            assert any(place == allowed or place.startswith(allowed + "/") for allowed in rooms), f"{place}: {name}"
+
+
+def test_the_training_loop_stands_on_step_checkpoint_and_log():
+    order = {"loop": {"step", "checkpoint", "log"}, "checkpoint": {"step"}}
+    order |= {"plan": {"shapes", "liveness", "flops"}, "collectives": {"hlo"}}
+    order |= {"ahead": {"shapes", "plan", "collectives", "flops", "hlo"}}
+    for package in ("training", "planning"):
+        for path in (ROOT / "esd_jax" / package).glob("*.py"):
+            own = [name.split(".")[2:] for name in imports(path) if name.startswith(f"esd_jax.{package}.")]
+            # `from package import module`, and `from package.module import name`
+            found = {parts[0] for parts in own}
+            assert found <= order.get(path.stem, set()), path.name
+
+
+def test_a_new_method_is_one_file_and_one_line():
+    """What carries an erasure out knows no method by its name, or by its module."""
+    for path in (
+        *(ROOT / "esd_jax" / "training").glob("*.py"),
+        *(ROOT / "esd_jax" / "runs").glob("*.py"),
+        *(ROOT / "esd_jax" / "planning").glob("*.py"),
+        ROOT / "esd_jax" / "lora.py",
+    ):
+        modules = {name.split(".")[2] for name in imports(path) if name.startswith("esd_jax.methods.")}
+        assert not modules & set(METHODS), path.name
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not constants & set(METHODS), path.name
+
+
+def anchors(document: Path) -> set[str]:
+    """What links to a document's headings end in, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_documents_link_to_what_exists(document):
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
+
+
+def test_what_contributors_are_sent_to_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [path for path in re.findall(r"`([\w./]+/[\w.]+\.\w+)`", text) if "NAME" not in path]
+    assert len(paths) > 20
+    for path in paths:
+        places = (ROOT, ROOT / "esd_jax", ROOT / "esd_jax" / "diffusion")
+        assert any((place / path).exists() for place in places), path
+    for name, path in re.findall(r"`(\w+)`\s+in\s+`([\w./]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
+
+
+def test_the_commands_of_launch_that_are_mentioned_exist():
+    kinds = {".md", ".py", ".ipynb", ".sh", ".sbatch", ".yaml", ".yml"}
+    places = ("configs", "docs", "esd_jax", "launch", "notebooks", ".github")
+    files = [path for place in places for path in (ROOT / place).rglob("*") if path.suffix in kinds]
+    mentioned = 0
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / ".ci" / "run", *files):
+        text = file.read_text()
+        for name, verb in re.findall(r"python3? -m (launch(?:\.\w+)*)(?: (\w+))?", text):
+            module = ROOT / name.replace(".", "/")
+            assert module.with_suffix(".py").exists() or (module / "__main__.py").exists(), f"{file}: {name}"
+            assert name != "launch" or verb in ("", "VERB", *VERBS), f"{file}: {name} {verb}"
+            mentioned += 1
+        for name in re.findall(r"\blaunch/[\w/]+\.\w+", text):
+            assert (ROOT / name).exists(), f"{file}: {name}"
+    assert mentioned > 30
+
+
+def test_files_stay_short():
+    for path in (*FILES, *TESTS.rglob("*.py")):
+        lines, most = len(path.read_text().splitlines()), 300 if path.is_relative_to(TESTS / "support") else 330
+        assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_tests_lie_by_their_kind_and_share_through_support_alone():
+    for path in TESTS.rglob("*.py"):
+        place = path.relative_to(TESTS).parts[0]
+        assert path.name == "conftest.py" or path.name.startswith("test_") == (place in KINDS), path
+        shared = [name for name in imports(path) if name.split(".")[0].startswith(("test_", "conftest"))]
+        assert not shared, f"{path.relative_to(ROOT)} imports {shared}: what files share goes into tests/support"
+    names = [path.name for kind in KINDS for path in (TESTS / kind).rglob("test_*.py")]
+    assert len(names) == len({*names}), "two files of one name cannot be imported side by side"

@@ -1,0 +1,140 @@
+"""What a person types after `esd-jax erase`, sorted into fields of the recipe."""
+
+import pytest
+from absl import flags
+from messages import one_line
+
+from esd_jax import cli, kinds, recipe, recipe_docs
+from esd_jax.cli import words
+from esd_jax.methods import METHODS
+
+NEON = {"base": "emoji", "concept": "neon style"}
+TYPED = {
+    "emoji|neon style": (NEON, []),
+    "neon style": ({"concept": "neon style"}, []),
+    "emoji|neon style|-o|out/neon": (NEON | {"output_dir": "out/neon"}, []),
+    "emoji|--output=out/neon|neon style": (NEON | {"output_dir": "out/neon"}, []),
+    "emoji|neon style|--steps=3|--eta|2": (NEON | {"steps": "3", "eta": "2"}, []),
+    "emoji|neon style|--config.steps=3|-config.eta|2": (NEON | {"steps": "3", "eta": "2"}, []),
+    "--config=emoji|--config.concept=neon style": ({"concept": "neon style"}, []),
+    "emoji|neon style|--remat|--nofix_k0": (NEON | {"remat": "true", "fix_k0": "false"}, []),
+    "emoji|neon style|--config.remat|--noconfig.fix_k0": (NEON | {"remat": "true", "fix_k0": "false"}, []),
+    "emoji|neon style|--dry_run|--arch|sd14|--nopictures": (NEON, ["--dry_run", "--arch", "sd14", "--nopictures"]),
+    "emoji|--|--steps": ({"base": "emoji", "concept": "--steps"}, []),
+    "emoji|--concept=neon style": ({"base": "emoji", "concept": "neon style"}, []),
+    "org/name|a cat; a dog": ({"base": "org/name", "concept": "a cat; a dog"}, []),
+    "emoji|neon style|--images=x.png|--export=lora,single": (NEON | {"images": "x.png"}, ["--export=lora,single"]),
+}
+
+
+def read(typed: list[str]) -> words.Words:
+    types = recipe.field_types()
+    found = words.read(typed, cli.VERBS["erase"].defined(), types, {n for n, kind in types.items() if kind is bool})
+    words.place(found)
+    return found
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_words_become_fields_and_flags(typed):
+    found = read(typed.split("|"))
+    assert (found.fields, found.rest) == TYPED[typed]
+    assert found.config == ("emoji" if "--config=emoji" in typed else None)
+
+
+def test_no_field_is_called_like_a_flag():
+    """But `kind`: the flag chooses a recipe, and with --config it is the field of that name."""
+    own = set(cli.VERBS["erase"].defined())
+    assert not own & set(recipe.field_types()) and {"config", "kind"}.isdisjoint(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "words_"),
+    [("steps", "two", int, ["--steps=two", "whole number"]), ("eta", "big", float, ["--eta=big", "a number"]),
+     ("remat", "maybe", bool, ["--remat=maybe", "true or false"])],
+)  # fmt: skip
+def test_texts_of_another_type(name, text, kind, words_):
+    with pytest.raises(ValueError, match=one_line(*words_)):
+        words.check_type(name, text, kind)
+
+
+@pytest.mark.parametrize(
+    ("concept", "folder"),
+    [("neon style", "runs/neon-style"), ("a cat; a dog", "runs/a-cat-a-dog"), ("猫", "runs/猫"), ("!", "runs/erased")],
+)
+def test_the_folder_of_a_run_that_nobody_named(concept, folder):
+    assert str(words.folder_of(concept)) == folder
+
+
+def parsed(*typed: str) -> flags.FlagValues:
+    return cli.VERBS["erase"].parse("erase", list(typed))
+
+
+def test_the_recipe_follows_from_base_and_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    style, thing = parsed("emoji", "neon style", "--steps=7"), parsed("a cat")
+    assert (style.config_name, thing.config_name) == ("emoji_contexts", "emoji_object")
+    assert (style.config.steps, style.config.concept, style.config.output_dir) == (7, "neon style", "runs/neon-style")
+    assert (thing.config.base, thing.config.subset) == ("emoji", "noxattn")
+    assert "for style" in style.chosen and "--kind" in style.chosen
+    assert parsed("a cat", "--method=uce").config_name == "emoji_uce_object"
+    assert parsed("a cat", "--kind=style").config_name == "emoji_contexts"
+    assert parsed("a cat", "--config=emoji").config.concept == "a cat"
+    named = parsed("--config=ablating_object", "a cat", "--kind=style")  # a setting of that method
+    assert (named.config_name, named.config.kind) == ("ablating_object", "style")
+
+
+def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a-cat").mkdir(parents=True)
+    (tmp_path / "runs" / "a-cat" / "run.json").touch()
+    with pytest.raises(FileExistsError, match=one_line("runs/a-cat", "--resume", "--overwrite", "-o")):
+        parsed("a cat")
+    for allowed in ("--resume", "--overwrite", "--dry_run"):
+        assert parsed("a cat", allowed).config.output_dir == "runs/a-cat"
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("sd14", ["sd14_style", "sd14_object", "sd14_person", "sd14_nudity", "sd14_attribute"]),
+        ("sd21", ["sd21_style", "sd21_object", "sd21_style", "sd21_object", "sd21_style"]),
+        ("sdxl", ["sdxl_style", "sdxl_object", "sdxl_style", "sdxl_object", "sdxl_style"]),
+    ],
+)
+def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
+    from esd_jax import api
+
+    def config(**options):
+        return kinds.config("x/y", ["Van Gogh"], lambda: api.architecture(arch)[0], **options)
+
+    assert [config(kind=kind, fields={"from_": "a man"}) for kind in kinds.KINDS] == expected
+    assert config() == expected[0]
+    assert set(expected) <= set(recipe.config_names())
+    assert config(fields={"method": "ablating"}, kind="object") == "ablating_object"
+    assert config(fields={"method": "uce"}, kind="object") == "uce"
+
+
+def test_words_that_leave_no_doubt():
+    assert kinds.told("x/y", ["Nudity"]) == kinds.told("emoji", ["a naked man"]) == "nudity"
+    assert kinds.told("x/y", ["cubist style"]) == "style" and kinds.told("x/y", ["a cat"]) is None
+    assert kinds.told("emoji", ["a cat"]) == kinds.told("emoji", ["a unicorn"]) == "object"
+    assert kinds.told("emoji", ["neon"]) == "style" and kinds.told("emoji", []) is None
+
+
+def test_every_field_is_described():
+    described = recipe_docs.described()
+    assert {one.name for one in described} == set(recipe.field_types())
+    assert not [one.name for one in described if not one.text]
+    eta = next(one for one in described if (one.method, one.name) == ("esd", "eta"))
+    assert (eta.kind, eta.default) == ("number", 1.0) and eta.text.startswith("strength.")
+    assert {one.method for one in described} == {"", *METHODS}
+
+
+def test_templates_of_previews():
+    plan = recipe.make(concept="Monet; Dali", preview_prompts="a painting by {}; a cat; Monet")
+    assert plan.previews == ("a painting by Monet", "a painting by Dali", "a cat", "Monet")
+    assert recipe.make(concept="Monet").previews == ("Monet",)
+    for name in recipe.config_names():
+        config = recipe.read(name)
+        if texts := config.get("preview_prompts"):
+            assert "{}" in texts or name == "sd14_nudity"
