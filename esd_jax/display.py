@@ -13,8 +13,8 @@ CELL = "text-align:left;vertical-align:top;padding:.1em 1em .1em 0;border:none;b
 
 def line(kind: str, name: str, facts: Iterable[str]) -> str:
     """ "<KIND NAME: FACT, FACT>", cut where it would be longer than `WIDTH`."""
-    said = ", ".join(fact for fact in facts if fact)
-    return f"<{shortened(f'{kind} {name}' + (f': {said}' if said else ''), WIDTH - 2)}>"
+    text = ": ".join(filter(None, [f"{kind} {name}", ", ".join(filter(None, facts))]))
+    return f"<{shortened(text, WIDTH - 2)}>"
 
 
 def shortened(text: str, width: int) -> str:

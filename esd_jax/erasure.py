@@ -162,9 +162,9 @@ class Erasure:
     def summary(self) -> str:
         """In a few words what was erased and how: "neon style (esd, 300 steps)"."""
         steps = f"{self.step} steps" if self.step else None
-        how = [(self.recipe or {}).get("method"), steps, self._file, "a merge" if self.merged else None]
-        said = f"({', '.join(map(str, filter(None, how)))})" if any(how) else ""
-        return " ".join(filter(None, [", ".join(self.texts), said]))
+        details = [(self.recipe or {}).get("method"), steps, self._file, "a merge" if self.merged else None]
+        how = f"({', '.join(map(str, filter(None, details)))})" if any(details) else ""
+        return " ".join(filter(None, [", ".join(self.texts), how]))
 
     @property
     def _file(self) -> str | None:

@@ -65,8 +65,8 @@ def load(
         a LoRA without `base`, the call that opens it.
     """
     compile_cache.use()
-    given = {"dtype": dtype, "variant": variant, "revision": revision, "config": config, "ema": ema}
-    reading = {name: value for name, value in given.items() if value}
+    options = {"dtype": dtype, "variant": variant, "revision": revision, "config": config, "ema": ema}
+    reading = {name: value for name, value in options.items() if value}
     if isinstance(base, Pipeline) and reading:
         raise ValueError(f"{next(iter(reading))} says how to read the base's files, but base is loaded already")
     kind, named = _kind(source)
@@ -77,9 +77,9 @@ def load(
             raise ValueError(f"{source} is a whole checkpoint: load it without base")
         return _checkpoint(source, **reading)
     if base is None:
-        told = "" if named else ", where base is the checkpoint that it was made from"
+        which = "" if named else ", where base is the checkpoint that it was made from"
         call = f"load({str(source)!r}, base={repr(named) if named else '...'})"
-        raise ValueError(f"{source} is {kind}, not a whole checkpoint: use {call}{told}")
+        raise ValueError(f"{source} is {kind}, not a whole checkpoint: use {call}{which}")
     return opened(base if isinstance(base, Pipeline) else load(base, **reading), source)
 
 
@@ -118,8 +118,8 @@ def _kind_of_file(header: Header) -> str:
         return "a difference"
     if is_lora(header):
         return "a LoRA"
-    said = recognised.described(map(files.unwrapped, header.entries))
-    return "a delta" if said == recognised.DELTA else ""
+    is_delta = recognised.described(map(files.unwrapped, header.entries)) == recognised.DELTA
+    return "a delta" if is_delta else ""
 
 
 def _records(header: Header) -> tuple[Erasure, ...]:

@@ -247,17 +247,17 @@ def _given(name: str, value: Any, method: str) -> Any:
     return config_dict.placeholder(field_type(name, method)) if value is None else value
 
 
-def method_name(given: Any) -> str:
+def method_name(method: Any) -> str:
     """The name of a method, whatever its case ("ESD", "all-but-one"). Raises ValueError for an unknown one."""
-    if not isinstance(given, str) or not (name := suggest.same(given, METHODS)):
-        raise ValueError(_unknown_method(given))
+    if not isinstance(method, str) or not (name := suggest.same(method, METHODS)):
+        raise ValueError(_unknown_method(method))
     return name
 
 
-def _unknown_method(given: Any) -> str:
-    close = suggest.closest(str(given), METHODS)
+def _unknown_method(method: Any) -> str:
+    close = suggest.closest(str(method), METHODS)
     hint = f"did you mean {close!r}? The methods are" if close else "choose one of"
-    return f"method={given!r} is unknown; {hint} {', '.join(METHODS)}"
+    return f"method={method!r} is unknown; {hint} {', '.join(METHODS)}"
 
 
 def _settings_class(method: str) -> type[Settings]:

@@ -23,13 +23,13 @@ def closest(name: str, choices: Iterable[str]) -> str:
     choices = tuple(choices)
     if alike := same(name, choices):
         return alike
-    known, given = {_plain(choice): choice for choice in choices}, _plain(name)
-    begun = [choice for plain, choice in known.items() if plain.startswith(given)] if len(given) > 2 else []
-    initials = [choice for plain, choice in known.items() if "".join(w[0] for w in plain.split("_") if w) == given]
-    for few in (begun, initials if len(given) > 1 else []):
+    known, plain_name = {_plain(choice): choice for choice in choices}, _plain(name)
+    begun = [choice for plain, choice in known.items() if plain.startswith(plain_name)] if len(plain_name) > 2 else []
+    initials = [choice for plain, choice in known.items() if "".join(w[0] for w in plain.split("_") if w) == plain_name]
+    for few in (begun, initials if len(plain_name) > 1 else []):
         if len(few) == 1:
             return few[0]
-    found = difflib.get_close_matches(given, known, n=1)
+    found = difflib.get_close_matches(plain_name, known, n=1)
     return known[found[0]] if found else ""
 
 
@@ -58,7 +58,7 @@ def keywords(
 
     Args:
       elsewhere: what other libraries call an argument -> the parameter ("num_inference_steps" -> "steps"), or what to
-        say of it where there is none.
+        say of it where there is none. Parameters that the function does not have do not count.
       renamed: an argument's name in former versions -> the parameter. It is still taken, with a DeprecationWarning.
 
     For an unknown argument, and for one that is given by both names, the function raises TypeError, as Python does,
@@ -69,13 +69,13 @@ def keywords(
         known = inspect.signature(function).parameters
 
         @functools.wraps(function)
-        def checked(*args: P.args, **given: P.kwargs) -> R:
-            for name in [name for name in given if name not in known]:
-                if (now := renamed.get(name, name)) not in known or now in given:
-                    raise TypeError(_unknown(function.__name__, name, given, known, {**elsewhere, **renamed}))
+        def checked(*args: P.args, **options: P.kwargs) -> R:
+            for name in [name for name in options if name not in known]:
+                if (now := renamed.get(name, name)) not in known or now in options:
+                    raise TypeError(_unknown(function.__name__, name, options, known, {**elsewhere, **renamed}))
                 warnings.warn(f"{name}= is deprecated: it is {now}= now", DeprecationWarning, stacklevel=2)
-                given[now] = given.pop(name)
-            return function(*args, **given)
+                options[now] = options.pop(name)
+            return function(*args, **options)
 
         return checked
 
@@ -83,7 +83,9 @@ def keywords(
 
 
 def _unknown(function: str, name: str, given: Collection[str], known: Collection[str], words: Mapping[str, str]) -> str:
-    meant = words.get(name) or closest(name, known)
+    meant = words.get(name, "")
+    if not meant or (meant.isidentifier() and meant not in known):  # a parameter that other functions have
+        meant = closest(name, known)
     if meant in given:
         return f"{function}() is given {meant}= by two names: leave {name}= out"
     hint = f"did you mean {meant}=?" if meant in known else meant or f"it takes {', '.join(known)}"

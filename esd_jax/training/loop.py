@@ -125,12 +125,12 @@ def train(
                     checkpoints.discard(number - 1)  # its weights gave this loss
                 raise NotFinite(_not_finite(number, loss, grad_norm, checkpoints))
             seconds = round(time.monotonic() - began, 3)
-            told_of = {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds}
+            by_name = {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds}
             if log and (number % settings.log_every == 0 or number == settings.steps):
-                log.write(number, told_of)
+                log.write(number, by_name)
             progress(number, loss)
             if on_step and hosts.first():
-                on_step(number, told_of)
+                on_step(number, by_name)
 
     def save() -> None:
         # Nothing is saved before every loss up to here is known to be finite.

@@ -41,7 +41,8 @@ def test_a_message_suggests_or_lists_a_few_but_never_many():
 
 
 @suggest.keywords(
-    {"num_images": "give a prompt for each image", "num_inference_steps": "steps"}, renamed={"num_steps": "steps"}
+    {"num_images": "give a prompt for each image", "num_inference_steps": "steps", "generator": "seed"},
+    renamed={"num_steps": "steps"},
 )
 def draw(prompts: list[str], *, steps: int = 50) -> int:
     """Draws."""
@@ -54,6 +55,7 @@ def draw(prompts: list[str], *, steps: int = 50) -> int:
         ({"num_inference_steps": 1}, "draw() has no argument 'num_inference_steps': did you mean steps=?"),
         ({"step": 1}, "draw() has no argument 'step': did you mean steps=?"),
         ({"num_images": 1}, "draw() has no argument 'num_images': give a prompt for each image"),
+        ({"generator": 1}, "draw() has no argument 'generator': it takes prompts, steps"),
         ({"colour": 1}, "draw() has no argument 'colour': it takes prompts, steps"),
         ({"steps": 1, "num_steps": 1}, "draw() is given steps= by two names: leave num_steps= out"),
         ({"steps": 1, "num_inference_steps": 1}, "draw() is given steps= by two names: leave num_inference_steps= out"),

@@ -11,23 +11,23 @@ ROLES = {"erased": "erased: should fall", "kept": "kept: should stay", "attack":
 COLUMNS = ("before", "after", "chance", "images")
 
 
-def evidence(found: Evidence) -> str:
+def evidence(results: Evidence) -> str:
     """All figures of some evidence as HTML, without pictures; text of the user's is escaped."""
-    measured = "".join([_figures(found), *(page.table(one) for one in (*found.tables, *found.attacks))])
-    return f"<h4>Erased: {escape(found.title)}</h4>{measured or '<p>Nothing was measured yet.</p>'}"
+    measured = "".join([_figures(results), *(page.table(one) for one in (*results.tables, *results.attacks))])
+    return f"<h4>Erased: {escape(results.title)}</h4>{measured or '<p>Nothing was measured yet.</p>'}"
 
 
-def table(found: Table) -> str:
+def table(one: Table) -> str:
     """One table as HTML."""
-    return page.table(found)
+    return page.table(one)
 
 
-def _figures(found: Evidence) -> str:
-    if not found.verdict:
+def _figures(results: Evidence) -> str:
+    if not results.verdict:
         return ""
     rows = []
     for role, title in ROLES.items():
-        some = [_row(finding) for finding in found.verdict if finding.role == role]
+        some = [_row(finding) for finding in results.verdict if finding.role == role]
         rows += [f'<tr><th colspan="{len(COLUMNS) + 1}" {LEFT}>{title}</th></tr>', *some] if some else []
     heads = "".join(f"<th>{name}</th>" for name in COLUMNS)
     note = "<p>In brackets: 95% intervals. Chance: the base from other noise; of an attack, random prompts.</p>"
