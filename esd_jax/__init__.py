@@ -4,7 +4,8 @@
 
     base = esd_jax.load("emoji")
     erased = esd_jax.erase(base, "neon style")
-    images = esd_jax.sample(erased, ["a cat in neon style"], seed=0)
+    images = esd_jax.sample(erased, "a cat in neon style", seed=0)
+    esd_jax.grid(images).save("cat.png")
     esd_jax.export(erased, "emoji-without-neon")
 
 Beside these verbs: `guidance` (steering without training), `formats` (LoRAs, deltas, embeddings, ...), `evaluation`
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from esd_jax.api import erase, export, invert, load, purify, sample
     from esd_jax.dossier import attack, evaluate, report
     from esd_jax.erasure import Concept
+    from esd_jax.picture_grid import grid
     from esd_jax.pipeline import Pipeline
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "evaluation",
     "export",
     "formats",
+    "grid",
     "guidance",
     "invert",
     "load",
@@ -43,6 +46,7 @@ __version__ = "0.1.0"
 # The verbs bring JAX and Flax with them: only who uses one waits for that.
 _PLACES = {
     "Concept": "esd_jax.erasure",
+    "grid": "esd_jax.picture_grid",
     "Pipeline": "esd_jax.pipeline",
     **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "esd_jax.api"),
     **dict.fromkeys(("attack", "evaluate", "report"), "esd_jax.dossier"),

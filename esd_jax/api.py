@@ -3,75 +3,23 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 
-from esd_jax import exports, kinds, recipe, runs
-from esd_jax.diffusion.schedule import Schedule
+from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, suggest
+from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
-from esd_jax.evaluation import testbed
-from esd_jax.inputs import expanded
-from esd_jax.io import diffusers
-from esd_jax.io.delta import load_delta
-from esd_jax.io.difference import apply_difference, is_difference
-from esd_jax.io.ldm import UNET
-from esd_jax.io.lora_merge import is_lora, merge_lora
-from esd_jax.io.safetensors import OF_TENSORS, read_header, refuse_pickle
-from esd_jax.models import architectures
-from esd_jax.models.architectures import ARCHITECTURES
-from esd_jax.pipeline import NetworkConfig, Pipeline
-from esd_jax.runs import setup
-from esd_jax.sampling import invert, purify, sample
+from esd_jax.loading import architecture, load, opened, restore
+from esd_jax.params import Conditioning
+from esd_jax.pipeline import Pipeline
+from esd_jax.recipe_fields import RecipeFields, completed
+from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
-from esd_jax.training.checkpoint import Checkpoints
-from esd_jax.training.step import State, result
 
-__all__ = ["erase", "export", "invert", "load", "purify", "sample"]
-
-
-def load(
-    source: str | Path,
-    *,
-    dtype: Any = "float32",
-    variant: str | None = None,
-    revision: str | None = None,
-    config: str | Path | None = None,
-    ema: bool = False,
-) -> Pipeline:
-    """Loads a checkpoint.
-
-    Args:
-      source: "emoji" (the model that the package carries), a diffusers folder, a hub id ("org/name"), or the single
-        `.safetensors` file that A1111 and ComfyUI open.
-      dtype: compute dtype; the files may have any.
-      variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
-      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
-        it), by default told from the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
-
-    Raises:
-      FileNotFoundError, ValueError: naming what is missing or not implemented, and the mend.
-    """
-    folder = bed.folder if (bed := testbed.of(source)) else source
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
-    pipeline = diffusers.load(folder, dtype=dtype, variant=variant, revision=revision, config=config, ema=ema)
-    return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
-
-
-def architecture(
-    source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
-) -> tuple[Mapping[str, NetworkConfig], Schedule]:
-    """The network configs and the schedule of what `load` takes, or of a published architecture ("sd14", "sdxl", ...).
-
-    No weights are read, or downloaded.
-    """
-    if str(source) in ARCHITECTURES:
-        return diffusers.read_architecture(architectures.folder(str(source)))
-    source = bed.folder if (bed := testbed.of(source)) else source
-    return diffusers.describe(source, variant=variant, revision=revision, config=config)
+__all__ = ["architecture", "erase", "export", "invert", "load", "opened", "purify", "restore", "sample"]
 
 
 def erase(
@@ -85,9 +33,14 @@ def erase(
     start_from: Pipeline | str | Path | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
-    **fields: Any,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    **recipe_fields: Unpack[RecipeFields],
 ) -> Pipeline:
     """Erases a concept from a checkpoint.
+
+        erase("emoji", "neon style")
+        erase("CompVis/stable-diffusion-v1-4", "Van Gogh", config="sd14_style", output_dir="runs/van_gogh")
+        erase(base, ["a cat", "a dog"], subset="esd-u", steps=400, on_step=lambda step, metrics: print(step, metrics))
 
     Args:
       base: a pipeline, which keeps its own dtype; or what `load` takes, which needs less memory: its text encoders and
@@ -105,17 +58,33 @@ def erase(
         by this package or any other. With steps=0 and an `output_dir` they become a checkpoint that can be resumed.
       stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
         `esd_jax.evaluation.below`.
-      **fields: any field of `Recipe`: subset=, steps=, learning_rate=, seed=, eta=, from_=, output_dir= ...
-        With `output_dir`, the run's folder also gets the erased model and its delta.
+      on_step: called with (step, metrics) after each update, step counted from 1; metrics are "loss", "grad_norm", "t"
+        (the timestep) and "seconds" since training began. It runs on the host when an update's numbers have arrived,
+        while the next two updates are computed already: it changes no result and compiles nothing, but one that takes
+        longer than an update holds training up by the difference. To act on every tenth update, look at `step`. What
+        it raises ends training. Of several processes, the primary one calls it. A method in closed form makes no
+        updates.
+      **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
+        output_dir= ... (`RecipeFields` lists them). With `output_dir`, the run's folder also gets the erased model and
+        its delta.
 
     Returns:
       The erased pipeline: the base's tensors, with the trained ones in `edits`.
 
     Raises:
-      ValueError: an unknown field or subset, a concept that is too long, a batch that does not fit, ...
+      ValueError: an unknown field or subset, naming the closest known one; a concept that is too long, a batch that
+        does not fit, ...
       FileExistsError: `output_dir` exists, and neither `resume` nor `overwrite` is given.
       NotFinite, Stopped: see `training.loop`.
     """
+    if TYPE_CHECKING:
+        completed(**recipe_fields)  # whence Jedi takes their names
+    compile_cache.use()
+    fields: dict[str, Any] = {**recipe_fields}
+    if "method" in fields:
+        fields["method"] = recipe.method_name(fields["method"])
+    if not isinstance(base, Pipeline) and loading.is_run(base):
+        base = load(base)
     if concept is not None:
         fields["concept"] = concept
     named = concept if isinstance(concept, list | tuple) else (concept,)
@@ -147,6 +116,7 @@ def erase(
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
+    options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, own=own, **options)
 
 
@@ -161,33 +131,66 @@ def _files(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in ("variant", "revision") if name in fields}
 
 
-def opened(base: Pipeline, path: str | Path) -> Pipeline:
-    """What was erased from a base, whatever it lies in.
+@suggest.keywords(sampling.ELSEWHERE, sampling.RENAMED)
+def sample(
+    pipeline: Pipeline | str | Path,
+    prompts: str | Sequence[str] | Conditioning,
+    *,
+    seed: int | Sequence[int] = 0,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | Sequence[str] | None = None,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    latents: Float[Array | np.ndarray, "batch h w channel"] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    rule: Rule | None = None,
+    reweight: Mapping[str, float] | None = None,
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Samples one image per prompt.
+
+        sample(pipeline, "a cat in neon style", steps=20)
+        sample(pipeline, ["a cat in neon style"] * 4, steps=20)
+        sample(pipeline, "a cat in neon style", steps=20, rule=SLD.preset("strong", "neon style"))
+        sample(pipeline, "a cat in neon style", steps=20, reweight={"neon": 0.5})
 
     Args:
-      base: what it was erased from.
-      path: a run's folder, a diffusers folder (of a UNet alone, or of all), or a .safetensors file: a delta, a
-        difference, a LoRA, or a single-file checkpoint.
+      pipeline: the checkpoint, erased or not; or what `load` takes, which is loaded for this call alone.
+      prompts: one per image, or one string for one image; or the conditioning in place of them (what
+        `Pipeline.encode_prompts` returns), a row per image, where no text says it.
+      seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
+      steps: sampler steps (num_inference_steps in diffusers).
+      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
+      negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
+        checkpoint that says so, as SDXL's do, is guided from zeros; "" is encoded.
+      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but
+        "ddim", with a warning, where it is not implemented: for images of which nobody can say how they are drawn.
+      eta: DDIM's stochasticity, 0 to 1.
+      latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
+      height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
+      batch_size: images per call of the network, spread over as many of this host's devices as divide it.
+      rule: further guidance, `SLD` or `SEGA` of `esd_jax.guidance`; it needs a guidance_scale above 1.
+      reweight: words or phrases of the prompts -> what the attention to them is multiplied with, in every
+        cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
+        image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
+        "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
 
-    Raises FileNotFoundError, ValueError as their readers do.
+    Returns:
+      uint8 [n, height, width, 3], one image too; `esd_jax.grid` puts them side by side.
+
+    Raises:
+      TypeError: an unknown argument, naming the one that was probably meant.
+      ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, an
+        image that comes out as NaN, ...
     """
-    path = expanded(path)
-    if path.suffix.lower() != ".safetensors":
-        refuse_pickle(path, OF_TENSORS)
-        if (path / "run.json").is_file():
-            return restore(path, base=base)
-        if (path / "config.json").is_file():
-            return diffusers.with_denoiser(base, path)
-        return diffusers.load(path, dtype=base.dtype)
-    header = read_header(path)
-    if is_difference(header):
-        return apply_difference(base, path)
-    if is_lora(header):
-        return merge_lora(base, path)
-    if any(key.startswith(UNET) for key in header.entries):
-        found = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
-        return dataclasses.replace(found, schedule=base.schedule)  # which a base's file may have told by itself
-    return load_delta(base, path)
+    compile_cache.use()
+    return sampling.sample(
+        pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
+        guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,
+        height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight,
+    )  # fmt: skip
 
 
 def export(
@@ -209,38 +212,3 @@ def export(
     """
     told = {"verify": verify, "overwrite": overwrite, "metadata": metadata}
     return exports.export(pipeline, path, format, **told, **options).path
-
-
-def restore(folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None) -> Pipeline:
-    """The erased pipeline of a run's checkpoint, without the original process.
-
-    Args:
-      folder: the run's.
-      step: of the checkpoint; by default the newest.
-      base: where the run's base lies now, if it has moved; or the base itself, if `load` needs more to read it than
-        the run's record says (`config` or `ema` of a single file).
-    """
-    folder = expanded(folder)
-    if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
-    record, local = runs.read(folder)
-    try:
-        if record.recipe is None or record.base_sha256 is None:
-            raise ValueError("it has no 'recipe'" if record.recipe is None else "it has no 'base_sha256'")
-        plan = recipe.make(**{**record.recipe, **local})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
-    if isinstance(base, Pipeline):
-        loaded, base = base, base.provenance.source
-    else:
-        try:
-            loaded = load(base or plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
-    if (found := diffusers.source_hash(loaded)) != record.base_sha256:
-        raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {found[:12]}...")
-    names = setup.changed_names(plan, loaded.configs)
-    with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
-        state: State = checkpoints.restore(setup.saved_state(plan, loaded.configs), step, check=False)
-    record = dataclasses.replace(record, step=int(state.step))
-    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), record)

@@ -16,6 +16,7 @@ from esd_jax import api, examples, repeat, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
+from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, as_json
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.report import card, comparison
@@ -90,11 +91,11 @@ def evaluate(
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
       sham: the base from which a word that means nothing was erased with the same recipe, of a testbed's model.
       progress: is told how far it is.
-      **options: of `protocols.evaluate`: prompt_list, samples, measured, request, num_steps, ...; of the testbed's.
+      **options: of `protocols.evaluate`: prompt_list, samples, measured, request, steps, ...; of the testbed's.
 
     Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
     """
-    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
+    concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source) or testbed.of(protocol)
     if bed and protocol in bed.images and not options.get("prompt_list"):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
@@ -149,11 +150,11 @@ def attack(
       judge: what the goal's detector is.
       settings: attack -> changes of its fields.
       progress: is told of each attack.
-      **options: of `attacks.campaign`: seeds, seed, random, num_steps, guidance_scale, batch_size.
+      **options: of `attacks.campaign`: seeds, seed, random, steps, guidance_scale, batch_size.
 
     Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
     """
-    concepts, folder = concepts_of(erased, concept), expanded(output_dir)
+    concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
     made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
@@ -190,7 +191,7 @@ def goal(
       prompts: that name the concept.
       detector: what sees it; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is seen are used.
-      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+      **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which the base draws no image with the concept.
     """

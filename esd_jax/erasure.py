@@ -7,6 +7,7 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
+from esd_jax import display
 from esd_jax.inputs import check_finite, check_text
 
 ConceptText = str | Sequence[str]  # the text of one concept, or the texts of several
@@ -140,6 +141,35 @@ class Erasure:
         content = {name: _plain(v) for name, v in values.items() if v is not None and (v or name != "concepts")}
         content |= self.others
         return {name: content[name] for name in (*self.order, *content) if name in content}
+
+    def __repr__(self) -> str:
+        return display.line("Erasure", f"{self.summary or '(empty)'}{f' from {self.base}' if self.base else ''}", ())
+
+    def _repr_html_(self) -> str:
+        recipe = self.recipe or {}
+        facts = {
+            "base": self.base,
+            "method": recipe.get("method"),
+            "subset": recipe.get("subset"),
+            "updates": self.step,
+        }
+        facts |= {"from": self._file, "strength": self.strength, "license": self.license}
+        facts |= {name: (self.versions or {}).get(name) for name in ("esd-jax", "jax")}
+        shown = {name: str(value) for name, value in facts.items() if value is not None}
+        return display.card(f"Erasure of {', '.join(self.texts) or 'nothing recorded'}", shown)
+
+    @property
+    def summary(self) -> str:
+        """In a few words what was erased and how: "neon style (esd, 300 steps)"."""
+        steps = f"{self.step} steps" if self.step else None
+        details = [(self.recipe or {}).get("method"), steps, self._file, "a merge" if self.merged else None]
+        how = f"({', '.join(map(str, filter(None, details)))})" if any(details) else ""
+        return " ".join(filter(None, [", ".join(self.texts), how]))
+
+    @property
+    def _file(self) -> str | None:
+        """The file that the erasure was applied from, if it was."""
+        return self.delta or self.difference or self.lora
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from esd_jax import several
 from esd_jax.demo.picture import Column, before_after
 from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import store, testbed
+from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.io.diffusers import unmodified
 from esd_jax.pipeline import Pipeline
@@ -32,7 +33,7 @@ def draw(erased: Pipeline) -> Evidence:
     groups = (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
     how: Mapping[str, Any] = bed.sampling if bed else _sampling(recipe)
     prompts = [prompt for _, texts in groups for prompt in texts]
-    before, after = (sample(model, prompts, seed=SEED, sampler="auto", **how) for model in (base, erased))
+    before, after = (sample(model, prompts, seed=SEED, sampler="auto", **sampled(how)) for model in (base, erased))
     pairs = iter([Pair(*row) for row in zip(prompts, before, after, strict=True)])
     return Evidence(
         ", ".join(concepts),

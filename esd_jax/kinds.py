@@ -26,7 +26,6 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
     "SD 2": {kind: "sd21_object" if kind in ("object", "nudity") else "sd21_style" for kind in KINDS},
     "SDXL": {kind: "sdxl_object" if kind in ("object", "nudity") else "sdxl_style" for kind in KINDS},
 }
-SD_2_WIDTH = 1024  # of its text encoder; SD 1 has 768
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 
 
@@ -86,7 +85,4 @@ def config(
 
 def model(configs: families.Configs) -> str:
     """What `RECIPES` calls a base: its family, of which SD 2 is apart for its other text encoder."""
-    family = families.of(configs)
-    if family is families.SD:
-        return "SD 2" if configs["text_encoder"].hidden_size == SD_2_WIDTH else "SD 1"
-    return family.name
+    return families.of(configs).called(configs)

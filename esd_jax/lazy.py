@@ -7,7 +7,7 @@ from typing import Any
 
 
 def names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`.
+    """A package's `__getattr__`, and its `__dir__`, which lists these names alone beside `__version__` and the like.
 
     places: name -> the module that has it, or that it is (`"seen": "esd_jax.evaluation.seen"`).
     """
@@ -18,4 +18,7 @@ def names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any]
         module = importlib.import_module(places[name])
         return module if places[name].endswith(f".{name}") else getattr(module, name)
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *places})
+    def listed() -> list[str]:
+        return sorted({*(name for name in vars(sys.modules[package]) if name.startswith("__")), *places})
+
+    return get, listed

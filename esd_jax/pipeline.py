@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from esd_jax import families, text
+from esd_jax import display, families, text
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.families import Configs, Family
@@ -55,7 +55,7 @@ class Provenance:
     config: str | Path | None = None
     variant: str | None = None
     revision: str | None = None
-    tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    tensors: Mapping[str, TensorFile] = field(default_factory=dict, repr=False)
     erased: tuple[Erasure, ...] = ()
 
 
@@ -84,6 +84,39 @@ class Pipeline:
 
     def __post_init__(self):
         self.family.check(self.configs)
+
+    def __repr__(self) -> str:
+        model = ", ".join(filter(None, self._facts().values()))
+        erased = "; ".join(erasure.summary for erasure in self.provenance.erased)
+        return display.line("Pipeline", self._name, [f"{model}; erased: {erased}" if erased else model])
+
+    def _repr_html_(self) -> str:
+        erased = {f"erased {i}": one.summary for i, one in enumerate(self.provenance.erased, 1)}
+        if len(erased) == 1:
+            erased = {"erased": self.provenance.erased[0].summary}
+        trained = {"trained tensors": f"{len(self.edits):,} of {self.denoiser}"} if self.edits else {}
+        return display.card(f"Pipeline {self._name}", {**self._facts(), **erased, **trained})
+
+    @property
+    def _name(self) -> str:
+        """The source in short: of a path its last part, a hub id as it is."""
+        source = self.provenance.source
+        return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
+
+    def _facts(self) -> dict[str, str]:
+        """What a glance should tell of the model. Nothing is computed or read: shapes alone."""
+        try:
+            height, width = image_size(self.configs)
+            size = f"{height} px" if height == width else f"{height} x {width} px"
+        except ValueError:  # its config does not say
+            size = ""
+        count = sum(int(np.prod(value.shape)) for tensors in self.params.values() for value in tensors.values())
+        return {
+            "model": self.family.called(self.configs),
+            "images": size,
+            "dtype": jnp.dtype(self.dtype).name,
+            "size": f"{display.count(count)} params",
+        }
 
     @property
     def family(self) -> Family:

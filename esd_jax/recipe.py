@@ -5,7 +5,6 @@ of `configs/*.py`, flags `--config.NAME` and a run's record. `make` parses them;
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import os
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from ml_collections import ConfigDict, config_dict
 
-from esd_jax import prompt_files, several
+from esd_jax import prompt_files, several, suggest
 from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing.method import Settings, choose
 from esd_jax.erasure import Concept
@@ -154,6 +153,16 @@ UNSAID = {
 }  # fmt: skip
 
 
+# What other libraries and releases of ESD call a field.
+ELSEWHERE = {
+    "lr": "learning_rate", "iterations": "steps", "num_steps": "steps", "num_train_steps": "steps",
+    "max_train_steps": "steps", "train_method": "subset", "negative_guidance": "eta", "start_guidance":
+    "sampling_guidance", "num_inference_steps": "sampling_steps", "erase_from": "from_", "erase_concept": "concept",
+    "prompt": "concept", "train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
+    "mixed_precision": "dtype", "gradient_checkpointing": "remat", "save_path": "output_dir", "path": "output_dir",
+}  # fmt: skip
+
+
 def make(**flat: Any) -> Recipe:
     """A recipe from flat field names.
 
@@ -162,6 +171,8 @@ def make(**flat: Any) -> Recipe:
     Raises:
       ValueError: an unknown field, naming the closest known one; a value of the wrong type, out of range or unknown.
     """
+    if "method" in flat:
+        flat["method"] = method_name(flat["method"])
     method = flat.get("method", "esd")
     for name in flat:
         check_field(name, method)
@@ -198,8 +209,7 @@ def check_field(name: str, method: str = "esd") -> None:
     known = _annotations(method)
     if name not in known:
         others = [other for other in METHODS if other != method and name in _annotations(other)]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+        hint = suggest.did_you_mean(ELSEWHERE.get(name, name), known, "esd_jax.recipe.Recipe says what they are")
         if others:
             hint = f"method {method!r} does not have it, but {', '.join(map(repr, others))}"
         raise ValueError(f"unknown recipe field {name!r}; {hint}")
@@ -237,9 +247,22 @@ def _given(name: str, value: Any, method: str) -> Any:
     return config_dict.placeholder(field_type(name, method)) if value is None else value
 
 
+def method_name(method: Any) -> str:
+    """The name of a method, whatever its case ("ESD", "all-but-one"). Raises ValueError for an unknown one."""
+    if not isinstance(method, str) or not (name := suggest.same(method, METHODS)):
+        raise ValueError(_unknown_method(method))
+    return name
+
+
+def _unknown_method(method: Any) -> str:
+    close = suggest.closest(str(method), METHODS)
+    hint = f"did you mean {close!r}? The methods are" if close else "choose one of"
+    return f"method={method!r} is unknown; {hint} {', '.join(METHODS)}"
+
+
 def _settings_class(method: str) -> type[Settings]:
     if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+        raise ValueError(_unknown_method(method))
     return METHODS[method]
 
 

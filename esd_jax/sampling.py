@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from esd_jax import conditionings, sharding
+from esd_jax import conditionings, sharding, suggest
 from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
@@ -26,12 +27,30 @@ class SamplerReplaced(UserWarning):
     """A checkpoint's own sampler is not implemented, and nobody chose another."""
 
 
+# What other libraries, and former versions, call an argument.
+ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "num_images": "give a prompt for each image: [prompt] * 4",
+    "num_images_per_prompt": "give a prompt for each image: [prompt] * 4",
+    "prompt": "prompts",
+    "generator": "seed",
+    "seeds": "seed",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "scale": "guidance_scale",
+    "scheduler": "sampler",
+    "output_type": "images are uint8 arrays; esd_jax.grid makes a PIL image of them",
+}
+RENAMED = {"num_steps": "steps"}
+
+
+@suggest.keywords(ELSEWHERE, RENAMED)
 def sample(
     pipeline: Pipeline,
-    prompts: Sequence[str] | Conditioning,
+    prompts: str | Sequence[str] | Conditioning,
     *,
     seed: int | Sequence[int] = 0,
-    num_steps: int = 50,
+    steps: int = 50,
     guidance_scale: float = 7.5,
     negative_prompt: str | Sequence[str] | None = None,
     sampler: str | None = None,
@@ -43,42 +62,14 @@ def sample(
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Draws one image per prompt.
+    """Samples one image per prompt from a loaded pipeline: `esd_jax.sample`, which says what the arguments are.
 
-        sample(pipeline, ["a cat in neon style"], num_steps=20)
-        sample(pipeline, ["a cat in neon style"], num_steps=20, rule=SLD.preset("strong", "neon style"))
-        sample(pipeline, ["a cat in neon style"], num_steps=20, reweight={"neon": 0.5})
+    Returns uint8 [n, height, width, 3].
 
-    Args:
-      pipeline: the checkpoint, erased or not.
-      prompts: one per image; or what the network is told in place of them, a row per image, where no text says it.
-      seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
-      num_steps: sampler steps.
-      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
-      negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
-        checkpoint that says so, as SDXL's do, is guided from zeros; "" is encoded.
-      sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but
-        "ddim", with a warning, where it is not implemented: for images of which nobody can say how they are drawn.
-      eta: DDIM's stochasticity, 0 to 1.
-      latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
-      height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
-      batch_size: images per call of the network, spread over as many of this host's devices as divide it.
-      rule: further guidance, `SLD` or `SEGA` of `esd_jax.guidance`; it needs a guidance_scale above 1.
-      reweight: words or phrases of the prompts -> what the attention to them is multiplied with, in every
-        cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
-        image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
-        "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
-
-    Returns:
-      uint8 [n, height, width, 3].
-
-    Raises:
-      ValueError: a number out of range, a size that the VAE cannot make, a word of `reweight` that no prompt holds, an
-        image that comes out as NaN, ...
+    Raises TypeError for an unknown argument, ValueError as `esd_jax.sample` does.
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string: give a list of prompts")
-    n, guided = conditionings.count(prompts), _check(batch_size, guidance_scale, rule)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    n, guided = conditionings.count(prompts), _check(pipeline, steps, batch_size, guidance_scale, rule)
     size = image_size(pipeline.configs, height, width)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
@@ -89,9 +80,9 @@ def sample(
     elif latents.shape != needed:
         raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
     if sampler == "auto":
-        sampler = _own_sampler(pipeline, num_steps)
+        sampler = _own_sampler(pipeline, steps)
     name = sampler or samplers.default_sampler(pipeline.schedule)
-    made = programs.sampler(pipeline.schedule, name, num_steps, float(eta))
+    made = programs.sampler(pipeline.schedule, name, steps, float(eta))
     run = programs.steps(pipeline.network(pipeline.denoiser), made, type(rule) if rule else None)
     rows = min(batch_size, n)
     condition = conditionings.make_conditioning(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
@@ -109,12 +100,13 @@ def sample(
     return np.concatenate(images)[:n]
 
 
+@suggest.keywords(ELSEWHERE, RENAMED)
 def invert(
     pipeline: Pipeline,
     images: UInt8[np.ndarray, "batch height width 3"],
     prompts: str | Sequence[str] = "",
     *,
-    num_steps: int = 35,
+    steps: int = 35,
     guidance_scale: float = 1.0,
     timestep: str = "level",
     batch_size: int = 8,
@@ -125,7 +117,7 @@ def invert(
       pipeline: the checkpoint that inverts.
       images: of a size that the checkpoint draws.
       prompts: what they show, or ""; one for all, or one per image.
-      num_steps: of DDIM, upwards.
+      steps: of DDIM, upwards.
       guidance_scale: 1 or less inverts without guidance. Guidance spoils the inversion (Mokady et al. 2023).
       timestep: what the network is told, "level" or "target": see `inversion.inverter`.
       batch_size: images per call of the network.
@@ -133,7 +125,7 @@ def invert(
     Returns:
       Latents at the noisiest timestep, for `sample(latents=...)`.
     """
-    guided = _check(batch_size, guidance_scale, None)
+    guided = _check(pipeline, steps, batch_size, guidance_scale, None)
     images, size = _check_images(pipeline, images)
     n = len(images)
     prompts = [prompts] * n if isinstance(prompts, str) else prompts
@@ -142,7 +134,7 @@ def invert(
     if not n:
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
-    down = programs.inverter(pipeline.schedule, num_steps, timestep)
+    down = programs.inverter(pipeline.schedule, steps, timestep)
     run = programs.steps(pipeline.network(pipeline.denoiser), down)
     condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
     noise = []
@@ -154,13 +146,14 @@ def invert(
     return np.concatenate(noise)[:n]
 
 
+@suggest.keywords(ELSEWHERE, RENAMED)
 def purify(
     pipeline: Pipeline,
     images: UInt8[np.ndarray, "batch height width 3"],
     prompts: str | Sequence[str] = "",
     *,
     inverter: Pipeline | None = None,
-    num_steps: int = 35,
+    steps: int = 35,
     guidance_scale: float = 1.0,
     inversion_guidance_scale: float = 1.0,
     timestep: str = "level",
@@ -177,7 +170,7 @@ def purify(
 
     Args:
       pipeline: the checkpoint that draws.
-      images, prompts, num_steps, timestep, batch_size: as in `invert`.
+      images, prompts, steps, timestep, batch_size: as in `invert`.
       inverter: the checkpoint that inverts; by default the one that draws.
       guidance_scale: of drawing (the paper trains for 7.5; 1 is the inverse of 1).
       inversion_guidance_scale: of inverting.
@@ -185,7 +178,7 @@ def purify(
     Returns:
       uint8 [n, height, width, 3].
     """
-    options: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
     latents = invert(
         inverter or pipeline, images, prompts, guidance_scale=inversion_guidance_scale, timestep=timestep, **options
     )
@@ -249,18 +242,23 @@ def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Flo
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _own_sampler(pipeline: Pipeline, num_steps: int) -> str:
+def _own_sampler(pipeline: Pipeline, steps: int) -> str:
     """The checkpoint's own sampler; "ddim", with a warning, where that one is not implemented."""
     try:
-        return samplers.make_sampler(pipeline.schedule, num_steps=num_steps).name
+        return samplers.make_sampler(pipeline.schedule, num_steps=steps).name
     except ValueError as error:
         kind = pipeline.schedule.config["_class_name"]
-        warnings.warn(f"images are drawn by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=3)
+        warnings.warn(f"images are drawn by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=4)
         return "ddim"
 
 
-def _check(batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
-    """Whether sampling is guided; raises ValueError for numbers out of range."""
+def _check(pipeline: Pipeline, steps: int, batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
+    """Whether sampling is guided; raises ValueError for numbers out of range, and for a pipeline that is not loaded."""
+    if isinstance(pipeline, str | os.PathLike):
+        raise ValueError(f"the pipeline is {str(pipeline)!r}: load it first, esd_jax.load({str(pipeline)!r})")
+    most = pipeline.schedule.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps={steps} must be in 1..{most}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not math.isfinite(guidance_scale):

@@ -120,11 +120,7 @@ def _checkpoints(
 ) -> Iterable[tuple[int, Pipeline]]:
     """The erased model after so many steps: one run, continued from step to step."""
     for i, step in enumerate(steps):
-        erased = api.erase(
-            base,
-            concept,
-            **{**fields, "steps": step, "output_dir": str(run), "preview_every": 0, "keep_checkpoints": 1},
-            resume=i > 0,
-            overwrite=i == 0 and run.exists(),
-        )
+        settings: dict[str, Any] = {**fields, "steps": step, "output_dir": str(run)}
+        settings |= {"preview_every": 0, "keep_checkpoints": 1}
+        erased = api.erase(base, concept, **settings, resume=i > 0, overwrite=i == 0 and run.exists())
         yield step, erased

@@ -4,10 +4,11 @@ A subset is a rule over tensor names and layouts, so it applies to any UNet (SD 
 nothing. Names of rules follow their source; where two sources use one name for two rules, the later carries a prefix.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from esd_jax.suggest import closest
 
 REGEX = "regex:"
 
@@ -120,9 +121,9 @@ def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset
     elif subset in subsets:
         names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     else:
-        close = difflib.get_close_matches(subset, subsets, n=2)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown subset {subset!r}: {hint}choose one of {', '.join(subsets)}, or {REGEX}PATTERN")
+        close = closest(subset, subsets)
+        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(subsets)}, or {REGEX}PATTERN"
+        raise ValueError(f"unknown subset {subset!r}: {hint}")
     if not names:
         raise ValueError(f"subset {subset!r} selects no tensor of this denoiser")
     return names

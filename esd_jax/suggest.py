@@ -4,7 +4,9 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -18,17 +20,22 @@ def closest(name: str, choices: Iterable[str]) -> str:
     Case, "-" and "_" do not count. A choice is close if the name is its beginning and no other's ("learn" of
     "learning_rate"), has the initials of its words ("lr"), or differs from it in few letters ("stpes").
     """
-    known = {_plain(choice): choice for choice in choices}
-    given = _plain(name)
-    if given in known:
-        return known[given]
-    begun = [choice for plain, choice in known.items() if plain.startswith(given)] if len(given) > 2 else []
-    initials = [choice for plain, choice in known.items() if "".join(w[0] for w in plain.split("_") if w) == given]
-    for few in (begun, initials if len(given) > 1 else []):
+    choices = tuple(choices)
+    if alike := same(name, choices):
+        return alike
+    known, plain_name = {_plain(choice): choice for choice in choices}, _plain(name)
+    begun = [choice for plain, choice in known.items() if plain.startswith(plain_name)] if len(plain_name) > 2 else []
+    initials = [choice for plain, choice in known.items() if "".join(w[0] for w in plain.split("_") if w) == plain_name]
+    for few in (begun, initials if len(plain_name) > 1 else []):
         if len(few) == 1:
             return few[0]
-    found = difflib.get_close_matches(given, known, n=1)
+    found = difflib.get_close_matches(plain_name, known, n=1)
     return known[found[0]] if found else ""
+
+
+def same(name: str, choices: Iterable[str]) -> str:
+    """The choice that a name is but for its case, "-" and "_"; "" if there is none."""
+    return next((choice for choice in choices if _plain(choice) == _plain(name)), "")
 
 
 def did_you_mean(name: str, choices: Collection[str], more: str = "") -> str:
@@ -44,29 +51,45 @@ def did_you_mean(name: str, choices: Collection[str], more: str = "") -> str:
     return f"none of the {len(choices)} names is close" + (f"; {more}" if more else "")
 
 
-def keywords(**elsewhere: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def keywords(
+    elsewhere: Mapping[str, str], renamed: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that makes a function refuse unknown keyword arguments with what was probably meant.
 
-    elsewhere: what other libraries call an argument -> what to say of it, if it is no parameter of the function; else
-      the parameter ("num_inference_steps" -> "steps").
+    Args:
+      elsewhere: what other libraries call an argument -> the parameter ("num_inference_steps" -> "steps"), or what to
+        say of it where there is none. Parameters that the function does not have do not count.
+      renamed: an argument's name in former versions -> the parameter. It is still taken, with a DeprecationWarning.
 
-    The function then raises TypeError for them, as Python does, before it does anything.
+    For an unknown argument, and for one that is given by both names, the function raises TypeError, as Python does,
+    before it does anything.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         known = inspect.signature(function).parameters
 
         @functools.wraps(function)
-        def checked(*args: P.args, **given: P.kwargs) -> R:
-            for name in (name for name in given if name not in known):
-                meant = elsewhere.get(name) or closest(name, known)
-                hint = f"did you mean {meant}=?" if meant in known else meant or f"it takes {', '.join(known)}"
-                raise TypeError(f"{function.__name__}() has no argument {name!r}: {hint}")
-            return function(*args, **given)
+        def checked(*args: P.args, **options: P.kwargs) -> R:
+            for name in [name for name in options if name not in known]:
+                if (now := renamed.get(name, name)) not in known or now in options:
+                    raise TypeError(_unknown(function.__name__, name, options, known, {**elsewhere, **renamed}))
+                warnings.warn(f"{name}= is deprecated: it is {now}= now", DeprecationWarning, stacklevel=2)
+                options[now] = options.pop(name)
+            return function(*args, **options)
 
         return checked
 
     return decorate
+
+
+def _unknown(function: str, name: str, given: Collection[str], known: Collection[str], words: Mapping[str, str]) -> str:
+    meant = words.get(name, "")
+    if not meant or (meant.isidentifier() and meant not in known):  # a parameter that other functions have
+        meant = closest(name, known)
+    if meant in given:
+        return f"{function}() is given {meant}= by two names: leave {name}= out"
+    hint = f"did you mean {meant}=?" if meant in known else meant or f"it takes {', '.join(known)}"
+    return f"{function}() has no argument {name!r}: {hint}"
 
 
 def _plain(name: str) -> str:

@@ -49,6 +49,7 @@ def executed(name: str, **parameters: Any) -> None:
             for output in cell["outputs"]:
                 if figure := output.get("data", {}).get("image/png"):
                     output["data"]["image/png"] = smaller(figure)
+                    output["data"].pop("image/jpeg", None)  # a second copy, of images that are no figures
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "jupytext": notebook.metadata["jupytext"]}
     jupytext.write(notebook, FOLDER / f"{name}.ipynb")
 

@@ -35,7 +35,7 @@ from esd_jax.demo import groups
 from esd_jax.evaluation import testbed, text
 
 folder = Path(tempfile.mkdtemp())
-HOW = {"num_steps": 20, "guidance_scale": 3.0}
+HOW = {"steps": 20, "guidance_scale": 3.0}
 FRESH = range(1_000_000, 1_000_000 + seeds)  # the noise that attacks are judged from
 
 base = esd_jax.load("emoji")
@@ -72,33 +72,15 @@ evidence = esd_jax.attack(
 )
 print(text.summary(evidence))
 
+# %% [markdown]
+# The same noise: with the concept's name, and with the words that the attack has learned in its place.
 
 # %%
-def show(rows, prompts, title):
-    """Images in named rows, a column for each prompt."""
-    figure, axes = plt.subplots(
-        len(rows), len(prompts), figsize=(11, 1.4 * len(rows) + 0.7), layout="constrained", squeeze=False
-    )
-    for line, (name, drawn) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=10)
-        for axis, image in zip(line, drawn, strict=True):
-            axis.imshow(image, interpolation="bilinear")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    for axis, prompt in zip(axes[0], prompts, strict=True):
-        axis.set_title(prompt.replace(" in ", "\nin "), fontsize=9)
-    figure.suptitle(title, fontsize=12)
-    plt.show()
-
-
 pairs = next(iter(evidence.attack_pictures.values()))
 prompts = [pair.prompt for pair in pairs]
 drawn = esd_jax.sample(base, prompts, seed=[FRESH[0]] * len(prompts), **HOW)
-show(
-    {"base": drawn, "erased": [pair.before for pair in pairs], "erased,\nattacked": [pair.after for pair in pairs]},
-    prompts,
-    "The same noise: with the concept's name, and with the words that the attack has learned in its place",
-)
+rows = {"base": drawn, "erased": [pair.before for pair in pairs], "erased,\nattacked": [pair.after for pair in pairs]}
+esd_jax.grid(rows, captions=prompts)
 
 # %% [markdown]
 # In most of these pictures the style is back, by words that nobody ever wrote: the network can still draw it.
@@ -139,7 +121,7 @@ achieved["ESD-x", long] = evidence.verdict[0].after, [pair.after for pair in pai
 # %%
 order = [(name, count) for name in models for count in (short, long)]
 rows = {f"{name},\n{count} steps": achieved[name, count][1] for name, count in order}
-show(rows, prompts, "What the attack brings back, from the same noise")
+esd_jax.grid(rows, captions=prompts)  # what the attack brings back, from the same noise
 
 # %%
 panels = (

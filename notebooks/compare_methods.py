@@ -54,7 +54,6 @@ images = 40  # of each group that is measured
 import time
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 import esd_jax
 from esd_jax.demo import groups
@@ -86,7 +85,7 @@ for name in guidance:
 #
 # Two groups of prompts: the concept's own, which name it beside every object, and others, which have nothing to do with
 # it. The row "seed" is the base again, from other noise: it shows what chance does. The pictures are the first four of
-# each group, whatever came out.
+# each group, the concept's own on the left, whatever came out.
 
 # %%
 wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
@@ -103,23 +102,9 @@ own, others = measure(
 )
 
 # %%
-first = [[shot for _, shot in groups.shots(group, min(4, images), seed=1)] for group in wanted]
-columns, erased = sum(first, []), len(first[0])
-figure, axes = plt.subplots(
-    len(models), len(columns) + 1, figsize=(11, 1.3 * len(models) + 0.6), layout="constrained", squeeze=False,
-    gridspec_kw={"width_ratios": [1] * erased + [0.12] + [1] * (len(columns) - erased)},
-)  # fmt: skip
-for line, name in zip(axes, models, strict=True):
-    line[erased].set_axis_off()
-    line[0].set_ylabel(name, fontsize=10, fontweight="bold" if name == BASE else "normal")
-    for axis, shot in zip(np.delete(line, erased), columns, strict=True):
-        axis.imshow(galleries[name][shot].image, interpolation="bilinear")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-for axis, shot in zip(np.delete(axes[0], erased), columns, strict=True):
-    axis.set_title(shot.prompt.replace(" in ", "\nin "), fontsize=9)
-figure.suptitle(f"Same prompts, same noise. Left: {concept}, to be erased. Right: to be kept.", fontsize=12)
-plt.show()
+columns = [shot for group in wanted for _, shot in groups.shots(group, min(4, images), seed=1)]
+shown = {name: [galleries[name][shot].image for shot in columns] for name in models}
+esd_jax.grid(shown, captions=[shot.prompt for shot in columns])
 
 # %% [markdown]
 # ## In figures

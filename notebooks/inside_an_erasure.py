@@ -56,31 +56,13 @@ models = {
 # %%
 named, implied, other = "a cat in cartoon style", "a pet in cartoon style", "a rose in cartoon style"
 prompts = [named, implied, other]
-pets = esd_jax.sample(base, [implied] * 40, seed=list(range(40)), num_steps=20, guidance_scale=3.0)
+pets = esd_jax.sample(base, [implied] * 40, seed=list(range(40)), steps=20, guidance_scale=3.0)
 shows_cat = testbed.probed(groups.parse_target("a cat"))(pets)
 seeds = [int(seed) for seed in np.flatnonzero(shows_cat)[:3]]
 columns = [(prompt, seed) for prompt in prompts for seed in seeds]
-
-
-def strips(rows, titles):
-    """Images in rows, under shared titles."""
-    count = len(titles)
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.25 * count, 1.4 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name)
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(image)
-            axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout()
-    return figure, axes
-
-
-how = {"seed": [seed for _, seed in columns], "num_steps": 20, "guidance_scale": 3.0}
+how = {"seed": [seed for _, seed in columns], "steps": 20, "guidance_scale": 3.0}
 drawn = {name: esd_jax.sample(model, [prompt for prompt, _ in columns], **how) for name, model in models.items()}
-strips(drawn, [f'"{prompt.split(" in ")[0]}"' for prompt, _ in columns])
-plt.show()
+esd_jax.grid(drawn, captions=[f'"{prompt.split(" in ")[0]}"' for prompt, _ in columns])
 
 # %% [markdown]
 # The paper finds that ESD-x leaves what only implies the concept nearly alone. Does it here? Below is the share of
@@ -95,7 +77,7 @@ told = told[1:] - told[0]
 told /= np.linalg.norm(told, axis=1, keepdims=True)
 print(f"{'':26}likeness  {'   '.join(models)}")
 for prompt, likeness in zip(prompts[:2], told @ told[0], strict=False):
-    options = {"seed": all_seeds, "num_steps": 20, "guidance_scale": 3.0}
+    options = {"seed": all_seeds, "steps": 20, "guidance_scale": 3.0}
     rates = [np.mean(sees(esd_jax.sample(m, [prompt] * len(all_seeds), **options))) for m in models.values()]
     print(f"{prompt:26}{likeness:8.2f}  {'    '.join(f'{rate:4.0%}' for rate in rates)}")
 rose = told[2] @ told[0]
@@ -267,10 +249,7 @@ for step in range(20):
         parts = [null, cond, target, *(after[name] for name in list(models)[1:])]
         for images, eps in zip(rows.values(), parts, strict=True):
             images.append(implied_image(step, eps))
-figure, axes = strips(rows, [f"t = {int(sampler.timesteps[step])}" for step in at])
-for line in axes:
-    line[0].yaxis.label.set_fontsize(8)
-plt.show()
+esd_jax.grid(rows, captions=[f"t = {int(sampler.timesteps[step])}" for step in at])
 
 # %% [markdown]
 # How far each model's words are from the target: training brings them nearer where the concept is told from noise, and

@@ -24,8 +24,6 @@ images = 24  # of each group that is measured
 import tempfile
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 import esd_jax
 
 folder = Path(tempfile.mkdtemp())
@@ -38,25 +36,9 @@ base = esd_jax.load("emoji")
 
 # %%
 prompts = ["a cat in neon style", "a rocket in neon style", "a cat in ink style", "a house in clay style", "a pizza"]
-how = {"seed": [0] * len(prompts), "num_steps": 20, "guidance_scale": 3.0}
-
-
-def show(rows):
-    """Images in titled rows, a column for each prompt."""
-    figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.9 * len(prompts), 2.1 * len(rows)), squeeze=False)
-    for line, (name, drawn) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name)
-        for axis, image in zip(line, drawn, strict=True):
-            axis.imshow(image)
-            axis.set(xticks=[], yticks=[])
-    for axis, prompt in zip(axes[0], prompts, strict=True):
-        axis.set_title(prompt, fontsize=9)
-    figure.tight_layout()
-    plt.show()
-
-
+how = {"seed": [0] * len(prompts), "steps": 20, "guidance_scale": 3.0}
 before = esd_jax.sample(base, prompts, **how)
-show({"base": before})
+esd_jax.grid({"base": before}, captions=prompts)
 
 # %% [markdown]
 # ## Erase
@@ -70,7 +52,8 @@ erased = esd_jax.erase(
 )
 
 # %%
-show({"base": before, "erased": esd_jax.sample(erased, prompts, **how)})
+after = esd_jax.sample(erased, prompts, **how)
+esd_jax.grid({"base": before, "erased": after}, captions=prompts)
 
 # %% [markdown]
 # In these pictures the style is gone, while the objects and the other styles stay. And in others? The package carries a
@@ -81,10 +64,7 @@ show({"base": before, "erased": esd_jax.sample(erased, prompts, **how)})
 # Both models draw the same prompts from the same noise. In brackets: 95% intervals.
 
 # %%
-from esd_jax.evaluation import text
-
-evidence = esd_jax.evaluate(base, erased, "quick", output_dir=folder / "run" / "evidence", images=images)
-print(text.summary(evidence))
+esd_jax.evaluate(base, erased, "quick", output_dir=folder / "run" / "evidence", images=images)
 
 # %% [markdown]
 # ## Take it along

@@ -73,7 +73,7 @@ def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_siz
             pipeline,
             [shot.prompt for shot in shots],
             seed=[shot.seed for shot in shots],
-            num_steps=NUM_STEPS,
+            steps=NUM_STEPS,
             guidance_scale=GUIDANCE,
             batch_size=batch_size,
             **options,

@@ -37,6 +37,16 @@ class Drawing:
     batch_size: int = 8
 
 
+def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `sample` as kept results name them, whose number of steps is num_steps."""
+    return {"num_steps" if name == "steps" else name: value for name, value in options.items()}
+
+
+def sampled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as `sample` names them."""
+    return {"steps" if name == "num_steps" else name: value for name, value in options.items()}
+
+
 class Drawn:
     """The images of a list of prompts, in its order, in a folder."""
 
@@ -90,7 +100,7 @@ def draw(
                 pipeline,
                 [case.prompt for case in chunk],
                 seed=[case.seed for case in chunk],
-                num_steps=drawing.num_steps,
+                steps=drawing.num_steps,
                 guidance_scale=guidance,
                 sampler=drawing.sampler or "auto",
                 height=drawing.height,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax import display
 from esd_jax.erasure import Erasure
 from esd_jax.metrics.intervals import Estimate
 
@@ -38,6 +39,14 @@ class Table:
                 raise ValueError(f"table {self.title!r}: row {label!r} has {len(cells)} of {len(self.columns)} cells")
         if unknown := sorted(set(self.percent) - set(self.columns)):
             raise ValueError(f"table {self.title!r}: percent names {unknown[0]!r}, which is no column")
+
+    def __repr__(self) -> str:
+        return display.line("Table", self.title, [f"{len(self.rows)} rows of {', '.join(self.columns)}"])
+
+    def _repr_html_(self) -> str:
+        from esd_jax.evaluation.report import notebook  # a view of what is here
+
+        return notebook.table(self)
 
 
 ROLES = ("erased", "kept", "attack")
@@ -78,6 +87,9 @@ class Pair:
     before: UInt8[np.ndarray, "height width 3"]
     after: UInt8[np.ndarray, "height width 3"]
 
+    def __repr__(self) -> str:
+        return display.line("Pair", repr(self.prompt), ["x".join(map(str, self.before.shape[:2]))])
+
 
 @dataclass(frozen=True, eq=False)
 class Moment:
@@ -90,6 +102,9 @@ class Moment:
     images: UInt8[np.ndarray, "n height width 3"]
     score: float | None = None
     ssim: float | None = None
+
+    def __repr__(self) -> str:
+        return display.line("Moment", f"step {self.step}", [f"{len(self.images)} images"])
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,16 @@ class Evidence:
     training: Plot | None = None
     caveats: tuple[str, ...] = ()
     command: str = ""
+
+    def __repr__(self) -> str:
+        pairs = sum(map(len, self.pictures.values()))
+        counts = {"figure": len(self.verdict), "table": len(self.tables), "attack": len(self.attacks), "pair": pairs}
+        return display.line("Evidence", self.title, [f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n])
+
+    def _repr_html_(self) -> str:
+        from esd_jax.evaluation.report import notebook  # a view of what is here
+
+        return notebook.evidence(self)
 
 
 def as_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ from esd_jax.io import folder as files
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
+from esd_jax.suggest import did_you_mean
 
 CAVEATS = ("A detector errs, and an erased model may still draw the concept for prompts that nobody tried.",)
 SHOWN = 8  # pairs of images in the report
@@ -94,7 +95,7 @@ def evaluate(
     draws blank images alone.
     """
     if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; choose of {', '.join(PROTOCOLS)}, or emoji")
+        raise ValueError(f"unknown protocol {protocol!r}; {did_you_mean(protocol, (*PROTOCOLS, 'emoji'))}")
     plan = PROTOCOLS[protocol]
     if (source := prompt_list or plan.prompts) is None:
         raise ValueError('protocol custom needs a list of prompts: a CSV file with a column "prompt"')

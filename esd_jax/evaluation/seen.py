@@ -46,7 +46,7 @@ class Question:
             pipeline,
             prompts,
             seed=[self.seed * 1_000_003 + i & 0xFFFFFFFF for i in range(self.num_images)],
-            num_steps=self.num_steps,
+            steps=self.num_steps,
             sampler="auto",
             guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,

@@ -19,6 +19,7 @@ from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.io.folder import variant_of
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
+from esd_jax.suggest import did_you_mean
 
 DTYPES = ("float32", "float16", "bfloat16")
 STEPS = 4  # of the sampler, for the image that is compared
@@ -269,7 +270,7 @@ def verified(
 def _format(name: str, pipeline: Pipeline) -> Format:
     """A format by its name. Raises ValueError for an unknown one, and for one that the family has not."""
     if name not in FORMATS:
-        raise ValueError(f"format={name!r} is unknown; choose one of {', '.join(FORMATS)}")
+        raise ValueError(f"format={name!r} is unknown; {did_you_mean(name, FORMATS)}")
     pipeline.family.require(FORMATS[name].needs, f"format {name!r}")
     return FORMATS[name]
 
@@ -308,7 +309,7 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
     Raises ValueError if the file draws another one than `expected`, which has its tensors.
     """
     texts = texts_of(pipeline.provenance.erased)
-    options = {"num_steps": STEPS, "sampler": "auto"}
+    options = {"steps": STEPS, "sampler": "auto"}
     draw = lambda model: sample(model, texts[:1] or [""], **options)[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:

@@ -41,6 +41,7 @@ class Family:
     provides: which of `NEEDS` it meets.
     zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
       `model_index.json` says otherwise.
+    label: configs -> the version of the model in short ("SD 1"); by default the family's name.
     """
 
     name: str
@@ -59,6 +60,11 @@ class Family:
     check: Callable[[Configs], None] = lambda configs: None
     provides: frozenset[str] = frozenset()
     zeros_for_null: bool = False
+    label: Callable[[Configs], str] | None = None
+
+    def called(self, configs: Configs) -> str:
+        """What a checkpoint of the family is called in short."""
+        return self.label(configs) if self.label else self.name
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

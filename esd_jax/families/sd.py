@@ -5,6 +5,8 @@ from esd_jax.families import unets
 from esd_jax.families.family import NEEDS, Family
 from esd_jax.selection import SUBSETS
 
+SD_2_WIDTH = 1024  # of its text encoder; SD 1 has 768
+
 SD = Family(
     name="Stable Diffusion 1 and 2",
     pipeline="StableDiffusionPipeline",
@@ -21,4 +23,5 @@ SD = Family(
     subsets=SUBSETS,
     check=unets.check,
     provides=frozenset(NEEDS),
+    label=lambda configs: "SD 2" if configs["text_encoder"].hidden_size == SD_2_WIDTH else "SD 1",
 )

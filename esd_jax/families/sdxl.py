@@ -14,4 +14,5 @@ SDXL = replace(
     encode=unets.encode_two,
     provides=frozenset(NEEDS) - {"one_clip"},
     zeros_for_null=True,
+    label=None,
 )

@@ -19,6 +19,7 @@ NETWORK = ("encoder.", "text_model.", "decoder.", "quant_conv.", "post_quant_con
 BARE = ("input_blocks.", "output_blocks.", "diffusion_model.")
 OTHERS = ("double_blocks.", "joint_blocks.", "single_transformer_blocks.")
 LOAD = "it is a single-file checkpoint: load it"
+DELTA = "it holds UNet tensors alone: of a delta, name its base, too; of a diffusers folder, give the folder"
 
 
 def described(keys: Iterable[str]) -> str:
@@ -27,7 +28,7 @@ def described(keys: Iterable[str]) -> str:
     if any(part in key for key in keys for part in LORA):
         return "it is a LoRA, a change to a checkpoint: merge it into one (export --merge, merge_lora)"
     if any(key in EMBEDDING or ".string_to_param." in key for key in keys) or (len(keys) == 1 and "." not in keys[0]):
-        return "it is a textual inversion, vectors of a word: io.embeddings.add_embedding reads it"
+        return "it is a textual inversion, vectors of a word: formats.add_embedding reads it"
     if any(key.startswith("control_model.") or "controlnet" in key for key in keys):
         return "it is a ControlNet, which stays beside a checkpoint"
     if any(part in key for key in keys for part in OTHERS):
@@ -37,7 +38,7 @@ def described(keys: Iterable[str]) -> str:
     if any(key.startswith(BARE) for key in keys):
         return "it is a UNet alone under the single file's names: give the whole checkpoint"
     if any(key.startswith(UNET) for key in keys):
-        return "it holds UNet tensors alone: of a delta, name its base, too; of a diffusers folder, give the folder"
+        return DELTA
     if any(key.startswith(NETWORK) for key in keys):
         return "it is one network of a diffusers folder: give that folder, which holds model_index.json"
     return ""

@@ -159,7 +159,7 @@ class Ablating:
             return tools.sample(
                 [prompts[i % len(prompts)] for i in range(self.drawn_images)],
                 seed=self.drawing_seed,
-                num_steps=self.drawing_steps,
+                steps=self.drawing_steps,
                 guidance_scale=self.drawing_guidance,
                 sampler=self.drawing_sampler,
                 negative_prompt=negative,

@@ -175,7 +175,7 @@ class ForgetMeNot:
         images = tools.sample(
             [own[i % least] for own in prompts for i in range(number)],
             seed=self.drawing_seed,
-            num_steps=self.drawing_steps,
+            steps=self.drawing_steps,
             guidance_scale=self.drawing_guidance,
             sampler=self.drawing_sampler,
         )

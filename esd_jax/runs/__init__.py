@@ -30,7 +30,7 @@ from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
-from esd_jax.training.loop import train
+from esd_jax.training.loop import OnStep, train
 from esd_jax.training.step import State, result
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
@@ -52,6 +52,7 @@ def run(
     start_from: Pipeline | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
+    on_step: OnStep | None = None,
     own: bool = False,
     then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
@@ -133,6 +134,7 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
+            on_step=on_step,
             votes=several,
         )
         final = erased(result(state), dataclasses.replace(record, step=int(state.step)))
@@ -247,7 +249,7 @@ def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
             erased,
             prompts,
             seed=plan.training.seed,
-            num_steps=plan.preview_steps,
+            steps=plan.preview_steps,
             guidance_scale=plan.preview_guidance,
             sampler="auto",
             height=plan.height,

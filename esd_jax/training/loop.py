@@ -71,6 +71,7 @@ class NotFinite(FloatingPointError):
 
 
 StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.voting`
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 def train(
@@ -86,6 +87,7 @@ def train(
     preview: Callable[[int, Params], None] | None = None,
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
+    on_step: OnStep | None = None,
     votes: bool = False,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
@@ -96,6 +98,8 @@ def train(
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
       stop_when: called with theta every `stop_every` steps; where it says so, training ends as if that step were the
         last. It must depend on theta alone, so that a run that is resumed ends at the same step.
+      on_step: called on the first process with (step, metrics) of every update, once they have arrived: the device is
+        then up to `AHEAD` updates further. metrics: "loss", "grad_norm", "t", and "seconds" since training began.
       votes: of a run of several processes, which must all stop at the same step: `step` is `hosts.voting`'s. All stop
         `AHEAD` steps after any was asked to; a run of one process stops at once.
 
@@ -120,10 +124,13 @@ def train(
                 if checkpoints:
                     checkpoints.discard(number - 1)  # its weights gave this loss
                 raise NotFinite(_not_finite(number, loss, grad_norm, checkpoints))
+            seconds = round(time.monotonic() - began, 3)
+            by_name = {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds}
             if log and (number % settings.log_every == 0 or number == settings.steps):
-                seconds = round(time.monotonic() - began, 3)
-                log.write(number, {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds})
+                log.write(number, by_name)
             progress(number, loss)
+            if on_step and hosts.first():
+                on_step(number, by_name)
 
     def save() -> None:
         # Nothing is saved before every loss up to here is known to be finite.

@@ -53,6 +53,8 @@ class Optimizer:
     weight_decay: of AdamW.
     warmup_steps: updates over which the learning rate grows linearly from zero.
     max_grad_norm: gradients are scaled down to this global norm; without one, never.
+
+    Raises ValueError for an unknown optimizer, or a number that does not go with it.
     """
 
     optimizer: str = "adam"

@@ -186,7 +186,7 @@ def redrawn(
                 way.prompt,
                 inverter=base if way.inverter == UNMODIFIED else None,
                 guidance_scale=way.guidance_scale,
-                num_steps=FLAGS.num_steps,
+                steps=FLAGS.num_steps,
                 batch_size=FLAGS.batch_size,
             )
         results.write(file, {json.dumps(way): images for way, images in drawn.items()}, settings=settings)

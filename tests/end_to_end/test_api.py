@@ -87,14 +87,14 @@ def test_load_erase_sample_export(sd1, base, run, tmp_path):
     assert changed == trained
 
     latents, prompts = noise(2), ["a photo of the cat", "dogs"]
-    images = esd_jax.sample(erased, prompts, latents=latents, num_steps=20, sampler="ddim")
+    images = esd_jax.sample(erased, prompts, latents=latents, steps=20, sampler="ddim")
     theirs = uint8(torch_images(diffusers.StableDiffusionPipeline.from_pretrained(folder), latents, prompts))
     assert_same_images(images, theirs)
-    before = esd_jax.sample(base, prompts, latents=latents, num_steps=20, sampler="ddim")
+    before = esd_jax.sample(base, prompts, latents=latents, steps=20, sampler="ddim")
     assert np.abs(before.astype(int) - images).max() > 1
     reopened = esd_jax.load(folder)
     np.testing.assert_array_equal(
-        esd_jax.sample(reopened, ["dogs"], num_steps=2), esd_jax.sample(erased, ["dogs"], num_steps=2)
+        esd_jax.sample(reopened, ["dogs"], steps=2), esd_jax.sample(erased, ["dogs"], steps=2)
     )
     assert reopened.provenance.erased == (erasure,)
 

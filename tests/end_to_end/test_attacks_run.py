@@ -185,7 +185,7 @@ def test_completion_goes_on_from_a_noised_image(victims):
     noise = initial_noise(base, example_keys(3, 2), (16, 16))
     t = 751  # the first of DDIM's four steps
     noised = add_noise(base.schedule, adversaries.latents(base, pictures(2)), noise, t)
-    wanted = sample(base, texts, sampler="ddim", latents=noised, num_steps=4, guidance_scale=3.0)
+    wanted = sample(base, texts, sampler="ddim", latents=noised, steps=4, guidance_scale=3.0)
     assert np.abs(ours.astype(int) - wanted).max() <= 1
     found = hidden.completions(base, tiny_goal(), settings)
     assert [one.name for one in found] == [

@@ -19,7 +19,7 @@ def base():
 
 def test_the_model_draws_what_it_is_asked_for(base):
     prompts = [captions.prompt(*pair) for pair in ASKED]
-    images = esd_jax.sample(base, prompts, seed=5, num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
+    images = esd_jax.sample(base, prompts, seed=5, steps=NUM_STEPS, guidance_scale=GUIDANCE)
     seen = probe.classify(images)
     assert seen.recognised.all()
     assert [vocabulary.objects()[i] for i in seen.objects] == [name for name, _ in ASKED]
@@ -28,7 +28,7 @@ def test_the_model_draws_what_it_is_asked_for(base):
 
 def test_two_seeds_of_one_prompt_differ_in_placement(base):
     prompts = ["a star in ink style"] * 6
-    images = esd_jax.sample(base, prompts, seed=2, num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
+    images = esd_jax.sample(base, prompts, seed=2, steps=NUM_STEPS, guidance_scale=GUIDANCE)
     dark = images.mean(axis=-1) < 128
     y, x = np.mgrid[:64, :64]
     sizes = dark.sum(axis=(1, 2))
@@ -46,7 +46,7 @@ def test_what_a_destroyed_model_draws_is_not_recognised(base, spread):
     noise = {name: spread * w.std() * rng.standard_normal(w.shape).astype("f") for name, w in weights.items()}
     destroyed = base.with_edits({f"unet/{name}": w + noise[name] for name, w in weights.items()})
     prompts = [captions.prompt(*pair) for pair in vocabulary.pairs()[::11]]
-    images = esd_jax.sample(destroyed, prompts, seed=1, num_steps=NUM_STEPS, guidance_scale=GUIDANCE, batch_size=32)
+    images = esd_jax.sample(destroyed, prompts, seed=1, steps=NUM_STEPS, guidance_scale=GUIDANCE, batch_size=32)
     assert probe.classify(images).recognised.mean() <= 0.1
 
 

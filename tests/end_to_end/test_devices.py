@@ -147,7 +147,7 @@ def main(output: str) -> None:
 
     base, prompts = esd_jax.load("emoji"), ["a cat", "neon style", "a rose in ink style", "a fish"] * 2
     for size in (8, 3):  # on all devices, and on one
-        options = {"num_steps": 2, "eta": 1.0, "sampler": "ddim", "batch_size": size}
+        options = {"steps": 2, "eta": 1.0, "sampler": "ddim", "batch_size": size}
         found[f"images/{size}"] = esd_jax.sample(base, prompts, negative_prompt=prompts[::-1], **options)
     np.savez(output, **{name: np.asarray(value) for name, value in found.items()})
 

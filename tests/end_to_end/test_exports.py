@@ -51,7 +51,7 @@ def test_all_formats_verify(run, written):
 def test_lossless_formats_draw_what_the_folder_draws(run, written):
     folder, made = written
     base = esd_jax.load(run[1].provenance.folder)
-    draw = lambda model: esd_jax.sample(model, ["cat", "dogs"], num_steps=3)  # noqa: E731
+    draw = lambda model: esd_jax.sample(model, ["cat", "dogs"], steps=3)  # noqa: E731
     expected = draw(api.opened(base, made["folder"].path))
     np.testing.assert_array_equal(draw(api.opened(base, made["single"].path)), expected)
     exact = exports.export(run[1], folder / "exact.safetensors", "delta", dtype="float32").path

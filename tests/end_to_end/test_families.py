@@ -110,11 +110,11 @@ def test_it_resumes_bit_for_bit(toy, tmp_path):
 
 def test_it_is_restored_and_exported(toy, tmp_path):
     folder, base, run, erased = toy
-    images = esd_jax.sample(erased, ["a cat", "a dog"], num_steps=3, seed=1)
+    images = esd_jax.sample(erased, ["a cat", "a dog"], steps=3, seed=1)
     assert images.shape == (2, 16, 16, 3) and images.std() > 1
     for path in (run, run / "model"):
         again = api.opened(base, path)
-        np.testing.assert_array_equal(esd_jax.sample(again, ["a cat", "a dog"], num_steps=3, seed=1), images)
+        np.testing.assert_array_equal(esd_jax.sample(again, ["a cat", "a dog"], steps=3, seed=1), images)
     exact = {"dtype": "float32"}
     for format, name, options in (("folder", "a", {}), ("delta", "b.safetensors", exact), ("orbax", "c", {})):
         written = exports.export(erased, tmp_path / name, format, verify=True, **options)

@@ -1,11 +1,14 @@
 """Notebooks: what is read is what is edited, and every cell runs."""
 
+import ast
+
 import jupytext
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from messages import one_line
+from PIL import Image
 
 from launch import notebooks
 
@@ -41,15 +44,19 @@ def test_unknown_parameters_are_refused():
 
 
 def run(name):
-    """Runs all cells in this process, which has compiled much of it before."""
+    """Runs all cells in this process, which has compiled much of it before. Returns the pictures that they show."""
     matplotlib.use("Agg")
-    figures, space = [], {"__name__": "__main__"}
+    pictures, space = [], {"__name__": "__main__"}
     for cell in notebooks.source(name, SMALL[name]).cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, f"{name}.py", "exec"), space)
-            figures += map(plt.figure, plt.get_fignums())
+            *body, last = ast.parse(cell.source).body
+            shown = isinstance(last, ast.Expr)
+            exec(compile(ast.Module(body if shown else [*body, last], []), f"{name}.py", "exec"), space)
+            value = eval(compile(ast.Expression(last.value), f"{name}.py", "eval"), space) if shown else None
+            pictures += [value] if isinstance(value, Image.Image) else []
+            pictures += map(plt.figure, plt.get_fignums())
             plt.close("all")
-    return figures
+    return pictures
 
 
 @pytest.mark.slow

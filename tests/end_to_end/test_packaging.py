@@ -93,7 +93,7 @@ USE = """
 import json, sys
 import esd_jax
 base = esd_jax.load("emoji")
-image = esd_jax.sample(base, ["a cat"], seed=0, num_steps=2, guidance_scale=3.0)
+image = esd_jax.sample(base, ["a cat"], seed=0, steps=2, guidance_scale=3.0)
 print(json.dumps({"file": esd_jax.__file__, "image": image.tolist(), "torch": "torch" in sys.modules}))
 """
 
@@ -132,7 +132,7 @@ def test_the_wheel_works_alone(wheel, tmp_path):
     assert Path(used["file"]) == packages / "esd_jax" / "__init__.py" and not used["torch"]
     image = np.array(used["image"])
     assert image.shape == (1, 64, 64, 3) and image.std() > 10
-    here = esd_jax.sample(esd_jax.load("emoji"), ["a cat"], seed=0, num_steps=2, guidance_scale=3.0)
+    here = esd_jax.sample(esd_jax.load("emoji"), ["a cat"], seed=0, steps=2, guidance_scale=3.0)
     assert np.abs(image - here.astype(int)).max() <= 2  # of 255: its JAX may be a newer one
 
 

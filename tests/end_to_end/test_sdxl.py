@@ -80,7 +80,7 @@ def test_images_with_every_null_are_those_of_diffusers(family, tmp_path):
         print(f"{family}, negative prompt {negative!r}: max abs difference {error:.1e} of [-1, 1]")
         assert error <= 2e-3
         images[negative] = esd_jax.sample(
-            ours, PROMPTS, latents=LATENTS, num_steps=steps, guidance_scale=scale, negative_prompt=negative,
+            ours, PROMPTS, latents=LATENTS, steps=steps, guidance_scale=scale, negative_prompt=negative,
             height=SIZE[0], width=SIZE[1],
         )  # fmt: skip
         assert_same_images(images[negative], uint8(theirs))
@@ -94,7 +94,7 @@ def test_few_steps_without_guidance_are_those_of_diffusers(tmp_path):
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.scheduler.save_pretrained(tmp_path / "scheduler")
     theirs = drawn_by_diffusers(pipe, None, 4, 0.0)
-    options = {"latents": LATENTS, "num_steps": 4, "height": SIZE[0], "width": SIZE[1]}
+    options = {"latents": LATENTS, "steps": 4, "height": SIZE[0], "width": SIZE[1]}
     ours = esd_jax.load(tmp_path)
     assert_same_images(esd_jax.sample(ours, PROMPTS, guidance_scale=0.0, **options), uint8(theirs))
 

@@ -158,4 +158,4 @@ def test_a_scheduler_field_of_another_type(folder):
             lambda c, value=value: {**c, "_class_name": "EulerDiscreteScheduler", "final_sigmas_type": value},
         )
         with pytest.raises(ValueError, match=one_line(said, "write", "'zero'")):
-            esd_jax.sample(esd_jax.load(folder), ["a cat"], sampler="euler", num_steps=2)
+            esd_jax.sample(esd_jax.load(folder), ["a cat"], sampler="euler", steps=2)

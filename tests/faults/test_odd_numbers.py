@@ -66,23 +66,23 @@ def blank(base):
 @pytest.mark.parametrize("scale", [1e38, 3.4e38])
 def test_a_guidance_beyond_all_bounds(base, scale):
     with pytest.raises(ValueError, match=one_line("image 0", "'a dog'", f"guidance_scale={scale:g}")):
-        sample(base, ["a dog", "a cat"], num_steps=2, guidance_scale=scale)
+        sample(base, ["a dog", "a cat"], steps=2, guidance_scale=scale)
 
 
 def test_the_image_that_is_none_is_named(base):
     with pytest.raises(ValueError, match=one_line("image 0", "'a dog'", "NaN")):
-        sample(broken(base, np.nan), ["a dog", "a cat"], num_steps=2)
+        sample(broken(base, np.nan), ["a dog", "a cat"], steps=2)
     latents = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
     latents[2] = np.inf
     with pytest.raises(ValueError, match=one_line("image 2", "'c'", "NaN")):
-        sample(base, ["a", "b", "c"], num_steps=2, latents=latents, batch_size=2)
+        sample(base, ["a", "b", "c"], steps=2, latents=latents, batch_size=2)
 
 
 def test_a_vae_that_divides_by_nothing(base):
     config = dataclasses.replace(base.configs["vae"], shift_factor=float("nan"))
     lost = dataclasses.replace(base, configs={**base.configs, "vae": config})
     images = np.full((2, 16, 16, 3), 100, np.uint8)
-    for draws in (lambda: reconstruct(lost, images), lambda: invert(lost, images, num_steps=2)):
+    for draws in (lambda: reconstruct(lost, images), lambda: invert(lost, images, steps=2)):
         with pytest.raises(ValueError, match=one_line("image 0", "NaN")):
             draws()
 
@@ -91,12 +91,12 @@ def test_a_vae_that_divides_by_nothing(base):
 def test_seeds_that_are_none(base, seed):
     for given in (seed, [0, seed]):
         with pytest.raises(ValueError, match=one_line(f"seed={seed!r}", "whole number")):
-            sample(base, ["a", "b"], seed=given, num_steps=1)
+            sample(base, ["a", "b"], seed=given, steps=1)
 
 
 def test_sizes_beyond_all_memory(base):
     with pytest.raises(ValueError, match=one_line("height", "65536")):
-        sample(base, ["a"], num_steps=1, height=10**20)
+        sample(base, ["a"], steps=1, height=10**20)
 
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", None, 3])
@@ -104,7 +104,7 @@ def test_prompts_that_are_no_text(base, prompt):
     for given in ({"prompts": [prompt]}, {"prompts": ["a"], "negative_prompt": [prompt]} if prompt else {}):
         if given:
             with pytest.raises(ValueError, match=one_line("prompt", repr(prompt))):
-                sample(base, num_steps=1, **given)
+                sample(base, steps=1, **given)
 
 
 # Changes.
@@ -174,7 +174,7 @@ def test_no_evaluation_takes_a_broken_model_for_an_erased_one(base, make, tmp_pa
     options = {"prompt_list": "everyday", "limit": 2, "num_steps": 1}
     with pytest.raises(ValueError, match=said):
         protocols.evaluate(base, lost, "cat", "custom", tmp_path / "e", **options)
-    images = sample(base, ["a cat"] * 2, num_steps=1)
+    images = sample(base, ["a cat"] * 2, steps=1)
     goal = Goal("cat", ("a cat",), images, nothing, ("a",))
     control = attacks.preset("random_prompts", "emoji", count=1)
     drawing = {"seeds": 1, "random": False, "num_steps": 1}
@@ -193,7 +193,7 @@ def test_a_guidance_of_its_own_may_be_zero(base, tmp_path):
     """Else it would be drawn with another."""
     drawing = Drawing(num_steps=2, own_guidance=True)
     (image,) = draw(base, {}, [Case("1", "a cat", 3, guidance=0.0)], drawing, tmp_path / "a").batches()
-    np.testing.assert_array_equal(image, sample(base, ["a cat"], seed=[3], num_steps=2, guidance_scale=0.0))
+    np.testing.assert_array_equal(image, sample(base, ["a cat"], seed=[3], steps=2, guidance_scale=0.0))
 
 
 def test_evidence_that_is_damaged(tmp_path):

@@ -136,7 +136,7 @@ def test_previews_show_the_same_seed_as_the_run_goes_on(base, tmp_path):
     assert first.shape == (16, 2 * 16, 3)
     assert not np.array_equal(first, last)
     expected = esd_jax.sample(
-        esd_jax.load(base), ["cat style", "a photo of the dog"], seed=FIELDS["seed"], num_steps=2, guidance_scale=7.5
+        esd_jax.load(base), ["cat style", "a photo of the dog"], seed=FIELDS["seed"], steps=2, guidance_scale=7.5
     )
     np.testing.assert_array_equal(first, np.concatenate(list(expected), axis=1))
 

@@ -237,7 +237,7 @@ def test_a_run_from_checkpoint_to_export(tmp_path):
 
     plan = recipe.make(**{**recipe.read(fields.pop("config")).to_dict(), **fields, "concept": "the cat"})
     made = runs.assemble(base, plan)
-    drawn = esd_jax.sample(base, ["a photo of the dog", "the dog"], num_steps=2, guidance_scale=3.0, sampler="ddim")
+    drawn = esd_jax.sample(base, ["a photo of the dog", "the dog"], steps=2, guidance_scale=3.0, sampler="ddim")
     np.testing.assert_allclose(made.inputs.latents, jax.jit(base.encode)(drawn / np.float32(127.5) - 1), atol=1e-5)
     assert made.inputs.latents.shape == (2, *made.shape)
 

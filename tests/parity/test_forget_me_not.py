@@ -203,7 +203,7 @@ def test_what_is_drawn():
     studio = Studio()
     _, inputs = make(world("unet", "float32"), studio=studio, drawing_sampler="ddim", drawing_seed=4)
     prompts = ["of a cat of", "the a cat", "of a cat of", "of clay of", "the clay", "of clay of"]
-    options = {"seed": 4, "num_steps": 50, "guidance_scale": 7.5, "sampler": "ddim"}
+    options = {"seed": 4, "steps": 50, "guidance_scale": 7.5, "sampler": "ddim"}
     assert studio.asked == [(prompts, options)]
     expected = studio.to_latents(Studio().sample(prompts)).reshape(2, 3, *SHAPE)
     np.testing.assert_array_equal(inputs.images, expected)

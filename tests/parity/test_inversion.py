@@ -135,9 +135,7 @@ def test_real_images_come_back(emoji):
     noise = esd_jax.invert(emoji, pictures)
     assert noise.shape == (len(pictures), 16, 16, 4) and 0.6 < noise.std() < 1.2
     again = esd_jax.purify(emoji, pictures)
-    drawn = sampling.sample(
-        emoji, [""] * len(pictures), latents=noise, num_steps=35, guidance_scale=1.0, sampler="ddim"
-    )
+    drawn = sampling.sample(emoji, [""] * len(pictures), latents=noise, steps=35, guidance_scale=1.0, sampler="ddim")
     np.testing.assert_array_equal(again, drawn)
     other = esd_jax.purify(emoji, pictures, timestep="target")
     found = {name: np.median(ssim(images, best)) for name, images in (("level", again), ("target", other))}

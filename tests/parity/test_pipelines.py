@@ -133,7 +133,7 @@ def test_the_embedded_model_by_another_schedulers_config(file, tmp_path):
     shutil.copytree(esd_jax.demo.MODEL, tmp_path / "m")
     shutil.copyfile(DATA / f"{file}.json", tmp_path / "m/scheduler/scheduler_config.json")
     edit_json(tmp_path / "m/model_index.json", "scheduler")
-    options = {"sampler": "ddim", "num_steps": 20, "guidance_scale": 3.0}
+    options = {"sampler": "ddim", "steps": 20, "guidance_scale": 3.0}
     images, updates = [], []
     for source in ("emoji", tmp_path / "m"):
         base = esd_jax.load(source)

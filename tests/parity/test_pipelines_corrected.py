@@ -84,7 +84,7 @@ def test_a_list_gives_height_and_width(copy, sd1):
     edit_json(copy / "unet/config.json", sample_size=[8, 12])
     latents = np.random.default_rng(0).normal(size=(2, 8, 12, 4)).astype(np.float32)
     images = esd_jax.sample(
-        esd_jax.load(copy), PROMPTS, latents=latents, num_steps=STEPS, guidance_scale=SCALE, sampler="ddim"
+        esd_jax.load(copy), PROMPTS, latents=latents, steps=STEPS, guidance_scale=SCALE, sampler="ddim"
     )
     expected = theirs(reopened(copy, diffusers.DDIMScheduler), latents)
     assert images.shape == expected.shape == (2, 16, 24, 3)
@@ -238,7 +238,7 @@ def test_nobody_needs_the_checkpoints_own_sampler(copy, tmp_path):
     erased = esd_jax.erase(base, "cat", method="uce", config="uce", dtype="float32")
     with pytest.warns(SamplerReplaced, match=one_line("by ddim in place of KDPM2DiscreteScheduler")):
         esd_jax.export(erased, tmp_path / "out", verify=True)
-    assert esd_jax.sample(erased, ["cat"], sampler="euler", num_steps=2).shape == (1, 16, 16, 3)
+    assert esd_jax.sample(erased, ["cat"], sampler="euler", steps=2).shape == (1, 16, 16, 3)
 
 
 def test_options_that_are_not_implemented_leave_other_samplers(copy):

@@ -109,7 +109,7 @@ def test_sld_draws_what_diffusers_draws(sd1, in_latents, monkeypatch):
     expected = safe(
         PROMPTS, latents=to_nchw(noise(2)), guidance_scale=SCALE, num_inference_steps=6, output_type="np", **numbers
     ).images
-    options = {"num_steps": 6, "sampler": "ddim", "batch_size": 2}
+    options = {"steps": 6, "sampler": "ddim", "batch_size": 2}
     assert np.abs(sampling.sample(base, PROMPTS, rule=rule, latents=noise(2), **options) - expected).max() <= 1e-4
     assert np.abs(sampling.sample(base, PROMPTS, rule=SLD("cat"), latents=noise(2), **options) - expected).max() > 1e-2
 
@@ -134,10 +134,10 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
             edit_guidance_scale=[4.0, 5.0], edit_warmup_steps=[1, 3], edit_threshold=[0.75, 0.5],
         ).images  # fmt: skip
     latents = noise(2)
-    found = sampling.sample(base, PROMPTS, rule=SEGA(edits), latents=latents, num_steps=5, sampler="euler")
+    found = sampling.sample(base, PROMPTS, rule=SEGA(edits), latents=latents, steps=5, sampler="euler")
     assert np.abs(found - to_nhwc(expected)).max() <= 1e-4
     negative = sampling.sample(
-        base, PROMPTS, rule=SEGA(edits), latents=latents, num_steps=5, sampler="euler", negative_prompt="the dog"
+        base, PROMPTS, rule=SEGA(edits), latents=latents, steps=5, sampler="euler", negative_prompt="the dog"
     )
     assert np.abs(negative - found).max() > 1e-2
 
@@ -148,7 +148,7 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
 )
 def test_rules_go_with_every_sampler(sd1, in_latents, sampler):
     """A rule that does nothing changes nothing; one that does something does so at once."""
-    options = {"seed": 3, "num_steps": 4, "sampler": sampler, "guidance_scale": 3.0}
+    options = {"seed": 3, "steps": 4, "sampler": sampler, "guidance_scale": 3.0}
     plain = sampling.sample(sd1[0], PROMPTS, **options)
     idle = sampling.sample(sd1[0], PROMPTS, rule=SLD("the dog", warmup=0, scale=1.0), **options)
     active = sampling.sample(sd1[0], PROMPTS, rule=SLD.preset("max", "the dog"), **options)
@@ -176,7 +176,7 @@ def test_reweighting_draws_what_diffusers_draws_with_edited_attention(sd1, in_la
     base, pipe = sd1
     plain = as_kind(diffusers.StableDiffusionPipeline, sd1, diffusers.PNDMScheduler)
     before, latents = dict(pipe.unet.attn_processors), noise(2)
-    options = {"latents": latents, "num_steps": 5}
+    options = {"latents": latents, "steps": 5}
     unedited = sampling.sample(base, PROMPTS, **options)
     for factors in ({"cat": 0.0}, {"cat": 0.5, "photo": 2.0}, {"cat": 2.0}):
         columns = Columns(torch.from_numpy(token_scale(base.tokenizers[0], PROMPTS, factors)))
@@ -203,7 +203,7 @@ def test_rules_and_reweighting_remove_a_style_from_the_embedded_model():
     prompts = [captions.prompt(name, "neon") for name in objects]
 
     def rates(**guidance):
-        images = esd_jax.sample(emoji, prompts, seed=1, num_steps=20, guidance_scale=3.0, **guidance)
+        images = esd_jax.sample(emoji, prompts, seed=1, steps=20, guidance_scale=3.0, **guidance)
         verdict = probe.classify(images)
         styled = verdict.styles == vocabulary.styles().index("neon")
         named = verdict.objects == [vocabulary.objects().index(name) for name in objects]
@@ -226,4 +226,4 @@ def test_wrong_arguments_of_drawing(sd1):
         ({"reweight": {"cat": 2}}, ["no prompt holds 'cat'"]),
     ]:
         with pytest.raises(ValueError, match=one_line(*words)):
-            sampling.sample(sd1[0], ["a dog"], num_steps=2, **options)
+            sampling.sample(sd1[0], ["a dog"], steps=2, **options)

@@ -29,8 +29,8 @@ class Painter:
     def __init__(self):
         self.calls, self.options = [], []
 
-    def sample(self, pipeline, prompts, *, seed, num_steps, guidance_scale, batch_size, **options):
-        assert (num_steps, guidance_scale) == (gallery.NUM_STEPS, gallery.GUIDANCE)
+    def sample(self, pipeline, prompts, *, seed, steps, guidance_scale, batch_size, **options):
+        assert (steps, guidance_scale) == (gallery.NUM_STEPS, gallery.GUIDANCE)
         self.calls.append((pipeline, list(zip(prompts, seed, strict=True))))
         self.options.append(options)
         # The same noise gives the same picture but for its first pixel.

@@ -57,7 +57,7 @@ def test_prompts_come_as_texts_or_from_a_file(tmp_path):
 def test_what_is_drawn_and_encoded():
     studio, (w, texts) = Studio(), recorded(small())
     method, inputs = make(w, studio=studio, **OBJECT | {"flip": False, "drawing_seed": 5})
-    options = {"seed": 5, "num_steps": 25, "guidance_scale": 6.0, "sampler": "dpmpp_2m", "negative_prompt": None}
+    options = {"seed": 5, "steps": 25, "guidance_scale": 6.0, "sampler": "dpmpp_2m", "negative_prompt": None}
     both = "the cat and the robot"
     assert studio.asked == [
         (["a cat", both, "a cat"], options),

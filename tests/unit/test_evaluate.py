@@ -105,7 +105,7 @@ def test_drawing_goes_on_where_it_stopped(models, tmp_path):
     assert told[-1] == (3, 3) and len(drawn) == 3 and drawn[0].shape == (32, 32, 3)
     whole = np.stack([drawn[i] for i in range(3)])
     np.testing.assert_array_equal(np.concatenate(list(drawn.batches(2))), whole)
-    options = {"num_steps": 2, "height": 32, "width": 32}
+    options = {"steps": 2, "height": 32, "width": 32}
     alone = [
         esd_jax.sample(base, ["dog"], seed=[6], guidance_scale=3.0, **options)[0],
         esd_jax.sample(base, ["cat"], seed=[7], **options)[0],

@@ -16,8 +16,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CAR
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
-    {"inputs", "lazy", "suggest"},
-    {"erasure", "models", "prompt_files", "results", "wording"},
+    {"display", "inputs", "lazy", "picture_grid", "suggest"},
+    {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
     {"params"},
     {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
     {"families"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"training", "io"},
     {"recipe", "evaluation"},
     {"demo", "exports", "runs"},
-    {"examples", "kinds", "planning"},
+    {"examples", "kinds", "loading", "planning"},
     {"api", "recipe_docs", "repeat"},
     {"dossier", "search"},
     {"attacks", "formats", "guidance"},

@@ -40,20 +40,39 @@ def test_a_message_suggests_or_lists_a_few_but_never_many():
     assert suggest.did_you_mean("colour", many, "see docs") == "none of the 43 names is close; see docs"
 
 
-def test_a_function_refuses_unknown_keywords_with_what_was_meant():
-    @suggest.keywords(num_images="give a prompt for each image", num_inference_steps="steps")
-    def draw(prompts: list[str], *, steps: int = 50) -> int:
-        """Draws."""
-        return steps
+@suggest.keywords(
+    {"num_images": "give a prompt for each image", "num_inference_steps": "steps", "generator": "seed"},
+    renamed={"num_steps": "steps"},
+)
+def draw(prompts: list[str], *, steps: int = 50) -> int:
+    """Draws."""
+    return steps
 
-    assert draw([], steps=3) == 3
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num_inference_steps": 1}, "draw() has no argument 'num_inference_steps': did you mean steps=?"),
+        ({"step": 1}, "draw() has no argument 'step': did you mean steps=?"),
+        ({"num_images": 1}, "draw() has no argument 'num_images': give a prompt for each image"),
+        ({"generator": 1}, "draw() has no argument 'generator': it takes prompts, steps"),
+        ({"colour": 1}, "draw() has no argument 'colour': it takes prompts, steps"),
+        ({"steps": 1, "num_steps": 1}, "draw() is given steps= by two names: leave num_steps= out"),
+        ({"steps": 1, "num_inference_steps": 1}, "draw() is given steps= by two names: leave num_inference_steps= out"),
+    ],
+)
+def test_a_function_refuses_unknown_keywords_with_what_was_meant(given, message):
+    with pytest.raises(TypeError) as error:
+        draw([], **given)
+    assert str(error.value) == message
+
+
+def test_a_function_that_refuses_unknown_keywords_is_otherwise_as_it_was():
+    assert draw([], steps=3) == 3 and draw([]) == 50
     assert list(inspect.signature(draw).parameters) == ["prompts", "steps"] and draw.__doc__ == "Draws."
-    for name, hint in [
-        ("num_inference_steps", "did you mean steps=?"),
-        ("step", "did you mean steps=?"),
-        ("num_images", "give a prompt for each image"),
-        ("colour", "it takes prompts, steps"),
-    ]:
-        with pytest.raises(TypeError) as error:
-            draw([], **{name: 1})
-        assert str(error.value) == f"draw() has no argument {name!r}: {hint}"
+
+
+def test_a_former_name_is_taken_with_a_warning_where_it_is_used():
+    with pytest.warns(DeprecationWarning, match="num_steps= is deprecated: it is steps= now") as warned:
+        assert draw([], num_steps=7) == 7  # pyright: ignore[reportCallIssue]
+    assert len(warned) == 1 and warned[0].filename == __file__

@@ -7,7 +7,6 @@
 A new attack is one file and one line here.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -21,6 +20,7 @@ from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.pipeline import Pipeline
+from esd_jax.suggest import did_you_mean
 
 ATTACKS: Mapping[str, type[Attack]] = {
     "own_prompts": OwnPrompts,
@@ -54,15 +54,14 @@ def preset(name: str, variant: str = "paper", **changes: Any) -> Attack:
     Raises ValueError for an unknown attack, variant or field.
     """
     if name not in ATTACKS:
-        raise ValueError(f"attack={name!r} is unknown; choose one of {', '.join(ATTACKS)}")
+        raise ValueError(f"attack={name!r} is unknown; {did_you_mean(name, ATTACKS)}")
     settings = ATTACKS[name]
     if variant not in settings.PRESETS:
-        raise ValueError(f"attack {name!r} has no preset {variant!r}; choose one of {', '.join(settings.PRESETS)}")
+        raise ValueError(f"attack {name!r} has no preset {variant!r}; {did_you_mean(variant, settings.PRESETS)}")
     known = [f.name for f in fields(settings)]
     for field in changes:
         if field not in known:
-            close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
+            hint = did_you_mean(field, known) if known else "it has none"
             raise ValueError(f"attack {name!r} has no field {field!r}; {hint}")
     return settings(**{**settings.PRESETS[variant], **changes})
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from esd_jax import wording
+from esd_jax import display, wording
 from esd_jax.diffusion import programs
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.images import in_batches
@@ -56,6 +56,10 @@ class Goal:
         if len(self.neutral) != len(self.prompts):
             raise ValueError(f"{len(self.neutral)} neutral prompts for {len(self.prompts)} prompts: give one for each")
 
+    def __repr__(self) -> str:
+        counts = [f"{len(self.prompts)} prompts", f"{len(self.images)} images"]
+        return display.line("Goal", self.concept, counts)
+
     @property
     def templates(self) -> tuple[str, ...]:
         """The prompts with "{concept}" in place of the concept."""
@@ -79,6 +83,9 @@ class Trial:
     conditioning: Conditioning
     case: int = 0
 
+    def __repr__(self) -> str:
+        return display.line("Trial", repr(self.prompt), [f"of prompt {self.case}"])
+
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
@@ -91,6 +98,9 @@ class Adversary:
     trials: tuple[Trial, ...]
     seconds: float
     losses: Float[np.ndarray, "searches steps"]
+
+    def __repr__(self) -> str:
+        return display.line("Adversary", self.name, [f"{len(self.trials)} trials", f"{self.seconds:.0f} s"])
 
 
 @runtime_checkable

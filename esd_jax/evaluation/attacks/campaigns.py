@@ -9,6 +9,7 @@ from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
+from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
@@ -48,7 +49,7 @@ def campaign(
       seeds: from how many each trial is drawn, the same for all models. seed: of all other draws.
       random: also attack a model of random weights.
       progress: is told of each attack.
-      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+      **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`.
 
     Raises ValueError for a folder in which other settings were kept, and for a model all of whose images are blank.
     """
@@ -63,7 +64,7 @@ def campaign(
 
         def attacked() -> dict[str, Any]:
             adversary = settings.run(base, models[model], goal, seed)
-            scored = score(models[model], adversary, goal, fresh, **drawing)
+            scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
             shares = f"{scored.single_shot().value:.0%} of images"
             if scored.k > 1:
                 shares += f", {scored.any_of().value:.0%} by any of {scored.k}"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.seen import Detect
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -29,13 +30,13 @@ def drawn(
       prompts: that name the concept. neutral: the same without it, if given.
       detect: sees it. Where it does not, another image of the prompt is taken in place.
       skip: leave out prompts of which no image shows the concept.
-      **drawing: num_steps, guidance_scale, batch_size of `sample`.
+      **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which no image shows the concept, with `skip` if that goes for all.
     """
     asked = list(prompts) * images_each
     drawing = {"sampler": "auto", **drawing}
-    images = sample(base, asked, seed=[seed + i for i in range(len(asked))], **drawing)
+    images = sample(base, asked, seed=[seed + i for i in range(len(asked))], **sampled(drawing))
     good = detect(images).reshape(images_each, len(prompts))
     kept = [p for p in range(len(prompts)) if good[:, p].any()]
     if len(kept) < len(prompts) and not (skip and kept):

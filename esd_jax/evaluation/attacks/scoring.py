@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from esd_jax import display, suggest
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, rate
 from esd_jax.params import component
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import sample
+from esd_jax.sampling import ELSEWHERE, RENAMED, sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,9 @@ class Scored:
     hits: Bool[np.ndarray, "trials seeds"]
     images: UInt8[np.ndarray, "trials seeds height width 3"]
     cases: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return display.line("Scored", self.name, [f"the concept in {self.hits.sum()} of {self.hits.size} images"])
 
     @property
     def k(self) -> int:
@@ -45,13 +49,14 @@ class Scored:
         return known(clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1])))
 
 
+@suggest.keywords(ELSEWHERE, RENAMED)
 def score(
     victim: Pipeline,
     adversary: Adversary,
     goal: Goal,
     seeds: Sequence[int],
     *,
-    num_steps: int = 50,
+    steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int = 32,
 ) -> Scored:
@@ -60,7 +65,7 @@ def score(
     Args:
       victim: the model that the adversary was found against.
       seeds: of the noise; the same for all models that are to be compared, and none that the goal's images come from.
-      num_steps, guidance_scale, batch_size: of `sampling.sample`.
+      steps, guidance_scale, batch_size: of `sampling.sample`.
 
     Raises ValueError if there is no trial or no seed.
     """
@@ -70,7 +75,7 @@ def score(
     told = jax.tree.map(lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials))
     images = sample(
         victim, told, seed=[int(s) for s in seeds] * len(trials),
-        num_steps=num_steps, guidance_scale=guidance_scale, batch_size=batch_size,
+        steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
         sampler="auto",
     )  # fmt: skip
     hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)

@@ -102,7 +102,7 @@ def test_sampled_images(esd, base, finished, tmp_path):
     (delta,) = finished.glob("*.safetensors")
     sample = ["sample", f"--base={base}", "--num_steps=2", "--seed=3"]
     (tmp_path / "prompts.txt").write_text("cat\n\na photo of the dog \n")
-    expected = esd_jax.sample(esd_jax.load(base), ["cat", "a photo of the dog"], num_steps=2, seed=3)
+    expected = esd_jax.sample(esd_jax.load(base), ["cat", "a photo of the dog"], steps=2, seed=3)
 
     assert esd(*sample, "--prompts=cat; a photo of the dog", f"--output={tmp_path / 'a.PNG'}")[0] == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.PNG")), np.concatenate(list(expected), axis=1))
@@ -114,7 +114,7 @@ def test_sampled_images(esd, base, finished, tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "b" / f"{i:05d}.png")), image)
     # The delta is in bfloat16, so it is nearly, not exactly, the model that was trained.
     assert esd(*sample, "--prompts=cat", f"--delta={delta}", f"--output={tmp_path}/c", "--overwrite")[0] == 0
-    erased = esd_jax.sample(esd_jax.load(finished / "model"), ["cat"], num_steps=2, seed=3)[0]
+    erased = esd_jax.sample(esd_jax.load(finished / "model"), ["cat"], steps=2, seed=3)[0]
     found = np.asarray(Image.open(tmp_path / "c" / "00000.png"))
     assert np.abs(found.astype(int) - erased).mean() < 0.1 * np.abs(expected[0].astype(int) - erased).mean()
 
@@ -132,7 +132,7 @@ def test_a_csv_is_sampled_as_it_is_evaluated(esd, base, tmp_path):
         ([f"--prompts={tmp_path}/p.txt", "--seed=3"], 3),
     ):
         assert esd(*command, *flags)[0] == 0
-        expected = esd_jax.sample(pipeline, ["cat; dog", "the cat"], num_steps=2, seed=seed)
+        expected = esd_jax.sample(pipeline, ["cat; dog", "the cat"], steps=2, seed=seed)
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.concatenate(expected, axis=1))
 
 
@@ -148,7 +148,7 @@ def test_bytes_that_are_no_text_in_any_locale(esd, base, tmp_path):
 
 
 def test_images_sampled_by_rules(esd, base, tmp_path):
-    prompts, options = ["cat", "a photo of the dog"], {"num_steps": 3, "seed": 3}
+    prompts, options = ["cat", "a photo of the dog"], {"steps": 3, "seed": 3}
     pipeline = esd_jax.load(base)
     edits = (Edit("dog", scale=-4, warmup=1, threshold=0.5), Edit("a photo"))
     for flags, arguments in [
@@ -172,7 +172,7 @@ def test_purified_images(esd, base, finished, tmp_path):
     files = [str(tmp_path / f"{i}.png") for i in range(2)]
     command = ["purify", files[0], f"--base={base}", "--num_steps=3", f"--output={tmp_path / 'x'}", files[1]]
     pipeline, inputs = esd_jax.load(base), pictures[:, :, 4:20]
-    options = {"num_steps": 3, "guidance_scale": 1.0}
+    options = {"steps": 3, "guidance_scale": 1.0}
     expected = esd_jax.purify(pipeline, inputs, "cat", **options)
     alone = sampling.reconstruct(pipeline, inputs)
     report = ["likeness to the inputs (SSIM), mean and lowest", likeness("these images", expected, inputs)]

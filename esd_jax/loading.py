@@ -1,0 +1,221 @@
+"""What is opened: a checkpoint, a run, and what was erased from a base, whatever it lies in."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from esd_jax import compile_cache, recipe, runs
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasure import Erasure
+from esd_jax.evaluation import testbed
+from esd_jax.inputs import expanded
+from esd_jax.io import diffusers, recognised
+from esd_jax.io import folder as files
+from esd_jax.io.delta import load_delta
+from esd_jax.io.difference import apply_difference, is_difference
+from esd_jax.io.ldm import UNET
+from esd_jax.io.lora_merge import is_lora, merge_lora
+from esd_jax.io.safetensors import OF_TENSORS, Header, read_header, refuse_pickle
+from esd_jax.models import architectures
+from esd_jax.models.architectures import ARCHITECTURES
+from esd_jax.pipeline import NetworkConfig, Pipeline
+from esd_jax.runs import setup
+from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.step import State, result
+
+RUN, UNET_FOLDER = "a run", "the folder of a UNet alone"  # what a source may be
+
+
+def load(
+    source: str | Path,
+    *,
+    base: Pipeline | str | Path | None = None,
+    dtype: Any = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | Path | None = None,
+    ema: bool = False,
+) -> Pipeline:
+    """Opens a checkpoint, a run, or what was erased from a base.
+
+        load("emoji")                                      # the model that the package carries
+        load("CompVis/stable-diffusion-v1-4")              # a hub id, or a diffusers folder
+        load("v1-5-pruned-emaonly.safetensors")            # the single file that A1111 and ComfyUI open
+        load("runs/van_gogh")                              # a run: its erased model, from its newest checkpoint
+        load("esd-Van_Gogh-from-Van_Gogh-esdx.safetensors", base="CompVis/stable-diffusion-v1-4")
+
+    Args:
+      source: what to open.
+      base: what `source` was erased from, where that is no whole checkpoint: a delta, a difference, a LoRA, or the
+        folder of a UNet alone. Of a run, where its base lies now, if it has moved. A loaded pipeline, or what `load`
+        takes; the arguments below then say how to read it.
+      dtype: compute dtype, "float32" or "bfloat16"; the files may have any. By default float32, and of a run its own.
+      variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
+      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
+        it), by default told from the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
+
+    Returns:
+      The pipeline. Of a run, a delta, a difference or a LoRA, it has the changed tensors in `edits`.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is missing or not implemented, and the fix; of a delta, a difference or
+        a LoRA without `base`, the call that opens it.
+    """
+    compile_cache.use()
+    options = {"dtype": dtype, "variant": variant, "revision": revision, "config": config, "ema": ema}
+    reading = {name: value for name, value in options.items() if value}
+    if isinstance(base, Pipeline) and reading:
+        raise ValueError(f"{next(iter(reading))} says how to read the base's files, but base is loaded already")
+    kind, named = _kind(source)
+    if kind == RUN:
+        return restore(source, base=base, **reading)
+    if not kind:
+        if base is not None:
+            raise ValueError(f"{source} is a whole checkpoint: load it without base")
+        return _checkpoint(source, **reading)
+    if base is None:
+        which = "" if named else ", where base is the checkpoint that it was made from"
+        call = f"load({str(source)!r}, base={repr(named) if named else '...'})"
+        raise ValueError(f"{source} is {kind}, not a whole checkpoint: use {call}{which}")
+    return opened(base if isinstance(base, Pipeline) else load(base, **reading), source)
+
+
+def _checkpoint(source: str | Path, dtype: Any = "float32", **reading: Any) -> Pipeline:
+    """A whole checkpoint."""
+    folder = bed.folder if (bed := testbed.of(source)) else source
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
+    pipeline = diffusers.load(folder, dtype=dtype, **reading)
+    return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
+
+
+def _kind(source: str | Path) -> tuple[str, str | None]:
+    """(What a source is that is no whole checkpoint, else ""; the base that it names).
+
+    Of what does not exist or cannot be read, "": the reader of checkpoints says so.
+    """
+    if testbed.of(source):
+        return "", None
+    path = expanded(source)
+    if is_run(path):
+        return RUN, None
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        return UNET_FOLDER, None
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return "", None
+    header = read_header(path)
+    kind = _kind_of_file(header)
+    return kind, next((e.base for e in reversed(_records(header)) if e.base), None) if kind else None
+
+
+def _kind_of_file(header: Header) -> str:
+    if is_difference(header):
+        return "a difference"
+    if is_lora(header):
+        return "a LoRA"
+    is_delta = recognised.described(map(files.unwrapped, header.entries)) == recognised.DELTA
+    return "a delta" if is_delta else ""
+
+
+def _records(header: Header) -> tuple[Erasure, ...]:
+    """The erasures that a file records, those within others first."""
+
+    def flat(erasures: tuple[Erasure, ...]) -> tuple[Erasure, ...]:
+        return tuple(one for e in erasures for one in (*flat(e.erased or ()), e))
+
+    return flat(files.read_records(header))
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run's folder."""
+    return (expanded(source) / "run.json").is_file()
+
+
+def architecture(
+    source: str | Path, *, variant: str | None = None, revision: str | None = None, config: str | Path | None = None
+) -> tuple[Mapping[str, NetworkConfig], Schedule]:
+    """The network configs and the schedule of what `load` takes, or of a published architecture ("sd14", "sdxl", ...).
+
+    No weights are read, or downloaded.
+    """
+    if str(source) in ARCHITECTURES:
+        return diffusers.read_architecture(architectures.folder(str(source)))
+    source = bed.folder if (bed := testbed.of(source)) else source
+    return diffusers.describe(source, variant=variant, revision=revision, config=config)
+
+
+def opened(base: Pipeline, path: str | Path) -> Pipeline:
+    """What was erased from a base, whatever it lies in.
+
+    Args:
+      base: what it was erased from.
+      path: a run's folder, a diffusers folder (of a UNet alone, or of all), or a .safetensors file: a delta, a
+        difference, a LoRA, or a single-file checkpoint.
+
+    Raises FileNotFoundError, ValueError as their readers do.
+    """
+    path = expanded(path)
+    if path.suffix.lower() != ".safetensors":
+        refuse_pickle(path, OF_TENSORS)
+        if is_run(path):
+            return restore(path, base=base)
+        if (path / "config.json").is_file():
+            return diffusers.with_denoiser(base, path)
+        return diffusers.load(path, dtype=base.dtype)
+    header = read_header(path)
+    if is_difference(header):
+        return apply_difference(base, path)
+    if is_lora(header):
+        return merge_lora(base, path)
+    if any(key.startswith(UNET) for key in header.entries):
+        found = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+        return dataclasses.replace(found, schedule=base.schedule)  # which a base's file may have told by itself
+    return load_delta(base, path)
+
+
+def restore(
+    folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None, **reading: Any
+) -> Pipeline:
+    """The erased pipeline of a run's checkpoint, without the original process.
+
+    Args:
+      folder: the run's.
+      step: of the checkpoint; by default the newest.
+      base: where the run's base lies now, if it has moved; or the base itself.
+      **reading: of `load`, to read the base otherwise than the run's record says (`dtype`), or with what the record
+        does not say (`config` or `ema` of a single file).
+
+    Raises:
+      FileNotFoundError: the folder is not a run, or there is no base where its record says.
+      ValueError: a record of another version, or a base with other weights.
+    """
+    folder = expanded(folder)
+    if not is_run(folder):
+        raise FileNotFoundError(f"{folder} is not a run: it has no run.json")
+    record, local = runs.read(folder)
+    try:
+        if record.recipe is None or record.base_sha256 is None:
+            raise ValueError("it has no 'recipe'" if record.recipe is None else "it has no 'base_sha256'")
+        plan = recipe.make(**{**record.recipe, **local})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
+    if isinstance(base, Pipeline):
+        loaded, base = base, base.provenance.source
+    else:
+        recorded = {"dtype": plan.dtype, "variant": plan.variant, "revision": plan.revision}
+        try:
+            loaded = load(base or plan.base, **(recorded | reading))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
+    if (found := diffusers.source_hash(loaded)) != record.base_sha256:
+        raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {found[:12]}...")
+    names = setup.changed_names(plan, loaded.configs)
+    with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
+        state: State = checkpoints.restore(setup.saved_state(plan, loaded.configs), step, check=False)
+    record = dataclasses.replace(record, step=int(state.step))
+    return loaded.with_edits(runs.edits(loaded, plan, names, result(state)), record)

@@ -1,0 +1,166 @@
+"""The fields of a recipe by name and type, for editors and type checkers; `Recipe` and its parts say what each means.
+
+`erase(**fields)` takes them. A test holds them equal to those of `Recipe`, of its parts and of every method.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+# Several texts in one string have separators; those of a list are taken as they are.
+Texts = str | os.PathLike[str] | Sequence[str | Sequence[str] | None] | None
+Strengths = str | float | Sequence[str | float | None] | None
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+
+
+class RecipeFields(TypedDict, total=False):
+    """Keyword arguments of `erase`: any field of a recipe but the base and the concept."""
+
+    # Of `Recipe`.
+    from_: Texts
+    replace_with: Texts
+    preserve: Texts
+    strength: Strengths
+    method: str
+    subset: str
+    rank: int
+    preserve_weight: float
+    null: str
+    images: Paths
+    dtype: str
+    variant: str | None
+    revision: str | None
+    remat: bool
+    fsdp: int
+    height: int | None
+    width: int | None
+    output_dir: str | os.PathLike[str] | None
+    preview_prompts: Texts
+    preview_steps: int
+    preview_guidance: float
+
+    # Of `training.loop.Training`.
+    steps: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    preview_every: int
+    tensorboard: bool
+
+    # Of `training.step.Optimizer`.
+    optimizer: str
+    learning_rate: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    max_grad_norm: float | None
+
+    # Of `methods.esd.ESD`.
+    sample_with: str
+    sampler: str
+    timestep_mode: str
+    anchor: str
+    eta: float
+    as_released: bool
+    contexts: str | None
+    context_eta: float
+    window: float
+
+    # Of `methods.all_but_one.AllButOne`.
+    delta: str
+    instructions: str | None
+    replace_scale: float
+    gamma_1: float
+    gamma_2: float
+    penalty: float
+    delta_index: str
+    window_start: float
+    window_end: float
+    delta_warmup: int
+    kappa: float
+    quantile_of: str
+    token_scale: float
+
+    # Of `methods.sdd.SDD`.
+    concept_order: str
+    steps_per_concept: int | None
+    fix_k0: bool
+    ema: float
+
+    # Of `methods.ablating.Ablating`.
+    objective: str
+    target_from: str
+    prior_weight: float
+    detach_bos: bool
+    resize: bool
+    flip: bool
+    views: int
+    anchor_prompts: str | None
+
+    # Of `methods.forget_me_not.ForgetMeNot`.
+    template: str
+    eos_positions: str
+    no_images: bool
+    inversion_steps: int
+    inversion_tokens: str
+    inversion_learning_rate: float
+
+    # Of `methods.uce.UCE`.
+    tokens: str
+    expand: str
+
+    # Of `methods.rece.RECE`.
+    epochs: int
+    r: float
+
+    # Of several methods.
+    sample_prompt: str
+    sampling_steps: int
+    sampling_guidance: float
+    updates_per_trajectory: int
+    trajectory_buffer: int
+    erase_scale: float
+    drawn_images: int
+    drawing_sampler: str | None
+    drawing_steps: int
+    drawing_guidance: float
+    drawing_seed: int
+    lam: float
+    preserve_scale: float
+
+
+# fmt: off
+def completed(
+    *,
+    from_: Texts = ..., replace_with: Texts = ..., preserve: Texts = ..., strength: Strengths = ..., method: str = ...,
+    subset: str = ..., rank: int = ..., preserve_weight: float = ..., null: str = ..., images: Paths = ...,
+    dtype: str = ..., variant: str | None = ..., revision: str | None = ..., remat: bool = ..., fsdp: int = ...,
+    height: int | None = ..., width: int | None = ..., output_dir: str | os.PathLike[str] | None = ...,
+    preview_prompts: Texts = ..., preview_steps: int = ..., preview_guidance: float = ..., steps: int = ...,
+    batch_size: int = ..., accumulate: int = ..., seed: int = ..., log_every: int = ..., checkpoint_every: int = ...,
+    keep_checkpoints: int = ..., preview_every: int = ..., tensorboard: bool = ..., optimizer: str = ...,
+    learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
+    warmup_steps: int = ..., max_grad_norm: float | None = ..., sample_with: str = ..., sampler: str = ...,
+    timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ..., contexts: str | None = ...,
+    context_eta: float = ..., window: float = ..., delta: str = ..., instructions: str | None = ...,
+    replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
+    delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
+    kappa: float = ..., quantile_of: str = ..., token_scale: float = ..., concept_order: str = ...,
+    steps_per_concept: int | None = ..., fix_k0: bool = ..., ema: float = ..., objective: str = ...,
+    target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
+    views: int = ..., anchor_prompts: str | None = ..., template: str = ..., eos_positions: str = ...,
+    no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,
+    inversion_learning_rate: float = ..., tokens: str = ..., expand: str = ..., epochs: int = ..., r: float = ...,
+    sample_prompt: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
+    updates_per_trajectory: int = ..., trajectory_buffer: int = ..., erase_scale: float = ..., drawn_images: int = ...,
+    drawing_sampler: str | None = ..., drawing_steps: int = ..., drawing_guidance: float = ..., drawing_seed: int = ...,
+    lam: float = ..., preserve_scale: float = ...,
+) -> Any:
+    """The same names as plain keywords: Jedi, which completes in notebooks and many editors, reads no `Unpack`."""
+    ...
+# fmt: on
