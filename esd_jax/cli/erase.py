@@ -72,6 +72,8 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
 
     if found.config and found.kind:  # which some methods have as a setting of their own
         found.fields["kind"] = found.kind
+    if "method" in found.fields:
+        found.fields["method"] = recipe.method_name(found.fields["method"])
     name = found.config or _chosen(values, found)
     config = recipe.read(name)
     method = str(found.fields.get("method", config.get("method", "esd")))
@@ -80,7 +82,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, found.fields)
     if folder and not config.get("output_dir") and "output_dir" not in found.fields:
-        found.fields["output_dir"] = str(words.folder_of(found.fields.get("concept") or config.get("concept") or ""))
+        found.fields["output_dir"] = str(words.folder_of(str(found.fields.get("concept") or config.get("concept") or "")))
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     given = [f"--config.{field}={text}" for field, text in found.fields.items()]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])
@@ -158,7 +160,7 @@ def run(values: flags.FlagValues) -> None:
         )
     options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    folder = expanded(plan.output_dir)
+    folder = expanded(str(plan.output_dir))
 
     def then(erased: Any) -> None:
         if not hosts.first():
