@@ -18,7 +18,7 @@ PICTURE = "before_after.png"
 PART = "examples"  # of the evidence of an erasure
 MOST = 6  # prompts, of a model without a testbed
 SEED = 1
-DRAWN_BY = {"num_steps": 20, "guidance_scale": 7.5}  # a model without a testbed, where its recipe does not say
+DRAWN_BY = {"steps": 20, "guidance_scale": 7.5}  # a model without a testbed, where its recipe does not say
 
 
 def draw(erased: Pipeline) -> Evidence:
@@ -31,7 +31,7 @@ def draw(erased: Pipeline) -> Evidence:
     record, concepts = (records[-1] if records else Erasure()), texts_of(records)
     base, bed, recipe = unmodified(erased), testbed.of(erased.provenance.source), record.recipe or {}
     groups = (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
-    how: Mapping[str, Any] = bed.sampling if bed else _sampling(recipe)
+    how: Mapping[str, Any] = sampled(bed.sampling) if bed else _sampling(recipe)
     prompts = [prompt for _, texts in groups for prompt in texts]
     before, after = (sample(model, prompts, seed=SEED, sampler="auto", **sampled(how)) for model in (base, erased))
     pairs = iter([Pair(*row) for row in zip(prompts, before, after, strict=True)])
@@ -70,7 +70,7 @@ def _previewed(recipe: Mapping[str, Any], concepts: Sequence[str]) -> list[tuple
 
 def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
     said = {
-        "num_steps": recipe.get("preview_steps"),
+        "steps": recipe.get("preview_steps"),
         "guidance_scale": recipe.get("preview_guidance"),
         "height": recipe.get("height"),
         "width": recipe.get("width"),

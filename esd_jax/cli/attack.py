@@ -22,7 +22,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seeds", 10, "How many images are drawn of each trial.", **at_least_1)
     flags.DEFINE_integer("seed", 0, "Of everything else.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("random", True, "Also attack a model of random weights.", flag_values=values)
-    flags.DEFINE_integer("num_steps", None, "Sampler steps.", **at_least_1)
+    common.define_steps(values, None, "Sampler steps.")
     flags.DEFINE_float("guidance_scale", None, "Of drawing.", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", **at_least_1)
 
@@ -34,7 +34,8 @@ def run(values: flags.FlagValues) -> None:
     common.check_numbers(values)
     base, erased, concepts, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size")
-    options |= {n: values[n].value for n in ("num_steps", "guidance_scale") if values[n].value is not None}
+    drawing = {"num_steps": values.steps, "guidance_scale": values.guidance_scale}
+    options |= {name: value for name, value in drawing.items() if value is not None}
     goal, judge = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")

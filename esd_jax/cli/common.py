@@ -74,7 +74,7 @@ def describe(values: flags.FlagValues) -> list[str]:
     lines = []
     for name in values:
         flag = values[name]
-        if (flag.help or "").startswith("Internal"):
+        if (flag.help or "").startswith(("Internal", "Alias")):
             continue
         text, *_ = flag.help.split(";\n")  # absl says of some, at length, that they may be repeated
         if isinstance(flag, flags.MultiFlag):
@@ -109,6 +109,12 @@ def width() -> int:
 
 
 # Flags that several verbs have, and what their values mean.
+
+
+def define_steps(values: flags.FlagValues, default: int | None, text: str) -> None:
+    """--steps of a sampler, which was --num_steps."""
+    flags.DEFINE_integer("steps", default, text, lower_bound=1, flag_values=values)
+    flags.DEFINE_alias("num_steps", "steps", flag_values=values)
 
 
 def define_images(values: flags.FlagValues) -> None:

@@ -82,7 +82,9 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, found.fields)
     if folder and not config.get("output_dir") and "output_dir" not in found.fields:
-        found.fields["output_dir"] = str(words.folder_of(str(found.fields.get("concept") or config.get("concept") or "")))
+        found.fields["output_dir"] = str(
+            words.folder_of(str(found.fields.get("concept") or config.get("concept") or ""))
+        )
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     given = [f"--config.{field}={text}" for field, text in found.fields.items()]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])

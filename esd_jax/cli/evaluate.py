@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
     at_least_1 = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_integer("images", None, "Of each group or of the list; by default the protocol's.", **at_least_1)
     flags.DEFINE_integer("samples", 1, "Images of each prompt of a list.", **at_least_1)
-    flags.DEFINE_integer("num_steps", None, "Sampler steps; by default the protocol's.", **at_least_1)
+    common.define_steps(values, None, "Sampler steps; by default the protocol's.")
     flags.DEFINE_float("guidance_scale", None, "By default the protocol's.", flag_values=values)
     flags.DEFINE_bool("own_guidance", False, "Draw prompts that bring a guidance scale with it.", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "Images per call of the network.", **at_least_1)
@@ -52,7 +52,7 @@ def run(values: flags.FlagValues) -> None:
     common.check_numbers(values)
     strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
     base, erased, concepts, output = common.erased(values)
-    given = {name: values[name].value for name in ("num_steps", "guidance_scale", "batch_size")}
+    given = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
     options = {name: value for name, value in given.items() if value is not None}
     bed = testbed.of(base.provenance.source)
     if bed is None or values.protocol not in bed.images or values.prompts:
@@ -65,7 +65,7 @@ def run(values: flags.FlagValues) -> None:
             "own_guidance": values.own_guidance,
             "request": request,
         }
-    elif unused := [name for name in ("num_steps", "guidance_scale", "measures") if values[name].value is not None]:
+    elif unused := [name for name in ("steps", "guidance_scale", "measures") if values[name].value is not None]:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
     found = dossier.evaluate(
         base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,

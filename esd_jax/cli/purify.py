@@ -25,7 +25,7 @@ def define(values: flags.FlagValues) -> None:
         "What the images are inverted and drawn with: by default nothing; or the concept.",
         flag_values=values,
     )
-    flags.DEFINE_integer("num_steps", 35, "DDIM steps, up and down.", lower_bound=1, flag_values=values)
+    common.define_steps(values, 35, "DDIM steps, up and down.")
     flags.DEFINE_float("guidance_scale", 1.0, "Of drawing; 1: none.", flag_values=values)
     flags.DEFINE_float("inversion_guidance_scale", 1.0, "Of inverting; 1: none.", flag_values=values)
     flags.DEFINE_enum(
@@ -63,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
     pipeline = common.model(values)
     size = sampling.image_size(pipeline.configs, values.height, values.width)
     inputs = np.asarray(sampling.to_uint8(images.read_images(values.image, size)))
-    options = common.options(values, "num_steps guidance_scale inversion_guidance_scale timestep batch_size")
+    options = common.options(values, "steps guidance_scale inversion_guidance_scale timestep batch_size")
     plain = diffusers.unmodified(pipeline)
     inverter = plain if values.inverter == "unmodified" else pipeline
     drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}

@@ -26,8 +26,10 @@ def define(values: flags.FlagValues) -> None:
     )
     text = "Image i depends on the seed and i alone; a CSV of prompts brings seeds of its own."
     flags.DEFINE_integer("seed", 0, text, 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_integer("num_steps", 50, "Sampler steps.", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("guidance_scale", 7.5, "Of classifier-free guidance; 1: none.", flag_values=values)
+    text = "Sampler steps; by default 50, or what the embedded model was tuned for, 20."
+    common.define_steps(values, None, text)
+    text = "Of classifier-free guidance, 1: none; by default 7.5, or what the embedded model was tuned for, 3."
+    flags.DEFINE_float("guidance_scale", None, text, flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "In place of the empty prompt.", flag_values=values)
     flags.DEFINE_string(
         "sampler",
@@ -70,6 +72,8 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api
+    from esd_jax.evaluation import testbed
+    from esd_jax.evaluation.drawing import sampled
     from esd_jax.io import delta, images
 
     common.check_numbers(values)
@@ -80,7 +84,11 @@ def run(values: flags.FlagValues) -> None:
     pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
-    options = common.options(values, "num_steps guidance_scale negative_prompt sampler eta height width batch_size")
+    bed = testbed.of(pipeline.provenance.source)
+    own = sampled(bed.sampling) if bed else {}
+    options = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
+    options |= {name: own[name] for name in own if options.get(name) is None}
+    options = {name: value for name, value in options.items() if value is not None}
     drawn = api.sample(pipeline, prompts, seed=seed, rule=rule, reweight=reweight, **options)
     images.write_images(drawn, output)
     print(f"{len(drawn)} images in {output}")
