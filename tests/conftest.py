@@ -17,6 +17,8 @@ import jaxtyping
 if os.environ.get("CHECK_TYPES", "0") == "1":  # checked so far: esd, concepts, schedule, structure, samplers
     checked.install("esd_jax")
 
+# Tests that take more than about four seconds on two idle cores, but for those that nothing quicker stands for.
+SLOW = frozenset((TESTS / "support" / "slow.txt").read_text().splitlines())
 PARTS = 3  # of the slow tests: a check that cannot run all of them in its time begins with another part each time
 
 _collected: set[str] = set()
@@ -37,10 +39,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks every test with its kind; begins with the file at which the part of this turn begins, and ends with those
-    before it."""
-    for item in items:
+    """Marks every test with its kind, and the slow ones; begins with the file at which the part of this turn begins."""
+    names = {item: f"{item.path.name}::{item.name}" for item in items}
+    for item, name in names.items():
         item.add_marker(item.path.relative_to(TESTS).parts[0])
+        if name in SLOW:
+            item.add_marker("slow")
+    if config.args_source is config.ArgsSource.TESTPATHS and (gone := sorted(SLOW - {*names.values()})):
+        raise pytest.UsageError(f"tests/support/slow.txt names tests that are not there: {', '.join(gone)}")
     least = config.getoption("--turn") % PARTS * len(items) // PARTS
     first = next((i for i in range(least, len(items)) if items[i].path != items[i - 1].path), 0) if least else 0
     items[:] = items[first:] + items[:first]
@@ -63,5 +69,5 @@ def pytest_terminal_summary(terminalreporter):
     if _tests:
         took = (f"{kind}: {_tests[kind]} tests, {_seconds[kind]:.0f} s" for kind in KINDS if _tests[kind])
         terminalreporter.write_line("; ".join(took))
-    for name in sorted(_collected - _finished):
+    for name in sorted(_collected - _finished) if _tests else ():
         terminalreporter.write_line(f"left out: {name}")
