@@ -263,6 +263,8 @@ def _progress(total: int, first: int) -> Iterator[Callable[[int, float], None]]:
 def _lines(total: int, first: int) -> Callable[[int, float], None]:
     began, every = time.monotonic(), max(1, (total - first) // 10)
     compiled = None
+    if first < total:
+        print(f"step {first}/{total}  compiling the step, once", file=sys.stderr, flush=True)
 
     def report(number: int, loss: float) -> None:
         nonlocal compiled
@@ -270,6 +272,7 @@ def _lines(total: int, first: int) -> Callable[[int, float], None]:
         compiled = compiled or now  # the first step is nearly all compilation, so it tells nothing about the rest
         if done > 1 and (done % every == 0 or number == total):
             left = (now - compiled) / (done - 1) * (total - number)
-            print(f"step {number}/{total}  loss {loss:.4g}  {now - began:.0f} s, {left:.0f} s left", file=sys.stderr)
+            took = f"{now - began:.0f} s, {left:.0f} s left"
+            print(f"step {number}/{total}  loss {loss:.4g}  {took}", file=sys.stderr, flush=True)
 
     return report

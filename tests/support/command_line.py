@@ -5,6 +5,7 @@ from pathlib import Path
 
 from messages import one_line
 
+PROGRESS = r"step \d+/\d+  (loss \S+  \d+ s, \d+ s left|compiling the step, once)\n"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FIELDS = {"concept": "cat", "steps": 2, "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-3}
 
@@ -30,7 +31,7 @@ def assert_refused(result, *words):
 def last_line(err: str) -> str:
     """What follows the lines that tell how far a run has come."""
     *progress, last = err.splitlines(keepends=True)
-    assert all(re.fullmatch(r"step \d+/\d+  loss \S+  \d+ s, \d+ s left\n", line) for line in progress), err
+    assert all(re.fullmatch(PROGRESS, line) for line in progress), err
     return last
 
 

@@ -51,10 +51,11 @@ def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
             env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert child.returncode == 0, child.stderr
-        assert re.fullmatch(r"step 2/2  loss \S+  \d+ s, \d+ s left\n", child.stderr)
+        assert re.fullmatch(r"step 0/2  compiling.*\nstep 2/2  loss \S+  \d+ s, \d+ s left\n", child.stderr)
         erased, sampled, exported, planned, _ = child.stdout.split("---\n")
         delta = f"{run}/esd-cat-from-cat-esdx.safetensors"
-        assert erased == f"erased 'cat' from {base}\n  model  {run}/model\n  delta  {delta}\n  run    {run}\n"
+        lines = [f"erased 'cat' from {base}", f"  model  {run}/model", f"  delta  {delta}", f"  run    {run}"]
+        assert erased.splitlines() == [*lines, f"next: esd-jax report {run}"]
         assert sampled == f"1 images in {tmp_path}/{i}.png\n"
         what = r"  diffusers folder, \S+ MB\n  verified: 20 trained tensors in float32, \d+ others as they were; "
         assert re.fullmatch(f"{tmp_path}/model{i}{what}the same image within 0 of 255\n", exported), exported
