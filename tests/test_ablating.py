@@ -505,8 +505,3 @@ def test_settings_that_are_wrong_are_refused():
         make(small(), kind="object", anchor_prompts="a cat")
     with pytest.raises(ValueError, match=one_line("no concept")):
         make(small(), ())
-
-
-def test_evaluations():
-    assert Ablating().evaluations(SCHEDULE, False) == 4
-    assert Ablating(objective="noise", prior_weight=1.0).evaluations(SCHEDULE, True) == 6

@@ -316,15 +316,6 @@ def test_draws():
     assert method.trajectory.num_updates.tolist() == list(range(T))
 
 
-def test_evaluations():
-    """Counted by hand for two steps, the second of which has delta."""
-    fields = {"sampling_steps": 2, "window_start": 0.5, "delta_warmup": 0}
-    count = lambda **more: AllButOne(**fields, **more).evaluations(SCHEDULE, False)  # noqa: E731
-    assert count() == (2 + 4) / 2 + 6
-    assert count(penalty=0.0) == (2 + 4) / 2 + 4
-    assert count(instructions="a:1 | b:2") == (2 + 4 + 2) / 2 + 6
-
-
 # What is refused
 
 

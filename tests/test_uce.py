@@ -176,10 +176,6 @@ def test_strength_and_scales_compile_nothing():
     assert all(error(jitted[name], expected[name]) <= 1e-5 for name in expected)
 
 
-def test_no_evaluation_of_the_unet():
-    assert uce.UCE().evaluations(SCHEDULE, images=False) == 0
-
-
 # Positions.
 
 FULL = "cat " * 75
