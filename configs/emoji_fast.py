@@ -1,4 +1,4 @@
-"""Erases a style from the embedded emoji model with a fifth of emoji's evaluations.
+"""Erases a style from the embedded emoji model with a sixth of emoji's compute.
 
     esd-jax erase --config=emoji_fast --config.concept="neon style" --config.output_dir=out/neon
 

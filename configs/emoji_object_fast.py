@@ -1,4 +1,4 @@
-"""Erases an object from the embedded emoji model with an eighth of emoji_object's evaluations.
+"""Erases an object from the embedded emoji model with a fifth of emoji_object's compute.
 
     esd-jax erase --config=emoji_object_fast --config.concept="a cat" --config.output_dir=out/cat
 

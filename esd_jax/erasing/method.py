@@ -118,13 +118,6 @@ class Settings(Protocol):
         """The method, and its traced inputs."""
         ...
 
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """How often one update evaluates the denoiser on one example, on average; a backward pass counts as two more.
-
-        images: whether the user gives images.
-        """
-        ...
-
 
 def choose(settings: Any, **choices: Sequence[str]) -> None:
     """Raises ValueError, with the choices, for a field whose value is none of them."""

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Tokens
+from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.images import true_output
-from esd_jax.erasing.repeated import repeated
 from esd_jax.families import SD
 from esd_jax.params import Conditioning, Network, Params
 
@@ -36,14 +36,16 @@ TABLE = "embeddings.token_embedding.weight"
 class TextualInversion:
     """Settings; the defaults are those of Forget-Me-Not's code.
 
-    norm: to which the new embeddings' norms are pulled.
+    norm: to which the new embeddings' norms are pulled; None leaves them alone.
+    from_t: the least timestep that is learned at.
     """
 
     steps: int = 500
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    norm: float = 0.4
+    norm: float | None = 0.4
     batch_size: int = 1
+    from_t: int = 0
 
     def transformation(self) -> optax.GradientTransformation:
         """AdamW with the usual moments. It sees the new rows alone, which is the same: it works element by element."""
@@ -51,6 +53,8 @@ class TextualInversion:
 
     def pull(self, new: Float[Array, "new width"]) -> Float[Array, "new width"]:
         """The embeddings with their norms nearer to `norm`, by a tenth at the default learning rate."""
+        if self.norm is None:
+            return new
         norms = jnp.linalg.norm(new, axis=-1, keepdims=True)
         return new / norms * (norms + min(1.0, 100 * self.learning_rate) * (self.norm - norms))
 
@@ -118,6 +122,27 @@ def encode(
     return jax.tree.map(lambda a: a.astype(new.dtype), encoded)
 
 
+class Fixed(NamedTuple):
+    """What a search leaves as it is: the tensors of the networks.
+
+    Of some attacks, base: tensors of the base's denoiser; may: which tokens may be found, a mask [vocabulary].
+    """
+
+    denoiser: Params
+    text_encoder: Params
+    base: Any = None
+    may: Any = None
+
+
+class Batch(NamedTuple):
+    """What the network is asked, and what it should say. ids: of prompts in which new tokens stand."""
+
+    ids: Int[Array, "batch tokens"]
+    x: Float[Array, "batch height width channel"]
+    t: Int[Array, " batch"]
+    target: Float[Array, "batch height width channel"]
+
+
 def inverter(
     settings: TextualInversion, denoiser: Network, text_encoder: Network, schedule: Schedule
 ) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
@@ -129,25 +154,25 @@ def inverter(
       ids: of each image's prompt, in which the new tokens stand (`place`), [images, tokens].
       new: the embeddings to start with (`initial`).
       key: of all draws. Step i takes its own from fold_in(key, i).
+
+    Raises ValueError for a from_t that the schedule does not have.
     """
-    tx = settings.transformation()
-    gradient = jax.value_and_grad(partial(loss, denoiser, text_encoder, schedule))
+    total, from_t = schedule.num_train_timesteps, settings.from_t
+    if not 0 <= from_t < total:
+        raise ValueError(f"from_t={from_t} must be in 0..{total - 1}")
 
-    def step(
-        carry: Any, i: Array, denoiser_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
-    ) -> Any:
-        new, state = carry
+    def batch(i: Array, fixed: Fixed, case: tuple[Array, Array, Array]) -> Batch:
+        latents, ids, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        value, grads = gradient(new, denoiser_params, text_params, latents[image], ids[image], t, noise)
-        updates, state = tx.update(grads, state, new)
-        return (settings.pull(cast(Array, optax.apply_updates(new, updates))), state), value
+        return noised(schedule, latents[image], ids[image], from_t + t * (total - from_t) // total, noise)
 
-    steps = repeated(step)
+    objective, pull = partial(loss, denoiser, text_encoder), lambda new, fixed: settings.pull(new)
+    search = Search(batch, objective, settings.transformation(), after=pull)
 
     def run(denoiser_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
-        fixed = denoiser_params, text_params, latents, ids, key
-        (new, _), losses = steps((new, tx.init(new)), np.arange(settings.steps), *fixed)
-        return new, losses
+        fixed = Fixed(denoiser_params, text_params)
+        state, losses = search.run(search.begin(new), np.arange(settings.steps), fixed, (latents, ids, key))
+        return state.value, losses
 
     return run
 
@@ -165,19 +190,21 @@ def draw(
     )
 
 
-def loss(
-    denoiser: Network,
-    text_encoder: Network,
+def noised(
     schedule: Schedule,
-    new: Float[Array, "new width"],
-    denoiser_params: Params,
-    text_params: Params,
     latents: Float[Array, "batch height width channel"],
     ids: Int[Array, "batch tokens"],
     t: Int[Array, " batch"],
     noise: Float[Array, "batch height width channel"],
+) -> Batch:
+    """Images under noise, and what a perfect network says of them."""
+    return Batch(ids, add_noise(schedule, latents, noise, t), t, true_output(schedule, latents, noise, t))
+
+
+def loss(
+    denoiser: Network, text_encoder: Network, new: Float[Array, "new width"], batch: Batch, fixed: Fixed
 ) -> Float[Array, ""]:
-    """Mean squared error of what the network says about noised images."""
-    x = add_noise(schedule, latents, noise, t)
-    e = denoiser.apply(denoiser_params, x, t, encode(text_encoder, text_params, ids, new)).astype(x.dtype)
-    return jnp.mean((e - true_output(schedule, latents, noise, t)) ** 2)
+    """Mean squared error of what the network says, told of new tokens."""
+    conditioning = encode(text_encoder, fixed.text_encoder, batch.ids, new)
+    e = denoiser.apply(fixed.denoiser, batch.x, batch.t, conditioning).astype(batch.x.dtype)
+    return jnp.mean((e - batch.target) ** 2)

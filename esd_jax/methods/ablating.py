@@ -167,10 +167,6 @@ class Ablating:
 
         return draw
 
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """The target, if it is a prediction, and one or two forward and backward passes of the student."""
-        return float(self.objective == "model") + 3 * (2 if self.prior_weight else 1)
-
 
 class Draws(NamedTuple):
     """Everything random in one step. image: a place in the concept's list. caption: which of the concept's captions.

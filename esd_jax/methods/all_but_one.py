@@ -36,7 +36,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.rules import largest
-from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import method as base
 from esd_jax.erasing import replay, trajectories
 from esd_jax.erasing.concepts import Bank, Concept, make_bank, reader
@@ -143,16 +142,6 @@ class AllButOne:
         if kept is not None:
             method = Replaying(method, kept)
         return method, Inputs(bank, *numbers, token_scale=token_scale)
-
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """Two for each sampler step and the target, one for each of `instructions` where delta acts, the student's.
-
-        Of kept trajectories, which hold the targets, an update has its share.
-        """
-        steps, others = np.arange(self.sampling_steps), len(parse(self.instructions))
-        costs = 2 * (steps + 1) + others * np.cumsum(active_steps(self))  # of a trajectory to each step, and the target
-        sampled = costs[-1] / self.updates_per_trajectory if replay.wanted(self) else np.mean(costs)
-        return float(sampled) + (6 if self.penalty else 4)
 
 
 def active_steps(settings: AllButOne) -> Bool[np.ndarray, " step"]:

@@ -142,18 +142,6 @@ class ESD:
         bank = make_bank(tools.encode, concepts, roles)
         return method, Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
 
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """Two for each sampler step, two of the teacher, and the student's forward and backward pass.
-
-        Of kept trajectories an update has its share, and the teacher's two are among them where it sampled these. The
-        anchors of contexts are a third.
-        """
-        trajectory, teacher = make_trajectory(self, schedule), 3 if self.sentences else 2
-        known = self.predicts(trajectory) and self.sample_prompt == "concept" and not self.sentences
-        if (kept := replay.of(self, trajectory, 2 * known)) is None:
-            return (0.0 if images else 2 * trajectory.mean_updates) + teacher + 3
-        return 2 * kept.calls / kept.every + (0 if known else teacher) + 3
-
     def predicts(self, trajectory: Trajectory) -> bool:
         """Whether the sampler evaluates the teacher just where the loss does."""
         return self.sample_with == "teacher" and trajectory.scored_where_sampled

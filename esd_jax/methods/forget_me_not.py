@@ -158,10 +158,6 @@ class ForgetMeNot:
         ids = np.asarray(ids)
         return starts, ids, (ids >= known) | [[ends(tools.tokens, i, self.eos_positions) for i in rows] for rows in ids]
 
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """The student's forward and backward pass."""
-        return 3.0
-
     def _images(
         self, tools: Tools, concepts: Sequence[Concept]
     ) -> Float[Array, "concepts images height width channel"]:

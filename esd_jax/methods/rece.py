@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm, Tools
 from esd_jax.methods import uce
@@ -68,10 +67,6 @@ class RECE:
         again = uce.edit([(encoded[old].vectors, encoded[new].vectors, weight) for old, new, weight in pairs], self.lam)
         erased = jnp.arange(len(again.weight)) < len(concepts) * len(encoded[""].vectors)
         return Solver(self.epochs), Inputs(first, again, erased, jnp.float32(self.r))
-
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """None: the UNet is never run."""
-        return 0.0
 
 
 @jax.tree_util.register_dataclass

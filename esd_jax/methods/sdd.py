@@ -104,12 +104,6 @@ class SDD:
         bank = make_bank(tools.encode, concepts, self.roles(concepts))
         return method, Inputs(bank, jnp.float32(self.sampling_guidance))
 
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """Two for each sampler step, the student's on the empty prompt, and its forward and backward pass."""
-        trajectory = make_trajectory(self, schedule)
-        kept = replay.of(self, trajectory)
-        return 2 * (trajectory.mean_updates if kept is None else kept.calls / kept.every) + 1 + 3
-
     def roles(self, concepts: Sequence[Concept]) -> Mapping[str, Callable[[Concept], str]]:
         """Which prompt a concept has in each role of the equation. The anchor is what the student is led to."""
         joined = ", ".join(c.text for c in concepts)

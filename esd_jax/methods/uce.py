@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.method import ClosedForm, Tools, choose
@@ -92,10 +91,6 @@ class UCE:
         else:
             pairs += [(*aligned(encoded[text], encoded[text], "last"), self.preserve_scale) for text in kept]
         return Solver(), edit(pairs, self.lam)
-
-    def evaluations(self, schedule: Schedule, images: bool) -> float:
-        """None: the UNet is never run."""
-        return 0.0
 
 
 @jax.tree_util.register_dataclass

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -31,7 +32,8 @@ class Plan:
     memory: what a step keeps in the memory of each -> bytes.
     before: bytes of what is there besides until the first step.
     forward_flops: of one evaluation of the denoiser on one example.
-    step_flops: of one update, on average over the drawn timesteps.
+    count_step: counts `step_flops`.
+    whole: whether the step is the method's; else only the student's part of it is known, which every method's has.
     """
 
     names: tuple[str, ...]
@@ -41,7 +43,13 @@ class Plan:
     memory: Mapping[str, int]
     before: int
     forward_flops: float
-    step_flops: float
+    count_step: Callable[[], float] = field(repr=False, compare=False)
+    whole: bool = True
+
+    @cached_property
+    def step_flops(self) -> float:
+        """FLOP of an update: the mean over the run's, each as long as its draws make it. 0 if there are none."""
+        return self.count_step()
 
     @property
     def peak(self) -> int:
@@ -62,7 +70,7 @@ class Plan:
             f"memory    about {readable(self.peak)}{each}, and {readable(self.before)} until the first step",
             *(f"          {readable(size):>10}  {what}" for what, size in self.memory.items()),
             f"compute   {self.forward_flops / 1e12:.3g} TFLOP an evaluation of the denoiser, "
-            f"{self.step_flops / 1e12:.3g} TFLOP an update on average",
+            f"{self.step_flops / 1e12:.3g} TFLOP {'an update on average' if self.whole else STUDENT}",
         ]
         return "\n".join(lines)
 
@@ -92,6 +100,7 @@ def compared(size: Plan, used: int) -> str:
     return f"memory  {readable(used)} of each device at most, {ratio:.2f} of what the plan expected"
 
 
+STUDENT = "the student's forward and backward pass, which are not all of an update"
 # What a step computes and forgets: an estimate, where everything else is counted.
 STEP = "activations, gradients and copies of a step"
 
@@ -108,20 +117,19 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
     families.of(configs).require(recipe.settings.needs, f"method {recipe.method!r}")
     denoiser, dtype = families.of(configs).denoiser, jnp.dtype(recipe.dtype)
     names, trained = changed_names(recipe, configs), theta_shapes(recipe, configs)
-    batch, accumulate = recipe.training.batch_size, recipe.training.accumulate
-    mesh = sharding.make_mesh(batch, fsdp=recipe.fsdp) if mesh is None else mesh
+    mesh = sharding.make_mesh(recipe.training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
 
     params = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in denoiser_of(configs).shapes.items()}
     forward = forward_flops(configs, recipe)
     others = [network(config, dtype.name).shapes for name, config in configs.items() if name != denoiser]
+    count, whole = float, True
     if recipe.settings.trained:
-        memory = _step(configs, schedule, recipe, mesh)
+        memory, count, whole = _step(configs, schedule, recipe, mesh)
     else:
         memory = {
             f"{denoiser}, {dtype.name}": num_bytes(params),
             "changed tensors, float32": num_bytes(trained, jnp.float32),
         }
-    evaluations = batch * accumulate * recipe.settings.evaluations(schedule, recipe.images is not None)
     return Plan(
         names,
         num_scalars(trained),
@@ -130,21 +138,25 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
         memory,
         sum(num_bytes(shapes, dtype) for shapes in others),
         forward,
-        forward * evaluations,
+        count,
+        whole,
     )
 
 
-def _step(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh) -> dict[str, int]:
-    """What lies in the memory of each device during a step."""
+def _step(
+    configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh
+) -> tuple[dict[str, int], Callable[[], float], bool]:
+    """(what lies in the memory of each device during a step, what counts its FLOP, whether it is the method's)."""
     dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape["fsdp"]
     # Each device computes what one alone would compute of its part of the batch.
     share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // mesh.size))
     alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1].tolist())
     given = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
     try:
-        step, arguments = abstract(*given)
+        (step, arguments), whole = abstract(*given), True
     except Unknown:
-        step, arguments = abstract(*given, student_alone=True)
+        (step, arguments), whole = abstract(*given, student_alone=True), False
+    program = step.trace(*arguments).jaxpr
     state, *base, inputs = jax.tree.map(_on_each, arguments, sharding.placements(arguments, mesh))
     memory = {
         f"{families.of(configs).denoiser}, {dtype}": _total(base),
@@ -157,7 +169,18 @@ def _step(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh) -> d
     # The new state is written over the old one. In half precision, what is planned on a CPU runs elsewhere.
     in_place = len(jax.tree.leaves(state))
     copies = sharding.on_cpu(mesh) and jnp.dtype(recipe.dtype).itemsize > 2
-    return memory | {STEP: liveness.peak(step.trace(*arguments).jaxpr, in_place, copies)}
+    memory[STEP] = liveness.peak(program, in_place, copies)
+    return memory, lambda: mesh.size * _mean_flops(program, arguments, recipe), whole
+
+
+def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> float:
+    """FLOP of a traced step, the mean over a run's: its seed and a step's number decide how long the step is."""
+    state, leaves, key = arguments[0], jax.tree.leaves(arguments), jax.random.key(recipe.training.seed)
+
+    def given(number: Any) -> list[Any]:
+        return [number if a is state.step else key if a is state.key else None for a in leaves]
+
+    return flops.mean(program, given, max(1, recipe.training.steps))
 
 
 def _on_each(array: Any, placed: Any) -> int:

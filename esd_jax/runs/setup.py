@@ -3,6 +3,8 @@
 The source is a loaded base, or the shapes of one alone, of which nothing is known but its architecture.
 """
 
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +134,7 @@ def compute_dtype(source: Source, recipe: Recipe) -> jnp.dtype:
 
 
 def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
-    """What a method may use of a source; of shapes, zeros in place of encoded prompts, and nothing of weights."""
+    """What a method may use of a source; of shapes, zeros in place of encoded prompts and images, and no weights."""
     family, configs = families.of(source.configs), source.configs
     size, config = image_size(configs, recipe.height, recipe.width), configs[family.denoiser]
     shape = family.latents(configs, size)
@@ -179,6 +181,9 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
         encoded = family.encoded(configs, len(prompts), jnp.dtype(recipe.dtype))
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), encoded)
 
+    def draw(prompts: Sequence[str], **_: Any) -> np.ndarray:
+        return np.zeros((len(prompts), *shape[:2], 3), np.uint8)  # a pixel a latent: of true size they take seconds
+
     def absent(*_: Any, **__: Any) -> Any:
         what = f"method {recipe.method!r} uses a checkpoint's weights before its first step"
         raise Unknown(f"{what}, so that its step is not known from shapes alone")
@@ -188,13 +193,23 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
 
     return {
         "encode": encode,
-        "tokens": lambda prompts, **_: np.zeros((len(prompts), length), np.int32),
-        "sample": absent,
-        "to_latents": absent,
+        "tokens": lambda prompts, **_: _ids(prompts, length),
+        "sample": draw,
+        "to_latents": lambda images: jnp.zeros((len(images), *shape)),
         "images": None if recipe.images is None else jnp.zeros((len(recipe.images), *shape)),
         "params": Absent(),
         "text_encoders": Absent(),
     }
+
+
+def _ids(prompts: Sequence[str], length: int) -> np.ndarray:
+    """Ids in place of a tokenizer's, [prompts, length], the same for the same words; 0 starts, 1 ends and pads."""
+    ids = np.ones((len(prompts), length), np.int32)
+    ids[:, 0] = 0
+    for row, prompt in zip(ids, prompts, strict=True):
+        words = re.findall(r"\w+|[^\w\s]", prompt.lower())[: length - 2]
+        row[1 : 1 + len(words)] = [2 + zlib.crc32(word.encode()) % 1_000_000 for word in words]
+    return ids
 
 
 def transformation(recipe: Recipe) -> optax.GradientTransformation:

@@ -32,6 +32,7 @@ from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
+from esd_jax.planning.plan import make_plan
 from esd_jax.runs.setup import assemble
 from launch import command
 from launch.command import say
@@ -122,9 +123,9 @@ def planned(kind: str, config: str = "", part: int = 1, **changes: Any) -> recip
 
 
 def cost(base: Pipeline, plan: recipe.Recipe) -> dict[str, float]:
-    """Updates, and evaluations of the UNet: of an update, and of all."""
-    training = plan.training
-    each = training.batch_size * training.accumulate * plan.settings.evaluations(base.schedule, False)
+    """Updates; their FLOP over those of an evaluation of the UNet, of an update on average, and of all."""
+    size, training = make_plan(base.configs, base.schedule, plan), plan.training
+    each = size.step_flops / size.forward_flops
     return {"updates": training.steps, "evaluations": each, "all_evaluations": training.steps * each}
 
 

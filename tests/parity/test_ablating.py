@@ -255,8 +255,3 @@ def test_the_embedded_model_is_ablated(tmp_path):
 
 
 # What it costs
-
-
-def test_evaluations():
-    assert Ablating().evaluations(SCHEDULE, False) == 4
-    assert Ablating(objective="noise", prior_weight=1.0).evaluations(SCHEDULE, True) == 6

@@ -14,7 +14,7 @@ import torch_oracle
 from all_but_one_oracle import Paper
 from all_but_one_world import CONCEPTS, LEVELS, ORDERS, TEXTS, T, given, make
 from distilled import assert_same_batch, assert_same_change, assert_same_loss, trainable
-from esd_world import SCHEDULE, SHAPE, TOKENS, tokens, tools, world
+from esd_world import SHAPE, TOKENS, tokens, tools, world
 from messages import one_line
 from puppet import RATE, Puppet, Scripted
 from torch_oracle import exactly, to_nchw
@@ -198,15 +198,6 @@ def test_draws():
     assert scipy.stats.chisquare(np.bincount(2 * index + concept, minlength=2 * T)).pvalue > 1e-3
     np.testing.assert_array_equal(t, np.array(LEVELS)[index])
     assert method.trajectory.num_updates.tolist() == list(range(T))
-
-
-def test_evaluations():
-    """Counted by hand for two steps, the second of which has delta."""
-    fields = {"sampling_steps": 2, "window_start": 0.5, "delta_warmup": 0}
-    count = lambda **more: AllButOne(**fields, **more).evaluations(SCHEDULE, False)  # noqa: E731
-    assert count() == (2 + 4) / 2 + 6
-    assert count(penalty=0.0) == (2 + 4) / 2 + 4
-    assert count(instructions="a:1 | b:2") == (2 + 4 + 2) / 2 + 6
 
 
 # What is refused

@@ -62,7 +62,6 @@ def test_blank_contexts_are_none():
     blank, none = (esd.ESD(contexts=text, anchor="from", eta=0.7, context_eta=0.4) for text in (" | ", None))
     glasses = Concept("glasses", "a person with glasses")
     assert blank.roles()["sample"](glasses) == none.roles()["sample"](glasses) == "glasses"
-    assert blank.evaluations(SCHEDULE, False) == none.evaluations(SCHEDULE, False)
 
 
 def test_a_step_equals_its_equation():
@@ -98,15 +97,13 @@ def test_a_step_equals_its_equation():
                 assert error(grads[f"unet/{name}"], as_ours(w, name, value)) <= 1e-4, name
 
 
-def test_contexts_are_drawn_as_often_as_the_concept_and_cost_an_anchor():
+def test_contexts_are_drawn_as_often_as_the_concept():
     w = world("toy", "float32")
     method, inputs = make(w, "paper", [("Monet", None), ("Goya", None)], contexts=CONTEXTS, **GRID)
     keys = jax.random.split(jax.random.key(0), 6_001)
     draws = jax.jit(lambda keys: method.draw(0, keys[0], keys[1:], (1, 1, 1), inputs))(keys)
     counts = np.bincount(draws.concept)
     assert len(counts) == 6 and np.abs(counts - 1000).max() < 120  # four standard deviations
-    alone, within = (settings("paper", contexts=text, **GRID) for text in (None, CONTEXTS))
-    assert within.evaluations(SCHEDULE, False) == alone.evaluations(SCHEDULE, False) + 1
 
 
 def test_kept_trajectories_are_those_of_the_contexts():

@@ -274,4 +274,3 @@ def test_settings_that_are_wrong_are_refused():
         make(world("unet", "float32"), denoiser=toy_network())
     with pytest.raises(ValueError, match=one_line("no concept")):
         make(world("unet", "float32"), ())
-    assert ForgetMeNot().evaluations(SCHEDULE, False) == 3

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_form import CONCEPTS, END, START, TOKENS, edited, encode, ids, last, network, pair, theta, tools, vectors
-from esd_world import SCHEDULE, SHAPE
+from esd_world import SHAPE
 from messages import one_line
 from torch_oracle import error
 
@@ -101,10 +101,6 @@ def test_strength_and_scales_compile_nothing():
     assert len(programs) == 1
     expected = uce.Solver().solve(theta(), inputs)
     assert all(error(jitted[name], expected[name]) <= 1e-5 for name in expected)
-
-
-def test_no_evaluation_of_the_unet():
-    assert uce.UCE().evaluations(SCHEDULE, images=False) == 0
 
 
 # Positions.

@@ -14,7 +14,7 @@ from jax._src.interpreters import pxla
 
 import esd_jax
 from esd_jax import recipe, runs, sharding
-from esd_jax.erasing import textual_inversion
+from esd_jax.erasing import embedding_search
 from esd_jax.evaluation.attacks import ATTACKS, concept_inversion, hidden, p4d, unlearn_diff_atk
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.models import attention
@@ -122,7 +122,7 @@ def test_the_step_of_every_search_with_gradients_lowers(base, name, platform, mo
     fields, modules = SEARCHES[name]
     texts = []
     for module in modules:
-        monkeypatch.setattr(module, "repeated", recorded(texts, platform))
+        monkeypatch.setattr(embedding_search, "repeated", recorded(texts, platform))
         module.searcher.cache_clear()
     ATTACKS[name](**fields).run(base, base, goal(), seed=0)
     for module in modules:
@@ -135,7 +135,7 @@ def test_the_step_of_every_search_with_gradients_lowers(base, name, platform, mo
 def test_benign_fine_tuning_lowers(base, platform, monkeypatch):
     """The step of `hidden.resurge`, on a model whose cross-attention was edited."""
     texts = []
-    monkeypatch.setattr(hidden, "repeated", recorded(texts, platform))
+    monkeypatch.setattr(embedding_search, "repeated", recorded(texts, platform))
     hidden.healer.cache_clear()
     edited = {name: value for name, value in prefixed(base.params["unet"], "unet").items() if "attn1" in name}
     victim = base.with_edits(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), edited), {})
@@ -147,7 +147,7 @@ def test_benign_fine_tuning_lowers(base, platform, monkeypatch):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_textual_inversion_lowers(base, platform, monkeypatch):
     texts = []
-    monkeypatch.setattr(textual_inversion, "repeated", recorded(texts, platform))
+    monkeypatch.setattr(embedding_search, "repeated", recorded(texts, platform))
     made = recipe.make(
         **{
             **recipe.preset(

@@ -81,10 +81,12 @@ def test_a_method_that_needs_weights_is_planned_by_its_student_alone(tiny):
     from esd_jax import recipe
 
     configs, schedule, plan, size = tiny
-    other = recipe.make(**{**recipe.preset("ablating").to_dict(), "concept": "Van Gogh", "subset": "esd-x",
-                           "replace_with": "painting", "batch_size": 1})  # fmt: skip
+    other = recipe.make(**{**recipe.preset("forget_me_not").to_dict(), "concept": "Van Gogh", "subset": "esd-x",
+                           "inversion_steps": 1, "batch_size": 1})  # fmt: skip
     planned = make_plan(configs, schedule, other)
     assert 0 < planned.memory[STEP] < 2 * size.memory[STEP]
+    assert 2 < planned.step_flops / planned.forward_flops < 3  # of cross-attention alone few gradients are needed
+    assert str(planned).endswith("the student's forward and backward pass, which are not all of an update")
     with pytest.raises(ValueError, match="uses a checkpoint's weights before its first step"):
         ahead.compiled(configs, schedule, other, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="there is no step to compile"):

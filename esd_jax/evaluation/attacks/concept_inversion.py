@@ -20,22 +20,20 @@ little where much of the picture shows. The base's loss falls by 8% at t above 8
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.repeated import repeated
-from esd_jax.erasing.textual_inversion import NAME, TABLE, place, vocabulary
+from esd_jax.erasing.textual_inversion import NAME, TABLE, TextualInversion, place, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
-from esd_jax.params import Network, Params
+from esd_jax.params import Network
 from esd_jax.pipeline import Pipeline
 
 
@@ -102,33 +100,12 @@ class ConceptInversion:
 def searcher(
     settings: ConceptInversion, unet: Network, text_encoder: Network, schedule: Schedule
 ) -> Callable[..., Any]:
-    """The search, compiled once for all models of an architecture.
-
-    Returns a function (unet_params, text_params, latents, ids of each image's prompt, new, key) -> (the embeddings, the
-    loss of each step). Step i draws from fold_in(key, i), as `textual_inversion.inverter` does.
+    """The search, compiled once for all models of an architecture: `textual_inversion.inverter` with no pull on norms.
 
     Raises ValueError for a from_t that the schedule does not have.
     """
-    if not 0 <= settings.from_t < schedule.num_train_timesteps:
-        raise ValueError(f"from_t={settings.from_t} must be in 0..{schedule.num_train_timesteps - 1}")
-    gradient = jax.value_and_grad(partial(textual_inversion.loss, unet, text_encoder, schedule))
-    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
-
-    def step(
-        carry: Any, i: Array, unet_params: Params, text_params: Params, latents: Array, ids: Array, key: Array
-    ) -> Any:
-        new, state = carry
-        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        t = settings.from_t + t * (schedule.num_train_timesteps - settings.from_t) // schedule.num_train_timesteps
-        value, grads = gradient(new, unet_params, text_params, latents[image], ids[image], t, noise)
-        updates, state = tx.update(grads, state, new)
-        return (optax.apply_updates(new, updates), state), value
-
-    steps = repeated(step)
-
-    def run(unet_params: Params, text_params: Params, latents: Array, ids: Array, new: Array, key: Array) -> Any:
-        fixed = unet_params, text_params, latents, ids, key
-        (new, _), losses = steps((new, tx.init(new)), np.arange(settings.steps), *fixed)
-        return new, losses
-
-    return run
+    inversion = TextualInversion(
+        settings.steps, settings.learning_rate, settings.weight_decay,
+        norm=None, batch_size=settings.batch_size, from_t=settings.from_t,
+    )  # fmt: skip
+    return textual_inversion.inverter(inversion, unet, text_encoder, schedule)

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, UInt8
 from esd_jax import sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.images import in_batches, true_output
-from esd_jax.erasing.repeated import repeated
 from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
@@ -101,26 +101,24 @@ def resurge(
 @lru_cache(maxsize=8)
 def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
     """(theta, frozen, latents, what the images' prompts tell, key) -> (theta, losses); step i uses fold_in(key, i)."""
-    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
-    def loss(theta: Params, frozen: Params, x0: Array, told: Conditioning, t: Array, noise: Array) -> Array:
+    def batch(i: Array, frozen: Params, case: tuple[Array, Conditioning, Array]) -> Any:
+        latents, told, key = case
+        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+        return latents[image], jax.tree.map(lambda a: a[image], told), t, noise
+
+    def loss(theta: Params, drawn: Any, frozen: Params) -> Array:
+        x0, told, t, noise = drawn
         x = add_noise(schedule, x0, noise, t)
         e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, told).astype(x.dtype)
         return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
 
-    def step(carry: Any, i: Array, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
-        theta, state = carry
-        image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        own = jax.tree.map(lambda a: a[image], told)
-        value, grads = jax.value_and_grad(loss)(theta, frozen, latents[image], own, t, noise)
-        updates, state = tx.update(grads, state, theta)
-        return (optax.apply_updates(theta, updates), state), value
-
-    steps = repeated(step)
+    # The search that attacks make for embeddings, for the tensors in their place.
+    search = Search(batch, loss, optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
 
     def run(theta: Params, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
-        (theta, _), losses = steps((theta, tx.init(theta)), np.arange(settings.steps), frozen, latents, told, key)
-        return theta, losses
+        state, losses = search.run(search.begin(theta), np.arange(settings.steps), frozen, (latents, told, key))
+        return state.value, losses
 
     return run
 

@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.repeated import repeated
-from esd_jax.erasing.textual_inversion import TABLE, vocabulary
+from esd_jax.erasing.embedding_search import Search
+from esd_jax.erasing.textual_inversion import TABLE, Batch, Fixed, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.params import Conditioning, Network, Params
@@ -126,22 +126,6 @@ def nearest(
     return jnp.where(may, unit(embeddings) @ unit(table).T, -jnp.inf).argmax(axis=-1)
 
 
-def loss(
-    unet: Network,
-    text_encoder: Network,
-    new: Float[Array, "new width"],
-    unet_params: Params,
-    text_params: Params,
-    ids: Int[Array, "batch tokens"],
-    x: Float[Array, "batch height width channel"],
-    t: Int[Array, " batch"],
-    target: Float[Array, "batch height width channel"],
-) -> Float[Array, ""]:
-    """Mean squared distance between what the network says, told of new tokens, and a target."""
-    conditioning = textual_inversion.encode(text_encoder, text_params, ids, new)
-    return jnp.mean((unet.apply(unet_params, x, t, conditioning).astype(x.dtype) - target) ** 2)
-
-
 @lru_cache(maxsize=8)
 def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Schedule) -> Callable[..., Any]:
     """The search, compiled once for all models and prompts.
@@ -149,53 +133,42 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Sche
     Returns a function (unet_params, base's unet_params, text_params, may; and for each case: latents, target, ids, new,
     key) -> for each case (found tokens [rounds, new], their loss on noise kept aside [rounds], losses [rounds,
     judge_every]). target: what the base is told. ids: in which the found tokens stand. new: the embeddings to start
-    with. Step i draws from fold_in(key, i + 1); the noise kept aside is drawn from fold_in(key, 0).
+    with. Step i draws from fold_in(key, i + 1), the noise kept aside from fold_in(key, 0).
     """
-    objective = partial(loss, unet, text_encoder)
-    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+    objective = partial(textual_inversion.loss, unet, text_encoder)
 
-    def batch(
-        key: Array, n: int, base_params: Params, latents: Array, target: Conditioning, ids: Array
-    ) -> tuple[Array, Array, Array, Array]:
-        image, t, noise = textual_inversion.draw(key, n, schedule, latents)
+    def batch(number: Array | int, n: int, fixed: Fixed, case: tuple[Array, Conditioning, Array, Array]) -> Batch:
+        latents, target, ids, key = case
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, number), n, schedule, latents)
         x = add_noise(schedule, latents[image], noise, t)
         asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
-        return jnp.tile(ids, (n, 1)), x, t, unet.apply(base_params, x, t, asked).astype(x.dtype)
+        return Batch(jnp.tile(ids, (n, 1)), x, t, unet.apply(fixed.base, x, t, asked).astype(x.dtype))
 
-    def step(
-        carry: Any, i: Array, unet_params: Params, base_params: Params, text_params: Params, may: Array,
-        latents: Array, target: Conditioning, ids: Array, key: Array,
-    ) -> Any:  # fmt: skip
-        new, state = carry
-        table = text_params[TABLE].astype(new.dtype)
-        seen = table[nearest(new, table, may)]
-        drawn = batch(jax.random.fold_in(key, i + 1), settings.batch_size, base_params, latents, target, ids)
-        value, grads = jax.value_and_grad(objective)(seen, unet_params, text_params, *drawn)
-        updates, state = tx.update(grads, state, new)
-        return (optax.apply_updates(new, updates), state), value
+    def found(new: Array, fixed: Fixed) -> tuple[Array, Array]:
+        table = fixed.text_encoder[TABLE].astype(new.dtype)
+        tokens = nearest(new, table, fixed.may)
+        return tokens, table[tokens]
 
-    def judge(
-        new: Array, unet_params: Params, base_params: Params, text_params: Params, may: Array,
-        latents: Array, target: Conditioning, ids: Array, key: Array,
-    ) -> Any:  # fmt: skip
-        table = text_params[TABLE].astype(new.dtype)
-        found = nearest(new, table, may)
-        aside = batch(jax.random.fold_in(key, 0), settings.judged_on, base_params, latents, target, ids)
-        return found, objective(table[found], unet_params, text_params, *aside)
+    def judge(new: Array, fixed: Fixed, case: Any) -> Any:
+        tokens, seen = found(new, fixed)
+        return tokens, objective(seen, batch(0, settings.judged_on, fixed, case), fixed)
 
-    shared = [None] * 4
-    steps = repeated(jax.vmap(step, in_axes=(0, None, *shared, *[0] * 4)))
-    judged = jax.jit(jax.vmap(judge, in_axes=(0, *shared, *[0] * 4)))
+    judged = jax.jit(jax.vmap(judge, in_axes=(0, None, 0)))
+    search = Search(
+        lambda i, fixed, case: batch(i + 1, settings.batch_size, fixed, case),
+        objective,
+        optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+        point=lambda new, drawn, fixed: found(new, fixed)[1],
+        several=True,
+    )
 
     def run(
         unet_params: Params, base_params: Params, text_params: Params, may: Array,
         latents: Array, target: Conditioning, ids: Array, new: Array, keys: Array,
     ) -> Any:  # fmt: skip
-        fixed = unet_params, base_params, text_params, may, latents, target, ids, keys
-        carry, rounds = (new, jax.vmap(tx.init)(new)), []
-        for first in range(0, settings.iterations, settings.judge_every):
-            carry, values = steps(carry, first + np.arange(settings.judge_every), *fixed)
-            rounds.append((*judged(carry[0], *fixed), values.T))
-        return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *rounds)
+        fixed, case = Fixed(unet_params, text_params, base_params, may), (latents, target, ids, keys)
+        steps, look = np.arange(settings.iterations), lambda new: judged(new, fixed, case)
+        looks, losses = search.rounds(search.begin(new), steps, settings.judge_every, look, fixed, case)
+        return *looks, losses
 
     return run

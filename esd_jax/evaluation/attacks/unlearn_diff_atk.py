@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.repeated import repeated
-from esd_jax.erasing.textual_inversion import TABLE, vocabulary
+from esd_jax.erasing.embedding_search import Search
+from esd_jax.erasing.textual_inversion import TABLE, Batch, Fixed, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.params import Network, Params
@@ -101,27 +101,10 @@ def project(u: Float[Array, "tokens vocabulary"], may: Bool[Array, " vocabulary"
 
 
 def transformation(settings: UnlearnDiffAtk) -> optax.GradientTransformation:
-    """torch's Adam: weight decay is a part of the gradient."""
-    return optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.adam(settings.learning_rate))
-
-
-def loss(
-    unet: Network,
-    text_encoder: Network,
-    schedule: Schedule,
-    one_hot: Float[Array, "new vocabulary"],
-    unet_params: Params,
-    text_params: Params,
-    latents: Float[Array, "batch height width channel"],
-    ids: Int[Array, "batch tokens"],
-    t: Int[Array, " batch"],
-    noise: Float[Array, "batch height width channel"],
-) -> Float[Array, ""]:
-    """Mean squared error of what the network says about a noised image; gradients reach the one-hot vectors."""
-    new = one_hot @ text_params[TABLE].astype(one_hot.dtype)
-    return textual_inversion.loss(
-        unet, text_encoder, schedule, new, unet_params, text_params, latents, ids, t, noise
-    )  # fmt: skip
+    """torch's Adam, of the clipped gradient: weight decay is a part of it."""
+    return optax.chain(
+        optax.clip(1.0), optax.add_decayed_weights(settings.weight_decay), optax.adam(settings.learning_rate)
+    )
 
 
 @lru_cache(maxsize=8)
@@ -132,35 +115,30 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
     (found tokens after each timestep [cases, times, new], losses [cases, times, iterations]). Step i of a case draws
     from fold_in(its key, i).
     """
-    gradient = jax.value_and_grad(partial(loss, unet, text_encoder, schedule))
-    tx, n = transformation(settings), settings.batch_size
+    n, each = settings.batch_size, settings.iterations
 
-    def step(
-        carry: Any, now: Any, unet_params: Params, text_params: Params, may: Array,
-        latents: Array, ids: Array, key: Array,
-    ) -> Any:  # fmt: skip
-        (u, state), (t, i) = carry, now
+    def batch(now: Any, fixed: Fixed, case: Any) -> tuple[Batch, Array]:
+        (t, i), (latents, ids, key) = now, case
         x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
         token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        one_hot = jax.nn.one_hot(jax.random.categorical(token_key, jnp.log(u)), u.shape[1], dtype=u.dtype)
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
-        value, grads = gradient(one_hot, unet_params, text_params, x0, rows, jnp.full(n, t), noise)
-        updates, state = tx.update(jnp.clip(grads, -1, 1), state, u)
-        return (project(cast(Array, optax.apply_updates(u, updates)), may), state), value
+        return textual_inversion.noised(schedule, x0, rows, jnp.full(n, t), noise), token_key
 
-    steps = repeated(jax.vmap(step, in_axes=(0, None, None, None, None, 0, 0, 0)))
+    def tokens(u: Array, drawn: tuple[Batch, Array], fixed: Fixed) -> Array:
+        return jax.nn.one_hot(jax.random.categorical(drawn[1], jnp.log(u)), u.shape[1], dtype=u.dtype)
+
+    def loss(one_hot: Array, drawn: tuple[Batch, Array], fixed: Fixed) -> Array:
+        new = one_hot @ fixed.text_encoder[TABLE].astype(one_hot.dtype)
+        return textual_inversion.loss(unet, text_encoder, new, drawn[0], fixed)
+
+    onto_simplex = lambda u, fixed: project(u, fixed.may)  # noqa: E731
+    search = Search(batch, loss, transformation(settings), tokens, onto_simplex, several=True)
 
     def run(unet_params: Params, text_params: Params, may: Array, latents: Array, ids: Array, keys: Array) -> Any:
         middle = jnp.broadcast_to(may / may.sum(), (len(ids), settings.tokens, len(may)))
-        carry = jax.vmap(lambda u: (project(u, may), tx.init(u)))(middle)
-        found, losses = [], []
-        for number, t in enumerate(times(settings.num_times, schedule)):
-            now = number * settings.iterations + np.arange(settings.iterations)
-            carry, values = steps(
-                carry, (np.full(len(now), t), now), unet_params, text_params, may, latents, ids, keys
-            )  # fmt: skip
-            found.append(carry[0].argmax(axis=-1))
-            losses.append(values.T)
-        return jnp.stack(found, axis=1), jnp.stack(losses, axis=1)
+        state = search.begin(jax.vmap(lambda u: project(u, may))(middle))
+        t = np.repeat(times(settings.num_times, schedule), each)
+        fixed, likeliest = Fixed(unet_params, text_params, may=may), partial(jnp.argmax, axis=-1)
+        return search.rounds(state, (t, np.arange(len(t))), each, likeliest, fixed, (latents, ids, keys))
 
     return run

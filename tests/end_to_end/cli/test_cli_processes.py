@@ -14,7 +14,6 @@ from command_line import UNET, erase
 from paths import ROOT
 
 from esd_jax import api, cli, recipe
-from esd_jax.diffusion.schedule import Schedule
 from esd_jax.pipeline import network
 from esd_jax.selection import select
 
@@ -124,8 +123,7 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
         plan = recipe.make(**fields)
         assert plan.concepts and plan.output_dir
         arch = "sdxl" if "xl" in plan.base else "sd21" if "2-1" in plan.base else "sd14"
-        configs, schedule = api.architecture(arch)
-        assert plan.settings.evaluations(Schedule.from_config(schedule.config), plan.images is not None) >= 0
+        configs, _ = api.architecture(arch)
         assert select(plan.subset, network(configs["unet"], plan.dtype).layouts)
 
 
