@@ -171,3 +171,14 @@ def test_tests_lie_by_their_kind_and_share_through_support_alone():
         assert not shared, f"{path.relative_to(ROOT)} imports {shared}: what files share goes into tests/support"
     names = [path.name for kind in KINDS for path in (TESTS / kind).rglob("test_*.py")]
     assert len(names) == len({*names}), "two files of one name cannot be imported side by side"
+
+
+def test_the_slow_tests_are_there():
+    """By their functions: tests/support/slow.txt names them with their parameters."""
+    there = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        there[path.name] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    named = [line.partition("::") for line in (ROOT / "tests" / "support" / "slow.txt").read_text().splitlines()]
+    gone = [f"{file}::{test}" for file, _, test in named if test.partition("[")[0] not in there.get(file, ())]
+    assert named and not gone
