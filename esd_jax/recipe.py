@@ -209,7 +209,7 @@ def check_field(name: str, method: str = "esd") -> None:
     known = _annotations(method)
     if name not in known:
         others = [other for other in METHODS if other != method and name in _annotations(other)]
-        hint = suggest.did_you_mean(ELSEWHERE.get(name, name), known, "esd_jax.recipe.Recipe says what they are")
+        hint = suggest.did_you_mean(ELSEWHERE.get(name, name), known, "`esd-jax erase --help` lists them")
         if others:
             hint = f"method {method!r} does not have it, but {', '.join(map(repr, others))}"
         raise ValueError(f"unknown recipe field {name!r}; {hint}")
