@@ -41,7 +41,11 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
         return None  # no flag takes a field's value away
     base, concept = (shlex.quote(str(wanted.get(field) or "")) for field in SHOWN)
     changed = sorted(f"--{field}={shlex.quote(str(value))}" for field, value in other.items() if field not in SHOWN)
-    words = ["esd-jax erase", base, concept, *([] if name == usual else [f"--config={name}"]), *changed]
+    if name == usual:  # which follows from the concept and the method
+        start = [] if wanted["method"] == "esd" else [f"--method={wanted['method']}"]
+    else:
+        start = [f"--config={name}"]
+    words = ["esd-jax erase", base, concept, *start, *changed]
     return " ".join([*words, "-o runs/again"])
 
 
