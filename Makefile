@@ -1,4 +1,4 @@
-# make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, five minutes)
+# make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, about six minutes)
 #                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff, pyright

@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
         subset="noxattn",
         dtype="bfloat16",
         preview_every=100,
-        preview_prompts="an image of a {}; an image of a parachute; an image of a church",
+        preview_prompts="an image of {}; an image of a parachute; an image of a church",
     )

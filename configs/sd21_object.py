@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",
         remat=True,
         preview_every=100,
-        preview_prompts="a photo of a {}; a photo of a poodle; a photo of a church",
+        preview_prompts="a photo of {}; a photo of a poodle; a photo of a church",
     )

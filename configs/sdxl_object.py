@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
         learning_rate=1e-5,
         dtype="bfloat16",
         preview_every=50,
-        preview_prompts="a photo of a {}; a photo of a poodle; a photo of a church",
+        preview_prompts="a photo of {}; a photo of a poodle; a photo of a church",
     )

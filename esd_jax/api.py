@@ -92,17 +92,8 @@ def erase(
     if beside and any(isinstance(one, Concept) for one in named):
         raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    if config is None:
-        config = kinds.config(
-            source,
-            _texts(fields.get("concept")),
-            lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0],
-            kind=kind,
-            fields=fields,
-        )
-    elif kind is not None:  # which some methods have as a setting of their own
-        fields["kind"] = kind
-    plan = recipe.read_previews(recipe.make(**{**recipe.read(config).to_dict(), **fields, "base": source}))
+    settings = _settings(base, source, config, kind, fields)
+    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
     plan.check_concepts()
     own = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
@@ -118,6 +109,23 @@ def erase(
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
     options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, own=own, **options)
+
+
+def _settings(
+    base: Pipeline | str | Path, source: str, config: str | None, kind: str | None, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of the config that is named, or chosen by base and kind. A method's own `kind` becomes a field."""
+    if config is None:
+        if not (texts := _texts(fields.get("concept"))):
+            recipe.make().check_concepts()
+        configs = lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0]  # noqa: E731
+        config = kinds.config(source, texts, configs, kind=kind, fields=fields)
+        return kinds.fitted(recipe.read(config).to_dict(), texts)
+    settings = recipe.read(config).to_dict()
+    if kind is not None:
+        kinds.as_field(kind, str(fields.get("method", settings.get("method", "esd"))))
+        fields["kind"] = kind
+    return settings
 
 
 def _texts(concept: Any) -> tuple[str, ...]:

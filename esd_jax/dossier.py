@@ -275,7 +275,8 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         weights=gather.weight_changes(erased),
     )
     evidence = store.merged(", ".join(concepts), record, [*parts, course])
-    return dataclasses.replace(evidence, command=evidence.command or repeat.command(record))
+    once = len(erased.provenance.erased) == 1  # of several in turn, no one command makes them all
+    return dataclasses.replace(evidence, command=evidence.command or (repeat.command(record) if once else ""))
 
 
 def _is_run(folder: Path) -> bool:

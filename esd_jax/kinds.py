@@ -3,6 +3,7 @@
 The same choice in Python, on the command line and in the demo. A config that is named takes its place.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
     "SDXL": {kind: "sdxl_object" if kind in ("object", "nudity") else "sdxl_style" for kind in KINDS},
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
+BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")
 
 
 def check(kind: str | None, method: str | None = None) -> None:
@@ -42,9 +44,10 @@ def told(source: Any, concepts: Sequence[str]) -> str | None:
       source: where the base came from ("emoji", a folder, a hub id).
       concepts: the texts to erase.
     """
-    if any(wording.names(word, text) for text in concepts for word in NUDITY):
+    words = [set(wording.normal(text).lower().split()) for text in concepts]
+    if any(said & {*NUDITY} and said <= {*NUDITY, *BODIES} for said in words):
         return "nudity"
-    if concepts and all(wording.names("style", text) for text in concepts):
+    if concepts and all(wording.normal(text).lower().split()[-1:] == ["style"] for text in concepts):
         return "style"
     bed = testbed.of(source)
     return bed.kind(concepts) if bed and concepts else None
@@ -81,6 +84,20 @@ def config(
     if method not in (None, "esd"):
         return own if (own := f"{method}_{kind}") in config_names() else method
     return RECIPES[model(configs())][kind] if model(configs()) in RECIPES else {"style": "esd_x"}.get(kind, "esd_u")
+
+
+def as_field(kind: str, method: str) -> None:
+    """Raises ValueError unless a method has a setting that is called `kind`, too, as Ablating Concepts has."""
+    if "kind" not in inspect.signature(METHODS[method]).parameters:
+        raise ValueError(f"kind={kind!r} chooses a config, and one is named: leave kind out")
+
+
+def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config that was chosen for some concepts, which it then does not preserve."""
+    erased = {wording.normal(text).strip().lower() for text in concepts}
+    kept = [text for text in str(settings.get("preserve") or "").split("|") if text.strip()]
+    left = [text for text in kept if wording.normal(text).strip().lower() not in erased]
+    return {**settings} if len(left) == len(kept) else {**settings, "preserve": "|".join(left).strip()}
 
 
 def model(configs: families.Configs) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from ml_collections import ConfigDict, config_dict
 
-from esd_jax import prompt_files, several, suggest
+from esd_jax import prompt_files, several, suggest, wording
 from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing.method import Settings, choose
 from esd_jax.erasure import Concept
@@ -120,9 +120,14 @@ class Recipe:
             raise ValueError(f"seed={self.training.seed} must be in 0..{2**32 - 1}")
 
     def check_concepts(self) -> None:
-        """Raises ValueError if there is no concept."""
+        """Raises ValueError if there is no concept, or one that is to be replaced by itself, or preserved."""
         if not self.concepts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
+        for concept in self.concepts:
+            for name in ("replace_with", "preserve"):
+                texts = {wording.normal(text).strip().lower() for text in getattr(concept, name)}
+                if wording.normal(concept.text).strip().lower() in texts:
+                    raise ValueError(f"{name} has {concept.text!r}, which is what is erased: give another")
 
     @property
     def previews(self) -> tuple[str, ...]:

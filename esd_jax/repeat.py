@@ -18,7 +18,7 @@ def command(record: Erasure) -> str:
 
     The result is the same erasure: every field that shapes it is the config's, or spelled out.
     """
-    if not record.recipe:
+    if not record.recipe or record.started_from:
         return ""
     try:
         wanted = _computed(recipe.make(**record.recipe).flat())
@@ -26,6 +26,8 @@ def command(record: Erasure) -> str:
         return ""
     if any(isinstance(value, list | tuple) for value in wanted.values()):
         return ""  # texts that hold a separator can be given in Python alone
+    if record.step is not None and record.step < wanted["steps"]:  # it was stopped early
+        wanted["steps"] = record.step
     usual = _usual(record)
     lines = [line for name in _configs() if (line := _line(name, wanted, usual)) is not None]
     return min(lines, key=len, default="")
@@ -39,13 +41,16 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
     other = {field: wanted.get(field) for field in {*known, *wanted} if known.get(field) != wanted.get(field)}
     if any(value is None for field, value in other.items() if field not in SHOWN):
         return None  # no flag takes a field's value away
-    base, concept = (shlex.quote(str(wanted.get(field) or "")) for field in SHOWN)
+    base, concept = (str(wanted.get(field) or "") for field in SHOWN)
     changed = sorted(f"--{field}={shlex.quote(str(value))}" for field, value in other.items() if field not in SHOWN)
-    if name == usual:  # which follows from the concept and the method
+    if name == usual and "kind" not in other:  # which follows from the concept and the method
         start = [] if wanted["method"] == "esd" else [f"--method={wanted['method']}"]
     else:
         start = [f"--config={name}"]
-    words = ["esd-jax erase", base, concept, *start, *changed]
+    # A word alone is no flag, and a base alone is one that can be told from a concept.
+    told = (testbed.of(base) is not None or "/" in base) and concept and not concept.startswith("-")
+    shown = [base, concept] if told else [f"--base={base}", f"--concept={concept}"]
+    words = ["esd-jax erase", *map(shlex.quote, shown), *start, *changed]
     return " ".join([*words, "-o runs/again"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import suggest
+from esd_jax import compile_cache, suggest
 from esd_jax.cli import (
     attack,
     completion,
@@ -31,7 +31,6 @@ from esd_jax.cli import (
     tune,
 )
 from esd_jax.cli.common import Verb, fitted
-from esd_jax.inputs import cache
 
 VERBS: Mapping[str, Verb] = {
     "demo": demo.VERB,
@@ -70,7 +69,7 @@ OUT_OF_MEMORY = (
 )
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process that Ctrl-C ended
 RESUMED = ("erase",)  # the verbs that --resume continues
-AFRESH = ("--resume", "--overwrite")
+AFRESH = ("resume", "overwrite", "start_from")  # the flags of which a run that is resumed has only the first
 
 
 def console() -> int:
@@ -115,8 +114,22 @@ def _carried_out(argv: list[str]) -> int:
     if set(HELP) & set(rest):
         print(VERBS[verb].help())
         return 0
-    again = shlex.join(["esd-jax", *(word for word in argv if word not in AFRESH), "--resume"])
-    return guarded(lambda: VERBS[verb].run(VERBS[verb].parse(verb, rest)), again if verb in RESUMED else "")
+    again = continuation(argv) if verb in RESUMED else ""
+    return guarded(lambda: VERBS[verb].run(VERBS[verb].parse(verb, rest)), again)
+
+
+def continuation(argv: Sequence[str]) -> str:
+    """The command that continues a run which this one began."""
+    kept, words = [], iter(argv[1:])
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word == "--":
+            kept += [word, *words]
+        elif not word.startswith("-") or name.removeprefix("no") not in AFRESH:
+            kept.append(word)
+        elif name == "start_from" and not equals:
+            next(words, None)
+    return shlex.join(["esd-jax", argv[0], "--resume", *kept])
 
 
 def guarded(action: Callable[[], Any], again: str = "") -> int:
@@ -127,7 +140,7 @@ def guarded(action: Callable[[], Any], again: str = "") -> int:
     Wrong input ends in one line; ESD_JAX_TRACEBACK=1 shows where it was found.
     """
     with _quiet():
-        _compilation_cache()
+        compile_cache.use()
         try:
             action()
         except KeyboardInterrupt:
@@ -179,14 +192,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _compilation_cache() -> None:
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-        with contextlib.suppress(ValueError):  # no home folder: it compiles anew each time
-            jax.config.update("jax_compilation_cache_dir", str(cache("xla")))
 
 
 def _is_garbled(word: str) -> bool:

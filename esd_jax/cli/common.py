@@ -54,6 +54,8 @@ class Verb:
     def parse(self, name: str, argv: list[str]) -> flags.FlagValues:
         """The flags' values. Raises ValueError, or flags.Error, in one line."""
         values = self.defined()
+        if "output" in values:
+            argv = ["--output" if word == "-o" else word for word in argv]
         try:
             rest = values([f"esd-jax {name}", *self.prepare(values, argv)])[1:]
         except flags.UnrecognizedFlagError as error:

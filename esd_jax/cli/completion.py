@@ -8,12 +8,15 @@ USAGE = """\
   esd-jax completion bash|zsh|fish                   a script with which your shell completes words"""
 BASH = """\
 _esd_jax() {
-  local word=${COMP_WORDS[COMP_CWORD]}
+  local line=${COMP_LINE:0:COMP_POINT}
+  local word=${line##* } last=${COMP_WORDS[COMP_CWORD]}
   if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "VERBS" -- "$word")); return; fi
   case "${COMP_WORDS[1]}" in
 CASES
   esac
-  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "$word"))
+  # Bash parts words at "=", and replaces what follows it alone.
+  case "$word" in *=*) COMPREPLY=("${COMPREPLY[@]#"${word%%=*}="}") ;; esac
+  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${last#=}"))
 }
 complete -o filenames -o nospace -F _esd_jax esd-jax
 """

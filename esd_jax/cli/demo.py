@@ -6,7 +6,9 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax.cli.common import Verb, say
+from esd_jax.cli import words
+from esd_jax.cli.common import Verb, required, say
+from esd_jax.inputs import expanded
 
 USAGE = """\
   esd-jax demo    ["CONCEPT"] [-o FOLDER]            all of it on the embedded model: erase, measure, attack, report
@@ -32,15 +34,13 @@ def define(values: flags.FlagValues) -> None:
 
 
 def take_concept(values: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Makes flags of the concept that stands alone, and of -o."""
-    rest, words = [], iter(argv)
-    for word in words:
-        if word == "-o":
-            word = f"--output={next(words, '')}"
-        elif not word.startswith("-"):
-            word = f"--concept={word}"
-        rest.append(word)
-    return rest
+    """Makes a flag of the concept that stands alone. Raises ValueError for several words that stand alone."""
+    found = words.read(argv, values, (), ())
+    if len(found.positional) > 1:
+        raise ValueError(f'unexpected argument {found.positional[1]!r}: put a concept in quotes, "a cat"')
+    named = {"concept": found.positional[0]} if found.positional else {}
+    named |= {"config": found.config} if found.config else {}
+    return [*found.rest, *(f"--{name}={value}" for name, value in named.items())]
 
 
 def run(values: flags.FlagValues) -> None:
@@ -51,7 +51,7 @@ def run(values: flags.FlagValues) -> None:
 
     started = time.monotonic()
     target = groups.parse_target(values.concept)
-    output = Path(values.output)
+    output = expanded(required(values, "output"))
     config = values.config or kinds.config(EMOJI.source, target.concepts, lambda: {})
     settings = recipe.read(config).to_dict()
     base = api.load("emoji")
@@ -108,4 +108,7 @@ def timing(log: Path) -> str:
     return f"{seconds[0]:.0f} s to compile and make the first step, then {step:.2f} s a step"
 
 
-VERB = Verb(USAGE, define, run, prepare=take_concept)
+VERB = Verb(
+    USAGE, define, run, prepare=take_concept,
+    examples=("esd-jax demo", 'esd-jax demo "a cat" --images=60 --attacks=all -o out/cat'),
+)  # fmt: skip

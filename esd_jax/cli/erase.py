@@ -1,6 +1,8 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
+import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -68,27 +70,37 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     words.place(found)
     if folder:
         _check_folder(found)
-    from esd_jax import recipe
+    if not found.fields.get("output_dir", "runs").strip():
+        raise ValueError("the run's folder is empty: -o DIR names it")
+    from esd_jax import kinds, recipe
 
-    if found.config and found.kind:  # which some methods have as a setting of their own
-        found.fields["kind"] = found.kind
     if "method" in found.fields:
         found.fields["method"] = recipe.method_name(found.fields["method"])
     name = found.config or _chosen(values, found)
     config = recipe.read(name)
     method = str(found.fields.get("method", config.get("method", "esd")))
+    if found.config and found.kind:
+        kinds.as_field(found.kind, method)
+        found.fields["kind"] = found.kind
     for field, text in found.fields.items():
         recipe.check_field(field, method)
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, found.fields)
+    if not found.config and config.get("preserve") and "preserve" not in found.fields:
+        config.preserve = kinds.fitted(config.to_dict(), _concepts(found))["preserve"]
+    typed = [f"--{field}={text}" for field, text in found.fields.items()]
+    flags.DEFINE_list("typed", typed, "Internal: the fields that were given.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in found.fields:
-        found.fields["output_dir"] = str(
-            words.folder_of(str(found.fields.get("concept") or config.get("concept") or ""))
-        )
+        concept = found.fields.get("concept") or config.get("concept")
+        found.fields["output_dir"] = str(words.folder_of(str(concept or "")))
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
     given = [f"--config.{field}={text}" for field, text in found.fields.items()]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])
     return [*found.rest, *given]
+
+
+def _concepts(found: words.Words) -> list[str]:
+    return [text for text in found.fields.get("concept", "").split(";") if text.strip()]
 
 
 def _known() -> tuple[list[str], set[str]]:
@@ -103,18 +115,23 @@ def _chosen(values: flags.FlagValues, found: words.Words) -> str:
     """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
     from esd_jax import api, kinds
 
-    base = found.fields.setdefault("base", words.EMBEDDED)
-    arch = next((word.partition("=")[2] for word in found.rest if word.startswith(("--arch=", "-arch="))), "")
-    concepts = [text for text in found.fields.get("concept", "").split(";") if text.strip()]
+    arch = next((word.partition("=")[2] for word in found.rest if word.startswith("--arch=")), "")
+    if arch and arch not in ARCHITECTURES:
+        raise ValueError(f"--arch={arch} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    concepts = _concepts(found)
     if not concepts:
         raise ValueError('name what is to be erased: esd-jax erase [BASE] "CONCEPT"')
+    base = found.fields.setdefault("base", arch or words.EMBEDDED)
+    if (expanded(base) / "run.json").is_file():
+        raise ValueError(f"{base} is a run: what it erased is in its model, {base}/model")
     files = {name: found.fields[name] for name in ("variant", "revision") if name in found.fields}
-    kind = found.kind or kinds.told(base, concepts)
+    told = found.kind or kinds.told(base, concepts)
     name = kinds.config(
         base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=found.kind, fields=found.fields
     )
-    others = "--kind=object, person, nudity or attribute" if not kind else "--kind or --config"
-    said = f"recipe {name}, for {kind or 'a style'}; {others} chooses another"
+    others = ", ".join(kind for kind in kinds.KINDS if kind != (told or "style"))
+    kind = told or "style, as none is given"
+    said = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
     flags.DEFINE_string("chosen", said, "Internal: why this config.", flag_values=values)
     return name
 
@@ -127,7 +144,17 @@ def _check_folder(found: words.Words) -> None:
         return
     folder = expanded(named)
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists: --resume continues it, --overwrite replaces it, -o names another")
+        ways = "--resume continues it, --overwrite replaces it, -o names another"
+        raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
+
+
+def _what(folder: Path) -> str:
+    """What a folder holds that is in the way."""
+    try:
+        made = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+        return f"is a run that erased {made['concept']!r} from {made['base']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "exists"
 
 
 def run(values: flags.FlagValues) -> None:
@@ -174,10 +201,13 @@ def run(values: flags.FlagValues) -> None:
         )
         if size and (used := _memory("peak_bytes_in_use")):
             common.say("  " + compared(size, used))
-        if values.pictures:
-            common.say(f"  before and after  {dossier.picture(erased, folder)}")
         for written in exports.export_all(erased, folder / runs.EXPORTS, formats, verify=True, overwrite=True):
             common.say(str(written))
+        if values.pictures:
+            try:
+                common.say(f"  before and after  {dossier.picture(erased, folder)}")
+            except Exception as error:  # the erasure itself is done, and kept
+                common.say(f"  warning: before and after could not be drawn: {error}")
         common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
 
     runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, then=then, **options)
@@ -223,20 +253,34 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
 def _notes() -> str:
     from esd_jax import kinds, recipe_docs
 
-    lines = ["", "Kinds (--kind):"]
+    lines = ["", "What is given beside the flags:"]
+    for name, text in GIVEN.items():
+        lines += common.entry(name, text)
+    lines += ["", "Kinds (--kind):"]
     for name, text in kinds.KINDS.items():
         lines += common.entry(name, text)
-    lines += ["", "Fields of the recipe (--FIELD=VALUE, or --config.FIELD=VALUE); `esd-jax configs` lists the recipes:"]
+    lines += [
+        "",
+        "Fields of the recipe (--FIELD=VALUE, or --config.FIELD=VALUE), with the defaults of what a config leaves out:",
+    ]
     method = ""
     for one in recipe_docs.described():
         if one.method != method:
             method = one.method
             lines += ["", f"Fields of --method={method}:"]
-        default = "" if one.default in (None, "", False) else f" [default: {one.default}]"
+        silent = one.default is None or one.default is False or one.default == ""
+        default = "" if silent else f" [default: {one.default}]"
         lines += common.entry(f"--{one.name}", f"{one.kind}: {one.text}{default}")
     return "\n".join([*lines, "", "What --subset may be:", selection.describe()])
 
 
+GIVEN = {
+    "BASE": '"emoji" (by default), a diffusers folder, a .safetensors file, or a hub id.',
+    "CONCEPT": 'What is erased; several are separated by ";".',
+    "-o, --output_dir": "The run's folder; by default runs/CONCEPT.",
+    "--kind": "Of the concept: chooses the config by base and kind.",
+    "--config": "A config by its name (`esd-jax configs`), or a path, in place of that choice.",
+}
 EXAMPLES = (
     'esd-jax erase emoji "neon style"',
     'esd-jax erase CompVis/stable-diffusion-v1-4 "Van Gogh" --kind=style -o runs/van_gogh --export=lora',

@@ -55,8 +55,10 @@ def run(values: flags.FlagValues) -> None:
     found = search.best(trials, aim)
     reached = "reaches" if found.misses(aim) <= 0 else "misses"
     print(f"\nbest, which {reached} target <= {aim.target:g} and drop <= {aim.drop:g}\n{_line(found)}")
-    words = [f"--config.{name}={value}" for name, value in {**found.fields, "steps": found.steps}.items()]
-    print(shlex.join(["esd-jax", "erase", f"--config={values.config_name}", *words, "--config.output_dir=FOLDER"]))
+    best = {**found.fields, "steps": found.steps}
+    typed = [word for word in values.typed if word.lstrip("-").partition("=")[0] not in (*best, "output_dir")]
+    chosen = [f"--config={values.config_name}", *typed, *(f"--{name}={value}" for name, value in best.items())]
+    print(shlex.join(["esd-jax", "erase", *chosen, "-o", "FOLDER"]))
     if found.strength != 1:
         print(f"and take {found.strength:g} of its change")
 

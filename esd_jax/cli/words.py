@@ -1,6 +1,7 @@
 """What a person types after `esd-jax erase`: a base, a concept, and fields of the recipe as flags of their own."""
 
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
         elif not dotted and (own := _own(verb, name)) is not None:
             text = f"={_next(words, word)}" if not own.boolean and not equals else ""
             found.rest.append(f"--{name}{equals}{value}{text}")
+        elif name in ("flagfile", "undefok"):  # absl's
+            found.rest.append(word)
         elif name in switches and not equals:
             found.fields[name] = "true"
         elif name.startswith("no") and name[2:] in switches:
@@ -85,10 +88,13 @@ def place(found: Words) -> None:
             )
         case [base, concept]:
             given = {"base": base, "concept": concept}
-        case [one] if "concept" in found.fields:
+        case [one] if "concept" in found.fields or (found.config and _is_base(one)):
             given = {"base": one}
         case [one] if _is_base(one):
-            raise ValueError(f'name what is to be erased from {one}: esd-jax erase {one} "CONCEPT"')
+            raise ValueError(
+                f'name what is to be erased from {one}: esd-jax erase {one} "CONCEPT" '
+                f'(if that is the concept: --concept="{one}")'
+            )
         case [one]:
             given = {"concept": one}
         case [_, *several]:
@@ -104,24 +110,28 @@ def place(found: Words) -> None:
 
 def folder_of(concept: str) -> Path:
     """The folder of a run that nobody named: "runs/neon-style"."""
-    return Path("runs") / (re.sub(r"\W+", "-", concept.lower()).strip("-_")[:60] or "erased")
+    parts = "".join(c if c == "+" or unicodedata.category(c)[0] in "LMN" else " " for c in concept.lower()).split()
+    return Path("runs") / ("-".join(parts)[:60] or "erased")
 
 
 def check_type(name: str, text: str, kind: type) -> None:
     """Raises ValueError for a text that is no value of a recipe field's type."""
     try:
-        if kind in (int, float):
-            kind(text)
+        if kind is int:
+            int(text, 0)
+        elif kind is float:
+            float(text)
     except ValueError:
         form = "a whole number" if kind is int else "a number"
         raise ValueError(f"--{name}={text} must be {form}") from None
-    if kind is bool and text.lower() not in ("true", "false", "1", "0"):
+    if kind is bool and text.lower() not in ("true", "false", "t", "f", "1", "0"):
         raise ValueError(f"--{name}={text} must be true or false")
 
 
 def _is_base(word: str) -> bool:
     path = expanded(word)
-    return word == EMBEDDED or path.suffix == ".safetensors" or (path / "model_index.json").is_file()
+    files = path.suffix == ".safetensors" or any((path / name).is_file() for name in ("model_index.json", "run.json"))
+    return word == EMBEDDED or files or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
 
 
 def _may_be_base(word: str) -> bool:

@@ -158,3 +158,9 @@ def test_what_a_callback_raises_ends_training(base):
 
     with pytest.raises(RuntimeError, match="enough at 1"):
         esd_jax.erase(base, "neon style", config="emoji", steps=50, on_step=stop)
+
+
+def test_nothing_is_erased_by_a_chosen_recipes_own_concept():
+    for base in ("emoji", "CompVis/stable-diffusion-v1-4"):
+        with pytest.raises(ValueError, match=one_line("concept is empty")):
+            esd_jax.erase(base)

@@ -76,12 +76,25 @@ def test_the_recipe_follows_from_base_and_kind(tmp_path, monkeypatch):
     assert (style.config_name, thing.config_name) == ("emoji_contexts", "emoji_object")
     assert (style.config.steps, style.config.concept, style.config.output_dir) == (7, "neon style", "runs/neon-style")
     assert (thing.config.base, thing.config.subset) == ("emoji", "noxattn")
-    assert "for style" in style.chosen and "--kind" in style.chosen
+    assert "kind: style" in style.chosen and "--kind=object" in style.chosen
     assert parsed("a cat", "--method=uce").config_name == "emoji_uce_object"
     assert parsed("a cat", "--kind=style").config_name == "emoji_contexts"
     assert parsed("a cat", "--config=emoji").config.concept == "a cat"
     named = parsed("--config=ablating_object", "a cat", "--kind=style")  # a setting of that method
     assert (named.config_name, named.config.kind) == ("ablating_object", "style")
+
+
+def test_a_config_that_was_chosen_does_not_preserve_what_is_erased(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = recipe.read("emoji_rece_object").preserve
+    assert "a dog" in kept and parsed("a cat", "--method=rece").config.preserve == kept
+    assert "a dog" not in parsed("a dog", "--method=rece").config.preserve.split(" | ")
+    with pytest.raises(ValueError, match=one_line("preserve", "'a dog'")):
+        recipe.make(**{**recipe.read("emoji_rece_object").to_dict(), "concept": "a dog"}).check_concepts()
+    with pytest.raises(ValueError, match=one_line("replace_with", "'a dog'")):
+        recipe.make(
+            method="uce", steps=0, subset="esd-x-strict", concept="a dog", replace_with="A dog"
+        ).check_concepts()
 
 
 def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def command(record: Erasure, *, config: str | None = None, known: Mapping[str, A
       known: the config's own fields: what equals them is left out.
     """
     recipe = dict(record.recipe or {})
-    if not recipe or any(isinstance(setting, list | tuple) for setting in recipe.values()):
+    if not recipe or record.started_from or any(isinstance(setting, list | tuple) for setting in recipe.values()):
         return ""  # texts that hold a separator can be given in Python alone
     known, method = dict(known or {}), str(recipe.get("method", "esd"))
     if config is None:

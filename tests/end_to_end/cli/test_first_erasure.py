@@ -71,4 +71,4 @@ def test_the_examples_of_a_model_without_a_testbed():
         ("erased: Monet, Dali", ["a painting by Monet", "a painting by Dali", "a dog by Monet", "a dog by Dali"]),
         ("others", ["a cat"]),
     ]
-    assert examples._sampling(recipe) == {"steps": 7, "guidance_scale": 7.5}
+    assert examples._sampling(recipe) == {"steps": 7, "guidance_scale": 7.5, "batch_size": 1}
