@@ -51,7 +51,7 @@ def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
     run = folder / "run"
     assert esd("report", run) == 0 and str(run / "report.html") in capsys.readouterr().out
     page, card = (run / "report.html").read_text(), (run / "ERASURE.md").read_text()
-    assert "cat" in page and "--config.steps=2" in page and "http-equiv" in page
+    assert "cat" in page and "--steps=2" in page and "http-equiv" in page
     assert "# cat, erased from" in card and str(folder) not in card + page
     report = json.loads((run / "report.json").read_text())
     assert len(report["weights"]) > 0 and [m["step"] for m in report["timeline"]] == [0, 1, 2]

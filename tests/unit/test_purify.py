@@ -31,7 +31,7 @@ def calls(monkeypatch):
         made.append((concepts, config, changes))
         return "erased"
 
-    def purify(model, pictures, prompt, *, inverter, guidance_scale, num_steps, batch_size):
+    def purify(model, pictures, prompt, *, inverter, guidance_scale, steps, batch_size):
         made.append((model, inverter, prompt, guidance_scale))
         inks = [artwork.draw(name, "ink") for name, _ in measure_purify.pairs("neon", len(pictures) // 2, 0)]
         return pictures if inverter is None else np.stack(inks)
