@@ -226,7 +226,7 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
         picture(api.restore(folder, base=base), folder)
         evidence = gathered(run, base=base)
     with writing(folder / "report.html"):
-        (folder / "report.html").write_text(html(evidence, run=shlex.quote(str(run))), encoding="utf-8")
+        (folder / "report.html").write_text(html(evidence, run=shlex.quote(_shown(folder))), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
         shown = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
@@ -243,6 +243,12 @@ def facts(run: str | Path) -> dict[str, str]:
     record, _ = runs.read(folder)
     evidence = store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE))
     return card.facts(dataclasses.replace(evidence, command=repeat.command(record)))
+
+
+def _shown(folder: Path) -> str:
+    """A folder as a page that is passed on shows it: seen from here, without what lies above."""
+    below = folder.absolute().is_relative_to(Path.cwd())
+    return str(folder.absolute().relative_to(Path.cwd()) if below else folder.name)
 
 
 def picture(erased: Pipeline, run: str | Path) -> Path:

@@ -28,7 +28,7 @@ def printed(folder):
 
 
 def test_it_ends_with_a_picture_and_the_next_command(folder, printed):
-    assert printed[0].startswith("recipe emoji_uce, for style")
+    assert printed[0].startswith("recipe emoji_uce (kind: style); --kind=object")
     assert f"  before and after  {folder}/before_after.png" in printed
     assert printed[-1] == f"next: esd-jax report {shlex.quote(str(folder))}"
     evidence = json.loads((folder / "evidence" / "examples.json").read_text())
@@ -42,7 +42,7 @@ def test_the_report_has_images_and_names_the_run(folder, printed, capsys):
     assert cli.main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert page.count("<img") >= 22 and "No pictures were drawn" not in page
-    assert f"esd-jax evaluate {folder}" in page and "evaluate RUN" not in page
+    assert "esd-jax evaluate run<" in page and str(folder) not in page and "evaluate RUN" not in page
     card = (folder / "ERASURE.md").read_text()
     assert "esd-jax erase emoji 'neon style' --method=uce -o runs/again" in card and "before_after.png" in card
 
