@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_package_and_its_configs_alone(wheel):
     assert sorted(names) == sorted(expected | {f"{info}/{name}" for name in about})
     assert {name.split("/")[0] for name in names} == {"esd_jax", info}  # no launch/, tests/, configs/
     assert {f"esd_jax/configs/{name}.py" for name in CONFIGS} <= {*names} and "esd_jax/py.typed" in names
-    assert commands == "[console_scripts]\nesd-jax = esd_jax.cli:main\n"
+    assert commands == "[console_scripts]\nesd-jax = esd_jax.cli:console\n"
     said = Parser().parsestr(metadata)
     assert (said["Name"], said["Version"], said["Requires-Python"]) == ("esd-jax", PROJECT["version"], ">=3.11")
     assert said["License-Expression"] == "Apache-2.0" and said["Version"] == esd_jax.__version__
