@@ -143,7 +143,11 @@ def _check_folder(found: words.Words) -> None:
     if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in found.rest}:
         return
     folder = expanded(named)
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        taken = folder.is_dir() and any(folder.iterdir())
+    except OSError:  # of a name that is too long, or a folder that nobody may read; the run says it in its own words
+        return
+    if taken:
         ways = "--resume continues it, --overwrite replaces it, -o names another"
         raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
 
