@@ -20,12 +20,11 @@ KINDS = {
     "nudity": "nudity, which prompts rarely name",
     "attribute": "what something has, there and nowhere else (with from_)",
 }
-# Family -> kind -> config. What a family has no config for takes the nearest: cross-attention where the prompt names
-# the concept, the rest of the network where it may not.
+# Family -> kind -> config: cross-attention where prompts name the concept, the rest of the network where they may not.
 RECIPES: Mapping[str, Mapping[str, str]] = {
     "SD 1": {kind: f"sd14_{kind}" for kind in KINDS},
-    "SD 2": {kind: "sd21_object" if kind in ("object", "nudity") else "sd21_style" for kind in KINDS},
-    "SDXL": {kind: "sdxl_object" if kind in ("object", "nudity") else "sdxl_style" for kind in KINDS},
+    "SD 2": {kind: "sd21_style" if kind == "attribute" else f"sd21_{kind}" for kind in KINDS},
+    "SDXL": {kind: "sdxl_style" if kind == "attribute" else f"sdxl_{kind}" for kind in KINDS},
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")
