@@ -148,7 +148,9 @@ def _check_folder(found: words.Words) -> None:
     except OSError:  # of a name that is too long, or a folder that nobody may read; the run says it in its own words
         return
     if taken:
-        ways = "--resume continues it, --overwrite replaces it, -o names another"
+        is_run = (folder / "run.json").is_file()
+        ways = "--resume continues it, --overwrite replaces it, " if is_run else "it is no run of ours; "
+        ways += "-o names another"
         raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
 
 

@@ -24,6 +24,7 @@ def erase(base, folder, /, *flags, **fields):
 def assert_refused(result, *words):
     code, out, err = result
     assert (code, out) == (2, ""), err
+    err = last_line(err)
     assert err.startswith("esd-jax: error: ") and err.endswith("\n")
     assert re.match(one_line(*words), err[:-1]), err
 

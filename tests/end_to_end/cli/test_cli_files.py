@@ -86,7 +86,7 @@ def test_outputs_are_replaced_only_when_asked(esd, base, finished, tmp_path):
         ([*export, "--overwrite", "--format=single"], "x", ["x", ".safetensors file"]),
         (export, "file/x", ["cannot write", "file/x"]),
         (erase(base, tmp_path / "file"), "x", ["file", "must be a folder"]),
-        (erase(base, tmp_path / "folder"), "x", ["folder", "exists", "another output_dir"]),
+        (erase(base, tmp_path / "folder"), "x", ["folder", "exists", "no run of ours", "-o names another"]),
         (erase(base, tmp_path / "folder", "--overwrite"), "x", ["not a run of ours"]),
         (erase(base, tmp_path / "file" / "run"), "x", ["cannot write", "file/run"]),
         (erase(base, base / "run"), "x", ["overlap"]),
