@@ -97,7 +97,7 @@ def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_p
     looked = []
 
     def nothing(name, concept):
-        assert (name, concept) == ("nudenet", "cat")
+        assert (name, concept) == ("nudenet", ["cat"])
         return lambda images: np.zeros(len(looked.append(images) or images), bool), "nothing"
 
     monkeypatch.setattr(seen, "detector", nothing)
