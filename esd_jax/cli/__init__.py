@@ -140,7 +140,8 @@ def guarded(action: Callable[[], Any], again: str = "") -> int:
     Wrong input ends in one line; ESD_JAX_TRACEBACK=1 shows where it was found.
     """
     with _quiet():
-        compile_cache.use()
+        if folder := compile_cache.wanted():  # a command's own; what JAX says of a folder is not shown here
+            compile_cache.keep_in(folder)
         try:
             action()
         except KeyboardInterrupt:
