@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, suggest
+from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, several, suggest
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
 from esd_jax.loading import architecture, load, opened, restore
@@ -116,8 +116,8 @@ def _settings(
 ) -> dict[str, Any]:
     """The fields of the config that is named, or chosen by base and kind. A method's own `kind` becomes a field."""
     if config is None:
-        if not (texts := _texts(fields.get("concept"))):
-            recipe.make().check_concepts()
+        if not (texts := several.texts_of(fields.get("concept"))):
+            recipe.make().check_concepts()  # which says that there is none
         configs = lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0]  # noqa: E731
         config = kinds.config(source, texts, configs, kind=kind, fields=fields)
         return kinds.fitted(recipe.read(config).to_dict(), texts)
@@ -126,13 +126,6 @@ def _settings(
         kinds.as_field(kind, str(fields.get("method", settings.get("method", "esd"))))
         fields["kind"] = kind
     return settings
-
-
-def _texts(concept: Any) -> tuple[str, ...]:
-    """The texts of what `erase` is given as its concept; what is wrong with it, the recipe says."""
-    if isinstance(concept, list | tuple):
-        return tuple(one.text if isinstance(one, Concept) else str(one) for one in concept)
-    return (concept.text,) if isinstance(concept, Concept) else tuple(filter(None, str(concept or "").split(";")))
 
 
 def _files(fields: Mapping[str, Any]) -> dict[str, Any]:

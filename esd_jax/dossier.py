@@ -25,6 +25,7 @@ from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header
+from esd_jax.loading import is_run
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
@@ -47,7 +48,7 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     Raises FileNotFoundError, ValueError: what is missing.
     """
     path = expanded(erased)
-    if _is_run(path):
+    if is_run(path):
         found = api.restore(path, base=base)
         return diffusers.unmodified(found), found
     if base is None:
@@ -221,16 +222,20 @@ def report(run: str | Path, *, base: str | Path | None = None) -> Path:
 
     Raises FileNotFoundError if nothing is known.
     """
-    evidence, folder = gathered(run, base=base), expanded(run)
-    if _is_run(folder) and not evidence.pictures:
-        picture(api.restore(folder, base=base), folder)
-        evidence = gathered(run, base=base)
+    folder = expanded(run)
+    if is_run(folder):
+        erased = api.restore(folder, base=base)
+        if not any(part.pictures for part in _parts(folder / EVIDENCE)):
+            picture(erased, folder)
+        evidence = _of_run(folder, erased)
+    else:
+        evidence = _kept(folder)
     with writing(folder / "report.html"):
         (folder / "report.html").write_text(html(evidence, run=shlex.quote(_shown(folder))), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
         shown = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
         (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
-    for file in folder.rglob("*.safetensors") if _is_run(folder) else ():
+    for file in folder.rglob("*.safetensors") if is_run(folder) else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
         if evidence.record != Erasure() and evidence.record in files.read_records(read_header(file))[-1:]:
             annotate(file, card.facts(evidence), replacing=card.is_fact)
@@ -261,13 +266,18 @@ def picture(erased: Pipeline, run: str | Path) -> Path:
 def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
     """All that is known of a run, or of a folder that evidence was kept in."""
     folder = expanded(run)
-    is_run = _is_run(folder)
-    parts = _parts(folder / EVIDENCE if is_run else folder)
-    if not is_run and not parts:
+    return _of_run(folder, api.restore(folder, base=base)) if is_run(folder) else _kept(folder)
+
+
+def _kept(folder: Path) -> Evidence:
+    """What a folder holds that is no run's."""
+    if not (parts := _parts(folder)):
         raise FileNotFoundError(f"{folder} is no run, and holds no evidence: evaluate it first")
-    if not is_run:
-        return store.merged(parts[0].title, parts[0].record, parts)
-    erased = api.restore(folder, base=base)
+    return store.merged(parts[0].title, parts[0].record, parts)
+
+
+def _of_run(folder: Path, erased: Pipeline) -> Evidence:
+    """All that is known of a run, which is opened."""
     record, concepts = _record(erased), concepts_of(erased)
     score = None
     if bed := testbed.of(erased.provenance.source):
@@ -280,13 +290,9 @@ def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
         timeline_prompts=several.filled(templates, concepts) if course.timeline else (),
         weights=gather.weight_changes(erased),
     )
-    evidence = store.merged(", ".join(concepts), record, [*parts, course])
+    evidence = store.merged(", ".join(concepts), record, [*_parts(folder / EVIDENCE), course])
     once = len(erased.provenance.erased) == 1  # of several in turn, no one command makes them all
     return dataclasses.replace(evidence, command=evidence.command or (repeat.command(record) if once else ""))
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file()
 
 
 def _parts(folder: Path) -> list[Evidence]:

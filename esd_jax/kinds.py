@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from esd_jax import families, suggest, wording
+from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
 from esd_jax.methods import METHODS
@@ -36,7 +36,7 @@ def check(kind: str | None, method: str | None = None) -> None:
         raise ValueError(f"kind={kind!r} is unknown; {suggest.did_you_mean(kind, KINDS)}")
 
 
-def told(source: Any, concepts: Sequence[str]) -> str | None:
+def kind_of(source: Any, concepts: Sequence[str]) -> str | None:
     """The kind of some concepts where the base, or the words themselves, leave no doubt; else None.
 
     Args:
@@ -66,7 +66,7 @@ def config(
       source: where the base came from ("emoji", a folder, a hub id).
       concepts: the texts to erase; none if the config is to say it.
       configs: gives the base's configs, of which the family is told; called only if it matters.
-      kind: of the concepts, one of `KINDS`; by default what `told` says, or "style".
+      kind: of the concepts, one of `KINDS`; by default what `kind_of` says, or "style".
       fields: of the recipe, as the user gives them; `method` is one of `METHODS`, by default "esd".
 
     Raises ValueError for an unknown kind or method, or an attribute without the place that it is erased from.
@@ -77,12 +77,14 @@ def config(
         raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
     if method is not None and method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
-    kind = kind or told(source, concepts) or "style"
+    kind = kind or kind_of(source, concepts) or "style"
     if bed := testbed.of(source):
         return bed.config(method or "esd", kind)
     if method not in (None, "esd"):
         return own if (own := f"{method}_{kind}") in config_names() else method
-    return RECIPES[model(configs())][kind] if model(configs()) in RECIPES else {"style": "esd_x"}.get(kind, "esd_u")
+    if recipes := RECIPES.get(model(configs())):
+        return recipes[kind]
+    return "esd_x" if kind == "style" else "esd_u"
 
 
 def as_field(kind: str, method: str) -> None:
@@ -93,10 +95,9 @@ def as_field(kind: str, method: str) -> None:
 
 def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
     """The fields of a config that was chosen for some concepts, which it then does not preserve."""
-    erased = {wording.normal(text).strip().lower() for text in concepts}
-    kept = [text for text in str(settings.get("preserve") or "").split("|") if text.strip()]
-    left = [text for text in kept if wording.normal(text).strip().lower() not in erased]
-    return {**settings} if len(left) == len(kept) else {**settings, "preserve": "|".join(left).strip()}
+    preserved = [text for texts in several.parts("preserve", settings.get("preserve")) for text in texts]
+    left = [text for text in preserved if not any(wording.same(text, erased) for erased in concepts)]
+    return {**settings} if left == preserved else {**settings, "preserve": several.joined("preserve", [left])}
 
 
 def model(configs: families.Configs) -> str:

@@ -23,6 +23,7 @@ from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.pipeline import NetworkConfig, Pipeline
 from esd_jax.runs import setup
+from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
@@ -133,7 +134,7 @@ def _records(header: Header) -> tuple[Erasure, ...]:
 
 def is_run(source: str | Path) -> bool:
     """Whether a source is a run's folder."""
-    return (expanded(source) / "run.json").is_file()
+    return run_folder.is_run(expanded(source))
 
 
 def architecture(

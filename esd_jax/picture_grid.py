@@ -59,7 +59,7 @@ def grid(
     width, height = size[0] * scale, size[1] * scale
     font = ImageFont.load_default(size=min(max(width // 10, FONT[0]), FONT[1]))
     texts = _texts(table, columns, captions)
-    heads = [[_wrapped(text, font, width) for text in line] for line in texts]
+    heads = [[wrapped(text, font, width) for text in line] for line in texts]
     heights = [max([0, *map(len, line)]) * _line_height(font) for line in heads]
     margin = max(_widest(row.label, font) for row in table)
     margin += 2 * GAP if margin else 0
@@ -152,7 +152,7 @@ def _texts(table: list[Row], columns: int, captions: Sequence[str] | None) -> li
     raise ValueError(f"{len(captions)} captions for {count} images{of_columns}: give one for each")
 
 
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
+def wrapped(text: str, font: Any, width: int) -> list[str]:
     """A text in lines that fit a width; a word that does not is cut."""
     lines: list[str] = []
     for word in text.split():

@@ -125,8 +125,7 @@ class Recipe:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
         for concept in self.concepts:
             for name in ("replace_with", "preserve"):
-                texts = {wording.normal(text).strip().lower() for text in getattr(concept, name)}
-                if wording.normal(concept.text).strip().lower() in texts:
+                if any(wording.same(text, concept.text) for text in getattr(concept, name)):
                     raise ValueError(f"{name} has {concept.text!r}, which is what is erased: give another")
 
     @property

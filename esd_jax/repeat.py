@@ -48,8 +48,8 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
     else:
         start = [f"--config={name}"]
     # A word alone is no flag, and a base alone is one that can be told from a concept.
-    told = (testbed.of(base) is not None or "/" in base) and concept and not concept.startswith("-")
-    shown = [base, concept] if told else [f"--base={base}", f"--concept={concept}"]
+    alone = (testbed.of(base) is not None or "/" in base) and concept and not concept.startswith("-")
+    shown = [base, concept] if alone else [f"--base={base}", f"--concept={concept}"]
     words = ["esd-jax erase", *map(shlex.quote, shown), *start, *changed]
     return " ".join([*words, "-o runs/again"])
 

@@ -38,6 +38,12 @@ def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, 
     )
 
 
+def texts_of(concept: Any) -> Texts:
+    """The texts of what `erase` is given as its concept: a text with separators, a `Concept`, or a list of either."""
+    given = (concept,) if isinstance(concept, Concept) else parts("concept", concept)
+    return tuple(one.text if isinstance(one, Concept) else str(one) for one in given)
+
+
 def format_concepts(concepts: Sequence[Concept]) -> dict[str, str | Texts | None]:
     """The flat fields `COLUMNS` of which `parse_concepts` makes the same concepts."""
     columns: dict[str, str | Texts | None] = {"concept": joined("concept", [concept.text for concept in concepts])}

@@ -44,6 +44,11 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two texts are one but for case, normal form and the spaces around them."""
+    return normal(one).strip().lower() == normal(other).strip().lower()
+
+
 def _places(phrase: str, text: str) -> Iterator[tuple[int, int, str]]:
     """(start, end, the ending before it) of every place where a text in normal form names a phrase."""
     words = normal(phrase).split()

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,7 @@ class Verb:
         try:
             rest = values([f"esd-jax {name}", *self.prepare(values, argv)])[1:]
         except flags.UnrecognizedFlagError as error:
-            close = suggest.closest(error.flagname, values)
-            hint = f"did you mean --{close}?" if close else f"`esd-jax {name} --help` lists the flags"
-            raise ValueError(f"unknown flag '--{error.flagname}': {hint}") from error
+            raise ValueError(unknown_flag(f"--{error.flagname}", values, f"esd-jax {name}")) from error
         except (AttributeError, KeyError, TypeError) as error:  # how ml_collections reports a wrong value
             raise ValueError(f"config: {error}") from error
         if rest:
@@ -69,6 +67,13 @@ class Verb:
                 raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
             setattr(values, self.positional, [*(values[self.positional].value or ()), *rest])
         return values
+
+
+def unknown_flag(flag: str, known: Iterable[str], verb: str = "esd-jax VERB") -> str:
+    """What is wrong with a flag that nobody knows."""
+    close = suggest.closest(flag.lstrip("-"), known)
+    hint = f"did you mean --{close}?" if close else f"`{verb} --help` lists the flags"
+    return f"unknown flag {flag!r}: {hint}"
 
 
 def describe(values: flags.FlagValues) -> list[str]:
@@ -196,14 +201,13 @@ def define_erased(values: flags.FlagValues) -> None:
 
 def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     """(base, erased, the texts of what was erased, the folder of the evidence) that the flags name."""
-    from esd_jax import dossier
+    from esd_jax import dossier, loading
     from esd_jax.demo import groups
 
     if len(values.model) not in (1, 2):
         raise ValueError("give a run's folder, or the base and what was erased from it")
     *base, what = values.model
-    is_run = (expanded(what) / "run.json").is_file()
-    if not is_run and not values.output:
+    if not loading.is_run(what) and not values.output:
         raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)

@@ -66,16 +66,16 @@ def run(values: flags.FlagValues) -> None:
         base, target.concepts, config=config, output_dir=str(output), overwrite=values.overwrite, resume=begun, **shown
     )
     say(f"erased in {time.monotonic() - started:.0f} s: {timing(output / 'log.jsonl')}")
-    sham = None
+    placebo = None
     if values.controls:
         again = time.monotonic()
         say(f"the placebo: erasing {', '.join(target.sham)!r}, which means nothing, by the same recipe ...")
-        sham = api.erase(base, target.sham, config=config)
+        placebo = api.erase(base, target.sham, config=config)
         say(f"the placebo is erased, in {time.monotonic() - again:.0f} s")
     evidence = output / dossier.EVIDENCE
     say(f"measuring {values.images} images of each group ...")
     found = dossier.evaluate(
-        base, erased, "emoji", output_dir=evidence, images=values.images, seed=values.seed, sham=sham, progress=say
+        base, erased, "emoji", output_dir=evidence, images=values.images, seed=values.seed, sham=placebo, progress=say
     )
     say(f"\n{text.summary(found)}\n")
     examples.save(found, output / examples.PICTURE)

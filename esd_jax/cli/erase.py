@@ -72,7 +72,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         _check_folder(found)
     if not found.fields.get("output_dir", "runs").strip():
         raise ValueError("the run's folder is empty: -o DIR names it")
-    from esd_jax import kinds, recipe
+    from esd_jax import kinds, recipe, several
 
     if "method" in found.fields:
         found.fields["method"] = recipe.method_name(found.fields["method"])
@@ -87,7 +87,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, found.fields)
     if not found.config and config.get("preserve") and "preserve" not in found.fields:
-        config.preserve = kinds.fitted(config.to_dict(), _concepts(found))["preserve"]
+        config.preserve = kinds.fitted(config.to_dict(), several.texts_of(found.fields["concept"]))["preserve"]
     typed = [f"--{field}={text}" for field, text in found.fields.items()]
     flags.DEFINE_list("typed", typed, "Internal: the fields that were given.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in found.fields:
@@ -97,10 +97,6 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     given = [f"--config.{field}={text}" for field, text in found.fields.items()]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])
     return [*found.rest, *given]
-
-
-def _concepts(found: words.Words) -> list[str]:
-    return [text for text in found.fields.get("concept", "").split(";") if text.strip()]
 
 
 def _known() -> tuple[list[str], set[str]]:
@@ -113,24 +109,24 @@ def _known() -> tuple[list[str], set[str]]:
 
 def _chosen(values: flags.FlagValues, found: words.Words) -> str:
     """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
-    from esd_jax import api, kinds
+    from esd_jax import api, kinds, loading, several
 
     arch = next((word.partition("=")[2] for word in found.rest if word.startswith("--arch=")), "")
     if arch and arch not in ARCHITECTURES:
         raise ValueError(f"--arch={arch} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-    concepts = _concepts(found)
+    concepts = several.texts_of(found.fields.get("concept"))
     if not concepts:
         raise ValueError('name what is to be erased: esd-jax erase [BASE] "CONCEPT"')
     base = found.fields.setdefault("base", arch or words.EMBEDDED)
-    if (expanded(base) / "run.json").is_file():
+    if loading.is_run(base):
         raise ValueError(f"{base} is a run: what it erased is in its model, {base}/model")
     files = {name: found.fields[name] for name in ("variant", "revision") if name in found.fields}
-    told = found.kind or kinds.told(base, concepts)
+    known = found.kind or kinds.kind_of(base, concepts)
     name = kinds.config(
         base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=found.kind, fields=found.fields
     )
-    others = ", ".join(kind for kind in kinds.KINDS if kind != (told or "style"))
-    kind = told or "style, as none is given"
+    others = ", ".join(kind for kind in kinds.KINDS if kind != (known or "style"))
+    kind = known or "style, as none is given"
     said = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
     flags.DEFINE_string("chosen", said, "Internal: why this config.", flag_values=values)
     return name
@@ -138,18 +134,20 @@ def _chosen(values: flags.FlagValues, found: words.Words) -> str:
 
 def _check_folder(found: words.Words) -> None:
     """Raises FileExistsError for a run's folder that is there, before anything is loaded."""
+    from esd_jax.training import run_folder
+
     concept = found.fields.get("concept")
     named = found.fields.get("output_dir") or (None if found.config or not concept else words.folder_of(concept))
     if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in found.rest}:
         return
     folder = expanded(named)
     try:
-        taken = folder.is_dir() and any(folder.iterdir())
+        taken = bool(run_folder.contents(folder))
     except OSError:  # of a name that is too long, or a folder that nobody may read; the run says it in its own words
         return
     if taken:
-        is_run = (folder / "run.json").is_file()
-        ways = "--resume continues it, --overwrite replaces it, " if is_run else "it is no run of ours; "
+        known = run_folder.is_run(folder)
+        ways = "--resume continues it, --overwrite replaces it, " if known else "it is no run of ours; "
         ways += "-o names another"
         raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
 

@@ -85,10 +85,9 @@ def run(values: flags.FlagValues) -> None:
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
     bed = testbed.of(pipeline.provenance.source)
-    own = sampled(bed.sampling) if bed else {}
-    options = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
-    options |= {name: own[name] for name in own if options.get(name) is None}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
+    options = sampled(bed.sampling) if bed else {}
+    options |= {name: value for name, value in given.items() if value is not None}
     drawn = api.sample(pipeline, prompts, seed=seed, rule=rule, reweight=reweight, **options)
     images.write_images(drawn, output)
     print(f"{len(drawn)} images in {output}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import suggest
+from esd_jax.cli import common
 from esd_jax.inputs import expanded
 
 EMBEDDED = "emoji"
@@ -67,9 +67,7 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
         elif dotted or name in fields:
             found.fields[name] = value if equals else _next(words, word)
         else:
-            close = suggest.closest(name, [*verb, *fields, "config", "kind"])
-            hint = f"did you mean --{close}?" if close else "--help lists the flags"
-            raise ValueError(f"unknown flag {flag!r}: {hint}")
+            raise ValueError(common.unknown_flag(flag, [*verb, *fields, "config", "kind"]))
     return found
 
 

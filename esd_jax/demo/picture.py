@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from esd_jax.picture_grid import wrapped
+
 CELL, GAP, GROUP_GAP, MARGIN, HEADER, CAPTION = 128, 6, 26, 72, 34, 40
 INK, FAINT = (30, 30, 35), (120, 120, 128)
 
@@ -41,7 +43,7 @@ def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
                     (x, HEADER + row * (CELL + GAP), x + CELL - 1, HEADER + row * (CELL + GAP) + CELL - 1),
                     outline=(225, 225, 230),
                 )
-            for line, words in enumerate(_wrapped(column.caption, draw, text)):
+            for line, words in enumerate(wrapped(column.caption, text, CELL)):
                 y = HEADER + 2 * (CELL + GAP) + 8 + 15 * line
                 draw.text((x + CELL // 2, y), words, FAINT, text, anchor="mm")
             x += CELL + GAP
@@ -72,15 +74,3 @@ def grid(
             cell = Image.fromarray(images[i, j]).resize((CELL // 2, CELL // 2), Image.Resampling.LANCZOS)
             canvas.paste(cell, (margin + j * pitch, y))
     return canvas
-
-
-def _wrapped(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The caption on as many lines as the cell's width asks for."""
-    lines = [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and draw.textlength(longer, font) > CELL:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

@@ -78,14 +78,14 @@ def _beside(folder: Path, what: str) -> Path:
 
 def _prepare(folder: Path, replaced: Path, resume: bool, locks: contextlib.ExitStack) -> None:
     """Makes the folder ready for a run, and locks it. What a killed run left on the way to here does not matter."""
-    if resume and not _is_run(folder):  # killed when it had only just put the other one aside
+    if resume and not is_run(folder):  # killed when it had only just put the other one aside
         locks.enter_context(_locked(replaced, folder))
         _discard(folder)
         replaced.rename(folder)
     elif resume:
         locks.enter_context(_locked(folder))
     else:
-        if _contents(folder):
+        if contents(folder):
             locks.enter_context(_locked(folder, replaced))
             if replaced.exists():
                 _discard(folder)  # it was to replace that one, and never ended well
@@ -182,11 +182,12 @@ def _is_at(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
     return (folder / "run.json").is_file()
 
 
-def _contents(folder: Path) -> list[Path]:
+def contents(folder: Path) -> list[Path]:
     """What lies in a folder, besides what a run leaves that was killed before it had written anything."""
     return [path for path in folder.iterdir() if path.name not in (LOCK, PARTIAL)] if folder.is_dir() else []
 
@@ -197,13 +198,13 @@ def _check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> 
         raise ValueError(f"output_dir={folder} and the base's folder, {source}, overlap: choose another output_dir")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; output_dir must be a folder")
-    contents = _contents(folder)
-    if resume and not _is_run(folder) and (contents or not _is_run(_beside(folder, "replaced"))):
+    there = contents(folder)
+    if resume and not is_run(folder) and (there or not is_run(_beside(folder, "replaced"))):
         raise FileNotFoundError(f"there is no run to resume in {folder}")
-    if not resume and contents:
+    if not resume and there:
         if not overwrite:
             raise FileExistsError(f"{folder} exists: resume it, overwrite it, or choose another output_dir")
-        if not _is_run(folder):
+        if not is_run(folder):
             raise FileExistsError(f"{folder} is not a run of ours, so it is not overwritten; choose another output_dir")
 
 

@@ -24,6 +24,7 @@ from esd_jax.demo import captions, groups, picture, protocol, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
+from esd_jax.demo.testbed import EMOJI
 from esd_jax.evaluation import seen
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
@@ -31,7 +32,6 @@ from launch import command
 from launch.command import say
 from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
 
-RECIPES = {"style": "emoji_contexts", "object": "emoji_object"}  # what the figures of the documents are of
 PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
 CONTROL_SHARE = 0.25  # the controls' figures need less precision
 TARGETS = "neon style; ink style; pop art style; a cat; a rose; a pizza; a rocket; a robot"
@@ -63,7 +63,7 @@ def main() -> None:
         measure_base(base, output / "base.json", identity, galleries)
         draw_grid(base, galleries[BASE]).save(output / "grid.png")
     shams: dict[str, Pipeline] = {}
-    judged: dict[str, dict[str, list[Judged]]] = {kind: {} for kind in RECIPES}
+    judged: dict[str, dict[str, list[Judged]]] = {"style": {}, "object": {}}
     for target, config in wanted:
         judged[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
     summary = {kind: table.over_targets(found) for kind, found in judged.items() if found}
@@ -79,7 +79,7 @@ def parse(text: str) -> list[tuple[Target, str]]:
     for part in filter(None, (p.strip() for p in text.split(";"))):
         concept, _, config = (p.strip() for p in part.partition("="))
         target = groups.parse_target(concept)
-        recipe.read(config := config or RECIPES[target.kind])
+        recipe.read(config := config or EMOJI.config("esd", target.kind))
         wanted.append((target, config))
     names = [target.label for target, _ in wanted]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -1,15 +1,15 @@
 """What `load` opens: runs, and with their base what was erased from it."""
 
+import emoji_runs
 import numpy as np
 import pytest
 import safetensors.numpy
+from emoji_runs import HOW, assert_same_edits
 from messages import one_line
 
 import esd_jax
 from esd_jax import api, formats
 from esd_jax.erasure import Erasure
-
-HOW = {"seed": 3, "steps": 2, "guidance_scale": 3.0, "sampler": "ddim"}
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """A run's folder, and its erased pipeline in memory. The method is spelled as its paper does."""
-    folder = tmp_path_factory.mktemp("runs") / "neon"
-    return folder, esd_jax.erase(base, "neon style", method="UCE", replace_with="a drawing", output_dir=folder)
-
-
-def assert_same_edits(found, expected):
-    assert found.keys() == expected.keys() and found
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    return emoji_runs.erased_run(base, tmp_path_factory)
 
 
 def test_a_run_opens_as_its_erased_model(run):

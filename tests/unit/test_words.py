@@ -129,10 +129,10 @@ def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
 
 
 def test_words_that_leave_no_doubt():
-    assert kinds.told("x/y", ["Nudity"]) == kinds.told("emoji", ["a naked man"]) == "nudity"
-    assert kinds.told("x/y", ["cubist style"]) == "style" and kinds.told("x/y", ["a cat"]) is None
-    assert kinds.told("emoji", ["a cat"]) == kinds.told("emoji", ["a unicorn"]) == "object"
-    assert kinds.told("emoji", ["neon"]) == "style" and kinds.told("emoji", []) is None
+    assert kinds.kind_of("x/y", ["Nudity"]) == kinds.kind_of("emoji", ["a naked man"]) == "nudity"
+    assert kinds.kind_of("x/y", ["cubist style"]) == "style" and kinds.kind_of("x/y", ["a cat"]) is None
+    assert kinds.kind_of("emoji", ["a cat"]) == kinds.kind_of("emoji", ["a unicorn"]) == "object"
+    assert kinds.kind_of("emoji", ["neon"]) == "style" and kinds.kind_of("emoji", []) is None
 
 
 def test_every_field_is_described():
