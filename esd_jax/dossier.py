@@ -280,7 +280,8 @@ def _of_run(folder: Path, erased: Pipeline) -> Evidence:
     """All that is known of a run, which is opened."""
     record, concepts = _record(erased), concepts_of(erased)
     score = None
-    if bed := testbed.of(erased.provenance.source):
+    bed = testbed.of(erased.provenance.source)
+    if bed and bed.examples(concepts) is not None:  # it knows the concepts
         detect, _ = bed.detector(concepts)
         score = lambda images: float(np.mean(detect(images)))  # noqa: E731
     course = gather.course(folder, record, score)

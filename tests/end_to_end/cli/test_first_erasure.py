@@ -55,6 +55,14 @@ def test_a_report_draws_what_is_missing(folder, printed):
     assert (folder / "before_after.png").is_file() and (folder / "evidence" / "examples.json").is_file()
 
 
+def test_a_concept_that_the_model_does_not_know_is_reported_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["erase", "emoji", "a unicorn", "--method=uce"]) == 0
+    assert cli.main(["report", "runs/a-unicorn"]) == 0, capsys.readouterr().err
+    page = (tmp_path / "runs" / "a-unicorn" / "report.html").read_text()
+    assert "a unicorn" in page and page.count("<img") >= 4
+
+
 def test_the_command_of_the_record_repeats_it(folder, printed):
     record = esd_jax.load(folder).provenance.erased[-1]
     program, verb, *words = shlex.split(repeat.command(record))
