@@ -39,8 +39,12 @@ def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, 
 
 
 def texts_of(concept: Any) -> Texts:
-    """The texts of what `erase` is given as its concept: a text with separators, a `Concept`, or a list of either."""
-    given = (concept,) if isinstance(concept, Concept) else parts("concept", concept)
+    """The texts of what `erase` is given as its concept: a text with separators, a `Concept`, or a list of either.
+
+    What else it is given, the recipe refuses.
+    """
+    listed = concept if concept is None or isinstance(concept, list | tuple) else str(concept)
+    given = (concept,) if isinstance(concept, Concept) else parts("concept", listed)
     return tuple(one.text if isinstance(one, Concept) else str(one) for one in given)
 
 
