@@ -43,7 +43,7 @@ def texts_of(concept: Any) -> Texts:
 
     What else it is given, the recipe refuses.
     """
-    listed = concept if concept is None or isinstance(concept, list | tuple) else str(concept)
+    listed: Any = concept if concept is None or isinstance(concept, list | tuple) else str(concept)
     given = (concept,) if isinstance(concept, Concept) else parts("concept", listed)
     return tuple(one.text if isinstance(one, Concept) else str(one) for one in given)
 
