@@ -175,7 +175,7 @@ def test_a_change_is_scaled_and_checkpoints_are_points():
         for setting, make in method_curves.updates(base, target, "emoji", 2, {"method": "esd"}, steps=4)
     ]
     assert [setting for setting, _ in found] == [{"method": "esd", "step": 2}, {"method": "esd", "step": 4}]
-    erased = api.erase(base, target.concepts, steps=4)
+    erased = api.erase(base, target.concepts, config="emoji", steps=4)
     whole, half = (with_strength(erased, strength).edits for strength in (1.0, 0.5))
     first = read_exact(base, list(whole))
     for name, value in erased.edits.items():
