@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esd_jax import several
+from esd_jax import progress, several
 from esd_jax.demo.picture import Column, before_after
 from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import store, testbed
@@ -33,8 +33,12 @@ def draw(erased: Pipeline) -> Evidence:
     groups = (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
     how: Mapping[str, Any] = sampled(bed.sampling) if bed else _sampling(recipe)
     prompts = [prompt for _, texts in groups for prompt in texts]
-    before, after = (sample(model, prompts, seed=SEED, sampler="auto", **sampled(how)) for model in (base, erased))
-    pairs = iter([Pair(*row) for row in zip(prompts, before, after, strict=True)])
+    images = []
+    with progress.task("before and after", 2 * len(prompts), unit="images", start="compiling, once") as task:
+        for model in (base, erased):
+            images.append(sample(model, prompts, seed=SEED, sampler="auto", **sampled(how)))
+            task.advance(len(prompts))
+    pairs = iter([Pair(*row) for row in zip(prompts, *images, strict=True)])
     return Evidence(
         ", ".join(concepts),
         record,

@@ -5,6 +5,7 @@ import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from esd_jax import conditionings, sharding, suggest
+from esd_jax import conditionings, progress, sharding, suggest
 from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
@@ -91,12 +92,14 @@ def sample(
     mesh = sharding.make_mesh(rows, jax.local_devices())
     if mesh.size > 1:
         params = sharding.place(params, mesh)
-    for index in _batches(n, batch_size):
-        noise, told, own_keys = jnp.asarray(latents)[index], condition(index), keys[index]
-        if mesh.size > 1:
-            noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
-        drawn = run(params[pipeline.denoiser], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
-        images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
+    with _task("sampling", n) as task:
+        for index in _batches(n, batch_size):
+            noise, told, own_keys = jnp.asarray(latents)[index], condition(index), keys[index]
+            if mesh.size > 1:
+                noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
+            drawn = run(params[pipeline.denoiser], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
+            images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
+            task.advance(min(batch_size, n - index[0]))
     return np.concatenate(images)[:n]
 
 
@@ -138,11 +141,13 @@ def invert(
     run = programs.steps(pipeline.network(pipeline.denoiser), down)
     condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
     noise = []
-    for index in _batches(n, batch_size):
-        latents = encode(pipeline.params["vae"], images[index])
-        inverted = run(pipeline.params[pipeline.denoiser], latents, condition(index), jnp.float32(guidance_scale))
-        check_drawn(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
-        noise.append(np.asarray(inverted))
+    with _task("inverting", n) as task:
+        for index in _batches(n, batch_size):
+            latents = encode(pipeline.params["vae"], images[index])
+            inverted = run(pipeline.params[pipeline.denoiser], latents, condition(index), jnp.float32(guidance_scale))
+            check_drawn(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
+            noise.append(np.asarray(inverted))
+            task.advance(min(batch_size, n - index[0]))
     return np.concatenate(noise)[:n]
 
 
@@ -275,6 +280,10 @@ def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, t
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 [n, height, width, 3], not {images.dtype} {list(images.shape)}")
     return images, image_size(pipeline.configs, *images.shape[1:3])
+
+
+def _task(name: str, n: int) -> AbstractContextManager[progress.Task]:
+    return progress.task(name, n, unit="images", start="compiling, once")
 
 
 def _batches(n: int, batch_size: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import compile_cache, suggest
+from esd_jax import compile_cache, progress, suggest
 from esd_jax.cli import (
     attack,
     completion,
@@ -143,7 +143,8 @@ def guarded(action: Callable[[], Any], again: str = "") -> int:
         if folder := compile_cache.wanted():  # a command's own; what JAX says of a folder is not shown here
             compile_cache.keep_in(folder)
         try:
-            action()
+            with progress.shown():
+                action()
         except KeyboardInterrupt:
             _say("interrupted")
             return EXIT_INTERRUPTED

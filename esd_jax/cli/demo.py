@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from esd_jax import progress
 from esd_jax.cli import words
 from esd_jax.cli.common import Verb, required, say
 from esd_jax.inputs import expanded
@@ -70,7 +71,8 @@ def run(values: flags.FlagValues) -> None:
     if values.controls:
         again = time.monotonic()
         say(f"the placebo: erasing {', '.join(target.sham)!r}, which means nothing, by the same recipe ...")
-        placebo = api.erase(base, target.sham, config=config)
+        with progress.labelled("placebo"):
+            placebo = api.erase(base, target.sham, config=config)
         say(f"the placebo is erased, in {time.monotonic() - again:.0f} s")
     evidence = output / dossier.EVIDENCE
     say(f"measuring {values.images} images of each group ...")

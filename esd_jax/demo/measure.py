@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from esd_jax import progress as tasks
 from esd_jax.demo.gallery import Gallery, Shown, draw
 from esd_jax.demo.groups import Ask, Group, Shot, Target, shots
 from esd_jax.metrics.intervals import Estimate, known, mean, rate
@@ -94,15 +95,17 @@ def measure(
     asked = [shots(group, size, seed) for group, size in zip(groups, sizes, strict=True)]
     controls = [drawn[:size] for drawn, size in zip(asked, fewer, strict=True)]
     others = [shots(group, size if other_seed else 0, seed + 1) for group, size in zip(groups, fewer, strict=True)]
-    for name, pipeline in models.items():
-        mine = controls if name == SHAM else [*asked, *others] if name == BASE else asked
-        wanted = [shot for group in mine for _, shot in group]
-        started = time.monotonic()
-        drawn = draw(
-            pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size, **options.get(name, {})
-        )
-        check_not_blank((galleries[name][shot].image for shot in wanted), f"model {name!r}")
-        progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
+    with tasks.task("measuring", len(models), unit="models", start="compiling, once") as task:
+        for name, pipeline in models.items():
+            mine = controls if name == SHAM else [*asked, *others] if name == BASE else asked
+            wanted = [shot for group in mine for _, shot in group]
+            started = time.monotonic()
+            drawn = draw(
+                pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size, **options.get(name, {})
+            )
+            check_not_blank((galleries[name][shot].image for shot in wanted), f"model {name!r}")
+            progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
+            task.advance()
     judged = []
     for i, group in enumerate(groups):
         asks = [ask for ask, _ in asked[i]]

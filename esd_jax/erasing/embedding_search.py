@@ -17,6 +17,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from esd_jax import progress
+
+AHEAD = 8  # steps that are queued on the device, so that what is shown is what is done
+
 
 class State(NamedTuple):
     """What a search goes on from: the value that is searched for, any pytree of arrays, and the optimizer's state."""
@@ -98,10 +102,14 @@ def repeated(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, A
     compiled = jax.jit(step)
 
     def run(carry: Any, inputs: Any, *fixed: Any) -> tuple[Any, Any]:
-        values = []
-        for i in range(len(jax.tree.leaves(inputs)[0])):
-            carry, value = compiled(carry, jax.tree.map(lambda a, i=i: a[i], inputs), *fixed)
-            values.append(value)
+        values, steps = [], len(jax.tree.leaves(inputs)[0])
+        with progress.task("searching", steps, unit="steps") as task:
+            for i in range(steps):
+                carry, value = compiled(carry, jax.tree.map(lambda a, i=i: a[i], inputs), *fixed)
+                values.append(value)
+                if i >= AHEAD:
+                    jax.block_until_ready(values[i - AHEAD])
+                task.advance()
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *values)
 
     return run

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.prompts import Case
 from esd_jax.io.images import read_image
@@ -92,10 +93,14 @@ def draw(
     # The guidance scale is one number for a batch.
     own = lambda case: drawing.own_guidance and case.guidance is not None  # noqa: E731
     scale = lambda case: case.guidance if own(case) else drawing.guidance_scale  # noqa: E731
-    for guidance, alike in groupby(sorted(missing, key=scale), key=scale):
-        alike = list(alike)
-        for start in range(0, len(alike), CHUNK):
-            chunk = alike[start : start + CHUNK]
+    chunks = [
+        (guidance, alike[start : start + CHUNK], len(alike))
+        for guidance, group in groupby(sorted(missing, key=scale), key=scale)
+        for alike in [list(group)]
+        for start in range(0, len(alike), CHUNK)
+    ]
+    with tasks.task("sampling", len(cases), done=done, unit="images", start="compiling, once") as task:
+        for guidance, chunk, several in chunks:
             images = sample(
                 pipeline,
                 [case.prompt for case in chunk],
@@ -105,13 +110,14 @@ def draw(
                 sampler=drawing.sampler or "auto",
                 height=drawing.height,
                 width=drawing.width,
-                batch_size=min(drawing.batch_size, len(alike)),
+                batch_size=min(drawing.batch_size, several),
             )
             for case, image in zip(chunk, images, strict=True):
                 with results.replacing(_file(folder, case)) as partial:
                     Image.fromarray(image).save(partial, format="png")
             done += len(chunk)
             progress(done, len(cases))
+            task.advance(len(chunk))
     return Drawn(folder, cases)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from esd_jax import progress
 from esd_jax.erasure import texts_of
 from esd_jax.exports import orbax
 from esd_jax.exports.orbax import is_taken
@@ -292,14 +293,16 @@ def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], pat
     names = [f"{part}/{name}" for part, params in base.params.items() for name in params]
     if missing := sorted(set(names) ^ {f"{part}/{name}" for part, params in again.params.items() for name in params}):
         raise ValueError(f"{path} does not verify: {missing[0]} is in it or in the base alone")
-    others = [name for name in names if name not in edits]
-    for some in _chunks(others):
-        before, after = read_exact(base, some), read_exact(again, some)
-        for name in some:
-            values = np.asarray(before[name])
-            values = values if dtype is None else values.astype(safetensors.read_dtype(dtype)).astype(np.float32)
-            if values.tobytes() != np.asarray(after[name]).tobytes():
-                raise ValueError(f"{path} does not verify: {name} was not trained, but is not as it was")
+    others, rounded = [name for name in names if name not in edits], dtype and safetensors.read_dtype(dtype)
+    with progress.task(f"verifying {path.name}", len(others), unit="tensors") as task:
+        for some in _chunks(others):
+            before, after = read_exact(base, some), read_exact(again, some)
+            for name in some:
+                values = np.asarray(before[name])
+                values = values if rounded is None else values.astype(rounded).astype(np.float32)
+                if values.tobytes() != np.asarray(after[name]).tobytes():
+                    raise ValueError(f"{path} does not verify: {name} was not trained, but is not as it was")
+            task.advance(len(some))
     return len(others)
 
 
@@ -308,9 +311,8 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
 
     Raises ValueError if the file draws another one than `expected`, which has its tensors.
     """
-    texts = texts_of(pipeline.provenance.erased)
-    options = {"steps": STEPS, "sampler": "auto"}
-    draw = lambda model: sample(model, texts[:1] or [""], **options)[0].astype(int)  # noqa: E731
+    prompts = texts_of(pipeline.provenance.erased)[:1] or [""]
+    draw = lambda model: sample(model, prompts, steps=STEPS, sampler="auto")[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
         raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
@@ -323,7 +325,6 @@ def _chunks(names: Sequence[str]) -> Iterable[Sequence[str]]:
 
 def _size(path: Path) -> str:
     size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-    unit, name = next(
-        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit or unit == 1e3
-    )
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((pair for pair in units if size >= pair[0]), units[-1])
     return f"{size / unit:.3g} {name}"

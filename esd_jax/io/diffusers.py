@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esd_jax import families
+from esd_jax import families, progress
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, ldm_file, safetensors, tensors
@@ -234,9 +234,11 @@ def _read_network(
     sharding: Placement,
 ) -> Params:
     params = {}
-    for name, shape in net.shapes.items():
-        array = tensors.read_jax(*places[name], shape.shape, net.layouts[name], dtype)
-        params[name] = _place(array, f"{component}/{name}", sharding)
+    with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
+        for name, shape in net.shapes.items():
+            array = tensors.read_jax(*places[name], shape.shape, net.layouts[name], dtype)
+            params[name] = _place(array, f"{component}/{name}", sharding)
+            task.advance()
     return params
 
 

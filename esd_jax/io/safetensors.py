@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from esd_jax import progress
 from esd_jax.inputs import parse_json
 from esd_jax.io import leftovers
 from esd_jax.results import writing
@@ -176,7 +177,8 @@ def write(
     with writing(path):
         leftovers.sweep(path)
         try:
-            with partial.open("wb") as file:
+            task = progress.task(f"writing {path.name}", len(entries), unit="tensors")
+            with partial.open("wb") as file, task as shown:
                 file.write(len(encoded).to_bytes(8, "little"))
                 file.write(encoded)
                 for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -185,6 +187,7 @@ def write(
                     if values.nbytes != (size := entry.stop - entry.start):
                         raise ValueError(f"{name} has {values.nbytes} bytes, not {size} as announced")
                     file.write(values.data)
+                    shown.advance()
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -3,16 +3,15 @@
 import collections
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from esd_jax import hosts
+from esd_jax import hosts, progress
 from esd_jax.params import Params
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
@@ -128,7 +127,7 @@ def train(
             by_name = {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds}
             if log and (number % settings.log_every == 0 or number == settings.steps):
                 log.write(number, by_name)
-            progress(number, loss)
+            shown.advance(note=f"loss {loss:.4g}")
             if on_step and hosts.first():
                 on_step(number, by_name)
 
@@ -156,7 +155,7 @@ def train(
         asked = 0 < number < settings.steps and number % stop_every == 0
         return number >= settings.steps or (asked and stop_when is not None and bool(stop_when(result(state))))
 
-    with _signals() as stop, _progress(settings.steps, first) as progress:
+    with _signals() as stop, _progress(settings.steps, first) as shown:
         if settings.preview_every and first % settings.preview_every == 0:
             show(first)  # a run that was stopped at this step has not drawn it
         number = first
@@ -232,47 +231,9 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, old)
 
 
-@contextmanager
-def _progress(total: int, first: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar with the loss and the time left on a terminal; a line now and then elsewhere; of several processes, one."""
-    if not hosts.first():
-        yield lambda number, loss: None
-        return
-    if not sys.stderr.isatty():
-        yield _lines(total, first)
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("erasing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=first, loss="compiling")
-        yield lambda number, loss: bar.update(task, completed=number, loss=f"loss {loss:.4g}")
-
-
-def _lines(total: int, first: int) -> Callable[[int, float], None]:
-    began, every = time.monotonic(), max(1, (total - first) // 10)
-    compiled = None
-    if first < total:
-        print(f"step {first}/{total}  compiling the step, once", file=sys.stderr, flush=True)
-
-    def report(number: int, loss: float) -> None:
-        nonlocal compiled
-        now, done = time.monotonic(), number - first
-        compiled = compiled or now  # the first step is nearly all compilation, so it tells nothing about the rest
-        if done > 1 and (done % every == 0 or number == total):
-            left = (now - compiled) / (done - 1) * (total - number)
-            took = f"{now - began:.0f} s, {left:.0f} s left"
-            print(f"step {number}/{total}  loss {loss:.4g}  {took}", file=sys.stderr, flush=True)
-
-    return report
+def _progress(total: int, first: int) -> AbstractContextManager[progress.Task]:
+    """The bar or lines of a run; of several processes, the first one's."""
+    if not hosts.first() or first >= total:
+        return progress.task("")
+    start = "compiling the step, once"
+    return progress.task("erasing", total, done=first, start=start, always=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from messages import one_line
 
-PROGRESS = r"step \d+/\d+  (loss \S+  \d+ s, \d+ s left|compiling the step, once)\n"
+PROGRESS = r"(\w+: )?[a-z]+( \S+)* \d+(/\d+)?( \w+)?  .*\n"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FIELDS = {"concept": "cat", "steps": 2, "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-3}
 

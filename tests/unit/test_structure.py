@@ -16,7 +16,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CAR
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
-    {"display", "inputs", "lazy", "picture_grid", "suggest"},
+    {"display", "inputs", "lazy", "picture_grid", "progress", "suggest"},
     {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
     {"params"},
     {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},

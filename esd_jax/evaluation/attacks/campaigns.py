@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
@@ -79,10 +80,14 @@ def campaign(
         return scored
 
     own = OwnPrompts()
-    for settings in (own, *attacks):
-        for model in models:
-            found[model].append(made(settings, model))
-    chance = made(control, ERASED)
+    total = len(models) * (1 + len(attacks)) + 1
+    with tasks.task("attacking", total, unit="searches", start="compiling, once") as task:
+        for settings in (own, *attacks):
+            for model in models:
+                found[model].append(made(settings, model))
+                task.advance(note=f"{settings.NAME} on {model}")
+        chance = made(control, ERASED)
+        task.advance()
     plain, *attacked = found[ERASED]
     return Evidence(
         goal.concept,
