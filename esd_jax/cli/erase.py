@@ -243,12 +243,14 @@ def _memory(what: str) -> int | None:
 
 def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
     from esd_jax import api
-    from esd_jax.planning import ahead
+    from esd_jax.planning import ahead, duration
     from esd_jax.planning.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
     size = make_plan(configs, schedule, plan)
     print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
+    if time := duration.estimates(size, plan):
+        print(time)
     if compiling:
         made = ahead.compiled(configs, schedule, plan)
         print(f"{made}\n          {size.peak / made.peak:.2f} of it is what the plan expects")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 Dtype = Any
 
@@ -64,7 +64,7 @@ def layer_norm(channels: int, epsilon: float, *, dtype: Dtype, rngs: Rngs) -> nn
 
 
 def timestep_embedding(
-    t: Float[Array, " batch"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float, dtype: Dtype
+    t: Real[Array, " batch"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float, dtype: Dtype
 ) -> Float[Array, "batch channels"]:
     """The sinusoidal embedding of *Denoising Diffusion Probabilistic Models*, with diffusers' two conventions."""
     half = channels // 2

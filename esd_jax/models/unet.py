@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from esd_jax.models import layers
 from esd_jax.models.attention import Attention, KeysValues, MultiHeadAttention, Seam
@@ -150,7 +150,7 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        t: Float[Array, ""] | Float[Array, " batch"],
+        t: Real[Array, ""] | Real[Array, " batch"],
         conditioning: Conditioning,
         attention: Attention | None = None,
     ) -> Any:
@@ -206,7 +206,7 @@ class UNet2DConditionModel(nnx.Module):
         keys_values = {module.name: module.keys_values(context) for module in modules if module.name.endswith("attn2")}
         return replace(conditioning, keys_values=keys_values)
 
-    def _time(self, t: Float[Array, " batch"], conditioning: Conditioning) -> Float[Array, "batch time"]:
+    def _time(self, t: Real[Array, " batch"], conditioning: Conditioning) -> Float[Array, "batch time"]:
         sinusoid = partial(
             layers.timestep_embedding,
             flip_sin_to_cos=self.config.flip_sin_to_cos,

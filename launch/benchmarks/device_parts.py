@@ -176,8 +176,9 @@ def step(output: Output, arch: str, batch: str) -> None:
     import jax
 
     from esd_jax.planning import hlo
+    from esd_jax.planning.duration import peak_flops
     from launch.benchmarks import work
-    from launch.benchmarks.step import Step, peak_flops
+    from launch.benchmarks.step import Step
 
     device = jax.devices()[0]
     update = Step(work.plan(arch, "esd-x", int(batch)), arch, device)

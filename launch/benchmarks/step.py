@@ -8,22 +8,11 @@ import jax
 
 from esd_jax import sharding
 from esd_jax.planning import plan, shapes
+from esd_jax.planning.duration import peak_flops
 from esd_jax.recipe import Recipe
 from esd_jax.training.step import Metrics, averaging, init_state
 from launch.benchmarks import child, work
 from launch.benchmarks.values import values
-
-# Dense bfloat16 TFLOP/s of one chip, as its maker states them. The first whose name is part of the device's counts.
-PEAKS = {
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121,
-    "A10G": 70, "RTX 4090": 165, "V100": 125, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
-    "TPU v6": 918, "TPU v4": 275,
-}  # fmt: skip
-
-
-def peak_flops(kind: str) -> float | None:
-    """Of a device's kind, FLOP/s; None where they are not known, as of CPUs."""
-    return next((tera * 1e12 for name, tera in PEAKS.items() if name.lower() in kind.lower()), None)
 
 
 class Step:
