@@ -75,10 +75,8 @@ def load(
     if config is not None or ema:
         raise ValueError(f"config and ema are for single .safetensors files, but {source} is none")
     folder = resolve(source, variant=variant, revision=revision).absolute()
-    index = files.read_json(folder / "model_index.json")
-    configs, schedule = read_architecture(folder)
-    names = families.of(configs).text_encoders
-    tokenizers = tuple(read_tokenizer(folder, name, configs[name]) for name in names)
+    index, (configs, schedule) = files.read_json(folder / "model_index.json"), read_architecture(folder)
+    tokenizers = tuple(read_tokenizer(folder, name, configs[name]) for name in families.of(configs).text_encoders)
     params, sources, erased = {}, {}, {}
     variants = files.variants(folder, list(configs), variant)
     if lacking := [name for name in configs if variants[name] != variant]:
@@ -138,8 +136,8 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
         params[name] = _read_network(name, net, places, dtype, sharding)
-    erased = files.read_records(header)
-    provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=erased)
+    records = files.read_records(header)
+    provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=records)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
 
@@ -220,8 +218,8 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
         raise ValueError(f"{folder} and the base have denoisers of different architectures")
     params, sources, records = load_component(folder.parent, folder.name, own, dtype=base.dtype)
-    others = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
-    located = others | prefixed(sources, name)
+    located = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
+    located |= prefixed(sources, name)
     provenance = replace(base.provenance, source=str(folder), tensors=located, erased=tuple(records))
     return replace(base, params={**base.params, name: params}, provenance=provenance, edits={})
 
