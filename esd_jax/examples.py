@@ -47,6 +47,21 @@ def draw(erased: Pipeline) -> Evidence:
     )
 
 
+def doubt(base: Pipeline, concepts: Sequence[str]) -> str:
+    """Why a base may not draw some concepts at all, or "": a word that its testbed does not know may be misspelt.
+
+    Of other models nobody knows: how far a concept's prediction is from the empty prompt's does not tell, since a word
+    without a meaning moves it as far.
+    """
+    bed = testbed.of(base.provenance.source)
+    try:
+        if bed:
+            bed.detector(concepts)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def write(examples: Evidence, picture: Path, evidence: Path) -> Path:
     """Writes the examples as one picture, and keeps them as a part of the erasure's evidence. Returns the picture."""
     save(examples, picture)

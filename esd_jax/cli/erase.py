@@ -162,7 +162,7 @@ def _what(folder: Path) -> str:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, dossier, exports, hosts, recipe, runs
+    from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
     from esd_jax.planning.plan import compared
 
     common.check_numbers(values)
@@ -182,6 +182,8 @@ def run(values: flags.FlagValues) -> None:
     plan.check_concepts()
     size = _planned(plan)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    if hosts.first() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
+        common.say(f"warning: {doubt}; its erasure cannot be measured")
     stop = None
     if values.stop_below is not None:
         from esd_jax.evaluation import seen

@@ -1,11 +1,14 @@
 """What a person types after `esd-jax erase`, sorted into fields of the recipe."""
 
+import dataclasses
+
 import pytest
 from absl import flags
 from messages import one_line
 from paths import ROOT
 
-from esd_jax import cli, kinds, recipe, recipe_docs
+import esd_jax
+from esd_jax import cli, examples, kinds, recipe, recipe_docs
 from esd_jax.cli import words
 from esd_jax.methods import METHODS
 
@@ -157,3 +160,11 @@ def test_templates_of_previews():
         config = recipe.read(name)
         if texts := config.get("preview_prompts"):
             assert "{}" in texts or name.endswith("_nudity")
+
+
+def test_a_concept_that_the_embedded_model_does_not_know_is_doubted():
+    base = esd_jax.load("emoji")
+    assert examples.doubt(base, ["a cat"]) == examples.doubt(base, ["neon style"]) == ""
+    assert examples.doubt(base, ["a kat"]).startswith("the embedded model does not know 'a kat': choose a style (")
+    elsewhere = dataclasses.replace(base, provenance=dataclasses.replace(base.provenance, source="org/model"))
+    assert examples.doubt(elsewhere, ["a kat"]) == ""

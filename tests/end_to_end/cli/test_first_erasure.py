@@ -58,6 +58,7 @@ def test_a_report_draws_what_is_missing(folder, printed):
 def test_a_concept_that_the_model_does_not_know_is_reported_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["erase", "emoji", "a unicorn", "--method=uce"]) == 0
+    assert "warning: the embedded model does not know 'a unicorn': choose" in capsys.readouterr().out
     assert cli.main(["report", "runs/a-unicorn"]) == 0, capsys.readouterr().err
     page = (tmp_path / "runs" / "a-unicorn" / "report.html").read_text()
     assert "a unicorn" in page and page.count("<img") >= 4
