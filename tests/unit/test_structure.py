@@ -30,7 +30,7 @@ FLOORS = [
     {"demo", "exports", "runs"},
     {"examples", "kinds", "loading", "planning"},
     {"api", "recipe_docs", "repeat"},
-    {"dossier", "search"},
+    {"dossier", "interop", "search"},
     {"attacks", "formats", "guidance"},
     {"cli", "__init__"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""What other programs take: eval-unlearn's technique and report, and ComfyUI's workflow."""

@@ -1,0 +1,62 @@
+"""A workflow of ComfyUI, in its API format, that opens an exported checkpoint or LoRA and generates an image.
+
+It is dropped onto ComfyUI's window, or sent to its /prompt. The files must lie where ComfyUI looks for them: a single
+file in models/checkpoints, a LoRA in models/loras.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esd_jax import results
+
+
+def workflow(
+    checkpoint: str,
+    prompt: str,
+    *,
+    lora: str | None = None,
+    strength: float = 1.0,
+    negative_prompt: str = "",
+    width: int = 512,
+    height: int = 512,
+    steps: int = 30,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The nodes by their numbers.
+
+    Args:
+      checkpoint: the file's name in models/checkpoints: the erased single file, or the base that a LoRA goes with.
+      lora: the name of a LoRA of kohya's keys in models/loras. strength: of both of its parts.
+    """
+    nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
+    model, clip = ["1", 0], ["1", 1]
+    if lora is not None:
+        nodes["2"] = _node(
+            "LoraLoader", model=model, clip=clip, lora_name=lora, strength_model=strength, strength_clip=strength
+        )
+        model, clip = ["2", 0], ["2", 1]
+    nodes |= {
+        "3": _node("CLIPTextEncode", clip=clip, text=prompt),
+        "4": _node("CLIPTextEncode", clip=clip, text=negative_prompt),
+        "5": _node("EmptyLatentImage", width=width, height=height, batch_size=1),
+        "6": _node(
+            "KSampler", model=model, positive=["3", 0], negative=["4", 0], latent_image=["5", 0], seed=seed,
+            steps=steps, cfg=guidance_scale, sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0,
+        ),
+        "7": _node("VAEDecode", samples=["6", 0], vae=["1", 2]),
+        "8": _node("SaveImage", images=["7", 0], filename_prefix="esd_jax"),
+    }  # fmt: skip
+    return nodes
+
+
+def write(path: Path, checkpoint: str, prompt: str, **options: Any) -> Path:
+    """Writes `workflow` to a file. Returns the file."""
+    with results.replacing(path) as partial:
+        partial.write_text(json.dumps(workflow(checkpoint, prompt, **options), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
