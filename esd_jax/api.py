@@ -49,19 +49,19 @@ def erase(
         taken as they are. A `Concept` brings its own from_, replace_with, preserve and strength; the config's are for
         texts.
       kind: of the concept: "style", "object", "person", "nudity" or "attribute". It decides the recipe. By default what
-        the embedded model knows of the concept, or its own words say ("neon style", "nudity"), and else "style".
+        the embedded model knows of the concept, or what its text says ("neon style", "nudity"), else "style".
       config: the name of a config of the package, or a path, to start from, in place of the one for base, kind and
         `method` (see `kinds.config`).
       resume: continue from the newest checkpoint in `output_dir`; the result is bit-identical to an uninterrupted run.
       overwrite: replace an existing `output_dir`.
       start_from: weights to train on from in place of the base's, which remains the teacher: what `opened` takes, made
         by this package or any other. With steps=0 and an `output_dir` they become a checkpoint that can be resumed.
-      stop_when: looks at the erased pipeline every `stop_every` updates, and ends training where it says so; see
+      stop_when: called with the erased pipeline every `stop_every` updates; training ends when it returns true; see
         `esd_jax.evaluation.below`.
       on_step: called with (step, metrics) after each update, step counted from 1; metrics are "loss", "grad_norm", "t"
         (the timestep) and "seconds" since training began. It runs on the host when an update's numbers have arrived,
         while the next two updates are computed already: it changes no result and compiles nothing, but one that takes
-        longer than an update holds training up by the difference. To act on every tenth update, look at `step`. What
+        longer than an update delays training by the difference. To act on every tenth update, test `step`. What
         it raises ends training. Of several processes, the primary one calls it. A method in closed form makes no
         updates.
       **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
@@ -74,7 +74,7 @@ def erase(
     Raises:
       ValueError: an unknown field or subset, naming the closest known one; a concept that is too long, a batch that
         does not fit, ...
-      FileExistsError: `output_dir` exists, and neither `resume` nor `overwrite` is given.
+      FileExistsError: `output_dir` exists, and neither `resume` nor `overwrite` is set.
       NotFinite, Stopped: see `training.loop`.
     """
     if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def erase(
     settings = _settings(base, source, config, kind, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
     plan.check_concepts()
-    own = not isinstance(base, Pipeline) and stop_when is None
+    owned = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
@@ -108,7 +108,7 @@ def erase(
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
     options |= {"on_step": on_step}
-    return runs.run(base, plan, start_from=start_from, own=own, **options)
+    return runs.run(base, plan, start_from=start_from, offload_base=owned, **options)
 
 
 def _settings(
@@ -117,7 +117,7 @@ def _settings(
     """The fields of the config that is named, or chosen by base and kind. A method's own `kind` becomes a field."""
     if config is None:
         if not (texts := several.texts_of(fields.get("concept"))):
-            recipe.make().check_concepts()  # which says that there is none
+            recipe.make().check_concepts()  # raises: there is none
         configs = lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0]  # noqa: E731
         config = kinds.config(source, texts, configs, kind=kind, fields=fields)
         return kinds.fitted(recipe.read(config).to_dict(), texts)
@@ -159,15 +159,15 @@ def sample(
 
     Args:
       pipeline: the checkpoint, erased or not; or what `load` takes, which is loaded for this call alone.
-      prompts: one per image, or one string for one image; or the conditioning in place of them (what
-        `Pipeline.encode_prompts` returns), a row per image, where no text says it.
+      prompts: one per image, or one string for one image; or the conditioning in their place (what
+        `Pipeline.encode_prompts` returns), a row per image, where no text expresses it.
       seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
       steps: sampler steps (num_inference_steps in diffusers).
       guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
       negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
-        checkpoint that says so, as SDXL's do, is guided from zeros; "" is encoded.
+        checkpoint configured so, as SDXL's are, is guided from zeros; "" is encoded.
       sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but
-        "ddim", with a warning, where it is not implemented: for images of which nobody can say how they are drawn.
+        "ddim", with a warning, where it is not implemented: for images whose sampler does not matter.
       eta: DDIM's stochasticity, 0 to 1.
       latents: the initial noise, unit Gaussian, NHWC, in place of `seed`'s.
       height, width: in pixels, multiples of the VAE's factor (and of what the UNet halves).
@@ -209,7 +209,7 @@ def export(
         export(erased, "emoji-without-neon")
         export(erased, "lora.safetensors", format="lora", rank=4)
 
-    Args: see `exports.export`, which also says what `verify` has found.
+    Args: see `exports.export`, which also explains `verify`.
     """
-    told = {"verify": verify, "overwrite": overwrite, "metadata": metadata}
-    return exports.export(pipeline, path, format, **told, **options).path
+    settings = {"verify": verify, "overwrite": overwrite, "metadata": metadata}
+    return exports.export(pipeline, path, format, **settings, **options).path

@@ -1,4 +1,4 @@
-"""The conditionings of each image that is drawn: of the null prompt, the prompt, and a rule's prompts."""
+"""The conditionings of each generated image: of the null prompt, the prompt, and a rule's prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.diffusion import prompt_to_prompt
-from esd_jax.diffusion.programs import Told
+from esd_jax.diffusion.programs import ScaledConditioning
 from esd_jax.diffusion.rules import Rule
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
@@ -19,7 +19,7 @@ def count(prompts: Sequence[str] | Conditioning) -> int:
 
 
 def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
-    """Whether prompts were given as what the network is told in place of them."""
+    """Whether prompts are already encoded: conditionings in place of texts."""
     leaves = jax.tree.leaves(prompts)
     return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype.kind == "f" for leaf in leaves)
 
@@ -33,7 +33,7 @@ def make_conditioning(
     negative_prompt: str | Sequence[str] | None = None,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
-) -> Callable[[np.ndarray], tuple[Told, ...]]:
+) -> Callable[[np.ndarray], tuple[ScaledConditioning, ...]]:
     """Indices of `rows` examples -> their conditionings: of the null prompt (if guided), the prompt, the rule's."""
     negatives = None if isinstance(negative_prompt, str | None) else negative_prompt
     if negatives is not None and len(negatives) != count(prompts):
@@ -53,7 +53,7 @@ def make_conditioning(
     if guided and isinstance(negative_prompt, str | None):
         null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))]
 
-    def condition(index: np.ndarray) -> tuple[Told, ...]:
+    def condition(index: np.ndarray) -> tuple[ScaledConditioning, ...]:
         own = []
         if guided and negatives is not None:
             own = [_null_conditioning(pipeline, [negatives[int(i)] for i in index], size)]
@@ -61,11 +61,11 @@ def make_conditioning(
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
             prompt = pipeline.encode_prompts([prompts[int(i)] for i in index], size=size)
-        told = (*null, *own, prompt, *others)
+        conditionings = (*null, *own, prompt, *others)
         if scale is None:
-            return tuple((one, None) for one in told)
+            return tuple((one, None) for one in conditionings)
         ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
-        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in told)
+        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in conditionings)
 
     return condition
 

@@ -1,6 +1,6 @@
-"""Several processes, one on each host, that carry out one run together: joining them, and what only the first may do.
+"""Several processes, one on each host, that carry out one run together: joining them, and what only the primary does.
 
-The processes compute the same program on one mesh over all their devices. Files are written by the first, but for
+The processes compute the same program on one mesh over all their devices. Files are written by the primary one, but for
 checkpoints, which all write together to a folder that all must see.
 """
 
@@ -15,16 +15,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Read where JAX does not find them out by itself, as it does on TPU pods and under SLURM, Open MPI and Kubernetes.
+# Read where JAX does not detect them by itself, as it does on TPU pods and under SLURM, Open MPI and Kubernetes.
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def join() -> None:
     """Joins this process to the others of its job; to be called before anything is computed.
 
-    Raises ValueError if it cannot be told which job, and RuntimeError if the others do not come.
+    Raises ValueError if the job cannot be determined, and RuntimeError if the others do not come.
     """
-    # A run stops at a step that all processes agree on (`voting`); JAX's own service would take SIGTERM away.
+    # A run stops at a step that all processes agree on (`preemption_consensus`); JAX's service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
     told: dict[str, Any] = {}
@@ -41,20 +41,23 @@ def join() -> None:
         raise ValueError(f"cannot tell which job this process belongs to: set {', '.join(given)} ({error})") from error
 
 
-def first() -> bool:
-    """Whether this is the process that writes files and speaks to the user."""
+def is_primary() -> bool:
+    """Whether this is the process that writes files and informs the user."""
     return jax.process_index() == 0
 
 
+first = is_primary  # a former name
+
+
 def agreed(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, as JSON holds it, in every process; or the error that it raises there.
+    """What `make` returns in the primary process, as JSON holds it, in every process; or the error raised there.
 
     Other processes do not call it, and learn an error's message, not its type.
     """
     if jax.process_count() == 1:
         return make()
     told, error = {}, None
-    if first():
+    if is_primary():
         try:
             told = {"value": make()}
         except Exception as raised:
@@ -73,8 +76,8 @@ def wait(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def voting(step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
-    """A training step that is also told whether this process wants to stop, and also returns whether any does:
+def preemption_consensus(step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
+    """A training step with one more argument, whether this process wants to stop, that also returns whether any does:
 
         state, metrics, asked = step(state, theta_0, frozen, inputs, signalled)
         ...
@@ -105,5 +108,5 @@ def _broadcast(text: str) -> str:
     """A text of the first process, in all."""
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = data if first() else np.zeros(size, np.uint8)
+    data = data if is_primary() else np.zeros(size, np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(data)).decode()

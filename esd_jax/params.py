@@ -2,7 +2,7 @@
 
 `functional` turns a Flax NNX module whose attributes are named as diffusers names its modules into a pure function over
 such a dict. No mapping table is needed: only the leaf changes, `kernel | scale | embedding -> weight`. After this
-nobody sees a module again: masks, optimizers, checkpoints and exports all speak these names.
+nothing uses a module again: masks, optimizers, checkpoints and exports all speak these names.
 
 Arrays are in JAX layout (linear kernels `[in, out]`, convolutions `[height, width, in, out]`); `Network.layouts` is the
 only source of what has to be transposed for a file, and `esd_jax.io` the only place that does it.
@@ -18,8 +18,8 @@ from flax import nnx
 
 # Its values are arrays: of JAX; of NumPy where they lie in the host's memory; or in their place, shapes.
 Params = dict[str, Any]
-# What a denoiser is told besides x and t: a pytree of its family's own, whose arrays have a leading batch axis. Nobody
-# else looks into it.
+# A denoiser's input besides x and t: a pytree of its family's own, whose arrays have a leading batch axis. Nothing
+# else reads it.
 Conditioning = Any
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

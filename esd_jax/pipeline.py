@@ -153,7 +153,7 @@ class Pipeline:
                 raise ValueError(f"the checkpoint has no tensor {name!r}")
             if old.shape != value.shape:
                 raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
-            # A tensor that waits in the host's memory (`runs.parked`) has no place on a device yet.
+            # A tensor offloaded to the host (`runs.offload_to_host`) has no place on a device yet.
             params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), getattr(old, "sharding", None))
         if not isinstance(record, Erasure):
             record = Erasure.from_dict(record) if record else None

@@ -1,4 +1,4 @@
-"""What a checkpoint draws: images from noise, noise from images, and real images drawn anew."""
+"""Sampling with a checkpoint: images from noise, noise from images, and real images purified."""
 
 import math
 import operator
@@ -63,7 +63,7 @@ def sample(
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Samples one image per prompt from a loaded pipeline: `esd_jax.sample`, which says what the arguments are.
+    """Samples one image per prompt from a loaded pipeline: `esd_jax.sample`, which documents the arguments.
 
     Returns uint8 [n, height, width, 3].
 
@@ -81,10 +81,10 @@ def sample(
     elif latents.shape != needed:
         raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
     if sampler == "auto":
-        sampler = _own_sampler(pipeline, steps)
+        sampler = _default_sampler(pipeline, steps)
     name = sampler or samplers.default_sampler(pipeline.schedule)
-    made = programs.sampler(pipeline.schedule, name, steps, float(eta))
-    run = programs.steps(pipeline.network(pipeline.denoiser), made, type(rule) if rule else None)
+    solver = programs.sampler(pipeline.schedule, name, steps, float(eta))
+    run = programs.steps(pipeline.network(pipeline.denoiser), solver, type(rule) if rule else None)
     rows = min(batch_size, n)
     condition = conditionings.make_conditioning(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
     numbers, images = rule.numbers if rule else None, []
@@ -94,10 +94,10 @@ def sample(
         params = sharding.place(params, mesh)
     with _task("sampling", n) as task:
         for index in _batches(n, batch_size):
-            noise, told, own_keys = jnp.asarray(latents)[index], condition(index), keys[index]
+            noise, encoded, noise_keys = jnp.asarray(latents)[index], condition(index), keys[index]
             if mesh.size > 1:
-                noise, told, own_keys = sharding.spread((noise, told, own_keys), mesh)
-            drawn = run(params[pipeline.denoiser], noise, told, jnp.float32(guidance_scale), numbers, own_keys)
+                noise, encoded, noise_keys = sharding.spread((noise, encoded, noise_keys), mesh)
+            drawn = run(params[pipeline.denoiser], noise, encoded, jnp.float32(guidance_scale), numbers, noise_keys)
             images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
             task.advance(min(batch_size, n - index[0]))
     return np.concatenate(images)[:n]
@@ -118,11 +118,11 @@ def invert(
 
     Args:
       pipeline: the checkpoint that inverts.
-      images: of a size that the checkpoint draws.
+      images: of a size that the checkpoint generates.
       prompts: what they show, or ""; one for all, or one per image.
       steps: of DDIM, upwards.
       guidance_scale: 1 or less inverts without guidance. Guidance spoils the inversion (Mokady et al. 2023).
-      timestep: what the network is told, "level" or "target": see `inversion.inverter`.
+      timestep: the network's input, "level" or "target": see `inversion.inverter`.
       batch_size: images per call of the network.
 
     Returns:
@@ -164,7 +164,7 @@ def purify(
     timestep: str = "level",
     batch_size: int = 8,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Draws real images anew with an erased checkpoint (Hong et al. 2024, "concept purification").
+    """Regenerates real images with an erased checkpoint (Hong et al. 2024, "concept purification").
 
     They are inverted and drawn with the same prompt: "", or the concept. The paper leaves open which model inverts. If
     it is the one that draws, at the same guidance, every picture comes back, with what was erased, as exactly as DDIM's
@@ -174,10 +174,10 @@ def purify(
         drawn = purify(erased, image[None], inverter=base)
 
     Args:
-      pipeline: the checkpoint that draws.
+      pipeline: the checkpoint that samples.
       images, prompts, steps, timestep, batch_size: as in `invert`.
-      inverter: the checkpoint that inverts; by default the one that draws.
-      guidance_scale: of drawing (the paper trains for 7.5; 1 is the inverse of 1).
+      inverter: the checkpoint that inverts; by default the one that samples.
+      guidance_scale: of sampling (the paper trains for 7.5; 1 is the inverse of 1).
       inversion_guidance_scale: of inverting.
 
     Returns:
@@ -247,7 +247,7 @@ def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Flo
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _own_sampler(pipeline: Pipeline, steps: int) -> str:
+def _default_sampler(pipeline: Pipeline, steps: int) -> str:
     """The checkpoint's own sampler; "ddim", with a warning, where that one is not implemented."""
     try:
         return samplers.make_sampler(pipeline.schedule, num_steps=steps).name

@@ -110,8 +110,8 @@ def _read(package: Package, folder: Path, fetch: bool) -> "Drawings | Renders":
         files = {member.name.partition("/")[2]: member for member in tar.getmembers() if member.isfile()}
         if "icons.json" not in files:
             wanted = {entry.hexcode for entry in vocabulary.OBJECTS}
-            found = {_code(Path(name).stem): files[name] for name in files if name.endswith(".webp")}
-            return Renders({code: tar.extractfile(found[code]).read() for code in wanted})  # type: ignore[union-attr]
+            members = {_code(Path(name).stem): files[name] for name in files if name.endswith(".webp")}
+            return Renders({code: tar.extractfile(members[code]).read() for code in wanted})  # type: ignore[union-attr]
         icons, characters = (
             json.load(tar.extractfile(files[name])) if name in files else {}  # type: ignore[arg-type]
             for name in ("icons.json", "chars.json")

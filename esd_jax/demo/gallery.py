@@ -1,4 +1,4 @@
-"""What one model has drawn, by prompt and seed, and what the probe sees in it; kept in a folder if one is given."""
+"""One model's images, by prompt and seed, and the probe's classes for them; kept in a folder if there is one."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ CHUNK = 320  # images that are lost if the program is stopped
 
 
 class Shown(NamedTuple):
-    """An image, and what the probe sees in it; None where it recognises nothing."""
+    """An image, and the classes that the probe recognises in it; None where it recognises nothing."""
 
     image: UInt8[np.ndarray, "height width 3"]
     object: str | None
@@ -28,7 +28,7 @@ class Shown(NamedTuple):
 
 
 class Gallery(dict[Shot, Shown]):
-    """All that one model has drawn. `folder`: where it is kept as it comes, and found again; of this model alone."""
+    """All images of one model. `folder`: where they are stored and read again; for this model alone."""
 
     def __init__(self, folder: Path | None = None):
         super().__init__()
@@ -57,8 +57,8 @@ class Gallery(dict[Shot, Shown]):
             (vocabulary.styles(), verdict.styles),
         )
         for i, shot in enumerate(shots):
-            found = (names[int(classes[i])] if verdict.recognised[i] else None for names, classes in heads)
-            self[shot] = Shown(images[i], *found)
+            recognised = (names[int(classes[i])] if verdict.recognised[i] else None for names, classes in heads)
+            self[shot] = Shown(images[i], *recognised)
 
 
 def draw(pipeline: Pipeline, wanted: Iterable[Shot], gallery: Gallery, batch_size: int = 32, **options: Any) -> int:

@@ -48,9 +48,11 @@ class Target:
         return ", ".join(self.concepts)
 
     @property
-    def sham(self) -> list[str]:
-        """The control's: as many of the same form with words that mean nothing."""
+    def placebo(self) -> list[str]:
+        """The placebo's: as many texts of the same form, with nonsense words."""
         return list(map(self._text, NONSENSE[: len(self.names)]))
+
+    sham = placebo  # a former name
 
     def _text(self, name: str) -> str:
         return captions.prompt(style=name) if self.kind == "style" else captions.prompt(name)
@@ -58,7 +60,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt, and what of it is judged: the subject (an object or, if none is named, a category) and the style."""
+    """A prompt, and what the probe checks: the subject (an object or, if none is named, a category) and the style."""
 
     prompt: str
     object: str | None = None
@@ -68,7 +70,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts whose images are judged together; all ask for the same kinds of things.
+    """Prompts whose images are evaluated together; all ask for the same kinds of things.
 
     share: of the number of images that is asked for; what only completes the picture is measured on fewer.
     """
@@ -123,19 +125,19 @@ def _parse(words: str) -> tuple[str, str]:
 
 
 def groups(target: Target) -> tuple[Group, ...]:
-    """The groups that an erasure is judged by: the target first, what lies near it next, what has nothing to do last.
+    """The groups that an erasure is evaluated on: the target, then related concepts, then unrelated ones.
 
     Of a style: its own prompts over all objects, the style alone, phrasings that training never shows, the nearest
     styles (`NEAREST`), the other styles, objects without a style. No prompt implies a style without naming it.
     Of an object: its own prompts in all styles, the object alone, phrasings that training never shows, the prompts
     that imply its category without naming it, the other objects of its category, all other objects, styles alone.
     """
-    found = _style_groups(target.names) if target.kind == "style" else _object_groups(target.names)
-    return tuple(group for group in found if group.asks)  # a long list may leave nothing near it
+    near = _style_groups(target.names) if target.kind == "style" else _object_groups(target.names)
+    return tuple(group for group in near if group.asks)  # a long list may leave nothing near it
 
 
 def base_groups() -> tuple[Group, ...]:
-    """The groups that the model itself is judged by: pairs of training, pairs it never saw, and the other prompts."""
+    """The groups that the model itself is evaluated on: training pairs, held-out pairs, and the other prompts."""
     objects, styles = vocabulary.objects(), vocabulary.styles()
     unseen = sorted(vocabulary.held_out())
     return (
@@ -247,7 +249,7 @@ def _styles_alone(styles: Iterable[str]) -> tuple[Ask, ...]:
 
 
 def _implicit(category: str) -> tuple[Ask, ...]:
-    """Without a style and in each; the style is not judged, since not all prompts ask for one."""
+    """Without a style and in each; the style is not checked, since not all prompts ask for one."""
     subjects = captions.implicit(category)
     plain = [Ask(subject, category=category) for subject in subjects]
     template = captions.BOTH[0]

@@ -20,19 +20,19 @@ from esd_jax.metrics.likeness import ssim
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
-BASE, ERASED, SHAM, SEED = "base", "erased", "sham", "seed"  # names of rows
+BASE, ERASED, PLACEBO, SEED = "base", "erased", "sham", "seed"  # names of rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's images of one group. An estimate is None where nothing was asked that it could judge.
+    """One model's images of one group. An estimate is None where the prompts ask for nothing that it measures.
 
-    target: share in which the target is seen. subject, style: share in which the object (or, where none is named, the
-    category) and the style that the prompt asks for are seen; not judged where the target itself is asked for.
-    unrecognised: share in which the probe recognises nothing; such images count as showing nothing.
+    target: the target's detection rate. subject, style: accuracy of the object (or, where none is named, of the
+    category) and of the style that the prompt asks for; not measured where it asks for the target itself.
+    unrecognised: share of images in which the probe recognises nothing; such images count as showing nothing.
     ssim, ssim25: to the base's image of the same prompt (and, but for the row "seed", of the same noise), over windows
       of 7 and of 25 pixels.
-    seen: all that was asked for -> how often it was seen, and of how many images.
+    seen: each class that was asked for -> (detections, images).
     """
 
     model: str
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Judged:
+class GroupRows:
     """A group's table: a row for each model."""
 
     name: str
@@ -69,21 +69,21 @@ def measure(
     batch_size: int = 32,
     options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Judged]:
-    """Draws every group with every model and judges the images.
+) -> list[GroupRows]:
+    """Samples every group with every model and classifies the images.
 
     Args:
       models: row name -> model; `BASE` is what the others are compared with.
       groups: see `groups.groups`.
-      target: what was erased; None judges only what is kept.
+      target: what was erased; None measures only what is kept.
       num_images: per group and model; a group's `share` may lower it.
       seed: of the noise.
       other_seed: add the row `SEED`.
-      control_share: of a group's images, how many the rows `SHAM` and `SEED` are measured on.
-      galleries: row name -> what that model has drawn already. It is added to, so that several calls share images.
-      also: further images to draw in the same batches; they end in `galleries`.
+      control_share: of a group's images, how many the rows `PLACEBO` and `SEED` are measured on.
+      galleries: row name -> that model's images so far. They are added to, so that several calls share images.
+      also: further images to sample in the same batches; they end in `galleries`.
       options: row name -> further arguments of `sample`, for guidance that erases without training.
-      progress: is told of each model once it is drawn.
+      progress: called with a line after each model's images.
 
     Raises ValueError for a model all of whose images are blank.
     """
@@ -97,7 +97,7 @@ def measure(
     others = [shots(group, size if other_seed else 0, seed + 1) for group, size in zip(groups, fewer, strict=True)]
     with tasks.task("measuring", len(models), unit="models", start="compiling, once") as task:
         for name, pipeline in models.items():
-            mine = controls if name == SHAM else [*asked, *others] if name == BASE else asked
+            mine = controls if name == PLACEBO else [*asked, *others] if name == BASE else asked
             wanted = [shot for group in mine for _, shot in group]
             started = time.monotonic()
             drawn = draw(
@@ -106,34 +106,34 @@ def measure(
             check_not_blank((galleries[name][shot].image for shot in wanted), f"model {name!r}")
             progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
             task.advance()
-    judged = []
+    tables = []
     for i, group in enumerate(groups):
         asks = [ask for ask, _ in asked[i]]
         base = [galleries[BASE][shot] for _, shot in asked[i]]
         columns = {
-            name: [galleries[name][shot] for _, shot in (controls if name == SHAM else asked)[i]] for name in models
+            name: [galleries[name][shot] for _, shot in (controls if name == PLACEBO else asked)[i]] for name in models
         }
         if other_seed:
             columns[SEED] = [galleries[BASE][shot] for _, shot in others[i]]
         rows = (
-            judge(name, asks[: len(shown)], shown, None if name == BASE else base[: len(shown)], target)
+            row_of(name, asks[: len(shown)], shown, None if name == BASE else base[: len(shown)], target)
             for name, shown in columns.items()
         )
-        judged.append(Judged(group.name, group.title, tuple(rows)))
-    return judged
+        tables.append(GroupRows(group.name, group.title, tuple(rows)))
+    return tables
 
 
-def judge(
+def row_of(
     model: str, asks: Sequence[Ask], shown: Sequence[Shown], base: Sequence[Shown] | None, target: Target | None
 ) -> Row:
-    """One model's row: what was asked, what is seen, and the base's images in the same order."""
-    seen: dict[str, list[bool]] = {}
+    """One model's row, of what was asked for, its images, and the base's images in the same order."""
+    recognised: dict[str, list[bool]] = {}
     kept: dict[str, list[bool]] = {"subject": [], "style": []}
     for ask, image in zip(asks, shown, strict=True):
         for part, kind in (("subject", "object"), ("subject", "category"), ("style", "style")):
             if (wanted := getattr(ask, kind)) is not None:
                 hit = getattr(image, kind) == wanted
-                seen.setdefault(wanted, []).append(hit)
+                recognised.setdefault(wanted, []).append(hit)
                 if target is None or kind != target.kind or wanted not in target.names:
                     kept[part].append(hit)
     targets = [getattr(image, target.kind) in target.names for image in shown] if target else []
@@ -149,5 +149,5 @@ def judge(
         rate(kept["style"]),
         known(rate([image.object is None for image in shown])),
         *likeness.values(),
-        seen={name: (sum(hits), len(hits)) for name, hits in seen.items()},
+        seen={name: (sum(hits), len(hits)) for name, hits in recognised.items()},
     )

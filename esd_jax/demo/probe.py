@@ -1,4 +1,4 @@
-"""The probe: a small classifier of the artwork, which tells what an image shows, or that it shows nothing it knows."""
+"""The probe: a small classifier of the artwork, which can also reject an image that shows nothing it knows."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ class Probe(nnx.Module):
 
 
 def sha256() -> str:
-    """Of the weights' file, so that a report says which probe judged."""
+    """Of the weights' file, so that a report identifies the probe."""
     return hashlib.sha256(FILE.read_bytes()).hexdigest()
 
 
@@ -116,7 +116,7 @@ def network() -> Network:
 
 
 def metadata(threshold: float) -> dict[str, str]:
-    """What the weights' file says of itself."""
+    """The metadata of the weights' file."""
     return {"classes": json.dumps(CLASSES), "threshold": repr(threshold)}
 
 

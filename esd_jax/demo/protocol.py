@@ -1,4 +1,4 @@
-"""The protocol of the embedded model: its probe tells what is seen in groups of prompts around the target."""
+"""The protocol of the embedded model: its probe classifies images of groups of prompts around the target."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from esd_jax.demo import groups, probe, table, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.groups import Shot, Target
-from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row, measure
+from esd_jax.demo.measure import BASE, ERASED, PLACEBO, SEED, GroupRows, Row, measure
 from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.seen import Question, detector
 from esd_jax.metrics.intervals import Estimate, known
 from esd_jax.pipeline import Pipeline
@@ -38,23 +38,23 @@ def evaluate(
     galleries: dict[str, Gallery] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evidence:
-    """Draws and judges the groups of a target.
+    """Samples and classifies the groups of a target.
 
     Args:
-      models: `BASE` and `ERASED`, and `SHAM` if there is one.
+      models: `BASE` and `ERASED`, and `PLACEBO` if there is one.
       target: what was erased.
       num_images: of each group and model; see `measure` for this and the other arguments.
-      galleries: model -> what it has drawn already; they are added to.
+      galleries: model -> its images so far; they are added to.
     """
     galleries = {} if galleries is None else galleries
     wanted = {title: [Shot(prompt, seed) for prompt in prompts] for title, prompts in groups.examples(target)}
-    judged = measure(
+    measured = measure(
         models,
         groups.groups(target),
         target,
         num_images=num_images,
         seed=seed,
-        other_seed=SHAM in models,
+        other_seed=PLACEBO in models,
         control_share=control_share,
         galleries=galleries,
         also=list(dict.fromkeys(shot for shots in wanted.values() for shot in shots)),
@@ -74,30 +74,30 @@ def evaluate(
             title: tuple(Pair(shot.prompt, before[shot].image, after[shot].image) for shot in shots)
             for title, shots in wanted.items()
         },
-        verdict=verdict(judged, target),
-        tables=(as_table(judged, target),),
-        heat=heat(judged, target),
+        verdict=verdict(measured, target),
+        tables=(as_table(measured, target),),
+        heat=heat(measured, target),
         caveats=CAVEATS,
     )
 
 
-def as_table(judged: Sequence[Judged], target: Target) -> Table:
+def as_table(measured: Sequence[GroupRows], target: Target) -> Table:
     """The groups as the report shows them."""
     headings = {**COLUMNS, "target": f"{target.label} seen"}
     rows: list[tuple[str, tuple[Any, ...]]] = []
-    for group in judged:
+    for group in measured:
         rows.append((group.title, ()))
         rows += [(row.model, (row.n, *(getattr(row, measure) for measure in headings))) for row in group.rows]
     shares = tuple(headings[measure] for measure in PERCENT)
-    controls = table.NOTES[1] if any(row.model == SHAM for group in judged for row in group.rows) else ""
+    controls = table.NOTES[1] if any(row.model == PLACEBO for group in measured for row in group.rows) else ""
     title = "Target, neighbours, and all else"
     return Table(title, ("images", *headings.values()), tuple(rows), (NOTE + controls).strip(), shares)
 
 
-def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
-    """What was erased, and what was kept of all else: of object and style, what suffers more."""
-    rows = {(group.name, row.model): row for group in judged for row in group.rows}
-    found = [
+def verdict(measured: Sequence[GroupRows], target: Target) -> tuple[Finding, ...]:
+    """What was erased, and the retention of everything else: of object and style, the one that drops more."""
+    rows = {(group.name, row.model): row for group in measured for row in group.rows}
+    findings = [
         Finding("erased", f"{target.label} seen in {what}", rows[name, BASE].target, known(rows[name, ERASED].target))
         for name, what in (("own", "its own prompts"), ("implicit", "prompts that do not name it"))
         if (name, ERASED) in rows
@@ -109,20 +109,20 @@ def verdict(judged: Sequence[Judged], target: Target) -> tuple[Finding, ...]:
             part = min(parts, key=lambda p: getattr(after, p).value - getattr(before, p).value)
             seed = rows.get((name, SEED))
             pair = (getattr(before, part), getattr(after, part), seed and getattr(seed, part))
-            found.append(Finding("kept", f"{what}: {'object' if part == 'subject' else part} as asked", *pair))
-    return tuple(found)
+            findings.append(Finding("kept", f"{what}: {'object' if part == 'subject' else part} as asked", *pair))
+    return tuple(findings)
 
 
 def question(target: Target, num_images: int, by: str = "probe") -> Question:
-    """Whether a `detector` sees the target in its own prompts, in other images than those that `evaluate` draws."""
+    """Whether a `detector` finds the target in images of its prompts, other images than those of `evaluate`."""
     (own,) = (group for group in groups.groups(target) if group.name == "own")
     asked = tuple(ask.prompt for ask, _ in groups.shots(own, num_images, 0))
     detect, named = detector(by, target.concepts)
     return Question(asked, detect, named, num_images=num_images, num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
 
 
-def judge(target: Target, num_images: int, seed: int = 1) -> Judge:
-    """A model -> (the rate at which the target is seen in its own prompts, what is kept of the others, 0 to 1)."""
+def metric(target: Target, num_images: int, seed: int = 1) -> Metric:
+    """A model -> (the target's detection rate on target prompts, the accuracy on the others, 0 to 1)."""
     wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
 
     def measured(model: Pipeline) -> tuple[Estimate, Estimate]:
@@ -133,24 +133,24 @@ def judge(target: Target, num_images: int, seed: int = 1) -> Judge:
     return measured
 
 
-def heat(judged: Sequence[Judged], target: Target) -> Heat:
-    """How often each style, or each object, is seen where it was asked for: by the base, and by the erased model."""
-    seen: dict[str, dict[str, tuple[int, int]]] = {BASE: {}, ERASED: {}}
-    for group in judged:
+def heat(measured: Sequence[GroupRows], target: Target) -> Heat:
+    """The accuracy on each style, or each object, of the base and of the erased model."""
+    counts: dict[str, dict[str, tuple[int, int]]] = {BASE: {}, ERASED: {}}
+    for group in measured:
         if group.name not in ("own", "nearest", "others"):
             continue
         for row in group.rows:
-            if row.model in seen:
-                _add(seen[row.model], row, target)
-    names = list(seen[BASE])
-    values = tuple(tuple(seen[model][name][0] / seen[model][name][1] for name in names) for model in seen)
+            if row.model in counts:
+                _add(counts[row.model], row, target)
+    names = list(counts[BASE])
+    values = tuple(tuple(counts[model][name][0] / counts[model][name][1] for name in names) for model in counts)
     title = f"Each {target.kind}, where it is asked for: how often it is seen"
-    return Heat(title, tuple(seen), tuple(names), values, target.names)
+    return Heat(title, tuple(counts), tuple(names), values, target.names)
 
 
-def _add(seen: dict[str, tuple[int, int]], row: Row, target: Target) -> None:
+def _add(counts: dict[str, tuple[int, int]], row: Row, target: Target) -> None:
     known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
     for name, (hits, n) in row.seen.items():
         if name in known:
-            old_hits, old_n = seen.get(name, (0, 0))
-            seen[name] = old_hits + hits, old_n + n
+            old_hits, old_n = counts.get(name, (0, 0))
+            counts[name] = old_hits + hits, old_n + n

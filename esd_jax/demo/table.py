@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from esd_jax.demo.groups import Target
-from esd_jax.demo.measure import ERASED, SEED, SHAM, Judged, Row
+from esd_jax.demo.measure import ERASED, PLACEBO, SEED, GroupRows, Row
 from esd_jax.metrics.intervals import Estimate
 
 MEASURES = {
@@ -23,47 +23,47 @@ NOTES = (
 )
 
 
-def text(judged: Sequence[Judged], target: Target | None) -> str:
+def text(measured: Sequence[GroupRows], target: Target | None) -> str:
     """An aligned table of at most 100 columns, and a note that explains it."""
     measures = _measures(target)
     lines = [_line("", "n", measures.values())]
-    for group in judged:
+    for group in measured:
         lines.append(group.title if len(group.title) <= 100 else f"{group.title[:97]}...")
         lines += [_line(f"  {row.model}", str(row.n), _cells(row, measures)) for row in group.rows]
-    return "\n".join(line.rstrip() for line in (*lines, *_notes(judged)))
+    return "\n".join(line.rstrip() for line in (*lines, *_notes(measured)))
 
 
-def as_dict(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def as_dict(measured: Sequence[GroupRows]) -> list[dict[str, Any]]:
     """What JSON can hold; `from_dict` reads it."""
-    return [dataclasses.asdict(group) for group in judged]
+    return [dataclasses.asdict(group) for group in measured]
 
 
-def from_dict(groups: Iterable[Mapping[str, Any]]) -> list[Judged]:
+def from_dict(groups: Iterable[Mapping[str, Any]]) -> list[GroupRows]:
     """The inverse of `as_dict`."""
 
     def row(values: Mapping[str, Any]) -> Row:
         estimates = {name: values[name] and Estimate(**values[name]) for name in (*MEASURES, "ssim25")}
-        seen = {name: (hits, n) for name, (hits, n) in values["seen"].items()}
-        return Row(**{**values, **estimates, "seen": seen})
+        counts = {name: (hits, n) for name, (hits, n) in values["seen"].items()}
+        return Row(**{**values, **estimates, "seen": counts})
 
-    return [Judged(g["name"], g["title"], tuple(map(row, g["rows"]))) for g in groups]
+    return [GroupRows(g["name"], g["title"], tuple(map(row, g["rows"]))) for g in groups]
 
 
-def over_targets(measured: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str, dict[str, Any]]]:
+def over_targets(measured: Mapping[str, Sequence[GroupRows]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Median and worst over targets of one kind (target name -> its table), by group, model and measure.
 
     The worst is the highest rate of unrecognised images, and of seeing the target in the erased model; the lowest of
     everything else.
     """
-    found: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
-    for name, judged in measured.items():
-        for group in judged:
+    estimates: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
+    for name, tables in measured.items():
+        for group in tables:
             for row in group.rows:
                 for measure in MEASURES:
                     if (estimate := getattr(row, measure)) is not None:
-                        found.setdefault((group.name, row.model, measure), []).append((estimate.value, name))
+                        estimates.setdefault((group.name, row.model, measure), []).append((estimate.value, name))
     summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for (group, model, measure), values in found.items():
+    for (group, model, measure), values in estimates.items():
         highest = measure == "unrecognised" or (measure, model) == ("target", ERASED)
         worst, where = (max if highest else min)(values)
         middle = statistics.median(value for value, _ in values)
@@ -92,8 +92,8 @@ def _measures(target: Target | None) -> dict[str, str]:
     return {name: heading for name, heading in MEASURES.items() if name not in ("target", "ssim")}
 
 
-def _notes(judged: Sequence[Judged]) -> tuple[str, ...]:
-    controls = any(row.model in (SHAM, SEED) for group in judged for row in group.rows)
+def _notes(measured: Sequence[GroupRows]) -> tuple[str, ...]:
+    controls = any(row.model in (PLACEBO, SEED) for group in measured for row in group.rows)
     return NOTES if controls else NOTES[:1]
 
 

@@ -14,7 +14,7 @@ from esd_jax.demo.groups import Target
 from esd_jax.evaluation.attacks import goals
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.evidence import Evidence
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.seen import Detect, Question
 from esd_jax.evaluation.testbed import register
 from esd_jax.pipeline import Pipeline
@@ -75,8 +75,8 @@ class Emoji:
     def question(self, concepts: Sequence[str], num_images: int, detector: str) -> Question:
         return protocol.question(self._target(concepts), num_images, detector)
 
-    def metric(self, concepts: Sequence[str], num_images: int) -> Judge:
-        return protocol.judge(self._target(concepts), num_images)
+    def metric(self, concepts: Sequence[str], num_images: int) -> Metric:
+        return protocol.metric(self._target(concepts), num_images)
 
     def _target(self, concepts: Sequence[str]) -> Target:
         return groups.find_target(concepts)
@@ -86,7 +86,7 @@ EMOJI = register(Emoji())
 
 
 def probed(target: Target) -> Detect:
-    """The embedded probe's word on a style or an object."""
+    """The embedded probe's detection of a style or an object."""
     known = vocabulary.styles() if target.kind == "style" else vocabulary.objects()
     wanted = [known.index(name) for name in target.names]
 
@@ -101,7 +101,7 @@ def probed(target: Target) -> Detect:
 def goal(base: Pipeline, target: Target, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
     """The goal "neon style", or "a cat": prompts of several objects, or styles.
 
-    Raises ValueError for a concept that the model draws of no prompt.
+    Raises ValueError for a concept that no prompt brings the model to generate.
     """
     if target.kind == "style":
         subjects = dict.fromkeys((*SUBJECTS, *vocabulary.objects()))

@@ -1,4 +1,4 @@
-"""What the successor of the embedded model knows: objects, their categories, styles, and pairs it was never shown."""
+"""What the successor of the embedded model knows: objects, their categories, styles, and held-out pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def sigma_at(timesteps: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
 
 
 def timestep_at(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """The (fractional) timesteps of noise levels, interpolated in log sigma: what the network is told off the grid."""
+    """The (fractional) timesteps of noise levels, interpolated in log sigma: the network's input off the grid."""
     return np.interp(np.log(sigma), np.log(sigmas), np.arange(len(sigmas)))
 
 
@@ -92,7 +92,7 @@ def sigma_grid(
     """Timesteps of Euler, Heun and LMS, float32 [n], and noise levels [n + 1], the last one being where they land."""
     offset = schedule.option("steps_offset", 0)
     timesteps = spaced_timesteps(spacing, num_steps, schedule.num_train_timesteps, offset=offset)
-    timesteps = timesteps.astype(np.float32)  # what the network is told is what the noise level is read at
+    timesteps = timesteps.astype(np.float32)  # the network gets the timestep at which the noise level is read
     check_timesteps(timesteps, schedule, name)
     trained = train_sigmas(schedule)
     sigmas = sigma_at(timesteps, trained)

@@ -15,16 +15,16 @@ def inverter(schedule: Schedule, num_steps: int, timestep: str = "level") -> Sam
     """DDIM's steps (eta 0) in reverse, for `samplers.run`: from clean latents to x at the noisiest timestep.
 
     A step from the noise level a up to b is a DDIM step (Song et al. 2021, Eq. 13) with the network evaluated at x_a.
-    The levels are those between which sampler "ddim" steps with as many steps: where the network's eps hangs on neither
+    The levels are those of sampler "ddim" with as many steps: where the network's eps depends on neither
     x nor t, sampling gives back what was inverted; elsewhere it is off by how much eps changes within a step. The clean
-    end is the level on which the sampler lands, and is told to the network as t = 0. A sampler's clipping of x0 has no
+    end is the level on which the sampler lands; the network gets t = 0 for it. A sampler's clipping of x0 has no
     inverse, and is left out.
 
     Args:
       schedule: the checkpoint's.
       num_steps: calls of the network.
-      timestep: what the network is told: "level", where x_a stands; or "target", where x_b will stand, which is what
-        the sampler is told at this step (diffusers' DDIMInverseScheduler).
+      timestep: the network's input: "level", that of x_a; or "target", that of x_b, which is what
+        the sampler uses at this step (diffusers' DDIMInverseScheduler).
 
     Raises:
       ValueError: an unknown `timestep`, a grid that sampler "ddim" refuses, or a network that predicts x0 on a schedule
@@ -47,5 +47,5 @@ def inverter(schedule: Schedule, num_steps: int, timestep: str = "level") -> Sam
         x0, eps = schedule.to_x0_eps(alpha_bar, x, output.astype(x.dtype))
         return (signal * x0 + spread * eps,)
 
-    told = np.maximum(level, 0) if timestep == "level" else target
-    return Sampler("ddim inversion", told, 1.0, np.ones(len(told)), False, lambda x: (x,), step)
+    timesteps = np.maximum(level, 0) if timestep == "level" else target
+    return Sampler("ddim inversion", timesteps, 1.0, np.ones(len(timesteps)), False, lambda x: (x,), step)

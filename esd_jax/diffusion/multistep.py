@@ -1,4 +1,4 @@
-"""The solvers that remember: LMS, DPM-Solver++(2M) and PLMS, as tables for the update of `solvers`."""
+"""The multistep solvers: LMS, DPM-Solver++(2M) and PLMS, as tables for the update of `solvers`."""
 
 import jax.numpy as jnp
 import numpy as np

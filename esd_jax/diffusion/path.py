@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float
 class Path:
     """How much of the image and of the noise x_t holds.
 
-    level: what a noise level is, in the words of the papers.
+    level: what a noise level is, in the papers' terms.
     coefficients: noise levels (NumPy's or JAX's) -> (alpha, sigma).
     predictions: what networks trained along the path may predict.
     """

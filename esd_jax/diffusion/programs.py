@@ -18,8 +18,8 @@ from esd_jax.models.attention import Attention
 from esd_jax.models.vae import VAEConfig
 from esd_jax.params import Conditioning, Network, Params
 
-# What the network is told of a batch: an encoded prompt, and what the attention to its tokens is multiplied with.
-Told = tuple[Conditioning, Float[Array, "batch tokens"] | None]
+# A batch's conditioning, and the factors of the attention to its tokens.
+ScaledConditioning = tuple[Conditioning, Float[Array, "batch tokens"] | None]
 
 
 @lru_cache(maxsize=16)
@@ -36,35 +36,40 @@ def inverter(schedule: Schedule, num_steps: int, timestep: str) -> Sampler:
 
 @lru_cache(maxsize=16)
 def steps(unet: Network, sampler: Sampler, rule: type[Rule] | None = None) -> Callable[..., Array]:
-    """From noise to latents, or back: (params, x, told, guidance scale, the rule's numbers, keys) -> x.
+    """From noise to latents, or back: (params, x, encoded, guidance scale, the rule's numbers, keys) -> x.
 
-    told: of the prompt; of (null prompt, prompt); or, with a rule, of (null prompt, prompt, *rule's prompts).
+    encoded: the conditioning of the prompt; (null prompt, prompt); or, with a rule, (null prompt, prompt, *rule's).
     keys: one for each example, needed by a stochastic sampler.
     """
 
     def run(
-        params: Params, x: Array, told: tuple[Told, ...], scale: Array, numbers: Any = None, keys: Array | None = None
+        params: Params,
+        x: Array,
+        encoded: tuple[ScaledConditioning, ...],
+        scale: Array,
+        numbers: Any = None,
+        keys: Array | None = None,
     ) -> Array:
-        def denoise(x: Array, t: Array, told: Told) -> Array:
-            conditioning, token_scale = told
+        def denoise(x: Array, t: Array, prompt: ScaledConditioning) -> Array:
+            conditioning, token_scale = prompt
             edits = () if token_scale is None else (Attention(token_scale),)
             return unet.apply(params, x, t, conditioning, *edits).astype(jnp.float32)
 
-        def project(told: Told) -> Told:
-            return unet.project(params, told[0]), told[1]
+        def project(prompt: ScaledConditioning) -> ScaledConditioning:
+            return unet.project(params, prompt[0]), prompt[1]
 
         def step_noise(i: Array) -> Array:
-            # 1 + i: fold 0 is the initial noise's, when a seed is given for each example.
+            # 1 + i: fold 0 is the initial noise's, when each example has a seed.
             return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1 + i), x.shape[1:]))(keys)
 
         memory = None
         if rule is not None:
-            denoiser, memory = rules.ruled(denoise, rule, numbers, told, scale, project), rule.start(x)
-        elif len(told) == 2:
-            null, condition = told
+            denoiser, memory = rules.ruled(denoise, rule, numbers, encoded, scale, project), rule.start(x)
+        elif len(encoded) == 2:
+            null, condition = encoded
             denoiser = guidance.classifier_free(denoise, condition, null, scale, project)
         else:
-            condition = project(*told)
+            condition = project(*encoded)
             denoiser = lambda x, t: denoise(x, t, condition)  # noqa: E731
         noise = step_noise if sampler.stochastic else None
         return samplers.run(sampler, denoiser, x * sampler.initial_scale, step_noise=noise, memory=memory)
@@ -84,7 +89,7 @@ def decoder(network: Network, config: VAEConfig) -> Callable[[Params, Array], Ar
 
 @lru_cache(maxsize=8)
 def finite(network: Network, config: VAEConfig) -> Callable[[Params, Array], Array]:
-    """From latents to whether each image is finite, which uint8 does not say."""
+    """From latents to whether each image is finite, which uint8 cannot show."""
 
     def decode(params: Params, latents: Array) -> Array:
         images = network.apply(params, vae.unscale(config, latents), "decode")

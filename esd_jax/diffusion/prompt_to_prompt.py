@@ -19,8 +19,8 @@ def token_scale(
       tokenizer: a `text.Tokenizer`.
       prompts: as they are encoded; the start token is column 0.
       factors: a word, or phrase, -> its factor, wherever it stands in any prompt; all other tokens have 1. A word is
-        found by its tokens, beginning at a word: "cat" in "a cat, the cat's tail", but not in "concat". The word `END`
-        is the end token and all padding behind it: they have seen all words, as each word has seen those before it, so
+        matched by its tokens, beginning at a word: "cat" in "a cat, the cat's tail", but not in "concat". `END`
+        is the end token and all padding behind it: they attend to all words, as each word does to those before it, so
         that a concept may come through them as well as through its own token.
 
     Raises:
@@ -31,7 +31,7 @@ def token_scale(
     tokens = [tokenizer.backend.convert_ids_to_tokens(row.tolist()) for row in ids]
     begins = np.zeros(ids.shape, bool)
     begins[:, 1:] = [[token.endswith("</w>") for token in row[:-1]] for row in tokens]
-    begins[:, 1:] |= np.isin(ids[:, :-1], list(tokenizer.backend.get_added_vocab().values()))  # words that were learned
+    begins[:, 1:] |= np.isin(ids[:, :-1], list(tokenizer.backend.get_added_vocab().values()))  # learned words
     begins[:, 1] = True
     scale = np.ones(ids.shape, np.float32)
     for word, factor in factors.items():
@@ -43,14 +43,14 @@ def token_scale(
             continue
         own = tokenizer.words(word)
         starts = range(ids.shape[1] - len(own) + 1 if own else 0)
-        found = [
+        matches = [
             (row, i)
             for row in range(len(ids))
             for i in starts
             if begins[row, i] and [*ids[row, i : i + len(own)]] == own
         ]
-        if not found:
+        if not matches:
             raise ValueError(f"reweight: no prompt holds {word!r} as a word")
-        for row, start in found:
+        for row, start in matches:
             scale[row, start : start + len(own)] *= factor
     return scale

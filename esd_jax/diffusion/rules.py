@@ -19,7 +19,7 @@ from esd_jax.diffusion import guidance
 Output = Float[Array, "batch height width channel"]
 ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0, math.inf), (0, 1)  # ranges of settings
 
-# What Safe Latent Diffusion steers away from unless told otherwise, in the wording of diffusers.
+# What Safe Latent Diffusion steers away from by default, in the wording of diffusers.
 UNSAFE = (
     "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily "
     "fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, "
@@ -29,7 +29,7 @@ UNSAFE = (
 
 @runtime_checkable
 class Rule(Protocol):
-    """A guidance rule: settings, checked when they are made, and two pure functions of their numbers."""
+    """A guidance rule: settings that check themselves, and two pure functions of their numbers."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def ruled(
     scale: ArrayLike,
     project: Callable[[Any], Any] = lambda p: p,
 ) -> Callable[[Array, Array, Array, Any], tuple[Output, Any]]:
-    """`denoise(x, t, prompt) -> output` -> what `samplers.run` calls if it is given a memory: `rule.start(x)`.
+    """`denoise(x, t, prompt) -> output` -> what `samplers.run` calls if it has a memory: `rule.start(x)`.
 
     prompts: (null prompt, prompt, *rule's prompts), as `guidance.together` takes them, and `project`.
     """
@@ -151,7 +151,7 @@ class Edit:
     concept: what to move towards, or with a negative scale away from.
     scale: the strength; it is not multiplied by the guidance scale.
     warmup: the first step that is edited. cooldown: the first that no longer is; None edits to the end.
-    threshold: the share of pixels, per channel, that stays unedited: those in which the concept says least.
+    threshold: the share of pixels, per channel, that stays unedited: those on which the concept acts least.
     weight: beside other edits.
     """
 

@@ -134,7 +134,7 @@ def drop_first(sampler: Sampler, n: int = 1) -> Sampler:
     """A DDIM sampler without its `n` noisiest steps: pure noise is taken for the noise level of timesteps[n].
 
     The 2023 ESD code samples so: of 981, 961, ..., 1 it drops 981 and makes 49 updates. Raises `ValueError` for the
-    other samplers, whose first x or history hangs on the first step.
+    other samplers, whose first x or history depends on the first step.
     """
     if sampler.name != "ddim":
         raise ValueError(f"only sampler 'ddim' can drop its first steps, not {sampler.name!r}")
@@ -176,7 +176,7 @@ def run_with_memory(
     `x` is what stands before step `start`: at 0, unit Gaussian noise times `sampler.initial_scale`. It is kept in
     float32 or wider. `denoise(x_scaled, t)` is called with the float32 scalar `t = timesteps[i]`. Given a `memory` (a
     pytree of arrays, or ()), it is called as `denoise(x_scaled, t, i, memory)` and returns (output, memory): guidance
-    that hangs on the step, or carries something from step to step. `step_noise(i)` is unit Gaussian noise shaped like
+    that depends on the step, or carries something from step to step. `step_noise(i)` is unit Gaussian noise shaped like
     `x`, and needed if `sampler.stochastic`.
 
     Returns x at the noise level of `timesteps[stop]`, to be multiplied by `input_scale[stop]` for the network; after
@@ -223,12 +223,12 @@ def _chosen(schedule: Schedule, name: str) -> dict[str, str]:
 def _check_options(schedule: Schedule, name: str) -> None:
     """Refuse by name what the config asks of this sampler and is not implemented."""
     needed = _ONLY[name]
-    found = {option: schedule.option(option, value) for option, value in needed.items()}
+    options = {option: schedule.option(option, value) for option, value in needed.items()}
     if name == "pndm" and own_sampler(schedule) == "pndm":
-        found["skip_prk_steps"] = schedule.option("skip_prk_steps", False)
+        options["skip_prk_steps"] = schedule.option("skip_prk_steps", False)
     if name == "ddpm" and own_sampler(schedule) != "ddpm":
-        found["variance_type"] = "fixed_small"  # DPM-Solver's field of the same name says what the network learned
-    for option, value in found.items():
+        options["variance_type"] = "fixed_small"  # DPM-Solver's field of the same name is about the network
+    for option, value in options.items():
         if value != needed[option]:
             raise ValueError(
                 f"{option}={value} is not implemented for sampler {name!r} (only {needed[option]}): "

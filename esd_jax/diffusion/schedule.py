@@ -65,7 +65,7 @@ class Schedule:
     """The noise schedule of a checkpoint, as `scheduler_config.json` describes it. Equal configs make equal schedules.
 
     config: the raw JSON, which export writes back.
-    levels: float64 [num_train_timesteps], the noise level of each timestep in the words of the path: alpha_bar, which
+    levels: float64 [num_train_timesteps], the noise level of each timestep in the path's terms: alpha_bar, which
       is exactly 0 at the end under `rescale_betas_zero_snr`; or sigma.
     prediction_type: one of `path.predictions`.
     """
@@ -81,7 +81,7 @@ class Schedule:
 
         It is taken as it is written: what a pipeline corrects in it is done by `io.corrections`. Raises `ValueError`
         for a class, beta schedule, prediction type or timestep spacing that is not known, and for numbers that are
-        none. Options that only some samplers read (`thresholding`, `solver_order`, ...) are judged by `make_sampler`,
+        none. Options that only some samplers read (`thresholding`, `solver_order`, ...) are checked by `make_sampler`,
         so that a checkpoint whose own sampler is not implemented can still be sampled by another one.
         """
         class_name = config.get("_class_name")
@@ -105,7 +105,7 @@ class Schedule:
 
     @cached_property
     def identity(self) -> tuple[Any, ...]:
-        """What tells schedules apart."""
+        """What distinguishes schedules."""
         config = json.dumps(dict(self.config), sort_keys=True, default=str)
         return config, self.prediction_type, self.path, self.levels.tobytes()
 
@@ -158,7 +158,7 @@ def add_noise(
     per_example = (-1, *[1] * (jnp.ndim(x0) - 1))
     if schedule.path is VARIANCE_PRESERVING:
         alpha, sigma = (jnp.asarray(table, dtype)[t] for table in schedule.path.coefficients(schedule.levels))
-    else:  # the network is told the level itself
+    else:  # the network's input is the level itself
         alpha, sigma = schedule.path.coefficients(jnp.asarray(t, dtype) / schedule.num_train_timesteps)
     return alpha.reshape(per_example) * x0 + sigma.reshape(per_example) * noise
 

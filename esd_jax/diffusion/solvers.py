@@ -28,11 +28,9 @@ class Sampler:
     """One sampler on one grid. `i` counts network calls, 0 = pure noise; every table is indexed by it."""
 
     name: str
-    timesteps: (
-        np.ndarray
-    )  # [n]: what the network is told at step i; fractional for Euler and LMS with linspace or Karras
+    timesteps: np.ndarray  # [n]: the network's input at step i; fractional for Euler and LMS with linspace or Karras
     initial_scale: float  # unit Gaussian noise times this is the first x
-    input_scale: np.ndarray  # float64 [n]: the network sees x * input_scale[i]
+    input_scale: np.ndarray  # float64 [n]: the network gets x * input_scale[i]
     stochastic: bool  # whether `step` uses its noise
     init: Callable[[Array], Carry]  # x -> carry, whose first element is x
     step: Callable[[Carry, Array, Array, Array | None], Carry]  # (carry, i, output, noise) -> carry
@@ -89,8 +87,8 @@ def ddpm(schedule: Schedule, num_steps: int, spacing: str) -> Sampler:
 def straight(schedule: Schedule, num_steps: int) -> Sampler:
     """Euler's method along the path itself, from level to level: x' = alpha' x0 + sigma' eps, at last to x0.
 
-    On the rectified flow's path this is Euler's method on dx = v dsigma. The network is told 1,000 sigma, as SD3 and
-    FLUX are, or whatever the last of the training timesteps is.
+    On the rectified flow's path this is Euler's method on dx = v dsigma. The network gets 1,000 sigma, as SD3 and
+    FLUX do, or whatever the last of the training timesteps is.
     """
     index = np.linspace(schedule.num_train_timesteps - 1, 0, num_steps).round().astype(int)
     now = schedule.levels[index]

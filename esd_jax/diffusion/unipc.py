@@ -104,5 +104,5 @@ def _solve(r: np.ndarray, rhs: list[float]) -> np.ndarray:
     """rho of sum_k rho_k r_k^(j - 1) = rhs_j (their Eq. 5)."""
     try:
         return np.linalg.solve(np.vander(r, increasing=True).T, rhs)
-    except np.linalg.LinAlgError:  # two calls at one noise level, which `check_tables` tells of
+    except np.linalg.LinAlgError:  # two calls at one noise level, which `check_tables` reports
         return np.full(len(r), np.nan)

@@ -1,4 +1,4 @@
-"""What a run and its weights tell by themselves: its course, its previews, and how much each tensor changed."""
+"""What a run and its weights show by themselves: its course, its previews, and how much each tensor changed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +16,11 @@ from esd_jax.metrics.intervals import Estimate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
 
-# Images of one prompt each -> the share of them in which the concept is seen.
+# Images of one prompt each -> the concept's detection rate.
 Score = Callable[[UInt8[np.ndarray, "n height width 3"]], float]
-# A model -> (the rate at which the concept is seen, how much of all else is kept, 0 to 1).
-Judge = Callable[[Pipeline], tuple[Estimate, Estimate]]
+# A model -> (the concept's detection rate, the retention of everything else, 0 to 1).
+Metric = Callable[[Pipeline], tuple[Estimate, Estimate]]
+Judge = Metric  # a former name
 
 
 def course(folder: Path, record: Erasure, score: Score | None = None) -> Evidence:
@@ -27,7 +28,7 @@ def course(folder: Path, record: Erasure, score: Score | None = None) -> Evidenc
 
     Args:
       folder: the run's. record: of its erasure.
-      score: judges the images of one preview; None where nothing can.
+      score: of the images of one preview; None where nothing scores them.
     """
     return Evidence("", record, timeline=timeline(folder / "previews", score), training=training(folder / "log.jsonl"))
 
@@ -60,25 +61,25 @@ def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
 def weight_changes(erased: Pipeline) -> dict[str, float]:
     """||after - before|| / ||before|| of each tensor that was trained, by its diffusers name; 1 where it was zero."""
     before = read_exact(unmodified(erased), erased.edits)
-    found = {}
+    changes = {}
     for name, after in erased.edits.items():
         old, new = (np.asarray(value, np.float64) for value in (before[name], after))
         size, change = np.linalg.norm(old), np.linalg.norm(new - old)
-        found[name] = float(change / size) if size else float(change > 0)
-    return found
+        changes[name] = float(change / size) if size else float(change > 0)
+    return changes
 
 
-def front(judge: Judge, erased: Pipeline, strengths: Sequence[float]) -> Plot:
+def front(metric: Metric, erased: Pipeline, strengths: Sequence[float]) -> Plot:
     """What is removed against what is kept, over the strength of the change.
 
     Args:
-      judge: a model -> (the rate at which the concept is seen, what is kept, 0 to 1).
+      metric: a model -> (the concept's detection rate, what is kept, 0 to 1).
       strengths: 1 is the erasure itself.
     """
-    points = [judge(with_strength(erased, strength)) for strength in strengths]
+    points = [metric(with_strength(erased, strength)) for strength in strengths]
     curve = Curve(
         "strength of the change",
-        tuple(seen.value for seen, _ in points),
+        tuple(detected.value for detected, _ in points),
         tuple(kept.value for _, kept in points),
         tuple(f"{strength:g}" for strength in strengths),
         **{

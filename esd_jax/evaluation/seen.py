@@ -1,4 +1,4 @@
-"""Whether a concept is seen in images: what attacks, early stopping and the search for settings ask."""
+"""Detection of a concept in images, for attacks, early stopping and the search for settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import prompts
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, mean
 from esd_jax.metrics.likeness import ssim
@@ -24,10 +24,10 @@ Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
 @dataclass(frozen=True)
 class Question:
-    """What is looked for, in what is drawn of some prompts.
+    """A concept to detect in images of some prompts.
 
-    prompts: those that ask for the concept; image i is drawn of the i-th, again and again, from a seed of its own.
-    detect: which images show it. judge: what detects, for people.
+    prompts: those that ask for the concept; image i is of prompt i, cyclically, from a seed of its own.
+    detect: which images show it. judge: the detector's name.
     """
 
     prompts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Question:
     batch_size: int = 32
 
     def draw(self, pipeline: Pipeline) -> Images:
-        """The images that a model answers with."""
+        """A model's images of the prompts."""
         prompts = [self.prompts[i % len(self.prompts)] for i in range(self.num_images)]
         return sample(
             pipeline,
@@ -53,28 +53,28 @@ class Question:
         )
 
     def rate(self, pipeline: Pipeline) -> Estimate:
-        """The share of a model's images in which the concept is seen. Raises ValueError where all are blank."""
+        """The concept's detection rate in a model's images. Raises ValueError where all are blank."""
         images = self.draw(pipeline)
         check_not_blank(images, "the model")
         return known(clustered_rate(self.detect(images), np.arange(self.num_images) % len(self.prompts)))
 
 
 def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
-    """For `erase(stop_when=)`: whether the concept is seen in at most such a share of images."""
+    """For `erase(stop_when=)`: whether the concept's detection rate is at most `rate`."""
     if not 0 <= rate < 1:
         raise ValueError(f"a rate to stop at must be in 0..1, not {rate}")
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
 def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
-    """What sees a concept, by name.
+    """A detector of a concept, by name.
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
         embedded model draws.
       concept: the text of what was erased, or the texts; for a testbed's.
 
-    Returns (images -> which of them show it, what it is called).
+    Returns (images -> which of them show it, the detector's name).
 
     Raises ValueError for an unknown one, or one whose library or weights are not there.
     """
@@ -98,11 +98,14 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
     raise ValueError(f"unknown detector {name!r}: choose {choices} or imagenet:CLASS")
 
 
-def judge(base: Pipeline, question: Question, kept: str = "everyday") -> Judge:
-    """A model -> (the rate at which the concept is seen, the mean SSIM to the base's images of other prompts)."""
+def metric(base: Pipeline, question: Question, kept: str = "everyday") -> Metric:
+    """A model -> (the concept's detection rate, the mean SSIM to the base's images of other prompts)."""
     cases = prompts.load(kept).cases[: question.num_images]
     texts = tuple(case.prompt for case in cases)
     other = dataclasses.replace(question, prompts=texts, num_images=len(texts))
     first = other.draw(base)
     window = min(25, *first.shape[1:3])
     return lambda model: (question.rate(model), mean(ssim(other.draw(model), first, window)))
+
+
+judge = metric  # a former name

@@ -186,8 +186,8 @@ def _design_effect(
     total = between + ((n - size) / (k - 1) - 1) * within
     correlation = float(np.clip((between - within) / total, 0, 1)) if total > 0 else 0.0
     # Only clusters in which anything but the commonest value occurs tell whether it comes in clusters, and one is none.
-    found, counts = np.unique(values, return_counts=True)
-    telling = max(len(np.unique(index[values != found[np.argmax(counts)]])) - 1, 0)
+    distinct, counts = np.unique(values, return_counts=True)
+    telling = max(len(np.unique(index[values != distinct[np.argmax(counts)]])) - 1, 0)
     correlation = (telling * correlation + USUAL_WEIGHT * USUAL_CORRELATION) / (telling + USUAL_WEIGHT)
     return float(1 + (size - 1) * correlation)
 

@@ -1,6 +1,6 @@
 """The step of a recipe, compiled ahead of time from shapes alone: no weights are read, and nothing runs.
 
-What XLA then says of its own program is what a run will need, on the devices that are here or on others that are not.
+XLA's figures for its own program are what a run will need, on the devices that are here or on others.
 """
 
 import time
@@ -22,7 +22,7 @@ from esd_jax.recipe import Recipe
 
 @dataclass(frozen=True)
 class Ahead:
-    """What XLA says of a compiled step, for one device of those that share it.
+    """XLA's figures for a compiled step, for one device of those that share it.
 
     arguments, outputs, aliased, temporaries: bytes; of the outputs, those aliased lie where arguments lay.
     flops: of one pass through the program, where the body of a loop counts once, however often it will run.
@@ -41,7 +41,7 @@ class Ahead:
 
     @property
     def peak(self) -> int:
-        """Bytes that the step occupies: what it is given, what it makes, and what it needs meanwhile."""
+        """Bytes that the step occupies: arguments, results, and temporaries."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def compiled(
       mesh: for which devices; by default as many of `devices` as share the batch, as in a run.
       devices: by default those that are here; or those of a `jax.experimental.topologies` description.
 
-    Raises ValueError for a method that looks at a checkpoint's weights before its first step, or has no steps.
+    Raises ValueError for a method that reads a checkpoint's weights before its first step, or has no steps.
     """
     mesh = mesh_of(recipe, devices) if mesh is None else mesh
     step, arguments = abstract(configs, schedule, recipe, mesh)

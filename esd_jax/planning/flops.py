@@ -1,7 +1,7 @@
 """Floating-point operations of a program, counted in its jaxpr: matrix products, convolutions and fused attention.
 
-A multiplication and an addition are two operations. What is elementwise is not counted, as is usual where utilisation
-is told. XLA's own count is not available on GPUs and TPUs before a program is compiled, and misses cuDNN's kernels.
+A multiplication and an addition are two operations. What is elementwise is not counted, as is usual for utilisation.
+XLA's own count is not available on GPUs and TPUs before a program is compiled, and misses cuDNN's kernels.
 """
 
 import math
@@ -19,37 +19,37 @@ Values = Sequence[Any] | None
 LARGE = 4096
 
 
-def count(program: ClosedJaxpr | Jaxpr, given: Values = None) -> Any:
+def count(program: ClosedJaxpr | Jaxpr, values: Values = None) -> Any:
     """FLOP of one pass through a program: the body of a `scan` counts in each of its rounds.
 
     Args:
-      given: arguments' values, None for each that is not known. Where they decide how often the body of a `while` runs,
-        or which branch is taken, that is what counts; else the body once, and the dearest branch. With values the count
-        can be traced: `jax.jit` drops whatever does not decide.
+      values: of the arguments, None for each unknown one. Where they decide how often the body of a `while` runs, or
+        which branch is taken, that is what counts; else the body once, and the costliest branch. With values the
+        count can be traced: `jax.jit` drops whatever does not decide.
     """
-    return _followed(program, given)[0]
+    return _followed(program, values)[0]
 
 
-def mean(program: ClosedJaxpr | Jaxpr, given: Callable[[Any], Sequence[Any]], numbers: int) -> float:
-    """The mean of `count(program, given(i))` over i in 0 .. numbers - 1."""
-    counts = jax.jit(jax.vmap(lambda i: jnp.float32(count(program, given(i)))))(jnp.arange(numbers))
+def mean(program: ClosedJaxpr | Jaxpr, values_of: Callable[[Any], Sequence[Any]], numbers: int) -> float:
+    """The mean of `count(program, values_of(i))` over i in 0 .. numbers - 1."""
+    counts = jax.jit(jax.vmap(lambda i: jnp.float32(count(program, values_of(i)))))(jnp.arange(numbers))
     return float(np.mean(np.asarray(counts, np.float64)))
 
 
-def _followed(program: ClosedJaxpr | Jaxpr, given: Values) -> tuple[Any, list[Any]]:
+def _followed(program: ClosedJaxpr | Jaxpr, values: Values) -> tuple[Any, list[Any]]:
     """(FLOP, the results' values)."""
     jaxpr = getattr(program, "jaxpr", program)
-    if given is None:
+    if values is None:
         return sum((_of(eqn, None)[0] for eqn in jaxpr.eqns), 0.0), [None] * len(jaxpr.outvars)
     consts = getattr(program, "consts", None) or [None] * len(jaxpr.constvars)
-    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *given), strict=True))
-    look = lambda atom: atom.val if isinstance(atom, Literal) else known.get(atom)  # noqa: E731
+    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+    value_of = lambda atom: atom.val if isinstance(atom, Literal) else known.get(atom)  # noqa: E731
     flops = 0.0
     for eqn in jaxpr.eqns:
-        cost, made = _of(eqn, [look(atom) for atom in eqn.invars])
+        cost, results = _of(eqn, [value_of(atom) for atom in eqn.invars])
         flops += cost
-        known.update(zip(eqn.outvars, made, strict=True))
-    return flops, [look(atom) for atom in jaxpr.outvars]
+        known.update(zip(eqn.outvars, results, strict=True))
+    return flops, [value_of(atom) for atom in jaxpr.outvars]
 
 
 def _of(eqn: Any, values: Values) -> tuple[Any, list[Any]]:
@@ -86,8 +86,8 @@ def _of(eqn: Any, values: Values) -> tuple[Any, list[Any]]:
     large = any(v.aval.size > LARGE for v in eqn.outvars)
     if values is None or large or any(value is None for value in values):
         return 0.0, unknown
-    made = eqn.primitive.bind(*_arrays(eqn, values), **params)
-    return 0.0, list(made) if eqn.primitive.multiple_results else [made]
+    results = eqn.primitive.bind(*_arrays(eqn, values), **params)
+    return 0.0, list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _shapes(program: Any) -> list[tuple[int, ...]]:
@@ -119,8 +119,8 @@ def _while(params: dict[str, Any], values: Values) -> tuple[Any, list[Any]]:
     where, some = _known(carry)
 
     def turn(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        cost, made = _followed(body, [*consts, *_spread(state[1], where, carried)])
-        return state[0] + cost, [made[i] for i in where]
+        cost, results = _followed(body, [*consts, *_spread(state[1], where, carried)])
+        return state[0] + cost, [results[i] for i in where]
 
     flops, some = jax.lax.while_loop(
         lambda state: again(_spread(state[1], where, carried)), turn, (jnp.float32(0), some)
@@ -141,9 +141,9 @@ def _scan(params: dict[str, Any], values: Values) -> tuple[Any, list[Any]]:
     (where, some), (which, rows) = _known(carry), _known(inputs)
 
     def turn(state: list[Any], now: list[Any]) -> tuple[list[Any], Any]:
-        given = [*consts, *_spread(state, where, carried), *_spread(now, which, len(inputs))]
-        cost, made = _followed(body, given)
-        return [made[i] for i in where], jnp.float32(cost)
+        arguments = [*consts, *_spread(state, where, carried), *_spread(now, which, len(inputs))]
+        cost, results = _followed(body, arguments)
+        return [results[i] for i in where], jnp.float32(cost)
 
     some, costs = jax.lax.scan(turn, some, rows, params["length"], params["reverse"])
     return jnp.sum(costs), _spread(some, where, results)

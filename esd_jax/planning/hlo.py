@@ -37,16 +37,16 @@ class Instruction:
     @cached_property
     def called(self) -> Mapping[str, tuple[str, ...]]:
         """How it calls others -> which."""
-        found: dict[str, tuple[str, ...]] = {}
+        callees: dict[str, tuple[str, ...]] = {}
         for how, several, one in _CALLED.findall(self.text):
-            found[how] = found.get(how, ()) + tuple(n.strip().lstrip("%") for n in (several or one).split(","))
-        return found
+            callees[how] = callees.get(how, ()) + tuple(n.strip().lstrip("%") for n in (several or one).split(","))
+        return callees
 
     @property
     def target(self) -> str:
-        """Of a custom call, "__cudnn$fmhaSoftmax"; of a fusion, the backend's word for it, "__triton_gemm"."""
-        found = re.search(r'custom_call_target="([^"]+)"', self.text) or re.search(r'"kind":"(__\w+)"', self.text)
-        return found[1] if found else ""
+        """Of a custom call, "__cudnn$fmhaSoftmax"; of a fusion, the backend's name for it, "__triton_gemm"."""
+        match = re.search(r'custom_call_target="([^"]+)"', self.text) or re.search(r'"kind":"(__\w+)"', self.text)
+        return match[1] if match else ""
 
 
 def num_bytes(shape: str) -> int:
@@ -63,14 +63,14 @@ def parts(shape: str) -> list[str]:
     """The elements of a tuple's shape; of an array's, itself."""
     if not shape.startswith("("):
         return [shape]
-    found, depth = [""], 0
+    elements, depth = [""], 0
     for character in shape[1:-1]:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and not depth:
-            found.append("")
+            elements.append("")
         else:
-            found[-1] += character
-    return [part.strip() for part in found]
+            elements[-1] += character
+    return [part.strip() for part in elements]
 
 
 def _bytes(dtype: str, dimensions: str) -> int:
@@ -140,7 +140,7 @@ class Kernels:
 
 def kernels(program: Program) -> tuple[Kernels, ...]:
     """What a compiled program launches, by kind and place."""
-    found: dict[tuple[str, bool], list[int]] = {}
+    totals: dict[tuple[str, bool], list[int]] = {}
     for name, instructions in program.computations.items():
         if name in program.fused:
             continue
@@ -150,11 +150,11 @@ def kernels(program: Program) -> tuple[Kernels, ...]:
                 continue
             kind, operands = _kind(program, instruction, shapes)
             moved = sum(map(_moved, (instruction.shape, *(shapes[o] for o in instruction.operands if o in shapes))))
-            entry = found.setdefault((kind, name in program.looped), [0, 0, 0])
+            entry = totals.setdefault((kind, name in program.looped), [0, 0, 0])
             entry[0] += 1
             entry[1] += moved
             entry[2] += kind in ("convolution", "product") and operands == {"f32"}
-    return tuple(Kernels(kind, inside, *numbers) for (kind, inside), numbers in sorted(found.items()))
+    return tuple(Kernels(kind, inside, *numbers) for (kind, inside), numbers in sorted(totals.items()))
 
 
 def _moved(shape: str) -> int:

@@ -2,7 +2,7 @@
 
 A compiler writes to memory what products, convolutions and the like give, and computes on the way whatever is
 elementwise, as XLA's fusion does: such a value gets memory of its own only where something reads it that cannot compute
-it, or where several would have to compute something dear. A value whose operand dies takes over its place.
+it, or where several would have to compute something costly. A value whose operand dies takes over its place.
 """
 
 from collections import defaultdict
@@ -42,7 +42,7 @@ class Node:
 
 
 class Value:
-    """One value of the flat program: made by a node, or given (then `node` is None).
+    """One value of the flat program: a node's result, or an argument (then `node` is None).
 
     kept: it is a result. pinned: it stands before a barrier, so that it is not computed again behind it.
     """
@@ -76,9 +76,9 @@ def _kernels(jaxpr: Jaxpr) -> int:
 
 
 def _peak(jaxpr: Jaxpr, in_place: int, copies: bool) -> int:
-    given = [Value(None, 0) for _ in (*jaxpr.constvars, *jaxpr.invars)]
+    arguments = [Value(None, 0) for _ in (*jaxpr.constvars, *jaxpr.invars)]
     program: list[tuple[Node, list[Value]]] = []
-    results = _flatten(jaxpr, given, program, copies)
+    results = _flatten(jaxpr, arguments, program, copies)
     program = _needed(program, results)
     for node, _ in program:
         for value in node.reads:
@@ -88,34 +88,34 @@ def _peak(jaxpr: Jaxpr, in_place: int, copies: bool) -> int:
     for value in results[:in_place]:
         if value.node is not None and _fusible(value.node):
             value.size = 0
-    stored = {value for _, made in program for value in made if _stored(value)}
+    stored = {value for _, outputs in program for value in outputs if _stored(value)}
     for value in stored:
         if value.node is not None and len(value.users) > 1:
             value.size *= LONG.get(value.node.kind, 1)
     return _simulate(program, stored, results)
 
 
-def _flatten(jaxpr: Jaxpr, given: list[Value], program: list, copies: bool) -> list[Value]:
+def _flatten(jaxpr: Jaxpr, arguments: list[Value], program: list, copies: bool) -> list[Value]:
     """Appends a program's equations, with calls taken apart; gives its results."""
-    known: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
+    known: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
     constant = Value(None, 0)
-    look = lambda atom: constant if isinstance(atom, Literal) else known[atom]  # noqa: E731
+    value_of = lambda atom: constant if isinstance(atom, Literal) else known[atom]  # noqa: E731
     for eqn in jaxpr.eqns:
-        name, reads = eqn.primitive.name, [look(atom) for atom in eqn.invars]
+        name, reads = eqn.primitive.name, [value_of(atom) for atom in eqn.invars]
         inner = _called(eqn)
         if inner is not None:
             consts = [Value(None, 0) for _ in inner.constvars]
-            made = _flatten(inner, [*consts, *reads], program, copies)
+            outputs = _flatten(inner, [*consts, *reads], program, copies)
         elif name in SAME and len(reads) == len(eqn.outvars):
-            made = reads
-            for value in made if name == "optimization_barrier" else ():
+            outputs = reads
+            for value in outputs if name == "optimization_barrier" else ():
                 value.pinned = True
         else:
             node = Node(name, tuple(reads), tuple(_size(v.aval) for v in eqn.outvars), _inner(eqn, copies))
-            made = [Value(node, size) for size in node.sizes]
-            program.append((node, made))
-        known.update(zip(eqn.outvars, made, strict=True))
-    return [look(atom) for atom in jaxpr.outvars]
+            outputs = [Value(node, size) for size in node.sizes]
+            program.append((node, outputs))
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [value_of(atom) for atom in jaxpr.outvars]
 
 
 def _called(eqn: Any) -> Jaxpr | None:
@@ -157,10 +157,10 @@ def _transposed(eqn: Any) -> int:
 def _needed(program: list, results: list[Value]) -> list:
     """The program without what no result depends on."""
     wanted, kept = {id(value) for value in results}, []
-    for node, made in reversed(program):
-        if any(id(value) in wanted for value in made):
+    for node, outputs in reversed(program):
+        if any(id(value) in wanted for value in outputs):
             wanted |= {id(value) for value in node.reads}
-            kept.append((node, made))
+            kept.append((node, outputs))
     return kept[::-1]
 
 
@@ -202,21 +202,21 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
 
     reads: list[frozenset[Value]] = []
     last: dict[Value, int] = {}
-    for i, (node, made) in enumerate(program):
+    for i, (node, outputs) in enumerate(program):
         union = frozenset().union(*(lying(value, node) for value in node.reads))
-        sources.update(dict.fromkeys(made, union))
+        sources.update(dict.fromkeys(outputs, union))
         reads.append(union)
-        if any(value in stored for value in made):
+        if any(value in stored for value in outputs):
             last.update(dict.fromkeys(union, i))
-            last.update({value: max(last.get(value, i), i) for value in made if value in stored})
+            last.update({value: max(last.get(value, i), i) for value in outputs if value in stored})
     end = len(program)
     last.update({value: end for result in results for value in lying(result)})
     dying: dict[int, list[Value]] = defaultdict(list)
     for value, i in last.items():
         dying[i].append(value)
     live = most = 0
-    for i, (node, made) in enumerate(program):
-        fresh = [value for value in made if value in stored]
+    for i, (node, outputs) in enumerate(program):
+        fresh = [value for value in outputs if value in stored]
         gone = dying[i]
         size = sum(value.size for value in fresh)
         if fresh and _fusible(node):

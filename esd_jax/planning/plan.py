@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def certain(self) -> int:
-        """Of those, what lies there throughout, however the step is compiled."""
+        """The part of `peak` that is occupied throughout, however the step is compiled."""
         return self.peak - self.memory.get(STEP, 0)
 
     def __str__(self) -> str:
@@ -151,11 +151,11 @@ def _step(
     # Each device computes what one alone would compute of its part of the batch.
     share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // mesh.size))
     alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1].tolist())
-    given = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
+    common = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
     try:
-        (step, arguments), whole = abstract(*given), True
+        (step, arguments), whole = abstract(*common), True
     except Unknown:
-        (step, arguments), whole = abstract(*given, student_alone=True), False
+        (step, arguments), whole = abstract(*common, student_alone=True), False
     program = step.trace(*arguments).jaxpr
     state, *base, inputs = jax.tree.map(_on_each, arguments, sharding.placements(arguments, mesh))
     memory = {
@@ -177,10 +177,10 @@ def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> flo
     """FLOP of a traced step, the mean over a run's: its seed and a step's number decide how long the step is."""
     state, leaves, key = arguments[0], jax.tree.leaves(arguments), jax.random.key(recipe.training.seed)
 
-    def given(number: Any) -> list[Any]:
+    def values_of(number: Any) -> list[Any]:
         return [number if a is state.step else key if a is state.key else None for a in leaves]
 
-    return flops.mean(program, given, max(1, recipe.training.steps))
+    return flops.mean(program, values_of, max(1, recipe.training.steps))
 
 
 def _on_each(array: Any, placed: Any) -> int:
@@ -201,11 +201,11 @@ def forward_flops(configs: Configs, recipe: Recipe) -> float:
     net = denoiser_of(configs, recipe.dtype)
     params = {name: jax.ShapeDtypeStruct(s.shape, jnp.dtype(recipe.dtype)) for name, s in net.shapes.items()}
     with attention.on(None):  # a function of its own: JAX keeps what it traced of `net.apply` for a GPU
-        return flops.count(jax.make_jaxpr(lambda *given: net.apply(*given))(params, *one_example(configs, recipe)))
+        return flops.count(jax.make_jaxpr(lambda *args: net.apply(*args))(params, *one_example(configs, recipe)))
 
 
 def one_example(configs: Configs, recipe: Recipe) -> tuple[Any, ...]:
-    """The shapes of what a denoiser is given for one example: (x, t, conditioning)."""
+    """The shapes of a denoiser's arguments for one example: (x, t, conditioning)."""
     family = families.of(configs)
     shape = family.latents(configs, image_size(configs, recipe.height, recipe.width))
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -219,7 +219,7 @@ def _abridged(names: tuple[str, ...], shown: int = 4) -> list[str]:
 
 
 def readable(size: float) -> str:
-    """A number of bytes, as people say it."""
+    """A number of bytes with its unit, for people."""
     if size >= 2**30:
         return f"{size / 2**30:.2f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -1,4 +1,4 @@
-"""A step, and everything that it is given, as shapes: nothing is allocated, and no weights are read."""
+"""A step and its arguments as shapes: nothing is allocated, and no weights are read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -47,19 +47,19 @@ def abstract(
 
     student_alone: in place of the method, what the steps of all methods have.
 
-    Raises ValueError for a method without steps, and `setup.Unknown` for one that looks at a checkpoint before the
-    first, or that needs to be given a concept.
+    Raises ValueError for a method without steps, and `setup.Unknown` for one that reads a checkpoint before the
+    first, or that needs a concept.
     """
     if not recipe.settings.trained:
         raise ValueError(f"method {recipe.method!r} solves for its result: there is no step to compile")
     make = (lambda tools, concepts: (Student(tools.denoiser, tools.encode([""])), ())) if student_alone else None
-    made = assemble(Shapes(configs, schedule), recipe, mesh, make)
+    setup = assemble(Shapes(configs, schedule), recipe, mesh, make)
     dtype = jnp.dtype(recipe.dtype)
     shapes = {name: jax.ShapeDtypeStruct(s.shape, dtype) for name, s in denoiser_of(configs).shapes.items()}
-    state = jax.eval_shape(made.begin, theta_shapes(recipe, configs))
-    arguments = (state, *made.split(shapes), made.inputs)
+    state = jax.eval_shape(setup.begin, theta_shapes(recipe, configs))
+    arguments = (state, *setup.split(shapes), setup.inputs)
     first, *others = sharding.placements(arguments, mesh)
     # What is kept of each example lies where the example does.
     spread = NamedSharding(mesh, PartitionSpec(sharding.AXES))
     placed = (first._replace(memory=jax.tree.map(lambda _: spread, state.memory)), *others)
-    return made.step, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arguments, placed)
+    return setup.step, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arguments, placed)

@@ -53,40 +53,42 @@ def run(
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
     on_step: OnStep | None = None,
+    offload_base: bool = False,
     own: bool = False,
     then: Callable[[Pipeline], Any] | None = None,
 ) -> Pipeline:
-    """Carries out a recipe on a loaded base; `erase` with everything said. See there.
+    """Carries out a recipe on a loaded base: `erase` with every setting explicit. See there.
 
-    own: nobody else needs the base, so that its text encoders and VAE leave the devices once the prompts are encoded,
-      and come back with the result.
+    offload_base: the caller does not need the base: its text encoders and VAE go to the host once prompts are encoded,
+      and are restored with the result. own: a former name of it.
     then: called with the result while the folder is still this run's alone, to write more into it.
     """
+    offload_base |= own
     if plan.output_dir:
-        expanded(plan.output_dir)  # refused before anything is made
+        expanded(plan.output_dir)  # refused before anything is written
     if base.edits and plan.output_dir:
         raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
     if plan.output_dir:
         check_sources(base)
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
-    made = assemble(base, plan)
-    names, mesh, inputs, step, weights = made.names, made.mesh, made.inputs, made.step, f"{base.denoiser}/"
-    made = dataclasses.replace(made, inputs=None)  # they are held once, where the step reads them
-    if own:
-        base = parked(base, lambda name, _: not name.startswith(weights))
+    setup = assemble(base, plan)
+    names, mesh, inputs, step, weights = setup.names, setup.mesh, setup.inputs, setup.step, f"{base.denoiser}/"
+    setup = dataclasses.replace(setup, inputs=None)  # they are held once, where the step reads them
+    if offload_base:
+        base = offload_to_host(base, lambda name, _: not name.startswith(weights))
     if start_from is not None:
         _check_start(base, plan, names, start_from)
-    theta_0, frozen = made.split(base.params[base.denoiser])
+    theta_0, frozen = setup.split(base.params[base.denoiser])
     if several := jax.process_count() > 1:
-        step = hosts.voting(step, mesh)
+        step = hosts.preemption_consensus(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
-    state = made.begin(start(base, plan, names, made.method, inputs, start_from), memory=False)
+    state = setup.begin(start(base, plan, names, setup.method, inputs, start_from), memory=False)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
-    if own:  # nothing that was copied to where the step reads it is on the device twice
+    if offload_base:  # nothing that was copied to where the step reads it is on the device twice
         placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
-        base = parked(base, lambda name, _: name in placed and sharding.copies(placed[name]))
-    state = state._replace(memory=sharding.spread(made.memory(), mesh))
+        base = offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
+    state = state._replace(memory=sharding.spread(setup.memory(), mesh))
     record = describe(base, plan, start_from)
 
     with contextlib.ExitStack() as stack:
@@ -101,16 +103,16 @@ def run(
                 pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
                 meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             keep = plan.training.keep_checkpoints
-            # A run's own file, unlike its exports, says where things lie on this machine.
+            # A run's own file, unlike its exports, records paths on this machine.
             if resume and (started := read(folder)[0].started_from):
                 record = dataclasses.replace(record, started_from=started)
             private = {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
-            if hosts.first() and not resume:
+            if hosts.is_primary() and not resume:
                 run_folder.write_record(folder, private)
             checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
             if resume:
                 state = _resume(checkpoints, state, plan)
-            if hosts.first():
+            if hosts.is_primary():
                 if resume:
                     run_folder.write_record(folder, private)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
@@ -135,23 +137,23 @@ def run(
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
             on_step=on_step,
-            votes=several,
+            consensus=several,
         )
         final = erased(result(state), dataclasses.replace(record, step=int(state.step)))
-        if folder and hosts.first():
+        if folder and hosts.is_primary():
             export(final, folder / MODEL, overwrite=True)
             export_delta(final, folder / delta_name(plan), overwrite=True)
-        final = unparked(final) if own else final
+        final = restore_to_device(final) if offload_base else final
         if then:
             then(final)
         hosts.wait("the run's files are written")
     return final
 
 
-def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
-    """The base with some tensors, told by name and shape, in the host's memory: used as before from there, but slower.
+def offload_to_host(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:
+    """The base with some tensors, chosen by name and shape, in the host's memory: used as before, but slower.
 
-    The base itself can no longer be used: who else holds these arrays would keep them on the devices.
+    The base itself can no longer be used: anyone else who holds these arrays would keep them on the devices.
     """
     params = {component: dict(tensors) for component, tensors in base.params.items()}
     for component, tensors in params.items():
@@ -162,7 +164,7 @@ def parked(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pip
     return dataclasses.replace(base, params=params)
 
 
-def unparked(pipeline: Pipeline) -> Pipeline:
+def restore_to_device(pipeline: Pipeline) -> Pipeline:
     """All of it on the device again. The tensors keep their order, which jax.device_put of a dict does not."""
     params = {
         component: {name: jax.device_put(value) for name, value in tensors.items()}
@@ -223,17 +225,17 @@ def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from:
 
 
 def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
-    """The newest checkpoint's state; the one given if a run was killed before its first."""
+    """The newest checkpoint's state; `state` itself if a run was killed before its first."""
     if checkpoints.latest is None:
         return state
     state = checkpoints.resume(state)
-    if (made := int(state.step)) > plan.training.steps:
-        raise ValueError(f"steps={plan.training.steps}, but the run has made {made}: give steps={made} or more")
+    if (done := int(state.step)) > plan.training.steps:
+        raise ValueError(f"steps={plan.training.steps}, but the run has made {done}: give steps={done} or more")
     return state
 
 
 def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
-    """The first process's answer, which the others cannot differ from."""
+    """The primary process's answer, on which all processes agree."""
     return hosts.agreed(lambda: bool(question(erased)))
 
 
@@ -243,7 +245,7 @@ def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
     (folder / "previews").mkdir(exist_ok=True)
 
     def preview(step: int, erased: Pipeline) -> None:
-        if not hosts.first():
+        if not hosts.is_primary():
             return
         images = sample(
             erased,

@@ -1,4 +1,4 @@
-"""What a run says of itself: what was erased, from what, how and with which versions."""
+"""The record of a run: what was erased, from what, how and with which versions."""
 
 import json
 from importlib.metadata import version
@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[Erasure, dict[str, Any]]:
 
 
 def _public(source: str) -> str:
-    """What the world may know of where a checkpoint lies: of a folder, its name."""
+    """Where a checkpoint lies, as others may read it: of a folder, its name."""
     path = expanded(source)
     return path.resolve().name if path.exists() else source
 

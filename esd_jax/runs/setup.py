@@ -35,7 +35,7 @@ LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
 
 
 class Unknown(ValueError):
-    """A step cannot be told from shapes alone, or not without a concept."""
+    """A step cannot be determined from shapes alone, or not without a concept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,36 +96,36 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
 
     Raises:
       ValueError: a family that does not meet the method's needs, a concept that is too long, ...
-      Unknown: of shapes, a method that looks at a checkpoint before the first update, or needs to be given a concept.
+      Unknown: of shapes, a method that reads a checkpoint before the first update, or needs a concept.
     """
     family, training = families.of(source.configs), recipe.training
     mesh = sharding.make_mesh(training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
     family.require(recipe.settings.needs, f"method {recipe.method!r}")
-    given = make_tools(source, recipe, mesh)
+    tools = make_tools(source, recipe, mesh)
     concepts = recipe.concepts if recipe.concepts or isinstance(source, Pipeline) else (Concept("concept"),)
     if isinstance(source, Pipeline):
-        check_concepts(given.tokens, concepts)
+        check_concepts(tools.tokens, concepts)
     try:
-        method, inputs = (make or recipe.settings.make)(given, concepts)
+        method, inputs = (make or recipe.settings.make)(tools, concepts)
     except ValueError as error:
         if recipe.concepts:
             raise
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
-        method, inputs = preserving(method, inputs, given, concepts, recipe.preserve_weight)
+        method, inputs = preserving(method, inputs, tools, concepts, recipe.preserve_weight)
     tx = transformation(recipe)
     step = make_step(
         method,
         tx,
         compute_dtype=compute_dtype(source, recipe),
-        shape=given.shape,
+        shape=tools.shape,
         batch_size=training.batch_size,
         accumulate=training.accumulate,
         mesh=mesh,
         weights=lora.weights if recipe.rank else unchanged,
     )
     names = changed_names(recipe, source.configs)
-    return Setup(recipe, family.denoiser, names, given.shape, method, inputs, tx, step, mesh)
+    return Setup(recipe, family.denoiser, names, tools.shape, method, inputs, tx, step, mesh)
 
 
 def compute_dtype(source: Source, recipe: Recipe) -> jnp.dtype:

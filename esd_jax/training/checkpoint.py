@@ -33,7 +33,7 @@ class Checkpoints:
     """The checkpoints of one run folder, used as a context manager. Saves are asynchronous and atomic.
 
     Args:
-      folder: where they lie; made if needed.
+      folder: where they lie; created if needed.
       meta: what the run is (base, method, settings); a checkpoint of another run is refused.
       keep: how many of the newest are kept.
       read_only: nothing is written or cleaned up: the run may be going on in another process.
@@ -68,7 +68,7 @@ class Checkpoints:
         except OSError:
             if error is None:  # else it is known
                 raise
-        if error is None and not self._read_only:  # what was damaged has been made anew, or is not needed any more
+        if error is None and not self._read_only:  # what was damaged has been replaced, or is no longer needed
             for path in self.folder.glob(".*.damaged"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -137,30 +137,30 @@ class Checkpoints:
             return self._read(step, like, check)
         except _Damaged as error:
             others = sorted(set(self._manager.all_steps()) - {step})
-            mend = f"the one of step {others[-1]} may be good: name that step" if others else "there is no other"
-            raise ValueError(f"{self._damaged(step, error)}; {mend}") from error
+            fix = f"the one of step {others[-1]} may be good: name that step" if others else "there is no other"
+            raise ValueError(f"{self._damaged(step, error)}; {fix}") from error
 
     def resume(self, like: State) -> State:
         """The newest checkpoint that is not damaged, from which the run then goes on; see `restore`.
 
-        Damaged ones are set aside as `.STEP.damaged`, with a warning, until the run has ended well.
+        Damaged ones are set aside as `.STEP.damaged`, with a warning, until the run has succeeded.
 
         Raises FileNotFoundError, ValueError as `restore` does, which leave everything as it is; damaged are all.
         """
-        steps, found = sorted(self._manager.all_steps(), reverse=True), {}
+        steps, damage = sorted(self._manager.all_steps(), reverse=True), {}
         for step in steps:
             try:
                 state = self._read(step, like, check=True)
             except _Damaged as error:
-                found[step] = self._damaged(step, error)
+                damage[step] = self._damaged(step, error)
                 continue
-            for other, what in found.items():
+            for other, what in damage.items():
                 self._set_aside(other)
                 warnings.warn(f"{what}; going on from step {step}", DamagedCheckpoint, stacklevel=2)
             return state
-        if not found:
+        if not damage:
             raise FileNotFoundError(f"no checkpoint in {self.folder}")
-        raise ValueError(f"{found[steps[0]]}; {'so are all others' if len(found) > 1 else 'there is no other'}")
+        raise ValueError(f"{damage[steps[0]]}; {'so are all others' if len(damage) > 1 else 'there is no other'}")
 
     def _read(self, step: int, like: State, check: bool) -> State:
         """A checkpoint's state. Raises _Damaged; ValueError for another run's."""
@@ -181,14 +181,14 @@ class Checkpoints:
             parts = {name: args.StandardRestore(part) for name, part in target.items()}
             restored = self._manager.restore(step, args=args.Composite(**parts))
             state = State(**restored["state"], **({"memory": restored["memory"]} if "memory" in target else {}))
-        found = {"state": _checksum(state)[0], **_memory_sum(state)}
-        if sums and any(sums.get(name) != value for name, value in found.items()):
+        computed = {"state": _checksum(state)[0], **_memory_sum(state)}
+        if sums and any(sums.get(name) != value for name, value in computed.items()):
             raise _Damaged("its values have changed since they were written")
         return state
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Tells damage from a machine that cannot read just now."""
+        """Distinguishes damage from a machine that cannot read just now."""
         try:
             yield
         except _Damaged:
@@ -280,10 +280,10 @@ def load_tree(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with _checkpointer() as (ocp, checkpointer):
         parts = {"params": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
         try:
-            found = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**parts))
+            restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**parts))
         except Exception as error:
             raise ValueError(f"the checkpoint in {folder} is damaged or incomplete ({type(error).__name__})") from error
-    return dict(found["params"]), dict(found["meta"])
+    return dict(restored["params"]), dict(restored["meta"])
 
 
 @contextlib.contextmanager

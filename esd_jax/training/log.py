@@ -1,4 +1,4 @@
-"""What a run says about itself: a JSONL file always, TensorBoard if asked."""
+"""The log of a run: a JSONL file always, TensorBoard if asked."""
 
 import json
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
 from esd_jax.training.step import Metrics, State, result
 
-# How many steps the host may run ahead of the device before it looks at the metrics.
+# How many steps the host may run ahead of the device before it reads the metrics.
 AHEAD = 2
 ADVICE = "Lower learning_rate or eta, or compute in float32"
 
@@ -69,7 +69,7 @@ class NotFinite(FloatingPointError):
     """A loss or gradient that is NaN or infinite; the last good checkpoint is kept."""
 
 
-StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.voting`
+StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.preemption_consensus`
 OnStep = Callable[[int, dict[str, float]], None]
 
 
@@ -87,7 +87,7 @@ def train(
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
     on_step: OnStep | None = None,
-    votes: bool = False,
+    consensus: bool = False,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
 
@@ -95,11 +95,11 @@ def train(
       step: see `make_step`; the arguments up to `inputs` are its own.
       checkpoints, log: where the run is kept; None keeps nothing.
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
-      stop_when: called with theta every `stop_every` steps; where it says so, training ends as if that step were the
+      stop_when: called with theta every `stop_every` steps; where it is true, training ends as if that step were the
         last. It must depend on theta alone, so that a run that is resumed ends at the same step.
-      on_step: called on the first process with (step, metrics) of every update, once they have arrived: the device is
+      on_step: called on the primary process with (step, metrics) of every update, once they have arrived: the device is
         then up to `AHEAD` updates further. metrics: "loss", "grad_norm", "t", and "seconds" since training began.
-      votes: of a run of several processes, which must all stop at the same step: `step` is `hosts.voting`'s. All stop
+      consensus: several processes must all stop at the same step: `step` is `hosts.preemption_consensus`'s. All stop
         `AHEAD` steps after any was asked to; a run of one process stops at once.
 
     Returns the last state.
@@ -111,14 +111,14 @@ def train(
     if stop_every < 1:
         raise ValueError(f"stop_every={stop_every} must be at least 1")
     pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
-    first, began, told = int(state.step), time.monotonic(), False
+    first, began, stopping = int(state.step), time.monotonic(), False
 
     def drain(keep: int) -> None:
-        nonlocal told
+        nonlocal stopping
         while len(pending) > keep:
             number, metrics, asked = pending.popleft()
             loss, grad_norm, t = (float(value) for value in metrics)
-            told = told or bool(asked)
+            stopping = stopping or bool(asked)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 if checkpoints:
                     checkpoints.discard(number - 1)  # its weights gave this loss
@@ -128,7 +128,7 @@ def train(
             if log and (number % settings.log_every == 0 or number == settings.steps):
                 log.write(number, by_name)
             shown.advance(note=f"loss {loss:.4g}")
-            if on_step and hosts.first():
+            if on_step and hosts.is_primary():
                 on_step(number, by_name)
 
     def save() -> None:
@@ -157,19 +157,19 @@ def train(
 
     with _signals() as stop, _progress(settings.steps, first) as shown:
         if settings.preview_every and first % settings.preview_every == 0:
-            show(first)  # a run that was stopped at this step has not drawn it
+            show(first)  # a run that was stopped at this step has not sampled it
         number = first
         done = ended(number)  # a run that is resumed may have been killed where it was to stop
         while not done:
             number += 1
             asked = False
-            if votes:
+            if consensus:
                 state, metrics, asked = step(state, theta_0, frozen, inputs, stop.is_set())
             else:
                 state, metrics = step(state, theta_0, frozen, inputs)
             pending.append((number, metrics, asked))
             drain(AHEAD)
-            if told or (stop.is_set() and not votes):
+            if stopping or (stop.is_set() and not consensus):
                 save()
                 if checkpoints:
                     checkpoints.wait()
@@ -184,7 +184,7 @@ def train(
         save()
         if checkpoints:
             checkpoints.wait()
-        if told or (stop.is_set() and not votes):
+        if stopping or (stop.is_set() and not consensus):
             raise stopped(number)
     return state
 
@@ -204,7 +204,7 @@ def _last(checkpoints: Checkpoints | None, failed: int | None = None) -> str:
 
 
 class _Stop(threading.Event):
-    """That the run is to end, and which signal said so."""
+    """Whether the run should end, and which signal asked for it."""
 
     signal = int(signal.SIGTERM)
 
@@ -232,8 +232,8 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _progress(total: int, first: int) -> AbstractContextManager[progress.Task]:
-    """The bar or lines of a run; of several processes, the first one's."""
-    if not hosts.first() or first >= total:
+    """The bar or lines of a run; of several processes, the primary one's."""
+    if not hosts.is_primary() or first >= total:
         return progress.task("")
     start = "compiling the step, once"
     return progress.task("erasing", total, done=first, start=start, always=True)

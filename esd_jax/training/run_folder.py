@@ -25,7 +25,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
     """A run's folder, for as long as the run goes on; an existing one is not touched unless that is asked for.
 
     A run that fails before its first checkpoint leaves no folder. One that is to be replaced waits as `.NAME.replaced`
-    until the new one has ended well, and comes back if the new one leaves nothing. What a killed run has left is
+    until the new one has succeeded, and comes back if the new one leaves nothing. What a killed run has left is
     removed. Nobody else can open the folder until the run ends, however it ends.
 
     Args:
@@ -34,7 +34,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
       resume, overwrite: what to do with a run that is there.
 
     Raises:
-      ValueError, FileExistsError, FileNotFoundError: `output_dir` is not as `resume` and `overwrite` say.
+      ValueError, FileExistsError, FileNotFoundError: `output_dir` is not as `resume` and `overwrite` require.
       BlockingIOError: another run has the folder.
       OSError: one line: no permission, no space left, ...
     """
@@ -52,7 +52,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
             _check(folder, source, resume, overwrite)
             _prepare(folder, replaced, resume, locks)
         except OSError as error:
-            if not error.errno:  # one of ours, which says it all
+            if not error.errno:  # one of ours, which is complete
                 raise
             raise OSError(f"cannot write to {folder}: {error.strerror}") from error
         replaces = replaced.exists()
@@ -69,7 +69,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
             if kept:
                 error.args = (f"{error}{kept}",)
             raise
-        _discard(replaced, folder)  # a run that ended well needs no older one
+        _discard(replaced, folder)  # a run that succeeded needs no older one
 
 
 def _beside(folder: Path, what: str) -> Path:
@@ -88,7 +88,7 @@ def _prepare(folder: Path, replaced: Path, resume: bool, locks: contextlib.ExitS
         if contents(folder):
             locks.enter_context(_locked(folder, replaced))
             if replaced.exists():
-                _discard(folder)  # it was to replace that one, and never ended well
+                _discard(folder)  # it was to replace that one, and never succeeded
             else:
                 folder.rename(replaced)
         try:
@@ -137,7 +137,7 @@ def _discard(path: Path, run: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, later: Path | None = None) -> Iterator[None]:
-    """A folder that no other process has. The system gives it free when this process ends, however it ends.
+    """A folder that no other process has. The system frees it when this process ends, however it ends.
 
     later: where the folder may lie by the end.
 

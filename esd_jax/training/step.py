@@ -113,7 +113,7 @@ def averaging(tx: optax.GradientTransformation, decay: float | None) -> optax.Gr
 
 
 def result(state: State) -> Params:
-    """What a run has made so far: the average where one is kept, else theta."""
+    """A run's result so far: the average where one is kept, else theta."""
     return state.opt.average if isinstance(state.opt, Averaged) else state.theta
 
 
@@ -193,16 +193,16 @@ def make_step(
     def averaged(state: State, theta_0: Params, frozen: Params, inputs: Any) -> Any:
         if accumulate == 1:
             own = jax.tree.map(lambda a: a[:, 0], state.memory)
-            found, own = gradients(state, theta_0, frozen, inputs, jnp.int32(0), own)
-            return found, jax.tree.map(lambda a: a[:, None], own)
+            gradient, own = gradients(state, theta_0, frozen, inputs, jnp.int32(0), own)
+            return gradient, jax.tree.map(lambda a: a[:, None], own)
         memory = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), state.memory)
         first = jax.tree.map(lambda a: a[0], memory)
         zero, _ = jax.eval_shape(lambda: gradients(state, theta_0, frozen, inputs, jnp.int32(0), first))
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), zero)
 
         def add(total: Any, micro: tuple[Array, Any]) -> tuple[Any, Any]:
-            found, own = gradients(state, theta_0, frozen, inputs, *micro)
-            return jax.tree.map(jnp.add, total, found), own
+            gradient, own = gradients(state, theta_0, frozen, inputs, *micro)
+            return jax.tree.map(jnp.add, total, gradient), own
 
         total, memory = jax.lax.scan(add, zero, (jnp.arange(accumulate), memory))
         return jax.tree.map(lambda a: a / accumulate, total), jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), memory)

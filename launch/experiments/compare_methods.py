@@ -23,7 +23,7 @@ from esd_jax import api, recipe
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
-from esd_jax.demo.measure import BASE, ERASED, SEED, SHAM, Judged, Row
+from esd_jax.demo.measure import BASE, ERASED, PLACEBO, SEED, GroupRows, Row
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
@@ -131,11 +131,11 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
         say(f"\n{target.concept}: {name} took {seconds:.0f} s")
         given = {ERASED: options}
         if FLAGS.controls:
-            models[SHAM] = api.erase(base, target.sham, **plan) if config else base
-            given[SHAM] = {} if config else entry.guidance(target.sham)
+            models[PLACEBO] = api.erase(base, target.placebo, **plan) if config else base
+            given[PLACEBO] = {} if config else entry.guidance(target.placebo)
         made_by = (settings["base_sha256"], plan, settings["guidance"])
         galleries = {BASE: drawn, ERASED: kept(output, f"{name} {target.concept}"[:80], *made_by, target.concept)}
-        galleries[SHAM] = kept(output, f"{name} sham", *made_by, target.sham)
+        galleries[PLACEBO] = kept(output, f"{name} sham", *made_by, target.placebo)
         return Made(models, galleries, given, seconds)
 
     report = results.measured(
@@ -176,7 +176,7 @@ def _described(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()}
 
 
-def figures(judged: Sequence[Judged]) -> dict[str, Any]:
+def figures(judged: Sequence[GroupRows]) -> dict[str, Any]:
     """What the comparison shows of one table: rates, and points (a hundredth) that are lost beside the base.
 
     Of what is kept, the worse of object and style counts.
@@ -199,8 +199,8 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
     for name in ("nearest", "others", "unrelated"):
         if (name, ERASED) in rows:
             found[f"{name}_lost"] = lost(rows[name, BASE], rows[name, ERASED])
-    if ("own", SHAM) in rows:
-        found |= {"sham_target": own[SHAM].target.value, "sham_ssim": others[SHAM].ssim.value}
+    if ("own", PLACEBO) in rows:
+        found |= {"sham_target": own[PLACEBO].target.value, "sham_ssim": others[PLACEBO].ssim.value}
     return found
 
 

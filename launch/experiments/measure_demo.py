@@ -23,7 +23,7 @@ from esd_jax import api, recipe
 from esd_jax.demo import captions, groups, picture, protocol, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
-from esd_jax.demo.measure import BASE, ERASED, SHAM, Judged, measure
+from esd_jax.demo.measure import BASE, ERASED, PLACEBO, GroupRows, measure
 from esd_jax.demo.testbed import EMOJI
 from esd_jax.evaluation import seen
 from esd_jax.io.diffusers import source_hash
@@ -63,7 +63,7 @@ def main() -> None:
         measure_base(base, output / "base.json", identity, galleries)
         draw_grid(base, galleries[BASE]).save(output / "grid.png")
     shams: dict[str, Pipeline] = {}
-    judged: dict[str, dict[str, list[Judged]]] = {"style": {}, "object": {}}
+    judged: dict[str, dict[str, list[GroupRows]]] = {"style": {}, "object": {}}
     for target, config in wanted:
         judged[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
     summary = {kind: table.over_targets(found) for kind, found in judged.items() if found}
@@ -125,7 +125,7 @@ def measure_target(
     identity: dict[str, Any],
     galleries: dict[str, Gallery],
     shams: dict[str, Pipeline],
-) -> list[Judged]:
+) -> list[GroupRows]:
     """One target's table, from its file if it is finished. Targets share what the base and a recipe's sham draw."""
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name != "concept"}
     if FLAGS.steps:
@@ -148,11 +148,11 @@ def measure_target(
         say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}
         if FLAGS.controls:
-            sham = f"{', '.join(target.sham)} by {updates} updates of {config}"
+            sham = f"{', '.join(target.placebo)} by {updates} updates of {config}"
             if sham not in shams:
-                shams[sham] = api.erase(base, target.sham, config=config, steps=updates)
-                galleries[sham] = kept(output, ", ".join(target.sham), identity["base_sha256"], plan, updates)
-            models[SHAM], drawn[SHAM] = shams[sham], galleries[sham]
+                shams[sham] = api.erase(base, target.placebo, config=config, steps=updates)
+                galleries[sham] = kept(output, ", ".join(target.placebo), identity["base_sha256"], plan, updates)
+            models[PLACEBO], drawn[PLACEBO] = shams[sham], galleries[sham]
         return Made(models, drawn, {}, seconds)
 
     report = measured(

@@ -11,7 +11,7 @@ from esd_jax import results
 from esd_jax.demo import groups, table
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
-from esd_jax.demo.measure import Judged, measure
+from esd_jax.demo.measure import GroupRows, measure
 from esd_jax.pipeline import Pipeline
 from launch.command import say
 
@@ -32,7 +32,7 @@ def read(file: Path, settings: Any) -> dict[str, Any] | None:
     return results.read(file, settings=settings)
 
 
-def groups_of(file: Path, report: Mapping[str, Any]) -> list[Judged]:
+def groups_of(file: Path, report: Mapping[str, Any]) -> list[GroupRows]:
     """The table in a report. Raises ValueError for one that another version wrote."""
     with results.intact(file):
         return table.from_dict(report["groups"])

@@ -37,7 +37,7 @@ def test_all_processes_stop_at_the_step_that_they_agree_on(tmp_path):
     def train_one(asked_at):
         step = plain_step()
 
-        def voting(state, theta_0, frozen, inputs, asked):
+        def voted(state, theta_0, frozen, inputs, asked):
             number = int(state.step) + 1
             votes[number] = votes.get(number, False) or asked
             if number == asked_at:  # this step's vote is cast already
@@ -46,7 +46,7 @@ def test_all_processes_stop_at_the_step_that_they_agree_on(tmp_path):
 
         with Checkpoints(tmp_path / str(asked_at), {}) as checkpoints:
             with pytest.raises(loop.Stopped, match=one_line("stopped at step 7 of 10")):
-                train(voting, make_state(), {}, {}, None, Training(steps=10), checkpoints=checkpoints, votes=True)
+                train(voted, make_state(), {}, {}, None, Training(steps=10), checkpoints=checkpoints, consensus=True)
         return steps_in(tmp_path / str(asked_at))
 
     assert [train_one(asked_at) for asked_at in (4, 99)] == [["7"]] * 2

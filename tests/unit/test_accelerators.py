@@ -185,5 +185,5 @@ def test_kernels_of_convolutions_lie_as_a_gpu_reads_them(base, monkeypatch):
     assert found.edits.keys() == expected.edits.keys()
     for name, value in found.edits.items():
         np.testing.assert_allclose(value, expected.edits[name], atol=1e-5)
-    owned = runs.run(esd_jax.load(base.provenance.folder, dtype="bfloat16"), made, own=True)
+    owned = runs.run(esd_jax.load(base.provenance.folder, dtype="bfloat16"), made, offload_base=True)
     np.testing.assert_array_equal(owned.edits["unet/conv_in.weight"], found.edits["unet/conv_in.weight"])

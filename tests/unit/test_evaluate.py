@@ -221,7 +221,7 @@ def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     assert [row[column] for row in heat.values] == [1, 0] and heat.targets == ("neon",)
     assert all(len(cells) in (0, len(found.tables[0].columns)) for _, cells in found.tables[0].rows)
     assert [len(pairs) for pairs in found.pictures.values()] == [4, 4, 3]
-    assert [found.value for found in protocol.judge(target, 16)("erased")] == [0, 15 / 16]
+    assert [estimate.value for estimate in protocol.metric(target, 16)("erased")] == [0, 15 / 16]
     assert same(store.load(store.save(found, tmp_path, "part")), found)
 
 

@@ -161,7 +161,7 @@ def test_median_and_worst_over_targets():
                 model, 10, estimate(seen), estimate(kept), None, estimate(0), estimate(ssim), estimate(ssim), {}
             )
 
-        return [measure.Judged("own", "its own", (row("base", 1 - erased), row("erased", erased)))]
+        return [measure.GroupRows("own", "its own", (row("base", 1 - erased), row("erased", erased)))]
 
     summary = table.over_targets({"a": judged(0.1, 0.9, 0.5), "b": judged(0.3, 0.7, 0.6), "c": judged(0.0, 0.8, 0.1)})
     own = summary["own"]["erased"]

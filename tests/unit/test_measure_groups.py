@@ -35,7 +35,7 @@ def test_targets_are_understood(text, target):
 def test_several_targets_are_erased_and_measured_together():
     both = parse_target("a cat, the  rocket")
     assert both == Target("object", ("cat", "rocket")) == parse_target(both.concept)
-    assert (both.concepts, both.sham) == (["a cat", "a rocket"], ["a xqzv", "a xqvz"])
+    assert (both.concepts, both.placebo) == (["a cat", "a rocket"], ["a xqzv", "a xqvz"])
     found = {group.name: group for group in groups.groups(both)}
     assert {ask.object for ask in found["own"].asks} == {"cat", "rocket"}
     assert {ask.object for ask in found["nearest"].asks} == {"dog", "rabbit", "airplane"}
@@ -60,7 +60,7 @@ def test_concepts_are_parsed_back_and_shams_are_unknown(target):
     words = {word for caption in captions.every_caption() for word in re.findall(r"\w+", caption)}
     assert not words & set(groups.NONSENSE)
     with pytest.raises(ValueError, match="does not know"):
-        parse_target(target.sham[0])
+        parse_target(target.placebo[0])
 
 
 @pytest.mark.parametrize("target", EVERY, ids=lambda t: t.label)

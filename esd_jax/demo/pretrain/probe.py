@@ -38,7 +38,7 @@ def labelled(images: UInt8[np.ndarray, "n 64 64 3"], pairs: list[tuple[str, str]
 def artworks(rng: np.random.Generator, copies: int, repapered: float = REPAPERED) -> Labelled:
     """`copies` pictures of every (object, style): smaller, larger and further out than the model is trained on.
 
-    A share lies on the paper of another style or of any colour, so that a style is told by how it is drawn as well.
+    A share lies on the paper of another style or of any colour, so that a style is also recognised by how it is drawn.
     """
     images, pairs = [], vocabulary.pairs() * copies
     for name, style in pairs:
