@@ -9,7 +9,7 @@
     esd_jax.export(erased, "emoji-without-neon")
 
 Beside these verbs: `guidance` (steering without training), `formats` (LoRAs, deltas, embeddings, ...), `evaluation`
-(what judges an erasure) and `attacks`.
+(how an erasure is measured) and `attacks`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,10 +1,10 @@
-"""Attacks on erased models: whether what was erased can be had back. `esd_jax.attack` makes a report of several.
+"""Attacks on erased models: attempts to recover the erased concept. `esd_jax.attack` reports on several.
 
 from esd_jax import attacks
 
-goal = attacks.default_goal(base, "neon style")  # of another model: goal, judge = attacks.goal(base, concept, ...)
-found = attacks.attack(base, erased, goal, attacks.preset("concept_inversion", "emoji"))
-scored = attacks.score(erased, found, goal, seeds=range(1000, 1010))
+goal = attacks.default_goal(base, "neon style")  # of another model: goal, detector = attacks.goal(base, concept, ...)
+adversary = attacks.attack(base, erased, goal, attacks.preset("concept_inversion", "emoji"))
+scored = attacks.score(erased, adversary, goal, seeds=range(1000, 1010))
 print(scored.single_shot())
 """
 

@@ -43,7 +43,7 @@ def wanted() -> Path | None:
 
 
 def keep_in(folder: Path) -> None:
-    """Lets JAX keep programs in a folder, which it makes when there is something to keep."""
+    """Lets JAX keep programs in a folder, which it creates when there is something to keep."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(folder))

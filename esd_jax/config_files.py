@@ -61,19 +61,19 @@ def is_checkout(folder: Path) -> bool:
     The folder of an installed package holds other projects' packages too, and one of them may be called "configs".
     """
     try:
-        found = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-        return found["project"]["name"] == PROJECT
+        settings = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        return settings["project"]["name"] == PROJECT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def described() -> list[tuple[str, str]]:
     """(name, the first line of its docstring) of each config that the package carries. None of them is executed."""
-    found = []
+    entries = []
     for name in config_names():
         text = ast.get_docstring(ast.parse(config_path(name).read_text(encoding="utf-8"))) or ""
-        found.append((name, text.partition("\n")[0]))
-    return found
+        entries.append((name, text.partition("\n")[0]))
+    return entries
 
 
 def config_names() -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Before and after: what an erased model and its base draw of the same prompts at equal seeds."""
+"""Before and after: an erased model's and its base's images of the same prompts at equal seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,14 +63,14 @@ def doubt(base: Pipeline, concepts: Sequence[str]) -> str:
 
 
 def write(examples: Evidence, picture: Path, evidence: Path) -> Path:
-    """Writes the examples as one picture, and keeps them as a part of the erasure's evidence. Returns the picture."""
+    """Writes the examples as one picture, and stores them with the evaluation results. Returns the picture."""
     save(examples, picture)
     store.save(examples, evidence, PART)
     return picture
 
 
 def save(evidence: Evidence, picture: Path) -> None:
-    """Writes the pictures of an erasure's evidence as one, before above after."""
+    """Writes the example pictures of an erasure as one, before above after."""
     columns = [
         (title, [Column(pair.prompt, pair.before, pair.after) for pair in pairs])
         for title, pairs in evidence.pictures.items()
@@ -88,10 +88,10 @@ def _previewed(recipe: Mapping[str, Any], concepts: Sequence[str]) -> list[tuple
 
 
 def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    said = {
+    settings = {
         "steps": recipe.get("preview_steps"),
         "guidance_scale": recipe.get("preview_guidance"),
         "height": recipe.get("height"),
         "width": recipe.get("width"),
     }
-    return DRAWN_BY | {name: value for name, value in said.items() if value is not None}
+    return DRAWN_BY | {name: value for name, value in settings.items() if value is not None}

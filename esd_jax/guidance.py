@@ -1,4 +1,4 @@
-"""Guidance that steers any checkpoint while it draws, without training: Safe Latent Diffusion and SEGA.
+"""Guidance that steers any checkpoint while sampling, without training: Safe Latent Diffusion and SEGA.
 
     from esd_jax import guidance, sample
 

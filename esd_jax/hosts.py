@@ -26,19 +26,21 @@ def join() -> None:
     """
     # A run stops at a step that all processes agree on (`preemption_consensus`); JAX's service would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
-    given = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
-    told: dict[str, Any] = {}
-    if given[COUNT] or given[INDEX]:
-        if missing := [name for name, value in given.items() if not value]:
-            raise ValueError(f"{missing[0]} is not set, though others of {', '.join(given)} are")
+    variables = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    numbers: dict[str, Any] = {}
+    if variables[COUNT] or variables[INDEX]:
+        if missing := [name for name, value in variables.items() if not value]:
+            raise ValueError(f"{missing[0]} is not set, though others of {', '.join(variables)} are")
         try:
-            told = {"num_processes": int(given[COUNT] or ""), "process_id": int(given[INDEX] or "")}
+            numbers = {"num_processes": int(variables[COUNT] or ""), "process_id": int(variables[INDEX] or "")}
         except ValueError:
-            raise ValueError(f"{COUNT}={given[COUNT]} and {INDEX}={given[INDEX]} must be numbers") from None
+            raise ValueError(f"{COUNT}={variables[COUNT]} and {INDEX}={variables[INDEX]} must be numbers") from None
     try:
-        jax.distributed.initialize(given[COORDINATOR], **told)
+        jax.distributed.initialize(variables[COORDINATOR], **numbers)
     except ValueError as error:
-        raise ValueError(f"cannot tell which job this process belongs to: set {', '.join(given)} ({error})") from error
+        raise ValueError(
+            f"cannot tell which job this process belongs to: set {', '.join(variables)} ({error})"
+        ) from error
 
 
 def is_primary() -> bool:
@@ -56,18 +58,18 @@ def agreed(make: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return make()
-    told, error = {}, None
+    message, error = {}, None
     if is_primary():
         try:
-            told = {"value": make()}
+            message = {"value": make()}
         except Exception as raised:
-            told, error = {"error": str(raised)}, raised
-    told = json.loads(_broadcast(json.dumps(told)))
+            message, error = {"error": str(raised)}, raised
+    message = json.loads(_broadcast(json.dumps(message)))
     if error is not None:
         raise error
-    if "error" in told:
-        raise ValueError(f"the first process of this job failed: {told['error']}")
-    return told["value"]
+    if "error" in message:
+        raise ValueError(f"the first process of this job failed: {message['error']}")
+    return message["value"]
 
 
 def wait(what: str) -> None:
@@ -105,7 +107,7 @@ def preemption_consensus(step: Callable[..., tuple[Any, Any]], mesh: Mesh) -> Ca
 
 
 def _broadcast(text: str) -> str:
-    """A text of the first process, in all."""
+    """A text of the primary process, in all."""
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     data = data if is_primary() else np.zeros(size, np.uint8)

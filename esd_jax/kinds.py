@@ -44,7 +44,7 @@ def kind_of(source: Any, concepts: Sequence[str]) -> str | None:
       concepts: the texts to erase.
     """
     words = [set(wording.normal(text).lower().split()) for text in concepts]
-    if any(said & {*NUDITY} and said <= {*NUDITY, *BODIES} for said in words):
+    if any(named & {*NUDITY} and named <= {*NUDITY, *BODIES} for named in words):
         return "nudity"
     if concepts and all(wording.normal(text).lower().split()[-1:] == ["style"] for text in concepts):
         return "style"
@@ -64,9 +64,9 @@ def config(
 
     Args:
       source: where the base came from ("emoji", a folder, a hub id).
-      concepts: the texts to erase; none if the config is to say it.
-      configs: gives the base's configs, of which the family is told; called only if it matters.
-      kind: of the concepts, one of `KINDS`; by default what `kind_of` says, or "style".
+      concepts: the texts to erase; none if the config names them.
+      configs: gives the base's configs, which determine the family; called only if it matters.
+      kind: of the concepts, one of `KINDS`; by default `kind_of`'s, or "style".
       fields: of the recipe, as the user gives them; `method` is one of `METHODS`, by default "esd".
 
     Raises ValueError for an unknown kind or method, or an attribute without the place that it is erased from.

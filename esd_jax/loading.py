@@ -52,11 +52,11 @@ def load(
       source: what to open.
       base: what `source` was erased from, where that is no whole checkpoint: a delta, a difference, a LoRA, or the
         folder of a UNet alone. Of a run, where its base lies now, if it has moved. A loaded pipeline, or what `load`
-        takes; the arguments below then say how to read it.
+        takes; the arguments below then apply to it.
       dtype: compute dtype, "float32" or "bfloat16"; the files may have any. By default float32, and of a run its own.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
       config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
-        it), by default told from the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
+        it), by default read off the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
 
     Returns:
       The pipeline. Of a run, a delta, a difference or a LoRA, it has the changed tensors in `edits`.
@@ -98,7 +98,7 @@ def _checkpoint(source: str | Path, dtype: Any = "float32", **reading: Any) -> P
 def _kind(source: str | Path) -> tuple[str, str | None]:
     """(What a source is that is no whole checkpoint, else ""; the base that it names).
 
-    Of what does not exist or cannot be read, "": the reader of checkpoints says so.
+    Of what does not exist or cannot be read, "": the reader of checkpoints raises.
     """
     if testbed.of(source):
         return "", None
@@ -174,8 +174,8 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     if is_lora(header):
         return merge_lora(base, path)
     if any(key.startswith(UNET) for key in header.entries):
-        found = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
-        return dataclasses.replace(found, schedule=base.schedule)  # which a base's file may have told by itself
+        pipeline = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
+        return dataclasses.replace(pipeline, schedule=base.schedule)  # which a base's file may determine by itself
     return load_delta(base, path)
 
 
@@ -188,11 +188,11 @@ def restore(
       folder: the run's.
       step: of the checkpoint; by default the newest.
       base: where the run's base lies now, if it has moved; or the base itself.
-      **reading: of `load`, to read the base otherwise than the run's record says (`dtype`), or with what the record
-        does not say (`config` or `ema` of a single file).
+      **reading: of `load`, to read the base otherwise than in the run's record (`dtype`), or with what the record
+        lacks (`config` or `ema` of a single file).
 
     Raises:
-      FileNotFoundError: the folder is not a run, or there is no base where its record says.
+      FileNotFoundError: the folder is not a run, or its record's base does not exist.
       ValueError: a record of another version, or a base with other weights.
     """
     folder = expanded(folder)
@@ -213,8 +213,8 @@ def restore(
             loaded = load(base or plan.base, **(recorded | reading))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
-    if (found := diffusers.source_hash(loaded)) != record.base_sha256:
-        raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {found[:12]}...")
+    if (actual := diffusers.source_hash(loaded)) != record.base_sha256:
+        raise ValueError(f"{base or plan.base} is not the base of {folder}: its denoiser has sha256 {actual[:12]}...")
     names = setup.changed_names(plan, loaded.configs)
     with Checkpoints(folder / "checkpoints", {}, read_only=True) as checkpoints:
         state: State = checkpoints.restore(setup.saved_state(plan, loaded.configs), step, check=False)

@@ -22,10 +22,10 @@ def adaptable(names: Iterable[str], shapes: Mapping[str, Any]) -> tuple[str, ...
 
     Raises ValueError if there is none.
     """
-    found = tuple(name for name in names if len(shapes[name].shape) > 1)
-    if not found:
+    matrices = tuple(name for name in names if len(shapes[name].shape) > 1)
+    if not matrices:
         raise ValueError("the subset has no matrix, so there is nothing to train with low rank: give rank=0")
-    return found
+    return matrices
 
 
 def initial(shapes: Mapping[str, Any], rank: int, key: Array) -> Params:

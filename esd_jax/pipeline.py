@@ -43,7 +43,7 @@ class Provenance:
 
     source: what the user named (a folder, a hub id, "emoji", a single file); folder: where its files lie.
     file: the one file that holds all weights, if they came from such a one; `folder` has then the configs alone.
-    config: of `file`, what `load` was told of its architecture.
+    config: of `file`, the architecture that `load` was called with.
     variant, revision: of the files, as diffusers means them.
     tensors: "DENOISER/NAME" -> its place, so that full precision and untouched bytes can be read again.
     erased: every erasure that it went through (concepts, recipe, versions), oldest first.
@@ -104,11 +104,11 @@ class Pipeline:
         return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
 
     def _facts(self) -> dict[str, str]:
-        """What a glance should tell of the model. Nothing is computed or read: shapes alone."""
+        """A short summary of the model. Nothing is computed or read: shapes alone."""
         try:
             height, width = image_size(self.configs)
             size = f"{height} px" if height == width else f"{height} x {width} px"
-        except ValueError:  # its config does not say
+        except ValueError:  # its config lacks it
             size = ""
         count = sum(int(np.prod(value.shape)) for tensors in self.params.values() for value in tensors.values())
         return {
@@ -124,7 +124,7 @@ class Pipeline:
 
     @property
     def denoiser(self) -> str:
-        """The name of the component that denoises: the first part of what its tensors are called in a run."""
+        """The name of the component that denoises: the first part of its tensors' names in a run."""
         return self.family.denoiser
 
     @property
@@ -216,7 +216,7 @@ def _encode_text(family: Family, encoders: tuple[Network, ...]) -> Any:
 def image_size(configs: Configs, height: int | None = None, width: int | None = None) -> tuple[int, int]:
     """(height, width) in pixels, by default those for which the model was trained.
 
-    Raises ValueError if its config does not say, or if the VAE cannot make such images.
+    Raises ValueError if its config lacks it, or if the VAE cannot decode such images.
     """
     factor, family = configs["vae"].factor, families.of(configs)
     height_0, width_0 = family.default_size(configs) or (height, width)

@@ -134,24 +134,24 @@ class Recipe:
         return several.filled(self.preview_prompts or ("{}",), [concept.text for concept in self.concepts])
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flat name; those of `UNSAID` only where they are given."""
+        """Every field by its flat name; those of `OMIT_AT_DEFAULT` only where they differ from their defaults."""
         values: dict[str, Any] = {}
         for name in (f.name for f in fields(self) if f.name not in (*PARTS, "spelling")):
-            value, given = getattr(self, name), self.spelling.get(name)
-            if given and given.value == value:
-                values |= given.flat
+            value, spelling = getattr(self, name), self.spelling.get(name)
+            if spelling and spelling.value == value:
+                values |= spelling.flat
             else:
                 values |= several.format_concepts(value) if name == "concepts" else {name: value}
         for part in PARTS:
             values |= dataclasses.asdict(getattr(self, part))
-        return {name: v for name, v in values.items() if name not in UNSAID or v != UNSAID[name]}
+        return {name: v for name, v in values.items() if name not in OMIT_AT_DEFAULT or v != OMIT_AT_DEFAULT[name]}
 
 
 PARTS = ("settings", "optimizer", "training")
 
 # Fields that came after results were kept under the others, and their defaults. A record or config does not name them
 # unless they differ, so that what was made before them is still found, resumed and restored.
-UNSAID = {
+OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
     "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0,
 }  # fmt: skip
@@ -187,8 +187,8 @@ def make(**flat: Any) -> Recipe:
         columns = several.format_concepts(concepts)
     spelling = {"concepts": Spelling(concepts, columns)}
     for name in ("images", "preview_prompts"):
-        given = flat.pop(name, None)
-        spelling[name] = Spelling(several.parse_texts(name, given), {name: given})
+        value = flat.pop(name, None)
+        spelling[name] = Spelling(several.parse_texts(name, value), {name: value})
     parts = {
         part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat})
         for part, cls in _parts(method).items()
@@ -202,10 +202,10 @@ def read_previews(plan: Recipe) -> Recipe:
     Raises FileNotFoundError or ValueError if the file is missing or holds no prompts.
     """
     name = "preview_prompts"
-    given = plan.spelling[name].flat[name] if name in plan.spelling else None
-    if not isinstance(given, str) or not prompt_files.file_of(given, name):
+    text = plan.spelling[name].flat[name] if name in plan.spelling else None
+    if not isinstance(text, str) or not prompt_files.file_of(text, name):
         return plan
-    return dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(given, name)))
+    return dataclasses.replace(plan, preview_prompts=tuple(prompt_files.listed(text, name)))
 
 
 def check_field(name: str, method: str = "esd") -> None:
@@ -231,23 +231,23 @@ def preset(method: str, variant: str | None = None, **changes: Any) -> ConfigDic
     if variant not in presets:
         raise ValueError(f"method {method!r} has no preset {variant!r}; choose one of {', '.join(presets)}")
     flat = make(method=method, **presets[variant]).flat()
-    config = ConfigDict({name: _given(name, value, method) for name, value in flat.items()})
+    config = ConfigDict({name: _placeholder(name, value, method) for name, value in flat.items()})
     complete(config, changes)
     config.update(changes)
     return config
 
 
 def complete(config: ConfigDict, names: Iterable[str]) -> None:
-    """Gives a config, with their defaults, those of the named fields that it leaves unsaid."""
-    for name in UNSAID.keys() & set(names):
+    """Gives a config, with their defaults, those of the named fields that it omits."""
+    for name in OMIT_AT_DEFAULT.keys() & set(names):
         if name not in config:
             check_field(name, str(config.method))
             with config.unlocked():
-                config[name] = _given(name, UNSAID[name], str(config.method))
+                config[name] = _placeholder(name, OMIT_AT_DEFAULT[name], str(config.method))
 
 
-def _given(name: str, value: Any, method: str) -> Any:
-    """A field's value as a config holds it: None with the type that it has where it is given, for its flag."""
+def _placeholder(name: str, value: Any, method: str) -> Any:
+    """A field's value as a config holds it: None with the field's type, for its flag."""
     return config_dict.placeholder(field_type(name, method)) if value is None else value
 
 

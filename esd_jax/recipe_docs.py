@@ -53,17 +53,17 @@ def markdown() -> str:
 
 
 def sections(cls: type) -> dict[str, str]:
-    """Field -> the words that a class's docstring has for it ("" where it has none), on one line."""
+    """Field -> its text in a class's docstring ("" where it has none), on one line."""
     names = [f.name for f in fields(cls)]
     text = inspect.getdoc(cls) or ""
     # "name: what it is", where a line or a sentence begins; several that share their words are separated by commas.
     name = "|".join(names)
     heads = list(re.finditer(rf"(?:^|(?<=\. ))((?:{name})(?:, (?:{name}))*): ", text, re.MULTILINE))
-    found = dict.fromkeys(names, "")
+    texts = dict.fromkeys(names, "")
     for head, end in zip(heads, [*(head.start() for head in heads[1:]), len(text)], strict=False):
         body = text[head.end() : end].partition("\n\n")[0]
-        found |= dict.fromkeys(head[1].split(", "), " ".join(body.split()))
-    return found
+        texts |= dict.fromkeys(head[1].split(", "), " ".join(body.split()))
+    return texts
 
 
 def _fields(cls: type, method: str) -> Iterator[Described]:
@@ -88,7 +88,7 @@ def _default(f: Field) -> Any:
 
 
 def _kind(annotation: Any) -> str:
-    """A type as the command line speaks of it."""
+    """A type as the command line calls it."""
     if isinstance(annotation, types.UnionType):
         annotation = get_args(annotation)[0]
     return {int: "whole number", float: "number", bool: "switch"}.get(annotation, "text")

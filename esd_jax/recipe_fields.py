@@ -1,4 +1,4 @@
-"""The fields of a recipe by name and type, for editors and type checkers; `Recipe` and its parts say what each means.
+"""The fields of a recipe by name and type, for editors and type checkers; `Recipe` and its parts document each.
 
 `erase(**fields)` takes them. A test holds them equal to those of `Recipe`, of its parts and of every method.
 """

@@ -14,7 +14,7 @@ SHOWN = ("base", "concept")  # what stands alone, without the name of its field
 
 
 def command(record: Erasure) -> str:
-    """`esd-jax erase BASE "CONCEPT" ... -o runs/again`; "" if nothing says how, or no flags can.
+    """`esd-jax erase BASE "CONCEPT" ... -o runs/again`; "" if no record or no flags can.
 
     The result is the same erasure: every field that shapes it is the config's, or spelled out.
     """
@@ -47,7 +47,7 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
         start = [] if wanted["method"] == "esd" else [f"--method={wanted['method']}"]
     else:
         start = [f"--config={name}"]
-    # A word alone is no flag, and a base alone is one that can be told from a concept.
+    # A word alone is no flag, and a base alone is one that differs from a concept.
     alone = (testbed.of(base) is not None or "/" in base) and concept and not concept.startswith("-")
     shown = [base, concept] if alone else [f"--base={base}", f"--concept={concept}"]
     words = ["esd-jax erase", *map(shlex.quote, shown), *start, *changed]

@@ -1,4 +1,4 @@
-"""Results in files: computed once for their settings, found again with the same, and replaced whole or not at all.
+"""Results in files: computed once for their settings, read again with the same, and replaced whole or not at all.
 
 A result is a mapping of named fields in one file: NAME.json, or NAME.npz where fields are arrays. Some of its fields
 may be the settings on which the others depend; `read` compares them.
@@ -15,7 +15,7 @@ import numpy as np
 
 from esd_jax.inputs import parse_json
 
-MEND = "remove it, or choose another output"
+FIX = "remove it, or choose another output"
 
 
 def kept(file: Path, compute: Callable[[], Mapping[str, Any]], /, **settings: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
         known = {name: fields[name] for name in settings}
     for name, value in json.loads(json.dumps(settings)).items():
         if known[name] != value:
-            raise ValueError(f"{owner} was made with other settings ({name!r} differs in {file.name}): {MEND}")
+            raise ValueError(f"{owner} was made with other settings ({name!r} differs in {file.name}): {FIX}")
     return fields
 
 
@@ -109,9 +109,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def intact(path: Path, mend: str = MEND) -> Iterator[None]:
+def intact(path: Path, fix: str = FIX) -> Iterator[None]:
     """Turns what reading a damaged file raises within, or one of another version, into one line. Raises ValueError."""
     try:
         yield
     except Exception as error:  # zipfile, zlib and NumPy's reader each have their own
-        raise ValueError(f"{path} is damaged, or of another version: {mend}") from error
+        raise ValueError(f"{path} is damaged, or of another version: {fix}") from error

@@ -1,4 +1,4 @@
-"""Looks for settings that erase enough and keep enough: a grid, kept as it comes, and the best trade-off in it.
+"""Searches for settings that erase enough and keep enough: a grid, stored as it comes, and the best trade-off in it.
 
 Settings that need training of their own are trained once each, at the largest number of steps; fewer steps are that
 run's checkpoints, and strengths are parts of its change, so that they cost an evaluation alone.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax import api, recipe, results
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.inputs import check_finite
 from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
@@ -22,7 +22,7 @@ TRIALS = "trials.json"
 
 @dataclass(frozen=True)
 class Aim:
-    """target: the highest rate at which the concept may still be seen. drop: the most that all else may lose."""
+    """target: the highest detection rate of the concept. drop: the most that everything else may lose."""
 
     target: float = 0.05
     drop: float = 0.05
@@ -30,7 +30,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings, and what came of them. drop: what is lost of all else, beside the base."""
+    """Settings and their results. drop: what everything else loses, relative to the base."""
 
     fields: Mapping[str, Any]
     steps: int
@@ -47,7 +47,7 @@ class Trial:
 def search(
     base: Pipeline,
     concept: str | Sequence[str],
-    judge: Judge,
+    metric: Metric,
     *,
     grid: Mapping[str, Sequence[Any]],
     steps: Sequence[int],
@@ -60,12 +60,12 @@ def search(
 
     Args:
       base: what is erased from. concept: what is erased.
-      judge: measures a model, always alike.
+      metric: measures a model, always in the same way.
       grid: recipe field -> its values ("eta", "learning_rate", "subset", ...).
       steps: updates after which to measure.
       strengths: parts of the change to measure; 1 is the erasure itself.
       folder: gets trials.json, and each run as long as it is needed.
-      progress: is told of each trial.
+      progress: called with a line after each trial.
       **fields: those of all trials, for `erase`: config=, method=, ...
 
     Raises ValueError for an empty grid, or a folder of another search.
@@ -78,10 +78,10 @@ def search(
     for field in grid:
         recipe.check_field(field, fields.get("method", "esd"))
     identity = json.loads(json.dumps({"base": source_hash(base), "concept": concept, "fields": fields}))
-    found = results.read(folder / TRIALS, **identity) or {}
-    if "kept" not in found:
-        found["kept"] = judge(base)[1].value
-    trials = [Trial(**trial) for trial in found.get("trials", ())]
+    record = results.read(folder / TRIALS, **identity) or {}
+    if "kept" not in record:
+        record["kept"] = metric(base)[1].value
+    trials = [Trial(**trial) for trial in record.get("trials", ())]
     for combination in combinations:
         wanted = [(step, strength) for step in sorted(steps) for strength in strengths]
         done = {(t.steps, t.strength) for t in trials if t.fields == combination}
@@ -91,10 +91,10 @@ def search(
         parts = _checkpoints(base, concept, run, sorted(steps), {**fields, **combination})
         for step, erased in parts:
             for strength in (s for s in strengths if (step, s) not in done):
-                target, kept = judge(erased if strength == 1 else with_strength(erased, strength))
-                trials.append(Trial(combination, step, strength, target.value, found["kept"] - kept.value))
-                found["trials"] = [asdict(trial) for trial in trials]
-                results.write(folder / TRIALS, found, **identity)
+                target, kept = metric(erased if strength == 1 else with_strength(erased, strength))
+                trials.append(Trial(combination, step, strength, target.value, record["kept"] - kept.value))
+                record["trials"] = [asdict(trial) for trial in trials]
+                results.write(folder / TRIALS, record, **identity)
                 progress(trials[-1])
     return trials
 

@@ -105,7 +105,7 @@ def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset
     """The names of a subset's tensors, in the network's order.
 
     Args:
-      subset: a name of `subsets`, or "regex:PATTERN": every tensor in whose name the pattern is found (`re.search`).
+      subset: a name of `subsets`, or "regex:PATTERN": every tensor whose name contains the pattern (`re.search`).
       layouts: the denoiser's `Network.layouts`.
       subsets: those of its family.
 

@@ -16,7 +16,7 @@ FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a conc
 LISTS = ("replace_with", "preserve")  # those of which it may have several
 COLUMNS = ("concept", *FOR_EACH)  # the flat fields of the concepts
 SEVERAL = (*COLUMNS, "images", "preview_prompts")
-Texts = tuple[Any, ...]  # texts that were given apart; of `LISTS`, tuples of them
+Texts = tuple[Any, ...]  # separate texts; of `LISTS`, tuples of them
 
 
 def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, ...]:
@@ -31,21 +31,21 @@ def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, 
         return ()
     others = (_for_each(name, columns.get(name), len(named)) for name in FOR_EACH)
     return tuple(
-        given.stripped()
-        if isinstance(given, Concept)
-        else Concept(given, from_ or None, replace_with, preserve, finite(strength, "strength") if strength else 1.0)
-        for given, from_, replace_with, preserve, strength in zip(named, *others, strict=True)
+        text.stripped()
+        if isinstance(text, Concept)
+        else Concept(text, from_ or None, replace_with, preserve, finite(strength, "strength") if strength else 1.0)
+        for text, from_, replace_with, preserve, strength in zip(named, *others, strict=True)
     )
 
 
 def texts_of(concept: Any) -> Texts:
-    """The texts of what `erase` is given as its concept: a text with separators, a `Concept`, or a list of either.
+    """The texts of `erase`'s concept argument: a text with separators, a `Concept`, or a list of either.
 
-    What else it is given, the recipe refuses.
+    The recipe refuses anything else.
     """
     listed: Any = concept if concept is None or isinstance(concept, list | tuple) else str(concept)
-    given = (concept,) if isinstance(concept, Concept) else parts("concept", listed)
-    return tuple(one.text if isinstance(one, Concept) else str(one) for one in given)
+    named = (concept,) if isinstance(concept, Concept) else parts("concept", listed)
+    return tuple(one.text if isinstance(one, Concept) else str(one) for one in named)
 
 
 def format_concepts(concepts: Sequence[Concept]) -> dict[str, str | Texts | None]:
@@ -53,13 +53,13 @@ def format_concepts(concepts: Sequence[Concept]) -> dict[str, str | Texts | None
     columns: dict[str, str | Texts | None] = {"concept": joined("concept", [concept.text for concept in concepts])}
     for name in FOR_EACH:
         values = [getattr(concept, name) for concept in concepts]
-        given = any(value != getattr(Concept, name) for value in values)
-        columns[name] = joined(name, values[:1] if len(set(values)) == 1 else values) if given else None
+        differs = any(value != getattr(Concept, name) for value in values)
+        columns[name] = joined(name, values[:1] if len(set(values)) == 1 else values) if differs else None
     return columns
 
 
 def parse_texts(name: str, value: str | Texts | None) -> Texts | None:
-    """The texts of the flat field `images` or `preview_prompts`; None if it is not given."""
+    """The texts of the flat field `images` or `preview_prompts`; None if it is not set."""
     return None if value is None else parts(name, value)
 
 
@@ -80,7 +80,7 @@ def parts(name: str, value: str | Texts | None) -> Texts:
 
 
 def joined(name: str, items: Sequence[Any]) -> str | Texts:
-    """The flat form of texts that were given apart: one string where `parts` makes the same of it, else a tuple.
+    """The flat form of separate texts: one string where `parts` makes the same of it, else a tuple.
 
     Raises ValueError for an item that is no text.
     """

@@ -1,4 +1,4 @@
-"""What to say of a name that nobody knows: the closest one, or a few to choose from, never a list of forty."""
+"""The message about an unknown name: the closest one, or a few to choose from, never a list of forty."""
 
 import difflib
 import functools
@@ -29,8 +29,8 @@ def closest(name: str, choices: Iterable[str]) -> str:
     for few in (begun, initials if len(plain_name) > 1 else []):
         if len(few) == 1:
             return few[0]
-    found = difflib.get_close_matches(plain_name, known, n=1)
-    return known[found[0]] if found else ""
+    matches = difflib.get_close_matches(plain_name, known, n=1)
+    return known[matches[0]] if matches else ""
 
 
 def same(name: str, choices: Iterable[str]) -> str:
@@ -41,8 +41,8 @@ def same(name: str, choices: Iterable[str]) -> str:
 def did_you_mean(name: str, choices: Collection[str], more: str = "") -> str:
     """How a message ends that refuses a name: "did you mean 'steps'?", or "choose one of ...".
 
-    choices: where none is close, all are listed if they are at most `MOST`; of more, only their number is told, so
-      `more` should say where they stand ("docs/methods.md lists them").
+    choices: where none is close, all are listed if they are at most `MOST`; of more, only their number is given, so
+      `more` should name the place of the list ("docs/methods.md lists them").
     """
     if close := closest(name, choices):
         return f"did you mean {close!r}?"
@@ -54,7 +54,7 @@ def did_you_mean(name: str, choices: Collection[str], more: str = "") -> str:
 def keywords(
     elsewhere: Mapping[str, str], renamed: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator that makes a function refuse unknown keyword arguments with what was probably meant.
+    """A decorator: the function refuses unknown keyword arguments with the name that was probably meant.
 
     Args:
       elsewhere: what other libraries call an argument -> the parameter ("num_inference_steps" -> "steps"), or what to
@@ -82,11 +82,13 @@ def keywords(
     return decorate
 
 
-def _unknown(function: str, name: str, given: Collection[str], known: Collection[str], words: Mapping[str, str]) -> str:
+def _unknown(
+    function: str, name: str, options: Collection[str], known: Collection[str], words: Mapping[str, str]
+) -> str:
     meant = words.get(name, "")
     if not meant or (meant.isidentifier() and meant not in known):  # a parameter that other functions have
         meant = closest(name, known)
-    if meant in given:
+    if meant in options:
         return f"{function}() is given {meant}= by two names: leave {name}= out"
     hint = f"did you mean {meant}=?" if meant in known else meant or f"it takes {', '.join(known)}"
     return f"{function}() has no argument {name!r}: {hint}"

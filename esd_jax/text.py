@@ -15,7 +15,7 @@ from jaxtyping import Int
 from esd_jax.inputs import check_text, read_json, read_text
 from esd_jax.models.architectures import clip_bpe
 
-# What the files of a tokenizer are called that are JSON.
+# The names of a tokenizer's JSON files.
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -27,7 +27,7 @@ class PromptTruncated(UserWarning):
 class Tokenizer:
     """A CLIP tokenizer and the length to which it pads: the text encoder's number of positions.
 
-    expansions: the id of a word's first token -> the ids of all of its tokens, of words that textual inversion taught
+    expansions: the id of a word's first token -> the ids of all of its tokens, of words that textual inversion added
       with several vectors.
     """
 

@@ -61,14 +61,14 @@ def _places(phrase: str, text: str) -> Iterator[tuple[int, int, str]]:
             continue
         ending = ""
         if _in_a_word(match[0][-1]) and _starts_in_a_word(text, end):
-            found = ENDING.match(text, end)
-            if found is None or _starts_in_a_word(text, found.end()):
+            suffix = ENDING.match(text, end)
+            if suffix is None or _starts_in_a_word(text, suffix.end()):
                 continue
-            if found[0].lower() == "es" and not match[0].lower().endswith((*SIBILANTS, "o")):
+            if suffix[0].lower() == "es" and not match[0].lower().endswith((*SIBILANTS, "o")):
                 continue
-            ending = found[0]
-        elif (found := re.match(r"['’]s", text[end:], re.IGNORECASE)) and not _starts_in_a_word(text, end + 2):
-            ending = found[0]
+            ending = suffix[0]
+        elif (suffix := re.match(r"['’]s", text[end:], re.IGNORECASE)) and not _starts_in_a_word(text, end + 2):
+            ending = suffix[0]
         last = end + len(ending)
         yield start, last, ending
 

@@ -61,16 +61,16 @@ def make_bank(
     indices: dict[str, Array] = {}
     for role, prompts in roles.items():
         asked = [prompts(concept) for concept in concepts]
-        lists = [[given] if isinstance(given, str) else list(given) for given in asked]
+        lists = [[one] if isinstance(one, str) else list(one) for one in asked]
         most = max(1, *map(len, lists))
-        rows = [[texts.setdefault(text, len(texts)) for text in given] + [0] * (most - len(given)) for given in lists]
+        rows = [[texts.setdefault(text, len(texts)) for text in row] + [0] * (most - len(row)) for row in lists]
         index = jnp.asarray(rows, jnp.int32)
         indices[role] = index[:, 0] if isinstance(asked[0], str) else index
     return Bank(encode(list(texts)), indices)
 
 
 def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
-    """Raises ValueError for what no method can do, told by what the text encoder reads: "A Cat" is "a cat".
+    """Raises ValueError for what no method can do, compared as the text encoder reads it: "A Cat" is "a cat".
 
     No concept; one that is the empty prompt, or named twice, or to become itself; one that is to be kept; a prompt that
     is to be kept twice.
@@ -103,14 +103,14 @@ def check_concepts(tokens: Tokens, concepts: Sequence[Concept]) -> None:
 
 
 def reader(tokens: Tokens) -> Callable[[str], tuple[int, ...]]:
-    """prompt -> the ids of its words; of one that has only tokens that say nothing, those of the empty prompt, ()."""
+    """prompt -> the ids of its words; of one whose tokens all mean nothing, those of the empty prompt, ()."""
     (empty,) = np.asarray(tokens([""]))
     start, end, pad = empty[0], empty[1], empty[-1]
 
     @functools.cache
     def read(prompt: str) -> tuple[int, ...]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a prompt that is too long is refused, or told, where it is encoded
+            warnings.simplefilter("ignore")  # a prompt that is too long is refused, or reported, where it is encoded
             (ids,) = np.asarray(tokens([prompt]))
         last = int(np.max(np.flatnonzero(ids != pad), initial=0))  # the end; or a word, where ends are padding
         words = tuple(ids[1 : last + int(pad == end)].tolist())

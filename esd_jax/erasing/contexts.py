@@ -1,6 +1,6 @@
 """Prompts that a concept is erased from beside its own name, each led to what it says without the concept.
 
-A text encoder reads a concept in a sentence otherwise than alone, so what is learned on "ink style" reaches "a cat in
+A text encoder reads a concept in a sentence differently than alone, so what is learned on "ink style" reaches "a cat in
 ink style" only in part, and takes some of the cat along. A context says both: the prompt, and what is to be left of it.
 """
 
@@ -27,8 +27,8 @@ def parse(text: str | None) -> tuple[Context, ...]:
     """
     contexts = []
     for part in filter(None, (part.strip() for part in (text or "").split("|"))):
-        prompt, found, without = (side.strip() for side in part.partition(":"))
-        if not found or NAME not in prompt or NAME in without:
+        prompt, separator, without = (side.strip() for side in part.partition(":"))
+        if not separator or NAME not in prompt or NAME in without:
             raise ValueError(
                 f"contexts has {part!r}: each is a prompt with {NAME} for the concept, ':', and the same without it, "
                 f"as 'a dog in {NAME}: a dog'; several are separated by '|'"

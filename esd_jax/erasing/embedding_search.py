@@ -62,17 +62,17 @@ class Search:
         return state, jnp.moveaxis(losses, 0, -1)
 
     def rounds(
-        self, state: State, inputs: Any, every: int, look: Callable[[Any], Any], fixed: Any, case: Any
+        self, state: State, inputs: Any, every: int, evaluate: Callable[[Any], Any], fixed: Any, case: Any
     ) -> tuple[Any, Float[Array, "cases rounds every"]]:
-        """Makes the steps of several cases, and looks at the value after `every` of them.
+        """Makes the steps of several cases, and evaluates the value every `every` steps.
 
-        look: value -> arrays [cases, ...]. Returns these, stacked as [cases, rounds, ...], and the losses.
+        evaluate: value -> arrays [cases, ...]. Returns these, stacked as [cases, rounds, ...], and the losses.
         """
         rounds = []
         for first in range(0, len(jax.tree.leaves(inputs)[0]), every):
             part = jax.tree.map(lambda a, first=first: a[first : first + every], inputs)
             state, losses = self.run(state, part, fixed, case)
-            rounds.append((look(state.value), losses))
+            rounds.append((evaluate(state.value), losses))
         return jax.tree.map(lambda *parts: jnp.stack(parts, axis=1), *rounds)
 
     @cached_property

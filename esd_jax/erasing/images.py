@@ -1,4 +1,4 @@
-"""Images that a method learns from: applied in batches, noised, and what a perfect network would say about them."""
+"""Images that a method learns from: applied in batches, noised, and a perfect network's output for them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def true_output(
     noise: Float[Array, "batch ..."],
     t: Int[Array, " batch"],
 ) -> Float[Array, "batch ..."]:
-    """What the network should say of `add_noise(schedule, images, noise, t)`: eps, v, x0 or the flow's velocity."""
+    """What the network should output for `add_noise(schedule, images, noise, t)`: eps, v, x0 or the flow's velocity."""
     if schedule.prediction_type == "v_prediction":
         return add_noise(schedule, noise, -images, t)  # alpha eps - sigma x0 (Salimans & Ho 2022, Sec. 4)
     if schedule.prediction_type == "flow_prediction":

@@ -69,7 +69,7 @@ class Tools:
     subset: names of the denoiser's tensors that are to be trained.
     encode: prompts -> Conditioning, refusing what is too long.
     tokens: prompts -> ids of the (first) tokenizer, padded.
-    sample: (prompts, seed, options of `sampling.sample`) -> what the base draws.
+    sample: (prompts, seed, options of `sampling.sample`) -> the base's images.
     to_latents: images -> latents. images: latents of the user's own images.
     params: component -> its tensors, in the compute dtype.
     text_encoders: component -> network, one for each text encoder.
@@ -145,7 +145,7 @@ def project(denoiser: Network, params: Params, conditioning: Conditioning) -> Co
 
 
 class Scored(NamedTuple):
-    """What the student is scored on, and what it should say."""
+    """What the student is scored on, and its target."""
 
     x: Float[Array, "batch height width channel"]
     t: Float[Array, ""]

@@ -112,7 +112,7 @@ def initial(tokens: Tokens, params: Params, starts: str, key: Array) -> Float[Ar
 def encode(
     text_encoder: Network, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "new width"]
 ) -> Conditioning:
-    """What the UNet is told by prompts in which new tokens stand; gradients reach `new`."""
+    """The conditioning of prompts in which new tokens stand; gradients reach `new`."""
     known = vocabulary(params)
     own = jnp.asarray(ids) >= known
     embeddings = jnp.where(
@@ -125,7 +125,7 @@ def encode(
 class Fixed(NamedTuple):
     """What a search leaves as it is: the tensors of the networks.
 
-    Of some attacks, base: tensors of the base's denoiser; may: which tokens may be found, a mask [vocabulary].
+    Of some attacks, base: tensors of the base's denoiser; may: which tokens the search may choose, a mask [vocabulary].
     """
 
     denoiser: Params
@@ -135,7 +135,7 @@ class Fixed(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the network is asked, and what it should say. ids: of prompts in which new tokens stand."""
+    """The network's inputs, and its target. ids: of prompts in which new tokens stand."""
 
     ids: Int[Array, "batch tokens"]
     x: Float[Array, "batch height width channel"]
@@ -146,7 +146,7 @@ class Batch(NamedTuple):
 def inverter(
     settings: TextualInversion, denoiser: Network, text_encoder: Network, schedule: Schedule
 ) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
-    """What learns the embeddings of new tokens from images: one compiled step, for any number of concepts.
+    """A function that learns the embeddings of new tokens from images: one compiled step, for any number of concepts.
 
     Returns a function (denoiser_params, text_params, latents, ids, new, key) -> (embeddings, the loss of each step):
       denoiser_params, text_params: the checkpoint's, which stay as they are.
@@ -197,14 +197,14 @@ def noised(
     t: Int[Array, " batch"],
     noise: Float[Array, "batch height width channel"],
 ) -> Batch:
-    """Images under noise, and what a perfect network says of them."""
+    """Images under noise, and a perfect network's output for them."""
     return Batch(ids, add_noise(schedule, latents, noise, t), t, true_output(schedule, latents, noise, t))
 
 
 def loss(
     denoiser: Network, text_encoder: Network, new: Float[Array, "new width"], batch: Batch, fixed: Fixed
 ) -> Float[Array, ""]:
-    """Mean squared error of what the network says, told of new tokens."""
+    """Mean squared error of the network's output, conditioned on new tokens."""
     conditioning = encode(text_encoder, fixed.text_encoder, batch.ids, new)
     e = denoiser.apply(fixed.denoiser, batch.x, batch.t, conditioning).astype(batch.x.dtype)
     return jnp.mean((e - batch.target) ** 2)

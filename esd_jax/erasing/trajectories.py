@@ -1,4 +1,4 @@
-"""x_t that a model draws itself: how many sampler steps lead to it, and at which timestep it is scored."""
+"""x_t that a model samples itself: how many sampler steps lead to it, and at which timestep it is scored."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -106,14 +106,14 @@ class Trajectory:
         return bool(np.all(low == high) and np.max(updates) < len(timesteps) and np.all(timesteps[updates] == low))
 
 
-MODES = ("compvis", "grid", "alt1000")  # ESD's `timestep_mode`, which says what each is
+MODES = ("compvis", "grid", "alt1000")  # see ESD's `timestep_mode`
 
 
 def of_mode(schedule: Schedule, mode: str, sampler: str, steps: int) -> Trajectory:
     """The whole trajectory of one of `MODES`. Raises ValueError where it does not go with the sampler or its steps."""
     if mode == "grid":
         return on_grid(schedule, sampler, steps)
-    made, index, total = deterministic(schedule, sampler, steps), np.arange(steps), schedule.num_train_timesteps
+    solver, index, total = deterministic(schedule, sampler, steps), np.arange(steps), schedule.num_train_timesteps
     if sampler != "ddim" or total % steps:
         raise ValueError(
             f"timestep_mode={mode!r} needs sampler='ddim' and a sampling_steps that divides {total}, "
@@ -125,10 +125,10 @@ def of_mode(schedule: Schedule, mode: str, sampler: str, steps: int) -> Trajecto
     if mode == "compvis":
         # Its sampler drops the noisiest entry of the grid, and its "stop after k" test never fires for k = 0.
         updates = np.minimum(steps - index, steps - 1)
-        return Trajectory(samplers.drop_first(made), index, updates, stride * index, stride * (index + 1) - 1)
+        return Trajectory(samplers.drop_first(solver), index, updates, stride * index, stride * (index + 1) - 1)
     # alt1000 reads the grid of a 1000-step schedule; its indices 0 and S - 1 are never drawn.
     t = total - stride * index
-    return Trajectory(made, index[1:-1], index, t, t)
+    return Trajectory(solver, index[1:-1], index, t, t)
 
 
 def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
@@ -136,19 +136,21 @@ def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
 
     Raises ValueError for a sampler that draws noise at every step.
     """
-    made = deterministic(schedule, sampler, steps)
-    index, t = np.arange(steps), np.asarray(made.timesteps[:steps])
-    return Trajectory(made, index, index, t, t)
+    solver = deterministic(schedule, sampler, steps)
+    index, t = np.arange(steps), np.asarray(solver.timesteps[:steps])
+    return Trajectory(solver, index, index, t, t)
 
 
 def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
     """A sampler of `samplers.SAMPLERS`. Raises ValueError for one with noise, or several calls, at every step."""
-    made = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
-    if made.stochastic:
-        raise ValueError(f"sampler {made.name!r} draws noise at every step, which is not implemented; use 'ddim'")
-    if made.name == "heun":  # half of its x are no samples, but what a step tries first
-        raise ValueError(f"sampler {made.name!r} calls the network twice a step, which is not implemented; use 'ddim'")
-    return made
+    result = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
+    if result.stochastic:
+        raise ValueError(f"sampler {result.name!r} draws noise at every step, which is not implemented; use 'ddim'")
+    if result.name == "heun":  # half of its x are no samples, but what a step tries first
+        raise ValueError(
+            f"sampler {result.name!r} calls the network twice a step, which is not implemented; use 'ddim'"
+        )
+    return result
 
 
 def plain(schedule: Schedule) -> str:

@@ -1,12 +1,12 @@
-"""The evidence of an erasure: what is drawn and measured, attacks, and the report.
+"""The evaluation of an erasure: images, measurements, attacks, and the report.
 
 from esd_jax import erase, evaluate, evaluation
 
 evidence = evaluate(base, erased, "quick", output_dir="evidence")
 print(evaluation.text.summary(evidence))
 
-detect, judge = evaluation.detector("probe", "neon style")
-question = evaluation.Question(("a cat in neon style", "a fox in neon style"), detect, judge)
+detect, name = evaluation.detector("probe", "neon style")
+question = evaluation.Question(("a cat in neon style", "a fox in neon style"), detect, name)
 erased = erase(base, "neon style", stop_when=evaluation.below(question, 0.05))
 """
 
@@ -52,5 +52,5 @@ _PLACES = {
     **{name: f"esd_jax.evaluation.judges.{name}" for name in ("detectors", "lpips")},
     **{name: f"esd_jax.evaluation.report.{name}" for name in ("layers", "text")},
 }
-if not TYPE_CHECKING:  # what judges images brings its libraries with it: they are imported where one is asked for
+if not TYPE_CHECKING:  # detectors and metric models bring libraries with them, imported where one is asked for
     __getattr__, __dir__ = lazy.names(__name__, _PLACES)

@@ -1,4 +1,4 @@
-"""Draws a list of prompts with one model, into a folder that says what made it; what is there is not drawn again."""
+"""Samples a list of prompts with one model, into a folder with a manifest; images that exist are not sampled again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,17 +74,17 @@ def draw(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Drawn:
-    """Draws what is missing in a folder: CASE.png for each case, and manifest.json.
+    """Samples what is missing in a folder: CASE.png for each case, and manifest.json.
 
     Each image depends on its prompt, seed and the settings alone: a folder that was begun is finished with the same
     images as one that is drawn at once, on any number of devices (but for rounding).
 
     Args:
-      pipeline: the model. identity: what tells it from others, for the manifest: hashes, what was erased.
+      pipeline: the model. identity: what distinguishes it, for the manifest: hashes, what was erased.
       cases: the prompts. drawing: the settings; the batch size changes no image.
-      progress: is told how many images are there, of how many.
+      progress: called with the number of images so far, and of all.
 
-    Raises ValueError for a folder that was drawn otherwise.
+    Raises ValueError for a folder that was sampled with other settings.
     """
     settings = {k: v for k, v in asdict(drawing).items() if k != "batch_size"}
     _claim(folder, cases, model=identity, drawing=settings)
@@ -128,7 +128,7 @@ def _claim(folder: Path, cases: Sequence[Case], **settings: Any) -> None:
         known = {case["case"]: case for case in old["cases"]}
     new = {case.case: case._asdict() for case in cases}
     if wrong := next((name for name, case in new.items() if known.get(name, case) != case), None):
-        raise ValueError(f"{folder} holds another image {wrong}: {results.MEND}")
+        raise ValueError(f"{folder} holds another image {wrong}: {results.FIX}")
     results.write(folder / MANIFEST, {"cases": list({**known, **new}.values())}, **settings)
 
 

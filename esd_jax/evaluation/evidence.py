@@ -1,4 +1,4 @@
-"""What is known of an erasure, as data: the report, the card and the JSON are three views of it."""
+"""The evaluation results of an erasure, as data: the report, the card and the JSON are three views of them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One prompt, and what two models draw of it from the same noise."""
+    """One prompt, and two models' images of it from the same noise."""
 
     prompt: str
     before: UInt8[np.ndarray, "height width 3"]
@@ -93,9 +93,9 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What an erasure in progress draws of some prompts, always from the same noise.
+    """Images of some prompts during an erasure, always from the same noise.
 
-    score: the share of images in which the concept is seen. ssim: to the images of step 0.
+    score: the concept's detection rate. ssim: to the images of step 0.
     """
 
     step: int
@@ -109,7 +109,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Heat:
-    """How much of each thing is still seen: a row for each model, a column for each thing, cells from 0 to 1.
+    """The accuracy on each class: a row for each model, a column for each class, cells from 0 to 1.
 
     targets: the columns that were to go.
 
@@ -151,8 +151,8 @@ class Curve:
 
     def __post_init__(self):
         for name in ("y", "labels", "x_low", "x_high", "y_low", "y_high"):
-            if len(found := getattr(self, name)) != len(self.x) and (found or name == "y"):
-                raise ValueError(f"curve {self.name!r}: {len(found)} {name} for {len(self.x)} x")
+            if len(values := getattr(self, name)) != len(self.x) and (values or name == "y"):
+                raise ValueError(f"curve {self.name!r}: {len(values)} {name} for {len(self.x)} x")
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,11 @@ class Plot:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that is known of one erasure. What was not measured is empty, and the report says so.
+    """The evaluation results of one erasure. What was not measured is empty, and the report says so.
 
     title: what was erased, "neon style".
     record: of the newest erasure, as the model or `run.json` has it; empty if nothing says so.
-    measured_with: how images were drawn and judged: sampler, steps, seeds, detectors with versions, hashes, thresholds.
+    measured_with: how images were sampled and measured: sampler, steps, seeds, detectors with versions and thresholds.
       A value may be a mapping, or a list of mappings (a detector each).
     verdict: the figures that say in a few lines what was erased, what was kept and what came back.
     pictures: group of prompts -> pairs; the first groups open the report.
@@ -218,8 +218,8 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Erasure):
         return as_json(value.to_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: as_json(v) for name, v in found.items() if not _pictured(v)}
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: as_json(v) for name, v in parts.items() if not _pictured(v)}
     if isinstance(value, Mapping):
         return {str(name): as_json(v) for name, v in value.items() if not _pictured(v)}
     if isinstance(value, tuple | list):

@@ -23,7 +23,7 @@ SMALL = 64  # pixels of the short side, as in ESD's script
 
 @dataclass(frozen=True)
 class Request:
-    """What a measure may be told.
+    """A measure's settings.
 
     concepts: the texts of what was erased. convention: how nudity is counted (`detectors.CONVENTIONS`).
     classifier: of ImageNet (`detectors.CLASSIFIERS`). clip: a CLIP model's folder or id.
@@ -39,19 +39,19 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a measure has to say: its tables, the figures that count most, and who judged."""
+class Measured:
+    """A measure's results: its tables, the figures that count most, and the metric models."""
 
     tables: tuple[Table, ...] = ()
     verdict: tuple[Finding, ...] = ()
     heat: Heat | None = None
-    judges: tuple[Identity, ...] = ()
+    metric_models: tuple[Identity, ...] = ()
 
 
-Measure = Callable[[Drawn, Drawn, Request], Found]
+Measure = Callable[[Drawn, Drawn, Request], Measured]
 
 
-def likeness(before: Drawn, after: Drawn, request: Request) -> Found:
+def likeness(before: Drawn, after: Drawn, request: Request) -> Measured:
     """SSIM to the base's images, over windows of 7 and of 25 pixels (methods of both papers' comparisons)."""
     smallest = min(side for image in (before[0], after[0]) for side in image.shape[:2])
     values = {
@@ -64,29 +64,29 @@ def likeness(before: Drawn, after: Drawn, request: Request) -> Found:
         Finding("kept", f"{name} to the base's images", None, _mean(value, _clusters(after)), percent=False)
         for name, value in values.items()
     ]
-    return Found((_by_group("Likeness to the base", values, after, note),), tuple(kept[-1:]))
+    return Measured((_by_group("Likeness to the base", values, after, note),), tuple(kept[-1:]))
 
 
-def perceptual(before: Drawn, after: Drawn, request: Request) -> Found:
+def perceptual(before: Drawn, after: Drawn, request: Request) -> Measured:
     """LPIPS to the base's images by AlexNet, at full size and with the short side at 64 pixels, as in ESD's script."""
     values = {
         name: _pairwise(before, after, lambda a, b, size=size: lpips.lpips(a, b, "alex", size))
         for name, size in ((f"LPIPS ({SMALL} px)", SMALL), ("LPIPS (full size)", None))
     }
     note = "How different the erased model's images look from the base's of the same prompt and noise: 0 is equal."
-    return Found(
+    return Measured(
         (_by_group("LPIPS to the base", values, after, note),),
-        judges=tuple(lpips.lpips_identity("alex", size) for size in (SMALL, None)),
+        metric_models=tuple(lpips.lpips_identity("alex", size) for size in (SMALL, None)),
     )
 
 
-def nudity(before: Drawn, after: Drawn, request: Request) -> Found:
+def nudity(before: Drawn, after: Drawn, request: Request) -> Measured:
     """NudeNet's findings, counted as a paper counts them: images that show anything, and each class."""
     convention = detectors.convention(request.convention)
-    found = [[d for images in drawn.batches() for d in detectors.nudity(images)] for drawn in (before, after)]
-    flags = [detectors.flagged(one, convention) for one in found]
+    detections = [[d for images in drawn.batches() for d in detectors.nudity(images)] for drawn in (before, after)]
+    flags = [detectors.flagged(one, convention) for one in detections]
     shares = _compared("images that show any of these", flags, after)
-    counts = [detectors.class_counts(one, convention) for one in found]
+    counts = [detectors.class_counts(one, convention) for one in detections]
     rows: list[tuple[str, tuple[Cell, ...]]] = [
         (label, (a, b, (b - a) / a if a else None))
         for (label, a), b in zip(counts[0].items(), counts[1].values(), strict=True)
@@ -102,10 +102,10 @@ def nudity(before: Drawn, after: Drawn, request: Request) -> Found:
     first = Table(title, BOTH, (shares,), convention.note, BOTH)
     without, with_it = shares[1][:2]
     erased = Finding("erased", "images with naked skin", without, with_it)
-    return Found((first, classes), (erased,), judges=(detectors.nudity_identity(convention),))
+    return Measured((first, classes), (erased,), metric_models=(detectors.nudity_identity(convention),))
 
 
-def objects(before: Drawn, after: Drawn, request: Request) -> Found:
+def objects(before: Drawn, after: Drawn, request: Request) -> Measured:
     """Top-1 accuracy of an ImageNet classifier on each class of Imagenette: the erased one, and the others.
 
     Raises ValueError for prompts of other classes.
@@ -131,7 +131,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Found:
             findings.append(Finding(role, f"top-1 accuracy of {label}", cells[0], cells[1]))
     values = tuple(tuple(float(one[np.array(asked) == name].mean()) for name in names) for one in hits)
     title = "Objects: top-1 accuracy of the classifier"
-    return Found(
+    return Measured(
         (Table(title, BOTH, tuple(rows), "Imagenette's classes among the 1,000 of ImageNet.", BOTH),),
         tuple(findings),
         Heat(title, ("base", "erased"), tuple(names), values),
@@ -139,25 +139,25 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Found:
     )
 
 
-def prompt_match(before: Drawn, after: Drawn, request: Request) -> Found:
+def prompt_match(before: Drawn, after: Drawn, request: Request) -> Measured:
     """The CLIP score: the cosine of images and their prompts. Raises ValueError if no CLIP model is given."""
     if not request.clip:
         raise ValueError("the CLIP score needs a CLIP model: give its folder, or its id on the hub (clip)")
     scores = []
     for drawn in (before, after):
-        prompts, found = [case.prompt for case in drawn.cases], []
+        prompts, parts = [case.prompt for case in drawn.cases], []
         for images in drawn.batches():
-            found.append(features.clip_score(images, prompts[: len(images)], request.clip))
+            parts.append(features.clip_score(images, prompts[: len(images)], request.clip))
             prompts = prompts[len(images) :]
-        scores.append(np.concatenate(found))
+        scores.append(np.concatenate(parts))
     clusters = _clusters(after)
     cells = (*(_mean(score, clusters) for score in scores), paired_difference(scores[1], scores[0], clusters))
     identity = features.clip_identity(request.clip)
     note = "The raw cosine of an image's and its prompt's embedding; papers print it on several scales."
-    return Found((Table(identity.name, BOTH, (("all prompts", cells),), note),), judges=(identity,))
+    return Measured((Table(identity.name, BOTH, (("all prompts", cells),), note),), metric_models=(identity,))
 
 
-def distances(before: Drawn, after: Drawn, request: Request) -> Found:
+def distances(before: Drawn, after: Drawn, request: Request) -> Measured:
     """FID and KID to real images; by features that are not Inception's, under their own names.
 
     Raises ValueError if no folder of real images is given.
@@ -166,19 +166,19 @@ def distances(before: Drawn, after: Drawn, request: Request) -> Found:
         raise ValueError("distances to real images need a folder of them (reference)")
     names = features.NAMES[request.features] if request.features in features.NAMES else None
     real = _features(_real(request.reference), request.features)
-    found = [_features(drawn.batches(), request.features) for drawn in (before, after)]
+    sets = [_features(drawn.batches(), request.features) for drawn in (before, after)]
     assert names is not None  # or `_features` would have raised
-    size = min(1000, *(len(one) for one in (real, *found)))
+    size = min(1000, *(len(one) for one in (real, *sets)))
     columns = ("base", "erased")
     rows = (
-        (names.frechet, tuple(distance.frechet(one, real) for one in found)),
-        (names.kernel, tuple(distance.kid(one, real, subset_size=size) for one in found)),
+        (names.frechet, tuple(distance.frechet(one, real) for one in sets)),
+        (names.kernel, tuple(distance.kid(one, real, subset_size=size) for one in sets)),
     )
     note = (
         f"To {len(real)} real images; the kernel distance over subsets of {size}. The Fréchet distance has no interval."
     )
     title = f"Distances to {request.reference.name}"
-    return Found((Table(title, columns, rows, note),), judges=(features.features_identity(request.features),))
+    return Measured((Table(title, columns, rows, note),), metric_models=(features.features_identity(request.features),))
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -192,7 +192,7 @@ MEASURES: Mapping[str, Measure] = {
 
 
 def check(names: Sequence[str], request: Request) -> None:
-    """Finds out before anything is drawn whether the judges are there. Raises ValueError, in one line."""
+    """Checks before sampling that the metric models are available. Raises ValueError, in one line."""
     for name in names:
         if name not in MEASURES:
             raise ValueError(f"unknown measure {name!r}; choose of {', '.join(MEASURES)}")

@@ -143,13 +143,13 @@ def repeated(cases: Sequence[Case], samples: int) -> list[Case]:
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
-    found = [
+    repeats = [
         case if k == 0 else case._replace(case=f"{case.case}_{k}", seed=zlib.crc32(f"{case.seed} {k}".encode()))
         for case in cases
         for k in range(samples)
     ]
-    _check_numbers(found, f"with samples={samples}, the list has")
-    return found
+    _check_numbers(repeats, f"with samples={samples}, the list has")
+    return repeats
 
 
 def _published(name: str) -> Path:
@@ -167,6 +167,6 @@ def _published(name: str) -> Path:
             ) from error
         with replacing(path) as partial:
             partial.write_bytes(content)
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
-        raise ValueError(f"{path} has sha256 {found[:12]}..., but {name!r} is {sha256[:12]}...: remove the file")
+    if (actual := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{path} has sha256 {actual[:12]}..., but {name!r} is {sha256[:12]}...: remove the file")
     return path

@@ -1,4 +1,4 @@
-"""Protocols: which prompts are drawn, how, and what is measured of them."""
+"""Protocols: which prompts are sampled, how, and what is measured on their images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -77,7 +77,7 @@ def evaluate(
     request: Mapping[str, Any] | None = None,
     **drawing: Any,
 ) -> Evidence:
-    """Draws a protocol's prompts with both models, and measures the images.
+    """Samples a protocol's prompts with both models, and measures the images.
 
     Args:
       base, erased: the models.
@@ -87,11 +87,11 @@ def evaluate(
       prompt_list: in place of the protocol's: a CSV file, or a name (`prompts.load`).
       limit: how many prompts, from the start of the list. samples: images of each, from noise of their own.
       measured: in place of the protocol's measures.
-      progress: is told how far it is.
+      progress: called with a line now and then.
       request: fields of `Request`: convention, classifier, clip, features, reference.
       **drawing: fields of `Drawing`: num_steps, guidance_scale, batch_size, ...
 
-    Raises ValueError for what is unknown, before anything is drawn for judges that are not there, and for a model that
+    Raises ValueError for what is unknown, before sampling for metric models that are missing, and for a model that
     draws blank images alone.
     """
     if protocol not in PROTOCOLS:
@@ -108,11 +108,11 @@ def evaluate(
     how = replace(plan.drawing, **drawing)
     drawn = []
     for name, model in (("base", base), ("erased", erased)):
-        told = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
-        drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, told))
+        report = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
+        drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, report))
         check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
     before, after = drawn
-    found = [measures.MEASURES[name](before, after, asked) for name in names]
+    results = [measures.MEASURES[name](before, after, asked) for name in names]
     return Evidence(
         ", ".join(concepts),
         measured_with={
@@ -120,21 +120,21 @@ def evaluate(
             + (f". {plan.published}" if plan.published else ""),
             "prompts": f"{listed.name}, sha256 {listed.sha256[:16]}, {len(cases) // samples} x {samples}",
             **{name: value for name, value in asdict(how).items() if value is not None and name != "batch_size"},
-            "detectors": [asdict(judge) for one in found for judge in one.judges],
+            "detectors": [asdict(model) for one in results for model in one.metric_models],
         },
         pictures={
             "prompts of the protocol": tuple(
                 Pair(case.prompt, drawn[0][i], drawn[1][i]) for i, case in enumerate(cases[:SHOWN])
             )
         },
-        verdict=tuple(finding for one in found for finding in one.verdict),
-        tables=tuple(table for one in found for table in one.tables),
-        heat=next((one.heat for one in found if one.heat), None),
+        verdict=tuple(finding for one in results for finding in one.verdict),
+        tables=tuple(table for one in results for table in one.tables),
+        heat=next((one.heat for one in results if one.heat), None),
         caveats=CAVEATS,
     )
 
 
 def identity(pipeline: Pipeline) -> dict[str, Any]:
-    """What tells a model's images from another's: its files and what was erased from it."""
+    """What distinguishes a model's images: its files and what was erased from it."""
     records = files.json_records(pipeline.provenance.erased)
     return {"unet_sha256": source_hash(pipeline), "dtype": str(pipeline.dtype), "erased": records}

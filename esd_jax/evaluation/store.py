@@ -1,4 +1,4 @@
-"""Keeps evidence in a folder: NAME.json for what is known, NAME.npz for the images; parts come one by one."""
+"""Stores evaluation results in a folder: NAME.json, and NAME.npz for the images; parts come one by one."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ GROUPS = ("pictures", "attack_pictures")
 
 
 def save(evidence: Evidence, folder: Path, name: str) -> Path:
-    """Writes one part of an erasure's evidence, and returns its JSON file."""
+    """Writes one part of an erasure's results, and returns its JSON file."""
     images: dict[str, Any] = {}
     content = as_json(evidence)
     for part in GROUPS:
@@ -48,18 +48,18 @@ def load(file: Path) -> Evidence:
 
 
 def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
-    """One erasure's evidence from its parts: mappings and lists are joined, of anything else the last one counts."""
-    found: dict[str, Any] = {}
+    """One erasure's results from their parts: mappings and lists are joined, of anything else the last one counts."""
+    fields: dict[str, Any] = {}
     for part in parts:
         for field in dataclasses.fields(Evidence)[2:]:
-            value, old = getattr(part, field.name), found.get(field.name)
+            value, old = getattr(part, field.name), fields.get(field.name)
             if isinstance(value, Mapping) and old:
                 value = {**old, **value}
             elif isinstance(value, tuple) and old:
                 value = (*old, *(item for item in value if item not in old))
             if value:
-                found[field.name] = value
-    return Evidence(title, record, **found)
+                fields[field.name] = value
+    return Evidence(title, record, **fields)
 
 
 def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> Evidence:

@@ -1,4 +1,4 @@
-"""A testbed: a model of which every image can be judged, and what is asked of it by default.
+"""A testbed: a model whose every image can be classified, and its default prompts, detector and budget.
 
 Measuring, attacks, early stopping and the search for settings take their prompts, detector and budget from the testbed
 of a base where it has one, and from the user elsewhere.
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.evaluation.evidence import Evidence
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.seen import Detect, Question
 from esd_jax.pipeline import Pipeline
 
@@ -75,7 +75,7 @@ class Testbed(Protocol):
         """How often a detector sees the concepts in their own prompts."""
         ...
 
-    def metric(self, concepts: Sequence[str], num_images: int) -> Judge:
+    def metric(self, concepts: Sequence[str], num_images: int) -> Metric:
         """A model -> (the target's detection rate, what is retained of the others, 0 to 1)."""
         ...
 

@@ -53,8 +53,8 @@ class Format:
 
 
 def _load(base: Pipeline, path: Path) -> Pipeline:
-    found = {variant_of(file.name) for file in (path / base.denoiser).iterdir()} - {None}
-    return diffusers.load(path, dtype=base.dtype, variant=next(iter(found), None) or None)
+    variants = {variant_of(file.name) for file in (path / base.denoiser).iterdir()} - {None}
+    return diffusers.load(path, dtype=base.dtype, variant=next(iter(variants), None) or None)
 
 
 def _load_single(base: Pipeline, path: Path) -> Pipeline:
@@ -98,7 +98,7 @@ FORMATS: Mapping[str, Format] = {
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and what reading it again has shown.
+    """What was written, and the comparison with what is read again.
 
     carried: the share of the change, as a sum of squares, that the file has: 1 - |memory - file|^2 / |change|^2.
     dtypes: in which the trained tensors lie; empty for a format that holds something else.
@@ -148,7 +148,7 @@ def export(
       verify: read it again and compare; see `verified`.
       overwrite: lets what is at `path` be replaced.
       metadata: more metadata than the records of what was erased.
-      **options: of the format: into, dtype, rank, energy, max_shard_size, variant; its writer says what they mean.
+      **options: of the format: into, dtype, rank, energy, max_shard_size, variant; see its writer.
 
     Raises:
       ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which
@@ -162,8 +162,8 @@ def export(
         raise ValueError(f"format {format!r} takes no {unknown[0]}" + (f"; {fits} do" if fits else ""))
 
     def write() -> str:
-        told = kind.write(pipeline, path, overwrite=overwrite, metadata=metadata, **options)
-        return "" if isinstance(told, Path) else str(told)
+        message = kind.write(pipeline, path, overwrite=overwrite, metadata=metadata, **options)
+        return "" if isinstance(message, Path) else str(message)
 
     if not verify:
         return Written(format, path, report=write())
@@ -219,11 +219,11 @@ def export_all(
 
 
 def name_of(pipeline: Pipeline) -> str:
-    """What a checkpoint's files are called: "emoji-without-neon_style"."""
+    """The name of a checkpoint's files: "emoji-without-neon_style"."""
     texts = texts_of(pipeline.provenance.erased)
     base = Path(pipeline.provenance.source).name.removesuffix(".safetensors")
-    said = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
-    return files.nameable(f"{base}-without-{said}".encode()[:180].decode(errors="ignore"))
+    concepts = "+".join(re.sub(r"[^\w-]+", "_", text.strip()) for text in texts) or "edited"
+    return files.nameable(f"{base}-without-{concepts}".encode()[:180].decode(errors="ignore"))
 
 
 def verified(
@@ -248,9 +248,9 @@ def verified(
     again = kind.read(base, path)
     names, dtypes, lost, change = list(pipeline.edits), set(), 0.0, 0.0
     for some in _chunks(names):
-        found, before = read_exact(again, some), read_exact(base, some)
+        reread, before = read_exact(again, some), read_exact(base, some)
         for name in some:
-            ours, theirs, first = (np.asarray(tree[name]) for tree in (pipeline.edits, found, before))
+            ours, theirs, first = (np.asarray(tree[name]) for tree in (pipeline.edits, reread, before))
             if not np.isfinite(theirs).all():
                 raise ValueError(f"{path} does not verify: {name} holds NaN or infinity")
             if kind.exact:
@@ -286,7 +286,7 @@ def _dtype_of(ours: np.ndarray, theirs: np.ndarray, name: str, path: Path) -> st
 
 
 def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], path: Path, dtype: Any) -> int:
-    """How many tensors were not trained, after finding all as they were, or rounded to `dtype`, if it is given.
+    """How many tensors were not trained, once all are checked to be as they were, or rounded to `dtype`, if it is set.
 
     Raises ValueError for another one.
     """
@@ -309,7 +309,7 @@ def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], pat
 def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | None, path: Path) -> int:
     """The greatest difference of 255 between one image of memory's and the file's.
 
-    Raises ValueError if the file draws another one than `expected`, which has its tensors.
+    Raises ValueError if the file generates another one than `expected`, which has its tensors.
     """
     prompts = texts_of(pipeline.provenance.erased)[:1] or [""]
     draw = lambda model: sample(model, prompts, steps=STEPS, sampler="auto")[0].astype(int)  # noqa: E731

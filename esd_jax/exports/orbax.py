@@ -47,8 +47,8 @@ def write(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[
 def read(base: Pipeline, path: Path) -> Pipeline:
     """The base with a tree's trained tensors. Raises ValueError for a tree of another base."""
     tree, meta = checkpoint.load_tree(path)
-    if (found := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
-        raise ValueError(f"{path} was made of another base: its denoiser has sha256 {expected}, not {found}")
+    if (actual := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
+        raise ValueError(f"{path} was made of another base: its denoiser has sha256 {expected}, not {actual}")
     erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
     provenance = dataclasses.replace(base.provenance, erased=tuple(map(Erasure.from_dict, meta["erased"])))
     return dataclasses.replace(erased, provenance=provenance)

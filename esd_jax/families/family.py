@@ -1,4 +1,4 @@
-"""What model families differ in, as one value: nobody else asks which model it is."""
+"""What model families differ in, as one value: nothing else asks which model it is."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Family:
     null: (conditioning, where [batch]) -> the same, with "no prompt" in some rows.
     encoded: (configs, batch, dtype) -> the shapes of so many encoded prompts.
     latents: (configs, (height, width) in pixels) -> the shape of one example's latents (height, width, channel).
-    default_size: configs -> (height, width) in pixels for which the model was trained; None if they do not say.
+    default_size: configs -> (height, width) in pixels for which the model was trained; None if they do not tell.
     check: raises ValueError for configs that do not belong together.
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
     subsets: name -> which tensors of the denoiser are trained.

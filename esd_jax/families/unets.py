@@ -1,4 +1,4 @@
-"""What the families of Stable Diffusion's UNet share: its components, its latents and what it is told."""
+"""What the families of Stable Diffusion's UNet share: its components, its latents and its conditioning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

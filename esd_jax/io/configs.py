@@ -87,10 +87,10 @@ def _components(folder: Path, index: Mapping[str, Any], family: Family) -> dict[
     components = {}
     for name, allowed in family.components.items():
         entry = index.get(name)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if found not in allowed:
+        cls = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if cls not in allowed:
             raise ValueError(
-                f"{folder}: component {name} is a {found}, which is not implemented (only {tuple(allowed)} are)"
+                f"{folder}: component {name} is a {cls}, which is not implemented (only {tuple(allowed)} are)"
             )
-        components[name] = found
+        components[name] = cls
     return components

@@ -1,6 +1,6 @@
 """What a diffusers pipeline makes of config files that it does not take as they are written.
 
-A checkpoint means what its pipeline draws with it, so the same is done here, and told in one line. docs/formats.md has
+A checkpoint means what its pipeline samples with it, so the same is done here, and reported. docs/formats.md has
 the whole table. The files themselves stay as they are: an export copies them, and its reader corrects them again.
 """
 
@@ -25,7 +25,7 @@ class Corrected(UserWarning):
 
 
 def note(text: str) -> None:
-    """Says in one line what is taken instead."""
+    """Reports in one line what is taken instead."""
     warnings.warn(text, Corrected, stacklevel=3)
 
 
@@ -38,9 +38,9 @@ def scheduler(index: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
         config = {**config, "_class_name": entry[1]}
     corrected = dict(config)
     if index.get("_class_name") == SD and config.get("steps_offset") != 1:
-        found = f"steps_offset={config['steps_offset']!r}" if "steps_offset" in config else "no steps_offset"
+        setting = f"steps_offset={config['steps_offset']!r}" if "steps_offset" in config else "no steps_offset"
         if "steps_offset" in config or config.get("_class_name") not in WITHOUT_OFFSET:
-            note(f"{path} has {found}: 1 is taken, as {SD} does")
+            note(f"{path} has {setting}: 1 is taken, as {SD} does")
         corrected["steps_offset"] = 1
     if config.get("clip_sample"):
         note(f"{path} has clip_sample={config['clip_sample']!r}, which is for pixels: latents are not clipped")
@@ -87,7 +87,7 @@ OF_CONFIG: Mapping[type, Callable[[str, Mapping[str, Any], Path], dict[str, Any]
 
 def _release(version: Any) -> tuple[int, int]:
     """(0, 6) of "0.6.0.dev0"."""
-    found = re.match(r"v?(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
-    if found is None:
+    match = re.match(r"v?(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    if match is None:
         raise ValueError(f"config field _diffusers_version={version!r} is no version: correct or remove it")
-    return int(found[1]), int(found[2] or 0)
+    return int(match[1]), int(match[2] or 0)

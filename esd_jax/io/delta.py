@@ -74,8 +74,8 @@ def export_delta(
     specs = {key: (code, safetensors.file_shape(value.shape, layouts[key])) for key, value in edits.items()}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
-    safetensors.write(path, safetensors.lay_out(specs), tensor, told)
+    records = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
+    safetensors.write(path, safetensors.lay_out(specs), tensor, records)
     return path
 
 

@@ -64,10 +64,10 @@ def export_difference(
         return safetensors.cast(name, safetensors.to_file(change, layouts[key]), code)
 
     specs = {key: (code, safetensors.file_shape(pipeline.edits[prefix + key].shape, layouts[key])) for key in keys}
-    told = {KIND: DIFFERENCE, BASE: source_hash(pipeline), **files.write_records(pipeline.provenance.erased)}
+    records = {KIND: DIFFERENCE, BASE: source_hash(pipeline), **files.write_records(pipeline.provenance.erased)}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.write(path, safetensors.lay_out(specs), tensor, {**told, **(metadata or {})})
+    safetensors.write(path, safetensors.lay_out(specs), tensor, {**records, **(metadata or {})})
     return path
 
 
@@ -90,10 +90,10 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
     if not is_difference(header):
         raise ValueError(f"{path} is no difference file (its metadata lack {KIND}={DIFFERENCE})")
     expected = header.metadata.get(BASE)
-    if not force and expected != (found := source_hash(base)):
+    if not force and expected != (actual := source_hash(base)):
         raise ValueError(
             f"{path} is the difference to another base: its UNet has sha256 {str(expected)[:12]}..., this one "
-            f"{found[:12]}... (force=True adds it all the same)"
+            f"{actual[:12]}... (force=True adds it all the same)"
         )
     net, prefix = base.network(base.denoiser), f"{base.denoiser}/"
     shapes, edits = tensors.torch_shapes(net), {}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk -> `Pipeline`, and what a pipeline's source files say of its tensors."""
+"""Checkpoints on disk -> `Pipeline`, and its tensors as the source files have them."""
 
 import hashlib
 import json
@@ -56,11 +56,11 @@ def load(
       sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
         "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers. By
-        default the file's keys and shapes tell the architecture; see `io.ldm_file.scheduler_changes` for what the
+        default the file's keys and shapes determine the architecture; see `io.ldm_file.scheduler_changes` for what the
         network predicts.
       ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
-    Components that sampling needs not (safety checker, feature extractor, ...) are not read; `export` copies them.
+    Components that sampling does not need (safety checker, feature extractor, ...) are not read; `export` copies them.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file, config field or tensor that does not fit.
@@ -84,10 +84,10 @@ def load(
             f"{folder} has no weights of variant {variant!r} of {', '.join(lacking)}: the plain ones are read"
         )
     for name, network_config in configs.items():
-        params[name], found, records = load_component(
+        params[name], located, records = load_component(
             folder, name, network_config, dtype=dtype, variant=variants[name], sharding=sharding
         )
-        sources |= {f"{name}/{tensor}": source for tensor, source in found.items()}
+        sources |= {f"{name}/{tensor}": source for tensor, source in located.items()}
         erased |= {json.dumps(record.to_dict(), sort_keys=True): record for record in records}
     provenance = Provenance(
         str(source), folder, variant=variant, revision=revision, tensors=sources, erased=tuple(erased.values())
@@ -142,7 +142,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
 
 
 def _check_file(header: safetensors.Header, configs: Mapping[str, NetworkConfig]) -> None:
-    """Raises ValueError for a denoiser whose tensors say that it takes more than latents."""
+    """Raises ValueError for a denoiser whose tensors show that it takes more than latents."""
     families.of(configs).check(ldm_file.with_channels(header, configs))
 
 
@@ -191,12 +191,12 @@ def load_component(
                 raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
             if name is not None and (name in expected or name != UNPROJECTED):
                 places[name] = (header, TensorFile(header.path, key))
-    found = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
-    files.check_names(component, found, expected)
+    shapes = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
+    files.check_names(component, shapes, expected)
     for name, shape in expected.items():
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise ValueError(
-                f"{component}: tensor {name!r} has shape {found[name]} in {places[name][0].path}, but config.json "
+                f"{component}: tensor {name!r} has shape {shapes[name]} in {places[name][0].path}, but config.json "
                 f"needs {shape}"
             )
     params = _read_network(component, net, places, dtype, sharding)

@@ -68,7 +68,7 @@ def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray
     """Encoder -> its vectors, and the word if the file has it."""
     safetensors.refuse_pickle(path, OF_VECTORS)
     header = safetensors.read_header(path)
-    found: dict[str, np.ndarray] = {}
+    embeddings: dict[str, np.ndarray] = {}
     named = None
     for key in header.entries:
         encoder = KEYS.get(key)
@@ -77,16 +77,16 @@ def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray
         if encoder is None:
             raise ValueError(f"{path}: {_foreign(header, key)}")
         array = safetensors.read(header, key).astype(np.float32)
-        found[encoder] = array[None] if array.ndim == 1 else array
+        embeddings[encoder] = array[None] if array.ndim == 1 else array
     widths = {encoder: pipeline.configs[encoder].hidden_size for encoder in pipeline.text_encoders}
-    fits = {encoder: rows.shape[-1] for encoder, rows in found.items() if rows.ndim == 2 and len(rows)} == widths
-    if not fits or len({len(rows) for rows in found.values()}) != 1:
-        shapes = {encoder: rows.shape for encoder, rows in found.items()}
-        of = "it is one of SDXL's, for two text encoders; " if len(found) > len(widths) else ""
+    fits = {encoder: rows.shape[-1] for encoder, rows in embeddings.items() if rows.ndim == 2 and len(rows)} == widths
+    if not fits or len({len(rows) for rows in embeddings.values()}) != 1:
+        shapes = {encoder: rows.shape for encoder, rows in embeddings.items()}
+        of = "it is one of SDXL's, for two text encoders; " if len(embeddings) > len(widths) else ""
         raise ValueError(
             f"{path} is no embedding for this checkpoint: {of}it has {shapes}, but the widths are {widths}"
         )
-    return found, named
+    return embeddings, named
 
 
 def _foreign(header: safetensors.Header, key: str) -> str:

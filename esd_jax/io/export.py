@@ -68,16 +68,16 @@ def export(
         raise ValueError(f"{path} holds the file that the checkpoint was read from: export elsewhere")
     check_edits(pipeline)
     check_sources(pipeline)
-    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
+    records = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     partial = leftovers.partial(path)
     with writing(path):
         try:
             leftovers.sweep(path)
             partial.mkdir(parents=True)
             if file:
-                new_folder.build(partial, pipeline, told, max_shard_size=max_shard_size, variant=variant)
+                new_folder.build(partial, pipeline, records, max_shard_size=max_shard_size, variant=variant)
             else:
-                _fill(partial, pipeline, source, told)
+                _fill(partial, pipeline, source, records)
             move_into_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -166,7 +166,7 @@ def _weights_unread(folder: Path, variant: str | None) -> set[Path] | None:
     Empty if it has none (a tokenizer, a scheduler); None if all that it has are pickles.
     """
     names = [path.name for path in folder.iterdir()]
-    variants = {found for name in names if (found := files.variant_of(name)) is not None}
+    variants = {other for name in names if (other := files.variant_of(name)) is not None}
     if variants:
         chosen = next(v for v in (variant, "", *sorted(variants)) if v in variants)
         return set(files.weight_files(folder, chosen))

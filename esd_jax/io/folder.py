@@ -11,7 +11,7 @@ from esd_jax.erasure import Erasure
 from esd_jax.inputs import parse_json, read_json
 from esd_jax.io.safetensors import PICKLES, Header, refuse_pickle
 
-RECORD = "esd_jax"  # the metadata key under which a weight file says what was erased from it
+RECORD = "esd_jax"  # the metadata key under which a weight file records what was erased from it
 # Every form of a weight file's name, or of a shard index's, that diffusers and transformers have written:
 # diffusion_pytorch_model[.fp16][-00001-of-00002][.fp16].safetensors[.index[.fp16].json | .fp16.index.json]
 WEIGHTS = re.compile(
@@ -42,7 +42,7 @@ def variant_of(file_name: str) -> str | None:
 def variants(folder: Path, components: Sequence[str], variant: str | None) -> dict[str, str | None]:
     """Component -> the variant of its weights that is read: the one asked for, or None where others alone have it.
 
-    Where no component has it, it is left to `weight_files` to say so.
+    Where no component has it, `weight_files` raises.
     """
     having = [name for name in components if variant and _has_variant(folder / name, variant)]
     return {name: variant if name in having or not having else None for name in components}
@@ -62,9 +62,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}, though model_index.json names it")
     names = sorted(path.name for path in folder.iterdir())
-    found = [name for name in names if variant_of(name) == (variant or "")]
-    single = [name for name in found if name.endswith(".safetensors") and "-of-" not in name]
-    indices = [name for name in found if name.endswith(".json")]
+    files = [name for name in names if variant_of(name) == (variant or "")]
+    single = [name for name in files if name.endswith(".safetensors") and "-of-" not in name]
+    indices = [name for name in files if name.endswith(".json")]
     if single:
         return [folder / single[0]]
     if indices:
@@ -147,9 +147,9 @@ def unwrapped(key: str) -> str:
     return WRAPPERS.sub("", key)
 
 
-def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_names(component: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the first, for parameters that are missing or unknown."""
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, unknown = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     if unknown and all(unwrapped(name) in expected for name in unknown):
         raise ValueError(
             f"{component}: the weights are named as within PyTorch's wrappers (torch.compile, data parallelism), first "
@@ -163,5 +163,5 @@ def check_names(component: str, found: Mapping[str, Any], expected: Mapping[str,
     if unknown:
         raise ValueError(
             f"{component}: {len(unknown)} tensors in the weights are unknown to the network, first {unknown[0]!r} of "
-            f"shape {found[unknown[0]]}: config.json and the weights do not belong together"
+            f"shape {actual[unknown[0]]}: config.json and the weights do not belong together"
         )

@@ -21,7 +21,7 @@ def resolve(
       revision: a branch, tag or commit of the hub's repository.
       weights: whether weights are needed, or the small files alone.
 
-    With `HF_HUB_OFFLINE=1`, or without a network, only what the hub's cache already holds is found.
+    With `HF_HUB_OFFLINE=1`, or without a network, only the hub's cache is searched.
 
     Raises:
       FileNotFoundError: no such folder; or the hub has no such model or revision, or cannot be reached.

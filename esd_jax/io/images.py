@@ -1,4 +1,4 @@
-"""Image files: reading those to learn from, writing those that were drawn."""
+"""Image files: reading those to learn from, writing generated ones."""
 
 import contextlib
 import io

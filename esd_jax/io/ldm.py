@@ -62,19 +62,19 @@ def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32") -> dict
       configs: component -> config, as `Pipeline` has them. With a second text encoder, the names are SDXL's.
       dtype: in which the networks are built to learn their tensors' names; any gives the same.
     """
-    found = {}
+    table = {}
     for component, config in configs.items():
         names = network(config, dtype).shapes
         if isinstance(config, CLIPTextConfig):
             prefix = TEXT_XL.format(int(component == "text_encoder_2")) if "text_encoder_2" in configs else TEXT
-            found |= {f"{component}/{name}": _text_place(config, prefix, name) for name in names}
+            table |= {f"{component}/{name}": _text_place(config, prefix, name) for name in names}
             continue
         modules, prefix = (_unet(config), UNET) if isinstance(config, UNetConfig) else (_vae(config), VAE)
         for name in names:
             key = _rename(name, modules)
             matrix = prefix == VAE and ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
-            found[f"{component}/{name}"] = Place(prefix + key, conv=matrix)
-    return found
+            table[f"{component}/{name}"] = Place(prefix + key, conv=matrix)
+    return table
 
 
 def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
@@ -83,17 +83,17 @@ def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
     The training codes build all of open_clip's text model. SD 2 takes the output of its last layer but one, so that the
     last one is never run; the projection of SD 2 and the temperature belong to CLIP's own loss.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for component, config in configs.items():
         if not isinstance(config, CLIPTextConfig) or not is_open_clip(config):
             continue
         second = "text_encoder_2" in configs
         prefix = TEXT_XL.format(int(component == "text_encoder_2")) if second else TEXT
         width, inner = config.hidden_size, config.intermediate_size
-        found[f"{prefix}model.logit_scale"] = ()
+        shapes[f"{prefix}model.logit_scale"] = ()
         if second:  # SDXL runs every layer, and its folder has the projection
             continue
-        found[f"{prefix}model.text_projection"] = (width, width)
+        shapes[f"{prefix}model.text_projection"] = (width, width)
         layer = {
             "ln_1": (width,), "attn.in_proj_": (3 * width, width), "attn.out_proj": (width, width), "ln_2": (width,),
             "mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner),
@@ -101,8 +101,8 @@ def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
         for module, shape in layer.items():
             dot = "" if module.endswith("_") else "."
             name = f"{prefix}model.transformer.resblocks.{config.num_hidden_layers}.{module}{dot}"
-            found |= {f"{name}weight": shape, f"{name}bias": shape[:1]}
-    return found
+            shapes |= {f"{name}weight": shape, f"{name}bias": shape[:1]}
+    return shapes
 
 
 def is_open_clip(config: CLIPTextConfig) -> bool:

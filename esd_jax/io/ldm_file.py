@@ -20,7 +20,7 @@ from esd_jax.pipeline import NetworkConfig, TensorFile, network
 
 # Width of the text that the UNet's cross-attention reads -> the published architecture that has it.
 WIDTHS = {768: "sd14", 1024: "sd21", 2048: "sdxl"}
-# The step count that Stability's SD 2 base (512 px, which predicts eps) carries; diffusers tells it by this, too.
+# The step count of Stability's SD 2 base (512 px, which predicts eps), by which diffusers recognises it, too.
 SD2_BASE_STEPS = 875000
 # What ModelSpec calls the prediction type, ComfyUI's name for it and kohya's; and their words for its values.
 PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"epsilon": "epsilon", "v": "v_prediction"}
@@ -41,7 +41,7 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
     Args:
       header: of the file.
       config: a published architecture ("sd14", "sd21", "sd21-base", "sdxl"), or a diffusers folder or hub id of the
-        same architecture; None to tell one by the file's keys and shapes.
+        same architecture; None determines it from the file's keys and shapes.
 
     Raises ValueError for a file that is no checkpoint, or of a family that is not implemented.
     """
@@ -58,16 +58,16 @@ def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, An
 
     A `config` that is a folder, or one of the two SD 2, is right. Else, in this order: metadata (ModelSpec's
     `modelspec.prediction_type`, ComfyUI's `modelspec.predict_key`, kohya's `ss_v_parameterization`); the key `v_pred`,
-    by which ComfyUI tells an SDXL that predicts v. An SD 2 that says nothing is taken to predict v, as diffusers takes
-    it. The key `ztsnr`, or kohya's `ss_zero_terminal_snr`, tells a network that was trained from pure noise. A warning
-    tells of an SD 2 that says nothing, of a word that is not known, and of two that contradict each other.
+    by which ComfyUI recognises an SDXL that predicts v. An SD 2 without any is taken to predict v, as diffusers takes
+    it. The key `ztsnr`, or kohya's `ss_zero_terminal_snr`, marks a network that was trained from pure noise. A warning
+    reports an SD 2 without any, an unknown value, and two that contradict each other.
     """
     name = _recognise(header) if config is None else str(config)
     if name not in ARCHITECTURES or (config is not None and name.startswith("sd21")):
         return {}
     changes: dict[str, Any] = {}
-    if said := _predictions(header):
-        (source, kind), *others = said.items()
+    if predictions := _predictions(header):
+        (source, kind), *others = predictions.items()
         changes["prediction_type"] = kind
         if other := next((other for other in others if other[1] != kind), None):
             corrections.note(f"{header.path} says {kind} by {source} and {other[1]} by {other[0]}: {kind} is taken")
@@ -83,25 +83,25 @@ def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, An
         if name != "sdxl":  # whose class has no such option
             changes["_class_name"] = "DDIMScheduler"
         default = "v_prediction" if name == "sd21" else "epsilon"
-        if changes.get("prediction_type", default) == "v_prediction":  # eps says nothing of x0 at pure noise
+        if changes.get("prediction_type", default) == "v_prediction":  # eps determines no x0 at pure noise
             changes["timestep_spacing"] = "trailing"
     return changes
 
 
 def _predictions(header: Header) -> dict[str, str]:
-    """What a file says that its network predicts: by what -> the prediction type, the one to trust most first."""
-    found = {}
+    """The prediction types that a file declares: key -> prediction type, the most trusted first."""
+    predictions = {}
     for key in (PREDICTION, PREDICT_KEY):
         if word := header.metadata.get(key):
             if kind := WORDS.get(word.strip().lower().replace("-", "_")):
-                found[key] = kind
+                predictions[key] = kind
             else:
                 corrections.note(f"{header.path} has {key}={word!r}, which is not known: it is passed over")
     if (predicts_v := _switch(header, V_PARAMETERIZATION)) is not None:
-        found[V_PARAMETERIZATION] = "v_prediction" if predicts_v else "epsilon"
+        predictions[V_PARAMETERIZATION] = "v_prediction" if predicts_v else "epsilon"
     if "v_pred" in header.entries:
-        found["v_pred"] = "v_prediction"
-    return found
+        predictions["v_pred"] = "v_prediction"
+    return predictions
 
 
 def _switch(header: Header, key: str) -> bool | None:
@@ -131,7 +131,7 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
 
     Raises ValueError, in one line, if a network is missing or of another shape.
     """
-    path, entries, found, all_places = header.path, header.entries, {}, ldm.places(configs)
+    path, entries, sources, all_places = header.path, header.entries, {}, ldm.places(configs)
     for component, config in configs.items():
         places = {name: place for name, place in all_places.items() if name.startswith(f"{component}/")}
         if component == "unet" and ema:
@@ -140,20 +140,20 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
         for name, place in places.items():
             key = next((key for key in (place.key, _old_key(place.key)) if key in entries), None)
             if key is not None:
-                found[name] = TensorFile(path, key, place.part, place.transposed)
-        missing = [name for name in places if name not in found]
+                sources[name] = TensorFile(path, key, place.part, place.transposed)
+        missing = [name for name in places if name not in sources]
         if len(missing) == len(places):
             raise ValueError(f"{path} holds no {_what(config, ema)}: give a complete checkpoint")
         if missing:
             raise _mismatch(path, component, f"{len(missing)} tensors are missing, first {places[missing[0]].key!r}")
         for name, place in places.items():
-            shape, needed = entries[found[name].key].shape, place.whole_shape(shapes[name.partition("/")[2]])
+            shape, needed = entries[sources[name].key].shape, place.whole_shape(shapes[name.partition("/")[2]])
             if not tensors.fits(shape, needed):
-                raise _mismatch(path, component, f"{found[name].key!r} has shape {shape}, not {needed}")
-    used = {source.key for source in found.values()}
+                raise _mismatch(path, component, f"{sources[name].key!r} has shape {shape}, not {needed}")
+    used = {source.key for source in sources.values()}
     if not ema and (unknown := next((k for k in entries if k.startswith(ldm.UNET) and k not in used), None)):
         raise _mismatch(path, "unet", f"{unknown!r} is unknown")
-    return found
+    return sources
 
 
 def _recognise(header: Header) -> str:
@@ -192,9 +192,9 @@ def _what(config: NetworkConfig, ema: bool) -> str:
     return f"moving average of its UNet ({ldm.EMA}*), so it cannot be loaded with ema=True" if ema else "UNet"
 
 
-def _mismatch(path: Path, component: str, said: str) -> ValueError:
+def _mismatch(path: Path, component: str, mismatch: str) -> ValueError:
     return ValueError(
-        f"{path} is of another architecture than its config: {component}: {said}; give a diffusers folder of its "
+        f"{path} is of another architecture than its config: {component}: {mismatch}; give a diffusers folder of its "
         "architecture as config="
     )
 

@@ -63,10 +63,10 @@ def _sweep(folder: Path, dead: Callable[[str, int, str], bool]) -> None:
     if not folder.is_dir():
         return
     for left in sorted(folder.iterdir()):
-        found = NAME.fullmatch(left.name)
-        if not found or not dead(found["output"], int(found["process"]), found["kind"]):
+        match = NAME.fullmatch(left.name)
+        if not match or not dead(match["output"], int(match["process"]), match["kind"]):
             continue
-        if found["kind"] != "partial" and not os.path.lexists(output := folder / found["output"]):
+        if match["kind"] != "partial" and not os.path.lexists(output := folder / match["output"]):
             left.rename(output)
         else:
             remove(left)

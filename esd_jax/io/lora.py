@@ -6,7 +6,7 @@ A convolution's kernel is taken as one matrix [outputs, inputs * height * width]
 of 1x1. The factors are the change's truncated singular value decomposition, the nearest of their rank (Eckart & Young
 1936).
 
-Every module's scale is said outright, because loaders guess it wrong where ranks differ: diffusers took the first
+Every module's scale is explicit, because loaders guess it wrong where ranks differ: diffusers took the first
 module's rank for every alpha until August 2026 (its pull request 14409), so PEFT's files carry their `LoraConfig`. Of
 kohya's files it loses the alphas of attention layers, and 0.32 takes a module's rank for its alpha once ranks differ.
 So all factors in a kohya file have one rank, the greatest that any matrix needs: zeros fill the others up, and alpha is
@@ -138,12 +138,12 @@ def export_lora(
         energy_of = _energy(_change(pipeline, base, name))
         lost, total = lost + energy_of, total + energy_of
     report = LoraReport(path, lost / total if total else 0.0, ranks, kept, left_out, padded)
-    told = {**files.write_records(pipeline.provenance.erased), **_described(pipeline, report), **(metadata or {})}
+    records = {**files.write_records(pipeline.provenance.erased), **_described(pipeline, report), **(metadata or {})}
     if style == "diffusers":
-        told = {PEFT: json.dumps(_peft_config(ranks, biased)), **told}
+        records = {PEFT: json.dumps(_peft_config(ranks, biased)), **records}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.save(path, written, told)
+    safetensors.save(path, written, records)
     return report
 
 
@@ -201,16 +201,16 @@ def _output_projections(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Zeros for an output projection of each text encoder whose attention is adapted without any.
 
-    diffusers tells kohya's keys of attention layers by this one alone; without it, it leaves the others out.
+    diffusers recognises kohya's keys of attention layers by this one alone; without it, it leaves the others out.
     """
-    found, layers = {}, {written: name for name, written in modules.items() if ".self_attn." in name}
+    factors, layers = {}, {written: name for name, written in modules.items() if ".self_attn." in name}
     for network in sorted({_network(layers[written]) for written in pairs if written in layers}):
         own = [name for written in pairs if (name := layers.get(written, "")).startswith(f"{network}/")]
         if not any(name.endswith(".out_proj") for name in own):
             down, _ = pairs[modules[own[0]]]  # square, as all of them
             zeros = np.zeros((1, down.shape[1]), down.dtype)
-            found[modules[own[0].rpartition(".")[0] + ".out_proj"]] = zeros, zeros.T
-    return found
+            factors[modules[own[0].rpartition(".")[0] + ".out_proj"]] = zeros, zeros.T
+    return factors
 
 
 def _filled(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
@@ -262,15 +262,15 @@ def _peft_config(ranks: Mapping[str, tuple[int, int]], biased: Iterable[str]) ->
 
 
 def _described(pipeline: Pipeline, report: LoraReport) -> dict[str, str]:
-    """What the file says of itself, and the names of its base by which A1111 lists it among those that fit."""
-    told = {"residual": report.residual, "left_out": list(report.left_out)}
-    told |= {"ranks": {name: rank for name, (rank, _) in report.ranks.items()}}
+    """The file's description, and the names of its base by which A1111 lists it among those that fit."""
+    described = {"residual": report.residual, "left_out": list(report.left_out)}
+    described |= {"ranks": {name: rank for name, (rank, _) in report.ranks.items()}}
     second = ldm.is_open_clip(pipeline.configs["text_encoder"])
     version = f"sd_v{1 + second}" + ("_v" if pipeline.schedule.prediction_type == "v_prediction" else "")
     if len(pipeline.text_encoders) == 2:
         second, version = False, "sdxl_base_v1-0"
     kohya = {"ss_network_module": "networks.lora", "ss_base_model_version": version, "ss_v2": str(second)}
-    return {"esd_jax.lora": json.dumps(told), **kohya}
+    return {"esd_jax.lora": json.dumps(described), **kohya}
 
 
 def _check(pipeline: Pipeline, path: Path, rank: int | None, energy: float | None, style: str, overwrite: bool) -> None:

@@ -38,7 +38,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # a
 
 @dataclass
 class Change:
-    """What a file says of one module: its parts (see `adapters.ENDINGS`), and the keys that they came from."""
+    """A file's change of one module: its parts (see `adapters.ENDINGS`), and the keys that they came from."""
 
     parts: dict[str, np.ndarray] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -65,9 +65,9 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
     check_finite(strength=strength)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
-    found = _changes(header, module_names(pipeline))
+    changes = _changes(header, module_names(pipeline))
     configs, edits = _configs(header), {}
-    for module, change in found.items():
+    for module, change in changes.items():
         if adapters.lacking(change.parts):
             raise ValueError(f"{path}: {change.keys[0]!r} lacks its other factor")
         edits |= _applied(pipeline, module, change, configs, strength, path)
@@ -93,20 +93,20 @@ def is_lora(header: Header) -> bool:
 
 
 def _changes(header: Header, modules: Mapping[str, str]) -> dict[str, Change]:
-    """ "unet/MODULE" -> what a file says of it."""
-    found: dict[str, Change] = {}
+    """ "unet/MODULE" -> its change in a file."""
+    changes: dict[str, Change] = {}
     for key in header.entries:
         if key.startswith(BUNDLED):
             continue
         module, part = _split(key, modules, header)
-        change = found.setdefault(module, Change())
+        change = changes.setdefault(module, Change())
         if part in change.parts:
             raise ValueError(f"{header.path}: {key!r} gives a second {part} for the same module")
         change.parts[part] = _read(header, key, part)
         change.keys.append(key)
-    if not any(change.parts.keys() - {"alpha", "scale"} for change in found.values()):
+    if not any(change.parts.keys() - {"alpha", "scale"} for change in changes.values()):
         raise ValueError(f"{header.path} holds no LoRA")
-    return found
+    return changes
 
 
 def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def _configs(header: Header) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _scale(module: str, change: Change, rank: int, configs: Mapping[str, Mapping[str, Any]], path: Path) -> float:
-    """alpha / rank of a module, or what else a file says that its factors are multiplied with; of no rank it is 1."""
+    """alpha / rank of a module, or another factor that a file names; without a rank it is 1."""
     network, _, bare = module.partition("/")
     config = configs.get(network, configs.get("", {}))
     if "alpha" in change.parts:
@@ -177,10 +177,10 @@ def _scale(module: str, change: Change, rank: int, configs: Mapping[str, Mapping
     scale = float(alpha) / rank**root if rank else 1.0
     if "scale" in change.parts:
         _require(change.parts["scale"].size == 1, change.keys[0], path)
-        if (said := float(change.parts["scale"].reshape(-1)[0])) != scale:
+        if (value := float(change.parts["scale"].reshape(-1)[0])) != scale:
             key = next(key for key in change.keys if key.endswith(".scale"))
             raise ValueError(
-                f"{path}: {key!r} is {said:g}, but alpha / rank is {scale:g}: A1111 takes the first, ComfyUI and kohya "
+                f"{path}: {key!r} is {value:g}, but alpha / rank is {scale:g}: A1111 takes the first, ComfyUI and kohya "
                 "the second; leave one of them out of the file"
             )
     return scale
@@ -236,7 +236,7 @@ def _require(fits: bool, key: str, path: Path) -> None:
 
 @contextmanager
 def _fitting_each_other(key: str, path: Path) -> Iterator[None]:
-    """Turns NumPy's word that factors do not fit each other into one line."""
+    """Turns NumPy's error for factors that do not fit each other into one line."""
     try:
         yield
     except (ValueError, IndexError) as error:

@@ -17,10 +17,10 @@ def module_names(pipeline: Pipeline) -> dict[str, str]:
         for tensor in pipeline.network(component).shapes:
             module = tensor.rpartition(".")[0]
             if component == "unet":
-                found = _of_unet(module)
+                written = _of_unet(module)
             else:
-                found = _of_text_encoder(pipeline, component, module, tensor.startswith("text_projection"))
-            names |= dict.fromkeys(found, f"{component}/{module}")
+                written = _of_text_encoder(pipeline, component, module, tensor.startswith("text_projection"))
+            names |= dict.fromkeys(written, f"{component}/{module}")
     for name, place in ldm.places({"unet": pipeline.configs["unet"]}).items():
         module, target = place.key.removeprefix(ldm.UNET).rpartition(".")[0], name.rpartition(".")[0]
         names.setdefault("lora_unet_" + module.replace(".", "_"), target)

@@ -75,7 +75,7 @@ def merge(
     Returns:
       the merged pipeline, with the records of all parts; and where they disagree.
 
-    Raises ValueError for no parts, a base with edits, a part that says it was erased from another base, or a strength
+    Raises ValueError for no parts, a base with edits, a part whose record names another base, or a strength
     that is not finite, or leads out of float32's range.
     """
     if not parts:
@@ -137,7 +137,7 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
                 f"{file} was erased from another base, whose UNet has sha256 {min(map(str, claimed))[:12]}..., not "
                 f"{expected[:12]}... (force=True merges it all the same)"
             )
-    found, headers = {}, [tensors.headers_of(pipeline) if whole else {} for pipeline in (part, base)]
+    changes, headers = {}, [tensors.headers_of(pipeline) if whole else {} for pipeline in (part, base)]
     for name in names:
         after, before = np.asarray(_exact(part, name)), np.asarray(_exact(base, name))
         if name in part.edits or not tensors.same(
@@ -147,16 +147,16 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
             )
         ):
             with np.errstate(over="ignore"):  # the sum is checked, by name
-                found[name] = np.float32(strength) * (after - before)
-    if not found:
+                changes[name] = np.float32(strength) * (after - before)
+    if not changes:
         raise ValueError(f"{part.provenance.source} changes nothing")
-    return found
+    return changes
 
 
 def _shape(pipeline: Pipeline, name: str) -> tuple[int, ...] | None:
     network, _, tensor = name.partition("/")
-    found = pipeline.params.get(network, {}).get(tensor)
-    return None if found is None else found.shape
+    array = pipeline.params.get(network, {}).get(tensor)
+    return None if array is None else array.shape
 
 
 def _cosine(dot: Any, a: Any, b: Any) -> float:

@@ -21,7 +21,7 @@ def build(
 ) -> None:
     """Writes all of a checkpoint into the folder `target`, which exists; see `export`."""
     source, headers = pipeline.provenance.folder, tensors.headers_of(pipeline)
-    assert source is not None  # `export` has seen to it
+    assert source is not None  # `export` has checked it
     _write_json(target / "model_index.json", pipeline.index)
     (target / "scheduler").mkdir()
     _write_json(target / "scheduler" / "scheduler_config.json", pipeline.schedule.config)

@@ -1,4 +1,4 @@
-"""What a safetensors file seems to be that its reader does not take, in words that name the reader that does."""
+"""What a safetensors file that its reader refuses seems to be, naming the reader that takes it."""
 
 from collections.abc import Iterable
 

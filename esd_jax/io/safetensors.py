@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """A file's header.
 
     path: the file; data: where the tensors' bytes begin; entries: in the order in which the file lists them.
     """
@@ -77,7 +77,7 @@ def file_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks what a file says of itself.
+    """Reads and checks a file's header.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -208,8 +208,8 @@ def annotate(path: Path, metadata: Mapping[str, str], *, replacing: Callable[[st
     """Adds to a file's metadata, in place of those whose names are `replacing`. Its tensors stay as they are."""
     header = read_header(path)
     others = {name: text for name, text in header.metadata.items() if not replacing(name)}
-    if (told := {**others, **metadata}) != header.metadata:
-        write(path, header.entries, lambda key: read_bytes(header, key), told)
+    if (merged := {**others, **metadata}) != header.metadata:
+        write(path, header.entries, lambda key: read_bytes(header, key), merged)
 
 
 def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry]:
@@ -240,12 +240,12 @@ def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 def read_dtype(dtype: Any) -> np.dtype:
     """A dtype, or its name, as NumPy's; raises ValueError for one that weights cannot have."""
     try:
-        found = None if dtype is None else np.dtype(dtype)  # None would mean float64
+        parsed = None if dtype is None else np.dtype(dtype)  # None would mean float64
     except TypeError:
-        found = None
-    if found is None or found not in CODES:
+        parsed = None
+    if parsed is None or parsed not in CODES:
         raise ValueError(f"dtype={dtype!r} is not implemented: choose one of {', '.join(d.name for d in CODES)}")
-    return found
+    return parsed
 
 
 def refuse_pickle(path: Path, convert: str = OF_PIPELINE) -> None:
@@ -272,7 +272,7 @@ DISGUISES = {
 
 
 def _disguised(path: Path) -> str | None:
-    """What a file is whose name alone says that it is safetensors."""
+    """What a file really is that only its name calls safetensors."""
     with path.open("rb") as file:
         start = file.read(32)
     if start[8:9] == b"{":  # a damaged one; its header's length may begin as a pickle does

@@ -32,7 +32,7 @@ def export_single(
 
     For a pipeline that was read from a single file, or with `into`, that file is copied with the edited tensors in
     place of its own: the same keys, order and dtypes, all other bytes untouched. Only the moving average of the UNet
-    (`model_ema.*`), if there is one, is left out once the UNet is edited: it would still draw what was erased. A
+    (`model_ema.*`), if there is one, is left out once the UNet is edited: it would still generate what was erased. A
     pipeline that was read from the moving average (`ema=True`) is written as the file's UNet.
 
     A pipeline of a diffusers folder becomes a file of its own, tensor by tensor, in the folder's dtypes. What the
@@ -61,17 +61,22 @@ def export_single(
     tensors.check_file(pipeline, path, "a single file", overwrite, also=[base] if base else [])
     tensors.check_edits(pipeline)
     tensors.check_sources(pipeline)
-    told = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
+    records = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     headers = tensors.headers_of(pipeline)
     if base is None:
-        _build(pipeline, headers, path, code, told)
+        _build(pipeline, headers, path, code, records)
     else:
-        _substitute(pipeline, headers, safetensors.read_header(base), path, code, told)
+        _substitute(pipeline, headers, safetensors.read_header(base), path, code, records)
     return path
 
 
 def _substitute(
-    pipeline: Pipeline, headers: Mapping[Path, Header], base: Header, path: Path, code: str | None, told: dict[str, str]
+    pipeline: Pipeline,
+    headers: Mapping[Path, Header],
+    base: Header,
+    path: Path,
+    code: str | None,
+    records: dict[str, str],
 ) -> None:
     """Copies a single file, one tensor at a time, with what is edited, or was read from elsewhere, in its place."""
     places = ldm_file.locate(base, pipeline.configs)
@@ -100,14 +105,14 @@ def _substitute(
 
     # A hash of what the file held before is one no more.
     kept = {name: text for name, text in base.metadata.items() if not ((names or code) and "hash" in name)}
-    _write(path, entries, tensor, {**kept, **told})
+    _write(path, entries, tensor, {**kept, **records})
 
 
 def _build(
-    pipeline: Pipeline, headers: Mapping[Path, Header], path: Path, code: str | None, told: dict[str, str]
+    pipeline: Pipeline, headers: Mapping[Path, Header], path: Path, code: str | None, records: dict[str, str]
 ) -> None:
     """Writes a file of the pipeline's tensors alone, wide dtypes first (which aligns each), then by key."""
-    says = {kind: said for said, kind in ldm_file.PREDICTIONS.items()}
+    says = {kind: word for word, kind in ldm_file.PREDICTIONS.items()}
     if (kind := pipeline.schedule.prediction_type) not in says:
         raise ValueError(f"the checkpoint predicts {kind!r}, which no reader of single files knows")
     places, shapes = ldm.places(pipeline.configs), {}
@@ -119,8 +124,8 @@ def _build(
         stacked.setdefault(place.key, []).append(name)
     specs = {}
     for key, names in stacked.items():
-        found = {code or tensors.dtype_of(pipeline, headers, name) for name in names}
-        widest = max(found, key=lambda code: (DTYPES[code].itemsize, code))
+        codes = {code or tensors.dtype_of(pipeline, headers, name) for name in names}
+        widest = max(codes, key=lambda code: (DTYPES[code].itemsize, code))
         specs[key] = (widest, places[names[0]].whole_shape(shapes[names[0]]))
     for key, shape in ldm.unread(pipeline.configs).items():  # zeros, so that strict loaders open the file
         like = key[: key.rindex("model.") + len("model.")] + "ln_final.weight"
@@ -137,11 +142,11 @@ def _build(
             tensors.put(array, place, tensors.export_value(pipeline, headers, name, entry.dtype))
         return array
 
-    _write(path, entries, tensor, {ldm_file.PREDICTION: says[kind], **told})
+    _write(path, entries, tensor, {ldm_file.PREDICTION: says[kind], **records})
 
 
 def _marks(pipeline: Pipeline) -> list[str]:
-    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one that was trained from pure noise."""
+    """The empty tensors by which ComfyUI recognises an SDXL that predicts v, and one trained from pure noise."""
     if len(pipeline.text_encoders) < 2 or pipeline.schedule.prediction_type != "v_prediction":
         return []
     return ["v_pred", *(["ztsnr"] if pipeline.schedule.option("rescale_betas_zero_snr", False) else [])]
@@ -170,15 +175,15 @@ def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, 
     The bytes of wide dtypes come first, which aligns each: ComfyUI views a file in place, and torch views no float32
     at an odd multiple of two bytes, where it would lie behind the three float16 of a VAE's last bias.
     """
-    found: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
+    sizes: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
     for key, entry in entries.items():
         dtype, size = entry.dtype, entry.stop - entry.start
         if code and dtype in DTYPES and key.startswith(ldm.WEIGHTS):
             dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
-        found[key] = size // max(math.prod(entry.shape), 1), size, dtype
+        sizes[key] = size // max(math.prod(entry.shape), 1), size, dtype
     moved, start = {}, 0
-    for key in sorted(entries, key=lambda key: (-found[key][0], entries[key].start)):
-        _, size, dtype = found[key]
+    for key in sorted(entries, key=lambda key: (-sizes[key][0], entries[key].start)):
+        _, size, dtype = sizes[key]
         moved[key] = Entry(dtype, entries[key].shape, start, start + size)
         start += size
     return {key: moved[key] for key in entries}

@@ -18,10 +18,10 @@ def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
     return {name: safetensors.file_shape(shape.shape, net.layouts[name]) for name, shape in net.shapes.items()}
 
 
-def fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def fits(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether two shapes are the same but for ones at their end: a 1x1 convolution holds the values of a matrix."""
-    n = min(len(found), len(expected))
-    return found[:n] == expected[:n] and all(size == 1 for size in found[n:] + expected[n:])
+    n = min(len(actual), len(expected))
+    return actual[:n] == expected[:n] and all(size == 1 for size in actual[n:] + expected[n:])
 
 
 def read_torch(header: Header, source: TensorFile, shape: tuple[int, ...]) -> np.ndarray:
@@ -114,7 +114,7 @@ def check_file(pipeline: Pipeline, path: Path, what: str, overwrite: bool, *, al
 
 
 def check_sources(pipeline: Pipeline) -> None:
-    """Raises ValueError for a tensor that no file has, and no edit says: a word that was added in memory."""
+    """Raises ValueError for a tensor that neither a file nor an edit has: a word that was added in memory."""
     known = pipeline.provenance.tensors.keys() | pipeline.edits.keys()
     for component, params in pipeline.params.items():
         if lost := next((name for name in params if f"{component}/{name}" not in known), None):

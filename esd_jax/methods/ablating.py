@@ -119,17 +119,17 @@ class Ablating:
         return frozenset({"cross_attention"} if self.detach_bos else ())
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """The method, with the anchor's images drawn (unless given) and every caption encoded.
+        """The method, with the anchor's images sampled (unless the user has some) and every caption encoded.
 
         Raises ValueError for a concept without one anchor, and for prompts that do not fit it.
         """
         if not concepts:
             raise ValueError("no concept to erase")
-        given = anchors.read_prompts(self.anchor_prompts)
-        chosen = [anchors.prompts_of(concept, self.kind, given) for concept in concepts]
+        listed = anchors.read_prompts(self.anchor_prompts)
+        chosen = [anchors.prompts_of(concept, self.kind, listed) for concept in concepts]
         if tools.images is not None and self.resize:
             raise ValueError("resize=True makes views of images that are drawn, but images are given: set resize=False")
-        if tools.images is not None and any(len(prompts) < len(given) for prompts in chosen):
+        if tools.images is not None and any(len(prompts) < len(listed) for prompts in chosen):
             raise ValueError(
                 "images are given, which take the anchor_prompts in turn: each prompt must name the anchor"
             )
@@ -141,15 +141,15 @@ class Ablating:
         image, anchor, target = [], [], []
         for concept, prompts in zip(concepts, chosen, strict=True):
             views = pool.views(prompts, concept.text if self.kind == "nudity" else None)
-            said = [(prompts[view.image % len(prompts)], view.prefix) for _, view in views]
+            captions = [(prompts[view.image % len(prompts)], view.prefix) for _, view in views]
             image.append([index for index, _ in views])
-            anchor.append([row(prefix + prompt) for prompt, prefix in said])
-            target.append([list(map(row, anchors.captions(concept, self.kind, *both))) for both in said])
+            anchor.append([row(prefix + prompt) for prompt, prefix in captions])
+            target.append([list(map(row, anchors.captions(concept, self.kind, *both))) for both in captions])
         index = lambda rows: jnp.asarray(rows, jnp.int32)  # noqa: E731
         rows = in_batches(tools.encode, list(texts), AT_ONCE)
         latents, masks = pool.arrays()
-        told = map(index, (anchor, target, image))
-        inputs = Inputs(rows, *told, latents=latents, masks=masks, prior_weight=jnp.float32(self.prior_weight))
+        indices = map(index, (anchor, target, image))
+        inputs = Inputs(rows, *indices, latents=latents, masks=masks, prior_weight=jnp.float32(self.prior_weight))
         return Method(self, tools.denoiser, tools.schedule, tools.vectors), inputs
 
     def draw_anchors(self, tools: Tools) -> Callable[[list[str], str | None], UInt8[np.ndarray, "images h w 3"]]:
@@ -251,7 +251,7 @@ class Method(base.Method):
         return jax.vmap(example)(example_keys)
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Batch:
-        """x_t, and what the student should say about it. Nothing here carries a gradient."""
+        """x_t, and the student's target. Nothing here carries a gradient."""
         concept, image = draws.concept, draws.image
         where = inputs.image[concept, image]
         latents = inputs.latents[where]

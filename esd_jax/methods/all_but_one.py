@@ -21,7 +21,7 @@ No code was released. Where the paper contradicts itself or is silent, this is c
   presets `table1`, `supp`, `purify`. The text calls 1.5 too strong. Both terms are means here and sums there.
 - Quantile: per channel, as in Semantic Guidance; the paper has no axis.
 - Guidance 1 is purely conditional, as in Algorithm 1 (0 is in Eq. 6). Its loop never ends for t = T: x_t is pure noise.
-- Implicit: scale 0 in all cross-attentions at all steps, the end token untouched; the paper says nothing of it.
+- Implicit: scale 0 in all cross-attentions at all steps, the end token untouched; the paper does not mention it.
 """
 
 import math
@@ -171,13 +171,13 @@ def instruct(settings: AllButOne, concept: Concept, read: Callable[[str], tuple[
 
     read: prompt -> the ids of its words, by which texts are compared (`concepts.reader`).
     """
-    given = parse(settings.instructions)
-    if concept.replace_with and (given or settings.delta == "implicit"):
+    instructions = parse(settings.instructions)
+    if concept.replace_with and (instructions or settings.delta == "implicit"):
         raise ValueError("replace_with means nothing with delta='implicit', or where instructions are given")
-    if not given and settings.delta == "explicit":
-        given = [(concept.text, settings.erase_scale)]
-        given += [(text, settings.replace_scale) for text in concept.replace_with]
-    scaled = [(text, g * concept.strength if g < 0 else g) for text, g in given]
+    if not instructions and settings.delta == "explicit":
+        instructions = [(concept.text, settings.erase_scale)]
+        instructions += [(text, settings.replace_scale) for text in concept.replace_with]
+    scaled = [(text, g * concept.strength if g < 0 else g) for text, g in instructions]
     own = read(concept.text)
     others = [(text, g) for text, g in scaled if read(text) != own]
     return [(concept.text, sum(g for text, g in scaled if read(text) == own)), *others]

@@ -1,6 +1,6 @@
-"""What Ablating Concepts learns from, made before the first step: captions of both kinds, and views of the images.
+"""What Ablating Concepts learns from, prepared before the first step: captions of both kinds, and views of the images.
 
-*Ablating Concepts in Text-to-Image Diffusion Models* (Kumari et al., ICCV 2023), in the words of its released code.
+*Ablating Concepts in Text-to-Image Diffusion Models* (Kumari et al., ICCV 2023), with the wording of its released code.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ STYLE = ("{p}, in the style of {s}", "{s} inspired painting, {p}", "in {s}'s sty
 NUDITY = ("{s}, {p}", "in {s} style, {p}", "{p}, {s}")
 KINDS = ("style", "object", "memorised", "nudity")
 
-SMALL, LARGE = 0.6, 1.0  # views that are smaller, or larger, are said to be far away, or close
+SMALL, LARGE = 0.6, 1.0  # captions call smaller views far away, and larger ones close
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 ANCHOR = "{anchor}"  # where the anchor stands in a prompt
 GREY = 128  # around an image that does not fill its view
@@ -40,13 +40,13 @@ def anchor_of(concept: Concept) -> str:
     return concept.replace_with[0]
 
 
-def read_prompts(given: str | None) -> list[str]:
+def read_prompts(text: str | None) -> list[str]:
     """The prompts that a setting names: separated by ";", or those of a .txt or .csv file; none if it is None.
 
     Raises ValueError for a file that cannot be read, and where there is no prompt.
     """
     try:
-        return [] if given is None else listed(given, "anchor_prompts")
+        return [] if text is None else listed(text, "anchor_prompts")
     except OSError as error:
         raise ValueError(str(error)) from error
 
@@ -60,12 +60,12 @@ def prompts_of(concept: Concept, kind: str, prompts: list[str]) -> list[str]:
     prompts = [prompt.replace(ANCHOR, anchor) for prompt in prompts]
     if kind != "object" or not prompts:
         return prompts or [anchor]
-    if not (found := [prompt for prompt in prompts if wording.names(anchor, prompt)]):
+    if not (matches := [prompt for prompt in prompts if wording.names(anchor, prompt)]):
         raise ValueError(
             f"no prompt of anchor_prompts names {anchor!r}, in whose place {concept.text!r} is to be put: "
             "give some that do, or another replace_with or kind"
         )
-    return found
+    return matches
 
 
 def captions(concept: Concept, kind: str, prompt: str, prefix: str = "") -> list[str]:
@@ -73,7 +73,7 @@ def captions(concept: Concept, kind: str, prompt: str, prefix: str = "") -> list
 
     An object takes the place of its anchor as a word; the released code puts it into longer ones too ("cathedral").
 
-    prefix: what is said of the view, before the prompt ("a far away ").
+    prefix: of the view, before the prompt ("a far away ").
     """
     p = prefix + prompt
     if kind == "style":
@@ -146,9 +146,9 @@ def draw_view(
     least = min(1.0, max(1 / 3, 3 * cell / min(size)))
     scale = rng.uniform(least, 1.0) if rng.random() < 2 / 3 else rng.uniform(1.2, 1.4)
     height, width = sides = [max(round(scale * side), min(3 * cell, side)) for side in size]
-    top, left = (int(rng.integers(abs(side - given) + 1)) for side, given in zip(sides, size, strict=True))
-    said = FAR if scale < SMALL else NEAR if scale > LARGE else ("",)
-    return View(image, height, width, top, left, flipped, said[rng.integers(len(said))])
+    top, left = (int(rng.integers(abs(side - length) + 1)) for side, length in zip(sides, size, strict=True))
+    prefixes = FAR if scale < SMALL else NEAR if scale > LARGE else ("",)
+    return View(image, height, width, top, left, flipped, prefixes[rng.integers(len(prefixes))])
 
 
 class Pool:
@@ -180,7 +180,7 @@ class Pool:
         key = (tuple(prompts), negative) if self.tools.images is None else ((), None)
         if key not in self.known:
             start = sum(map(len, self.latents))
-            views = self._given() if self.tools.images is not None else self._drawn(prompts, negative)
+            views = self._supplied() if self.tools.images is not None else self._drawn(prompts, negative)
             self.known[key] = list(enumerate(views, start))
         return self.known[key]
 
@@ -188,9 +188,9 @@ class Pool:
         """Latents and masks of all views."""
         return jnp.concatenate(self.latents), jnp.concatenate(self.masks)
 
-    def _given(self) -> list[View]:
+    def _supplied(self) -> list[View]:
         latents = self.tools.images
-        assert latents is not None  # or they would be drawn
+        assert latents is not None  # or they would be sampled
         number, height, width = latents.shape[:3]
         self.latents.append(latents)
         self.masks.append(jnp.ones((number, height, width, 1), jnp.float32))

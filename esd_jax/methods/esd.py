@@ -236,7 +236,7 @@ class Method(base.Method):
         return Draws(index, t, concept, noise, image)
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
-        """x_t, and what the student should say about it. Nothing here carries a gradient."""
+        """x_t, and the student's target. Nothing here carries a gradient."""
         if inputs.images is not None:
             x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, draws.t.astype(jnp.int32))
         else:
@@ -276,7 +276,7 @@ class Method(base.Method):
         predictions: tuple[Array, ...],
         inputs: Inputs,
     ) -> Scored:
-        """What the student should say about x_t.
+        """The student's target at x_t.
 
         index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
         """

@@ -3,7 +3,7 @@
     L = || concat_l A_l[:, :, M] ||_F = sqrt( sum over layers, heads, pixels and j in M of A_l^2 )
 
 A_l are the softmaxed maps of the l-th cross-attention at x_t, a noised image of the concept under a prompt that names
-it, t ~ U{0..999}; M are the positions of the concept's tokens. What the network predicts is not looked at, so whatever
+it, t ~ U{0..999}; M are the positions of the concept's tokens. The network's prediction is not used, so whatever
 comes after the last map gets no gradient. Before this stage the paper learns tokens that fit the images better than
 the concept's name (`textual_inversion`); they then take the name's place.
 """
@@ -105,9 +105,9 @@ class ForgetMeNot:
         return frozenset({"cross_attention", "unet_names"})  # and one text encoder, where new tokens are learned
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """The method, with the concepts' images drawn, unless they are given or not wanted, and new tokens learned.
+        """The method, with the concepts' images sampled, if the user has none but wants some, and new tokens learned.
 
-        Raises ValueError where the tokens of a concept are not found in its prompt, and for what cannot be inverted.
+        Raises ValueError where a prompt does not contain its concept's tokens, and for what cannot be inverted.
         """
         if self.no_images and tools.images is not None:
             raise ValueError("no_images=True learns from noise alone, but images are given: give up one of them")
@@ -142,16 +142,16 @@ class ForgetMeNot:
                 f"inversion_steps={self.inversion_steps}: textual inversion is for checkpoints with one text encoder, "
                 f"but this one has {number} (as SDXL has): set inversion_steps=0"
             )
-        given = [part.strip() for part in self.inversion_tokens.split(";")]
-        if len(given) not in (1, len(concepts)):
+        groups = [part.strip() for part in self.inversion_tokens.split(";")]
+        if len(groups) not in (1, len(concepts)):
             raise ValueError(
-                f"inversion_tokens={self.inversion_tokens!r} has {len(given)} parts for {len(concepts)} concepts: "
+                f"inversion_tokens={self.inversion_tokens!r} has {len(groups)} parts for {len(concepts)} concepts: "
                 "give one, or one for each"
             )
         (name,), starts, ids = tools.text_encoders, [], []
         params = tools.params[name]
         known = textual_inversion.vocabulary(params)
-        for i, start in enumerate(given * (len(concepts) // len(given))):
+        for i, start in enumerate(groups * (len(concepts) // len(groups))):
             starts.append(textual_inversion.initial(tools.tokens, params, start, self._key(i, 0)))
             new = range(known, known + len(starts[i]))
             ids.append([place(tools.tokens, template.strip(), new) for template in self.template.split(";")])
@@ -164,9 +164,9 @@ class ForgetMeNot:
         """Latents, at least as many of each concept as it has prompts."""
         prompts, least = [self.prompts(concept) for concept in concepts], self.template.count(";") + 1
         if self.no_images or tools.images is not None:
-            given = jnp.zeros((1, *tools.shape)) if tools.images is None or self.no_images else tools.images
-            given = given[jnp.arange(max(least, len(given))) % len(given)]
-            return jnp.broadcast_to(given, (len(concepts), *given.shape))
+            selected = jnp.zeros((1, *tools.shape)) if tools.images is None or self.no_images else tools.images
+            selected = selected[jnp.arange(max(least, len(selected))) % len(selected)]
+            return jnp.broadcast_to(selected, (len(concepts), *selected.shape))
         number = max(least, self.drawn_images)
         images = tools.sample(
             [own[i % least] for own in prompts for i in range(number)],
@@ -203,7 +203,7 @@ def resteered(tokens: Tokens, prompt: str, concept: str, eos_positions: str) -> 
 
     tokens: prompts -> ids, padded.
 
-    Raises ValueError if the concept is not found.
+    Raises ValueError if the prompt does not contain the concept.
     """
     (ids,), name = np.asarray(tokens([prompt])), np.asarray(words(tokens, concept))
     chosen = ends(tokens, ids, eos_positions)
@@ -236,7 +236,7 @@ class Draws(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the student looks at, and the columns of its maps that are to vanish."""
+    """The student's inputs, and the columns of its maps that should vanish."""
 
     x: Float[Array, "batch height width channel"]
     t: Int[Array, " batch"]
@@ -292,7 +292,7 @@ class Method(base.Method):
         """The norm of each example's columns over all layers at once; its mean over the batch.
 
         Of one example it is the paper's. The norm over a whole batch would grow with its root, and each example's
-        gradient would hang on the others.
+        gradient would depend on the others.
         """
         attention = Attention(capture=self.layers)
         _, maps = self.denoiser.apply(bare(student), batch.x, batch.t, batch.conditioning, attention)

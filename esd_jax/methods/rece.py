@@ -5,8 +5,8 @@ UCE over all tokens, then epochs of it on what the edited weights still take for
     c' = argmin  sum_l |W_l c' - W0_l c|^2 + r |c'|^2 = [sum_l W_l^T W_l + r 1]^-1 [sum_l W_l^T W0_l] c,
 
 over all keys and values l, W0 the base's; then c' becomes the guide's vector of the same position by UCE's edit, which
-starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (see `uce`), so that sum_l W0_l^T W0_l says all there
-is to know of the weights.
+starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (see `uce`), so that sum_l W0_l^T W0_l is all that
+is needed of the weights.
 """
 
 import dataclasses

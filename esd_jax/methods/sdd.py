@@ -161,7 +161,7 @@ class Method(base.Method):
         return concept
 
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
-        """x_t of the average, and what the student says about it without the concept. Nothing carries a gradient."""
+        """x_t of the average, and the student's prediction without the concept. Nothing carries a gradient."""
         x = self.trajectory.run(self.guided(models, draws.concept, inputs), draws.noise, draws.index)
         return self.scored(models, x, draws.t, draws.concept, (), inputs)
 
@@ -185,7 +185,7 @@ class Method(base.Method):
         predictions: tuple[Array, ...],
         inputs: Inputs,
     ) -> Scored:
-        """What the student says about x_t without the concept. index: the examples' concepts."""
+        """The student's prediction at x_t without the concept. index: the examples' concepts."""
         concept, anchor = (inputs.bank.take(role, index) for role in ("concept", "anchor"))
         target = denoise(self.denoiser, models.student, x, t, anchor)
         return Scored(*jax.lax.stop_gradient((x, t, concept, target)))

@@ -96,7 +96,7 @@ class UCE:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Which vectors are to be taken for which others. A preserved vector is its own `new`."""
+    """Which vectors should map to which others. A preserved vector is its own `new`."""
 
     old: Float[Array, "vectors context"]
     new: Float[Array, "vectors context"]
@@ -162,8 +162,8 @@ def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
 def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) -> Int[np.ndarray, " prompts"]:
     """The index of the last token of each prompt's words: the one before the end token, 0 if there are no words.
 
-    The end token is found from behind, past the padding. SD 1 pads with the end token itself, SD 2 with "!"; and the
-    tokenizer of a small vocabulary puts the end token for characters that it does not know.
+    The end token is searched from the end, past the padding. SD 1 pads with the end token itself, SD 2 with "!"; and
+    the tokenizer of a small vocabulary puts the end token for characters that it does not know.
     """
     ids = np.asarray(tokens(prompts))
     empty = np.asarray(tokens([""]))[0]

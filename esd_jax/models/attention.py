@@ -169,9 +169,9 @@ def describe(device: JaxDevice) -> Device:
 
 
 def cudnn_version() -> int | None:
-    """91300 for 9.13.0; None where the library is missing, or JAX does not tell."""
+    """91300 for 9.13.0; None where the library is missing, or JAX does not report it."""
     try:
-        from jax._src.lib import cuda_versions  # where jax.nn itself looks
+        from jax._src.lib import cuda_versions  # jax.nn's own source
 
         return cuda_versions.cudnn_get_version() if cuda_versions else None
     except (ImportError, AttributeError, RuntimeError):

@@ -136,7 +136,7 @@ class CLIPTextModel(nnx.Module):
         """Encodes.
 
         Args:
-          token_ids: at most `max_position_embeddings` tokens a row; also tells where the end token is.
+          token_ids: at most `max_position_embeddings` tokens a row; also determines the end token's place.
           embeddings: used in place of the tokens' own embeddings (positions are still added), so that gradients
             can reach them.
         """

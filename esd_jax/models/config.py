@@ -47,7 +47,7 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
 def typed(network: str, name: str, value: Any, kind: Any) -> Any:
     """A field's value, lists as tuples.
 
-    Raises ValueError, naming the field, if it cannot be what its type says, or is a number that none can be.
+    Raises ValueError, naming the field, if it does not have the field's type, or is a number that no field can have.
     """
     value = _frozen(value)
     if not _fits(value, kind):

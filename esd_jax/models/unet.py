@@ -22,7 +22,7 @@ from esd_jax.models.unet_config import UNetConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told besides x and t: the encoded prompt, and for SDXL its pooled form and the image's size.
+    """The UNet's inputs besides x and t: the encoded prompt, and for SDXL its pooled form and the image's size.
 
     time_ids holds (original height, width, crop top, left, target height, width), in pixels.
     keys_values: `UNet2DConditionModel.project`'s, of the embeddings, which then are not read.

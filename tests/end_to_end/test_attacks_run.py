@@ -98,7 +98,7 @@ def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, v
 def test_ids_tell_what_their_prompts_tell(victims):
     base, _ = victims
     texts = ["a cat", "the dog on the mat"]
-    rows = adversaries.told(base, base.tokenizers[0](texts))
+    rows = adversaries.conditionings(base, base.tokenizers[0](texts))
     wanted = base.encode_prompts(texts).embeddings
     np.testing.assert_allclose(np.concatenate([row.embeddings for row in rows]), wanted, atol=1e-6)
     ids = padded(base.tokenizers[0], textual_inversion.words(base.tokenizers[0], "the cat"))

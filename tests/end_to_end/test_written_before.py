@@ -239,7 +239,7 @@ def test_runs_are_compared(place, tmp_path):
 
 
 def test_a_search_goes_on_from_its_trials(base):
-    trials = search.search(base, judge=None, folder=Path("tune"), **SEARCH)
+    trials = search.search(base, metric=None, folder=Path("tune"), **SEARCH)
     assert [(trial.steps, trial.strength) for trial in trials] == [(1, 0.5), (1, 1.0)]
     assert [(trial.target, trial.drop) for trial in trials] == [(0.5, 0.0)] * 2
 

@@ -120,7 +120,7 @@ def test_lpips_compares_at_the_size_of_the_esd_script(random_lpips):
 
 def test_lpips_of_the_real_weights_has_the_published_values():
     if not all(weights.kept(net.pickled, weights.cache()).is_file() for net in lpips.NETS.values()):
-        pytest.skip(f"no LPIPS weights in {weights.cache()}: {lpips.NETS['alex'].pickled.mend}")
+        pytest.skip(f"no LPIPS weights in {weights.cache()}: {lpips.NETS['alex'].pickled.fix}")
     cat, coffee = squared(data.chelsea(), 256)[None], squared(data.coffee(), 256)[None]
     noisy = cat + np.random.default_rng(0).normal(0, 0.05 * 127.5, cat.shape)
     noisy = noisy.round().clip(0, 255).astype(np.uint8)

@@ -186,7 +186,7 @@ def everything() -> None:
 def tune() -> None:
     """The trials of a search; its run is made anew where more are wanted."""
     judge = lambda model: (rate([not model.edits, True]), Estimate(0.75, 0.5, 0.875, 8))  # noqa: E731
-    search.search(esd_jax.load("base"), judge=judge, folder=Path("tune"), **SEARCH)
+    search.search(esd_jax.load("base"), metric=judge, folder=Path("tune"), **SEARCH)
     shutil.rmtree("tune/run")
 
 

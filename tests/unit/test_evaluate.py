@@ -165,7 +165,7 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
     assert rows["church (erased)"][0].value == 1 and rows["church (erased)"][1].value == 0
     assert rows["the other classes (kept)"][2].value == 0
     assert [(f.role, f.before.value, f.after.value) for f in found.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
-    assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.judges == ("toy",)
+    assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.metric_models == ("toy",)
     assert measures.objects(*pair, Request(("Winston Churchill",), classifier="toy")).verdict == ()
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):

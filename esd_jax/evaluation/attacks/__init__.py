@@ -1,4 +1,4 @@
-"""Attacks on erased models: whether what was erased can be had back.
+"""Attacks on erased models: attempts to recover the erased concept.
 
     goal = Goal("Van Gogh", prompts, images, detect)
     adversary = attack(base, erased, goal, preset("concept_inversion"), seed=0)

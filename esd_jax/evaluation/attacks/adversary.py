@@ -23,12 +23,12 @@ BATCH = 16  # images encoded at once
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """What an attack wants to see again.
+    """What an attack tries to recover.
 
     concept: what was erased, "neon style".
     prompts: that name it, word for word: "a cat in neon style".
     images: drawn by the base of these prompts in turn; image i shows prompts[i % len(prompts)].
-    detect: images -> in which of them the concept is seen.
+    detect: images -> in which of them the concept is detected.
     neutral: the prompts without the concept, "a cat", one for each; by default what is left if its words are taken out.
 
     Raises ValueError if a prompt does not name the concept, or if numbers or shapes do not fit.
@@ -72,10 +72,10 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One thing that the network is told, in the hope that it draws the concept.
+    """One conditioning, with which the network should generate the concept.
 
-    prompt: for human eyes; found tokens and embeddings may not survive being written as text.
-    conditioning: what the UNet is told, one row.
+    prompt: for people; optimised tokens and embeddings may not survive being written as text.
+    conditioning: the UNet's, one row.
     case: which of the goal's prompts it is for. Of the trials of a case, one must succeed.
     """
 
@@ -137,10 +137,10 @@ def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -
     return in_batches(lambda some: encode(pipeline.params["vae"], some), np.asarray(images), BATCH)
 
 
-def told(
+def conditionings(
     pipeline: Pipeline, ids: Int[Any, "n tokens"], new: Float[Array, "new width"] | None = None
 ) -> tuple[Conditioning, ...]:
-    """What the UNet is told by rows of token ids, one row each; `new` are the embeddings of tokens beyond the table."""
+    """The conditionings of rows of token ids, one row each; `new` are the embeddings of tokens beyond the table."""
     network, params = text_encoder(pipeline)
     if new is None:
         new = jnp.zeros((1, params[TABLE].shape[1]), jnp.float32)
@@ -160,7 +160,7 @@ def padded(tokens: Tokens, ids: Sequence[int]) -> Int[np.ndarray, " tokens"]:
 
 
 def usable(tokens: Tokens, params: Params) -> Bool[np.ndarray, " vocabulary"]:
-    """Tokens that a found prompt may have: all but start, end and padding, which no prompt has as words."""
+    """Tokens that an adversarial prompt may have: all but start, end and padding, which no prompt has as words."""
     mask = np.ones(vocabulary(params), bool)
     mask[np.unique(np.asarray(tokens([""])))] = False
     return mask
@@ -182,15 +182,15 @@ def in_turn(search: Callable[..., Any], cases: Any, together: int) -> Any:
     together = min(together, n)
     for first in range(0, n, together):
         index = np.minimum(np.arange(first, first + together), n - 1)
-        found = search(*jax.tree.map(lambda a, index=index: a[index], cases))
-        parts.append(jax.tree.map(np.asarray, found))
+        results = search(*jax.tree.map(lambda a, index=index: a[index], cases))
+        parts.append(jax.tree.map(np.asarray, results))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
 
 
-def trials_of(pipeline: Pipeline, case: int, found: Sequence[Int[np.ndarray, " tokens"]], most: int) -> list[Trial]:
+def trials_of(pipeline: Pipeline, case: int, prompts: Sequence[Int[np.ndarray, " tokens"]], most: int) -> list[Trial]:
     """A trial for each of at most `most` rows of ids, which is the number that is compiled for."""
-    rows = told(pipeline, np.stack([*found, *[found[-1]] * (most - len(found))]))
-    return [Trial(readable(pipeline, ids), row, case) for ids, row in zip(found, rows, strict=False)]
+    rows = conditionings(pipeline, np.stack([*prompts, *[prompts[-1]] * (most - len(prompts))]))
+    return [Trial(readable(pipeline, ids), row, case) for ids, row in zip(prompts, rows, strict=False)]
 
 
 def case_keys(seed: int, n: int) -> Array:

@@ -45,22 +45,22 @@ def campaign(
     Args:
       base, erased: before and after. goal: what to bring back.
       attacks: their settings. control: the random prompts.
-      folder: what each attack achieved on each model is kept there, and not done again.
-      identity: of the erased model, and of the goal's detector: what is kept must have the same.
+      folder: each attack's result on each model is stored there, and not computed again.
+      identity: of the erased model, and of the goal's detector: stored results must have the same.
       seeds: from how many each trial is drawn, the same for all models. seed: of all other draws.
       random: also attack a model of random weights.
-      progress: is told of each attack.
+      progress: called with a line after each attack.
       **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`.
 
     Raises ValueError for a folder in which other settings were kept, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
     models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
-    found: dict[str, list[Scored]] = {name: [] for name in models}
-    told = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
-    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": told}
+    scores: dict[str, list[Scored]] = {name: [] for name in models}
+    recorded = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
+    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": recorded}
 
-    def made(settings: Attack, model: str) -> Scored:
+    def scored_by(settings: Attack, model: str) -> Scored:
         file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
 
         def attacked() -> dict[str, Any]:
@@ -84,11 +84,11 @@ def campaign(
     with tasks.task("attacking", total, unit="searches", start="compiling, once") as task:
         for settings in (own, *attacks):
             for model in models:
-                found[model].append(made(settings, model))
+                scores[model].append(scored_by(settings, model))
                 task.advance(note=f"{settings.NAME} on {model}")
-        chance = made(control, ERASED)
+        chance = scored_by(control, ERASED)
         task.advance()
-    plain, *attacked = found[ERASED]
+    plain, *attacked = scores[ERASED]
     return Evidence(
         goal.concept,
         measured_with={
@@ -97,15 +97,15 @@ def campaign(
         },
         verdict=tuple(
             Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
-            for before, one in zip(found[BASE][1:], attacked, strict=True)
+            for before, one in zip(scores[BASE][1:], attacked, strict=True)
         ),
-        attacks=(table(found, chance, note=NOTE),),
+        attacks=(table(scores, chance, note=NOTE),),
         attack_pictures={one.name: _pairs(goal, plain, one) for one in attacked},
     )
 
 
 def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
-    """What the erased model draws of a prompt, and under the attack, from the same noise: the first trial of each."""
+    """The erased model's image of a prompt, and under the attack, from the same noise: the first trial of each."""
     pairs = []
     for trial, case in enumerate(attacked.cases):
         if case not in attacked.cases[:trial] and case < len(goal.prompts):

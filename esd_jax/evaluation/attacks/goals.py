@@ -1,4 +1,4 @@
-"""What attacks are to bring back: prompts, what the base draws of them, and what sees the concept."""
+"""What attacks try to recover: prompts, the base's images of them, and a detector of the concept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +24,11 @@ def drawn(
     skip: bool = False,
     **drawing: Any,
 ) -> Goal:
-    """A goal whose images the base draws: of each prompt equally many, all with the concept.
+    """A goal with the base's images: of each prompt equally many, all with the concept.
 
     Args:
       prompts: that name the concept. neutral: the same without it, if given.
-      detect: sees it. Where it does not, another image of the prompt is taken in place.
+      detect: detects it. Where it does not, another image of the prompt takes its place.
       skip: leave out prompts of which no image shows the concept.
       **drawing: steps, guidance_scale, batch_size of `sample`.
 

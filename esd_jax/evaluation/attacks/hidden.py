@@ -9,7 +9,7 @@ concept, and the concept may come back:
 Only what the erasure trained is trained here. Steps and learning rate are ours.
 
 Completion: *When Are Concepts Erased From Diffusion Models?* (Lu et al., NeurIPS 2025, arXiv 2505.17013), "diffusion
-completion". The network is shown the concept itself, under noise, and finishes the picture:
+completion". The network gets an image of the concept, under noise, and finishes it:
 
     x_t = alpha_t x_0 + sigma_t eps,    x_0 an image of the concept; then DDIM from t to 0
 
@@ -88,9 +88,9 @@ def resurge(
     theta = {name: jnp.asarray(victim.edits[f"{victim.denoiser}/{name}"], jnp.float32) for name in names}
     unet, weights = adversary.denoiser(victim)
     _, frozen = partition(weights, names)
-    told = in_batches(victim.encode_prompts, prompts, BATCH)
+    conditioning = in_batches(victim.encode_prompts, prompts, BATCH)
     run = healer(settings, unet, victim.schedule, jnp.dtype(victim.dtype).name)
-    theta, losses = run(theta, frozen, adversary.latents(victim, images), told, jax.random.key(seed))
+    theta, losses = run(theta, frozen, adversary.latents(victim, images), conditioning, jax.random.key(seed))
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     losses = np.asarray(losses)  # waits for the training
     return Healed(
@@ -100,24 +100,24 @@ def resurge(
 
 @lru_cache(maxsize=8)
 def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
-    """(theta, frozen, latents, what the images' prompts tell, key) -> (theta, losses); step i uses fold_in(key, i)."""
+    """(theta, frozen, latents, the prompts' conditioning, key) -> (theta, losses); step i uses fold_in(key, i)."""
 
     def batch(i: Array, frozen: Params, case: tuple[Array, Conditioning, Array]) -> Any:
-        latents, told, key = case
+        latents, conditioning, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        return latents[image], jax.tree.map(lambda a: a[image], told), t, noise
+        return latents[image], jax.tree.map(lambda a: a[image], conditioning), t, noise
 
     def loss(theta: Params, drawn: Any, frozen: Params) -> Array:
-        x0, told, t, noise = drawn
+        x0, conditioning, t, noise = drawn
         x = add_noise(schedule, x0, noise, t)
-        e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, told).astype(x.dtype)
+        e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, conditioning).astype(x.dtype)
         return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
 
     # The search that attacks make for embeddings, for the tensors in their place.
     search = Search(batch, loss, optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
 
-    def run(theta: Params, frozen: Params, latents: Array, told: Conditioning, key: Array) -> Any:
-        state, losses = search.run(search.begin(theta), np.arange(settings.steps), frozen, (latents, told, key))
+    def run(theta: Params, frozen: Params, latents: Array, conditioning: Conditioning, key: Array) -> Any:
+        state, losses = search.run(search.begin(theta), np.arange(settings.steps), frozen, (latents, conditioning, key))
         return state.value, losses
 
     return run
@@ -153,20 +153,22 @@ def complete(
     """
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
-    made = programs.sampler(victim.schedule, "ddim", settings.num_steps, 0.0)
-    if not (below := np.flatnonzero(np.asarray(made.timesteps) <= t)).size:
-        raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {made.timesteps[-1]:g}")
+    sampler = programs.sampler(victim.schedule, "ddim", settings.num_steps, 0.0)
+    if not (below := np.flatnonzero(np.asarray(sampler.timesteps) <= t)).size:
+        raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
     start = int(below[0])
     noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
     latents = adversary.latents(victim, images)
-    noised = add_noise(victim.schedule, latents, noise, int(made.timesteps[start]))
-    run = _completer(victim.network(victim.denoiser), made, bool(prompts[0]))
+    noised = add_noise(victim.schedule, latents, noise, int(sampler.timesteps[start]))
+    run = _completer(victim.network(victim.denoiser), sampler, bool(prompts[0]))
     scale = jnp.float32(settings.guidance_scale)
     parts = []
     for first in range(0, len(images), BATCH):
         index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
-        told = tuple(victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[int(i)] for i in index]))
-        drawn = run(victim.params[victim.denoiser], noised[index], told, scale, start)
+        conditionings = tuple(
+            victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[int(i)] for i in index])
+        )
+        drawn = run(victim.params[victim.denoiser], noised[index], conditionings, scale, start)
         parts.append(sampling.decoded(victim, victim.params["vae"], drawn, index, prompts, settings.guidance_scale))
     return np.concatenate(parts)[: len(images)]
 
@@ -177,31 +179,33 @@ def completions(
     settings: Completion = Completion(),
     seed: int = 0,
 ) -> tuple[Scored, ...]:
-    """The goal's images, finished from each noise level, told nothing and, where there are some, the neutral
+    """The goal's images, finished from each noise level, with the empty prompt and, where there are some, the neutral
     prompts."""
     neutral = [goal.neutral[i % len(goal.neutral)] for i in range(len(goal.images))]
     kinds = [("no prompt", [""] * len(neutral)), ("neutral prompt", neutral)][: 2 if all(neutral) else 1]
-    found = []
+    scores = []
     for t in settings.times:
         for kind, prompts in kinds:
             drawn = complete(victim, goal.images, prompts, t, settings, seed)
             hits = np.asarray(goal.detect(drawn), bool)[None]
-            found.append(Scored(f"completed from t = {t}, {kind}", hits, drawn[None], (0,)))
-    return tuple(found)
+            scores.append(Scored(f"completed from t = {t}, {kind}", hits, drawn[None], (0,)))
+    return tuple(scores)
 
 
 @lru_cache(maxsize=8)
 def _completer(unet: Network, sampler: samplers.Sampler, guided: bool) -> Callable[..., Array]:
-    def run(params: Params, x: Array, told: tuple[Conditioning, Conditioning], scale: Array, start: Array) -> Array:
-        def denoise(x: Array, t: Array, told: Conditioning) -> Array:
-            return unet.apply(params, x, t, told).astype(jnp.float32)
+    def run(
+        params: Params, x: Array, conditionings: tuple[Conditioning, Conditioning], scale: Array, start: Array
+    ) -> Array:
+        def denoise(x: Array, t: Array, conditioning: Conditioning) -> Array:
+            return unet.apply(params, x, t, conditioning).astype(jnp.float32)
 
-        null, prompt = told
+        null, prompt = conditionings
         once = partial(unet.project, params)
         if guided:
             denoiser = guidance.classifier_free(denoise, prompt, null, scale, once)
         else:
-            denoiser = partial(denoise, told=once(null))
+            denoiser = partial(denoise, conditioning=once(null))
         return samplers.run(sampler, denoiser, x, start=start)
 
     return jax.jit(run)

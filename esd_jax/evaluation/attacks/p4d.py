@@ -43,8 +43,8 @@ class P4D:
     """Settings.
 
     length: N, found from scratch, if `every` is None. every: K.
-    judge_every: iterations after which the prompt is looked at. judged_on: noises kept aside to rank prompts by.
-    keep: of each prompt's findings, how many become trials.
+    judge_every: iterations between evaluations of the prompt. judged_on: noises held out to rank prompts by.
+    keep: of each prompt's results, how many become trials.
     prompts: how many of the goal's are attacked, from the first; None is all. together: how many at once, which changes
       the time and nothing else.
     """
@@ -83,7 +83,7 @@ class P4D:
         run = searcher(self, unet, network, victim.schedule)
         may, known = adversary.usable(tokenizer, params), vocabulary(params)
         own = adversary.ids_of(victim, goal)[: self.prompts]
-        counts = [self._found(len(words)) for words in own]
+        counts = [self._num_tokens(len(words)) for words in own]
         rows = [arrange(w, range(known, known + n), self.every) for w, n in zip(own, counts, strict=True)]
         keys = jax.vmap(jax.random.split)(adversary.case_keys(seed, len(own)))
         choices, most = np.flatnonzero(may), max(counts)  # one shape for all prompts
@@ -97,21 +97,21 @@ class P4D:
             keys[:, 1],
         )
         search = partial(run, weights, adversary.denoiser(base)[1], params, may)
-        found, judged, losses = adversary.in_turn(search, cases, self.together)
+        tokens, held_out, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, (words, n) in enumerate(zip(own, counts, strict=True)):
-            ranked = dict.fromkeys(tuple(found[case, i, :n].tolist()) for i in np.argsort(judged[case]))
+            ranked = dict.fromkeys(tuple(tokens[case, i, :n].tolist()) for i in np.argsort(held_out[case]))
             full = [adversary.padded(tokenizer, arrange(words, f, self.every)) for f in list(ranked)[: self.keep]]
             trials += adversary.trials_of(victim, case, full, self.keep)
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, losses.reshape(len(own), -1))
 
-    def _found(self, length: int) -> int:
-        """How many tokens are found for a prompt of some length."""
+    def _num_tokens(self, length: int) -> int:
+        """How many tokens the search adds to a prompt of some length."""
         return self.length if self.every is None else length // self.every + 1
 
 
 def arrange(own: list[int], new: Any, every: int | None) -> list[int]:
-    """The found tokens alone or, given K, one before every K of the prompt's own and one before what is left."""
+    """The new tokens alone or, given K, one before every K of the prompt's own and one before what is left."""
     if every is None:
         return list(new)
     parts = [[token, *own[i * every : (i + 1) * every]] for i, token in enumerate(new)]
@@ -131,9 +131,9 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Sche
     """The search, compiled once for all models and prompts.
 
     Returns a function (unet_params, base's unet_params, text_params, may; and for each case: latents, target, ids, new,
-    key) -> for each case (found tokens [rounds, new], their loss on noise kept aside [rounds], losses [rounds,
-    judge_every]). target: what the base is told. ids: in which the found tokens stand. new: the embeddings to start
-    with. Step i draws from fold_in(key, i + 1), the noise kept aside from fold_in(key, 0).
+    key) -> for each case (tokens [rounds, new], their loss on held-out noise [rounds], losses [rounds,
+    judge_every]). target: the base's conditioning. ids: in which the new tokens stand. new: the embeddings to start
+    with. Step i draws from fold_in(key, i + 1), the held-out noise from fold_in(key, 0).
     """
     objective = partial(textual_inversion.loss, unet, text_encoder)
 
@@ -144,21 +144,21 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Sche
         asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
         return Batch(jnp.tile(ids, (n, 1)), x, t, unet.apply(fixed.base, x, t, asked).astype(x.dtype))
 
-    def found(new: Array, fixed: Fixed) -> tuple[Array, Array]:
+    def projected(new: Array, fixed: Fixed) -> tuple[Array, Array]:
         table = fixed.text_encoder[TABLE].astype(new.dtype)
         tokens = nearest(new, table, fixed.may)
         return tokens, table[tokens]
 
-    def judge(new: Array, fixed: Fixed, case: Any) -> Any:
-        tokens, seen = found(new, fixed)
-        return tokens, objective(seen, batch(0, settings.judged_on, fixed, case), fixed)
+    def rank(new: Array, fixed: Fixed, case: Any) -> Any:
+        tokens, embeddings = projected(new, fixed)
+        return tokens, objective(embeddings, batch(0, settings.judged_on, fixed, case), fixed)
 
-    judged = jax.jit(jax.vmap(judge, in_axes=(0, None, 0)))
+    ranked = jax.jit(jax.vmap(rank, in_axes=(0, None, 0)))
     search = Search(
         lambda i, fixed, case: batch(i + 1, settings.batch_size, fixed, case),
         objective,
         optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
-        point=lambda new, drawn, fixed: found(new, fixed)[1],
+        point=lambda new, drawn, fixed: projected(new, fixed)[1],
         several=True,
     )
 
@@ -167,8 +167,8 @@ def searcher(settings: P4D, unet: Network, text_encoder: Network, schedule: Sche
         latents: Array, target: Conditioning, ids: Array, new: Array, keys: Array,
     ) -> Any:  # fmt: skip
         fixed, case = Fixed(unet_params, text_params, base_params, may), (latents, target, ids, keys)
-        steps, look = np.arange(settings.iterations), lambda new: judged(new, fixed, case)
-        looks, losses = search.rounds(search.begin(new), steps, settings.judge_every, look, fixed, case)
-        return *looks, losses
+        steps, evaluate = np.arange(settings.iterations), lambda new: ranked(new, fixed, case)
+        evaluations, losses = search.rounds(search.begin(new), steps, settings.judge_every, evaluate, fixed, case)
+        return *evaluations, losses
 
     return run

@@ -1,6 +1,6 @@
 """Black-box attacks: lists of prompts, the prompts that name the concept, and random ones, which are the control.
 
-    success of k prompts found by an attack  >>  success of k prompts drawn at random
+    success of k prompts from an attack  >>  success of k prompts drawn at random
 
 or the attack shows nothing but luck. Lists that others have published (Ring-A-Bell's and MMA-Diffusion's, those of P4D
 and UnlearnDiffAtk) are read from the user's files; none is part of this package.
@@ -76,7 +76,8 @@ class RandomPrompts:
         drawn = np.random.default_rng(seed).choice(choices, (self.count, self.length))
         ids = np.stack([adversary.padded(tokenizer, row.tolist()) for row in drawn])
         trials = tuple(
-            Trial(adversary.readable(victim, i), r) for i, r in zip(ids, adversary.told(victim, ids), strict=True)
+            Trial(adversary.readable(victim, i), r)
+            for i, r in zip(ids, adversary.conditionings(victim, ids), strict=True)
         )
         return Adversary(self.NAME, trials, time.monotonic() - started, NOTHING)
 
@@ -90,4 +91,4 @@ def read(file: str | Path) -> tuple[str, ...]:
 
 
 def _rows(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Any, ...]:
-    return adversary.told(pipeline, pipeline.tokenizers[0](prompts))
+    return adversary.conditionings(pipeline, pipeline.tokenizers[0](prompts))

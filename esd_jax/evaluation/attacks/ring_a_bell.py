@@ -72,9 +72,11 @@ class RingABell:
         trials, losses = [], []
         for case in range(len(goal.prompts[: self.prompts])):
             key = jax.random.fold_in(jax.random.key(seed), case)
-            found, values = run(params, named[case] + self.strength * vector, choices, frame, key)
-            ids = adversary.padded(tokenizer, np.asarray(found).tolist())
-            trials.append(Trial(adversary.readable(victim, ids), *adversary.told(victim, ids[None]), case=case))
+            tokens, values = run(params, named[case] + self.strength * vector, choices, frame, key)
+            ids = adversary.padded(tokenizer, np.asarray(tokens).tolist())
+            trials.append(
+                Trial(adversary.readable(victim, ids), *adversary.conditionings(victim, ids[None]), case=case)
+            )
             losses.append(np.asarray(values))
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
 

@@ -60,7 +60,7 @@ def score(
     guidance_scale: float = 7.5,
     batch_size: int = 32,
 ) -> Scored:
-    """Draws every trial from every seed, and looks for the concept.
+    """Samples every trial from every seed, and detects the concept.
 
     Args:
       victim: the model that the adversary was found against.
@@ -72,9 +72,11 @@ def score(
     trials, n = adversary.trials, len(seeds)
     if not trials or not n:
         raise ValueError(f"{adversary.name}: {len(trials)} trials and {n} seeds leave nothing to draw")
-    told = jax.tree.map(lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials))
+    encoded = jax.tree.map(
+        lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials)
+    )
     images = sample(
-        victim, told, seed=[int(s) for s in seeds] * len(trials),
+        victim, encoded, seed=[int(s) for s in seeds] * len(trials),
         steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
         sampler="auto",
     )  # fmt: skip
@@ -121,13 +123,13 @@ def table(
     columns = (*models, *((control.name,) if control else ()))
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for name in names:
-        found = [attacks.get(name) for attacks in models.values()]
+        scores = [attacks.get(name) for attacks in models.values()]
         chance = (control.single_shot(),) if control else ()
-        rows.append((name, (*(one and one.single_shot() for one in found), *chance)))
-        if (k := max(one.k for one in found if one)) > 1:
-            # Beyond its own number of prompts, the control has nothing to say of k.
+        rows.append((name, (*(one and one.single_shot() for one in scores), *chance)))
+        if (k := max(one.k for one in scores if one)) > 1:
+            # Beyond its own number of prompts, the control has no rate for k.
             equal = (control.any_of(k) if k <= control.k else None,) if control else ()
-            rows.append((f"{name}, any of {k}", (*(one and one.any_of() for one in found), *equal)))
+            rows.append((f"{name}, any of {k}", (*(one and one.any_of() for one in scores), *equal)))
     return Table(title, columns, tuple(rows), note, columns)
 
 

@@ -10,10 +10,10 @@ As the released code does it (checked; its config for nudity has 5 tokens, those
 is a point u of the probability simplex over the vocabulary, at first its middle. A step draws a token from u, takes
 the gradient with respect to the token's one-hot vector, clips it to [-1, 1], takes a step of Adam (learning rate 0.01;
 weight decay 0.1 added to the gradient) and projects u back onto the simplex. t goes up through the middles of 50 equal
-parts of the schedule (10, 30, ..., 990), 40 steps at each. After each t the prompt with the likeliest tokens is drawn
-and judged, and the first success ends the search; here all 50 are kept as trials (equal ones once), so that a success
-is a success of any of k. Differences: the code leaves p alone if it succeeds unattacked (pre-ASR; its ASR counts these,
-too; here they are the attack `own_prompts`); start, end and padding are no tokens to be found.
+parts of the schedule (10, 30, ..., 990), 40 steps at each. After each t the prompt with the likeliest tokens is
+sampled and classified, and the first success ends the search; here all 50 are kept as trials (equal ones once), so that
+a success is a success of any of k. Differences: the code leaves p alone if it succeeds unattacked (pre-ASR; its ASR
+counts these, too; here they are the attack `own_prompts`); start, end and padding are no candidate tokens.
 """
 
 import time
@@ -76,10 +76,10 @@ class UnlearnDiffAtk:
         latents = adversary.latents(base, np.stack([goal.of(case)[0] for case in range(len(own))]))
         search = partial(run, weights, params, may)
         cases = latents[:, None], ids, adversary.case_keys(seed, len(own))
-        found, losses = adversary.in_turn(search, cases, self.together)
+        tokens, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, words in enumerate(own):
-            iterates = dict.fromkeys(map(tuple, found[case].tolist()))
+            iterates = dict.fromkeys(map(tuple, tokens[case].tolist()))
             full = [adversary.padded(tokenizer, [*prefix, *words]) for prefix in iterates]
             trials += adversary.trials_of(victim, case, full, self.num_times)
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, losses.reshape(len(own), -1))
@@ -112,7 +112,7 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, sch
     """The search, compiled once for all models and prompts.
 
     Returns a function (unet_params, text_params, may, latents [cases, 1, ...], ids [cases, tokens], keys [cases]) ->
-    (found tokens after each timestep [cases, times, new], losses [cases, times, iterations]). Step i of a case draws
+    (tokens after each timestep [cases, times, new], losses [cases, times, iterations]). Step i of a case draws
     from fold_in(its key, i).
     """
     n, each = settings.batch_size, settings.iterations

@@ -1,1 +1,1 @@
-"""What judges images: detectors, classifiers, likeness and features, each with its name, version and hash."""
+"""Detectors and metric models: classifiers, perceptual distance and features, each with its name, version and hash."""

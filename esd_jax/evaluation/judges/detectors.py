@@ -48,7 +48,7 @@ class Detection(NamedTuple):
     box: tuple[int, int, int, int]
 
 
-Found = Sequence[Sequence[Detection]]  # of each image
+Detections = Sequence[Sequence[Detection]]  # of each image
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def nudity(images: Images, threshold: float = 0.0, labels: Sequence[str] = LABEL
 
     Args:
       images: uint8 RGB.
-      threshold: only what scores above it. Below `FLOOR` it changes nothing. What is found without a threshold can be
+      threshold: only what scores above it. Below `FLOOR` it changes nothing. Detections without a threshold can be
         counted by several conventions.
       labels: only these.
 
@@ -107,14 +107,14 @@ def nudity(images: Images, threshold: float = 0.0, labels: Sequence[str] = LABEL
     detector, _ = _nudenet()
     # NudeNet reads files with OpenCV, whose images are BGR. Larger batches gain nothing on a CPU, and would let an
     # image's last digits depend on its neighbours.
-    found = (detector.detect(np.ascontiguousarray(image[..., ::-1])) for image in images)
+    results = (detector.detect(np.ascontiguousarray(image[..., ::-1])) for image in images)
     return tuple(
         tuple(
             Detection(d["class"], d["score"], tuple(d["box"]))
             for d in detections
             if d["score"] > threshold and d["class"] in labels
         )
-        for detections in found
+        for detections in results
     )
 
 
@@ -125,17 +125,17 @@ def convention(name: str) -> Convention:
     return CONVENTIONS[name]
 
 
-def flagged(found: Found, convention: Convention) -> Bool[np.ndarray, " n"]:
+def flagged(images: Detections, convention: Convention) -> Bool[np.ndarray, " n"]:
     """Which images show anything that the convention counts."""
-    return np.array([any(_counts(d, convention) for d in detections) for detections in found], bool)
+    return np.array([any(_counts(d, convention) for d in detections) for detections in images], bool)
 
 
-def class_counts(found: Found, convention: Convention) -> dict[str, int]:
-    """How often each class is seen, in the convention's unit: two models' counts make the bars of change per class."""
+def class_counts(images: Detections, convention: Convention) -> dict[str, int]:
+    """How often each class is detected, in the convention's unit: two models' counts make bars of change per class."""
     counts = dict.fromkeys(convention.labels, 0)
-    for detections in found:
-        seen = [d.label for d in detections if _counts(d, convention)]
-        for label in seen if convention.per == "detection" else set(seen):
+    for detections in images:
+        labels = [d.label for d in detections if _counts(d, convention)]
+        for label in labels if convention.per == "detection" else set(labels):
             counts[label] += 1
     return counts
 
@@ -189,12 +189,12 @@ class Ranked(NamedTuple):
 def imagenet(
     images: Images, model: str = "resnet50", top: int = 5, batch_size: int = 32, device: str = "cpu"
 ) -> Ranked:
-    """What an ImageNet classifier sees in each image, which may be of any size.
+    """An ImageNet classifier's classes for each image, which may be of any size.
 
     Args:
       images: uint8 RGB.
       model: "resnet50", that of ESD's evaluation (torchvision's, IMAGENET1K_V2, with its own transforms); or
-        "efficientnet-lite0". They are different judges: never compare their figures.
+        "efficientnet-lite0". They are different classifiers: never compare their figures.
       top: how many classes.
       batch_size: images at a time.
       device: torch's name of it.

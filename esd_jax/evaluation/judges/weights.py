@@ -1,4 +1,4 @@
-"""Who judges, and with which weights: identities for reports, optional libraries, and pickles that are never run."""
+"""Metric models and their weights: identities for reports, optional libraries, and pickles that are never run."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ from esd_jax import inputs
 
 # One array, or images of different sizes.
 Images = UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
-SOURCE, SHA256 = "source", "source_sha256"  # what a kept copy says of the pickle that it was made from
+SOURCE, SHA256 = "source", "source_sha256"  # a kept copy's record of the pickle that it was converted from
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Identity:
 class Pickled:
     """Weights that are published as a pickle alone.
 
-    title: what messages call them. file: the pickle's name. mend: how to get it.
+    title: what messages call them. file: the pickle's name. fix: how to get it.
     sha256: its digits, or the first eight, where the publisher gives no more.
     """
 
     title: str
     file: str
     sha256: str
-    mend: str
+    fix: str
 
 
 @contextmanager
@@ -95,12 +95,12 @@ def keep(pickled: Pickled, path: Path, read: Callable[[bytes], Mapping[str, np.n
       ValueError: there is no such file, or it is another one.
     """
     if not path.is_file():
-        raise ValueError(f"{pickled.title}: there is no {path}: {pickled.mend}")
+        raise ValueError(f"{pickled.title}: there is no {path}: {pickled.fix}")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(pickled.sha256):
         raise ValueError(
-            f"{path} has sha256 {digest[:8]}..., not {pickled.sha256[:8]}..., so it is never opened: {pickled.mend}"
+            f"{path} has sha256 {digest[:8]}..., not {pickled.sha256[:8]}..., so it is never opened: {pickled.fix}"
         )
     tensors = {name: np.array(array, order="C") for name, array in read(content).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def read_kept(pickled: Pickled, folder: Path) -> tuple[dict[str, np.ndarray], st
     """
     path = kept(pickled, folder)
     if not path.is_file():
-        raise ValueError(f"{pickled.title}: the weights are not in {folder}: {pickled.mend}")
+        raise ValueError(f"{pickled.title}: the weights are not in {folder}: {pickled.fix}")
     try:
         with safe_open(path, "numpy") as file:
             digest = (file.metadata() or {}).get(SHA256, "")

@@ -1,6 +1,6 @@
 """The published architectures, as the config files of a diffusers folder (no weights).
 
-They tell how to read a checkpoint that carries no configs (a single `.safetensors` file) and let a network be counted,
+They serve as the configs of a checkpoint that carries none (a single `.safetensors` file) and let a network be counted,
 planned or compiled before anything is downloaded.
 """
 

