@@ -66,7 +66,7 @@ def task(
       name: what is going on: "sampling".
       total, done: how much there is, and how much of it is there already; total None: nobody knows.
       unit: of what: "images".
-      start: what the first step waits for. It is told at once where there is no terminal; "": nothing is, for 10 s.
+      start: what the first step waits for. Printed at once where there is no terminal; "": nothing is, for 10 s.
       always: also in a program, where nobody has asked for it by `shown`.
     """
     view, name = _view.get(), _label.get() + name
@@ -170,8 +170,8 @@ class _Lines:
 
     @contextlib.contextmanager
     def task(self, name: str, total: float | None, done: float, unit: str, start: str) -> Iterator[Task]:
-        line = _Line(name, total, done, unit, told=bool(start) and not self._open)
-        if line.told:
+        line = _Line(name, total, done, unit, announced=bool(start) and not self._open)
+        if line.announced:
             print(f"{line.place()}  {start}", file=sys.stderr, flush=True)
         self._open += 1
         try:
@@ -181,8 +181,9 @@ class _Lines:
 
 
 class _Line:
-    def __init__(self, name: str, total: float | None, done: float, unit: str, told: bool):
-        self._name, self._total, self._first, self._unit, self.told = name, total, done, unit, told
+    def __init__(self, name: str, total: float | None, done: float, unit: str, announced: bool):
+        self._name, self._total, self._first, self._unit = name, total, done, unit
+        self.announced = announced
         self._done, self._began = done, time.monotonic()
         self._last = self._began
         self._compiled: tuple[float, float] | None = None  # when the first step had ended, and how much was done then
@@ -197,14 +198,14 @@ class _Line:
         now = time.monotonic()
         self._compiled = self._compiled or (now, self._done)
         ended = self._total is not None and self._done >= self._total
-        if now - self._last < EVERY and not (ended and self.told):
+        if now - self._last < EVERY and not (ended and self.announced):
             return
         self._last = now
         parts = [self.place(), note, f"{left(now - self._began)}{self._estimate(now)}"]
         print("  ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
     def _estimate(self, now: float) -> str:
-        """The time left. The first step is nearly all compilation, so it tells nothing about the rest."""
+        """The time left. The first step is nearly all compilation, so it predicts nothing about the rest."""
         assert self._compiled
         since, done = self._compiled
         if self._total is None or self._done >= self._total or self._done == done:

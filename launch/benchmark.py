@@ -56,18 +56,18 @@ def main() -> None:
     if FLAGS.child:
         print(json.dumps(measured(FLAGS.child, json.loads(FLAGS.options))))
         return
-    for given, known, what in ((FLAGS.arch, PRESETS, "arch"), (FLAGS.method, METHODS, "method")):
-        if unknown := [name for name in given if name not in known]:
+    for names, known, what in ((FLAGS.arch, PRESETS, "arch"), (FLAGS.method, METHODS, "method")):
+        if unknown := [name for name in names if name not in known]:
             raise ValueError(f"--{what}={unknown[0]} is unknown: choose of {', '.join(known)}")
     if FLAGS.emoji:
         emoji()
     elif FLAGS.compile_only or FLAGS.devices:
         where = {"fake": FLAGS.devices} if FLAGS.devices else {"topologies": FLAGS.topology}
         ranks = [int(rank) or None for rank in FLAGS.rank] or [None]
-        found = compiling.rows(
+        rows = compiling.rows(
             FLAGS.arch, FLAGS.method, batches(0), FLAGS.dtype, FLAGS.fsdp, ranks, output=FLAGS.output, **where
         )
-        tables.write(FLAGS.output, "compiled", compiling.table(found), found)
+        tables.write(FLAGS.output, "compiled", compiling.table(rows), rows)
     elif FLAGS.all:
         steps({arch: list(sizes) for arch, sizes in EVERYTHING.items()}, reference=True)
     else:
@@ -93,19 +93,19 @@ def batches(default: int) -> list[int]:
 
 def steps(sizes: dict[str, list[int]], reference: bool) -> None:
     """Times steps at true size, all sides in turn, and writes their table."""
-    found = []
+    rows = []
     for arch, batch_sizes in sizes.items():
         for method in FLAGS.method:
             for batch_size in batch_sizes:
                 options = {"arch": arch, "method": method, "batch_size": batch_size}
-                found.append(options | {"sides": in_turn(options, reference)})
-                tables.progress(tables.steps([found[-1]]).splitlines()[-1])
-                tables.write(FLAGS.output, "steps", tables.steps(found), found, quiet=True)  # a long job may end early
-    tables.write(FLAGS.output, "steps", tables.steps(found), found)
+                rows.append(options | {"sides": in_turn(options, reference)})
+                tables.progress(tables.steps([rows[-1]]).splitlines()[-1])
+                tables.write(FLAGS.output, "steps", tables.steps(rows), rows, quiet=True)  # a long job may end early
+    tables.write(FLAGS.output, "steps", tables.steps(rows), rows)
 
 
 def in_turn(options: dict[str, Any], reference: bool) -> dict[str, list[dict[str, Any]]]:
-    """Side -> what it found in each round; a side that failed does not run again."""
+    """Side -> its result in each round; a side that failed does not run again."""
     sides = {"jax": ("jax", {"profile": profile(options)} if FLAGS.profile else {})}
     if reference:
         sides["torch"] = "torch", {}
@@ -115,8 +115,8 @@ def in_turn(options: dict[str, Any], reference: bool) -> dict[str, list[dict[str
     for _ in range(FLAGS.rounds):
         for side, (kind, more) in sides.items():
             if not any("error" in result for result in results[side]):
-                given = {**options, "dtype": FLAGS.dtype, "steps": FLAGS.steps, **more}
-                results[side].append(child.result(kind, child.environment(), FLAGS.timeout, **given))
+                arguments = {**options, "dtype": FLAGS.dtype, "steps": FLAGS.steps, **more}
+                results[side].append(child.result(kind, child.environment(), FLAGS.timeout, **arguments))
     return results
 
 
@@ -133,9 +133,9 @@ def emoji() -> None:
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(FLAGS.rounds):
         for side in sides:
-            results[side].append(found := child.result("emoji", env, side=side, **options))
-            if "error" in found:
-                raise RuntimeError(f"{side}: {found['error']}")
+            results[side].append(result := child.result("emoji", env, side=side, **options))
+            if "error" in result:
+                raise RuntimeError(f"{side}: {result['error']}")
     print(tables.load())
     tables.write(FLAGS.output, f"emoji_{FLAGS.work}", tables.emoji(results), {**options, "sides": results})
 

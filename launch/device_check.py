@@ -83,10 +83,10 @@ def main() -> None:
     names = FLAGS(sys.argv)[1:]
     folder = Path(FLAGS.output or os.environ.get("OUT") or "out/device_check").resolve()
     if FLAGS.part:
-        name, *given = FLAGS.part.split(":")
+        name, *arguments = FLAGS.part.split(":")
         if name in FLAGS.fault:
             raise RuntimeError(f"{name}: as asked for by --fault")
-        device_parts.PARTS[name](device_parts.Output(folder, FLAGS.part), *given)
+        device_parts.PARTS[name](device_parts.Output(folder, FLAGS.part), *arguments)
         return
     if unknown := [name for name in names if name not in CALLS] or not names:
         raise ValueError(f"give which calls to make, of {', '.join(CALLS)}" + (f", not {unknown}" if names else ""))
@@ -118,9 +118,9 @@ def run(names: list[str], seconds: float, folder: Path) -> bool:
     until, running, failed = time.monotonic() + seconds, [], False
     for name in names:
         log = (folder / f"{name.replace(':', '_')}.log").open("w")
-        given = [f"--part={name}", f"--output={folder}", f"--arch={FLAGS.arch}"]
-        given += [f"--fault={','.join(FLAGS.fault)}"] if FLAGS.fault else []
-        command = [sys.executable, "-m", "launch.device_check", *given]
+        arguments = [f"--part={name}", f"--output={folder}", f"--arch={FLAGS.arch}"]
+        arguments += [f"--fault={','.join(FLAGS.fault)}"] if FLAGS.fault else []
+        command = [sys.executable, "-m", "launch.device_check", *arguments]
         process = subprocess.Popen(command, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
         running.append((name, process, Path(log.name)))
     for name, process, log in running:

@@ -102,7 +102,7 @@ def train_diffusion(config: ConfigDict, configs: Configs, vae: Params, output: P
     step = diffusion.make_step(*(network(configs[part], "float32") for part in TRAINED), schedule, tx)
     starts = (prefixed(diffusion.initial(random_weights(config, configs[part])), part) for part in TRAINED)
     theta = combine(*starts)
-    average = jax.tree.map(jnp.copy, theta)  # its own buffers, since the step is given both
+    average = jax.tree.map(jnp.copy, theta)  # its own buffers, since the step takes both
     state = State(theta, (tx.init(theta), average), jnp.int32(0), jax.random.key(config.seed))
     meta = {name: value for name, value in config.to_dict().items() if name != "output_dir"}
     with Checkpoints(output / "checkpoints", meta, keep=1) as checkpoints:

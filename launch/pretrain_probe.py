@@ -77,21 +77,21 @@ def measure(params: Params, seed: int) -> tuple[dict[str, Any], float]:
     def augment(key: Any, images: Any, strength: Any) -> Any:
         return jnp.round((training.augmented(key, images, strength) + 1) * 127.5).astype(jnp.uint8)
 
-    def judge(pictures: training.Labelled, strength: float = 0.0) -> probe.Logits:
+    def logits(pictures: training.Labelled, strength: float = 0.0) -> probe.Logits:
         parts = []
         for i in range(0, len(pictures.images), BATCH):
             x = pictures.images[i : i + BATCH]
             parts.append(probe.scores_of(params, augment(jax.random.fold_in(key, i), x, strength) if strength else x))
         return probe.Logits(*(np.concatenate(head) for head in zip(*parts, strict=True)))
 
-    calibration = judge(training.artworks(np.random.default_rng([seed, 2]), 12), strength=1.0)
+    calibration = logits(training.artworks(np.random.default_rng([seed, 2]), 12), strength=1.0)
     threshold = float(np.quantile(probe.doubt(calibration), 1 - REJECTED))
 
     def rejected(scores: probe.Logits) -> float:
         return round(float((probe.doubt(scores) >= threshold).mean()), 4)
 
     def rates(pictures: training.Labelled, strength: float = 0.0) -> dict[str, Any]:
-        scores = judge(pictures, strength)
+        scores = logits(pictures, strength)
         right = {
             name: getattr(scores, name).argmax(axis=-1) == classes
             for name, classes in zip(probe.CLASSES, pictures[1:], strict=True)
@@ -111,7 +111,7 @@ def measure(params: Params, seed: int) -> tuple[dict[str, Any], float]:
         }
 
     def refused(kinds: tuple[str, ...]) -> dict[str, float]:
-        return {kind: rejected(judge(training.nothing(rng, (kind,), 4 * BATCH))) for kind in kinds}
+        return {kind: rejected(logits(training.nothing(rng, (kind,), 4 * BATCH))) for kind in kinds}
 
     figures = {
         "threshold": threshold,

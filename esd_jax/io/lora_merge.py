@@ -180,8 +180,8 @@ def _scale(module: str, change: Change, rank: int, configs: Mapping[str, Mapping
         if (value := float(change.parts["scale"].reshape(-1)[0])) != scale:
             key = next(key for key in change.keys if key.endswith(".scale"))
             raise ValueError(
-                f"{path}: {key!r} is {value:g}, but alpha / rank is {scale:g}: A1111 takes the first, ComfyUI and kohya "
-                "the second; leave one of them out of the file"
+                f"{path}: {key!r} is {value:g}, but alpha / rank is {scale:g}: A1111 takes the first, ComfyUI and "
+                "kohya the second; leave one of them out of the file"
             )
     return scale
 

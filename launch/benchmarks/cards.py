@@ -112,8 +112,8 @@ def named(topology: str) -> Cards | None:
         target, capability = _described(**CARDS[kind])
     else:
         target = Path(kind).read_text("utf-8")
-        found = [_field(target, name) for name in ("major", "minor")]
-        capability = found[0], found[1]
+        numbers = [_field(target, name) for name in ("major", "minor")]
+        capability = numbers[0], numbers[1]
     return Cards(target, capability, int(count or 1))
 
 
@@ -136,5 +136,5 @@ def _pair(capability: str) -> tuple[int, int]:
 def _field(target: str, name: str) -> int:
     """A number in `cuda_compute_capability` of XLA's description; 0, which the text leaves out, if absent."""
     inside = re.search(r"cuda_compute_capability\s*\{([^}]*)\}", target)
-    found = re.search(rf"{name}:\s*(\d+)", inside[1]) if inside else None
-    return int(found[1]) if found else 0
+    match = re.search(rf"{name}:\s*(\d+)", inside[1]) if inside else None
+    return int(match[1]) if match else 0

@@ -1,4 +1,4 @@
-"""Processes that measure one thing each, so that nothing of another is in memory, and give what they found as JSON."""
+"""Processes that measure one thing each, so that nothing of another is in memory, and return results as JSON."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def environment(devices: int | None = None) -> dict[str, str]:
 def tpu_environment() -> dict[str, str]:
     """Of a process that compiles for TPUs which are not there: what libtpu otherwise asks Google's cloud about."""
     named = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    # libtpu lets one process have the chips; here nobody asks for any.
+    # libtpu lets one process have the chips; nothing here uses any.
     alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return environment() | alone | named
 
@@ -63,19 +63,19 @@ class Failed(RuntimeError):
         self.output = output
 
 
-def say(**found: Any) -> None:
-    """Prints what a child knows so far; should it fail after that, this much is not lost."""
-    print(json.dumps(found), flush=True)
+def say(**fields: Any) -> None:
+    """Prints a child's results so far; should it fail after that, this much is not lost."""
+    print(json.dumps(fields), flush=True)
 
 
 def result(kind: str, env: Mapping[str, str], /, timeout: float | None = None, **options: Any) -> dict[str, Any]:
-    """What `measure` of a kind finds in a process of its own; if that fails, what it had said, and {"error": ...}."""
+    """The result of a kind's `measure` in its own process; if that fails, its last record, and {"error": ...}."""
     command = [sys.executable, "-m", HERE, f"--child={kind}", f"--options={json.dumps(options)}"]
     try:
         return json.loads(output(command, env, timeout).splitlines()[-1])
     except Failed as error:
-        said = [line for line in error.output.splitlines() if line.startswith("{")]
-        return {**(json.loads(said[-1]) if said else {}), "error": str(error)[:300]}
+        records = [line for line in error.output.splitlines() if line.startswith("{")]
+        return {**(json.loads(records[-1]) if records else {}), "error": str(error)[:300]}
 
 
 def _text(printed: bytes | str | None) -> str:

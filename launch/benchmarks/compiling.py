@@ -22,7 +22,7 @@ def compile_step(
     fsdp: int = 1,
     rank: int | None = None,
 ) -> dict[str, Any]:
-    """What XLA says of a step for TPUs ("v5e:2x2") or GPUs ("h100:4") that are not here, or for the devices that are.
+    """XLA's figures for a step on TPUs ("v5e:2x2") or GPUs ("h100:4") that are not here, or on the devices that are.
 
     batch_size: 0 is one example for each device. rank: of a low-rank change, if that is what is trained.
 
@@ -33,12 +33,12 @@ def compile_step(
     configs, schedule = work.architecture(arch)
     recipe = work.plan(arch, method, batch_size or len(devices), dtype, fsdp=fsdp, **({"rank": rank} if rank else {}))
     with gpus.standing_in() if gpus else contextlib.nullcontext():
-        made = ahead.compiled(configs, schedule, recipe, devices=devices)
+        program = ahead.compiled(configs, schedule, recipe, devices=devices)
         size = plan.make_plan(configs, schedule, recipe, ahead.mesh_of(recipe, devices))
     packages = ("jax-cuda13-pjrt",) if gpus else ("libtpu",) if topology else ()
     return {
-        **dataclasses.asdict(made),
-        "peak": made.peak,
+        **dataclasses.asdict(program),
+        "peak": program.peak,
         "planned": size.peak,
         "gradient": jnp.dtype(dtype).itemsize * size.trained,
         "kind": devices[0].device_kind,
@@ -99,16 +99,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tables.markdown(header, lines)
 
 
-def kernels(found: Sequence[dict[str, Any]]) -> str:
+def kernels(counted: Sequence[dict[str, Any]]) -> str:
     """Kernels of one place in a line: how many, what they move, and what should not be there."""
-    total = sum(kernel["bytes"] for kernel in found)
+    total = sum(kernel["bytes"] for kernel in counted)
     names = {"attention": "attention", "attention backward": "its backward", "convolution": "convolutions",
              "product": "products", "move": "moves", "other": "others"}  # fmt: skip
-    counts = [f"{k['count']} {names[k['kind']]}" for kind in names for k in found if k["kind"] == kind]
-    moved = sum(kernel["bytes"] for kernel in found if kernel["kind"] == "move")
-    wide = [f"{k['float32']} {names[k['kind']]} of float32" for k in found if k["float32"]]
+    counts = [f"{k['count']} {names[k['kind']]}" for kind in names for k in counted if k["kind"] == kind]
+    moved = sum(kernel["bytes"] for kernel in counted if kernel["kind"] == "move")
+    wide = [f"{k['float32']} {names[k['kind']]} of float32" for k in counted if k["float32"]]
     moves = [f"moves take {moved / total:.0%} of the bytes"] if moved > 0.01 * total else []
-    return "; ".join([", ".join(counts) + f": {readable(total)}", *moves, *wide]) if found else ""
+    return "; ".join([", ".join(counts) + f": {readable(total)}", *moves, *wide]) if counted else ""
 
 
 def rows(
@@ -124,9 +124,9 @@ def rows(
 ) -> list[dict]:
     """`compile_step` in a process for each row, for topologies or on a number of fake devices.
 
-    output: a folder to which what was found so far is written after each row.
+    output: a folder to which the results so far are written after each row.
     """
-    found = []
+    results = []
     for topology in topologies:
         env = environment(topology, fake)
         for arch in archs:
@@ -136,10 +136,10 @@ def rows(
                         options = {"arch": arch, "method": method, "batch_size": batch, "topology": topology}
                         options |= {"rank": rank} if rank else {}
                         result = child.result("compile", env, dtype=dtype, fsdp=fsdp, **options)
-                        found.append(options | result)
-                        tables.progress(table([found[-1]]).splitlines()[-1])
-                        tables.write(output, "compiled", table(found), found, quiet=True)
-    return found
+                        results.append(options | result)
+                        tables.progress(table([results[-1]]).splitlines()[-1])
+                        tables.write(output, "compiled", table(results), results, quiet=True)
+    return results
 
 
 def environment(topology: str | None, fake: int | None) -> dict[str, str]:

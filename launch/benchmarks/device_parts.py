@@ -24,9 +24,9 @@ class Output:
     folder: Path
     part: str
 
-    def say(self, **found: Any) -> None:
+    def say(self, **fields: Any) -> None:
         """A line of results.jsonl, on disk when this returns."""
-        line = json.dumps({"part": self.part, "at": round(time.time() - BEGAN, 1), **found})
+        line = json.dumps({"part": self.part, "at": round(time.time() - BEGAN, 1), **fields})
         with (self.folder / "results.jsonl").open("a") as file:
             file.write(line + "\n")
             file.flush()
@@ -56,10 +56,10 @@ def machine(output: Output) -> None:
     from esd_jax.models import attention
 
     device = jax.devices()[0]
-    seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout if has_gpu() else ""
+    gpus = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout if has_gpu() else ""
     output.say(
         kind=device.device_kind, platform=device.client.platform_version, device=str(attention.describe(device)),
-        memory=device.memory_stats(), jax=jax.__version__, python=sys.version.split()[0], seen=seen.strip(),
+        memory=device.memory_stats(), jax=jax.__version__, python=sys.version.split()[0], seen=gpus.strip(),
     )  # fmt: skip
     try:
         from jax._src.lib import _jax
@@ -116,7 +116,7 @@ def attention(output: Output) -> None:
             return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum((f(q, k, v) * w).astype(jnp.float32)), (0, 1, 2)))  # noqa: B023
 
         truth = gradient(plain)(*(a.astype(jnp.float32) for a in (q, k, v)))[1]
-        found = {"heads": heads, "size": size, "queries": queries, "tokens": tokens}
+        case = {"heads": heads, "size": size, "queries": queries, "tokens": tokens}
         ways = {choice: ours.dot_product_attention for choice in ("xla", "cudnn", "auto")}
         ways |= {"padded": padded} if tokens == 77 else {}
         for way, f in ways.items():
@@ -127,17 +127,17 @@ def attention(output: Output) -> None:
                 errors = [float(error(g, t)) for g, t in zip(got, truth, strict=True)]
                 with alone():
                     both = timed(lambda: program(q, k, v), 20)  # noqa: B023
-                output.say(**found, way=way, errors=errors, ms=1000 * both)
+                output.say(**case, way=way, errors=errors, ms=1000 * both)
             except Exception as failed:
-                output.say(**found, way=way, error=str(failed)[-300:])
+                output.say(**case, way=way, error=str(failed)[-300:])
         for way, f in {"xla": plain_half(ours), "cudnn": fused}.items():
             try:
                 program = jax.jit(f)
                 program(q, k, v)
                 with alone():
-                    output.say(**found, way=way, forward_ms=1000 * timed(lambda: program(q, k, v), 20))  # noqa: B023
+                    output.say(**case, way=way, forward_ms=1000 * timed(lambda: program(q, k, v), 20))  # noqa: B023
             except Exception as failed:
-                output.say(**found, way=way, forward=str(failed)[-300:])
+                output.say(**case, way=way, forward=str(failed)[-300:])
 
 
 def plain_half(ours: Any) -> Callable[..., Any]:
@@ -155,24 +155,24 @@ def right(output: Output) -> None:
     from launch.benchmarks.step import Step
 
     os.environ[ours.CHOICE] = "xla"
-    found = {}
+    results = {}
     for dtype, platform in (("float32", "cpu"), ("float32", None), ("bfloat16", None)):
         device = jax.devices(platform)[0] if platform else jax.devices()[0]
         with jax.default_matmul_precision("highest"), jax.default_device(device):
             update = Step(work.plan("tiny", "esd-x", 2, dtype), "tiny", device)
-            # A step donates its state, and with it what the state was made of.
+            # A step donates its state, and the arrays that the state consists of.
             before = {name: np.array(value, np.float32) for name, value in update.state.theta.items()}
             losses = [float(update().loss) for _ in range(3)]
         theta = update.state.theta
         moved = [np.asarray(theta[name], np.float32) - before[name] for name in sorted(before)]
-        found[dtype, platform or device.platform] = losses, np.concatenate([part.ravel() for part in moved])
-    (_, truth), *_ = found.values()
-    for (dtype, where), (losses, moved) in found.items():
+        results[dtype, platform or device.platform] = losses, np.concatenate([part.ravel() for part in moved])
+    (_, truth), *_ = results.values()
+    for (dtype, where), (losses, moved) in results.items():
         output.say(dtype=dtype, where=where, losses=losses, error_of_change=float(error(moved, truth)))
 
 
 def step(output: Output, arch: str, batch: str) -> None:
-    """A training step at true size: its program, its time, its memory beside XLA's word and the plan."""
+    """A training step at true size: its program, its time, its memory beside XLA's figure and the plan."""
     import jax
 
     from esd_jax.planning import hlo
@@ -245,13 +245,13 @@ def sample(output: Output, arch: str, batch: str) -> None:
     params, null, cond = values((params, prompts, prompts), jax.devices()[0])
     sampler, side = samplers.make_sampler(schedule, "ddim", 50), configs["unet"].sample_size
 
-    run, told = programs.steps(net, sampler), ((null, None), (cond, None))
+    run, encoded = programs.steps(net, sampler), ((null, None), (cond, None))
     x = jax.random.normal(jax.random.key(0), (number, side, side, 4))
     began = time.perf_counter()
-    jax.block_until_ready(run(params, x, told, 7.5))
+    jax.block_until_ready(run(params, x, encoded, 7.5))
     first = time.perf_counter() - began
     with alone():
-        seconds = timed(lambda: run(params, x, told, 7.5), 3)
+        seconds = timed(lambda: run(params, x, encoded, 7.5), 3)
     output.say(first_s=first, images_per_s=number / seconds)
 
 
@@ -294,12 +294,12 @@ def timed(call: Callable[[], Any], times: int) -> float:
     return (time.perf_counter() - began) / times
 
 
-def error(found: Any, truth: Any) -> Any:
+def error(values: Any, truth: Any) -> Any:
     """|found - truth| / |truth|."""
     import numpy as np
 
-    found, truth = (np.asarray(a, np.float64).ravel() for a in (found, truth))
-    return np.linalg.norm(found - truth) / np.linalg.norm(truth)
+    values, truth = (np.asarray(a, np.float64).ravel() for a in (values, truth))
+    return np.linalg.norm(values - truth) / np.linalg.norm(truth)
 
 
 PARTS = {

@@ -33,13 +33,13 @@ def jax_training(batch_size: int, steps: int) -> dict[str, Any]:
     plan = recipe.make(**recipe.read("emoji").to_dict())
     training = dataclasses.replace(plan.training, batch_size=batch_size)
     plan = dataclasses.replace(plan, settings=work.Average(**dataclasses.asdict(plan.settings)), training=training)
-    made = assemble(base, plan)
-    theta_0, frozen = made.split(base.params[base.denoiser])
-    state = made.begin(theta_0)
+    setup = assemble(base, plan)
+    theta_0, frozen = setup.split(base.params[base.denoiser])
+    state = setup.begin(theta_0)
 
     def update() -> None:
         nonlocal state
-        state, metrics = made.step(state, theta_0, frozen, made.inputs)
+        state, metrics = setup.step(state, theta_0, frozen, setup.inputs)
         jax.block_until_ready((state, metrics))
 
     rounds = work.updates(plan, base.schedule)
@@ -86,7 +86,7 @@ def torch_training(batch_size: int, steps: int) -> dict[str, Any]:
             t = scheduler.timesteps[rounds]
             null, concept = teacher(torch.cat([x, x]), t, pair).sample.chunk(2)
             target = null - (concept - null)
-        # What inference mode made cannot be saved for a backward pass.
+        # Inference mode's results cannot be saved for a backward pass.
         x, target = x.clone(), target.clone()
         loss = torch.nn.functional.mse_loss(student(x, t, pair[batch_size:]).sample, target)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Findings as markdown and JSON."""
+"""Results as markdown and JSON."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write(folder: str | None, name: str, text: str, findings: Any, quiet: bool = False) -> None:
-    """Prints a table and, if there is a folder, writes it to NAME.md, and what it was made of to NAME.json."""
+    """Prints a table and, if there is a folder, writes it to NAME.md, and its data to NAME.json."""
     if not quiet:
         print(text)
     if folder:

@@ -35,9 +35,9 @@ class Average(ESD):
 
     def make(self, tools: Any, concepts: Sequence[Any]) -> tuple[Any, Any]:
         method, inputs = super().make(tools, concepts)
-        made, drawn = method.trajectory, method.trajectory.support
-        index = min(drawn, key=lambda i: abs(made.num_updates[i] - made.mean_updates))
-        return dataclasses.replace(method, trajectory=dataclasses.replace(made, support=np.asarray([index]))), inputs
+        full, drawn = method.trajectory, method.trajectory.support
+        index = min(drawn, key=lambda i: abs(full.num_updates[i] - full.mean_updates))
+        return dataclasses.replace(method, trajectory=dataclasses.replace(full, support=np.asarray([index]))), inputs
 
 
 def unet_config(arch: str) -> dict[str, Any]:
@@ -61,16 +61,16 @@ def plan(
     """
     subset = "esd-x" if method == "esd-x" else ESD_U.get(arch, "noxattn")
     config = recipe.preset("esd", preset or PRESETS[arch], concept="Van Gogh", subset=subset).to_dict()
-    made = recipe.make(**{**config, "dtype": dtype, "batch_size": batch_size, **changes})
+    plan = recipe.make(**{**config, "dtype": dtype, "batch_size": batch_size, **changes})
     if preset:
-        return made
-    return dataclasses.replace(made, settings=Average(**dataclasses.asdict(made.settings)))
+        return plan
+    return dataclasses.replace(plan, settings=Average(**dataclasses.asdict(plan.settings)))
 
 
-def updates(made: recipe.Recipe, schedule: Any) -> int:
+def updates(plan: recipe.Recipe, schedule: Any) -> int:
     """Sampler steps of each update of such a recipe."""
     from esd_jax.methods.esd import make_trajectory
 
-    trajectory = make_trajectory(made.settings, schedule)
+    trajectory = make_trajectory(plan.settings, schedule)
     index = min(trajectory.support, key=lambda i: abs(trajectory.num_updates[i] - trajectory.mean_updates))
     return int(trajectory.num_updates[index])

@@ -4,7 +4,7 @@
     python -m launch.experiments.compare_methods --output=out/compare --methods="esd; uce" \\
         --targets="neon style" --images=40
 
-A method is erased with its recipe for the embedded model, or is guidance under which the base draws. All draw the same
+A method is erased with its recipe for the embedded model, or is guidance of the base. All generate the same
 prompts from the same noise. Tables and images are kept as they come, so that a run which is stopped goes on where it
 was; nothing that is measured already is measured again. The result is comparison.md and comparison.json.
 """
@@ -30,7 +30,7 @@ from esd_jax.pipeline import Pipeline
 from launch import command
 from launch.command import say
 from launch.experiments import results
-from launch.experiments.results import Made, groups_of, kept, slug, write
+from launch.experiments.results import Prepared, groups_of, kept, slug, write
 
 THREE = "a cat, a rose, a pizza"
 TARGETS = f"neon style; a cat; {THREE}; {THREE}, a rocket, a robot, an owl, a house, a cake, a bee, a fox"
@@ -75,7 +75,7 @@ flags.DEFINE_integer("images", 200, "Per group and model.", lower_bound=1, flag_
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("longer", 1, "Times as many updates as the recipes have.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_bool("controls", True, "Also measure sham erasures.", flag_values=FLAGS)
+flags.DEFINE_bool("controls", True, "Also measure placebo erasures.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/compare", "The folder of the results.", flag_values=FLAGS)
 
 
@@ -87,12 +87,12 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
     drawn = kept(output, BASE, source_hash(base))
-    found = {
+    comparison = {
         target.concept: {name: measured(base, name, target, output, drawn) for name in methods} for target in targets
     }
-    write(output / "comparison.json", found)
-    (output / "comparison.md").write_text(markdown(found))
-    print(markdown(found))
+    write(output / "comparison.json", comparison)
+    (output / "comparison.md").write_text(markdown(comparison))
+    print(markdown(comparison))
     print(f"results  {output}")
 
 
@@ -124,19 +124,19 @@ def measured(base: Pipeline, name: str, target: Target, output: Path, drawn: Gal
         return {}
     file = output / f"{slug(name)}-{slug(target.concept)[:80]}{times}.json"
 
-    def make() -> Made:
+    def make() -> Prepared:
         started = time.monotonic()
         models = {BASE: base, ERASED: api.erase(base, target.concepts, **plan) if config else base}
         seconds = time.monotonic() - started
         say(f"\n{target.concept}: {name} took {seconds:.0f} s")
-        given = {ERASED: options}
+        guidance = {ERASED: options}
         if FLAGS.controls:
             models[PLACEBO] = api.erase(base, target.placebo, **plan) if config else base
-            given[PLACEBO] = {} if config else entry.guidance(target.placebo)
-        made_by = (settings["base_sha256"], plan, settings["guidance"])
-        galleries = {BASE: drawn, ERASED: kept(output, f"{name} {target.concept}"[:80], *made_by, target.concept)}
-        galleries[PLACEBO] = kept(output, f"{name} sham", *made_by, target.placebo)
-        return Made(models, galleries, given, seconds)
+            guidance[PLACEBO] = {} if config else entry.guidance(target.placebo)
+        identity = (settings["base_sha256"], plan, settings["guidance"])
+        galleries = {BASE: drawn, ERASED: kept(output, f"{name} {target.concept}"[:80], *identity, target.concept)}
+        galleries[PLACEBO] = kept(output, f"{name} sham", *identity, target.placebo)
+        return Prepared(models, galleries, guidance, seconds)
 
     report = results.measured(
         file,
@@ -176,14 +176,14 @@ def _described(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in options.items()}
 
 
-def figures(judged: Sequence[GroupRows]) -> dict[str, Any]:
+def figures(measured: Sequence[GroupRows]) -> dict[str, Any]:
     """What the comparison shows of one table: rates, and points (a hundredth) that are lost beside the base.
 
     Of what is kept, the worse of object and style counts.
     """
-    rows = {(group.name, row.model): row for group in judged for row in group.rows}
-    own, others = ({row.model: row for row in group.rows} for group in judged if group.name in ("own", "others"))
-    found: dict[str, Any] = {
+    rows = {(group.name, row.model): row for group in measured for row in group.rows}
+    own, others = ({row.model: row for row in group.rows} for group in measured if group.name in ("own", "others"))
+    values: dict[str, Any] = {
         "base": own[BASE].target.value,
         "target": own[ERASED].target.value,
         "interval": (own[ERASED].target.low, own[ERASED].target.high),
@@ -195,13 +195,13 @@ def figures(judged: Sequence[GroupRows]) -> dict[str, Any]:
         "others_unrecognised": others[ERASED].unrecognised.value,
     }
     if ("implicit", BASE) in rows:
-        found |= {f"implicit_{m}": rows["implicit", m].target.value for m in (BASE, ERASED)}
+        values |= {f"implicit_{m}": rows["implicit", m].target.value for m in (BASE, ERASED)}
     for name in ("nearest", "others", "unrelated"):
         if (name, ERASED) in rows:
-            found[f"{name}_lost"] = lost(rows[name, BASE], rows[name, ERASED])
+            values[f"{name}_lost"] = lost(rows[name, BASE], rows[name, ERASED])
     if ("own", PLACEBO) in rows:
-        found |= {"sham_target": own[PLACEBO].target.value, "sham_ssim": others[PLACEBO].ssim.value}
-    return found
+        values |= {"sham_target": own[PLACEBO].target.value, "sham_ssim": others[PLACEBO].ssim.value}
+    return values
 
 
 def lost(base: Row, erased: Row) -> float:

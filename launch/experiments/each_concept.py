@@ -4,7 +4,7 @@
       --output=out/painters --config=sd14_style --config.base=stable-diffusion-v1-4 --config.batch_size=2
 
 Each group of devices takes the next concept when it is free. A run's folder is OUTPUT/CONCEPT, and its log CONCEPT.log
-beside it; OUTPUT/merged is a diffusers folder with the sum of all changes, and what is printed tells where they
+beside it; OUTPUT/merged is a diffusers folder with the sum of all changes, and the output shows where they
 disagree. A command that is stopped goes on where it was. (One run for all: --config.concept="Van Gogh; Claude Monet".)
 """
 

@@ -1,4 +1,4 @@
-"""What the probe sees in the embedded model's pictures in the course of its training, as a table and a plot.
+"""The probe's accuracy on the embedded model's images over its training, as a table and a plot.
 
     pip install 'esd-jax[artwork]' && python -m launch.experiments.learning_curve --run=out/emoji --images=352
 
@@ -41,7 +41,7 @@ LINES = {
 
 def main() -> None:
     FLAGS(sys.argv)
-    plots.pyplot()  # found missing now, not after the measuring
+    plots.pyplot()  # fails now if it is missing, not after the measuring
     run = Path(FLAGS.run)
     file = run / "curve.json"
     settings = {"images": FLAGS.images}
@@ -70,10 +70,8 @@ def measured(run: Path, snapshot: Path) -> dict[str, float]:
         model = api.load(folder)
     wanted = {group for group, _ in LINES.values()}
     groups = [group for group in base_groups() if group.name in wanted]
-    judged = {
-        g.name: g.rows[0] for g in measure({BASE: model}, groups, None, num_images=FLAGS.images, other_seed=False)
-    }
-    return {name: getattr(judged[group], part).value for name, (group, part) in LINES.items()}
+    rows = {g.name: g.rows[0] for g in measure({BASE: model}, groups, None, num_images=FLAGS.images, other_seed=False)}
+    return {name: getattr(rows[group], part).value for name, (group, part) in LINES.items()}
 
 
 def plot(curve: dict[str, dict[str, float]], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each way to sample less in an update of ESD gains in time, and what it costs in quality, on the embedded model.
+"""Sampling-cost ablation on the embedded model: what less sampling in ESD saves in time and costs in quality.
 
     python -m launch.experiments.levers --output=out/levers
     python -m launch.experiments.levers --output=out/levers --targets="a cat" --variants="recipe; fast" --images=200
@@ -37,7 +37,7 @@ from esd_jax.runs.setup import assemble
 from launch import command
 from launch.command import say
 from launch.experiments.compare_methods import ENTRIES, lost
-from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
+from launch.experiments.results import Prepared, groups_of, kept, measured, read, slug, write
 
 RECIPES = ENTRIES["esd"].recipes  # each has a fast one of its name
 KEPT = {"updates_per_trajectory": 10, "trajectory_buffer": 4}
@@ -75,18 +75,18 @@ def main() -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
-    paces = {kind: paced(base, kind, found, output) for kind, found in plans.items()} if FLAGS.rounds else {}
+    paces = {kind: paced(base, kind, variants, output) for kind, variants in plans.items()} if FLAGS.rounds else {}
     drawn = kept(output, BASE, source_hash(base))
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for target in targets:
-        rows = found[target.concept] = {}
+        rows = results[target.concept] = {}
         for name, plan in plans[target.kind].items():
             rows[name] = cost(base, plan) | paces.get(target.kind, {}).get(name, {})
             rows[name] |= quality(base, name, plan, target, output, drawn)
             say(f"{target.concept:14} {name:40} " + "  ".join(f"{k} {v:.3g}" for k, v in rows[name].items()))
-        write(output / "levers.json", found)
-        (output / "levers.md").write_text(markdown(found))
-    print(markdown(found))
+        write(output / "levers.json", results)
+        (output / "levers.md").write_text(markdown(results))
+    print(markdown(results))
     print(f"results  {output}")
 
 
@@ -103,8 +103,8 @@ def parsed(text: str) -> dict[str, Any]:
     """The fields of a variant. Raises ValueError for what is not FIELD=VALUE."""
     changes = {}
     for part in text.split(","):
-        name, found, value = (p.strip() for p in part.partition("="))
-        if not found:
+        name, separator, value = (p.strip() for p in part.partition("="))
+        if not separator:
             raise ValueError(f"also={text!r}: each is FIELD=VALUE, and several are separated by ','")
         try:
             changes[name] = ast.literal_eval(value)
@@ -151,18 +151,18 @@ def paced(base: Pipeline, kind: str, plans: Plans, output: Path) -> dict[str, di
 
 
 def walker(base: Pipeline, plan: recipe.Recipe) -> Callable[[int], float]:
-    """A function that makes so many updates and tells their seconds."""
-    made = assemble(base, plan)  # the program of `erase`, which then finds it compiled
-    theta_0, frozen = made.split(base.params[base.denoiser])
-    state = made.begin(theta_0, memory=False)
-    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, made.inputs), made.mesh)
-    state = state._replace(memory=sharding.spread(made.memory(), made.mesh))
+    """A function that makes so many updates and returns their seconds."""
+    setup = assemble(base, plan)  # the program of `erase`, which is then compiled already
+    theta_0, frozen = setup.split(base.params[base.denoiser])
+    state = setup.begin(theta_0, memory=False)
+    state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, setup.inputs), setup.mesh)
+    state = state._replace(memory=sharding.spread(setup.memory(), setup.mesh))
 
     def walk(updates: int) -> float:
         nonlocal state
         started = time.perf_counter()
         for _ in range(updates):
-            state, metrics = made.step(state, theta_0, frozen, inputs)
+            state, metrics = setup.step(state, theta_0, frozen, inputs)
         jax.block_until_ready(metrics)
         return time.perf_counter() - started
 
@@ -172,32 +172,32 @@ def walker(base: Pipeline, plan: recipe.Recipe) -> Callable[[int], float]:
 def quality(
     base: Pipeline, name: str, plan: recipe.Recipe, target: Target, output: Path, drawn: Gallery
 ) -> dict[str, float]:
-    """What an erased model draws of the target, of what is near it and of all else, from its file if it is there."""
+    """An erased model's rates on the target, related concepts and all else, from its file if there is one."""
     fields = {field: value for field, value in plan.flat().items() if field not in ("base", "concept")}
     settings = {
         "base_sha256": source_hash(base), "images": FLAGS.images, "seed": FLAGS.seed, "recipe": fields,
     }  # fmt: skip
     file = output / f"{slug(target.concept)}-{slug(name)[:80]}.json"
 
-    def make() -> Made:
+    def make() -> Prepared:
         started = time.monotonic()
         erased = api.erase(base, target.concepts, **fields)
         seconds = time.monotonic() - started
         mine = kept(output, f"{target.concept} {name}"[:80], settings["base_sha256"], fields)
-        return Made({BASE: base, ERASED: erased}, {BASE: drawn, ERASED: mine}, {}, seconds)
+        return Prepared({BASE: base, ERASED: erased}, {BASE: drawn, ERASED: mine}, {}, seconds)
 
     report = measured(
         file, settings, target, make, names=GROUPS, num_images=FLAGS.images, seed=FLAGS.seed, other_seed=False
     )
     rows = {group.name: group.rows for group in groups_of(file, report)}
-    found = {"erasure": report["seconds"]}
+    values = {"erasure": report["seconds"]}
     for group, key in (("own", "target"), ("implicit", "implicit")):
         if group in rows:
-            found |= {f"base_{key}": rows[group][0].target.value, key: rows[group][1].target.value}
-    found["unrecognised"] = rows["own"][1].unrecognised.value
+            values |= {f"base_{key}": rows[group][0].target.value, key: rows[group][1].target.value}
+    values["unrecognised"] = rows["own"][1].unrecognised.value
     for group in ("nearest", "others"):
-        found[f"{group}_lost"] = lost(*rows[group])
-    return found | {"ssim": rows["others"][1].ssim.value, "ssim25": rows["others"][1].ssim25.value}
+        values[f"{group}_lost"] = lost(*rows[group])
+    return values | {"ssim": rows["others"][1].ssim.value, "ssim25": rows["others"][1].ssim25.value}
 
 
 HEADINGS = (
@@ -206,10 +206,10 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def markdown(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A table for each target, for reading. How many times faster: all updates, beside the first variant's."""
     parts = []
-    for target, variants in found.items():
+    for target, variants in results.items():
         first = next(iter(variants.values()))
         lines = [["base", *[""] * 5, f"{first['base_target']:.0%}", _rate(first, "base_implicit"), *[""] * 5]]
         for name, f in variants.items():
@@ -225,9 +225,9 @@ def markdown(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def whole(found: Mapping[str, float]) -> float:
+def whole(values: Mapping[str, float]) -> float:
     """Seconds of all updates of a variant."""
-    return found["updates"] * found["seconds"]
+    return values["updates"] * values["seconds"]
 
 
 def _rate(values: Mapping[str, float], key: str) -> str:

@@ -5,7 +5,7 @@
         --targets="neon style; a cat=esd_u; a rose"
 
 A target is erased with the recipe after its "=", or with its kind's; "a cat, a rose" erases two at once. With
---stop_below=0.02 --steps=800, each erasure ends where that few images show its target, and its sham has as many
+--stop_below=0.02 --steps=800, each erasure ends where that few images show its target, and its placebo has as many
 updates. Tables and images are kept as they come, so that a run which is stopped goes on where it was. 1,000 images per
 group take about 20 minutes a target on two CPU cores.
 """
@@ -30,7 +30,7 @@ from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
 from launch.command import say
-from launch.experiments.results import Made, groups_of, kept, measured, read, slug, write
+from launch.experiments.results import Prepared, groups_of, kept, measured, read, slug, write
 
 PICTURED = ("cat", "octopus", "rose", "pizza", "rocket", "house", "skull", "robot")
 CONTROL_SHARE = 0.25  # the controls' figures need less precision
@@ -47,7 +47,7 @@ flags.DEFINE_integer("stop_every", 100, "Updates between looks.", lower_bound=1,
 flags.DEFINE_integer("stop_images", 96, "Of each look.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("steps", None, "Updates, in place of the recipe's.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_bool("controls", True, "Also measure sham erasures, and the base from other noise.", flag_values=FLAGS)
+flags.DEFINE_bool("controls", True, "Also measure placebo erasures, and the base from other noise.", flag_values=FLAGS)
 flags.DEFINE_string("output", "out/measured", "The folder of the results.", flag_values=FLAGS)
 
 
@@ -62,13 +62,13 @@ def main() -> None:
     if FLAGS.base_images:
         measure_base(base, output / "base.json", identity, galleries)
         draw_grid(base, galleries[BASE]).save(output / "grid.png")
-    shams: dict[str, Pipeline] = {}
-    judged: dict[str, dict[str, list[GroupRows]]] = {"style": {}, "object": {}}
+    placebos: dict[str, Pipeline] = {}
+    results: dict[str, dict[str, list[GroupRows]]] = {"style": {}, "object": {}}
     for target, config in wanted:
-        judged[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, shams)
-    summary = {kind: table.over_targets(found) for kind, found in judged.items() if found}
+        results[target.kind][target.label] = measure_target(base, target, config, output, identity, galleries, placebos)
+    summary = {kind: table.over_targets(targets) for kind, targets in results.items() if targets}
     for kind, cells in summary.items():
-        print(f"\nerasing {len(judged[kind])} {kind}s: {', '.join(judged[kind])}\n{table.over_targets_text(cells)}")
+        print(f"\nerasing {len(results[kind])} {kind}s: {', '.join(results[kind])}\n{table.over_targets_text(cells)}")
     write(output / "summary.json", summary)
     print(f"\nresults  {output}")
 
@@ -91,7 +91,7 @@ def measure_base(base: Pipeline, file: Path, identity: dict[str, Any], galleries
     settings = identity | {"images": FLAGS.base_images}
     report = read(file, settings)
     if report is None:
-        judged = measure(
+        tables = measure(
             {BASE: base},
             groups.base_groups(),
             None,
@@ -102,10 +102,10 @@ def measure_base(base: Pipeline, file: Path, identity: dict[str, Any], galleries
             batch_size=FLAGS.batch_size,
             progress=say,
         )
-        report = {"settings": settings, "groups": table.as_dict(judged)}
+        report = {"settings": settings, "groups": table.as_dict(tables)}
         write(file, report)
-    judged = groups_of(file, report)
-    print(f"\nthe base model\n{table.text(judged, None)}")
+    tables = groups_of(file, report)
+    print(f"\nthe base model\n{table.text(tables, None)}")
 
 
 def draw_grid(base: Pipeline, gallery: Gallery) -> Image.Image:
@@ -124,9 +124,9 @@ def measure_target(
     output: Path,
     identity: dict[str, Any],
     galleries: dict[str, Gallery],
-    shams: dict[str, Pipeline],
+    placebos: dict[str, Pipeline],
 ) -> list[GroupRows]:
-    """One target's table, from its file if it is finished. Targets share what the base and a recipe's sham draw."""
+    """One target's table, from its file if it is finished. Targets share the base's and the placebos' images."""
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name != "concept"}
     if FLAGS.steps:
         plan["steps"] = FLAGS.steps
@@ -135,7 +135,7 @@ def measure_target(
     settings = identity | {"images": FLAGS.images, "controls": FLAGS.controls, "recipe": plan}
     file = output / f"{slug(target.concept)}.json"
 
-    def make() -> Made:
+    def make() -> Prepared:
         started = time.monotonic()
         is_gone = None
         if FLAGS.stop_below is not None:
@@ -148,12 +148,12 @@ def measure_target(
         say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}
         if FLAGS.controls:
-            sham = f"{', '.join(target.placebo)} by {updates} updates of {config}"
-            if sham not in shams:
-                shams[sham] = api.erase(base, target.placebo, config=config, steps=updates)
-                galleries[sham] = kept(output, ", ".join(target.placebo), identity["base_sha256"], plan, updates)
-            models[PLACEBO], drawn[PLACEBO] = shams[sham], galleries[sham]
-        return Made(models, drawn, {}, seconds)
+            placebo = f"{', '.join(target.placebo)} by {updates} updates of {config}"
+            if placebo not in placebos:
+                placebos[placebo] = api.erase(base, target.placebo, config=config, steps=updates)
+                galleries[placebo] = kept(output, ", ".join(target.placebo), identity["base_sha256"], plan, updates)
+            models[PLACEBO], drawn[PLACEBO] = placebos[placebo], galleries[placebo]
+        return Prepared(models, drawn, {}, seconds)
 
     report = measured(
         file,
@@ -166,9 +166,9 @@ def measure_target(
         control_share=CONTROL_SHARE,
         batch_size=FLAGS.batch_size,
     )
-    judged = groups_of(file, report)
-    print(f"\n{target.concept}, by {config}\n{table.text(judged, target)}", flush=True)
-    return judged
+    tables = groups_of(file, report)
+    print(f"\n{target.concept}, by {config}\n{table.text(tables, target)}", flush=True)
+    return tables
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Artwork is inverted by DDIM and drawn anew, by the unmodified model and by models from which the style was erased, in
 several ways: with the empty prompt or the concept, with or without guidance; inverted by the model itself that draws,
-or by the unmodified one. Judged are pictures in the style, which should lose it, and pictures in other styles, which
+or by the unmodified one. It measures pictures in the style, which should lose it, and pictures in other styles, which
 should come back as they were. (A model that draws what it has itself inverted, in the same way, gives back any picture,
 but for what DDIM's steps lose: it cannot purify.)
 
@@ -103,27 +103,27 @@ def main() -> None:
         name: redrawn(base, name, folder, target, pictures, output, shared)
         for name, folder in {UNMODIFIED: None, **sources}.items()
     }
-    judged: dict[str, dict[str, dict[str, Row]]] = {}
+    results: dict[str, dict[str, dict[str, Row]]] = {}
     for way in ways(target, FLAGS.guidance_scale):
         plain = way._replace(inverter="itself")  # of the unmodified model, the same
         rows = fixed | {name: images[plain if name == UNMODIFIED else way] for name, images in drawn.items()}
-        judged[str(way)] = {name: judge(images, pictures, asked, target) for name, images in rows.items()}
+        results[str(way)] = {name: rows_of(images, pictures, asked, target) for name, images in rows.items()}
         for title, first in (("purified", 0), ("kept", FLAGS.images)):
             shown = slice(first, first + min(SHOWN, FLAGS.images))
             grid = picture.grid(
                 np.stack([images[shown] for images in rows.values()]), list(rows), [name for name, _ in asked[shown]]
             )
             grid.save(output / f"{title}_{slug(str(way))}.png")
-        print(f"\n{way}\n{text(judged[str(way)])}")
-    report = {"concept": target.concept, "settings": shared, "ways": judged}
+        print(f"\n{way}\n{text(results[str(way)])}")
+    report = {"concept": target.concept, "settings": shared, "ways": results}
     write(output / "purified.json", as_json(report))
     print(f"\nresults  {output}")
 
 
-def parse(given: str) -> dict[str, str | None]:
+def parse(text: str) -> dict[str, str | None]:
     """Name -> the folder of its model, or None for a method. Raises ValueError for what is neither."""
     sources = {}
-    for part in filter(None, (p.strip() for p in given.split(";"))):
+    for part in filter(None, (p.strip() for p in text.split(";"))):
         name, _, folder = (p.strip() for p in part.partition("="))
         if not folder and name not in RECIPES:
             raise ValueError(f"unknown method {name!r}: choose of {', '.join(RECIPES)}, or give NAME=FOLDER")
@@ -154,8 +154,8 @@ def place(asked: Sequence[tuple[str, str]], seed: int) -> Images:
 
 def ways(target: groups.Target, guidance_scale: float) -> list[Way]:
     """All ways. Guidance away from the empty prompt is none where that is the prompt."""
-    told = [("", 1.0), (target.concept, 1.0), (target.concept, guidance_scale)]
-    return [Way(inverter, *prompt) for inverter in ("itself", "unmodified") for prompt in dict.fromkeys(told)]
+    prompts = [("", 1.0), (target.concept, 1.0), (target.concept, guidance_scale)]
+    return [Way(inverter, *prompt) for inverter in ("itself", "unmodified") for prompt in dict.fromkeys(prompts)]
 
 
 def redrawn(
@@ -203,19 +203,21 @@ def opened(base: Pipeline, name: str, folder: str | None, target: groups.Target,
     return api.erase(base, target.concepts, config=config, output_dir=str(run), resume=run.exists(), **changes)
 
 
-def judge(images: Images, pictures: Images, asked: Sequence[tuple[str, str]], target: groups.Target) -> dict[str, Row]:
-    """What the probe sees in the style's pictures and in the others', and how like the artwork they are."""
+def rows_of(
+    images: Images, pictures: Images, asked: Sequence[tuple[str, str]], target: groups.Target
+) -> dict[str, Row]:
+    """The probe's rates on the style's pictures and on the others, and their likeness to the artwork."""
     verdict = probe.classify(images)
     known = verdict.recognised
     objects = known & np.equal([vocabulary.objects()[i] for i in verdict.objects], [name for name, _ in asked])
     styles = np.array([vocabulary.styles()[i] for i in verdict.styles])
     targets, own = known & (styles == target.names[0]), known & (styles == [style for _, style in asked])
     likeness = [ssim(images, pictures, window) for window in (7, 25)]
-    found, half = {}, len(asked) // 2
+    rows, half = {}, len(asked) // 2
     for name, part in (("style", slice(half)), ("others", slice(half, None))):
-        rates = (rate(list(seen[part])) for seen in (targets, objects, own, ~known))
-        found[name] = Row(*rates, *(mean(values[part]) for values in likeness))
-    return found
+        rates = (rate(list(hits[part])) for hits in (targets, objects, own, ~known))
+        rows[name] = Row(*rates, *(mean(values[part]) for values in likeness))
+    return rows
 
 
 def as_json(value: Any) -> Any:
@@ -237,8 +239,8 @@ def text(rows: Mapping[str, Mapping[str, Row]]) -> str:
         f"{'':{width}}  {'of the style':45}  others",
         " " * width + "".join(f"{n:>9}" for n in (*names, "style", *names[1:])),
     ]
-    for name, found in rows.items():
-        style, others = found["style"], found["others"]
+    for name, parts in rows.items():
+        style, others = parts["style"], parts["others"]
         rates = [style.target, style.object, style.unrecognised], [others.style, others.object, others.unrecognised]
         cells = []
         for shares, row in zip(rates, (style, others), strict=True):

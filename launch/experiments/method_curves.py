@@ -63,7 +63,7 @@ Models = Iterator[tuple[dict[str, Any], Callable[[], Pipeline]]]
 
 def main() -> None:
     FLAGS(sys.argv)
-    plots.pyplot()  # found missing now, not after the measuring
+    plots.pyplot()  # fails now if it is missing, not after the measuring
     target, output = groups.parse_target(FLAGS.target), Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     base = api.load("emoji")
@@ -77,17 +77,17 @@ def main() -> None:
         if not any(point["setting"] == setting for point in points):
             points.append({"setting": setting, **point(base, make(), target, drawn)})
             write(file, {"settings": settings, "points": points})
-        (found,) = (point for point in points if point["setting"] == setting)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
+        (values,) = (point for point in points if point["setting"] == setting)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if isinstance(value, float))
         say(f"{'  '.join(f'{k}={v}' for k, v in setting.items()):50}  {shown}")
     plot(points, target, output / f"{FLAGS.figure}.png")
     print(f"results  {file}  {output / FLAGS.figure}.png")
 
 
 def point(base: Pipeline, erased: Pipeline, target: Target, drawn: Gallery) -> dict[str, float]:
-    """What one model draws of the target, of what is near it, and of all else."""
+    """One model's rates on the target, on related concepts, and on all else."""
     wanted = MEASURED.get(FLAGS.figure, ("own", "implicit", "nearest", "others"))
-    judged = measure(
+    tables = measure(
         {BASE: base, ERASED: erased},
         [group for group in groups.groups(target) if group.name in wanted],
         target,
@@ -96,17 +96,17 @@ def point(base: Pipeline, erased: Pipeline, target: Target, drawn: Gallery) -> d
         other_seed=False,
         galleries={BASE: drawn, ERASED: Gallery()},
     )
-    found: dict[str, float] = {}
-    for group in judged:
+    values: dict[str, float] = {}
+    for group in tables:
         before, after = group.rows
         if group.name in ("own", "implicit"):
-            found |= {f"{group.name}_target": after.target.value, f"{group.name}_base": before.target.value}
+            values |= {f"{group.name}_target": after.target.value, f"{group.name}_base": before.target.value}
         if group.name != "implicit":
-            found |= {f"{group.name}_ssim": after.ssim.value, f"{group.name}_ssim25": after.ssim25.value}
-            found[f"{group.name}_unrecognised"] = after.unrecognised.value
+            values |= {f"{group.name}_ssim": after.ssim.value, f"{group.name}_ssim25": after.ssim25.value}
+            values[f"{group.name}_unrecognised"] = after.unrecognised.value
         if group.name in ("nearest", "others"):
-            found[f"{group.name}_lost"] = lost(before, after)
-    return found
+            values[f"{group.name}_lost"] = lost(before, after)
+    return values
 
 
 def strengths(base: Pipeline, target: Target) -> Models:
@@ -120,14 +120,14 @@ def contrast(base: Pipeline, target: Target) -> Models:
 
 
 def scaled(base: Pipeline, target: Target, recipes: Mapping[str, str], strengths: Iterable[float]) -> Models:
-    """Each recipe's erasure, made when first asked for, its change of the weights times each of `strengths`."""
+    """Each recipe's erasure, trained when first needed, with its change of the weights times each of `strengths`."""
     for name, config in recipes.items():
-        made: list[Pipeline] = []
+        cache: list[Pipeline] = []
 
-        def erased(config: str = config, made: list[Pipeline] = made) -> Pipeline:
-            if not made:
-                made.append(api.erase(base, target.concepts, config=config))
-            return made[0]
+        def erased(config: str = config, cache: list[Pipeline] = cache) -> Pipeline:
+            if not cache:
+                cache.append(api.erase(base, target.concepts, config=config))
+            return cache[0]
 
         for strength in strengths:
             yield {"method": name, "strength": strength}, lambda s=strength, e=erased: with_strength(e(), s)
@@ -180,10 +180,10 @@ def plot(points: Iterable[dict[str, Any]], target: Target, file: Path) -> None:
     size = (5 * len(axes_of), 4.2)
     figure, axes = plots.pyplot().subplots(1, len(axes_of), figsize=size, squeeze=False, layout="constrained")
     curves: dict[str, list[dict[str, Any]]] = {}
-    for found in points:
-        setting = found["setting"]
+    for entry in points:
+        setting = entry["setting"]
         name = ", ".join(f"{LABELS.get(k, k)} {v}".strip() for k, v in setting.items() if k not in ALONG)
-        curves.setdefault(name, []).append({**found, **setting})
+        curves.setdefault(name, []).append({**entry, **setting})
     for axis, (x, y) in zip(axes[0], axes_of, strict=True):
         for name, curve in curves.items():
             axis.plot([p[x] for p in curve], [p[y] for p in curve], "o-", ms=3, lw=1.2, label=name)

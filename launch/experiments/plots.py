@@ -4,13 +4,13 @@ from typing import Any
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot`. Raises ValueError, with the mend, where it is not installed."""
+    """`matplotlib.pyplot`. Raises ValueError, with the fix, where it is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
         raise ValueError("this draws with matplotlib: pip install 'esd-jax[artwork]'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot as found
+    from matplotlib import pyplot as plt
 
-    found.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return found
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt

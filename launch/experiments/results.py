@@ -16,9 +16,9 @@ from esd_jax.pipeline import Pipeline
 from launch.command import say
 
 
-def kept(output: Path, name: str, *made_by: Any) -> Gallery:
-    """The gallery of one model, in a folder whose name tells by which weights and recipe it was drawn."""
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+def kept(output: Path, name: str, *identity: Any) -> Gallery:
+    """The gallery of one model, in a folder whose name identifies its weights and recipe."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Gallery(output / "galleries" / f"{slug(name)}-{digest[:8]}")
 
 
@@ -28,7 +28,7 @@ def slug(text: str) -> str:
 
 
 def read(file: Path, settings: Any) -> dict[str, Any] | None:
-    """What `write` left in a file; None if there is none. Raises ValueError for what was measured otherwise."""
+    """What `write` left in a file; None if there is none. Raises ValueError for other settings."""
     return results.read(file, settings=settings)
 
 
@@ -38,8 +38,8 @@ def groups_of(file: Path, report: Mapping[str, Any]) -> list[GroupRows]:
         return table.from_dict(report["groups"])
 
 
-class Made(NamedTuple):
-    """Models to measure, by name of the row; what each has drawn; further arguments of `sample`; seconds of erasing."""
+class Prepared(NamedTuple):
+    """Models to measure, by name of the row; each one's images; further arguments of `sample`; seconds of erasing."""
 
     models: Mapping[str, Pipeline]
     galleries: dict[str, Gallery]
@@ -51,15 +51,15 @@ def measured(
     file: Path,
     settings: Any,
     target: Target,
-    make: Callable[[], Made],
+    make: Callable[[], Prepared],
     names: Collection[str] | None = None,
     **how: Any,
 ) -> dict[str, Any]:
-    """The report of one erasure in its file; where there is none, the models are made and measured first.
+    """The report of one erasure in its file; where there is none, the models are trained and measured first.
 
     Args:
       settings: all that the result depends on.
-      make: makes the models.
+      make: returns the models.
       names: of the groups to measure; None: all.
       **how: arguments of `measure`.
     """
@@ -67,8 +67,8 @@ def measured(
     def compute() -> dict[str, Any]:
         models, galleries, options, seconds = make()
         wanted = [group for group in groups.groups(target) if names is None or group.name in names]
-        judged = measure(models, wanted, target, galleries=galleries, options=options, progress=say, **how)
-        return {"seconds": seconds, "groups": table.as_dict(judged)}
+        tables = measure(models, wanted, target, galleries=galleries, options=options, progress=say, **how)
+        return {"seconds": seconds, "groups": table.as_dict(tables)}
 
     return results.kept(file, compute, settings=settings)
 
