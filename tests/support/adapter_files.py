@@ -14,8 +14,8 @@ def of_torch(pipeline, name):
     return st.to_file(value, pipeline.network("unet").layouts[name])
 
 
-def loha(found):
-    product = (found["hada_w1_a"] @ found["hada_w1_b"]) * (found["hada_w2_a"] @ found["hada_w2_b"])
+def loha(factors):
+    product = (factors["hada_w1_a"] @ factors["hada_w1_b"]) * (factors["hada_w2_a"] @ factors["hada_w2_b"])
     return 2 / 4 * product
 
 
@@ -32,9 +32,9 @@ def core(a, b, t):
     return np.tensordot(a, np.tensordot(t, b, ([1], [0])), ([0], [0])).transpose(0, 3, 1, 2)
 
 
-def save(tmp_path, module, found, alpha=2.0, prefix="lora_unet_"):
+def save(tmp_path, module, factors, alpha=2.0, prefix="lora_unet_"):
     key = prefix + module.replace(".", "_")
-    file = {f"{key}.{name}": value for name, value in found.items()}
+    file = {f"{key}.{name}": value for name, value in factors.items()}
     if alpha is not None:
         file[f"{key}.alpha"] = np.asarray(alpha, np.float32)
     safetensors.numpy.save_file(file, tmp_path / "x.safetensors")

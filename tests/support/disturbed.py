@@ -46,9 +46,9 @@ def outcome(run):
     }  # fmt: skip
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     for part, value in expected.items():
-        assert found[part] == value, part
+        assert actual[part] == value, part
 
 
 def make_state():

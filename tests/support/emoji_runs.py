@@ -13,7 +13,7 @@ def erased_run(base, tmp_path_factory):
     return folder, esd_jax.erase(base, "neon style", method="UCE", replace_with="a drawing", output_dir=folder)
 
 
-def assert_same_edits(found, expected):
-    assert found.keys() == expected.keys() and found
+def assert_same_edits(actual, expected):
+    assert actual.keys() == expected.keys() and actual
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)

@@ -23,8 +23,8 @@ def erased_run(folder):
 
 
 def in_every_format(erased, folder):
-    made = exports.export_all(erased, folder, verify=True, metadata={"esd_jax.note": "x"}, rank=1000)
-    return folder, {one.format: one for one in made}
+    written = exports.export_all(erased, folder, verify=True, metadata={"esd_jax.note": "x"}, rank=1000)
+    return folder, {one.format: one for one in written}
 
 
 def damaged(path, change):

@@ -22,13 +22,13 @@ PHASES = ("start", "open", "compile", "step", "save", "preview", "model", "delta
 
 
 def main(spec: dict) -> int:
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     file = os.open(spec.get("phases", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def mark(phase: str) -> None:
         os.write(file, f"{phase} {time.monotonic()}\n".encode())
-        seen[phase] = seen.get(phase, 0) + 1
-        if spec.get("limit", [])[:2] == [phase, seen[phase]]:
+        counts[phase] = counts.get(phase, 0) + 1
+        if spec.get("limit", [])[:2] == [phase, counts[phase]]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (spec["limit"][2], resource.RLIM_INFINITY))
 

@@ -10,5 +10,5 @@ def labels(prompts=FIFTY, seeds=TEN):
     return np.repeat(np.arange(prompts), seeds)
 
 
-def coverage(found, truth):
-    return np.mean([estimate.low <= truth <= estimate.high for estimate in found])
+def coverage(estimates, truth):
+    return np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])

@@ -38,11 +38,11 @@ def from_ldm(checkpoint, component, config, *, xl):
     if component == "vae":
         return converters.convert_ldm_vae_checkpoint(checkpoint, config)
     if component == "text_encoder" and (xl or config["hidden_act"] == "quick_gelu"):
-        found = converters.convert_ldm_clip_checkpoint(checkpoint)
+        encoder = converters.convert_ldm_clip_checkpoint(checkpoint)
     else:
         text_model = type("TextModel", (), {"config": type("Config", (), {"hidden_size": config["hidden_size"]})})
         # At true size diffusers skips the layer that SD 2 never runs, by its number.
         beyond = f"{OPEN_CLIP[component]}transformer.resblocks.{config['num_hidden_layers']}."
         kept = {key: value for key, value in checkpoint.items() if not key.startswith(beyond)}
-        found = converters.convert_open_clip_checkpoint(text_model, kept, prefix=OPEN_CLIP[component])
-    return {key.removeprefix("text_model."): value for key, value in found.items()}
+        encoder = converters.convert_open_clip_checkpoint(text_model, kept, prefix=OPEN_CLIP[component])
+    return {key.removeprefix("text_model."): value for key, value in encoder.items()}

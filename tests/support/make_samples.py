@@ -122,8 +122,8 @@ def full() -> None:
     base = esd_jax.load("base")
     evaluated(base, erased)
     dossier.attack(base, erased, output_dir="full/evidence", goal=goal(), **ATTACK)
-    judge = lambda model: (rate([model is not erased, True]), Estimate(0.75, 0.5, 0.875, 8))  # noqa: E731
-    dossier.front(erased, judge, [0.5, 1.0], output_dir="full/evidence")
+    metric = lambda model: (rate([model is not erased, True]), Estimate(0.75, 0.5, 0.875, 8))  # noqa: E731
+    dossier.front(erased, metric, [0.5, 1.0], output_dir="full/evidence")
     dossier.report("full")
     Path("full/report.html").unlink()  # for eyes alone: nothing reads it
     formats = [name for name in exports.FORMATS if name != "folder"]  # the run's model is one
@@ -158,7 +158,7 @@ def everything() -> None:
     pairs = {"a group": (Pair("a cat", image, 255 - image), Pair("a dog", image // 2, image))}
     share, curve = rate([True, True, False]), Curve("loss", (1.0, 2.0), (0.5, 0.25), ("a", "b"), (0.5, 1.5), (1.5, 2.5))
     table = Table("A table", ("n", "seen", "word"), (("a title", ()), ("base", (3, share, None))), "A note.", ("seen",))
-    found = Evidence(
+    evidence = Evidence(
         CONCEPT,
         {"concepts": [{"text": CONCEPT}], "base": "base", "recipe": {"method": "esd"}},
         measured_with={"sampler": "ddim", "detectors": [{"name": "a detector", "threshold": 0.5}]},
@@ -180,13 +180,13 @@ def everything() -> None:
         caveats=("A caveat.",),
         command="esd-jax erase --config=esd_x",
     )
-    store.save(found, Path("everything"), "evaluation-custom")
+    store.save(evidence, Path("everything"), "evaluation-custom")
 
 
 def tune() -> None:
     """The trials of a search; its run is made anew where more are wanted."""
-    judge = lambda model: (rate([not model.edits, True]), Estimate(0.75, 0.5, 0.875, 8))  # noqa: E731
-    search.search(esd_jax.load("base"), metric=judge, folder=Path("tune"), **SEARCH)
+    metric = lambda model: (rate([not model.edits, True]), Estimate(0.75, 0.5, 0.875, 8))  # noqa: E731
+    search.search(esd_jax.load("base"), metric=metric, folder=Path("tune"), **SEARCH)
     shutil.rmtree("tune/run")
 
 
@@ -206,18 +206,18 @@ def expect() -> None:
     bases = esd_jax.load("base"), with_zeros("zeros")
     files = sorted([*Path("full/exports").iterdir(), *Path().glob("*/*.safetensors")])
     names = ["base", *map(str, files), "full/model", "full", "lora", "sdd", "uce"]
-    found = {name: tensors(open_sample(name, *bases)) for name in names}
+    contents = {name: tensors(open_sample(name, *bases)) for name in names}
     for name in ENDED:
         shutil.copytree(name, f"again/{name}")
-        found[f"{name} to its end"] = tensors(
+        contents[f"{name} to its end"] = tensors(
             esd_jax.erase("base", config=f"{name}.py", output_dir=f"again/{name}", resume=True)
         )
     for name in ("zeros", "again"):
         shutil.rmtree(name)
     os.mkdir("expected")
-    sums = {name: checksum(values if is_exact(name) else shapes(values)) for name, values in found.items()}
+    sums = {name: checksum(values if is_exact(name) else shapes(values)) for name, values in contents.items()}
     Path("expected/checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-    values = {name: in_a_row(values) for name, values in found.items() if not is_exact(name)}
+    values = {name: in_a_row(values) for name, values in contents.items() if not is_exact(name)}
     safetensors.numpy.save_file(values, "expected/values.safetensors")
 
 

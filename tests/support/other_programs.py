@@ -74,10 +74,12 @@ def _made(name: str) -> tuple[Path, str]:
     partial = Path(tempfile.mkdtemp(dir=cache))  # beside it, so that it appears complete or not at all
     command = [sys.executable, *PIP, "--target", str(partial), *ENVIRONMENTS[name]]
     try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-        if made.returncode:
-            said = [line for line in made.stderr.splitlines() if "ERROR" in line] or made.stderr.splitlines()
-            return path, " ".join(said[-1:])[:200]
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        if completed.returncode:
+            errors = [
+                line for line in completed.stderr.splitlines() if "ERROR" in line
+            ] or completed.stderr.splitlines()
+            return path, " ".join(errors[-1:])[:200]
         if not path.is_dir():  # another process may have made it meanwhile
             partial.rename(path)
     except subprocess.TimeoutExpired:

@@ -57,10 +57,10 @@ class Painter:
 
 def hired(monkeypatch):
     """A painter in place of the sampler and the probe."""
-    made = Painter()
-    monkeypatch.setattr(gallery, "sample", made.sample)
+    painter = Painter()
+    monkeypatch.setattr(gallery, "sample", painter.sample)
     monkeypatch.setattr(gallery.probe, "classify", reading)
-    return made
+    return painter
 
 
 NEON, CAT = Target("style", ("neon",)), Target("object", ("cat",))

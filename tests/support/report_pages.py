@@ -32,18 +32,18 @@ def pairs(prompts, seed, size=64):
 
 def evidence(word="neon", size=64, **changes):
     """Of everything something; `word` is wherever a user's text may be."""
-    made = recipe.make(**{**recipe.read("emoji").to_dict(), "concept": f"{word} style", "preview_prompts": word})
+    plan = recipe.make(**{**recipe.read("emoji").to_dict(), "concept": f"{word} style", "preview_prompts": word})
     record = {
         "concepts": [{"text": f"{word} style", "from_": None, "strength": 1.0}],
         "base": f"emoji {word}" if word == EVIL else "emoji",
         "base_sha256": "ab" * 32,
-        "recipe": {k: v for k, v in made.flat().items() if k != "output_dir"},
+        "recipe": {k: v for k, v in plan.flat().items() if k != "output_dir"},
         "versions": {"esd-jax": "0.1.0", word: "1"},
         "license": "apache-2.0",
         "step": 300,
     }
     attack = ("once", "any of 5", "random prompts")
-    found = Evidence(
+    evidence = Evidence(
         f"{word} style",
         Erasure.from_dict(record),
         measured_with={"sampler": word, "detectors": [{"name": word, "sha256": "cd" * 32}], word: {"seed": 1}},
@@ -84,7 +84,7 @@ def evidence(word="neon", size=64, **changes):
         )),
         caveats=(f"{word} is only a word.",),
     )  # fmt: skip
-    return dataclasses.replace(found, **changes)
+    return dataclasses.replace(evidence, **changes)
 
 
 def tensors(depth, parts=("attn2.to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight", "attn2.to_out.0.weight")):

@@ -34,15 +34,15 @@ def is_exact(name):
 
 def tensors(pipeline):
     """What was erased, or of a whole checkpoint everything: float32, in torch layout."""
-    found = {}
+    files = {}
     for part, params in pipeline.params.items():
         layouts = pipeline.network(part).layouts
         for key, value in params.items():
             name = f"{part}/{key}"
             if name in (pipeline.edits or [name]):
                 array = np.asarray(pipeline.edits.get(name, value), np.float32)
-                found[name] = np.ascontiguousarray(to_file(array, layouts[key]))
-    return found
+                files[name] = np.ascontiguousarray(to_file(array, layouts[key]))
+    return files
 
 
 def checksum(values):

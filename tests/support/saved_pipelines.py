@@ -94,10 +94,10 @@ def decoder(network, config):
 
 def ours(base, schedule, name, latents):
     """The same by a sampler of ours; all of them share one compilation of the network."""
-    made = samplers.make_sampler(schedule, name, STEPS)
-    told = [base.encode_prompts(texts) for texts in (PROMPTS, [""] * len(PROMPTS))]
+    sampler = samplers.make_sampler(schedule, name, STEPS)
+    encoded = [base.encode_prompts(texts) for texts in (PROMPTS, [""] * len(PROMPTS))]
     network = guided(base.network("unet"))
-    latents = steps_of(made, lambda x, t: network(base.params["unet"], x, t, *told), latents)
+    latents = steps_of(sampler, lambda x, t: network(base.params["unet"], x, t, *encoded), latents)
     decode = decoder(base.network("vae"), base.configs["vae"])
     return np.clip(np.asarray(decode(base.params["vae"], latents)) * 0.5 + 0.5, 0, 1)
 
@@ -108,12 +108,12 @@ def quietly(folder):
         return configs.read_architecture(folder)
 
 
-def steps_of(made, denoise, x):
+def steps_of(sampler, denoise, x):
     """A sampler's whole run, a loop in Python."""
-    carry = made.init(jnp.asarray(x) * made.initial_scale)
-    for i, t in enumerate(made.timesteps):
-        output = denoise(carry[0] * np.float32(made.input_scale[i]), np.float32(t))
-        carry = made.step(carry, i, output, None)
+    carry = sampler.init(jnp.asarray(x) * sampler.initial_scale)
+    for i, t in enumerate(sampler.timesteps):
+        output = denoise(carry[0] * np.float32(sampler.input_scale[i]), np.float32(t))
+        carry = sampler.step(carry, i, output, None)
     return carry[0]
 
 

@@ -52,14 +52,14 @@ def step(
     scheduler.set_timesteps(steps)
     x, drawn = noise * scheduler.init_noise_sigma, encode(pipe, origin)
     for t in scheduler.timesteps[:r]:
-        seen = scheduler.scale_model_input(x, t)
-        away, towards = (e(pipe.unet, seen, t, told) for told in (start, drawn))
+        scaled = scheduler.scale_model_input(x, t)
+        away, towards = (e(pipe.unet, scaled, t, prompt) for prompt in (start, drawn))
         x = scheduler.step(away + guidance * (towards - away), t, x).prev_sample
     t = scheduler.timesteps[r]
     if not as_released:
         scheduler._step_index = None  # it is told the timestep anew
         x = scheduler.scale_model_input(x, t)
-    e_0, e_er, e_from = (e(pipe.unet, x, t, told) for told in (scored, encode(pipe, erased), drawn))
+    e_0, e_er, e_from = (e(pipe.unet, x, t, prompt) for prompt in (scored, encode(pipe, erased), drawn))
     return Target(x, t, drawn, e_from - strength * (e_er - e_0))
 
 
@@ -74,8 +74,8 @@ def encode(pipe: diffusers.StableDiffusionXLPipeline, texts: Sequence[str], zero
     return (null, null_pooled) if zeros else (embeddings, pooled)
 
 
-def e(unet: torch.nn.Module, x: Tensor, t: Tensor, told: Told) -> Tensor:
+def e(unet: torch.nn.Module, x: Tensor, t: Tensor, prompt: Told) -> Tensor:
     """A UNet's output, told that images are SIZE and not cropped."""
     sizes = torch.tensor([[*SIZE, 0, 0, *SIZE]], dtype=x.dtype).repeat(len(x), 1)
-    embeddings, pooled = told
+    embeddings, pooled = prompt
     return unet(x, t, embeddings, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample

@@ -32,8 +32,8 @@ diffusers.utils.logging.disable_progress_bar()
 
 def names(component, info):
     """What a component lacks, and what its file has beside it. A buffer of positions is no weight."""
-    found = [*info["missing_keys"], *info["unexpected_keys"]]
-    return [f"{component}: {name}" for name in found if not name.endswith("position_ids")]
+    problems = [*info["missing_keys"], *info["unexpected_keys"]]
+    return [f"{component}: {name}" for name in problems if not name.endswith("position_ids")]
 
 
 def opened(job):

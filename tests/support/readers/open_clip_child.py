@@ -26,8 +26,8 @@ def main(job_file, result_file):
     prefix = job["prefix"]
     file = safetensors.torch.load_file(job["file"])
     tensors = {key.removeprefix(prefix): value for key, value in file.items() if key.startswith(prefix)}
-    found = model.load_state_dict(tensors, strict=False)
-    report = {"missing": found.missing_keys, "unexpected": found.unexpected_keys, "tensors": len(tensors)}
+    loaded = model.load_state_dict(tensors, strict=False)
+    report = {"missing": loaded.missing_keys, "unexpected": loaded.unexpected_keys, "tensors": len(tensors)}
     np.savez(result_file, report=json.dumps({**report, "version": open_clip.__version__}))
 
 
