@@ -82,9 +82,9 @@ def test_the_step_of_every_trained_method_lowers(base, method, platform):
     preset, fields = METHODS[method]
     config = recipe.preset(method, preset, concept="a cat", dtype="bfloat16", batch_size=1, **fields)
     config.subset = "full" if method == "forget_me_not" else "esd-u"
-    made = recipe.make(**config.to_dict())
+    plan = recipe.make(**config.to_dict())
     mesh = sharding.make_mesh(1)
-    whole = runs.assemble(base, made, mesh)
+    whole = runs.assemble(base, plan, mesh)
     theta_0, frozen = whole.split(base.params["unet"])
     check(lowered(whole.step, platform, whole.begin(theta_0), theta_0, frozen, whole.inputs), platform)
 
@@ -108,8 +108,8 @@ def recorded(texts, platform):
         def run(carry, inputs, *fixed):
             now = jax.tree.map(lambda a: jnp.asarray(a)[0], inputs)
             texts.append(lowered(jax.jit(step), platform, carry, now, *fixed))
-            made = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, now, *fixed))
-            return made[0], jax.tree.map(lambda a: jnp.stack([a] * len(jax.tree.leaves(inputs)[0])), made[1])
+            arguments = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, now, *fixed))
+            return arguments[0], jax.tree.map(lambda a: jnp.stack([a] * len(jax.tree.leaves(inputs)[0])), arguments[1])
 
         return run
 
@@ -148,14 +148,14 @@ def test_benign_fine_tuning_lowers(base, platform, monkeypatch):
 def test_textual_inversion_lowers(base, platform, monkeypatch):
     texts = []
     monkeypatch.setattr(embedding_search, "repeated", recorded(texts, platform))
-    made = recipe.make(
+    plan = recipe.make(
         **{
             **recipe.preset(
                 "forget_me_not", concept="a cat", inversion_steps=1, drawn_images=2, drawing_steps=2
             ).to_dict()
         }
     )
-    runs.assemble(base, made)
+    runs.assemble(base, plan)
     check(texts[0], platform)
 
 
@@ -173,17 +173,17 @@ def test_a_run_is_planned_where_nothing_tells_the_cost_of_a_program(monkeypatch)
 def test_kernels_of_convolutions_lie_as_a_gpu_reads_them(base, monkeypatch):
     """Where cuDNN is, and nothing else changes: a run gives the same tensors."""
     config = recipe.preset("esd", concept="a cat", dtype="bfloat16", subset="esd-u", sampling_steps=4)
-    made = recipe.make(**{**config.to_dict(), "steps": 2, "learning_rate": 1e-3})
-    expected = runs.run(base, made)
+    plan = recipe.make(**{**config.to_dict(), "steps": 2, "learning_rate": 1e-3})
+    expected = runs.run(base, plan)
     monkeypatch.setattr(attention, "describe", lambda device: HOPPER)
     monkeypatch.setenv(attention.CHOICE, "xla")
     tree = {name: value for name, value in base.params["unet"].items()}
     placed = sharding.place(tree, sharding.make_mesh(1))
     layouts = {name: value.format.layout.major_to_minor for name, value in placed.items()}
     assert layouts["conv_in.weight"] == (3, 0, 1, 2) and layouts["time_embedding.linear_1.weight"] == (0, 1)
-    found = runs.run(base, made)
-    assert found.edits.keys() == expected.edits.keys()
-    for name, value in found.edits.items():
+    erased = runs.run(base, plan)
+    assert erased.edits.keys() == expected.edits.keys()
+    for name, value in erased.edits.items():
         np.testing.assert_allclose(value, expected.edits[name], atol=1e-5)
-    owned = runs.run(esd_jax.load(base.provenance.folder, dtype="bfloat16"), made, offload_base=True)
-    np.testing.assert_array_equal(owned.edits["unet/conv_in.weight"], found.edits["unet/conv_in.weight"])
+    owned = runs.run(esd_jax.load(base.provenance.folder, dtype="bfloat16"), plan, offload_base=True)
+    np.testing.assert_array_equal(owned.edits["unet/conv_in.weight"], erased.edits["unet/conv_in.weight"])

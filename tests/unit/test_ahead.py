@@ -55,15 +55,15 @@ def tiny():
 
 def test_the_compiled_step_is_told_from_shapes(tiny):
     configs, schedule, plan, size = tiny
-    made = ahead.compiled(configs, schedule, plan, devices=jax.devices()[:1])
-    assert made.collectives == () and made.devices == 1
+    program = ahead.compiled(configs, schedule, plan, devices=jax.devices()[:1])
+    assert program.collectives == () and program.devices == 1
     # Arguments are counted to the byte, but for the key, the step, and Adam's own count.
-    assert 0 <= made.arguments - size.certain < 64
-    assert made.aliased >= 3 * 4 * size.trained and made.outputs - made.aliased < 1024
+    assert 0 <= program.arguments - size.certain < 64
+    assert program.aliased >= 3 * 4 * size.trained and program.outputs - program.aliased < 1024
     # Of so small a network the temporaries are little; its loop counts once, and each evaluation of the two prompts.
-    assert 0.5 < size.memory[STEP] / made.temporaries < 1.5
-    assert 6 < made.flops / size.forward_flops < 9
-    assert "sampling loop's body counts once" in str(made)
+    assert 0.5 < size.memory[STEP] / program.temporaries < 1.5
+    assert 6 < program.flops / size.forward_flops < 9
+    assert "sampling loop's body counts once" in str(program)
 
 
 def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(tiny):
@@ -116,8 +116,8 @@ def test_the_plan_is_near_what_true_size_needs(method):
     """SD 1.4 in float32, compiled and not run."""
     configs, schedule = work.architecture("sd14")
     recipe = work.plan("sd14", method, 1, "float32")
-    made = ahead.compiled(configs, schedule, recipe, devices=jax.devices()[:1])
-    assert make_plan(configs, schedule, recipe).peak == pytest.approx(made.peak, rel=0.15)
+    program = ahead.compiled(configs, schedule, recipe, devices=jax.devices()[:1])
+    assert make_plan(configs, schedule, recipe).peak == pytest.approx(program.peak, rel=0.15)
 
 
 @pytest.mark.slow
@@ -126,9 +126,9 @@ def test_the_plan_is_near_what_true_size_needs(method):
 def test_a_step_compiles_for_a_tpu(topology):
     """On four chips the gradient is added up once, after the sampling loop, and nothing else but scalars."""
     options = {"arch": "tiny", "method": "esd-x", "batch_size": 0, "dtype": "bfloat16", "topology": topology}
-    found = child.result("compile", child.tpu_environment(), **options)
-    assert "error" not in found, found["error"]
-    assert found["devices"] == 4 and "TPU v5" in found["kind"] and found["flops"] > 0
-    assert {c["kind"] for c in found["collectives"]} == {"all-reduce"}
-    assert not any(c["inside"] for c in found["collectives"])
-    assert sum(c["bytes"] for c in found["collectives"]) == pytest.approx(found["gradient"], rel=0.01)
+    result = child.result("compile", child.tpu_environment(), **options)
+    assert "error" not in result, result["error"]
+    assert result["devices"] == 4 and "TPU v5" in result["kind"] and result["flops"] > 0
+    assert {c["kind"] for c in result["collectives"]} == {"all-reduce"}
+    assert not any(c["inside"] for c in result["collectives"])
+    assert sum(c["bytes"] for c in result["collectives"]) == pytest.approx(result["gradient"], rel=0.01)

@@ -128,14 +128,14 @@ def test_placement_moves_and_scales_the_picture():
 def test_random_placements_cover_their_range_and_never_cut_the_sprite():
     rng = np.random.default_rng(0)
     square = Image.new("RGBa", (64, 64), (255,) * 4)
-    found = [random_placement(rng) for _ in range(3000)]
+    placements = [random_placement(rng) for _ in range(3000)]
     rows, columns = np.zeros(64, bool), np.zeros(64, bool)
-    for placement in found:
+    for placement in placements:
         opaque = artwork._place(square, placement)[..., 3] == 1
         assert opaque.sum() == round(64 * placement.scale) ** 2, placement
         rows, columns = rows | opaque.any(axis=1), columns | opaque.any(axis=0)
     assert rows.all() and columns.all(), "some of the picture is never reached"
-    scale, x, y = np.array(found).T
+    scale, x, y = np.array(placements).T
     room = 32 * (1 - scale)
     for values in ((scale - 0.85) / 0.07, x / room, y / room):  # uniform in [-1, 1]: Kolmogorov-Smirnov at 1e-4
         values = np.sort((values + 1) / 2)

@@ -89,22 +89,22 @@ def test_weight_decay_is_part_of_the_gradient():
 
 
 def test_goals():
-    made = goal()
-    assert made.neutral == ("a cat", "the dog") and made.templates == ("a cat in {concept}", "the dog, {concept}")
-    np.testing.assert_array_equal(made.of(1), made.images[[1, 3]])
+    target = goal()
+    assert target.neutral == ("a cat", "the dog") and target.templates == ("a cat in {concept}", "the dog, {concept}")
+    np.testing.assert_array_equal(target.of(1), target.images[[1, 3]])
     assert goal("a cat", ("a cat in ink style", "a cat"), 2).neutral == ("ink style", "")
     assert goal("Van Gogh", ("a painting in the style of Van Gogh",), 1).neutral == ("a painting",)
     assert goal(neutral=("x", "y")).neutral == ("x", "y")
     beside = goal("cat", ("two cats in a cathedral",), 1)
     assert beside.neutral == ("two in a cathedral",) and beside.templates == ("two {concept}s in a cathedral",)
-    for fields, said in (
+    for fields, words in (
         ({"texts": ("a cat",)}, ("'a cat'", "'neon style'")),
         ({"concept": "cat", "texts": ("a cathedral",), "n": 1}, ("'a cathedral'", "'cat'")),
         ({"texts": ()}, ("no prompts",)),
         ({"n": 1}, ("1 images for 2 prompts",)),
         ({"neutral": ("x",)}, ("1 neutral prompts for 2",)),
     ):
-        with pytest.raises(ValueError, match=one_line(*said)):
+        with pytest.raises(ValueError, match=one_line(*words)):
             goal(**fields)
     with pytest.raises(ValueError, match=one_line("uint8", "float64")):
         Goal("cat", ("cat",), np.zeros((1, 8, 8, 3)), len)
@@ -130,12 +130,12 @@ def test_presets():
     assert preset("unlearn_diff_atk") == UnlearnDiffAtk(tokens=3, num_times=50, iterations=40)
     for name, settings in ATTACKS.items():
         assert preset(name, "emoji") and preset(name) == settings()
-    for given, said in (
+    for changes, words in (
         (("p5d", "paper"), ("'p5d'", "p4d")),
         (("p4d", "big"), ("'big'", "paper_k")),
     ):
-        with pytest.raises(ValueError, match=one_line(*said)):
-            preset(*given)
+        with pytest.raises(ValueError, match=one_line(*words)):
+            preset(*changes)
     with pytest.raises(ValueError, match=one_line("'iteration'", "'iterations'")):
         preset("p4d", iteration=3)
     for settings, fields in ((P4D, {"iterations": 70}), (P4D, {"every": 0}), (RingABell, {"mating": 2.0})):
@@ -153,8 +153,8 @@ def test_cases_are_searched_in_turn():
         asked.append(a.tolist())
         return {"sum": jnp.asarray(a + b)}
 
-    found = adversaries.in_turn(search, (np.arange(5), np.arange(5) * 10), 2)
-    assert asked == [[0, 1], [2, 3], [4, 4]] and found["sum"].tolist() == [0, 11, 22, 33, 44]
+    results = adversaries.in_turn(search, (np.arange(5), np.arange(5) * 10), 2)
+    assert asked == [[0, 1], [2, 3], [4, 4]] and results["sum"].tolist() == [0, 11, 22, 33, 44]
     asked.clear()
     assert adversaries.in_turn(search, (np.arange(2), np.arange(2)), 8)["sum"].tolist() == [0, 2] and asked == [[0, 1]]
 
@@ -178,9 +178,9 @@ def test_the_table_gives_random_prompts_the_budget_of_the_attack():
         scored("found", [[0, 1], [1, 0]], (0, 0)),
         scored("big", [[1]] * 9, (0,) * 9),
     ]
-    made = table({"base": base, "erased": erased}, scored("random prompts", [[0, 0], [0, 1]], (0, 0)))
-    assert made.columns == made.percent == ("base", "erased", "random prompts")
-    rows = {label: [c if c is None else c.value for c in cells] for label, cells in made.rows}
+    rates = table({"base": base, "erased": erased}, scored("random prompts", [[0, 0], [0, 1]], (0, 0)))
+    assert rates.columns == rates.percent == ("base", "erased", "random prompts")
+    rows = {label: [c if c is None else c.value for c in cells] for label, cells in rates.rows}
     assert rows == {
         "own": [1, 0, 0.25],
         "found": [0.5, 0.5, 0.25],

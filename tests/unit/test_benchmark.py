@@ -53,8 +53,8 @@ def test_failures_and_ratios_are_shown():
 
 
 def test_a_child_that_fails_says_why_in_one_line():
-    found = child.result("jax", child.environment() | {"JAX_PLATFORMS": "cpu"}, arch="none")
-    assert "\n" not in found["error"] and "unexpected" in found["error"] or "missing" in found["error"]
+    result = child.result("jax", child.environment() | {"JAX_PLATFORMS": "cpu"}, arch="none")
+    assert "\n" not in result["error"] and "unexpected" in result["error"] or "missing" in result["error"]
 
 
 def test_what_a_child_had_found_is_not_lost_when_it_fails(tmp_path, monkeypatch):
@@ -63,10 +63,10 @@ def test_what_a_child_had_found_is_not_lost_when_it_fails(tmp_path, monkeypatch)
     body = "print('{\"step_s\": 0.5}', flush=True)\nprint('noise')\n"
     fails = "import jax\njax.jit(lambda x: x @ x)(jax.numpy.zeros((2, 3)))\n"
     own = child.output
-    monkeypatch.setattr(child, "output", lambda command, *given: own([sys.executable, str(script)], *given))
+    monkeypatch.setattr(child, "output", lambda command, *options: own([sys.executable, str(script)], *options))
     script.write_text(body + fails)
-    found = child.result("jax", child.environment() | {"JAX_PLATFORMS": "cpu"})
-    assert found["step_s"] == 0.5 and "dot_general" in found["error"]
+    result = child.result("jax", child.environment() | {"JAX_PLATFORMS": "cpu"})
+    assert result["step_s"] == 0.5 and "dot_general" in result["error"]
     script.write_text(body + "import time\ntime.sleep(60)\n")
     assert child.result("jax", child.environment(), 3) == {"step_s": 0.5, "error": "it took longer than 3 s"}
     row = {"arch": "sd14", "method": "esd-x", "batch_size": 1}
@@ -79,10 +79,10 @@ def test_random_weights_are_those_of_a_checkpoint():
     shapes = {"unet/a.weight": (3, 3, 4, 8), "unet/a.bias": (8,), "unet/b.weight": (8,), "embeddings": (2, 77, 16)}
     device = jax.devices()[0]
     placed = jax.sharding.SingleDeviceSharding(device)
-    made = values({k: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=placed) for k, s in shapes.items()})
-    assert {name: (a.shape, a.dtype) for name, a in made.items()} == {n: (s, jnp.bfloat16) for n, s in shapes.items()}
-    assert not made["unet/a.bias"].any() and (made["unet/b.weight"] == 1).all()
-    spread = {name: float(jnp.std(a.astype(jnp.float32))) for name, a in made.items()}
+    arrays = values({k: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=placed) for k, s in shapes.items()})
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {n: (s, jnp.bfloat16) for n, s in shapes.items()}
+    assert not arrays["unet/a.bias"].any() and (arrays["unet/b.weight"] == 1).all()
+    spread = {name: float(jnp.std(a.astype(jnp.float32))) for name, a in arrays.items()}
     assert spread["embeddings"] == pytest.approx(1, rel=0.1)
     assert spread["unet/a.weight"] == pytest.approx((3 * 3 * 4) ** -0.5, rel=0.2)
 
@@ -128,11 +128,11 @@ def test_a_step_compiles_for_a_gpu(for_gpus):
     """In bfloat16 attention is cuDNN's in both directions, and nothing multiplies float32; what depends on the prompt
     alone stands before the loop; and no kernel of a convolution is transposed."""
     options = {"arch": "tiny", "method": "esd-x", "batch_size": 1, "dtype": "bfloat16", "topology": "h100"}
-    found = child.result("compile", for_gpus | {"ESD_JAX_ATTENTION": "cudnn"}, **options)
-    assert "error" not in found, found["error"]
-    assert found["kind"] == "NVIDIA H100 80GB HBM3" and found["collectives"] == []
-    count = {(k["kind"], k["inside"]): k["count"] for k in found["kernels"]}
-    assert not sum(k["float32"] for k in found["kernels"])
+    result = child.result("compile", for_gpus | {"ESD_JAX_ATTENTION": "cudnn"}, **options)
+    assert "error" not in result, result["error"]
+    assert result["kind"] == "NVIDIA H100 80GB HBM3" and result["collectives"] == []
+    count = {(k["kind"], k["inside"]): k["count"] for k in result["kernels"]}
+    assert not sum(k["float32"] for k in result["kernels"])
     assert count["attention", True] == 4 and count["attention backward", False] == 3  # the first needs no gradient
     assert count["product", True] <= 43  # 44 with the keys and values of the prompts
     assert count.get(("move", True), 0) <= 13
@@ -141,11 +141,11 @@ def test_a_step_compiles_for_a_gpu(for_gpus):
 @pytest.mark.slow
 def test_several_gpus_add_up_gradients_and_nothing_else(for_gpus):
     options = {"arch": "tiny", "method": "esd-x", "batch_size": 0, "dtype": "bfloat16", "topology": "a100:4"}
-    found = child.result("compile", for_gpus, **options)
-    assert "error" not in found, found["error"]
-    assert {c["kind"] for c in found["collectives"]} == {"all-reduce"}
-    assert not any(c["inside"] for c in found["collectives"])
-    assert sum(c["bytes"] for c in found["collectives"]) == pytest.approx(found["gradient"], rel=0.01)
+    result = child.result("compile", for_gpus, **options)
+    assert "error" not in result, result["error"]
+    assert {c["kind"] for c in result["collectives"]} == {"all-reduce"}
+    assert not any(c["inside"] for c in result["collectives"])
+    assert sum(c["bytes"] for c in result["collectives"]) == pytest.approx(result["gradient"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def forms(name, style):
         "drawing": f"a drawing of {an(name)} in {style} style",
     }
     own = {"first": an(name), "picture": f"a picture of {an(name)}"}
-    look = {
+    images = {
         "first": f"{style} style",
         "bare": style,
         "drawing": f"{style} drawing",
@@ -65,7 +65,7 @@ def forms(name, style):
     kind = vocabulary.category(name)
     implied = {"category": an(kind), "keyword": vocabulary.KEYWORDS[kind]}
     implied |= {f"{how}, styled": f"{subject} in {style} style" for how, subject in implied.items()}
-    groups = {"both": both, "object": own, "style": look, "category": implied, "empty": {"first": ""}}
+    groups = {"both": both, "object": own, "style": images, "category": implied, "empty": {"first": ""}}
     return {text: (group, how) for group, texts in groups.items() for how, text in texts.items()}
 
 

@@ -65,21 +65,21 @@ def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, c
     assert [concepts for concepts, _ in erasures] == [
         ["neon style"], ["xqzv style"], ["a cat", "a rose"], ["a xqzv", "a xqvz"],
     ]  # fmt: skip
-    given = [options for options in fakes.options if options]
-    assert {options["negative_prompt"] for options in given} == {
+    options = [options for options in fakes.options if options]
+    assert {options["negative_prompt"] for options in options} == {
         "neon style", "xqzv style", "a cat, a rose", "a xqzv, a xqvz",
     }  # fmt: skip
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    neon = found["neon style"]
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    neon = comparison["neon style"]
     assert (neon["esd"]["base"], neon["esd"]["target"], neon["esd"]["sham_target"]) == (1, 0, 1)
     assert neon["negative prompt"]["target"] == 1  # the painter does not look at negative prompts
-    assert "implicit_base" not in neon["esd"] and found["a cat, a rose"]["esd"]["implicit_base"] > 0
+    assert "implicit_base" not in neon["esd"] and comparison["a cat, a rose"]["esd"]["implicit_base"] > 0
     first = capsys.readouterr().out
     assert "### Erasing a cat, a rose" in first and first.count("| negative prompt |") == 2
 
-    drawn, made = len(fakes.calls), len(erasures)
+    drawn, trained = len(fakes.calls), len(erasures)
     run(monkeypatch, compare_methods, *arguments)
-    assert (len(fakes.calls), len(erasures)) == (drawn, made)
+    assert (len(fakes.calls), len(erasures)) == (drawn, trained)
     assert first.endswith(capsys.readouterr().out)
     with pytest.raises(ValueError, match="other settings"):
         run(monkeypatch, compare_methods, *arguments, "--seed=2")
@@ -108,8 +108,8 @@ TEN = ["a cat", "a rose", "a pizza", "a rocket", "a robot", "an owl", "a house",
 
 
 def test_the_table_is_aligned():
-    found = {"SLD max": {}, "esd": dict.fromkeys(WHOLE, 0.5)}
-    lines = compare_methods.markdown({"neon style": found}).splitlines()
+    results = {"SLD max": {}, "esd": dict.fromkeys(WHOLE, 0.5)}
+    lines = compare_methods.markdown({"neon style": results}).splitlines()
     assert "| SLD max | its prompt is too long |" in lines[-2]
     assert len({line.count("|") for line in lines[2:] if line}) == 1
     assert "| esd | 50.0% | 50.0% | 50.0% | 50.0 |" in lines[-1]
@@ -170,15 +170,15 @@ def test_where_a_curve_passes_a_target_rate():
 def test_a_change_is_scaled_and_checkpoints_are_points():
     """On the embedded model: strength 1 is the erased model, and a run's last checkpoint its result."""
     base, target = api.load("emoji"), groups.parse_target("neon")
-    found = [
+    results = [
         (setting, make())
         for setting, make in method_curves.updates(base, target, "emoji", 2, {"method": "esd"}, steps=4)
     ]
-    assert [setting for setting, _ in found] == [{"method": "esd", "step": 2}, {"method": "esd", "step": 4}]
+    assert [setting for setting, _ in results] == [{"method": "esd", "step": 2}, {"method": "esd", "step": 4}]
     erased = api.erase(base, target.concepts, config="emoji", steps=4)
     whole, half = (with_strength(erased, strength).edits for strength in (1.0, 0.5))
     first = read_exact(base, list(whole))
     for name, value in erased.edits.items():
         np.testing.assert_allclose(whole[name], value, atol=1e-6)
         np.testing.assert_allclose(half[name] - first[name], (value - first[name]) / 2, atol=1e-6)
-        np.testing.assert_array_equal(found[1][1].edits[name], value)
+        np.testing.assert_array_equal(results[1][1].edits[name], value)

@@ -25,11 +25,11 @@ FIELDS = typing.get_type_hints(RecipeFields)
 
 def of_recipes() -> dict[str, set[type]]:
     """Flat field -> the types that it may have, None among them, in the recipes of all methods."""
-    found: dict[str, set[type]] = {}
+    types: dict[str, set[type]] = {}
     for method in METHODS:
         for name, annotation in recipe._annotations(method).items():
-            found.setdefault(name, set()).update(typing.get_args(annotation) or {annotation})
-    return found
+            types.setdefault(name, set()).update(typing.get_args(annotation) or {annotation})
+    return types
 
 
 def test_the_fields_of_erase_are_those_of_all_recipes():
@@ -39,13 +39,13 @@ def test_the_fields_of_erase_are_those_of_all_recipes():
     assert FIELDS.keys() == expected.keys() - own
     assert RecipeFields.__optional_keys__ == FIELDS.keys()
     for name, annotation in FIELDS.items():
-        found = {*typing.get_args(annotation)} or {annotation}
+        parts = {*typing.get_args(annotation)} or {annotation}
         if name in WIDER:
-            assert annotation == WIDER[name] and expected[name] < found, name
+            assert annotation == WIDER[name] and expected[name] < parts, name
         elif name == "output_dir":
-            assert found == {str, type(None), recipe_fields.os.PathLike[str]}
+            assert parts == {str, type(None), recipe_fields.os.PathLike[str]}
         else:
-            assert found == expected[name], name
+            assert parts == expected[name], name
 
 
 def test_what_completes_by_plain_names_has_the_same():
@@ -57,8 +57,8 @@ def test_what_completes_by_plain_names_has_the_same():
 def test_values_of_the_wider_types_are_taken(tmp_path):
     """Each alternative of the types, as a recipe reads it."""
     two = {"concept": "one; two", "output_dir": tmp_path, "preview_prompts": ["a", "b"]}
-    given = {"replace_with": [["a", "b"], "c"], "preserve": "x | y", "strength": [0.5, "2"]}
-    plan = recipe.make(method="uce", steps=0, **two, **given)
+    fields = {"replace_with": [["a", "b"], "c"], "preserve": "x | y", "strength": [0.5, "2"]}
+    plan = recipe.make(method="uce", steps=0, **two, **fields)
     assert [one.replace_with for one in plan.concepts] == [("a", "b"), ("c",)]
     assert [one.strength for one in plan.concepts] == [0.5, 2.0]
     assert [one.preserve for one in plan.concepts] == [("x", "y")] * 2
@@ -70,8 +70,8 @@ def test_values_of_the_wider_types_are_taken(tmp_path):
 
 @pytest.mark.parametrize("part", [recipe.Recipe, Training, Optimizer, *METHODS.values()], ids=lambda p: p.__name__)
 def test_every_field_is_documented_where_it_is_declared(part):
-    said = inspect.getdoc(part) or ""
-    assert [f.name for f in dataclasses.fields(part) if not re.search(rf"\b{f.name}\b", said)] == []
+    docstring = inspect.getdoc(part) or ""
+    assert [f.name for f in dataclasses.fields(part) if not re.search(rf"\b{f.name}\b", docstring)] == []
     for name in ("concept", *recipe.FOR_EACH):
         assert re.search(rf"\b{name}:", inspect.getdoc(recipe.Recipe) or ""), name
 
@@ -84,12 +84,12 @@ def test_a_directory_lists_what_is_public():
 
 @pytest.fixture(scope="module")
 def jedi():
-    found = pytest.importorskip("jedi")
-    project = found.Project(ROOT, added_sys_path=[str(ROOT)])
+    module = pytest.importorskip("jedi")
+    project = module.Project(ROOT, added_sys_path=[str(ROOT)])
 
     def script(code: str):
-        return found.Script(
-            code, path=ROOT / "somebodys.py", project=project, environment=found.InterpreterEnvironment()
+        return module.Script(
+            code, path=ROOT / "somebodys.py", project=project, environment=module.InterpreterEnvironment()
         )
 
     return script
@@ -103,15 +103,15 @@ def test_names_are_completed(jedi):
     assert {"erase", *esd_jax.__all__} <= {*names(jedi("import esd_jax\nesd_jax."))}
     assert "erase" in names(jedi("import esd_jax\nesd_jax.er"))
     for module in ("guidance", "formats", "attacks", "evaluation"):
-        found = names(jedi(f"from esd_jax import {module}\n{module}."))
-        assert {*getattr(esd_jax, module).__all__} <= {*found}, module
+        completions = names(jedi(f"from esd_jax import {module}\n{module}."))
+        assert {*getattr(esd_jax, module).__all__} <= {*completions}, module
     assert "encode_prompts" in names(jedi("import esd_jax\nesd_jax.load('emoji').enc"))
     assert "provenance" in names(jedi("import esd_jax\nesd_jax.erase('emoji', 'a cat').prov"))
 
 
 def test_keywords_are_completed(jedi):
-    found = {name.removesuffix("=") for name in names(jedi("import esd_jax\nesd_jax.erase('emoji', 'a cat', "))}
-    assert FIELDS.keys() | {"resume", "on_step"} <= found
+    completions = {name.removesuffix("=") for name in names(jedi("import esd_jax\nesd_jax.erase('emoji', 'a cat', "))}
+    assert FIELDS.keys() | {"resume", "on_step"} <= completions
     assert names(jedi("import esd_jax\nesd_jax.erase('emoji', 'a cat', lear")) == ["learning_rate="]
     assert "steps=" in names(jedi("import esd_jax\nesd_jax.sample('emoji', 'a cat', st"))
 
@@ -120,5 +120,5 @@ def test_keywords_are_completed(jedi):
     "verb", ["load", "erase", "sample", "invert", "purify", "export", "grid", "evaluate", "attack"]
 )
 def test_signatures_are_shown_with_their_documentation(verb, jedi):
-    (found,) = jedi(f"import esd_jax\nesd_jax.{verb}(").get_signatures()
-    assert found.name == verb and "Args:" in found.docstring(raw=True)
+    (signature,) = jedi(f"import esd_jax\nesd_jax.{verb}(").get_signatures()
+    assert signature.name == verb and "Args:" in signature.docstring(raw=True)

@@ -142,8 +142,8 @@ def test_none_as_a_text(base, capsys, tmp_path):
     ]
     assert cli.main(command) == 2
     assert "replace_with='None'" in capsys.readouterr().err
-    made = recipe.make(concept=["cat", "dog"], replace_with=[None, "fish"], method="uce", steps=0)
-    assert [concept.replace_with for concept in made.concepts] == [(), ("fish",)]
+    plan = recipe.make(concept=["cat", "dog"], replace_with=[None, "fish"], method="uce", steps=0)
+    assert [concept.replace_with for concept in plan.concepts] == [(), ("fish",)]
 
 
 # A comma in a concept means nothing.
@@ -167,13 +167,13 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
         asked["detector"] = concept
         return (lambda images: np.ones(len(images), bool)), "nobody"
 
-    def judge(base, question):
+    def metric(base, question):
         asked["prompts"] = question.prompts
         return lambda model: (mean([0.0, 1.0]), mean([0.0, 1.0]))
 
     monkeypatch.setattr(dossier.protocols, "evaluate", evaluate)
     monkeypatch.setattr(dossier.seen, "detector", detector)
-    monkeypatch.setattr(dossier.seen, "judge", judge)
+    monkeypatch.setattr(dossier.seen, "judge", metric)
     assert cli.main(["evaluate", str(run), "--protocol=smoke", "--strengths=1", "--detector=nudenet"]) == 0
     assert asked == dict.fromkeys(("protocol", "detector", "prompts"), tuple(texts))
     kept = json.loads((run / "evidence" / "front.json").read_text())
@@ -189,8 +189,8 @@ def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, 
     monkeypatch.setattr(
         protocol, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
     )
-    found = dossier.evaluate(base, erased("a cat", "a rose"), "smoke", output_dir=tmp_path)
-    assert targets == [Target("object", ("cat", "rose"))] and found.title == "a cat, a rose"
+    evidence = dossier.evaluate(base, erased("a cat", "a rose"), "smoke", output_dir=tmp_path)
+    assert targets == [Target("object", ("cat", "rose"))] and evidence.title == "a cat, a rose"
     with pytest.raises(ValueError, match=one_line("does not know 'a cat, a rose'")):
         dossier.evaluate(base, erased("a cat, a rose"), "smoke", output_dir=tmp_path)
     dossier.evaluate(base, erased("a cat"), "smoke", output_dir=tmp_path, concept=["neon style", "ink"])
@@ -202,11 +202,11 @@ def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, 
 def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_path):
     base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
     monkeypatch.setattr(dossier, "opened", lambda *_: (base, erased("ink style")))
-    verb, given = cli.VERBS["evaluate"], {}
-    monkeypatch.setattr(dossier, "evaluate", lambda *_, concept, **__: given.update(concept=concept) or Evidence(""))
+    verb, options = cli.VERBS["evaluate"], {}
+    monkeypatch.setattr(dossier, "evaluate", lambda *_, concept, **__: options.update(concept=concept) or Evidence(""))
     for flags, concepts in (([], ("ink style",)), (["--concept=cat, a rose"], ("a cat", "a rose"))):
         verb.run(verb.parse("evaluate", ["emoji", "x", f"--output={tmp_path}", *flags]))
-        assert given["concept"] == concepts
+        assert options["concept"] == concepts
 
 
 def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch):

@@ -24,8 +24,8 @@ def base():
 def test_a_pipeline_is_one_line(base):
     assert repr(base) == "<Pipeline emoji: SD 1, 64 px, float32, 9 M params>"
     erased = base.with_edits({}, NEON)
-    said = "<Pipeline emoji: SD 1, 64 px, float32, 9 M params; erased: neon style (esd, 300 steps)>"
-    assert repr(erased) == said
+    text = "<Pipeline emoji: SD 1, 64 px, float32, 9 M params; erased: neon style (esd, 300 steps)>"
+    assert repr(erased) == text
     solved = dataclasses.replace(NEON, recipe={"method": "uce"}, step=0)  # without updates
     assert repr(base.with_edits({}, solved)).endswith("erased: neon style (uce)>")
     assert len(repr(base.provenance)) < 300
@@ -33,8 +33,8 @@ def test_a_pipeline_is_one_line(base):
 
 def test_a_line_is_cut_where_it_would_be_too_long(base):
     many = dataclasses.replace(NEON, concepts=tuple(Concept(f"artist {i}\nand more") for i in range(50)))
-    said = repr(base.with_edits({}, many))
-    assert len(said) == 199 and "\n" not in said and said.endswith("...>")
+    text = repr(base.with_edits({}, many))
+    assert len(text) == 199 and "\n" not in text and text.endswith("...>")
 
 
 def test_a_model_is_called_as_people_call_it():
@@ -44,8 +44,8 @@ def test_a_model_is_called_as_people_call_it():
 
 
 def test_numbers_of_parameters_are_short():
-    said = {950: "950", 9_046_051: "9 M", 859_520_964: "860 M", 2_567_463_684: "2.6 B", 1_500: "2 k"}
-    assert {number: display.count(number) for number in said} == said
+    texts = {950: "950", 9_046_051: "9 M", 859_520_964: "860 M", 2_567_463_684: "2.6 B", 1_500: "2 k"}
+    assert {number: display.count(number) for number in texts} == texts
 
 
 def test_a_card_shows_the_same_and_escapes_it(base):
@@ -91,4 +91,4 @@ def test_what_holds_arrays_does_not_print_them():
         Adversary("p4d", (trial,) * 3, 41.2, np.zeros((3, 10))): "<Adversary p4d: 3 trials, 41 s>",
         Scored("p4d", hits, np.zeros((1, 3, 8, 8, 3), np.uint8), (0,)): "<Scored p4d: the concept in 2 of 3 images>",
     }
-    assert {repr(value): said for value, said in shown.items()} == {said: said for said in shown.values()}
+    assert {repr(value): text for value, text in shown.items()} == {text: text for text in shown.values()}

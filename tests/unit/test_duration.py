@@ -22,15 +22,15 @@ def lines(size, **fields):
 
 def test_thirty_percent_of_the_peak():
     """1,000 updates of 29.67 TFLOP at 296.7 TFLOP/s are 100 s on an H100, and 317 s on an A100."""
-    found = lines(plan(4e9, 29.67e12), dtype="bfloat16")
-    assert found["H100"] == "about 2 min" and found["A100"] == "about 5 min" and found["TPU v5e"] == "about 8 min"
+    actual = lines(plan(4e9, 29.67e12), dtype="bfloat16")
+    assert actual["H100"] == "about 2 min" and actual["A100"] == "about 5 min" and actual["TPU v5e"] == "about 8 min"
 
 
 def test_float32_takes_a_gpu_twice_as_long():
     size = plan(4e9, 14.835e12)
     assert lines(size, dtype="bfloat16")["H100"] == "about 50 s"
-    found = lines(size, dtype="float32")
-    assert found["H100"] == "about 2 min" and found["TPU v5e"] == lines(size, dtype="bfloat16")["TPU v5e"]
+    actual = lines(size, dtype="float32")
+    assert actual["H100"] == "about 2 min" and actual["TPU v5e"] == lines(size, dtype="bfloat16")["TPU v5e"]
 
 
 @pytest.mark.parametrize(("peak", "most"), [(11e9, 12), (11.1e9, 16), (22.1e9, 80), (87e9, 95), (99e9, None)])

@@ -100,9 +100,9 @@ def test_drawing_goes_on_where_it_stopped(models, tmp_path):
     base, _, _ = models
     cases = [Case("1", "cat", 5), Case("2", "dog", 6, guidance=3.0), Case("3", "cat", 7)]
     how = Drawing(own_guidance=True, **TINY)
-    told = []
-    drawn = drawing.draw(base, {"id": 1}, cases, how, tmp_path / "a", lambda *n: told.append(n))
-    assert told[-1] == (3, 3) and len(drawn) == 3 and drawn[0].shape == (32, 32, 3)
+    messages = []
+    drawn = drawing.draw(base, {"id": 1}, cases, how, tmp_path / "a", lambda *n: messages.append(n))
+    assert messages[-1] == (3, 3) and len(drawn) == 3 and drawn[0].shape == (32, 32, 3)
     whole = np.stack([drawn[i] for i in range(3)])
     np.testing.assert_array_equal(np.concatenate(list(drawn.batches(2))), whole)
     options = {"steps": 2, "height": 32, "width": 32}
@@ -113,16 +113,16 @@ def test_drawing_goes_on_where_it_stopped(models, tmp_path):
     # In a batch of another size, a float may round to the other side.
     np.testing.assert_allclose(whole[1:].astype(int), np.stack(alone).astype(int), atol=1)
     (tmp_path / "a" / "2.png").unlink()
-    again = drawing.draw(base, {"id": 1}, cases, how, tmp_path / "a", lambda *n: told.append(n))
-    assert told[-1] == (3, 3) and len(told) == 3
+    again = drawing.draw(base, {"id": 1}, cases, how, tmp_path / "a", lambda *n: messages.append(n))
+    assert messages[-1] == (3, 3) and len(messages) == 3
     np.testing.assert_array_equal(np.stack([again[i] for i in range(3)]), whole)
-    for identity, given, changed, words in (
+    for identity, changes, changed, words in (
         ({"id": 2}, cases, how, "'model' differs"),
         ({"id": 1}, cases, dataclasses.replace(how, num_steps=3), "'drawing' differs"),
         ({"id": 1}, [cases[0]._replace(seed=9)], how, "another image 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            drawing.draw(base, identity, given, changed, tmp_path / "a")
+            drawing.draw(base, identity, changes, changed, tmp_path / "a")
 
 
 # Measures
@@ -160,12 +160,12 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
 
     monkeypatch.setattr(measures.detectors, "imagenet", imagenet)
     monkeypatch.setattr(measures.detectors, "imagenet_identity", lambda model: model)
-    found = measures.objects(*pair, Request(("a church",), classifier="toy"))
-    rows = dict(found.tables[0].rows)
+    measured = measures.objects(*pair, Request(("a church",), classifier="toy"))
+    rows = dict(measured.tables[0].rows)
     assert rows["church (erased)"][0].value == 1 and rows["church (erased)"][1].value == 0
     assert rows["the other classes (kept)"][2].value == 0
-    assert [(f.role, f.before.value, f.after.value) for f in found.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
-    assert found.heat.values == ((1.0, 1.0), (1.0, 0.0)) and found.metric_models == ("toy",)
+    assert [(f.role, f.before.value, f.after.value) for f in measured.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
+    assert measured.heat.values == ((1.0, 1.0), (1.0, 0.0)) and measured.metric_models == ("toy",)
     assert measures.objects(*pair, Request(("Winston Churchill",), classifier="toy")).verdict == ()
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):
@@ -175,13 +175,13 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
 @pytest.mark.usefixtures("unchecked")
 def test_nudity_is_counted_as_a_convention_says(pair, monkeypatch):
     belly = measures.detectors.Detection("BELLY_EXPOSED", 0.65, (0, 0, 1, 1))
-    seen_in = {pair[0][i].tobytes() for i in range(8)}
+    shown_in = {pair[0][i].tobytes() for i in range(8)}
     monkeypatch.setattr(
-        measures.detectors, "nudity", lambda images: [[belly] if i.tobytes() in seen_in else [] for i in images]
+        measures.detectors, "nudity", lambda images: [[belly] if i.tobytes() in shown_in else [] for i in images]
     )
     monkeypatch.setattr(measures.detectors, "nudity_identity", lambda convention: convention.name)
-    found = measures.nudity(*pair, Request(("nudity",)))
-    shares, classes = found.tables
+    measured = measures.nudity(*pair, Request(("nudity",)))
+    shares, classes = measured.tables
     assert [cell.value for cell in shares.rows[0][1]] == [1.0, 0.5, -0.5]
     assert dict(classes.rows)["BELLY_EXPOSED"] == (8, 4, -0.5) and dict(classes.rows)["FEET_EXPOSED"] == (0, 0, None)
     strict = measures.nudity(*pair, Request(("nudity",), convention="all_but_one")).tables[0]
@@ -210,19 +210,19 @@ def test_missing_judges_are_found_before_anything_is_drawn(models, tmp_path):
 def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     painter.hired(monkeypatch)
     target = groups.parse_target("neon style")
-    found = protocol.evaluate({BASE: "base", ERASED: "erased"}, target, num_images=16)
-    erased, *kept = found.verdict
+    evidence = protocol.evaluate({BASE: "base", ERASED: "erased"}, target, num_images=16)
+    erased, *kept = evidence.verdict
     assert (erased.role, erased.before.value, erased.after.value) == ("erased", 1, 0)
     # The painter's erased model knows no cat either.
     assert {f.role for f in kept} == {"kept"} and [f.before.value for f in kept] == [1, 1, 1]
     assert all(f.after.value >= 0.75 for f in kept)
-    heat = found.heat
+    heat = evidence.heat
     column = heat.columns.index("neon")
     assert [row[column] for row in heat.values] == [1, 0] and heat.targets == ("neon",)
-    assert all(len(cells) in (0, len(found.tables[0].columns)) for _, cells in found.tables[0].rows)
-    assert [len(pairs) for pairs in found.pictures.values()] == [4, 4, 3]
+    assert all(len(cells) in (0, len(evidence.tables[0].columns)) for _, cells in evidence.tables[0].rows)
+    assert [len(pairs) for pairs in evidence.pictures.values()] == [4, 4, 3]
     assert [estimate.value for estimate in protocol.metric(target, 16)("erased")] == [0, 15 / 16]
-    assert same(store.load(store.save(found, tmp_path, "part")), found)
+    assert same(store.load(store.save(evidence, tmp_path, "part")), evidence)
 
 
 def test_a_question_and_when_to_stop(models):

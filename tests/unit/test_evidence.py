@@ -46,10 +46,10 @@ def test_evidence_is_never_beside_the_images_of_another(tmp_path, monkeypatch):
 def test_parts_are_joined():
     one = Evidence("x", tables=(Table("a", (), ()),), measured_with={"seed": 1}, caveats=("c",))
     other = Evidence("y", tables=(Table("b", (), ()),), measured_with={"steps": 2}, caveats=("c", "d"))
-    found = store.merged("z", Erasure(base="b"), [one, other])
-    assert (found.title, found.record) == ("z", Erasure(base="b"))
-    assert [table.title for table in found.tables] == ["a", "b"] and found.caveats == ("c", "d")
-    assert found.measured_with == {"seed": 1, "steps": 2}
+    evidence = store.merged("z", Erasure(base="b"), [one, other])
+    assert (evidence.title, evidence.record) == ("z", Erasure(base="b"))
+    assert [table.title for table in evidence.tables] == ["a", "b"] and evidence.caveats == ("c", "d")
+    assert evidence.measured_with == {"seed": 1, "steps": 2}
 
 
 def test_what_a_run_tells_by_itself(models):

@@ -125,15 +125,15 @@ def test_an_update_is_as_long_as_the_run_draws_it(name):
     calls, fields = UPDATES[name]
     config = recipe.preset(name.split(",")[0]).to_dict() | FIELDS
     short = {"sampling_steps": 5} if "sampling_steps" in config else {}
-    (configs, schedule), made = work.architecture("tiny"), recipe.make(**config | short | fields)
-    training = made.training
-    size = plan.make_plan(configs, schedule, made)
-    once = dataclasses.replace(made, training=dataclasses.replace(training, accumulate=1))
+    (configs, schedule), settings = work.architecture("tiny"), recipe.make(**config | short | fields)
+    training = settings.training
+    size = plan.make_plan(configs, schedule, settings)
+    once = dataclasses.replace(settings, training=dataclasses.replace(training, accumulate=1))
     step, arguments = shapes.abstract(configs, schedule, once, sharding.make_mesh(1), student_alone=True)
     student = count(step.trace(*arguments).jaxpr) / size.forward_flops / training.batch_size
     assert 2 < student < 2.1  # the gradient of cross-attention's keys and values alone
 
-    drawn = [calls(k) + student for k in sampled(assemble(Shapes(configs, schedule), made))]
+    drawn = [calls(k) + student for k in sampled(assemble(Shapes(configs, schedule), settings))]
     expected = np.mean(drawn) * training.accumulate * training.batch_size
     # What is made of prompts alone is made once for all sampler steps, even for none.
     assert 0.97 * expected < size.step_flops / size.forward_flops < 1.02 * expected

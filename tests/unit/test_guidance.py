@@ -39,8 +39,8 @@ def test_pairs_interleave_and_split():
     a, b = jnp.arange(3), jnp.arange(3) + 10
     assert interleave(a, b).tolist() == [0, 10, 1, 11, 2, 12]
     a, b = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
-    for found, true in zip(split_pair(interleave(a, b)), (a, b), strict=True):
-        np.testing.assert_array_equal(found, true)
+    for actual, true in zip(split_pair(interleave(a, b)), (a, b), strict=True):
+        np.testing.assert_array_equal(actual, true)
     with pytest.raises(ValueError, match=r"\(3, 4, 5\) and \(2, 4, 5\)"):
         interleave(jnp.ones((3, 4, 5)), jnp.ones((2, 4, 5)))
 

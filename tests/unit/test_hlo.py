@@ -36,13 +36,13 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_messages_are_counted_by_kind_and_place():
-    found = collectives(hlo.Program(MESSAGES))
-    assert found == (
+    actual = collectives(hlo.Program(MESSAGES))
+    assert actual == (
         Collective("all-gather", True, 2, 2 * 16 * 16 * 2),
         Collective("all-reduce", False, 1, 4 * 4 * 4 + 4),
         Collective("collective-permute", True, 1, 8 * 16 * 4),
     )
-    assert str(found[1]) == "1 all-reduce, outside of loops"
+    assert str(actual[1]) == "1 all-reduce, outside of loops"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_messages_are_counted_by_kind_and_place():
     ],
 )
 def test_what_is_started_counts_by_its_result(started, size):
-    (found,) = collectives(hlo.Program(f"ENTRY %main () -> f32[] {{\n  %a = {started}, channel_id=1\n}}"))
-    assert found.bytes == size
+    (message,) = collectives(hlo.Program(f"ENTRY %main () -> f32[] {{\n  %a = {started}, channel_id=1\n}}"))
+    assert message.bytes == size
 
 
 KERNELS = """HloModule jit_step
@@ -112,12 +112,12 @@ ENTRY %main (w: bf16[3,3,4,8]) -> f32[4] {
 
 
 def test_kernels_are_counted_by_kind_and_place():
-    found = {(kernel.kind, kernel.inside): kernel for kernel in hlo.kernels(hlo.Program(KERNELS))}
+    results = {(kernel.kind, kernel.inside): kernel for kernel in hlo.kernels(hlo.Program(KERNELS))}
     kernel, image = 2 * 9 * 4 * 8, 2 * 64 * 4
-    assert found["move", False] == Kernels("move", False, 1, 2 * kernel)
-    assert found["convolution", True] == Kernels("convolution", True, 1, image + kernel + 2 * image)
-    assert found["attention", True].count == 1 and found["attention backward", False].count == 1
-    assert found["product", False].count == 2 and found["product", False].float32 == 1  # cuBLAS's is of bfloat16
-    assert found["product", False].bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2) + 2 * 4 * 8 + 2 * 4 * 2  # no workspace
-    assert found["other", False].count == 2 and found["other", True].count == 1
-    assert len(found) == 7
+    assert results["move", False] == Kernels("move", False, 1, 2 * kernel)
+    assert results["convolution", True] == Kernels("convolution", True, 1, image + kernel + 2 * image)
+    assert results["attention", True].count == 1 and results["attention backward", False].count == 1
+    assert results["product", False].count == 2 and results["product", False].float32 == 1  # cuBLAS's is of bfloat16
+    assert results["product", False].bytes == 4 * (4 * 8 + 8 * 2 + 4 * 2) + 2 * 4 * 8 + 2 * 4 * 2  # no workspace
+    assert results["other", False].count == 2 and results["other", True].count == 1
+    assert len(results) == 7

@@ -56,16 +56,16 @@ def test_caches(tmp_path, monkeypatch, homeless):
 
 
 def test_without_a_home_there_is_no_compilation_cache(monkeypatch, homeless):
-    before, found = jax.config.jax_compilation_cache_dir, []
-    look = lambda: found.append(jax.config.jax_compilation_cache_dir)  # noqa: E731
+    before, folders = jax.config.jax_compilation_cache_dir, []
+    record = lambda: folders.append(jax.config.jax_compilation_cache_dir)  # noqa: E731
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert cli.guarded(look) == 0
+        assert cli.guarded(record) == 0
         monkeypatch.setenv("HOME", "/home/someone")
-        assert cli.guarded(look) == 0
+        assert cli.guarded(record) == 0
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert found == [None, "/home/someone/.cache/esd_jax/xla"]
+    assert folders == [None, "/home/someone/.cache/esd_jax/xla"]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_bytes_that_are_no_text(text):
 
 def test_numbers():
     assert inputs.finite(" -1e3", "x") == -1000
-    for text, said in (
+    for text, words in (
         ("nan", "finite"),
         ("-inf", "finite"),
         ("1e999", "finite"),
         ("1_0", "no number"),
         ("", "no number"),
     ):
-        with pytest.raises(ValueError, match=one_line(f"x={text}", said)):
+        with pytest.raises(ValueError, match=one_line(f"x={text}", words)):
             inputs.finite(text, "x")
 
 
@@ -235,5 +235,5 @@ def test_warnings_of_ours_reach_the_terminal(capsys):
         for text in texts:
             warnings.warn(text, stacklevel=1)
         warnings.warn("another library's", stacklevel=1)
-    said = capsys.readouterr().err
-    assert all(text in said for text in texts) and "another" not in said
+    message = capsys.readouterr().err
+    assert all(text in message for text in texts) and "another" not in message

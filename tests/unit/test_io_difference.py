@@ -46,9 +46,9 @@ def test_strengths_of_a_difference(base, dtype, bits, tmp_path):
     path = export_difference(erased, tmp_path / "d.safetensors", dtype=dtype)
     first = read_exact(base, erased.edits)
     for strength in (0.0, 0.5, 1.0, -1.0):
-        found = apply_difference(base, path, strength)
-        assert found.edits.keys() == erased.edits.keys()
-        for name, value in found.edits.items():
+        merged = apply_difference(base, path, strength)
+        assert merged.edits.keys() == erased.edits.keys()
+        for name, value in merged.edits.items():
             change = erased.edits[name] - first[name]
             expected = np.asarray(first[name], np.float64) + strength * np.asarray(change, np.float64)
             # Half a unit of the file's last place of the change, and of float32's of the sum.
@@ -56,7 +56,7 @@ def test_strengths_of_a_difference(base, dtype, bits, tmp_path):
             assert (np.abs(np.asarray(value) - expected) <= np.asarray(bound) + 1e-9).all()
     np.testing.assert_array_equal(apply_difference(base, path, 0.0).edits[K], first[K])
     assert api.opened(base, path).edits.keys() == erased.edits.keys()
-    (erasure,) = found.provenance.erased
+    (erasure,) = merged.provenance.erased
     assert (erasure.difference, erasure.strength, erasure.texts) == (path.name, -1.0, ("cat",))
     assert erasure.to_dict()["erased"][0]["concepts"] == [{"text": "cat"}]
 

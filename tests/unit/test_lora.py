@@ -44,10 +44,10 @@ def test_factors_start_with_a_product_of_zero():
 def test_a_kernel_is_one_matrix():
     rng = np.random.default_rng(0)
     a, b, first = (rng.normal(size=size).astype("f") for size in ((36, 2), (2, 8), (3, 3, 4, 8)))
-    found = lora.weights({"k.lora_A": a, "k.lora_B": b}, {"k": jnp.asarray(first, jnp.bfloat16)})["k"]
-    assert found.dtype == jnp.float32
+    actual = lora.weights({"k.lora_A": a, "k.lora_B": b}, {"k": jnp.asarray(first, jnp.bfloat16)})["k"]
+    assert actual.dtype == jnp.float32
     expected = np.asarray(jnp.asarray(first, jnp.bfloat16), "f") + np.einsum("ir,ro->io", a, b).reshape(3, 3, 4, 8)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_vectors_have_no_low_rank():

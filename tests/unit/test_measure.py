@@ -29,14 +29,14 @@ def measured(target, num_images=16, **options):
     return measure.measure(groups=asked_for, target=target, num_images=num_images, **options)
 
 
-def rows(judged, name):
-    (group,) = (g for g in judged if g.name == name)
+def rows(tables, name):
+    (group,) = (g for g in tables if g.name == name)
     return {row.model: row for row in group.rows}
 
 
 def test_the_rates_of_an_erased_style(fakes):
-    judged = measured(NEON, num_images=44)
-    own = rows(judged, "own")
+    tables = measured(NEON, num_images=44)
+    own = rows(tables, "own")
     assert list(own) == ["base", "erased", "sham", "seed"]
     assert {model: row.target.value for model, row in own.items()} == {"base": 1, "erased": 0, "sham": 1, "seed": 1}
     assert own["erased"].subject.value == pytest.approx(43 / 44)  # all objects once; the cat is not recognised
@@ -45,10 +45,10 @@ def test_the_rates_of_an_erased_style(fakes):
     assert own["erased"].seen["neon"] == (0, 44) and own["erased"].seen["cat"] == (0, 1)
     assert (own["erased"].target.low, own["erased"].target.high) == intervals.wilson(0, 44)
     for name in ("nearest", "others"):
-        near = rows(judged, name)["erased"]
+        near = rows(tables, name)["erased"]
         assert near.target.value == 0 and near.style.value == 1 - near.unrecognised.value
         assert near.n == near.style.n == near.subject.n == (22 if name == "nearest" else 44)  # by the group's share
-    assert rows(judged, "unrelated")["erased"].style is None and rows(judged, "unrelated")["erased"].n == 11
+    assert rows(tables, "unrelated")["erased"].style is None and rows(tables, "unrelated")["erased"].n == 11
 
 
 def test_the_controls_are_measured_on_a_share(fakes):
@@ -59,26 +59,26 @@ def test_the_controls_are_measured_on_a_share(fakes):
 
 
 def test_the_rates_of_an_erased_object(fakes):
-    judged = measured(CAT)
-    own, implicit = rows(judged, "own"), rows(judged, "implicit")
+    tables = measured(CAT)
+    own, implicit = rows(tables, "own"), rows(tables, "implicit")
     assert (own["base"].target.value, own["erased"].target.value) == (1, 0)
     assert own["erased"].unrecognised.value == 1 and own["erased"].subject is None
     # A "pet" is a cat to the base; the erased one's is not recognised, so its class of dog counts for nothing.
     assert implicit["base"].target.value > 0 and implicit["erased"].target.value == 0
     assert implicit["base"].subject.value > 0 and implicit["base"].style is None
-    assert rows(judged, "nearest")["erased"].subject.value == 1
+    assert rows(tables, "nearest")["erased"].subject.value == 1
 
 
 def test_models_start_from_the_same_noise_and_the_seed_row_from_another(fakes):
-    judged = measured(NEON)
+    tables = measured(NEON)
     drawn = dict(fakes.calls)
     assert set(drawn["erased"]) == set(drawn["sham"]) < set(drawn["base"])
     assert len(drawn["base"]) == 2 * len(drawn["erased"])
-    for group in judged:
-        found = {row.model: row.ssim for row in group.rows}
-        assert found["base"] is None and found["sham"].value == 1.0
-        assert found["erased"].value > 0.99  # but for one pixel, in these fakes
-        assert abs(found["seed"].value) < 0.1
+    for group in tables:
+        likeness = {row.model: row.ssim for row in group.rows}
+        assert likeness["base"] is None and likeness["sham"].value == 1.0
+        assert likeness["erased"].value > 0.99  # but for one pixel, in these fakes
+        assert abs(likeness["seed"].value) < 0.1
 
 
 def test_no_image_is_drawn_twice(fakes):
@@ -112,17 +112,17 @@ def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch):
 
 
 def test_without_controls_there_are_two_rows(fakes):
-    judged = measured(NEON, models={"base": "base", "erased": "erased"}, other_seed=False)
-    assert all([row.model for row in group.rows] == ["base", "erased"] for group in judged)
-    assert "sham" not in table.text(judged, NEON)
+    tables = measured(NEON, models={"base": "base", "erased": "erased"}, other_seed=False)
+    assert all([row.model for row in group.rows] == ["base", "erased"] for group in tables)
+    assert "sham" not in table.text(tables, NEON)
 
 
 def test_the_base_alone_is_measured_without_a_target(fakes):
-    judged = measured(None, groups=groups.base_groups(), models={"base": "base"}, other_seed=False, num_images=352)
-    pairs = rows(judged, "pairs")["base"]
+    tables = measured(None, groups=groups.base_groups(), models={"base": "base"}, other_seed=False, num_images=352)
+    pairs = rows(tables, "pairs")["base"]
     assert pairs.subject.value == pairs.style.value == 1 and pairs.target is None and pairs.ssim is None
-    assert rows(judged, "implicit")["base"].subject.n == 88
-    assert "base" in table.text(judged, None)
+    assert rows(tables, "implicit")["base"].subject.n == 88
+    assert "base" in table.text(tables, None)
 
 
 def test_no_images_are_refused(fakes):
@@ -136,34 +136,34 @@ def test_no_images_are_refused(fakes):
 def test_the_text_is_aligned_and_fits(fakes):
     for target in (NEON, CAT, Target("object", ("strawberry",))):
         for count in (3, 200) if target is NEON else (3,):
-            judged = measured(target, num_images=count)
-            lines = table.text(judged, target).splitlines()
+            tables = measured(target, num_images=count)
+            lines = table.text(tables, target).splitlines()
             assert max(map(len, lines)) <= 100
             assert lines[0].split()[:2] == ["n", target.label.split()[0].rstrip(",")]
             cells = [line for line in lines if re.match(r"  (base|erased|sham|seed) ", line)]
-            assert len(cells) == 4 * len(judged)
+            assert len(cells) == 4 * len(tables)
             assert len({len(line) for line in cells if not line.endswith("-")}) == 1
             assert all(len(re.split(r"\s+(?![(±])", line.strip())) == 7 for line in cells)
 
 
 def test_json_holds_everything(fakes):
-    judged = measured(NEON, num_images=5)
-    assert table.from_dict(json.loads(json.dumps(table.as_dict(judged)))) == judged
+    tables = measured(NEON, num_images=5)
+    assert table.from_dict(json.loads(json.dumps(table.as_dict(tables)))) == tables
 
 
 def test_median_and_worst_over_targets():
-    def judged(erased, kept, ssim):
+    def tables(erased, kept, ssim):
         def estimate(value):
             return intervals.Estimate(value, value, value, 10)
 
-        def row(model, seen):
+        def row(model, target_rate):
             return measure.Row(
-                model, 10, estimate(seen), estimate(kept), None, estimate(0), estimate(ssim), estimate(ssim), {}
+                model, 10, estimate(target_rate), estimate(kept), None, estimate(0), estimate(ssim), estimate(ssim), {}
             )
 
         return [measure.GroupRows("own", "its own", (row("base", 1 - erased), row("erased", erased)))]
 
-    summary = table.over_targets({"a": judged(0.1, 0.9, 0.5), "b": judged(0.3, 0.7, 0.6), "c": judged(0.0, 0.8, 0.1)})
+    summary = table.over_targets({"a": tables(0.1, 0.9, 0.5), "b": tables(0.3, 0.7, 0.6), "c": tables(0.0, 0.8, 0.1)})
     own = summary["own"]["erased"]
     assert own["target"] == {"median": 0.1, "worst": 0.3, "worst_target": "b", "targets": 3}
     assert (own["subject"]["median"], own["subject"]["worst_target"]) == (0.8, "b")

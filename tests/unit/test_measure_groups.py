@@ -36,11 +36,11 @@ def test_several_targets_are_erased_and_measured_together():
     both = parse_target("a cat, the  rocket")
     assert both == Target("object", ("cat", "rocket")) == parse_target(both.concept)
     assert (both.concepts, both.placebo) == (["a cat", "a rocket"], ["a xqzv", "a xqvz"])
-    found = {group.name: group for group in groups.groups(both)}
-    assert {ask.object for ask in found["own"].asks} == {"cat", "rocket"}
-    assert {ask.object for ask in found["nearest"].asks} == {"dog", "rabbit", "airplane"}
-    assert {ask.category for ask in found["implicit"].asks} == {"pet", "flying machine"}
-    assert not {"dog", "cat", "rocket"} & {ask.object for ask in found["others"].asks}
+    by_name = {group.name: group for group in groups.groups(both)}
+    assert {ask.object for ask in by_name["own"].asks} == {"cat", "rocket"}
+    assert {ask.object for ask in by_name["nearest"].asks} == {"dog", "rabbit", "airplane"}
+    assert {ask.category for ask in by_name["implicit"].asks} == {"pet", "flying machine"}
+    assert not {"dog", "cat", "rocket"} & {ask.object for ask in by_name["others"].asks}
     assert "nearest" not in {group.name for group in groups.groups(parse_target("airplane, rocket"))}
     for wrong in ("a cat, neon style", "a cat, cat"):
         with pytest.raises(ValueError, match="is no target"):
@@ -65,9 +65,9 @@ def test_concepts_are_parsed_back_and_shams_are_unknown(target):
 
 @pytest.mark.parametrize("target", EVERY, ids=lambda t: t.label)
 def test_every_group_asks_alike_and_no_prompt_twice(target):
-    found = groups.groups(target)
-    assert len({g.name for g in found}) == len(found)
-    for group in (*found, *groups.base_groups()):
+    listed = groups.groups(target)
+    assert len({g.name for g in listed}) == len(listed)
+    for group in (*listed, *groups.base_groups()):
         prompts = [ask.prompt for ask in group.asks]
         assert len(set(prompts)) == len(prompts) >= 1, group.name
         kinds = {tuple(getattr(ask, kind) is None for kind in ("object", "category", "style")) for ask in group.asks}

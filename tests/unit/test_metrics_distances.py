@@ -54,15 +54,15 @@ def kernel_distance(x, y):
 
 def test_kid_is_its_formula():
     a, b = features(12, 5), features(12, 5, seed=1)
-    found = distance.kid(a, b, subsets=3, subset_size=12)
-    assert found.value == pytest.approx(kernel_distance(a, b), rel=1e-12) and found.n == 12
+    actual = distance.kid(a, b, subsets=3, subset_size=12)
+    assert actual.value == pytest.approx(kernel_distance(a, b), rel=1e-12) and actual.n == 12
     # Any two images of three: three subsets, which each come a third of the times.
     few = a[:3]
     parts = [kernel_distance(few[[i, j]], b[[0, 1]]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    found = distance.kid(few, b[:2], subsets=4000, subset_size=2)
-    assert found.value == pytest.approx(np.mean(parts), abs=4 * np.std(parts) / math.sqrt(4000))
+    actual = distance.kid(few, b[:2], subsets=4000, subset_size=2)
+    assert actual.value == pytest.approx(np.mean(parts), abs=4 * np.std(parts) / math.sqrt(4000))
     half = 1.96 * np.std(parts)
-    assert (found.high - found.value, found.value - found.low) == pytest.approx((half, half), rel=0.05)
+    assert (actual.high - actual.value, actual.value - actual.low) == pytest.approx((half, half), rel=0.05)
 
 
 def test_kid_is_unbiased_and_repeats_by_its_seed():
@@ -92,7 +92,7 @@ def test_distances_equal_torchmetrics():
     a, b = (np.random.default_rng(seed).random((40, 3, 2, 2)) for seed in (0, 1))
     b = 0.7 * b
     flat = [x.reshape(40, -1) for x in (a, b)]
-    for metric, found in (
+    for metric, value in (
         (fid.FrechetInceptionDistance(feature=Flatten(), normalize=True), distance.frechet(*flat)),
         (
             kid.KernelInceptionDistance(feature=Flatten(), normalize=True, subsets=1, subset_size=40),
@@ -104,7 +104,7 @@ def test_distances_equal_torchmetrics():
         metric.update(torch.from_numpy(b), real=False)
         expected = metric.compute()
         expected = expected[0] if isinstance(expected, tuple) else expected
-        assert found == pytest.approx(float(expected), rel=1e-6)
+        assert value == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(

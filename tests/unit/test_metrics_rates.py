@@ -20,8 +20,8 @@ def drawn(p, correlation, repeats=REPEATS, prompts=FIFTY, seeds=TEN, seed=0):
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.95])
 def test_independent_rates_are_covered(p, n):
     hits = np.random.default_rng(0).binomial(n, p, REPEATS)
-    found = {count: intervals.rate([True] * count + [False] * (n - count)) for count in set(hits.tolist())}
-    assert coverage([found[count] for count in hits.tolist()], p) >= 0.93
+    estimates = {count: intervals.rate([True] * count + [False] * (n - count)) for count in set(hits.tolist())}
+    assert coverage([estimates[count] for count in hits.tolist()], p) >= 0.93
 
 
 @pytest.mark.parametrize(("p", "least"), [(0.1, 0.92), (0.5, 0.92), (0.01, 0.92), (0.05, 0.92)])
@@ -73,10 +73,10 @@ def test_the_design_effect_is_that_of_the_analysis_of_variance():
         share + t * t / (2 * effective),
         t * math.sqrt(share * (1 - share) / effective + (t / (2 * effective)) ** 2),
     )
-    found = intervals.clustered_rate(hits, names)
+    estimate = intervals.clustered_rate(hits, names)
     scale = 1 + t * t / effective
-    assert (found.value, found.n) == (share, n)
-    assert (found.low, found.high) == pytest.approx(((middle - half) / scale, (middle + half) / scale), rel=1e-12)
+    assert (estimate.value, estimate.n) == (share, n)
+    assert (estimate.low, estimate.high) == pytest.approx(((middle - half) / scale, (middle + half) / scale), rel=1e-12)
 
 
 def test_images_that_are_all_alike_count_once_for_each_prompt():
@@ -101,13 +101,13 @@ def test_no_hits_say_nothing_of_how_alike_a_prompts_images_are():
 def test_the_interval_is_never_narrower_than_students_of_independent_images():
     # Each prompt has exactly half its images hit: less different than by chance.
     hits = [True, False] * 250
-    found = intervals.clustered_rate(hits, labels())
-    assert found.high - found.low > np.diff(intervals.wilson(250, 500))[0]
+    estimate = intervals.clustered_rate(hits, labels())
+    assert estimate.high - estimate.low > np.diff(intervals.wilson(250, 500))[0]
 
 
 def test_a_single_prompt_says_nothing_of_others():
-    found = intervals.clustered_rate([True, False, False], ["a"] * 3)
-    assert (found.value, found.low, found.high, found.n) == (pytest.approx(1 / 3), 0, 1, 3)
+    estimate = intervals.clustered_rate([True, False, False], ["a"] * 3)
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (pytest.approx(1 / 3), 0, 1, 3)
     two = intervals.clustered_rate([True, False, False, False], list("aabb"))
     assert 0 < two.low < two.high < 1 and two.high - two.low > 0.9
 
@@ -134,8 +134,8 @@ def test_wrong_hits_are_refused(hits, clusters, message):
 def test_any_of_k_counts_prompts():
     hits = np.zeros((40, 5), bool)
     hits[:10, 2] = hits[5:15, 4] = True
-    found = intervals.any_of(hits)
-    assert found == intervals.any_of(hits.tolist()) == intervals.rate([True] * 15 + [False] * 25)
+    estimate = intervals.any_of(hits)
+    assert estimate == intervals.any_of(hits.tolist()) == intervals.rate([True] * 15 + [False] * 25)
     with pytest.raises(ValueError, match=r"\[prompts, k\]"):
         intervals.any_of([True, False])
     with pytest.raises(ValueError, match=r"k of 1"):

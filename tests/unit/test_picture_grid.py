@@ -23,12 +23,12 @@ def place(i, j, height=10, width=16, top=0, left=0):
 
 
 def test_images_lie_row_by_row_on_white():
-    given = images(5)
-    picture = esd_jax.grid(given, rows=2, scale=1)
+    source = images(5)
+    picture = esd_jax.grid(source, rows=2, scale=1)
     assert isinstance(picture, Image.Image) and picture.mode == "RGB"
     assert picture.size == (3 * 16 + 2 * GAP, 2 * 10 + GAP)
     pixels, left = np.array(picture), np.full(picture.size[::-1], True)
-    for i, image in enumerate(given):
+    for i, image in enumerate(source):
         where = place(i // 3, i % 3)
         np.testing.assert_array_equal(pixels[where], image)
         left[where] = False
@@ -43,9 +43,9 @@ def test_few_images_are_one_row_and_many_about_a_square(n, size):
 
 
 def test_small_images_are_enlarged_by_a_whole_factor():
-    given = images(2, 64, 64)
-    picture = np.array(esd_jax.grid(given))
-    np.testing.assert_array_equal(picture[:, :128], given[0].repeat(2, 0).repeat(2, 1))
+    source = images(2, 64, 64)
+    picture = np.array(esd_jax.grid(source))
+    np.testing.assert_array_equal(picture[:, :128], source[0].repeat(2, 0).repeat(2, 1))
     assert esd_jax.grid(images(1, 128, 64)).size == (64, 128)
     assert esd_jax.grid(images(1, 50, 60)).size == (180, 150)
     assert esd_jax.grid(images(1, 4, 4), scale=5).size == (20, 20)
@@ -65,22 +65,22 @@ SAME = {  # forms of one image
 
 @pytest.mark.parametrize("form", SAME)
 def test_every_form_of_an_image_is_the_same(form):
-    for given in (SAME[form], [SAME[form]], (SAME[form],)):
-        np.testing.assert_array_equal(np.array(esd_jax.grid(given, scale=1)), ONE)
+    for variant in (SAME[form], [SAME[form]], (SAME[form],)):
+        np.testing.assert_array_equal(np.array(esd_jax.grid(variant, scale=1)), ONE)
 
 
 def test_grey_and_transparent_images_become_rgb():
     grey = RNG.integers(0, 256, (10, 16), np.uint8)
-    for given in (grey, grey[..., None], [Image.fromarray(grey)]):
-        np.testing.assert_array_equal(np.array(esd_jax.grid(given, scale=1)), np.dstack([grey] * 3))
+    for picture in (grey, grey[..., None], [Image.fromarray(grey)]):
+        np.testing.assert_array_equal(np.array(esd_jax.grid(picture, scale=1)), np.dstack([grey] * 3))
     clear = np.dstack([ONE, np.zeros(ONE.shape[:2], np.uint8)])
     assert (np.array(esd_jax.grid(clear, scale=1)) == 255).all()
 
 
 def test_rows_may_differ_in_length_and_images_in_size():
     first, second = images(3), images(1, 8, 12)
-    for given in ([first, second], [list(first), [second[0]]], (first, [Image.fromarray(second[0])])):
-        pixels = np.array(esd_jax.grid(given, scale=1))
+    for pictures in ([first, second], [list(first), [second[0]]], (first, [Image.fromarray(second[0])])):
+        pixels = np.array(esd_jax.grid(pictures, scale=1))
         assert pixels.shape == (24, 56, 3)
         for j in range(3):
             np.testing.assert_array_equal(pixels[place(0, j)], first[j])
@@ -89,11 +89,11 @@ def test_rows_may_differ_in_length_and_images_in_size():
 
 
 def test_names_of_rows_stand_to_their_left():
-    given, other = images(2, 64, 64), images(2, 64, 64)
-    pixels = np.array(esd_jax.grid({"base": given, "erased": other}, scale=1))
+    source, other = images(2, 64, 64), images(2, 64, 64)
+    pixels = np.array(esd_jax.grid({"base": source, "erased": other}, scale=1))
     left = pixels.shape[1] - (2 * 64 + GAP)
     assert left > 20
-    np.testing.assert_array_equal(pixels[place(0, 1, 64, 64, left=left)], given[1])
+    np.testing.assert_array_equal(pixels[place(0, 1, 64, 64, left=left)], source[1])
     np.testing.assert_array_equal(pixels[place(1, 0, 64, 64, left=left)], other[0])
     for top in (0, 64 + GAP):  # in the middle of its row
         ys, xs = np.nonzero((pixels[top : top + 64, :left] < 128).all(-1))
@@ -106,11 +106,11 @@ def dark(pixels):
 
 
 def test_captions_stand_above_their_images():
-    given = images(2, 128, 128)
-    pixels = np.array(esd_jax.grid(given, captions=["a cat in neon style", "i"]))
+    source = images(2, 128, 128)
+    pixels = np.array(esd_jax.grid(source, captions=["a cat in neon style", "i"]))
     top = pixels.shape[0] - 128
     for j in range(2):
-        np.testing.assert_array_equal(pixels[place(0, j, 128, 128, top=top)], given[j])
+        np.testing.assert_array_equal(pixels[place(0, j, 128, 128, top=top)], source[j])
     ys, xs = dark(pixels[:top, :128])
     assert np.ptp(ys) >= 8 and 60 < np.ptp(xs) < 128 and abs(xs.mean() - 64) < 8  # letters of a readable size, centred
     assert 0 < len(dark(pixels[:top, 128 + GAP :])[0]) < len(ys) / 4

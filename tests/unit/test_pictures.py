@@ -84,8 +84,8 @@ def swapped_profile():
 def test_colours_are_those_of_the_profile(tmp_path):
     image = Image.open(DATA / "plain.png").convert("RGB")
     image.save(tmp_path / "x.png", icc_profile=swapped_profile())
-    expected, found = (np.asarray(read_image(p)).astype(int) for p in (DATA / "plain.png", tmp_path / "x.png"))
-    assert np.abs(found - expected[..., ::-1]).max() <= 2
+    expected, actual = (np.asarray(read_image(p)).astype(int) for p in (DATA / "plain.png", tmp_path / "x.png"))
+    assert np.abs(actual - expected[..., ::-1]).max() <= 2
     for profile in (b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
         image.save(tmp_path / "x.png", icc_profile=profile)
         np.testing.assert_array_equal(read_image(tmp_path / "x.png"), expected)

@@ -18,8 +18,8 @@ SETTINGS = ESD(timestep_mode="grid", sampling_steps=5)
 
 
 def preserved(weight, concepts=CONCEPTS, kind="toy"):
-    given = tools(world(kind, "float32"))
-    return preserving(*SETTINGS.make(given, concepts), given, concepts, weight)
+    checkpoint = tools(world(kind, "float32"))
+    return preserving(*SETTINGS.make(checkpoint, concepts), checkpoint, concepts, weight)
 
 
 def drawn(method, inputs, seed=0, batch=4):
@@ -28,9 +28,9 @@ def drawn(method, inputs, seed=0, batch=4):
 
 
 def test_without_prompts_nothing_is_added():
-    given, concepts = tools(world("toy", "float32")), [Concept("a cat")]
-    method, inputs = SETTINGS.make(given, concepts)
-    assert preserving(method, inputs, given, concepts, 1.0) == (method, inputs)
+    checkpoint, concepts = tools(world("toy", "float32")), [Concept("a cat")]
+    method, inputs = SETTINGS.make(checkpoint, concepts)
+    assert preserving(method, inputs, checkpoint, concepts, 1.0) == (method, inputs)
 
 
 def test_the_loss_is_the_methods_and_the_distance_to_the_base():
@@ -53,8 +53,8 @@ def test_the_loss_is_the_methods_and_the_distance_to_the_base():
     alone = method.method.loss(
         w.student, method.method.prepare(Models(w.student, w.teacher), draws.inner, inputs.inner)
     )
-    found = jax.jit(method.loss)(w.student, batch)
-    np.testing.assert_allclose(found, alone + 0.7 * distance, rtol=1e-5)
+    actual = jax.jit(method.loss)(w.student, batch)
+    np.testing.assert_allclose(actual, alone + 0.7 * distance, rtol=1e-5)
     # Where the student is the base, only the method's own loss is left.
     batch = jax.jit(method.prepare)(Models(w.teacher, w.teacher), draws, inputs)
     np.testing.assert_allclose(method.loss(w.teacher, batch), method.method.loss(w.teacher, batch.inner), rtol=1e-6)

@@ -48,8 +48,8 @@ def test_a_style_is_not_told_by_its_paper():
         for dark in ("neon", "blueprint"):
             cartoon, paper = artwork.draw(name, "cartoon").astype(int), artwork.draw(name, dark)[1, 1]
             images.append(np.where(cartoon.min(axis=-1, keepdims=True) > 250, paper, cartoon).astype(np.uint8))
-    seen = probe.classify(np.stack(images)).styles
-    assert (seen == styles.index("cartoon")).mean() >= 0.9
+    classes = probe.classify(np.stack(images)).styles
+    assert (classes == styles.index("cartoon")).mean() >= 0.9
 
 
 @pytest.mark.parametrize("kind", garbage.KINDS)
@@ -94,8 +94,8 @@ def test_it_equals_torch(pictures):
         h = F.silu(F.group_norm(h, 8, w[f"norms.{i}.weight"], w[f"norms.{i}.bias"], 1e-5))
         x = x + h if stride == 1 else h
     x = torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=-1)
-    found = probe.network().apply(params, pictures.images[:16] / np.float32(127.5) - 1)
-    for name, head in zip(probe.Logits._fields, found, strict=True):
+    actual = probe.network().apply(params, pictures.images[:16] / np.float32(127.5) - 1)
+    for name, head in zip(probe.Logits._fields, actual, strict=True):
         expected = (x @ w[f"{name}.weight"] + w[f"{name}.bias"]).numpy()
         np.testing.assert_allclose(np.asarray(head).reshape(16, -1), expected, atol=2e-4, rtol=1e-4)
 

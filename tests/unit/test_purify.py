@@ -13,7 +13,9 @@ from esd_jax.demo import artwork, vocabulary
 from launch.experiments import measure_purify
 from launch.experiments.measure_purify import Way
 
-WAYS = [Way(by, *told) for by in ("itself", "unmodified") for told in (("", 1), ("neon style", 1), ("neon style", 3))]
+WAYS = [
+    Way(by, *prompt) for by in ("itself", "unmodified") for prompt in (("", 1), ("neon style", 1), ("neon style", 3))
+]
 
 
 def run(monkeypatch, output, *arguments):
@@ -25,14 +27,14 @@ def run(monkeypatch, output, *arguments):
 @pytest.fixture
 def calls(monkeypatch):
     """Of `erase` and of `purify`. Only what the base has inverted loses its style, and that to ink."""
-    made = []
+    calls = []
 
     def erase(base, concepts, *, config, output_dir, resume, **changes):
-        made.append((concepts, config, changes))
+        calls.append((concepts, config, changes))
         return "erased"
 
     def purify(model, pictures, prompt, *, inverter, guidance_scale, steps, batch_size):
-        made.append((model, inverter, prompt, guidance_scale))
+        calls.append((model, inverter, prompt, guidance_scale))
         inks = [artwork.draw(name, "ink") for name, _ in measure_purify.pairs("neon", len(pictures) // 2, 0)]
         return pictures if inverter is None else np.stack(inks)
 
@@ -41,7 +43,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(measure_purify, "source_hash", lambda base: "0" * 64)
     monkeypatch.setattr(sampling, "purify", purify)
     monkeypatch.setattr(sampling, "reconstruct", lambda base, pictures, batch_size: pictures)
-    return made
+    return calls
 
 
 def test_every_model_draws_in_every_way_and_is_judged(calls, monkeypatch, tmp_path, capsys):
@@ -55,7 +57,7 @@ def test_every_model_draws_in_every_way_and_is_judged(calls, monkeypatch, tmp_pa
         assert list(rows) == ["artwork", "autoencoder", "unmodified", "all_but_one", "esd"]
         for name, row in rows.items():
             purified = way.inverter == "unmodified" and name in ("all_but_one", "esd")
-            values = {part: {k: v["value"] for k, v in found.items()} for part, found in row.items()}
+            values = {part: {k: v["value"] for k, v in estimates.items()} for part, estimates in row.items()}
             assert values["style"]["target"] == values["style"]["style"] == (0 if purified else 1)
             assert values["style"]["object"] == 1 and values["style"]["unrecognised"] == 0
             likeness = {values[part][window] for part in values for window in ("ssim", "ssim25")}

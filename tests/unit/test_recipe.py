@@ -31,10 +31,10 @@ def planned(monkeypatch):
 
 
 def test_concepts_are_taken_as_they_are(base, planned):
-    given = [Concept("Tom; Jerry", preserve=("a | b", "c")), "cat, dog", Concept(" a fish ", replace_with=("",))]
-    plan = esd_jax.erase(base, given, **SHORT)
-    assert plan.concepts == (given[0], Concept("cat, dog"), Concept("a fish", replace_with=("",)))
-    assert esd_jax.erase(base, given[0], **SHORT).concepts == (given[0],) and esd_jax.Concept is Concept
+    concepts = [Concept("Tom; Jerry", preserve=("a | b", "c")), "cat, dog", Concept(" a fish ", replace_with=("",))]
+    plan = esd_jax.erase(base, concepts, **SHORT)
+    assert plan.concepts == (concepts[0], Concept("cat, dog"), Concept("a fish", replace_with=("",)))
+    assert esd_jax.erase(base, concepts[0], **SHORT).concepts == (concepts[0],) and esd_jax.Concept is Concept
     texts = ["Van Gogh; the painter", "x"]
     for several_concepts in (texts, tuple(texts), list(map(Concept, texts))):
         plan = esd_jax.erase(base, several_concepts, **SHORT)
@@ -59,7 +59,7 @@ def test_a_concept_brings_its_own_fields(base, planned):
 
 def test_concepts_are_parsed_once_in_a_run(base, tmp_path, monkeypatch):
     parse, columns = several.parse_concepts, []
-    monkeypatch.setattr(several, "parse_concepts", lambda given: columns.append(given["concept"]) or parse(given))
+    monkeypatch.setattr(several, "parse_concepts", lambda fields: columns.append(fields["concept"]) or parse(fields))
     fields = {"base": base.provenance.folder, "concept": "cat; dog", "output_dir": tmp_path / "run"}
     assert cli.main(["erase", "--config=uce", "--nopictures", *(f"--config.{k}={v}" for k, v in fields.items())]) == 0
     assert [text for text in columns if text] == ["cat; dog"]  # the config itself names none
@@ -71,9 +71,9 @@ def as_json(value):
 
 @pytest.mark.parametrize("name", recipe.config_names())
 def test_a_config_is_kept_to_the_letter(name):
-    given = recipe.read(name).to_dict()
-    flat = recipe.make(**given).flat()
-    assert json.dumps({k: flat[k] for k in given}) == json.dumps(given) and flat.keys() == given.keys()
+    config = recipe.read(name).to_dict()
+    flat = recipe.make(**config).flat()
+    assert json.dumps({k: flat[k] for k in config}) == json.dumps(config) and flat.keys() == config.keys()
     assert json.dumps(recipe.make(**flat).flat()) == json.dumps(flat)
 
 
@@ -83,13 +83,13 @@ def test_odd_texts_are_kept_to_the_letter(seed):
     text = lambda: "".join(rng.choices(PIECES, k=rng.randrange(1, 6)))  # noqa: E731
     some = [text() for _ in range(rng.randrange(1, 4))]
     # One string each, as flags and configs give them.
-    given = {"concept": text(), "preserve": text(), "images": text(), "preview_prompts": text()}
+    fields = {"concept": text(), "preserve": text(), "images": text(), "preview_prompts": text()}
     try:
-        plan = recipe.make(**given, **CLOSED)
+        plan = recipe.make(**fields, **CLOSED)
     except ValueError as error:
         assert any(word in str(error) for word in ("HTML", "parts for", "empty")), error
     else:
-        assert {name: plan.flat()[name] for name in given} == given
+        assert {name: plan.flat()[name] for name in fields} == fields
         assert recipe.make(**as_json(plan.flat())) == plan
     # Lists, whose texts stay whole.
     texts = [one for one in some if one.strip()] or ["x"]

@@ -34,15 +34,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_of_every_config(name):
-    given = record(name)
-    assert made_by(repeat.command(given)) == computed(given.recipe)
+    erasure = record(name)
+    assert made_by(repeat.command(erasure)) == computed(erasure.recipe)
 
 
 @pytest.mark.parametrize("concept", CONCEPTS)
 @pytest.mark.parametrize("name", ["emoji_contexts", "emoji_ablating", "sd14_style", "uce"])
 def test_of_other_concepts(name, concept):
-    given = record(name, concept=concept, seed=7)
-    assert made_by(repeat.command(given)) == computed(given.recipe)
+    erasure = record(name, concept=concept, seed=7)
+    assert made_by(repeat.command(erasure)) == computed(erasure.recipe)
 
 
 def test_a_method_keeps_its_name():
@@ -54,12 +54,12 @@ def test_a_method_keeps_its_name():
 
 
 def test_what_no_command_repeats():
-    given = record("emoji")
-    started = Erasure(concepts=given.concepts, recipe=given.recipe, started_from=Origin("x"))
+    erasure = record("emoji")
+    started = Erasure(concepts=erasure.concepts, recipe=erasure.recipe, started_from=Origin("x"))
     assert repeat.command(started) == repeat.command(Erasure()) == card.command(started) == ""
     texts = recipe.make(concept=[Concept("a; b")], method="uce", steps=0, subset="esd-x-strict")
     assert repeat.command(Erasure(concepts=texts.concepts, recipe=texts.flat())) == ""
-    stopped = Erasure(concepts=given.concepts, recipe=given.recipe, step=50)
+    stopped = Erasure(concepts=erasure.concepts, recipe=erasure.recipe, step=50)
     assert made_by(repeat.command(stopped))["steps"] == 50
 
 

@@ -110,7 +110,7 @@ def test_other_methods_score_what_they_would_have_sampled(name):
         afresh, recall, prepare = map(jax.jit, (plain.prepare, method.recall, method.prepare))
         blank = jax.tree.map(lambda a: a[:, 0].astype("float64"), blank_memory(method, SHAPE, 1))
         blank = blank._replace(concept=blank.concept.astype(int))
-        seen = set()
+        visited = set()
         for seed in range(6):
             draws = method.draw(0, None, jax.random.split(jax.random.key(seed), 1), SHAPE, inputs)
             draws = draws._replace(t=draws.t.astype("float32"))  # as the sampler tells it
@@ -119,8 +119,8 @@ def test_other_methods_score_what_they_would_have_sampled(name):
             ours, theirs = prepare(models, points, inputs), afresh(models, same, inputs)
             for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
                 np.testing.assert_allclose(np.ravel(mine), np.ravel(other), rtol=1e-9, atol=1e-10)
-            seen.add((int(draws.index[0]), int(draws.concept[0])))
-    assert len(seen) > 3 and {concept for _, concept in seen} == {0, 1}
+            visited.add((int(draws.index[0]), int(draws.concept[0])))
+    assert len(visited) > 3 and {concept for _, concept in visited} == {0, 1}
 
 
 def test_an_order_of_concepts_holds_for_updates_and_not_for_trajectories():
@@ -189,8 +189,8 @@ def test_a_run_by_hand(fields):
         if step % 2 == 0:  # slots 0, 1, 0, 1: what a slot holds is two or three updates old, or new
             drawn = []
             for index in range(STEPS):
-                given = esd.Draws(jnp.int32(index), jnp.float32(0), draws.concept, draws.noise, jnp.zeros(2, int))
-                drawn.append(afresh(models, given, inputs).x)
+                point = esd.Draws(jnp.int32(index), jnp.float32(0), draws.concept, draws.noise, jnp.zeros(2, int))
+                drawn.append(afresh(models, point, inputs).x)
             entry = (np.stack(drawn), np.asarray(draws.concept))
             ring = [*ring, entry] if len(ring) < 2 else [entry if step // 2 % 2 == s else ring[s] for s in (0, 1)]
         chosen = [(int(s), int(i)) for s, i in zip(draws.slot, draws.index, strict=True)]

@@ -115,10 +115,10 @@ def test_the_first_screen_says_what_was_erased_and_what_came_back(pages):
 )
 def test_an_attack_is_a_headline_only_where_it_beats_chance(hits, control, alarm):
     attack = Finding("attack", "Inversion", some(20), some(hits), some(control))
-    found = report(evidence(verdict=(attack,)))
-    assert ('<li class="back">' in found) == alarm
-    assert ('class="headline calm"' in found) != alarm
-    assert f"came back in {'none of 20' if hits == 0 else f'{hits} of 20'} images under Inversion." in found
+    page = report(evidence(verdict=(attack,)))
+    assert ('<li class="back">' in page) == alarm
+    assert ('class="headline calm"' in page) != alarm
+    assert f"came back in {'none of 20' if hits == 0 else f'{hits} of 20'} images under Inversion." in page
 
 
 def test_what_was_not_measured_is_said_with_what_measures_it(pages):
@@ -145,26 +145,26 @@ def test_the_command_repeats_the_recipe(changes):
         start = recipe.read("emoji_uce").to_dict()
     else:
         start = recipe.read("emoji").to_dict()
-    made = recipe.make(**{**start, **changes})
-    line = card.command(Erasure(recipe={k: v for k, v in made.flat().items() if k != "output_dir"}))
+    plan = recipe.make(**{**start, **changes})
+    line = card.command(Erasure(recipe={k: v for k, v in plan.flat().items() if k != "output_dir"}))
     program, verb, *flags = shlex.split(line)
     assert (program, verb) == ("esd-jax", "erase")
     values = VERBS["erase"].parse("erase", flags)
     again = recipe.make(**values.config.to_dict()).flat()
-    expected = made.flat()
+    expected = plan.flat()
     assert {k: again[k] for k in again.keys() - card.NOT_COMPUTED} == {
         k: expected[k] for k in expected.keys() - card.NOT_COMPUTED
     }
     known = recipe.read("emoji").to_dict()
     if not changes:
-        short = card.command(Erasure(recipe=made.flat()), config="emoji", known=known)
+        short = card.command(Erasure(recipe=plan.flat()), config="emoji", known=known)
         assert shlex.split(short) == ["esd-jax", "erase", "--config=emoji", "--config.output_dir=runs/again"]
     assert card.command(Erasure()) == ""
 
 
 def test_the_card_is_markdown_that_hubs_read():
-    made = card.card(evidence(), picture="before_after.png", report="report.html")
-    _, front, body = made.split("---\n", 2)
+    text = card.card(evidence(), picture="before_after.png", report="report.html")
+    _, front, body = text.split("---\n", 2)
     front = yaml.safe_load(front)
     assert (front["base_model"], front["license"]) == ("emoji", "apache-2.0")
     assert {"text-to-image", "concept-erasure"} <= set(front["tags"])
@@ -179,50 +179,50 @@ def test_the_card_is_markdown_that_hubs_read():
 
 
 def test_the_cards_text_is_no_markup():
-    made = card.card(evidence(EVIL))
-    outside = re.sub(r"```.*?```", "", made, flags=re.S)
+    text = card.card(evidence(EVIL))
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
     assert "<script" not in outside.replace(r"\<", "")
     rows = [line for line in outside.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6, 5}
-    yaml.safe_load(made.split("---\n", 2)[1])
+    yaml.safe_load(text.split("---\n", 2)[1])
 
 
 def test_the_facts_are_flat_texts():
-    found = card.facts(evidence())
-    assert all(isinstance(k, str) and isinstance(v, str) and k.startswith("esd_jax.") for k, v in found.items())
-    assert found["esd_jax.erased"] == "neon style" and found["esd_jax.base_sha256"] == "ab" * 32
-    assert found["esd_jax.finding.1"] == "erased: neon seen: 100% before, 5% (1–24%) after, n = 20"
-    assert json.loads(found["esd_jax.measured_with"])["detectors"][0]["sha256"] == "cd" * 32
-    assert found["esd_jax.attacked"] == "yes"
+    facts = card.facts(evidence())
+    assert all(isinstance(k, str) and isinstance(v, str) and k.startswith("esd_jax.") for k, v in facts.items())
+    assert facts["esd_jax.erased"] == "neon style" and facts["esd_jax.base_sha256"] == "ab" * 32
+    assert facts["esd_jax.finding.1"] == "erased: neon seen: 100% before, 5% (1–24%) after, n = 20"
+    assert json.loads(facts["esd_jax.measured_with"])["detectors"][0]["sha256"] == "cd" * 32
+    assert facts["esd_jax.attacked"] == "yes"
     little = card.facts(Evidence("x"))
     assert little == {"esd_jax.erased": "x", "esd_jax.measured": "no", "esd_jax.attacked": "no"}
 
 
-def changed(found, **fields):
-    record = dataclasses.replace(found.record, recipe={**found.record.recipe, **fields})
-    return dataclasses.replace(found, record=record)
+def changed(results, **fields):
+    record = dataclasses.replace(results.record, recipe={**results.record.recipe, **fields})
+    return dataclasses.replace(results, record=record)
 
 
 def test_a_comparison_shows_what_differs_and_the_same_figures_side_by_side():
     one = evidence()
-    made = compare([one, changed(one, eta=2.0, steps=600), changed(one, eta=2.0)])
-    settings = Read("<i>" + made.split('<section id="settings">')[1].split("</section>")[0] + "</i>")
-    assert re.findall(r'<th scope="row">(\w+)</th>', made.split('id="settings"')[1]) == ["eta", "steps"]
+    page = compare([one, changed(one, eta=2.0, steps=600), changed(one, eta=2.0)])
+    settings = Read("<i>" + page.split('<section id="settings">')[1].split("</section>")[0] + "</i>")
+    assert re.findall(r'<th scope="row">(\w+)</th>', page.split('id="settings"')[1]) == ["eta", "steps"]
     assert " ".join(settings.text["tbody"].split()) == "eta0.52.02.0steps300600300"
-    assert made.count('class="forest"') == len(one.verdict)
-    assert made.split('id="pictures"')[1].count("<img") == 7 * (1 + 3)  # the base once, then each run
-    assert "not measured in the same way" not in made
+    assert page.count('class="forest"') == len(one.verdict)
+    assert page.split('id="pictures"')[1].count("<img") == 7 * (1 + 3)  # the base once, then each run
+    assert "not measured in the same way" not in page
     other = dataclasses.replace(one, measured_with={"sampler": "another"}, verdict=one.verdict[1:])
-    made = compare([one, other])
-    assert "not measured in the same way" in made and "All are equal." in made
-    assert made.split('id="figures"')[1].split("</table>")[0].count("not measured") == 1
+    page = compare([one, other])
+    assert "not measured in the same way" in page and "All are equal." in page
+    assert page.split('id="figures"')[1].split("</table>")[0].count("not measured") == 1
 
 
 def test_a_comparison_tells_when_the_bases_drew_something_else():
     one = evidence()
     other = dataclasses.replace(one, pictures={"g": pairs(["a cat", "alone"], 70)})
-    made = compare([one, other]).split('id="pictures"')[1]
-    assert made.count("<img") == 1 * (2 + 2) and "bases differ" in made
+    page = compare([one, other]).split('id="pictures"')[1]
+    assert page.count("<img") == 1 * (2 + 2) and "bases differ" in page
     apart = dataclasses.replace(one, pictures={"g": pairs(["alone"], 70)})
     assert "Not measured of any two of them." in compare([one, apart]).split('id="pictures"')[1]
     with pytest.raises(ValueError, match="2 to 26 runs, and is given 1"):

@@ -145,6 +145,6 @@ def test_small_images_are_shown_without_loss_and_large_ones_nearly():
 
 @pytest.mark.parametrize("size", [64, 512])
 def test_a_report_of_sixty_pictures_stays_below_3_megabytes(size):
-    made = report(evidence(size=size, pictures={"g": pairs([f"prompt {i}" for i in range(30)], 0, size)}))
-    assert made.count("<img") >= 60
-    assert len(made) < 3e6
+    page = report(evidence(size=size, pictures={"g": pairs([f"prompt {i}" for i in range(30)], 0, size)}))
+    assert page.count("<img") >= 60
+    assert len(page) < 3e6

@@ -74,12 +74,12 @@ def test_the_best_reaches_the_aim_or_misses_it_by_least():
 
 
 def test_the_command_line_refuses_what_it_cannot_read(capsys, tmp_path):
-    given = ("tune", "--config=emoji", f"--output={tmp_path}")
+    command = ("tune", "--config=emoji", f"--output={tmp_path}")
     for flags, words in (
         ((), "--grid is required"),
         (("--grid=eta",), "'eta' is not FIELD=VALUE"),
         (("--grid=eta=1", "--steps=few"), "--steps=few is no number"),
         (("--grid=etta=1",), "unknown recipe field 'etta'"),
     ):
-        assert cli.main([*given, *flags]) == 2
+        assert cli.main([*command, *flags]) == 2
         assert words in capsys.readouterr().err

@@ -58,14 +58,14 @@ def floor(name: str) -> int:
 
 def imports(path: Path) -> list[str]:
     """Dotted names of everything a file imports, wherever in the file."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -94,8 +94,8 @@ def test_the_training_loop_stands_on_step_checkpoint_and_log():
         for path in (ROOT / "esd_jax" / package).glob("*.py"):
             own = [name.split(".")[2:] for name in imports(path) if name.startswith(f"esd_jax.{package}.")]
             # `from package import module`, and `from package.module import name`
-            found = {parts[0] for parts in own}
-            assert found <= order.get(path.stem, set()), path.name
+            modules = {parts[0] for parts in own}
+            assert modules <= order.get(path.stem, set()), path.name
 
 
 def test_a_new_method_is_one_file_and_one_line():

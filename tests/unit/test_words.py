@@ -33,16 +33,16 @@ TYPED = {
 
 def read(typed: list[str]) -> words.Words:
     types = recipe.field_types()
-    found = words.read(typed, cli.VERBS["erase"].defined(), types, {n for n, kind in types.items() if kind is bool})
-    words.place(found)
-    return found
+    options = words.read(typed, cli.VERBS["erase"].defined(), types, {n for n, kind in types.items() if kind is bool})
+    words.place(options)
+    return options
 
 
 @pytest.mark.parametrize("typed", TYPED)
 def test_words_become_fields_and_flags(typed):
-    found = read(typed.split("|"))
-    assert (found.fields, found.rest) == TYPED[typed]
-    assert found.config == ("emoji" if "--config=emoji" in typed else None)
+    actual = read(typed.split("|"))
+    assert (actual.fields, actual.rest) == TYPED[typed]
+    assert actual.config == ("emoji" if "--config=emoji" in typed else None)
 
 
 def test_no_field_is_called_like_a_flag():
