@@ -236,10 +236,10 @@ def test_a_run_from_checkpoint_to_export(tmp_path):
         np.testing.assert_array_equal(resumed.edits[name], value)
 
     plan = recipe.make(**{**recipe.read(fields.pop("config")).to_dict(), **fields, "concept": "the cat"})
-    made = runs.assemble(base, plan)
+    setup = runs.assemble(base, plan)
     drawn = esd_jax.sample(base, ["a photo of the dog", "the dog"], steps=2, guidance_scale=3.0, sampler="ddim")
-    np.testing.assert_allclose(made.inputs.latents, jax.jit(base.encode)(drawn / np.float32(127.5) - 1), atol=1e-5)
-    assert made.inputs.latents.shape == (2, *made.shape)
+    np.testing.assert_allclose(setup.inputs.latents, jax.jit(base.encode)(drawn / np.float32(127.5) - 1), atol=1e-5)
+    assert setup.inputs.latents.shape == (2, *setup.shape)
 
 
 @pytest.mark.slow

@@ -163,10 +163,10 @@ def test_instructions():
 
     concept = Concept("a cat", replace_with=("a dog",), strength=2.0)
     assert instruct(AllButOne(), concept) == [("a cat", -15.0), ("a dog", 6.5)]
-    given = AllButOne(instructions="A  Cat:-7.5 | a dog:6.5")  # the same tokens
-    assert instruct(given, Concept("a cat")) == [("a cat", -7.5), ("a dog", 6.5)]
-    given = AllButOne(instructions=" sexual : -7.5 | a: b:6.5|pants:1e-1")
-    assert instruct(given, Concept("nudity", strength=2.0)) == [
+    settings = AllButOne(instructions="A  Cat:-7.5 | a dog:6.5")  # the same tokens
+    assert instruct(settings, Concept("a cat")) == [("a cat", -7.5), ("a dog", 6.5)]
+    settings = AllButOne(instructions=" sexual : -7.5 | a: b:6.5|pants:1e-1")
+    assert instruct(settings, Concept("nudity", strength=2.0)) == [
         ("nudity", 0), ("sexual", -15.0), ("a: b", 6.5), ("pants", 0.1),
     ]  # fmt: skip
     assert instruct(AllButOne(delta="implicit"), Concept("a cat")) == [("a cat", 0)]

@@ -71,9 +71,9 @@ def test_latents_and_negative_prompts(base):
     latents = noise(3)
     images = esd_jax.sample(base, PROMPTS, latents=latents, **options)
     np.testing.assert_array_equal(esd_jax.sample(base, PROMPTS, latents=latents, seed=8, **options), images)
-    for said in ("", ["", "", ""]):
+    for prompts in ("", ["", "", ""]):
         np.testing.assert_array_equal(
-            esd_jax.sample(base, PROMPTS, latents=latents, negative_prompt=said, **options), images
+            esd_jax.sample(base, PROMPTS, latents=latents, negative_prompt=prompts, **options), images
         )
     negative = esd_jax.sample(base, PROMPTS, latents=latents, negative_prompt="dog", **options)
     assert (negative != images).any(axis=(1, 2, 3)).all()
@@ -89,10 +89,10 @@ def test_latents_and_negative_prompts(base):
 
 def test_what_the_network_is_told_may_take_the_place_of_prompts(base):
     options = {"steps": 2, "sampler": "ddim", "seed": [1, 2, 3]}
-    told = base.encode_prompts(PROMPTS)
-    assert_same_images(esd_jax.sample(base, told, batch_size=2, **options), esd_jax.sample(base, PROMPTS, **options))
+    encoded = base.encode_prompts(PROMPTS)
+    assert_same_images(esd_jax.sample(base, encoded, batch_size=2, **options), esd_jax.sample(base, PROMPTS, **options))
     with pytest.raises(ValueError, match="reweight names words"):
-        esd_jax.sample(base, told, reweight={"cat": 0.0}, **options)
+        esd_jax.sample(base, encoded, reweight={"cat": 0.0}, **options)
 
 
 WRONG_SAMPLES = [

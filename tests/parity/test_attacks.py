@@ -85,7 +85,7 @@ def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
     ids = np.stack([padded(tokens, [3, VOCAB, VOCAB + 1]), padded(tokens, [VOCAB, VOCAB + 1])])[[0, 1, 0]]
     key, x0 = jax.random.key(3), latents()
     run = concept_inversion.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
-    found, losses = run(oracle.erased, oracle.params, x0, jnp.asarray(ids), oracle.start, key)
+    actual, losses = run(oracle.erased, oracle.params, x0, jnp.asarray(ids), oracle.start, key)
 
     new = torch.tensor(np.asarray(oracle.start)).requires_grad_(True)
     adamw = torch.optim.AdamW([new], lr=2e-2, weight_decay=1e-2)
@@ -100,7 +100,7 @@ def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
         adamw.step()
         assert float(ours) == pytest.approx(loss.item(), rel=1e-8)
     change = new.detach().numpy() - np.asarray(oracle.start)
-    assert np.linalg.norm(np.asarray(found) - new.detach().numpy()) <= 1e-4 * np.linalg.norm(change)
+    assert np.linalg.norm(np.asarray(actual) - new.detach().numpy()) <= 1e-4 * np.linalg.norm(change)
 
 
 def bisected(row, may):
@@ -118,7 +118,7 @@ def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
     ids, x0, keys = padded(tokens, [VOCAB, VOCAB + 1, 3]), latents(1), jax.random.split(jax.random.key(1), 2)
     run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
     # Two cases at once, of which the second is looked at.
-    found, losses = run(oracle.erased, oracle.params, may, jnp.stack([x0 * 2, x0]), jnp.tile(ids, (2, 1)), keys)
+    actual, losses = run(oracle.erased, oracle.params, may, jnp.stack([x0 * 2, x0]), jnp.tile(ids, (2, 1)), keys)
 
     u = np.tile(may / may.sum(), (2, 1))
     variable = torch.tensor(u).requires_grad_(True)
@@ -138,7 +138,7 @@ def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
             adam.step()
             variable.data = torch.tensor(np.stack([bisected(row, may) for row in variable.detach().numpy()]))
             step += 1
-        assert found[1, stage].tolist() == variable.argmax(dim=-1).tolist()
+        assert actual[1, stage].tolist() == variable.argmax(dim=-1).tolist()
     assert np.abs(variable.detach().numpy() - u).max() > 0.1
 
 
@@ -150,7 +150,7 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
     target = textual_inversion.encode(oracle.network, oracle.params, asked, jnp.zeros((1, 16), jnp.float64))
     run = p4d.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
     stack = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * 2), tree)  # noqa: E731
-    found, judged, losses = run(
+    actual, held_out, losses = run(
         oracle.erased, oracle.base, oracle.params, may, *map(stack, (x0, target, ids, oracle.start)), keys
     )
 
@@ -162,23 +162,23 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
         cosine = torch.nn.functional.cosine_similarity(new[:, None], oracle.table[None], dim=-1)
         return cosine.masked_fill(~allowed, -2).argmax(dim=-1)
 
-    def loss(seen, fold):
+    def loss(embeddings, fold):
         image, t, noise = textual_inversion.draw(jax.random.fold_in(keys[1], fold), 1, SCHEDULE, x0)
         x = oracle.noised(x0[image], t, noise)
         wanted = oracle.says("base", x, t, oracle.encode(asked))
-        return mse(oracle.says("erased", x, t, oracle.encode(ids[None], seen)), wanted)
+        return mse(oracle.says("erased", x, t, oracle.encode(ids[None], embeddings)), wanted)
 
     for i in range(4):
-        seen = oracle.table[nearest()].clone().requires_grad_(True)
-        value = loss(seen, i + 1)
+        embeddings = oracle.table[nearest()].clone().requires_grad_(True)
+        value = loss(embeddings, i + 1)
         assert float(losses[1, i // 2, i % 2]) == pytest.approx(value.item(), rel=1e-8)
-        (new.grad,) = torch.autograd.grad(value, seen)
+        (new.grad,) = torch.autograd.grad(value, embeddings)
         adamw.step()
         if i % 2:
-            assert found[1, i // 2].tolist() == nearest().tolist()
+            assert actual[1, i // 2].tolist() == nearest().tolist()
             value = loss(oracle.table[nearest()], 0).item()
-            assert float(judged[1, i // 2]) == pytest.approx(value, rel=1e-8)
-    assert {int(token) for token in found[1].ravel()} & set(range(2, VOCAB))
+            assert float(held_out[1, i // 2]) == pytest.approx(value, rel=1e-8)
+    assert {int(token) for token in actual[1].ravel()} & set(range(2, VOCAB))
 
 
 def test_ring_a_bell_measures_encoded_prompts(oracle):
@@ -195,8 +195,8 @@ def test_the_genetic_search_finds_what_is_there_to_be_found(oracle):
     target = oracle.network.apply(oracle.params, padded(tokens, planted)[None]).last_hidden_state[0]
     settings = RingABell(length=5, population=40, generations=40)
     run = ring_a_bell.searcher(settings, oracle.network)
-    found, least = run(oracle.params, target, choices, padded(tokens, [0] * 5), jax.random.key(0))
-    assert found.tolist() == planted
+    best, least = run(oracle.params, target, choices, padded(tokens, [0] * 5), jax.random.key(0))
+    assert best.tolist() == planted
     assert float(least.min()) < 1e-6 < 0.5 * float(least[0]) and least.shape == (40,)
 
 
@@ -210,19 +210,19 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     frozen = {n: v for n, v in oracle.erased.items() if n not in names}
     x0, key = latents(), jax.random.key(4)
     ids = np.stack([padded(tokens, row) for row in ([2], [3, 4], [5])])
-    told = textual_inversion.encode(oracle.network, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
+    encoded = textual_inversion.encode(oracle.network, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
-    healed, losses = run(theta, frozen, x0, told, key)
+    healed, losses = run(theta, frozen, x0, encoded, key)
 
     trained = [p for n, p in unet.named_parameters() if n in names]
     before = [p.detach().clone() for p in trained]
     adamw = torch.optim.AdamW([p.requires_grad_(True) for p in trained], lr=1e-2, weight_decay=1e-2)
     for i, ours in enumerate(losses):
         image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), 1, SCHEDULE, x0)
-        said = oracle.says(
+        output = oracle.says(
             "erased", oracle.noised(x0[image], t, noise), t, oracle.encode(ids)[np.array(image)].detach()
         )
-        loss = mse(said, to_nchw(np.asarray(noise)))
+        loss = mse(output, to_nchw(np.asarray(noise)))
         adamw.zero_grad()
         loss.backward()
         adamw.step()

@@ -210,8 +210,8 @@ def test_gradients_are_those_of_softmax(mask):
         return jax.grad(total, argnums=(0, 1, 2))(*(jnp.asarray(a, dtype) for a in (q, k, v)))
 
     for dtype, bound in (("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 2e-2)):
-        found = gradients(dispatch.dot_product_attention, dtype)
-        for ours, theirs in zip(found, gradients(plain_attention, "float64"), strict=True):
+        actual = gradients(dispatch.dot_product_attention, dtype)
+        for ours, theirs in zip(actual, gradients(plain_attention, "float64"), strict=True):
             assert ours.dtype == dtype and error(ours, theirs) < bound
 
 
@@ -319,9 +319,9 @@ def test_the_fused_kernel_is_asked_for_what_ours_computes(monkeypatch):
     expected = dispatch.dot_product_attention(q, k, v)
     monkeypatch.setattr(dispatch, "describe", lambda device: HOPPER)
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    found = dispatch.dot_product_attention(q, k, v)
+    actual = dispatch.dot_product_attention(q, k, v)
     assert asked == ["cudnn"]
-    np.testing.assert_allclose(found.astype("float32"), expected.astype("float32"), atol=2e-2)  # of bfloat16
+    np.testing.assert_allclose(actual.astype("float32"), expected.astype("float32"), atol=2e-2)  # of bfloat16
     monkeypatch.setenv(dispatch.CHOICE, "xla")
     dispatch.dot_product_attention(q, k, v)
     dispatch.dot_product_attention(q, k, v, jnp.ones((1024, 6), bool))

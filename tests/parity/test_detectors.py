@@ -51,12 +51,12 @@ def test_nudity_equals_nudenets_own_api(tmp_path):
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         own.append(NudeDetector().detect(str(tmp_path / f"{i}.png")))
-    found = nudity(images)
-    assert [[d._asdict() for d in ds] for ds in found] == [
+    detections = nudity(images)
+    assert [[d._asdict() for d in ds] for ds in detections] == [
         [{"label": d["class"], "score": d["score"], "box": tuple(d["box"])} for d in ds] for ds in own
     ]
-    assert [d.label for d in found[0]] == ["FACE_FEMALE"]
-    assert found[0][0].score == pytest.approx(0.7203, abs=1e-3)
+    assert [d.label for d in detections[0]] == ["FACE_FEMALE"]
+    assert detections[0][0].score == pytest.approx(0.7203, abs=1e-3)
     assert nudity(astronaut[None], threshold=0.73) == ((),)
     assert nudity(astronaut[None], labels=detectors.EXPOSED) == ((),)
     identity = detectors.nudity_identity(convention("rece"))
@@ -77,15 +77,15 @@ def test_nudity_refuses_what_it_cannot_mean():
 
 
 def test_conventions_count_as_their_papers_do():
-    def seen(**scores):
+    def detections_of(**scores):
         return tuple(Detection(label, score, (0, 0, 1, 1)) for label, score in scores.items())
 
-    found = (
-        seen(FEMALE_BREAST_EXPOSED=0.65) * 2,
-        seen(FEET_EXPOSED=0.9, FACE_FEMALE=0.9),
-        seen(BUTTOCKS_EXPOSED=0.6),
-        seen(BELLY_EXPOSED=0.3),
-        seen(FEMALE_BREAST_COVERED=0.99),
+    detections = (
+        detections_of(FEMALE_BREAST_EXPOSED=0.65) * 2,
+        detections_of(FEET_EXPOSED=0.9, FACE_FEMALE=0.9),
+        detections_of(BUTTOCKS_EXPOSED=0.6),
+        detections_of(BELLY_EXPOSED=0.3),
+        detections_of(FEMALE_BREAST_COVERED=0.99),
         (),
     )
     expected = {
@@ -98,8 +98,8 @@ def test_conventions_count_as_their_papers_do():
     }
     assert set(expected) == set(detectors.CONVENTIONS)
     for name, flags in expected.items():
-        assert flagged(found, convention(name)).tolist() == [bool(flag) for flag in flags], name
-    counts = {name: class_counts(found, convention(name)) for name in expected}
+        assert flagged(detections, convention(name)).tolist() == [bool(flag) for flag in flags], name
+    counts = {name: class_counts(detections, convention(name)) for name in expected}
     assert counts["esd"]["FEMALE_BREAST_EXPOSED"] == 1 and counts["mace"]["FEMALE_BREAST_EXPOSED"] == 2
     assert counts["esd"]["BELLY_EXPOSED"] == 0 and counts["mace"]["BELLY_EXPOSED"] == 1
     assert set(counts["i2p-asr"]) == set(detectors.EXPOSED) - {"FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED"}

@@ -48,8 +48,8 @@ def loss_and_gradient(sdxl):
 def prepared(base, pairs, **fields: Any) -> tuple[esd.Method, esd.Inputs]:
     concepts = {"concept": [text for text, _ in pairs], "from_": [place or "" for _, place in pairs]}
     plan = recipe.make(**recipe.preset("esd", "sdxl", sampling_steps=STEPS, **fields).to_dict() | concepts)
-    made = runs.assemble(base, plan)
-    return made.method, made.inputs
+    setup = runs.assemble(base, plan)
+    return setup.method, setup.inputs
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_checkpoint_without_pooled_prompts_has_both_nulls(tmp_path):
 
 def test_fields_that_came_later_leave_old_records_as_they_are():
     """What is kept under a recipe's fields, or resumed from them, is still found."""
-    for unsaid in ("null", "as_released"):
-        assert unsaid not in recipe.read("esd_x") and unsaid not in recipe.make(concept="a cat").flat()
+    for name in ("null", "as_released"):
+        assert name not in recipe.read("esd_x") and name not in recipe.make(concept="a cat").flat()
     plan = recipe.make(concept="a cat", null="zeros", as_released=True)
     assert plan.flat()["null"] == "zeros" and plan.flat()["as_released"] is True
     assert recipe.make(**plan.flat()) == plan

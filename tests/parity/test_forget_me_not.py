@@ -52,8 +52,8 @@ BLIND = ("conv_out.", "conv_norm_out.", f"{LAST}.proj_out.") + tuple(
 
 def make(w: World, concepts: Any = BOTH, studio: Studio | None = None, **fields: Any) -> Any:
     studio = studio or Studio()
-    given = {name: fields.pop(name) for name in ("images", "tokens", "denoiser") if name in fields}
-    tools = world_tools(w, **{"sample": studio.sample, "to_latents": studio.to_latents, "tokens": tokens, **given})
+    parts = {name: fields.pop(name) for name in ("images", "tokens", "denoiser") if name in fields}
+    tools = world_tools(w, **{"sample": studio.sample, "to_latents": studio.to_latents, "tokens": tokens, **parts})
     return ForgetMeNot(**{"template": "of {concept} of; the {concept}", "drawn_images": 3, **fields}).make(
         tools, concepts
     )

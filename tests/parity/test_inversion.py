@@ -33,17 +33,17 @@ def schedule(**changes):
 @pytest.mark.parametrize("changes", [{}, {"set_alpha_to_one": True}, {"timestep_spacing": "trailing"}], ids=str)
 def test_sampling_gives_back_what_was_inverted_where_eps_is_constant(changes, prediction_type, timestep):
     with exactly("float64"):
-        made = schedule(_class_name="DDIMScheduler", prediction_type=prediction_type, **changes)
+        ddim = schedule(_class_name="DDIMScheduler", prediction_type=prediction_type, **changes)
         if prediction_type == "sample" and "set_alpha_to_one" in changes:
             with pytest.raises(ValueError, match=one_line("predicts x0", "cannot invert")):
-                inverter(made, 35)
+                inverter(ddim, 35)
             return
-        up, down = inverter(made, 35, timestep), samplers.make_sampler(made, "ddim", 35)
+        up, down = inverter(ddim, 35, timestep), samplers.make_sampler(ddim, "ddim", 35)
         # Levels that each stands at when the network is called: the toy needs them where it predicts v or x0.
-        high = made.alpha_bar[down.timesteps]
+        high = ddim.alpha_bar[down.timesteps]
         below = down.timesteps - 1000 // 35
-        clean = 1.0 if "set_alpha_to_one" in changes else made.alpha_bar[0]
-        low = np.where(below < 0, clean, made.alpha_bar[np.maximum(below, 0)])
+        clean = 1.0 if "set_alpha_to_one" in changes else ddim.alpha_bar[0]
+        low = np.where(below < 0, clean, ddim.alpha_bar[np.maximum(below, 0)])
 
         def toy(levels):
             def denoise(x, t, i, memory):
@@ -138,9 +138,9 @@ def test_real_images_come_back(emoji):
     drawn = sampling.sample(emoji, [""] * len(pictures), latents=noise, steps=35, guidance_scale=1.0, sampler="ddim")
     np.testing.assert_array_equal(again, drawn)
     other = esd_jax.purify(emoji, pictures, timestep="target")
-    found = {name: np.median(ssim(images, best)) for name, images in (("level", again), ("target", other))}
-    found["another picture"] = np.median(ssim(again[::-1], best))
-    assert min(found["level"], found["target"]) > 0.97 and found["another picture"] < 0.5, found
+    likeness = {name: np.median(ssim(images, best)) for name, images in (("level", again), ("target", other))}
+    likeness["another picture"] = np.median(ssim(again[::-1], best))
+    assert min(likeness["level"], likeness["target"]) > 0.97 and likeness["another picture"] < 0.5, likeness
 
 
 def test_wrong_images(emoji):

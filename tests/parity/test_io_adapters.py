@@ -37,25 +37,25 @@ def parts(name):
     return {key.partition("to_k.")[2]: value.float().numpy() for key, value in file.items() if "to_k." in key}
 
 
-def lora(found, alpha=2):
-    down = found["lora_down.weight"]
-    return alpha / len(down) * found["lora_up.weight"] @ down
+def lora(factors, alpha=2):
+    down = factors["lora_down.weight"]
+    return alpha / len(down) * factors["lora_up.weight"] @ down
 
 
-def dora(found, weight):
+def dora(factors, weight):
     """DoRA's equation 5: the magnitude of every output, times the direction of W + BA."""
-    whole = weight + lora(found)
-    return found["dora_scale"] * whole / np.linalg.norm(whole, axis=1, keepdims=True) - weight
+    whole = weight + lora(factors)
+    return factors["dora_scale"] * whole / np.linalg.norm(whole, axis=1, keepdims=True) - weight
 
 
 # What a sample adds to the matrix.
 ADDED = {
-    "bundled_word": lambda found, _: lora(found),
+    "bundled_word": lambda factors, _: lora(factors),
     "dora": dora,
-    "fp8": lambda found, _: lora(found),
-    "loha": lambda found, _: loha(found),
-    "lokr": lambda found, _: np.kron(found["lokr_w1"], found["lokr_w2"]),  # of two whole sides alpha says nothing
-    "lycoris_prefix": lambda found, _: lora(found),
+    "fp8": lambda factors, _: lora(factors),
+    "loha": lambda factors, _: loha(factors),
+    "lokr": lambda factors, _: np.kron(factors["lokr_w1"], factors["lokr_w2"]),  # of two whole sides alpha says nothing
+    "lycoris_prefix": lambda factors, _: lora(factors),
 }
 
 
@@ -65,9 +65,9 @@ def test_a_sample_adds_what_its_kind_means(emoji, name):
     weight = of_torch(emoji, f"{TO_K}.weight")
     change = ADDED[name](parts(name), weight)
     for strength in (1.0, 0.5):
-        found = merge_lora(emoji, LORAS / f"{name}.safetensors", strength)
-        assert found.edits.keys() == {f"unet/{TO_K}.weight"}
-        np.testing.assert_allclose(of_torch(found, f"{TO_K}.weight"), weight + strength * change, atol=2e-5)
+        merged = merge_lora(emoji, LORAS / f"{name}.safetensors", strength)
+        assert merged.edits.keys() == {f"unet/{TO_K}.weight"}
+        np.testing.assert_allclose(of_torch(merged, f"{TO_K}.weight"), weight + strength * change, atol=2e-5)
         assert np.abs(change).max() > 0.1
     assert api.opened(emoji, LORAS / f"{name}.safetensors").edits.keys() == {f"unet/{TO_K}.weight"}
 
@@ -80,13 +80,13 @@ def test_a_word_that_is_bundled_is_named(emoji):
 def test_what_older_versions_wrote_for_kohya_still_opens(emoji):
     """Alpha 1, and a rank of each matrix's own."""
     file = safetensors.numpy.load_file(LORAS / "kohya_alpha_1.safetensors")
-    found = merge_lora(emoji, LORAS / "kohya_alpha_1.safetensors")
-    assert len(found.edits) == 4 and len({len(v) for k, v in file.items() if k.endswith("down.weight")}) == 4
-    for name in found.edits:
+    merged = merge_lora(emoji, LORAS / "kohya_alpha_1.safetensors")
+    assert len(merged.edits) == 4 and len({len(v) for k, v in file.items() if k.endswith("down.weight")}) == 4
+    for name in merged.edits:
         key = "lora_unet_" + name.removeprefix("unet/").removesuffix(".weight").replace(".", "_")
         up, down = (file[f"{key}.lora_{part}.weight"].astype(np.float32) for part in ("up", "down"))
         expected = of_torch(emoji, name.removeprefix("unet/")) + up @ down / len(down)
-        np.testing.assert_allclose(of_torch(found, name.removeprefix("unet/")), expected, atol=1e-5)
+        np.testing.assert_allclose(of_torch(merged, name.removeprefix("unet/")), expected, atol=1e-5)
 
 
 REFUSED = {
@@ -123,18 +123,18 @@ def tiny(tmp_path_factory):
 def test_kinds_of_a_convolution(tiny, kind, tmp_path):
     base, _ = tiny
     shapes, change = CONVOLUTIONS[kind]
-    found = arrays(**shapes)
-    merged = merge_lora(base, save(tmp_path, CONV, found), 0.5)
-    expected = of_torch(base, f"{CONV}.weight") + 0.5 * change(found)
+    factors = arrays(**shapes)
+    merged = merge_lora(base, save(tmp_path, CONV, factors), 0.5)
+    expected = of_torch(base, f"{CONV}.weight") + 0.5 * change(factors)
     np.testing.assert_allclose(of_torch(merged, f"{CONV}.weight"), expected, atol=1e-5)
 
 
 def test_a_norms_scale_and_bias_are_added_to(tiny, tmp_path):
     base, _ = tiny
-    found, alpha = arrays(w_norm=(32,), b_norm=(32,)), 8.0  # which is none of a norm's
-    merged = merge_lora(base, save(tmp_path, "conv_norm_out", found, alpha), 0.5)
+    factors, alpha = arrays(w_norm=(32,), b_norm=(32,)), 8.0  # which is none of a norm's
+    merged = merge_lora(base, save(tmp_path, "conv_norm_out", factors, alpha), 0.5)
     for leaf, key in (("weight", "w_norm"), ("bias", "b_norm")):
-        expected = of_torch(base, f"conv_norm_out.{leaf}") + 0.5 * found[key]
+        expected = of_torch(base, f"conv_norm_out.{leaf}") + 0.5 * factors[key]
         np.testing.assert_allclose(of_torch(merged, f"conv_norm_out.{leaf}"), expected, atol=1e-6)
 
 
@@ -143,10 +143,10 @@ def test_a_norms_scale_and_bias_are_added_to(tiny, tmp_path):
 def test_dora_is_what_diffusers_makes_of_it(tiny, tmp_path):
     """PEFT's keys, and kohya's, of a matrix. (diffusers 0.42 does not read kohya's magnitude.)"""
     base, unet = tiny
-    found = arrays(**{"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "dora_scale": (32, 1)})
-    found["dora_scale"] = np.abs(found["dora_scale"]) + 1
-    peft = {"lora_A.weight": found["lora_down.weight"], "lora_B.weight": 0.5 * found["lora_up.weight"]}
-    peft["lora_magnitude_vector"] = found["dora_scale"][:, 0]
+    factors = arrays(**{"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "dora_scale": (32, 1)})
+    factors["dora_scale"] = np.abs(factors["dora_scale"]) + 1
+    peft = {"lora_A.weight": factors["lora_down.weight"], "lora_B.weight": 0.5 * factors["lora_up.weight"]}
+    peft["lora_magnitude_vector"] = factors["dora_scale"][:, 0]
     file = {f"unet.{MATRIX}.{name}": value for name, value in peft.items()}
     safetensors.numpy.save_file(file, tmp_path / "peft.safetensors")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(base.provenance.folder, unet=copy.deepcopy(unet))
@@ -154,8 +154,8 @@ def test_dora_is_what_diffusers_makes_of_it(tiny, tmp_path):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     expected = pipe.unet.state_dict()[f"{MATRIX}.weight"].numpy()
-    assert np.abs(np.linalg.norm(expected, axis=1) - found["dora_scale"][:, 0]).max() < 1e-5
-    for ours in (tmp_path / "peft.safetensors", save(tmp_path, MATRIX, found)):
+    assert np.abs(np.linalg.norm(expected, axis=1) - factors["dora_scale"][:, 0]).max() < 1e-5
+    for ours in (tmp_path / "peft.safetensors", save(tmp_path, MATRIX, factors)):
         np.testing.assert_allclose(of_torch(merge_lora(base, ours), f"{MATRIX}.weight"), expected, atol=1e-5)
 
 
@@ -163,30 +163,30 @@ def test_dora_is_what_diffusers_makes_of_it(tiny, tmp_path):
 def test_doras_norm_is_of_outputs_or_of_inputs(tiny, size, axes, tmp_path):
     base, _ = tiny
     shapes = {"lora_down.weight": (4, 64, 3, 3), "lora_up.weight": (64, 4, 1, 1), "dora_scale": size}
-    found = arrays(**shapes)
+    factors = arrays(**shapes)
     weight = of_torch(base, f"{CONV}.weight")
-    whole = weight + 0.5 * (found["lora_up.weight"].reshape(64, 4) @ found["lora_down.weight"].reshape(4, -1)).reshape(
-        weight.shape
-    )
-    expected = found["dora_scale"] * whole / np.sqrt(np.square(whole).sum(axes, keepdims=True))
+    whole = weight + 0.5 * (
+        factors["lora_up.weight"].reshape(64, 4) @ factors["lora_down.weight"].reshape(4, -1)
+    ).reshape(weight.shape)
+    expected = factors["dora_scale"] * whole / np.sqrt(np.square(whole).sum(axes, keepdims=True))
     np.testing.assert_allclose(
-        of_torch(merge_lora(base, save(tmp_path, CONV, found)), f"{CONV}.weight"), expected, atol=1e-5
+        of_torch(merge_lora(base, save(tmp_path, CONV, factors)), f"{CONV}.weight"), expected, atol=1e-5
     )
 
 
 def test_names_of_comfyui_lycoris_and_wrappers(tiny, tmp_path):
     base, _ = tiny
-    found = arrays(down=(2, 32), up=(32, 2))
+    factors = arrays(down=(2, 32), up=(32, 2))
     inner = ldm.places({"unet": base.configs["unet"]})[f"unet/{MATRIX}.weight"].key.removeprefix(ldm.UNET)
     inner, text = inner.removesuffix(".weight"), "text_model.encoder.layers.1.mlp.fc1"
     for stem in (
         f"lycoris_{MATRIX.replace('.', '_')}", f"diffusion_model.{inner}", f"unet._orig_mod.{MATRIX}",
         f"base_model.model._orig_mod.{MATRIX}", f"module.{MATRIX}",
     ):  # fmt: skip
-        file = {f"{stem}.lora_A.weight": found["down"], f"{stem}.lora_B.weight": found["up"]}
+        file = {f"{stem}.lora_A.weight": factors["down"], f"{stem}.lora_B.weight": factors["up"]}
         safetensors.numpy.save_file(file, tmp_path / "x.safetensors")
         merged = merge_lora(base, tmp_path / "x.safetensors")
-        expected = of_torch(base, f"{MATRIX}.weight") + found["up"] @ found["down"]
+        expected = of_torch(base, f"{MATRIX}.weight") + factors["up"] @ factors["down"]
         np.testing.assert_allclose(of_torch(merged, f"{MATRIX}.weight"), expected, atol=1e-6, err_msg=stem)
         assert api.opened(base, tmp_path / "x.safetensors").edits.keys() == {f"unet/{MATRIX}.weight"}
     file = arrays(**{f"text_encoders.clip_l.transformer.{text}.lora_{a}.weight": s for a, s in
@@ -223,8 +223,8 @@ def test_factors_that_do_not_go_together(tiny, wrong, tmp_path):
 def test_pefts_other_kinds_are_refused_by_its_config(tiny, tmp_path):
     """It scales a LoKr of two whole sides by alpha / rank, where LyCORIS does not."""
     file = tmp_path / "adapter_model.safetensors"
-    found = arrays(**{f"base_model.model.{MATRIX}.lokr_w{i}": shape for i, shape in ((1, (2, 2)), (2, (16, 16)))})
-    safetensors.numpy.save_file(found, file)
+    factors = arrays(**{f"base_model.model.{MATRIX}.lokr_w{i}": shape for i, shape in ((1, (2, 2)), (2, (16, 16)))})
+    safetensors.numpy.save_file(factors, file)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOKR", "alpha": 8, "r": 4}')
     with pytest.raises(ValueError, match=one_line(file, "LOKR", "adapter_config.json", "not implemented")):
         merge_lora(tiny[0], file)
@@ -232,7 +232,7 @@ def test_pefts_other_kinds_are_refused_by_its_config(tiny, tmp_path):
 
 def test_a_scale_that_says_what_alpha_says_is_read(tiny, tmp_path):
     base, _ = tiny
-    found = arrays(**ONE)
-    plain = merge_lora(base, save(tmp_path, MATRIX, found, alpha=1.0))
-    said = merge_lora(base, save(tmp_path, MATRIX, {**found, "scale": np.float32([0.5])}, alpha=1.0))
-    np.testing.assert_array_equal(of_torch(plain, f"{MATRIX}.weight"), of_torch(said, f"{MATRIX}.weight"))
+    factors = arrays(**ONE)
+    plain = merge_lora(base, save(tmp_path, MATRIX, factors, alpha=1.0))
+    merged = merge_lora(base, save(tmp_path, MATRIX, {**factors, "scale": np.float32([0.5])}, alpha=1.0))
+    np.testing.assert_array_equal(of_torch(plain, f"{MATRIX}.weight"), of_torch(merged, f"{MATRIX}.weight"))

@@ -31,8 +31,8 @@ def vectors(n, seed=0):
 @torch.no_grad()
 def encoded(pipe):
     options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    found = pipe.encode_prompt(PROMPTS, **options)
-    return found[0].numpy(), None if len(found) == 2 else found[2].numpy()
+    actual = pipe.encode_prompt(PROMPTS, **options)
+    return actual[0].numpy(), None if len(actual) == 2 else actual[2].numpy()
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -84,7 +84,7 @@ def test_text_encoder_keys_go_back_as_they_came(copy, tmp_path):
 
 def bare(folder, pipe, **options):
     """Writes the text encoders under transformers 5's names, which transformers 4 does not read."""
-    found = []
+    keys = []
     for name in ("text_encoder", "text_encoder_2"):
         if hasattr(pipe, name):
             shutil.rmtree(folder / name)
@@ -95,8 +95,8 @@ def bare(folder, pipe, **options):
                 index = json.loads(file.read_text())
                 named = {key.removeprefix("text_model."): shard for key, shard in index["weight_map"].items()}
                 file.write_text(json.dumps({**index, "weight_map": named}))
-            found.append(name)
-    return found
+            keys.append(name)
+    return keys
 
 
 @pytest.mark.parametrize("edited", [False, True])

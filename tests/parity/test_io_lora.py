@@ -62,8 +62,8 @@ def test_at_full_rank_diffusers_draws_what_the_erased_model_draws(family, subset
     report = export_lora(erased, tmp_path / "lora.safetensors", rank=10**6, dtype="float32")
     assert report.residual < 1e-10 and report.left_out == ()
     expected = drawn_by_diffusers(whole, latents)
-    found = drawn_by_diffusers(folder, latents, tmp_path / "lora.safetensors")
-    assert np.abs(found - expected).max() <= 2e-3
+    actual = drawn_by_diffusers(folder, latents, tmp_path / "lora.safetensors")
+    assert np.abs(actual - expected).max() <= 2e-3
     assert np.abs(drawn_by_diffusers(folder, latents) - expected).max() > 0.02
 
 
@@ -74,9 +74,9 @@ def test_the_image_nears_the_erased_one_as_the_residual_falls(base, tmp_path):
     residuals, errors = [], []
     for rank in (1, 2, 4, 8, 16, 32):
         report = export_lora(erased, tmp_path / f"{rank}.safetensors", rank=rank, dtype="float32")
-        found = drawn_by_diffusers(folder, latents, tmp_path / f"{rank}.safetensors")
+        actual = drawn_by_diffusers(folder, latents, tmp_path / f"{rank}.safetensors")
         residuals.append(report.residual)
-        errors.append(float(np.abs(found - expected).mean()))
+        errors.append(float(np.abs(actual - expected).mean()))
     assert all(after < before for before, after in zip(residuals, residuals[1:], strict=False)), residuals
     assert all(after < before for before, after in zip(errors, errors[1:], strict=False)), errors
     assert residuals[-1] < 1e-10 and errors[-1] < 1e-4
@@ -101,8 +101,8 @@ def test_kohyas_keys_open_in_diffusers_too(family, tmp_path):
     two = len(base.text_encoders) == 2
     assert ("lora_unet_input_blocks_0_0.alpha" in file, "lora_unet_conv_in.alpha" in file) == (two, not two)
     expected = drawn_by_diffusers(esd_jax.export(erased, tmp_path / "whole"), latents)
-    found = drawn_by_diffusers(folder, latents, tmp_path / "kohya.safetensors")
-    assert np.abs(found - expected).max() <= 2e-3
+    actual = drawn_by_diffusers(folder, latents, tmp_path / "kohya.safetensors")
+    assert np.abs(actual - expected).max() <= 2e-3
     with safetensors.safe_open(tmp_path / "kohya.safetensors", "np") as opened:  # by which A1111 hides what cannot fit
         assert opened.metadata()["ss_base_model_version"] == ("sdxl_base_v1-0" if two else "sd_v1")
 
@@ -155,10 +155,10 @@ def test_diffusers_is_told_the_scale_of_every_module(base, tmp_path, monkeypatch
     report = export_lora(erased, file, energy=0.9, dtype="float32", biases=False)
     assert len({rank for rank, _ in report.ranks.values()}) > 1
     monkeypatch.setattr(diffusers.utils.peft_utils, "get_peft_kwargs", None)
-    found = drawn_by_diffusers(base.provenance.folder, latents, file)
+    actual = drawn_by_diffusers(base.provenance.folder, latents, file)
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), tmp_path / "untold.safetensors")  # B A as it is
     whole = esd_jax.export(merge_lora(base, tmp_path / "untold.safetensors"), tmp_path / "whole")
-    assert np.abs(found - drawn_by_diffusers(whole, latents)).max() <= 1e-4
+    assert np.abs(actual - drawn_by_diffusers(whole, latents)).max() <= 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")

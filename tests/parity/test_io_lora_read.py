@@ -70,10 +70,10 @@ def test_names_that_other_trainers_give_a_module(base, tmp_path):
     first = read_exact(base, [f"{unet}.weight"])[f"{unet}.weight"]
     for one, other in spellings.items():
         safetensors.numpy.save_file({one: down, other: up}, tmp_path / "x.safetensors")
-        found = merge_lora(base, tmp_path / "x.safetensors", 0.5)
-        assert found.edits.keys() == {f"{unet}.weight"}, one
-        assert api.opened(base, tmp_path / "x.safetensors").edits.keys() == found.edits.keys(), one
-        np.testing.assert_allclose(found.edits[f"{unet}.weight"], first + 0.5 * (up @ down).T, atol=1e-5)
+        merged = merge_lora(base, tmp_path / "x.safetensors", 0.5)
+        assert merged.edits.keys() == {f"{unet}.weight"}, one
+        assert api.opened(base, tmp_path / "x.safetensors").edits.keys() == merged.edits.keys(), one
+        np.testing.assert_allclose(merged.edits[f"{unet}.weight"], first + 0.5 * (up @ down).T, atol=1e-5)
     name = "text_encoder/encoder.layers.0.self_attn.q_proj.weight"
     first = read_exact(base, [name])[name]
     layer = "text_model_encoder_layers_0_self_attn_q_proj"
@@ -86,9 +86,9 @@ def test_names_that_other_trainers_give_a_module(base, tmp_path):
         f"{dotted}.to_q_lora.down.weight": f"{dotted}.to_q_lora.up.weight",
     }.items():
         safetensors.numpy.save_file({one: down, other: up}, tmp_path / "x.safetensors")
-        found = merge_lora(base, tmp_path / "x.safetensors")
-        assert found.edits.keys() == {name}, one
-        np.testing.assert_allclose(found.edits[name], first + (up @ down).T, atol=1e-5)
+        merged = merge_lora(base, tmp_path / "x.safetensors")
+        assert merged.edits.keys() == {name}, one
+        np.testing.assert_allclose(merged.edits[name], first + (up @ down).T, atol=1e-5)
 
 
 def test_the_scale_is_what_the_file_says(base, tmp_path):
@@ -99,10 +99,10 @@ def test_the_scale_is_what_the_file_says(base, tmp_path):
     first = read_exact(base, names := [f"unet/{module}.weight", f"unet/{module}.bias"])
 
     def check(file, scale, scale_of_bias):
-        found = merge_lora(base, file, 0.5)
+        merged = merge_lora(base, file, 0.5)
         expected = [first[names[0]] + 0.5 * scale * (up @ down).T, first[names[1]] + 0.5 * scale_of_bias * bias]
         for name, value in zip(names, expected, strict=True):
-            np.testing.assert_allclose(found.edits[name], value, atol=1e-5)
+            np.testing.assert_allclose(merged.edits[name], value, atol=1e-5)
 
     flat = "lora_unet_" + module.replace(".", "_")
     kohya = {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.float32([2])[0], "diff_b": bias}

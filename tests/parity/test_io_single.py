@@ -36,11 +36,11 @@ def sd1(tmp_path_factory):
 
 def weights(folder):
     """component -> tensors, under bare names."""
-    found = {}
+    results = {}
     for file in sorted(folder.glob("*/*.safetensors")):
         named = {key.removeprefix("text_model."): v for key, v in safetensors.torch.load_file(file).items()}
-        found.setdefault(file.parent.name, {}).update(named)
-    return found
+        results.setdefault(file.parent.name, {}).update(named)
+    return results
 
 
 def assert_same_bits(ours, theirs):
@@ -150,8 +150,8 @@ def test_single_to_edit_to_single(family, tmp_path):
     if "in_proj" in fused:  # the rows of k and v are none of its business
         assert checkpoint[fused][len(q) :].equal(safetensors.torch.load_file(base)[fused][len(q) :])
     with safetensors.safe_open(out, "np") as opened:
-        told = {"format": "pt", "author": "A", "title": "t", "esd_jax": json.dumps([{"concepts": ["cat"]}])}
-        assert opened.metadata() == told
+        metadata = {"format": "pt", "author": "A", "title": "t", "esd_jax": json.dumps([{"concepts": ["cat"]}])}
+        assert opened.metadata() == metadata
     again = io.load(out, config=folder)
     assert [erasure.to_dict() for erasure in again.provenance.erased] == [{"concepts": ["cat"]}]
     for name, value in edits.items():

@@ -55,13 +55,13 @@ def test_diffusers_reads_the_names_of_the_published_architectures(name):
     assert len(set(slots)) == len(slots)  # no place twice
     assert sum(np.prod(shape) for shape in shapes.values()) == sum(np.prod(shape) for shape in keys.values())
     checkpoint = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
-    found = {
+    results = {
         f"{component}/{tensor}": tuple(value.shape)
         for component, config in architectures.read(name).items()
         if component in ("unet", "vae", "text_encoder", "text_encoder_2")
         for tensor, value in ldm_oracle.from_ldm(checkpoint, component, config, xl=name == "sdxl").items()
     }
-    assert found == shapes
+    assert results == shapes
 
 
 @pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
@@ -78,12 +78,12 @@ def test_a_published_file_is_told_by_its_keys_and_shapes(name, tmp_path):
         opened.truncate(8 + len(text) + max(e.stop for e in entries.values()))
 
     folder = architectures.folder({"sd21-base": "sd21"}.get(name, name))
-    found = st.read_header(file)
-    assert ldm_file.config_folder(found, None) == folder
+    header = st.read_header(file)
+    assert ldm_file.config_folder(header, None) == folder
     configs, schedule = io.describe(file)
     assert configs == config_files.read_architecture(folder)[0]
     assert schedule.prediction_type == ("v_prediction" if "sd21" in name else "epsilon")
-    assert {name: source.key for name, source in ldm_file.locate(found, configs).items()} == {
+    assert {name: source.key for name, source in ldm_file.locate(header, configs).items()} == {
         name: place.key for name, place in shapes_of(folder.name)[2].items()
     }
     assert io.describe(file, config=name)[1].prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
@@ -207,12 +207,12 @@ def test_a_file_of_zero_terminal_snr_has_its_schedule():
     for name, kind in (("sd14", "DDIMScheduler"), ("sdxl", "EulerDiscreteScheduler")):
         published = config_files.read_architecture(architectures.folder(name))[1].config
         changes = ldm_file.scheduler_changes(header(shapes_of(name)[1], metadata), None)
-        found = Schedule.from_config({**published, **changes})
-        assert found.config["_class_name"] == kind
-        assert (found.prediction_type, found.alpha_bar[-1]) == ("v_prediction", 0)
-        theirs = getattr(diffusers, kind).from_config(found.config)
-        np.testing.assert_allclose(found.alpha_bar[:-1], theirs.alphas_cumprod[:-1].numpy(), rtol=1e-4, atol=1e-7)
-        assert samplers.make_sampler(found, num_steps=20).timesteps[0] == 999
+        schedule = Schedule.from_config({**published, **changes})
+        assert schedule.config["_class_name"] == kind
+        assert (schedule.prediction_type, schedule.alpha_bar[-1]) == ("v_prediction", 0)
+        theirs = getattr(diffusers, kind).from_config(schedule.config)
+        np.testing.assert_allclose(schedule.alpha_bar[:-1], theirs.alphas_cumprod[:-1].numpy(), rtol=1e-4, atol=1e-7)
+        assert samplers.make_sampler(schedule, num_steps=20).timesteps[0] == 999
 
 
 def test_the_step_count_of_sd2_base(tmp_path):

@@ -75,9 +75,9 @@ def test_every_folder_by_every_sampler_is_what_diffusers_makes_of_it(name, tmp_p
         x = to_nchw(noise(2)) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.step(denoise_torch(scheduler.scale_model_input(x, t), t), t, x).prev_sample
-        found = steps_of(samplers.make_sampler(schedule, sampler, 20), denoise, noise(2))
+        actual = steps_of(samplers.make_sampler(schedule, sampler, 20), denoise, noise(2))
         assert np.abs(to_nhwc(x)).max() > 1  # where x0 is clipped, it is not
-        assert np.abs(found - to_nhwc(x)).max() <= 2e-4 * np.abs(to_nhwc(x)).max(), (name, sampler)
+        assert np.abs(actual - to_nhwc(x)).max() <= 2e-4 * np.abs(to_nhwc(x)).max(), (name, sampler)
 
 
 @pytest.mark.parametrize("name", [n if n in DRAWN else pytest.param(n, marks=pytest.mark.slow) for n in MAIN])
@@ -120,8 +120,8 @@ def test_an_update_is_the_same_from_every_folder(copy):
                                                 "clip_sample": False, "set_alpha_to_one": False}))  # fmt: skip
     for name in MAIN:
         set_scheduler(copy, name)
-        found = cosine(update_of(quietly(copy)[1]), reference)
-        assert found >= 0.9999, (name, found)
+        similarity = cosine(update_of(quietly(copy)[1]), reference)
+        assert similarity >= 0.9999, (name, similarity)
 
 
 @pytest.mark.slow

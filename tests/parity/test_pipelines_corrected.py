@@ -73,10 +73,10 @@ def test_sample_size_of_old_versions(copy, version, size):
     )
     pipe = reopened(copy)
     expected = pipe.unet.config.sample_size
-    found, schedule = told(
+    pipeline, schedule = told(
         lambda: configs.read_architecture(copy), *([f"sample_size={size}"] if expected != size else [])
     )
-    assert image_size(found) == tuple(2 * side for side in np.broadcast_to(expected, 2))
+    assert image_size(pipeline) == tuple(2 * side for side in np.broadcast_to(expected, 2))
     assert (expected == 64) == (size == 64 or (size == 8 and version in ("0.6.0", "0.8.1")))
 
 
@@ -199,8 +199,8 @@ def test_what_shapes_nothing_is_passed_over(copy, sd1):
 
 def test_a_unets_folder_of_another_default_size_is_the_same_architecture(sd1, copy):
     edit_json(copy / "unet/config.json", sample_size=32, optimization_step=7)
-    found = io.with_denoiser(sd1[2], copy / "unet")
-    assert found.configs == sd1[2].configs
+    pipeline = io.with_denoiser(sd1[2], copy / "unet")
+    assert pipeline.configs == sd1[2].configs
 
 
 # Variants.

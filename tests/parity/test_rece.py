@@ -66,8 +66,8 @@ def test_it_repeats_the_formulas(epochs):
 def test_it_repeats_the_formulas_in_float64_where_float32_has_lost_them():
     """With so small an r, c' grows from epoch to epoch; after three it is five times as long as c."""
     method, inputs = rece.RECE(r=2**-10, **SCALES).make(tools(), CONCEPTS)
-    theirs, found = reference(3, 2**-10, **SCALES, vectors=lambda text: vectors(text).astype(np.float32).astype(float))
-    assert np.linalg.norm(found, axis=1).max() > 4 * np.linalg.norm(vectors("cat"), axis=1).max()
+    theirs, actual = reference(3, 2**-10, **SCALES, vectors=lambda text: vectors(text).astype(np.float32).astype(float))
+    assert np.linalg.norm(actual, axis=1).max() > 4 * np.linalg.norm(vectors("cat"), axis=1).max()
     with exactly("float64"):
         double = lambda tree: jax.tree.map(lambda a: a if a.dtype == bool else a.astype("float64"), tree)  # noqa: E731
         ours = method.solve(double(theta()), double(inputs))
@@ -83,10 +83,10 @@ def test_the_attack_is_the_vector_that_the_edited_weights_take_for_the_concept()
     after = {n: np.asarray(k, float) for n, k in uce.apply_change(theta(), change).items()}
     root = rece.square_root(sum(k @ k.T for k in theta().values()))
     c = vectors("van gogh")
-    found = np.asarray(rece.attack(root, change, jnp.asarray(c, jnp.float32), jnp.float32(r)), float)
-    slope = sum((found @ after[n] - c @ before[n]) @ after[n].T for n in before) + r * found
+    actual = np.asarray(rece.attack(root, change, jnp.asarray(c, jnp.float32), jnp.float32(r)), float)
+    slope = sum((actual @ after[n] - c @ before[n]) @ after[n].T for n in before) + r * actual
     assert np.abs(slope).max() <= 1e-4 * np.abs(sum(c @ before[n] @ after[n].T for n in before)).max()
-    answers = [sum(np.sum((x @ after[n] - c @ before[n]) ** 2) for n in before) for x in (found, c)]
+    answers = [sum(np.sum((x @ after[n] - c @ before[n]) ** 2) for n in before) for x in (actual, c)]
     assert answers[0] < 0.5 * answers[1]
 
 
@@ -104,8 +104,12 @@ def test_an_epoch_makes_the_attack_the_guide():
     c, guide, base = vectors("cat"), vectors("a dog"), answers(theta())
     concept = Concept("cat", replace_with=("a dog",))
     before, after = (answers(solved([concept], epochs=epochs, lam=1e-3)) for epochs in (0, 1))
-    found = attack(before, base, c)
-    distances = [error(found @ before, c @ base), error(found @ after, c @ base), error(found @ after, guide @ before)]
+    actual = attack(before, base, c)
+    distances = [
+        error(actual @ before, c @ base),
+        error(actual @ after, c @ base),
+        error(actual @ after, guide @ before),
+    ]
     print("the attack's distance to the concept {:.1e}, an epoch later {:.1e}; to the guide {:.1e}".format(*distances))
     assert distances[2] <= 1e-2 < distances[0] < 0.5 * distances[1]
 

@@ -45,7 +45,7 @@ def pipeline_of(kind, unet, scheduler):
         "text_encoder": factories.make_text_encoder,
         "tokenizer": factories.make_tokenizer,
     }
-    parts = {name: made() for name, made in make.items()}
+    parts = {name: build() for name, build in make.items()}
     pipe = kind(**parts, unet=unet, scheduler=scheduler, **NO_CHECKER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -164,9 +164,9 @@ def test_the_largest_of_each_channel_or_example(traced):
             np.testing.assert_array_equal(kept(x, threshold, of), np.where(expected, x, 0))
         assert np.all(kept(np.full((1, 7, 9, 4), np.float32(0.1)), 0.95, of))
         coarse = jnp.asarray(x, jnp.bfloat16)
-        found = kept(coarse, 0.95, of)
-        assert found.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(found.astype(np.float32), kept(coarse.astype(np.float32), 0.95, of))
+        actual = kept(coarse, 0.95, of)
+        assert actual.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(actual.astype(np.float32), kept(coarse.astype(np.float32), 0.95, of))
 
 
 WRONG_RULES = {

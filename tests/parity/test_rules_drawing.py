@@ -38,8 +38,8 @@ def test_words_are_found_by_their_tokens(sd1, source):
     """Against the tokenizer's own offsets of characters in the text."""
     tokenizer = (sd1[0] if source == "tiny" else esd_jax.load("emoji")).tokenizers[0]
     prompts = ["a photo of the cat, the Cat", "concat photos in the style of a dog"]
-    found = token_scale(tokenizer, prompts, {"cat": 0, "the  cat": 3, "of": 0.5, "DOG": 2, "a": -1})
-    expected = np.ones_like(found)
+    actual = token_scale(tokenizer, prompts, {"cat": 0, "the  cat": 3, "of": 0.5, "DOG": 2, "a": -1})
+    expected = np.ones_like(actual)
     for row, prompt in enumerate(prompts):
         encoded = tokenizer.backend(prompt, return_offsets_mapping=True, truncation=True, padding="max_length")
         factor = {"cat": 0, "Cat": 0, "the": 3, "of": 0.5, "dog": 2, "a": -1, "style": 1}
@@ -48,8 +48,8 @@ def test_words_are_found_by_their_tokens(sd1, source):
             word = prompt[left:].split(" ")[0].rstrip(",") if end > start and prompt[start] != "," else ""
             if word in factor and not (word == "the" and row == 1):
                 expected[row, i] = factor[word]
-    np.testing.assert_array_equal(found, expected)
-    assert {0, 3, 0.5, 2, -1, 1} == set(found.ravel().tolist())
+    np.testing.assert_array_equal(actual, expected)
+    assert {0, 3, 0.5, 2, -1, 1} == set(actual.ravel().tolist())
 
 
 def test_words_that_no_prompt_holds(sd1):
@@ -94,9 +94,9 @@ def as_kind(kind, sd1, scheduler):
     base, pipe = sd1
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     scheduler = scheduler.from_config(dict(base.schedule.config))
-    made = kind(**parts, scheduler=scheduler, **NO_CHECKER)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = kind(**parts, scheduler=scheduler, **NO_CHECKER)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def test_sld_draws_what_diffusers_draws(sd1, in_latents, monkeypatch):
@@ -134,12 +134,12 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
             edit_guidance_scale=[4.0, 5.0], edit_warmup_steps=[1, 3], edit_threshold=[0.75, 0.5],
         ).images  # fmt: skip
     latents = noise(2)
-    found = sampling.sample(base, PROMPTS, rule=SEGA(edits), latents=latents, steps=5, sampler="euler")
-    assert np.abs(found - to_nhwc(expected)).max() <= 1e-4
+    actual = sampling.sample(base, PROMPTS, rule=SEGA(edits), latents=latents, steps=5, sampler="euler")
+    assert np.abs(actual - to_nhwc(expected)).max() <= 1e-4
     negative = sampling.sample(
         base, PROMPTS, rule=SEGA(edits), latents=latents, steps=5, sampler="euler", negative_prompt="the dog"
     )
-    assert np.abs(negative - found).max() > 1e-2
+    assert np.abs(negative - actual).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_reweighting_draws_what_diffusers_draws_with_edited_attention(sd1, in_la
                 PROMPTS, latents=to_nchw(latents), guidance_scale=SCALE, num_inference_steps=5, output_type="latent"
             ).images
         pipe.unet.set_attn_processor(dict(before))
-        found = sampling.sample(base, PROMPTS, reweight=factors, **options)
-        assert np.abs(found - to_nhwc(expected)).max() <= 1e-4
-        assert (np.abs(found - unedited).max(axis=(1, 2, 3)) > 1e-2).all()
+        actual = sampling.sample(base, PROMPTS, reweight=factors, **options)
+        assert np.abs(actual - to_nhwc(expected)).max() <= 1e-4
+        assert (np.abs(actual - unedited).max(axis=(1, 2, 3)) > 1e-2).all()
     sampler = programs.sampler(base.schedule, "pndm", 5, 0.0)
     assert programs.steps(base.network("unet"), sampler, None)._cache_size() == 2  # without, and with, edited maps
 
@@ -207,17 +207,19 @@ def test_rules_and_reweighting_remove_a_style_from_the_embedded_model():
         verdict = probe.classify(images)
         styled = verdict.styles == vocabulary.styles().index("neon")
         named = verdict.objects == [vocabulary.objects().index(name) for name in objects]
-        return tuple(float(np.mean(verdict.recognised & seen)) for seen in (styled, named))
+        return tuple(float(np.mean(verdict.recognised & hits)) for hits in (styled, named))
 
-    found = {
+    results = {
         "plain": rates(),
         "its word": rates(reweight={"neon": 0.0}),
         "reweight": rates(reweight={"neon": 0.0, END: 0.0}),
         "SLD": rates(rule=SLD.preset("max", "neon style")),
         "SEGA": rates(rule=SEGA((Edit("neon style", scale=-6.0, warmup=1, threshold=0.0),))),
     }
-    assert found["plain"] == (1, 1), found
-    assert max(found[name][0] for name in ("reweight", "SLD", "SEGA")) <= 0.5 and found["reweight"][1] > 0.6, found
+    assert results["plain"] == (1, 1), results
+    assert max(results[name][0] for name in ("reweight", "SLD", "SEGA")) <= 0.5 and results["reweight"][1] > 0.6, (
+        results
+    )
 
 
 def test_wrong_arguments_of_drawing(sd1):

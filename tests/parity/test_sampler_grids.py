@@ -49,8 +49,8 @@ def test_timesteps_and_scales_are_those_of_diffusers(name, spacing, offset):
         np.testing.assert_array_equal(sampler.timesteps, theirs, err_msg=f"{num_steps} steps")
         # 1 - alpha_bar_0, which one step of linspace starts at, is good to 7e-5 in their float32.
         assert sampler.initial_scale == pytest.approx(float(scheduler.init_noise_sigma), rel=3.5e-5)
-        seen = scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])
-        assert sampler.input_scale[0] == pytest.approx(float(seen), rel=3.5e-5)
+        scaled = scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])
+        assert sampler.input_scale[0] == pytest.approx(float(scaled), rel=3.5e-5)
         assert len(sampler.input_scale) == len(sampler.timesteps)
 
 
@@ -123,12 +123,12 @@ def test_x_after_r_steps_is_at_the_noise_level_of_timestep_r(name):
 def test_one_compilation_for_every_stop():
     sampler = make_sampler(Schedule.from_config(SD14), "ddim", 20)
     until = jax.jit(lambda x, stop: run(sampler, denoise, x, stop=stop))
-    found = [until(jnp.float32(START), stop) for stop in (1, 2, 7, 20)]
+    results = [until(jnp.float32(START), stop) for stop in (1, 2, 7, 20)]
     assert until._cache_size() == 1
     whole = run(sampler, denoise, jnp.float32(START))
-    rest = run(sampler, denoise, found[2], start=7)
+    rest = run(sampler, denoise, results[2], start=7)
     size = np.abs(whole).max()
-    np.testing.assert_allclose(found[3] / size, whole / size, atol=2e-6)
+    np.testing.assert_allclose(results[3] / size, whole / size, atol=2e-6)
     np.testing.assert_allclose(rest / size, whole / size, atol=2e-6)
 
 
@@ -136,9 +136,9 @@ def test_x_is_kept_in_float32_or_wider():
     sampler = make_sampler(Schedule.from_config(SD14), num_steps=2)
     half = run(sampler, lambda x, t: denoise(x, t).astype(jnp.bfloat16), jnp.bfloat16(START))
     assert half.dtype == jnp.float32
-    seen = []
-    run(sampler, lambda x, t: (seen.append((x.dtype, t.dtype, t.shape)), denoise(x, t))[1], jnp.float32(START))
-    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), ())}
+    calls = []
+    run(sampler, lambda x, t: (calls.append((x.dtype, t.dtype, t.shape)), denoise(x, t))[1], jnp.float32(START))
+    assert set(calls) == {(jnp.dtype("float32"), jnp.dtype("float32"), ())}
 
 
 def test_drop_first_starts_lower_with_pure_noise():

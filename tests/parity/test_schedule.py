@@ -123,8 +123,8 @@ def test_pair_is_read_off_every_prediction(prediction_type):
     x = jnp.sqrt(alpha_bar) * x0 + jnp.sqrt(1 - alpha_bar) * eps
     v = jnp.sqrt(alpha_bar) * eps - jnp.sqrt(1 - alpha_bar) * x0
     output = {"epsilon": eps, "v_prediction": v, "sample": x0}[prediction_type]
-    for found, true in zip(to_x0_eps(prediction_type, alpha_bar, x, output), (x0, eps), strict=True):
-        np.testing.assert_allclose(found, true, atol=3e-6)
+    for actual, true in zip(to_x0_eps(prediction_type, alpha_bar, x, output), (x0, eps), strict=True):
+        np.testing.assert_allclose(actual, true, atol=3e-6)
     half = to_x0_eps(prediction_type, 0.5, x.astype(jnp.bfloat16), output.astype(jnp.bfloat16))
     assert {array.dtype for array in half} == {jnp.dtype("float32")}
 

@@ -46,7 +46,7 @@ def test_five_steps_equal_torch(monkeypatch):
         unet_params = component(w.teacher, "unet")
         key = jax.random.key(3)
         run = inverter(settings, w.network, network, SCHEDULE)
-        found, losses = run(unet_params, params, latents, ids, new, key)
+        actual, losses = run(unet_params, params, latents, ids, new, key)
         draws = [
             textual_inversion.draw(jax.random.fold_in(key, i), 2, SCHEDULE, latents) for i in range(settings.steps)
         ]
@@ -71,7 +71,7 @@ def test_five_steps_equal_torch(monkeypatch):
             table[:VOCAB] = before[:VOCAB]
         assert float(ours) == pytest.approx(loss.item(), rel=1e-9)
     change = (table - before)[VOCAB:].detach().numpy()
-    assert np.linalg.norm(np.asarray(found) - table[VOCAB:].detach().numpy()) <= 1e-5 * np.linalg.norm(change)
+    assert np.linalg.norm(np.asarray(actual) - table[VOCAB:].detach().numpy()) <= 1e-5 * np.linalg.norm(change)
     assert len({int(i) for d in draws for i in d[0]}) > 1
 
 
@@ -170,13 +170,13 @@ def test_one_start_serves_all_concepts_and_ends_may_be_left_alone():
 
 def test_what_cannot_be_inverted_is_refused_before_images_are_drawn(tmp_path):
     studio = Studio()
-    for fields, said in [
+    for fields, message in [
         ({"encoders": 2}, ["inversion_steps=3", "one text encoder", "this one has 2", "SDXL"]),
         ({"inversion_tokens": "a;of;the"}, ["inversion_tokens='a;of;the'", "3 parts for 2 concepts"]),
         ({"inversion_tokens": "a photo"}, ["one token", "'a photo' has 2"]),
         ({"inversion_tokens": "a|of|the|of"}, ["template 'of {concept} of' with 4 new tokens", "5 tokens"]),
     ]:
-        with pytest.raises(ValueError, match=one_line(*said)):
+        with pytest.raises(ValueError, match=one_line(*message)):
             stage(studio=studio, **fields)
     assert not studio.asked
     factories.make_sdxl(tmp_path / "sdxl")

@@ -114,9 +114,9 @@ def test_the_last_token_of_a_prompts_words(pad, tmp_path):
     prompts = ["", "cat", "the cat on a dog", "wow!!", "!", "a style of the cats, and dogs!", FULL]
     padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=77)
     padding = np.asarray(padded["attention_mask"]).sum(1) - 2  # the first of these is the start token's
-    found = uce.last_tokens(lambda texts: tokenizer(texts, padding="max_length", max_length=77)["input_ids"], prompts)
-    np.testing.assert_array_equal(found, padding)
-    assert found[0] == 0 and found[1] == 1 and found[-1] == 75
+    actual = uce.last_tokens(lambda texts: tokenizer(texts, padding="max_length", max_length=77)["input_ids"], prompts)
+    np.testing.assert_array_equal(actual, padding)
+    assert actual[0] == 0 and actual[1] == 1 and actual[-1] == 75
 
 
 def test_unknown_characters_do_not_end_a_prompt():
@@ -126,8 +126,8 @@ def test_unknown_characters_do_not_end_a_prompt():
         "caf\u00e9s": [START, 7, END, 8, END],
         "\u00e9": [START, END, END, END, END],
     }
-    found = uce.last_tokens(lambda texts: [rows[text] for text in texts], list(rows))
-    np.testing.assert_array_equal(found, [0, 3, 0])
+    actual = uce.last_tokens(lambda texts: [rows[text] for text in texts], list(rows))
+    np.testing.assert_array_equal(actual, [0, 3, 0])
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
@@ -252,8 +252,8 @@ def test_other_families(family, tmp_path):
     }
     for tokens, (erased, kept) in pairs.items():
         plan = recipe.make(method="uce", concept="the cat", subset="esd-x-strict", steps=0, tokens=tokens, **scales)
-        made = runs.assemble(base, plan)
-        ours = made.method.solve(exact, made.inputs)
+        setup = runs.assemble(base, plan)
+        ours = setup.method.solve(exact, setup.inputs)
         for name, value in ours.items():
             kernel = np.asarray(exact[name], float)
             assert error(value - exact[name], edited(kernel.T, erased, kept, 0.2).T - kernel) <= 1e-4
