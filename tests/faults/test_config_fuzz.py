@@ -132,7 +132,7 @@ def check_scheduler(number):
         return ("refused by both" if failed else "refused"), refused
     if failed:
         return "read here alone", f"{where}: {type(failed).__name__}: {failed}"
-    schedule, made = ours
+    schedule, scheduler = ours
     # Betas that are left out are those of the class that the network was trained with, whatever samples from it.
     betas = {field: loaded.config[field] for field in BETAS if field in loaded.config}
     zero = bool(loaded.config.get("rescale_betas_zero_snr"))
@@ -142,30 +142,30 @@ def check_scheduler(number):
     timesteps = theirs.timesteps.double().numpy()
     if timesteps[-1] == -1:  # a rounding of theirs, one step too many
         timesteps = timesteps[:-1]
-    tolerance = 0 if np.issubdtype(made.timesteps.dtype, np.integer) else 2e-2
-    np.testing.assert_allclose(made.timesteps, timesteps, rtol=0, atol=tolerance, err_msg=where)
+    tolerance = 0 if np.issubdtype(scheduler.timesteps.dtype, np.integer) else 2e-2
+    np.testing.assert_allclose(scheduler.timesteps, timesteps, rtol=0, atol=tolerance, err_msg=where)
     if all(field in config for field in ("beta_start", "beta_end", "beta_schedule")):
-        assert made.initial_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-3), where
+        assert scheduler.initial_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-3), where
     return "the same", where
 
 
 def tally(check, numbers):
     """How often each outcome is found; raises for the cases that are wrong, all of them."""
-    found, wrong = Counter(), []
+    counts, wrong = Counter(), []
     for number in numbers:
         try:
             kind, text = check(number)
-            found[kind] += 1
+            counts[kind] += 1
             print(f"{kind}: {text}")
         except Exception as error:  # what the test is for
             wrong.append(f"{number}: {type(error).__name__}: {error}")
     assert not wrong, "\n\n".join([f"{len(wrong)} of {len(numbers)}", *wrong])
-    return found
+    return counts
 
 
 def test_schedulers():
-    found = tally(check_scheduler, range(350))
-    assert found["the same"] >= 150 and found["refused"] <= 90
+    counts = tally(check_scheduler, range(350))
+    assert counts["the same"] >= 150 and counts["refused"] <= 90
 
 
 # Networks.
@@ -195,15 +195,15 @@ def torch_network(component, config):
     kind = NETWORKS[component][2]
     with torch.device("meta"):
         if component == "text_encoder":
-            made = kind(transformers.CLIPTextConfig(**config))
+            network = kind(transformers.CLIPTextConfig(**config))
         else:
-            made = kind.from_config(config)
-    return made, made.config if component != "text_encoder" else made.config.to_dict()
+            network = kind.from_config(config)
+    return network, network.config if component != "text_encoder" else network.config.to_dict()
 
 
 @cache
 def network_defaults(component):
-    made, config = torch_network(component, NETWORKS[component][0])
+    network, config = torch_network(component, NETWORKS[component][0])
     return json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}))
 
 
@@ -215,13 +215,13 @@ def check_network(component, number):
 
     def read():
         correct = getattr(corrections, component)
-        made = reader.from_dict(correct("StableDiffusionPipeline", config, Path("config.json")))
-        return made, torch_shapes(network(made, "float32"))
+        settings = reader.from_dict(correct("StableDiffusionPipeline", config, Path("config.json")))
+        return settings, torch_shapes(network(settings, "float32"))
 
     ours, refused = outcome(read)
     where = f"{component} {number}: {config}"
     try:
-        made, settings = torch_network(component, config)
+        torch_net, settings = torch_network(component, config)
         failed = None
     except Exception as error:  # whatever torch fails with
         failed = error
@@ -229,11 +229,11 @@ def check_network(component, number):
         return ("refused by both" if failed else "refused"), f"{where}: {refused}"
     if failed:
         return "read here alone", f"{where}: {type(failed).__name__}: {failed}"
-    found, shapes = ours
-    theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in made.state_dict().items()}
+    parsed, shapes = ours
+    theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in torch_net.state_dict().items()}
     theirs = {name: shape for name, shape in theirs.items() if "position_ids" not in name}
     assert shapes == theirs, where
-    for name, value in vars(found).items():
+    for name, value in vars(parsed).items():
         if name in settings and name != "shift_factor":  # which the pipeline does not read
             expected = settings[name]
             assert value == (tuple(expected) if isinstance(expected, list | tuple) else expected), (where, name)
@@ -242,5 +242,5 @@ def check_network(component, number):
 
 @pytest.mark.parametrize("component", NETWORKS)
 def test_networks(component):
-    found = tally(lambda number: check_network(component, number), range(NETWORKS[component][3]))
-    assert found["the same"] >= 10
+    counts = tally(lambda number: check_network(component, number), range(NETWORKS[component][3]))
+    assert counts["the same"] >= 10

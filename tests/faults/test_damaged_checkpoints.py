@@ -89,9 +89,9 @@ def test_damaged_checkpoints_are_kept_aside_until_the_run_has_ended_well(tmp_pat
     expected = trained(tmp_path)
     for step in ("9", "10"):
         flipped(largest(tmp_path / step))
-    with pytest.warns(DamagedCheckpoint) as told, pytest.raises(NotFinite, match="at step 8"):
+    with pytest.warns(DamagedCheckpoint) as warned, pytest.raises(NotFinite, match="at step 8"):
         trained(tmp_path, losses=[1.0] * 7 + [np.nan] * 3)
-    assert [str(one.message).split(" of ")[1][:7] for one in told] == ["step 10", "step 9 "]
+    assert [str(one.message).split(" of ")[1][:7] for one in warned] == ["step 10", "step 9 "]
     assert steps_in(tmp_path) == [".10.damaged", ".9.damaged", "6"]
     assert_equal(trained(tmp_path), expected)
     assert steps_in(tmp_path) == ["10", "6", "9"]

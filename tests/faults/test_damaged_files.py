@@ -149,7 +149,7 @@ def test_files_of_another_kind_than_their_name_says(tmp_path, start, words):
 
 
 def test_a_scheduler_field_of_another_type(folder):
-    for value, said in (
+    for value, words in (
         (0, "final_sigmas_type=0 must be a text such as 'zero'"),
         ("one", "unknown final_sigmas_type 'one'"),
     ):
@@ -157,5 +157,5 @@ def test_a_scheduler_field_of_another_type(folder):
             folder / "scheduler" / "scheduler_config.json",
             lambda c, value=value: {**c, "_class_name": "EulerDiscreteScheduler", "final_sigmas_type": value},
         )
-        with pytest.raises(ValueError, match=one_line(said, "write", "'zero'")):
+        with pytest.raises(ValueError, match=one_line(words, "write", "'zero'")):
             esd_jax.sample(esd_jax.load(folder), ["a cat"], sampler="euler", steps=2)

@@ -62,9 +62,9 @@ def test_what_does_not_verify_is_not_left(run, tmp_path, monkeypatch):
     write = FORMATS["folder"].write
 
     def wrong(pipeline, path, **options):
-        made = write(pipeline, path, **options)
+        written = write(pipeline, path, **options)
         damaged(path, lambda tensors: tensors.update({"conv_in.bias": tensors["conv_in.bias"] * 2}))
-        return made
+        return written
 
     format = dataclasses.replace(FORMATS["folder"], write=wrong)
     monkeypatch.setattr(exports, "FORMATS", {**FORMATS, "folder": format})

@@ -174,9 +174,9 @@ def test_wrong_targets(sd1, tmp_path):
         holder = Path(shutil.copytree(folder, tmp_path / "holder"))
         inner = Path(shutil.copyfile(file, holder / "single.safetensors"))
         io.export(io.load(inner, config=folder), holder, overwrite=True)
-    made = dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, tensors={}, file=None))
+    moved = dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, tensors={}, file=None))
     with pytest.raises(FileNotFoundError, match=one_line("not read from files")):
-        export_single(made, tmp_path / "made.safetensors")
+        export_single(moved, tmp_path / "made.safetensors")
     sample = dataclasses.replace(pipeline.schedule, prediction_type="sample")
     of_folder = dataclasses.replace(io.load(folder), schedule=sample)
     with pytest.raises(ValueError, match=one_line("'sample'", "no reader")):

@@ -49,12 +49,12 @@ def ended(process, code=0):
 
 def timeline(file):
     """[(phase, which of its kind, when it began)]."""
-    count, found = Counter(), []
+    count, outcomes = Counter(), []
     for line in file.read_text().splitlines() if file.exists() else ():
         phase, _, seconds = line.partition(" ")
-        found.append((phase, count[phase], float(seconds or 0)))
+        outcomes.append((phase, count[phase], float(seconds or 0)))
         count[phase] += 1
-    return found
+    return outcomes
 
 
 def killed(process, file, target, delay):
@@ -203,10 +203,10 @@ def test_a_run_goes_on_under_another_locale(base, tmp_path):
         run = tmp_path / name
         ended(child(command(run, steps=3), environment=utf8, toy=True))
         ended(child(command(run, "--resume"), environment=environment, toy=True, hours=-24 * 365))
-        found = outcome(run)
-        assert delta in found["delta"].values()
+        after = outcome(run)
+        assert delta in after["delta"].values()
         for part in ("checkpoints", "weights", "log"):
-            assert found[part] == expected[part], name
+            assert after[part] == expected[part], name
         # And one that began in this locale.
         out, err = ended(child(command(run, "--overwrite"), environment=environment, toy=True))
         assert outcome(run)["weights"] == expected["weights"], name

@@ -169,12 +169,12 @@ def sound(tmp_path_factory):
 
 def cases():
     """(file, mutation, seed) of each of the 200."""
-    rng, found = random.Random(0), []
+    rng, cases = random.Random(0), []
     kinds = [(SAFETENSORS, OF_WEIGHTS), (CONFIGS, OF_JSON), (tuple(FILES), OF_FILES)]
     for number in range(200):
         names, changes = kinds[number % 3]
-        found.append((names[(number // 3) % len(names)], changes[(number // 3) % len(changes)], rng.randrange(2**32)))
-    return found
+        cases.append((names[(number // 3) % len(names)], changes[(number // 3) % len(changes)], rng.randrange(2**32)))
+    return cases
 
 
 @pytest.mark.slow
@@ -195,19 +195,19 @@ def test_two_hundred_damaged_inputs(sound, tmp_path):
         change(path, random.Random(seed))
         before = sorted(str(p) for p in tmp_path.rglob("*"))
         tracemalloc.reset_peak()
-        said = f"{number}: {name}, {change.__name__}, seed {seed}"
+        label = f"{number}: {name}, {change.__name__}, seed {seed}"
         try:
             read()
-            wrong.append(f"{said}: no error")
+            wrong.append(f"{label}: no error")
         except (ValueError, OSError) as error:
             if "\n" in str(error) or len(str(error)) > 600 or not str(error):
-                wrong.append(f"{said}: {type(error).__name__}: {str(error)[:300]!r}")
+                wrong.append(f"{label}: {type(error).__name__}: {str(error)[:300]!r}")
         except Exception as error:  # what the test is for
-            wrong.append(f"{said}: {type(error).__name__}: {str(error)[:300]!r}")
+            wrong.append(f"{label}: {type(error).__name__}: {str(error)[:300]!r}")
         if (peak := tracemalloc.get_traced_memory()[1]) > most + MEMORY:
-            wrong.append(f"{said}: {peak / 2**20:.0f} MiB")
+            wrong.append(f"{label}: {peak / 2**20:.0f} MiB")
         if sorted(str(p) for p in tmp_path.rglob("*")) != before:
-            wrong.append(f"{said}: something was written")
+            wrong.append(f"{label}: something was written")
         shutil.rmtree(where)
     tracemalloc.stop()
     assert not wrong, "\n".join([f"{len(wrong)} of 200", *wrong])

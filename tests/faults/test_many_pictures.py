@@ -288,18 +288,18 @@ def test_two_thousand_pictures(tmp_path):
         except Refused as refused:
             content, suffix = refused.args
         (file := tmp_path / f"x.{suffix}").write_bytes(content)
-        said = f"{number}, {make.__name__}"
+        label = f"{number}, {make.__name__}"
         try:
-            found = np.asarray(read_image(file)).astype(float)
+            actual = np.asarray(read_image(file)).astype(float)
             if make in OTHERS:
-                wrong.append(f"{said}: read")
-            elif found.shape != np.broadcast_shapes(expected.shape, found.shape):
-                wrong.append(f"{said}: {found.shape}, not {expected.shape}")
-            elif (worst := np.abs(found - expected).max()) > near:
-                wrong.append(f"{said}: wrong by {worst}")
+                wrong.append(f"{label}: read")
+            elif actual.shape != np.broadcast_shapes(expected.shape, actual.shape):
+                wrong.append(f"{label}: {actual.shape}, not {expected.shape}")
+            elif (worst := np.abs(actual - expected).max()) > near:
+                wrong.append(f"{label}: wrong by {worst}")
         except ValueError as error:
             if make in UNUSUAL or "\n" in str(error) or file.name not in str(error):
-                wrong.append(f"{said}: {error}")
+                wrong.append(f"{label}: {error}")
         except Exception as error:  # what the test is for
-            wrong.append(f"{said}: {type(error).__name__}: {error}")
+            wrong.append(f"{label}: {type(error).__name__}: {error}")
     assert not wrong, "\n".join([f"{len(wrong)} of 2000", *wrong[:30]])

@@ -89,9 +89,9 @@ def test_a_vae_that_divides_by_nothing(base):
 
 @pytest.mark.parametrize("seed", [1.5, float("inf"), "x", -1, 2**32, None])
 def test_seeds_that_are_none(base, seed):
-    for given in (seed, [0, seed]):
+    for seeds in (seed, [0, seed]):
         with pytest.raises(ValueError, match=one_line(f"seed={seed!r}", "whole number")):
-            sample(base, ["a", "b"], seed=given, steps=1)
+            sample(base, ["a", "b"], seed=seeds, steps=1)
 
 
 def test_sizes_beyond_all_memory(base):
@@ -101,10 +101,10 @@ def test_sizes_beyond_all_memory(base):
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", None, 3])
 def test_prompts_that_are_no_text(base, prompt):
-    for given in ({"prompts": [prompt]}, {"prompts": ["a"], "negative_prompt": [prompt]} if prompt else {}):
-        if given:
+    for fields in ({"prompts": [prompt]}, {"prompts": ["a"], "negative_prompt": [prompt]} if prompt else {}):
+        if fields:
             with pytest.raises(ValueError, match=one_line("prompt", repr(prompt))):
-                sample(base, steps=1, **given)
+                sample(base, steps=1, **fields)
 
 
 # Changes.
@@ -124,8 +124,8 @@ def test_strengths_that_are_none(base, erased, strength, tmp_path):
         lambda: difference.apply_difference(base, tmp_path / "difference.safetensors", strength),
         lambda: merge.merge(base, [(erased, 1.0), (erased, strength)]),
     ):
-        said = ["strength", "give"] if strength == 1e39 else [f"strength={strength}", "must be finite"]
-        with pytest.raises(ValueError, match=one_line(*said)):
+        words = ["strength", "give"] if strength == 1e39 else [f"strength={strength}", "must be finite"]
+        with pytest.raises(ValueError, match=one_line(*words)):
             change()
     with pytest.raises(ValueError, match=one_line("strength", "finite")):
         search.search(base, "cat", None, grid={"eta": [1]}, steps=[1], strengths=[float("nan")], folder=tmp_path)
@@ -163,22 +163,22 @@ def test_blank_images():
 @pytest.mark.parametrize("make", [lambda base: broken(base, np.nan), blank], ids=["NaN", "blank"])
 def test_no_evaluation_takes_a_broken_model_for_an_erased_one(base, make, tmp_path):
     lost = make(base)
-    said = one_line("NaN") if lost.edits else one_line("blank", "no erasure")
+    refused = one_line("NaN") if lost.edits else one_line("blank", "no erasure")
     nothing = lambda images: np.zeros(len(images), bool)  # noqa: E731
     question = seen.Question(("a cat",), nothing, "nobody", num_images=2, num_steps=1)
     assert question.rate(base).value == 0
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=refused):
         question.rate(lost)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=refused):
         seen.below(question, 0.5)(lost)
     options = {"prompt_list": "everyday", "limit": 2, "num_steps": 1}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=refused):
         protocols.evaluate(base, lost, "cat", "custom", tmp_path / "e", **options)
     images = sample(base, ["a cat"] * 2, steps=1)
     goal = Goal("cat", ("a cat",), images, nothing, ("a",))
     control = attacks.preset("random_prompts", "emoji", count=1)
     drawing = {"seeds": 1, "random": False, "num_steps": 1}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=refused):
         attacks.campaign(base, lost, goal, [], tmp_path / "a", control=control, identity={}, **drawing)
 
 

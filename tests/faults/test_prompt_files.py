@@ -148,7 +148,7 @@ def test_a_string_of_prompts_or_the_name_of_a_file(tmp_path, monkeypatch):
     assert prompt_files.listed("a poster that says hello.txt;", "--prompts") == ["a poster that says hello.txt"]
     assert prompt_files.listed("a cat; hello.txt", "--prompts") == ["a cat", "hello.txt"]
     (tmp_path / "p.csv").write_text("case_number,prompt\n5,a cat; a dog\n")
-    for read in (anchors.read_prompts, lambda given: prompt_files.listed(given, "x")):
+    for read in (anchors.read_prompts, lambda text: prompt_files.listed(text, "x")):
         assert read("p.csv") == ["a cat; a dog"]
     with pytest.raises(ValueError, match=one_line("'a &amp; b; c'", "'&'", "'&amp;'")):
         prompt_files.listed("a &amp; b; c", "--prompts")
@@ -280,9 +280,9 @@ def test_two_thousand_lists(tmp_path):
         names, rows = table(rng)
         file.write_bytes(make(rng, names, rows))
         try:
-            found = list(prompts.load(file).cases)
-            if make not in RIGHT or found != expected(rows):
-                wrong.append(f"{number}, {make.__name__}: {found} of {file.read_bytes()!r}")
+            cases = list(prompts.load(file).cases)
+            if make not in RIGHT or cases != expected(rows):
+                wrong.append(f"{number}, {make.__name__}: {cases} of {file.read_bytes()!r}")
         except (ValueError, OSError) as error:
             if make in RIGHT or "\n" in str(error) or str(file) not in str(error):
                 wrong.append(f"{number}, {make.__name__}: {error} of {file.read_bytes()!r}")

@@ -57,9 +57,9 @@ def test_a_folder_of_somebody_else():
         (theirs := Path(folder) / "theirs").mkdir(mode=0o755)
         Path(folder).chmod(0o755)
         run_folder.write_record(theirs, {})
-        found = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=100)
+        completed = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=100)
         expected = [f"cannot write to {folder}/{name}: Permission denied" for name in ("theirs", "new")]
-        assert found.stdout.splitlines() == expected, found.stderr
+        assert completed.stdout.splitlines() == expected, completed.stderr
         assert [path.name for path in theirs.iterdir()] == ["run.json"]
 
 

@@ -137,9 +137,9 @@ def test_a_run_that_is_asked_to_stop(base, tmp_path, capsys, toy):
         toy(stopped)
         run = tmp_path / number.name
         assert cli.main(erase(base, run, **fields)) == 128 + number
-        told = capsys.readouterr().err.splitlines()[-1]
+        line = capsys.readouterr().err.splitlines()[-1]
         begins = "esd-jax: stopped at step 5 of 8; this continues it: esd-jax erase --resume --config=esd_x "
-        assert told.startswith(begins) and told.count("--resume") == 1 and str(run) in told
+        assert line.startswith(begins) and line.count("--resume") == 1 and str(run) in line
         assert steps_in(run / "checkpoints") == ["3", "5"] and not (run / ".lock").exists()
         toy()
         assert cli.main(erase(base, run, "--resume", **fields)) == 0
@@ -160,7 +160,7 @@ def test_text_that_a_locale_cannot_read_is_refused(base, tmp_path):
     """It would be another concept."""
     environment = {**os.environ, **LOCALES["none"]}
     command = [sys.executable, "-m", "esd_jax.cli", *map(str, erase(base, tmp_path / "run", concept="Öl"))]
-    found = subprocess.run(command, env=environment, capture_output=True, timeout=100)
-    assert (found.returncode, found.stdout) == (2, b"") and found.stderr.count(b"\n") == 1
-    assert b"no text in this locale's encoding, ascii: set PYTHONUTF8=1" in found.stderr
+    completed = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+    assert (completed.returncode, completed.stdout) == (2, b"") and completed.stderr.count(b"\n") == 1
+    assert b"no text in this locale's encoding, ascii: set PYTHONUTF8=1" in completed.stderr
     assert not (tmp_path / "run").exists()

@@ -59,10 +59,10 @@ def weights(run):
     return load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
+        np.testing.assert_array_equal(actual[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
 def wait_for_step(process, run, step):
@@ -201,11 +201,11 @@ def test_training_stops_where_it_is_told_and_resumes_to_the_same_step(tmp_path):
     """toy_step adds 1 to theta in each step, from 1."""
     asked, shown = [], []
 
-    def told(theta):
+    def stop_at_six(theta):
         asked.append(int(theta["unet/w"][0]) - 1)
         return asked[-1] >= 6
 
-    options = {"stop_when": told, "stop_every": 3, "preview": lambda step, _: shown.append(step)}
+    options = {"stop_when": stop_at_six, "stop_every": 3, "preview": lambda step, _: shown.append(step)}
     settings = Training(steps=20, checkpoint_every=6, preview_every=4)
     with Checkpoints(tmp_path, {}) as checkpoints:
         state = train(toy_step([1.0] * 20), make_state(), {}, {}, None, settings, checkpoints=checkpoints, **options)
@@ -214,7 +214,7 @@ def test_training_stops_where_it_is_told_and_resumes_to_the_same_step(tmp_path):
         again = train(toy_step([1.0] * 20), checkpoints.restore(make_state()), {}, {}, None, settings, **options)
     assert int(again.step) == 6 and asked == [3, 6, 6] and shown == [0, 4, 6]
     with pytest.raises(ValueError, match="stop_every=0"):
-        train(toy_step([1.0]), make_state(), {}, {}, None, settings, stop_when=told, stop_every=0)
+        train(toy_step([1.0]), make_state(), {}, {}, None, settings, stop_when=stop_at_six, stop_every=0)
 
 
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
