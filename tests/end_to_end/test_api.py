@@ -56,11 +56,11 @@ def tensors(folder):
     }
 
 
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
-        assert found[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+        assert actual[name].reshape(-1).view(torch.uint8).equal(value.reshape(-1).view(torch.uint8)), name
 
 
 # load -> erase -> sample -> export
@@ -184,12 +184,12 @@ def test_erasing_twice(base, run, tmp_path):
 
 def test_several_concepts_and_places(base):
     """Every way of saying it makes the same run."""
-    said = [
+    recipes = [
         {"concept": ["cat", "dog"], "from_": ["", "a photo of the cat"]},
         {"concept": "cat; dog", "from_": "; a photo of the cat"},
         {"concept": ("cat", " dog "), "from_": (" ", "a photo of the cat")},
     ]
-    plans = [recipe.make(**fields) for fields in said]
+    plans = [recipe.make(**fields) for fields in recipes]
     assert {plan.concepts for plan in plans} == {plans[0].concepts}
     assert [(c.text, c.from_) for c in plans[0].concepts] == [("cat", None), ("dog", "a photo of the cat")]
     assert [c.from_ for c in recipe.make(concept="a; b", from_="c").concepts] == ["c", "c"]
@@ -197,7 +197,7 @@ def test_several_concepts_and_places(base):
     for wrong in ("a; b", "a; b; c; d"):
         with pytest.raises(ValueError, match=one_line("from_", "for 3 concepts")):
             _ = recipe.make(concept="a; b; c", from_=wrong).concepts
-    erased = esd_jax.erase(base, **said[0], subset=SUBSET, **{**FIELDS, "batch_size": 2})
+    erased = esd_jax.erase(base, **recipes[0], subset=SUBSET, **{**FIELDS, "batch_size": 2})
     assert erased.provenance.erased[0].concepts == plans[0].concepts
     assert all(jnp.isfinite(value).all() for value in erased.edits.values())
 
@@ -211,11 +211,11 @@ def test_a_memorised_picture(sd1, base, tmp_path):
     Image.fromarray(picture[:, 12:28]).convert("RGBA").save(tmp_path / "middle.png")
     paths = [tmp_path / "picture.png", tmp_path / "middle.png"]
     plan = recipe.make(**{**recipe.read("sd14_memorised").to_dict(), **FIELDS, "concept": "cat", "images": paths})
-    made = runs.assemble(base, plan)
+    setup = runs.assemble(base, plan)
     pixels = torch.from_numpy(picture[None, :, 12:28] / 127.5 - 1).float().permute(0, 3, 1, 2)
     theirs = sd1[1].vae.encode(pixels).latent_dist.mean * sd1[1].vae.config.scaling_factor
-    assert made.shape == (8, 8, 4)
-    np.testing.assert_allclose(made.inputs.images, np.repeat(to_nhwc(theirs), 2, axis=0), atol=1e-5)
+    assert setup.shape == (8, 8, 4)
+    np.testing.assert_allclose(setup.inputs.images, np.repeat(to_nhwc(theirs), 2, axis=0), atol=1e-5)
     erased = esd_jax.erase(base, "cat", images=paths, subset=SUBSET, **FIELDS)
     assert all(0 < jnp.abs(v - base.params["unet"][k[5:]]).max() < 0.01 for k, v in erased.edits.items())
 

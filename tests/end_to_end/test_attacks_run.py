@@ -74,25 +74,25 @@ def tiny_goal():
 @pytest.mark.parametrize("name", TINY)
 def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, victims):
     base, other = victims
-    settings, found = preset(name, **TINY[name]), []
+    settings, runs = preset(name, **TINY[name]), []
     for model, seed in ((base, 0), (other, 0), (base, 0)):
         with jax_compiled() as compiled:
-            found.append(attack(base, model, tiny_goal(), settings, seed))
-        assert compiled == [] or not found[1:]
-    first, second, again = ([np.asarray(t.conditioning.embeddings) for t in one.trials] for one in found)
+            runs.append(attack(base, model, tiny_goal(), settings, seed))
+        assert compiled == [] or not runs[1:]
+    first, second, again = ([np.asarray(t.conditioning.embeddings) for t in one.trials] for one in runs)
     assert all(a.shape == (1, 77, 32) for a in first + second)
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_array_equal(found[0].losses, found[2].losses)
-    assert {t.case for t in found[0].trials} == ({0} if name == "random_prompts" else {0, 1})
+    np.testing.assert_array_equal(runs[0].losses, runs[2].losses)
+    assert {t.case for t in runs[0].trials} == ({0} if name == "random_prompts" else {0, 1})
     if name != "random_prompts":
-        assert np.isfinite(found[0].losses).all() and len(found[0].losses) == (1 if name == "concept_inversion" else 2)
+        assert np.isfinite(runs[0].losses).all() and len(runs[0].losses) == (1 if name == "concept_inversion" else 2)
     if name in ("concept_inversion", "unlearn_diff_atk", "p4d"):
-        assert (found[0].losses != found[1].losses).all()  # these ask the victim
+        assert (runs[0].losses != runs[1].losses).all()  # these ask the victim
     if name == "ring_a_bell":
-        np.testing.assert_array_equal(found[0].losses, found[1].losses)  # this does not
+        np.testing.assert_array_equal(runs[0].losses, runs[1].losses)  # this does not
     changed = attack(base, base, tiny_goal(), settings, 1)
-    assert name == "concept_inversion" or [t.prompt for t in changed.trials] != [t.prompt for t in found[0].trials]
-    assert name == "random_prompts" or (changed.losses != found[0].losses).any()
+    assert name == "concept_inversion" or [t.prompt for t in changed.trials] != [t.prompt for t in runs[0].trials]
+    assert name == "random_prompts" or (changed.losses != runs[0].losses).any()
 
 
 def test_ids_tell_what_their_prompts_tell(victims):
@@ -167,10 +167,10 @@ def test_a_healed_model_differs_in_what_was_trained_alone(victims):
     name = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     erased = base.with_edits({name: 2 * base.params["unet"][name.removeprefix("unet/")]}, {"concepts": []})
     settings = Resurgence(steps=2, learning_rate=1e-2, batch_size=1)
-    found = hidden.resurge(erased, pictures(2), ["a dog", "the mat"], settings)
-    assert found.losses.shape == (2,) and found.pipeline.edits.keys() == {name}
-    assert 0 < np.abs(found.pipeline.edits[name] - erased.edits[name]).max() < 0.1
-    assert found.pipeline.provenance.erased[-1].healed["steps"] == 2
+    healed = hidden.resurge(erased, pictures(2), ["a dog", "the mat"], settings)
+    assert healed.losses.shape == (2,) and healed.pipeline.edits.keys() == {name}
+    assert 0 < np.abs(healed.pipeline.edits[name] - erased.edits[name]).max() < 0.1
+    assert healed.pipeline.provenance.erased[-1].healed["steps"] == 2
     with pytest.raises(ValueError, match=one_line("no trained tensors")):
         hidden.resurge(base, pictures(2), ["a", "b"], settings)
     with pytest.raises(ValueError, match=one_line("1 prompts for 2 images")):
@@ -187,13 +187,13 @@ def test_completion_goes_on_from_a_noised_image(victims):
     noised = add_noise(base.schedule, adversaries.latents(base, pictures(2)), noise, t)
     wanted = sample(base, texts, sampler="ddim", latents=noised, steps=4, guidance_scale=3.0)
     assert np.abs(ours.astype(int) - wanted).max() <= 1
-    found = hidden.completions(base, tiny_goal(), settings)
-    assert [one.name for one in found] == [
+    scores = hidden.completions(base, tiny_goal(), settings)
+    assert [one.name for one in scores] == [
         f"completed from t = {t}, {kind}" for t in (999, 100) for kind in ("no prompt", "neutral prompt")
     ]
-    assert all(one.hits.shape == (1, 4) for one in found)
-    np.testing.assert_array_equal(found[0].hits[0], tiny_goal().detect(found[0].images[0]))
-    assert (found[0].images != found[1].images).any() and (found[0].images != found[2].images).any()
+    assert all(one.hits.shape == (1, 4) for one in scores)
+    np.testing.assert_array_equal(scores[0].hits[0], tiny_goal().detect(scores[0].images[0]))
+    assert (scores[0].images != scores[1].images).any() and (scores[0].images != scores[2].images).any()
     with pytest.raises(ValueError, match=one_line("t=0", "1")):
         hidden.complete(base, pictures(2), texts, 0, settings)
     with pytest.raises(ValueError, match=one_line("all empty or none")):

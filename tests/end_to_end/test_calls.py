@@ -60,11 +60,11 @@ def test_the_words_of_other_libraries_are_answered_with_ours(verb, base):
 def test_evaluations_take_the_same_word_and_keep_theirs(base, run, tmp_path):
     (tmp_path / "prompts.csv").write_text("prompt\na cat\n")
     options = {"output_dir": tmp_path / "out", "prompt_list": tmp_path / "prompts.csv"}
-    found = esd_jax.evaluate(base, run[1], "custom", steps=2, **options)
+    evidence = esd_jax.evaluate(base, run[1], "custom", steps=2, **options)
     (image,) = (tmp_path / "out" / "images" / "base").glob("*.png")
     drawn = image.stat().st_mtime_ns
     again = esd_jax.evaluate(base, run[1], "custom", num_steps=2, **options)  # as kept results name it
-    assert found.measured_with == again.measured_with and found.measured_with["num_steps"] == 2
+    assert evidence.measured_with == again.measured_with and evidence.measured_with["num_steps"] == 2
     assert image.stat().st_mtime_ns == drawn
 
 
@@ -125,23 +125,23 @@ def test_other_names_are_suggested_too(run, tmp_path):
 
 def test_a_callback_sees_every_update_and_changes_nothing(base, tmp_path):
     fields = {"config": "emoji", "steps": 4, "sampling_steps": 2, "timestep_mode": "grid", "seed": 5}
-    seen, compiled, counts = [], [], []
+    steps, compiled, counts = [], [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
     kept = esd_jax.erase(
-        base, "neon style", output_dir=tmp_path / "run", on_step=lambda *told: seen.append(told), **fields
+        base, "neon style", output_dir=tmp_path / "run", on_step=lambda *arguments: steps.append(arguments), **fields
     )
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [{"step": step, **metrics} for step, metrics in seen] == log
+    assert [{"step": step, **metrics} for step, metrics in steps] == log
     for on_step in (None, lambda step, metrics: None):
         compiled.clear()
         assert_same_edits(esd_jax.erase(base, "neon style", on_step=on_step, **fields).edits, kept.edits)
         counts.append(len(compiled))
     assert counts[0] == counts[1] > 0
-    assert [step for step, _ in seen] == [1, 2, 3, 4]
-    assert all(type(value) is float for _, metrics in seen for value in metrics.values())
-    assert {*seen[0][1]} == {"loss", "grad_norm", "t", "seconds"} and seen[0][1]["loss"] > 0
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    assert all(type(value) is float for _, metrics in steps for value in metrics.values())
+    assert {*steps[0][1]} == {"loss", "grad_norm", "t", "seconds"} and steps[0][1]["loss"] > 0
 
 
 def test_what_a_callback_raises_ends_training(base):

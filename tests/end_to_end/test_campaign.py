@@ -29,9 +29,9 @@ class Found:
 MADE = []
 
 
-def adversary(name, found):
+def adversary(name, seconds):
     rows = tuple(
-        Trial(f"trial {i}", Conditioning(jnp.full((1, 1, 1), value)), case) for i, (case, value) in enumerate(found)
+        Trial(f"trial {i}", Conditioning(jnp.full((1, 1, 1), value)), case) for i, (case, value) in enumerate(seconds)
     )
     return Adversary(name, rows, 1.5, np.zeros((0, 0)))
 
@@ -40,8 +40,8 @@ def adversary(name, found):
 def goal(monkeypatch):
     """The concept is seen where the model's power times the embedding, and what the seed adds, reaches 4."""
 
-    def sample(pipeline, told, *, seed, **options):
-        light = POWER[pipeline] * np.asarray(told.embeddings)[:, 0, 0] + np.asarray(seed) % 2
+    def sample(pipeline, conditioning, *, seed, **options):
+        light = POWER[pipeline] * np.asarray(conditioning.embeddings)[:, 0, 0] + np.asarray(seed) % 2
         return np.broadcast_to(np.uint8(10 * light)[:, None, None, None], (len(light), 8, 8, 3)).copy()
 
     monkeypatch.setattr(scoring, "sample", sample)
@@ -59,21 +59,21 @@ def run(goal, folder, **changes):
 
 
 def test_every_attack_stands_beside_its_controls(goal, tmp_path):
-    told = []
-    found = run(goal, tmp_path, progress=told.append)
-    (table,) = found.attacks
+    messages = []
+    evidence = run(goal, tmp_path, progress=messages.append)
+    (table,) = evidence.attacks
     rows = dict(table.rows)
     assert table.columns == ("base", "erased", "random weights", "random prompts")
     # The base has 3 and 6 of light: its first trials succeed from odd seeds. The erased has 2 and 4.
     assert [cell.value for cell in rows["found"]] == [0.75, 0.5, 0, 0]
     assert [cell and cell.value for cell in rows["found, any of 2"][:2]] == [1, 1]
     assert all(cell.value == 0 for cell in rows["its own prompts"])
-    (finding,) = found.verdict
+    (finding,) = evidence.verdict
     assert (finding.role, finding.before.value, finding.after.value, finding.control.value) == ("attack", 0.75, 0.5, 0)
-    pairs = found.attack_pictures["found"]
+    pairs = evidence.attack_pictures["found"]
     assert [pair.prompt for pair in pairs] == ["a cat", "one cat"] and pairs[0].before.max() == 0 < pairs[0].after.max()
-    assert len(told) == 7 and "found on erased: 50% of images, 100% by any of 2" in told[4]
-    assert store.load(store.save(found, tmp_path, "part")).attacks == found.attacks
+    assert len(messages) == 7 and "found on erased: 50% of images, 100% by any of 2" in messages[4]
+    assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
 
 
 def test_a_campaign_goes_on_and_knows_its_settings(goal, tmp_path):

@@ -20,10 +20,10 @@ def base():
 def test_the_model_draws_what_it_is_asked_for(base):
     prompts = [captions.prompt(*pair) for pair in ASKED]
     images = esd_jax.sample(base, prompts, seed=5, steps=NUM_STEPS, guidance_scale=GUIDANCE)
-    seen = probe.classify(images)
-    assert seen.recognised.all()
-    assert [vocabulary.objects()[i] for i in seen.objects] == [name for name, _ in ASKED]
-    assert [vocabulary.styles()[i] for i in seen.styles] == [style for _, style in ASKED]
+    verdict = probe.classify(images)
+    assert verdict.recognised.all()
+    assert [vocabulary.objects()[i] for i in verdict.objects] == [name for name, _ in ASKED]
+    assert [vocabulary.styles()[i] for i in verdict.styles] == [style for _, style in ASKED]
 
 
 def test_two_seeds_of_one_prompt_differ_in_placement(base):
@@ -71,10 +71,10 @@ def test_erasing_removes_the_target_and_keeps_the_rest(base, concept, config):
     """The recipes of the paper and of `make demo`, over 96 images a group at equal seeds before and after."""
     target = groups.parse_target(concept)
     models = {BASE: base, ERASED: esd_jax.erase(base, concept, config=config)}
-    judged = {group.name: group for group in measure(models, groups.groups(target), target, num_images=96)}
-    before, after = judged["own"].rows[:2]
+    tables = {group.name: group for group in measure(models, groups.groups(target), target, num_images=96)}
+    before, after = tables["own"].rows[:2]
     assert before.target.value >= 0.8
     assert after.target.value <= 0.15
-    before, after = judged["others"].rows[:2]
+    before, after = tables["others"].rows[:2]
     assert after.subject.value >= before.subject.value - 0.15
     assert after.style.value >= before.style.value - 0.15

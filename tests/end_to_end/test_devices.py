@@ -73,9 +73,9 @@ def main(output: str) -> None:
     replaying, _ = esd.ESD(sampling_steps=4, **ring).make(tools, concepts)
     tx = Optimizer(learning_rate=1e-3).transformation()
 
-    def both(*given):
+    def both(*arguments):
         """What both methods draw, as one."""
-        mine, other = method.draw(*given)._asdict(), replaying.draw(*given)._asdict()
+        mine, other = method.draw(*arguments)._asdict(), replaying.draw(*arguments)._asdict()
         names = [*mine, *(f"kept_{name}" for name in other)]
         return NamedTuple("Draws", [(name, Any) for name in names])(*mine.values(), *other.values())
 
@@ -92,7 +92,7 @@ def main(output: str) -> None:
     slots |= {f"kept_{name}": (BATCH,) for name in ("slot", "index", "t", "concept")} | {"kept_noise": slots["noise"]}
 
     sharding.SPLIT_FROM = LEAST
-    found = {"meshes": [sharding.make_mesh(batch).size for batch in (1, 6, 8, 12, 16)]}
+    results = {"meshes": [sharding.make_mesh(batch).size for batch in (1, 6, 8, 12, 16)]}
     for n, (devices, fsdp) in MESHES.items():
         mesh = sharding.make_mesh(BATCH, jax.devices()[:devices], fsdp=fsdp)
         assert dict(mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp}
@@ -103,7 +103,7 @@ def main(output: str) -> None:
         state = state._replace(step=jnp.int32(5))
         state, bank = sharding.place((state, inputs), mesh)
         state, _ = step(state, {}, {}, bank)
-        found |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
+        results |= {f"{n}/draws/{name}": value for name, value in state.opt.items()}
 
         placed = dataclasses.replace(method, denoiser=sharding.gathering(method.denoiser, mesh))
         step = make_step(placed, tx, **options)
@@ -112,15 +112,15 @@ def main(output: str) -> None:
         for _ in range(STEPS):
             state, metrics = step(state, *arguments[1:])
             losses.append(metrics)
-        found[f"{n}/compilations"] = len(compilations) - before
-        found |= {f"{n}/{name}": [getattr(m, name) for m in losses] for name in ("loss", "t", "grad_norm")}
-        found |= {f"{n}/theta/{name}": value for name, value in sharding.fetched(state.theta, mesh).items()}
+        results[f"{n}/compilations"] = len(compilations) - before
+        results |= {f"{n}/{name}": [getattr(m, name) for m in losses] for name in ("loss", "t", "grad_norm")}
+        results |= {f"{n}/theta/{name}": value for name, value in sharding.fetched(state.theta, mesh).items()}
         kept = [a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (state, arguments[0])), strict=True)]
-        found[f"{n}/kept"] = all(kept)
+        results[f"{n}/kept"] = all(kept)
         compiled = step.lower(state, *arguments[1:]).compile()
-        found[f"{n}/flops"] = compiled.cost_analysis()["flops"]
-        found[f"{n}/arguments"] = compiled.memory_analysis().argument_size_in_bytes
-        found[f"{n}/program"] = compiled.as_text()
+        results[f"{n}/flops"] = compiled.cost_analysis()["flops"]
+        results[f"{n}/arguments"] = compiled.memory_analysis().argument_size_in_bytes
+        results[f"{n}/program"] = compiled.as_text()
         if fsdp > 1:
             continue
         step = make_step(replaying, tx, **options)
@@ -130,26 +130,26 @@ def main(output: str) -> None:
         for _ in range(STEPS):
             state, metrics = step(state, *arguments[1:])
             losses.append(metrics.loss)
-        found |= {f"{n}/ring/compilations": len(compilations) - before, f"{n}/ring/loss": losses}
-        found |= {f"{n}/ring/x": state.memory.x, f"{n}/ring/devices": len(state.memory.x.sharding.device_set)}
-        found[f"{n}/ring/part"] = state.memory.x.addressable_shards[0].data.shape[0]
+        results |= {f"{n}/ring/compilations": len(compilations) - before, f"{n}/ring/loss": losses}
+        results |= {f"{n}/ring/x": state.memory.x, f"{n}/ring/devices": len(state.memory.x.sharding.device_set)}
+        results[f"{n}/ring/part"] = state.memory.x.addressable_shards[0].data.shape[0]
     with pytest.raises(ValueError) as refused:
         sharding.make_mesh(BATCH, fsdp=3)
-    found["refused"] = str(refused.value)
-    found["gradients"] = sum(value.nbytes for value in theta_0.values())
+    results["refused"] = str(refused.value)
+    results["gradients"] = sum(value.nbytes for value in theta_0.values())
     # Keys and values of the prompts are computed before the loop.
     inside = {
         name: a for name, a in {**theta_0, **frozen}.items() if not name.endswith(("2.to_k.weight", "2.to_v.weight"))
     }
-    found["split"] = sum(not a.is_fully_replicated for a in sharding.placements(inside, mesh).values())
+    results["split"] = sum(not a.is_fully_replicated for a in sharding.placements(inside, mesh).values())
 
     import esd_jax
 
     base, prompts = esd_jax.load("emoji"), ["a cat", "neon style", "a rose in ink style", "a fish"] * 2
     for size in (8, 3):  # on all devices, and on one
         options = {"steps": 2, "eta": 1.0, "sampler": "ddim", "batch_size": size}
-        found[f"images/{size}"] = esd_jax.sample(base, prompts, negative_prompt=prompts[::-1], **options)
-    np.savez(output, **{name: np.asarray(value) for name, value in found.items()})
+        results[f"images/{size}"] = esd_jax.sample(base, prompts, negative_prompt=prompts[::-1], **options)
+    np.savez(output, **{name: np.asarray(value) for name, value in results.items()})
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,11 @@ COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-
 
 
 def reached(parts: dict[str, list[str]], name: str) -> set[str]:
-    found, new = set(), {name}
+    names, new = set(), {name}
     while new:
-        found |= new
-        new = {other for called in new for line in parts[called] for other in CALLED.findall(line)} - found
-    return found
+        names |= new
+        new = {other for called in new for line in parts[called] for other in CALLED.findall(line)} - names
+    return names
 
 
 def collectives(lines: list[str]) -> list[tuple[str, int]]:

@@ -62,14 +62,16 @@ def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
     unet, encoder = (run / "model" / name / "model.safetensors" for name in ("unet", "text_encoder"))
     unet = unet.with_name("diffusion_pytorch_model.safetensors")
     for file in (unet, delta, tmp_path / "d.safetensors"):
-        told = read_header(file).metadata
-        assert told["esd_jax.erased"] == "cat" and told["esd_jax.attacked"] == "no" and "esd_jax" in told
-        assert told["esd_jax.measured"] == ("yes" if (run / "evidence" / "evaluation-smoke.json").exists() else "no")
+        metadata = read_header(file).metadata
+        assert metadata["esd_jax.erased"] == "cat" and metadata["esd_jax.attacked"] == "no" and "esd_jax" in metadata
+        assert metadata["esd_jax.measured"] == (
+            "yes" if (run / "evidence" / "evaluation-smoke.json").exists() else "no"
+        )
     assert "esd_jax.erased" not in read_header(encoder).metadata
     before, after = (load_file(file) for file in (delta, tmp_path / "d.safetensors"))
     assert all((before[name] == after[name]).all() for name in before) and before.keys() == after.keys()
-    told = read_header(unet).metadata
-    assert esd("report", run) == 0 and read_header(unet).metadata == told
+    metadata = read_header(unet).metadata
+    assert esd("report", run) == 0 and read_header(unet).metadata == metadata
     assert esd("compare", run, f"--output={tmp_path / 'c.html'}") == 2
     assert "two runs" in capsys.readouterr().err
     assert esd("compare", run, run, f"--output={tmp_path / 'c.html'}") == 0 and (tmp_path / "c.html").stat().st_size > 0
@@ -101,8 +103,8 @@ def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_p
         return lambda images: np.zeros(len(looked.append(images) or images), bool), "nothing"
 
     monkeypatch.setattr(seen, "detector", nothing)
-    look = ("--stop_every=2", "--stop_images=3", "--stop_detector=nudenet", "--stop_prompts=a cat; one cat")
-    assert esd(*run, *look, "--stop_below=0.1") == 0
+    options = ("--stop_every=2", "--stop_images=3", "--stop_detector=nudenet", "--stop_prompts=a cat; one cat")
+    assert esd(*run, *options, "--stop_below=0.1") == 0
     assert len(looked) == 1 and len(looked[0]) == 3
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert esd(*run, *look, "--overwrite", "--stop_below=2") == 2 and "0..1" in capsys.readouterr().err
+    assert esd(*run, *options, "--overwrite", "--stop_below=2") == 2 and "0..1" in capsys.readouterr().err

@@ -33,30 +33,30 @@ def written(run, tmp_path_factory):
 
 
 def test_all_formats_verify(run, written):
-    folder, made = written
-    assert made.keys() == FORMATS.keys() and len(list(folder.iterdir())) == len(FORMATS)
+    folder, files = written
+    assert files.keys() == FORMATS.keys() and len(list(folder.iterdir())) == len(FORMATS)
     total = sum(len(params) for params in run[1].params.values())
-    for name, one in made.items():
+    for name, one in files.items():
         assert one.path == folder / f"{STEM}{FORMATS[name].ending}" and one.path.exists()
         assert one.changed == len(run[1].edits)
         assert one.others == (total - one.changed if FORMATS[name].whole else 0)
         assert one.carried > (0.9 if name == "delta" else 0.99) and one.levels <= 1  # a delta holds W, not its change
-    dtypes = {name: one.dtypes for name, one in made.items()}
+    dtypes = {name: one.dtypes for name, one in files.items()}
     assert dtypes["folder"] == dtypes["single"] == ("float16",) and dtypes["orbax"] == ("float32",)
     assert dtypes["delta"] == ("bfloat16",) and dtypes["difference"] == dtypes["lora"] == ()
-    assert f"verified: {len(run[1].edits)} trained tensors in float16, " in str(made["folder"])
-    assert "% of the change" in str(made["lora"]) and "not carried" in str(made["kohya"])
+    assert f"verified: {len(run[1].edits)} trained tensors in float16, " in str(files["folder"])
+    assert "% of the change" in str(files["lora"]) and "not carried" in str(files["kohya"])
 
 
 def test_lossless_formats_draw_what_the_folder_draws(run, written):
-    folder, made = written
+    folder, files = written
     base = esd_jax.load(run[1].provenance.folder)
     draw = lambda model: esd_jax.sample(model, ["cat", "dogs"], steps=3)  # noqa: E731
-    expected = draw(api.opened(base, made["folder"].path))
-    np.testing.assert_array_equal(draw(api.opened(base, made["single"].path)), expected)
+    expected = draw(api.opened(base, files["folder"].path))
+    np.testing.assert_array_equal(draw(api.opened(base, files["single"].path)), expected)
     exact = exports.export(run[1], folder / "exact.safetensors", "delta", dtype="float32").path
     np.testing.assert_array_equal(draw(api.opened(base, exact)), draw(run[1]))
-    np.testing.assert_array_equal(draw(FORMATS["orbax"].read(base, made["orbax"].path)), draw(run[1]))
+    np.testing.assert_array_equal(draw(FORMATS["orbax"].read(base, files["orbax"].path)), draw(run[1]))
 
 
 def test_a_single_file_becomes_a_sharded_folder_of_a_variant(run, written, tmp_path):

@@ -68,14 +68,14 @@ def test_the_rectified_flow_is_a_second_path():
 
 def test_sampling_along_it_is_eulers_method():
     schedule = toy_family.schedule({**toy_family.SCHEDULER, "shift": 3.0})
-    made = samplers.make_sampler(schedule, num_steps=5)
-    sigma = np.append(np.asarray(made.timesteps) / 1000, 0)
-    assert sigma[0] == 1 and np.all(np.diff(sigma) < 0) and made.name == "euler"
+    sampler = samplers.make_sampler(schedule, num_steps=5)
+    sigma = np.append(np.asarray(sampler.timesteps) / 1000, 0)
+    assert sigma[0] == 1 and np.all(np.diff(sigma) < 0) and sampler.name == "euler"
     velocity = lambda x, t: jnp.tanh(x) * t / 1000  # noqa: E731
     x = expected = jnp.linspace(-1, 1, 6).reshape(1, 6)
     for now, then in zip(sigma[:-1], sigma[1:], strict=True):
         expected = expected + (then - now) * velocity(expected, now * 1000)
-    np.testing.assert_allclose(samplers.run(made, velocity, x), expected, atol=1e-6)
+    np.testing.assert_allclose(samplers.run(sampler, velocity, x), expected, atol=1e-6)
     with pytest.raises(ValueError, match=one_line("'ddim'", "rectified flow", "euler")):
         samplers.make_sampler(schedule, "ddim")
     t = jnp.asarray([250])
@@ -128,8 +128,8 @@ def test_it_is_measured(toy, tmp_path):
     _, base, _, erased = toy
     (tmp_path / "prompts.csv").write_text("case_number,prompt,evaluation_seed\n0,a cat,1\n1,a dog,2\n")
     options = {"prompt_list": tmp_path / "prompts.csv", "num_steps": 2, "guidance_scale": 3.0}
-    found = dossier.evaluate(base, erased, "custom", output_dir=tmp_path / "evidence", **options)
-    likeness = next(table for table in found.tables if "SSIM" in table.title or "SSIM" in str(table.columns))
+    evidence = dossier.evaluate(base, erased, "custom", output_dir=tmp_path / "evidence", **options)
+    likeness = next(table for table in evidence.tables if "SSIM" in table.title or "SSIM" in str(table.columns))
     assert likeness.rows and likeness.rows[0][1][0].value < 1
 
 

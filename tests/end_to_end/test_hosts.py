@@ -64,9 +64,9 @@ def start_job(base, folder, *flags, **fields):
 
 
 def ended(processes, code=0):
-    told = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(told)
-    return told
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(outputs)
+    return outputs
 
 
 def log(folder):
@@ -77,12 +77,12 @@ def weights(folder):
     return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_alike(found, truth):
-    assert [line["t"] for line in log(found)] == [line["t"] for line in log(truth)]
+def assert_alike(actual, truth):
+    assert [line["t"] for line in log(actual)] == [line["t"] for line in log(truth)]
     for name in ("loss", "grad_norm"):
-        ours, theirs = ([line[name] for line in log(folder)] for folder in (found, truth))
+        ours, theirs = ([line[name] for line in log(folder)] for folder in (actual, truth))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    ours, theirs = weights(found), weights(truth)
+    ours, theirs = weights(actual), weights(truth)
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, atol=2e-6)  # twelve updates of 1e-5 each
 
@@ -111,10 +111,10 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(base, alone, t
         assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
-    told = ended(processes, 143)
-    assert all("this continues it: esd-jax erase " in text for text in told)
+    outputs = ended(processes, 143)
+    assert all("this continues it: esd-jax erase " in text for text in outputs)
     (step,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
-    assert 0 < step < STEPS and all(f"stopped at step {step} of {STEPS}" in text for text in told)
+    assert 0 < step < STEPS and all(f"stopped at step {step} of {STEPS}" in text for text in outputs)
 
     ended([start(base, folder, 1, "--resume")])  # on one device, with another fsdp
     assert_alike(folder, alone)

@@ -34,9 +34,9 @@ class Made(str):
     """A model that the painter knows by name, with the record of its erasure."""
 
     def __new__(cls, name, step):
-        made = super().__new__(cls, name)
-        made.provenance = SimpleNamespace(erased=(Erasure(step=step),))
-        return made
+        model = super().__new__(cls, name)
+        model.provenance = SimpleNamespace(erased=(Erasure(step=step),))
+        return model
 
 
 def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):
@@ -55,9 +55,9 @@ def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys
     argv = ["measure_demo", f"--output={tmp_path}", "--images=3", "--base_images=4", "--targets=neon; a cat; a rose"]
     monkeypatch.setattr(sys, "argv", argv)
     measure_demo.main()
-    sham_of_cats = ("a xqzv", "emoji_object")  # shared by both objects
+    placebo_of_cats = ("a xqzv", "emoji_object")  # shared by both objects
     done = ["neon style", "xqzv style", "a cat", "a xqzv", "a rose"]
-    assert [concept for concept, _ in erasures] == done and sham_of_cats in erasures
+    assert [concept for concept, _ in erasures] == done and placebo_of_cats in erasures
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {
         "base.json",
@@ -94,8 +94,8 @@ def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeyp
     erasures = []
 
     def erase(base, concept, *, config, steps, stop_when=None, stop_every=50):
-        looks = range(stop_every, steps, stop_every) if stop_when else ()
-        ended = next((step for step in looks if stop_when("erased")), steps)
+        evaluations = range(stop_every, steps, stop_every) if stop_when else ()
+        ended = next((step for step in evaluations if stop_when("erased")), steps)
         erasures.append((*concept, steps, ended))
         return Made("sham" if groups.NONSENSE[0] in concept[0] else "erased", ended)
 
@@ -105,10 +105,10 @@ def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeyp
     monkeypatch.setattr(measure_demo.api, "load", lambda source: "base")
     monkeypatch.setattr(measure_demo.api, "erase", erase)
     monkeypatch.setattr(measure_demo, "source_hash", lambda base: "0" * 64)
-    given = {"images": 3, "base_images": 0, "targets": "a cat", "stop_below": 0.02, "stop_every": 25, "steps": 75}
-    for name in given:  # what a flag is given stays with it
+    flags = {"images": 3, "base_images": 0, "targets": "a cat", "stop_below": 0.02, "stop_every": 25, "steps": 75}
+    for name in flags:  # what a flag is given stays with it
         monkeypatch.setattr(measure_demo.FLAGS[name], "value", measure_demo.FLAGS[name].value)
-    options = [f"--{name}={value}" for name, value in given.items()]
+    options = [f"--{name}={value}" for name, value in flags.items()]
     monkeypatch.setattr(sys, "argv", ["measure_demo", f"--output={tmp_path}", "--seed=1", *options])
     measure_demo.main()
     assert erasures == [("a cat", 75, updates), ("a xqzv", updates, updates)]

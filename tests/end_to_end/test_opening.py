@@ -24,9 +24,9 @@ def run(base, tmp_path_factory):
 
 def test_a_run_opens_as_its_erased_model(run):
     folder, erased = run
-    found = esd_jax.load(folder)
-    assert_same_edits(found.edits, erased.edits)
-    assert found.provenance.source == "emoji" and found.provenance.erased == erased.provenance.erased
+    loaded = esd_jax.load(folder)
+    assert_same_edits(loaded.edits, erased.edits)
+    assert loaded.provenance.source == "emoji" and loaded.provenance.erased == erased.provenance.erased
     assert_same_edits(esd_jax.load(str(folder), base="emoji").edits, erased.edits)
     half = esd_jax.load(folder, dtype="bfloat16")
     assert half.dtype == "bfloat16" and half.params["unet"]["conv_in.weight"].dtype == "bfloat16"
@@ -56,9 +56,9 @@ def test_a_part_opens_with_its_base_and_else_says_how(kind, parts, base):
     with pytest.raises(ValueError, match=one_line(f"is {kind}, not a whole checkpoint: use {call}")):
         esd_jax.load(file)
     expected = read(base, file)
-    for found in (esd_jax.load(file, base="emoji"), esd_jax.load(file, base=base)):
-        assert_same_edits(found.edits, expected.edits)
-        assert found.provenance.erased == expected.provenance.erased
+    for loaded in (esd_jax.load(file, base="emoji"), esd_jax.load(file, base=base)):
+        assert_same_edits(loaded.edits, expected.edits)
+        assert loaded.provenance.erased == expected.provenance.erased
 
 
 def test_a_part_that_names_no_base_asks_for_it(parts, tmp_path):
@@ -73,9 +73,9 @@ def test_the_folder_of_a_unet_opens_with_its_base(run, base):
     unet = run[0] / "model" / "unet"
     with pytest.raises(ValueError, match=one_line("the folder of a UNet alone", "base=")):
         esd_jax.load(unet)
-    found, whole = esd_jax.load(unet, base=base), esd_jax.load(run[0] / "model")
+    loaded, whole = esd_jax.load(unet, base=base), esd_jax.load(run[0] / "model")
     for name, value in whole.params["unet"].items():
-        np.testing.assert_array_equal(found.params["unet"][name], value, err_msg=name)
+        np.testing.assert_array_equal(loaded.params["unet"][name], value, err_msg=name)
 
 
 def test_what_does_not_go_together_is_refused(run, base, parts):

@@ -55,42 +55,47 @@ def exported(request, tmp_path_factory):
         ldm_oracle.make(request.param, root / "made")
         base = io.load(root / "made")
     erased = erased_from(base, 0.02)
-    made = {"base": io.export(base, root / "base"), "folder": io.export(erased, root / "folder")}
-    made["single"] = export_single(erased, root / "single.safetensors")
+    files = {"base": io.export(base, root / "base"), "folder": io.export(erased, root / "folder")}
+    files["single"] = export_single(erased, root / "single.safetensors")
     for style in ("diffusers", "kohya"):
         report = export_lora(erased, root / f"{style}.safetensors", energy=1 - 1e-9, style=style, dtype="float32")
         assert report.residual < 1e-6 and len({rank for rank, _ in report.ranks.values()}) > 1
-        made[style] = report.path
+        files[style] = report.path
     size = base.configs["unet"].sample_size
     np.save(root / "latents.npy", np.random.default_rng(0).normal(size=(2, 4, size, size)).astype(np.float32))
-    return root, {name: str(path) for name, path in made.items()}
+    return root, {name: str(path) for name, path in files.items()}
 
 
 @pytest.mark.parametrize("environment", DIFFUSERS)
 def test_every_form_opens_whole_and_draws_the_same_image(exported, environment):
-    root, made = exported
+    root, files = exported
     common = {"prompts": PROMPTS, "latents": str(root / "latents.npy")}
     jobs = {
-        "base": {"folder": made["base"]},
-        "folder": {"folder": made["folder"]},
-        "single": {"folder": made["folder"], "file": made["single"]},
-        "diffusers": {"folder": made["base"], "lora": made["diffusers"]},
-        "kohya": {"folder": made["base"], "lora": made["kohya"]},
+        "base": {"folder": files["base"]},
+        "folder": {"folder": files["folder"]},
+        "single": {"folder": files["folder"], "file": files["single"]},
+        "diffusers": {"folder": files["base"], "lora": files["diffusers"]},
+        "kohya": {"folder": files["base"], "lora": files["kohya"]},
     }
     report, images = other_programs.run(
         environment, "diffusers_child.py", [{**common, **job} for job in jobs.values()], root
     )
     images = {name: 255 * images[f"images_{i}"] for i, name in enumerate(jobs)}
-    found = {name: float(np.abs(images[name] - images["folder"]).max()) for name in jobs}
-    print(root.name, report["versions"], {name: round(value, 3) for name, value in found.items()})
+    differences = {name: float(np.abs(images[name] - images["folder"]).max()) for name in jobs}
+    print(root.name, report["versions"], {name: round(value, 3) for name, value in differences.items()})
     for name, one in zip(jobs, report["jobs"], strict=True):
         assert one == {"faults": [], "said": []}, name
-    assert found["base"] > 3 and found["single"] == 0 and found["diffusers"] <= 1 and found["kohya"] <= 1
+    assert (
+        differences["base"] > 3
+        and differences["single"] == 0
+        and differences["diffusers"] <= 1
+        and differences["kohya"] <= 1
+    )
 
 
 def test_both_versions_draw_the_same_image(exported):
-    root, made = exported
-    job = [{"folder": made["folder"], "prompts": PROMPTS, "latents": str(root / "latents.npy")}]
+    root, files = exported
+    job = [{"folder": files["folder"], "prompts": PROMPTS, "latents": str(root / "latents.npy")}]
     one, other = (other_programs.run(name, "diffusers_child.py", job, root)[1]["images_0"] for name in DIFFUSERS)
     print(root.name, "between versions", 255 * np.abs(one - other).max())
     assert 255 * np.abs(one - other).max() <= 0.5

@@ -62,14 +62,14 @@ def wheel(tmp_path_factory):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (found,) = folder.iterdir()
-    return found
+    (archive,) = folder.iterdir()
+    return archive
 
 
 def files(folder: Path, inside: str) -> set[str]:
     """The files of a folder of the checkout, as they are named in a folder of the wheel."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {f"{inside}/{path.relative_to(folder).as_posix()}" for path in found}
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {f"{inside}/{path.relative_to(folder).as_posix()}" for path in files}
 
 
 def test_the_wheel_holds_the_package_and_its_configs_alone(wheel):
@@ -83,9 +83,9 @@ def test_the_wheel_holds_the_package_and_its_configs_alone(wheel):
     assert {name.split("/")[0] for name in names} == {"esd_jax", info}  # no launch/, tests/, configs/
     assert {f"esd_jax/configs/{name}.py" for name in CONFIGS} <= {*names} and "esd_jax/py.typed" in names
     assert commands == "[console_scripts]\nesd-jax = esd_jax.cli:console\n"
-    said = Parser().parsestr(metadata)
-    assert (said["Name"], said["Version"], said["Requires-Python"]) == ("esd-jax", PROJECT["version"], ">=3.11")
-    assert said["License-Expression"] == "Apache-2.0" and said["Version"] == esd_jax.__version__
+    fields = Parser().parsestr(metadata)
+    assert (fields["Name"], fields["Version"], fields["Requires-Python"]) == ("esd-jax", PROJECT["version"], ">=3.11")
+    assert fields["License-Expression"] == "Apache-2.0" and fields["Version"] == esd_jax.__version__
     assert wheel.stat().st_size < 25e6  # of which the embedded model has 18
 
 
@@ -112,10 +112,10 @@ def test_the_wheel_works_alone(wheel, tmp_path):
         return done.stdout
 
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
-    made = subprocess.run([*map(str, pip), str(wheel)], env=env, capture_output=True, text=True, timeout=1800)
-    if made.returncode and "connection broken" in made.stderr:
+    installed = subprocess.run([*map(str, pip), str(wheel)], env=env, capture_output=True, text=True, timeout=1800)
+    if installed.returncode and "connection broken" in installed.stderr:
         pytest.skip("no package index can be reached")
-    assert made.returncode == 0, made.stderr
+    assert installed.returncode == 0, installed.stderr
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     foreign = packages / "configs"
     foreign.mkdir()
@@ -153,14 +153,14 @@ def commands(job: dict) -> list[list[str]]:
 def test_the_jobs_run_what_exists(workflow):
     targets = {*re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
     variables = {*re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)}
-    made, verbs = [], []
+    invoked, verbs = [], []
     for name, job in workflow["jobs"].items():
         for words in commands(job):
             if words[0] == "make":
                 goals = [word for word in words[1:] if "=" not in word]
-                given = {word.split("=")[0] for word in words[1:] if "=" in word}
-                assert goals and {*goals} <= targets and given <= variables, words
-                made += goals
+                fields = {word.split("=")[0] for word in words[1:] if "=" in word}
+                assert goals and {*goals} <= targets and fields <= variables, words
+                invoked += goals
             elif words[0] == "esd-jax" and words[1:] != ["--help"]:
                 cli.VERBS[words[1]].parse(words[1], words[2:])
                 verbs.append(words[1])
@@ -169,15 +169,15 @@ def test_the_jobs_run_what_exists(workflow):
             else:
                 allowed = ("esd-jax", "ruff", "export", "test", "$RUNNER_TEMP/venv/bin/python")
                 assert words[0] in allowed, f"{name}: {words}"
-    assert made == ["lint", "test"] and verbs == ["erase", "sample"]
+    assert invoked == ["lint", "test"] and verbs == ["erase", "sample"]
     assert commands(workflow["jobs"]["lint"]) == [["make", "lint"]]
 
 
 def test_the_jobs_take_the_oldest_and_the_newest(workflow):
     oldest_python = PROJECT["requires-python"].removeprefix(">=")
     (bound,) = (need.removeprefix("jax>=") for need in PROJECT["dependencies"] if need.startswith("jax>="))
-    found = [(row["python"], row["jax"]) for row in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]]
-    assert found == [(oldest_python, "jax"), ("3.13", "jax"), (oldest_python, f"jax=={bound}.0")]
+    versions = [(row["python"], row["jax"]) for row in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]]
+    assert versions == [(oldest_python, "jax"), ("3.13", "jax"), (oldest_python, f"jax=={bound}.0")]
 
 
 def test_a_tag_publishes_what_was_tested(workflow):

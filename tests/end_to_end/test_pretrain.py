@@ -94,8 +94,8 @@ def test_standardised_latents_reconstruct_the_same_pictures(tiny):
     np.testing.assert_allclose(after.log_variance, before.log_variance - 2 * np.log(std), atol=1e-5)
     noise = jax.random.normal(jax.random.key(0), before.mean.shape)
     for old, new in ((before.mean, after.mean), (before.sample(noise), after.sample(noise))):
-        expected, found = decode(params, old), decode(changed, new)
-        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        expected, actual = decode(params, old), decode(changed, new)
+        assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
     assert {k for k in params if changed[k] is not params[k]} == {
         f"{conv}.{leaf}" for conv in ("quant_conv", "post_quant_conv") for leaf in ("weight", "bias")
     }
@@ -107,7 +107,7 @@ def test_standardised_latents_reconstruct_the_same_pictures(tiny):
 def test_the_vae_loss_equals_torch(tiny):
     net, params, key = network(tiny["vae"], "float32"), weights(tiny["vae"]), jax.random.key(3)
     images = autoencoder.to_signed(pictures(3))
-    found = autoencoder.loss(net, params, images, key)
+    actual = autoencoder.loss(net, params, images, key)
     vae = into_torch(AutoencoderKL.from_config(architecture.VAE), tiny["vae"], params)
     with torch.no_grad():
         moments = vae.quant_conv(vae.encoder(nchw(images)))
@@ -118,7 +118,7 @@ def test_the_vae_loss_equals_torch(tiny):
         normal = torch.distributions.Normal(mean, torch.exp(0.5 * log_variance))
         kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean()
         expected = d.abs().mean() + (d**2).mean() + edges + 1e-3 * kl
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -59,14 +59,14 @@ def test_images_with_every_null_are_those_of_diffusers(family, tmp_path):
     """By the checkpoint's own sampler, not square. None, "" and words: None is zeros for SDXL."""
     pipe, steps, scale = make_calm(family, tmp_path), 10, 5.0
     ours = esd_jax.load(tmp_path)
-    made = samplers.make_sampler(ours.schedule, num_steps=steps)
-    assert made.name == {"sd2": "ddim", "sdxl": "euler"}[family]
+    sampler = samplers.make_sampler(ours.schedule, num_steps=steps)
+    assert sampler.name == {"sd2": "ddim", "sdxl": "euler"}[family]
 
     @jax.jit
     def draw(unet, condition, null):
         denoise = lambda x, t, c: ours.network("unet").apply(unet, x, t, c)  # noqa: E731
         guided = guidance.classifier_free(denoise, condition, null, scale)
-        return samplers.run(made, guided, jnp.asarray(LATENTS) * made.initial_scale)
+        return samplers.run(sampler, guided, jnp.asarray(LATENTS) * sampler.initial_scale)
 
     condition, images = ours.encode_prompts(PROMPTS, size=SIZE), {}
     for negative in (None, "", "dog"):
@@ -122,8 +122,8 @@ def test_text_encoders_and_vae_are_not_on_the_device_in_training(folder, monkeyp
     at_start, train = {}, runs.train
 
     def measured(step, state, theta_0, frozen, inputs, *args, **options):
-        given = jax.tree.leaves((state._replace(key=0), theta_0, frozen, inputs))
-        at_start["others"] = live_bytes() - before - allocated(a for a in given if isinstance(a, jax.Array))
+        leaves = jax.tree.leaves((state._replace(key=0), theta_0, frozen, inputs))
+        at_start["others"] = live_bytes() - before - allocated(a for a in leaves if isinstance(a, jax.Array))
         return train(step, state, theta_0, frozen, inputs, *args, **options)
 
     monkeypatch.setattr(runs, "train", measured)
@@ -211,8 +211,8 @@ def test_unet_of_true_size_runs(true_size):
             scaled = (block * math.prod(shape.shape[:-1]) ** -0.5).astype(jnp.bfloat16)
             params[name] = jnp.asarray(np.resize(scaled, shape.shape))
     assert num_scalars(params) == 2_567_463_684
-    said = Conditioning(jnp.ones((1, 77, 2048)), jnp.ones((1, 1280)), jnp.asarray([[64.0, 64, 0, 0, 64, 64]]))
-    output = jax.jit(unet.apply)(params, jnp.asarray(LATENTS[:1, :, :8]), jnp.float32(500), said)
+    conditioning = Conditioning(jnp.ones((1, 77, 2048)), jnp.ones((1, 1280)), jnp.asarray([[64.0, 64, 0, 0, 64, 64]]))
+    output = jax.jit(unet.apply)(params, jnp.asarray(LATENTS[:1, :, :8]), jnp.float32(500), conditioning)
     assert output.shape == (1, 8, 8, 4) and np.isfinite(output.astype(np.float32)).all() and np.std(output) > 0
 
 

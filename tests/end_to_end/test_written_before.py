@@ -48,28 +48,28 @@ def said(file):
     return json.loads(Path(file).read_text())
 
 
-def assert_says(found, expected):
+def assert_says(actual, expected):
     """All that was said is said still; there may be more."""
     if isinstance(expected, dict):
         for name, value in expected.items():
-            assert_says(found[name], value)
+            assert_says(actual[name], value)
     elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for ours, theirs in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for ours, theirs in zip(actual, expected, strict=True):
             assert_says(ours, theirs)
     else:
-        assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected)
+        assert actual == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected)
 
 
-def assert_as_it_was(name, found):
+def assert_as_it_was(name, actual):
     if is_exact(name):
-        assert checksum(found) == said(SUMS)[name]
+        assert checksum(actual) == said(SUMS)[name]
         return
-    assert checksum(shapes(found)) == said(SUMS)[name]
+    assert checksum(shapes(actual)) == said(SUMS)[name]
     row = load_file(VALUES)[name]
     # Bits would be too much to ask: XLA and BLAS sum in an order that depends on the processor and its cores.
-    for key in sorted(found):
-        ours, expected = found[key].ravel(), row[: found[key].size]
+    for key in sorted(actual):
+        ours, expected = actual[key].ravel(), row[: actual[key].size]
         assert np.linalg.norm(ours - expected) <= 1e-6 * np.linalg.norm(expected), key
         row = row[len(ours) :]
 
@@ -109,12 +109,12 @@ def test_it_opens(name, base, sdxl):
 
 @pytest.mark.parametrize("format", LOST)
 def test_a_format_has_the_weights_of_its_run(format, base, sdxl, erased):
-    found, before, after = map(tensors, (open_sample(export_of(format), base, sdxl), base, erased))
-    left_out = after.keys() - found.keys()
+    actual, before, after = map(tensors, (open_sample(export_of(format), base, sdxl), base, erased))
+    left_out = after.keys() - actual.keys()
     assert len(left_out) == (4 if format == "kohya" else 0) and all(name.endswith(".bias") for name in left_out)
-    for name in after.keys() & found.keys():
+    for name in after.keys() & actual.keys():
         change = np.linalg.norm(after[name] - before[name])
-        assert np.linalg.norm(found[name] - after[name]) <= LOST[format] * change, name
+        assert np.linalg.norm(actual[name] - after[name]) <= LOST[format] * change, name
 
 
 def test_every_sample_is_opened(place):
@@ -155,8 +155,8 @@ def test_a_run_is_resumed_to_its_end(name, place, base, sdxl, tmp_path):
 
 @pytest.mark.parametrize("name", ENDED)
 def test_a_config_reads_as_it_did(name, place):
-    found = recipe.make(**recipe.read(f"{name}.py").to_dict()).flat()
-    assert_says(found, said(f"{name}/run.json")["recipe"])
+    actual = recipe.make(**recipe.read(f"{name}.py").to_dict()).flat()
+    assert_says(actual, said(f"{name}/run.json")["recipe"])
 
 
 def test_a_run_is_exported_again_to_every_format(place, base, sdxl, tmp_path, capsys):
@@ -175,18 +175,18 @@ def inside(file):
     """What a file says without its values: dtypes and shapes by key, and the record of what was erased."""
     with safe_open(file, "np") as content:
         slices = {key: content.get_slice(key) for key in content.keys()}
-        told = {key: [part.get_dtype(), *part.get_shape()] for key, part in slices.items()}
-        return {"tensors": told, "record": json.loads(content.metadata()["esd_jax"])}
+        layout = {key: [part.get_dtype(), *part.get_shape()] for key, part in slices.items()}
+        return {"tensors": layout, "record": json.loads(content.metadata()["esd_jax"])}
 
 
 def test_what_was_measured_is_not_measured_again(base, erased):
-    told = []
-    again = evaluated(base, erased, progress=told.append)
-    attacked = dossier.attack(base, erased, output_dir="full/evidence", goal=goal(), progress=told.append, **ATTACK)
-    assert told == []
+    messages = []
+    again = evaluated(base, erased, progress=messages.append)
+    attacked = dossier.attack(base, erased, output_dir="full/evidence", goal=goal(), progress=messages.append, **ATTACK)
+    assert messages == []
     old = {name: said(SAMPLES / "full" / "evidence" / f"{name}.json") for name in ("evaluation-custom", "attacks")}
-    for name, found in (("evaluation-custom", again), ("attacks", attacked)):
-        assert [one.what for one in found.verdict] == [one["what"] for one in old[name]["verdict"]]
+    for name, part in (("evaluation-custom", again), ("attacks", attacked)):
+        assert [one.what for one in part.verdict] == [one["what"] for one in old[name]["verdict"]]
         assert_says(said(f"full/evidence/{name}.json"), old[name])
 
 
@@ -224,13 +224,13 @@ def test_a_report_leaves_the_exports_as_they_were(format, reported, base, sdxl):
 
 def test_pictures_are_those_that_were_kept(place):
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-    found = dossier.gathered("everything")
-    for part in (found.pictures, found.attack_pictures):
+    evidence = dossier.gathered("everything")
+    for part in (evidence.pictures, evidence.attack_pictures):
         (cat, dog) = part["a group"]
         assert (cat.prompt, dog.prompt) == ("a cat", "a dog")
-        found_images = (cat.before, cat.after, dog.before, dog.after)
-        np.testing.assert_array_equal(found_images, (image, 255 - image, image // 2, image))
-    np.testing.assert_array_equal(found.timeline[1].images, [image // 3] * 2)
+        images = (cat.before, cat.after, dog.before, dog.after)
+        np.testing.assert_array_equal(images, (image, 255 - image, image // 2, image))
+    np.testing.assert_array_equal(evidence.timeline[1].images, [image // 3] * 2)
 
 
 def test_runs_are_compared(place, tmp_path):
@@ -245,7 +245,7 @@ def test_a_search_goes_on_from_its_trials(base):
 
 
 def test_a_gallery_hangs_as_it_did(place):
-    found = Gallery(Path("gallery"))
-    assert [tuple(shot) for shot in found] == [("a cat in ink style", 1)]
-    (shown,) = found.values()
+    gallery = Gallery(Path("gallery"))
+    assert [tuple(shot) for shot in gallery] == [("a cat in ink style", 1)]
+    (shown,) = gallery.values()
     assert (shown.object, shown.style) == ("cat", "ink")

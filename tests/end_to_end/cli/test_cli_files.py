@@ -115,8 +115,8 @@ def test_sampled_images(esd, base, finished, tmp_path):
     # The delta is in bfloat16, so it is nearly, not exactly, the model that was trained.
     assert esd(*sample, "--prompts=cat", f"--delta={delta}", f"--output={tmp_path}/c", "--overwrite")[0] == 0
     erased = esd_jax.sample(esd_jax.load(finished / "model"), ["cat"], steps=2, seed=3)[0]
-    found = np.asarray(Image.open(tmp_path / "c" / "00000.png"))
-    assert np.abs(found.astype(int) - erased).mean() < 0.1 * np.abs(expected[0].astype(int) - erased).mean()
+    actual = np.asarray(Image.open(tmp_path / "c" / "00000.png"))
+    assert np.abs(actual.astype(int) - erased).mean() < 0.1 * np.abs(expected[0].astype(int) - erased).mean()
 
 
 def test_a_csv_is_sampled_as_it_is_evaluated(esd, base, tmp_path):
@@ -179,8 +179,8 @@ def test_purified_images(esd, base, finished, tmp_path):
     last = likeness("by the autoencoder alone", alone, inputs)
     out = "\n".join([f"2 images in {tmp_path / 'x'}", *report, last, ""])
     assert esd(*command, "--prompt=cat") == (0, out, "")
-    found = np.stack([np.asarray(Image.open(tmp_path / "x" / f"{i:05d}.png")) for i in range(2)])
-    np.testing.assert_array_equal(found, expected)
+    actual = np.stack([np.asarray(Image.open(tmp_path / "x" / f"{i:05d}.png")) for i in range(2)])
+    np.testing.assert_array_equal(actual, expected)
     code, out, err = esd(*command, "--prompt=cat", "--nocompare", "--overwrite")
     assert (code, out.splitlines()[1:], err) == (0, report, "")
 
@@ -208,8 +208,8 @@ def test_purified_images(esd, base, finished, tmp_path):
 
 def likeness(name, images, inputs):
     """A line of what purify tells."""
-    found = ssim(images, inputs)
-    return f"  {name:26}{found.mean():.3f}  {found.min():.3f}"
+    likeness = ssim(images, inputs)
+    return f"  {name:26}{likeness.mean():.3f}  {likeness.min():.3f}"
 
 
 # Prompts, and our own warnings.

@@ -104,8 +104,8 @@ def test_exporting_runs_that_are_damaged_or_have_moved(esd, base, run, tmp_path)
     sizes = [8 + int.from_bytes(content[:8], "little") for content in written]
     headers = [json.loads(content[8:size]) for content, size in zip(written, sizes, strict=True)]
     assert written[0][sizes[0] :] == written[1][sizes[1] :]
-    told, before = (header.pop("__metadata__") for header in headers)
-    assert headers[0] == headers[1] and told == {**told, **before} and told["esd_jax.measured"] == "no"
+    metadata, before = (header.pop("__metadata__") for header in headers)
+    assert headers[0] == headers[1] and metadata == {**metadata, **before} and metadata["esd_jax.measured"] == "no"
     factories.make_sd1(tmp_path / "other", seed=1)
     result = esd("export", f"--run={run}", f"--base={tmp_path / 'other'}", f"--output={tmp_path / 'y'}")
     assert_refused(result, "is not the base", "sha256")
