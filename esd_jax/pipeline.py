@@ -181,7 +181,7 @@ class Pipeline:
     def denoise(
         self, x_t: Float[Array, "batch height width channel"], t: Any, conditioning: Conditioning
     ) -> Float[Array, "batch height width channel"]:
-        """The denoiser's raw output (eps, v or x0, as `schedule.prediction_type` says)."""
+        """The denoiser's raw output (eps, v or x0, by `schedule.prediction_type`)."""
         network, params = self.network(self.denoiser), self.params[self.denoiser]
         return network.apply(params, x_t, t, conditioning).astype(jnp.float32)
 

@@ -286,12 +286,12 @@ def _annotations(method: str) -> Mapping[str, Any]:
 
 
 def field_types() -> dict[str, type]:
-    """Every flat field that recipes of some method have, with the type that it has where it is given."""
+    """Every flat field that recipes of some method have, with the type of its values other than None."""
     return {name: field_type(name, method) for method in METHODS for name in _annotations(method)}
 
 
 def field_type(name: str, method: str) -> type:
-    """The type of a field; of an optional one, the type that it has where it is given: of `int | None`, int."""
+    """The type of a field; of an optional one, that of its other values: of `int | None`, int."""
     annotation = _annotations(method)[name]
     return get_args(annotation)[0] if get_args(annotation) else annotation
 

@@ -25,7 +25,7 @@ def command(record: Erasure) -> str:
     except (TypeError, ValueError):  # another version's
         return ""
     if any(isinstance(value, list | tuple) for value in wanted.values()):
-        return ""  # texts that hold a separator can be given in Python alone
+        return ""  # texts that hold a separator can be passed in Python alone
     if record.step is not None and record.step < wanted["steps"]:  # it was stopped early
         wanted["steps"] = record.step
     usual = _usual(record)

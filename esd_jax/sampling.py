@@ -216,7 +216,7 @@ def decoded(
 ) -> UInt8[np.ndarray, "batch height width 3"]:
     """The images of a batch of latents. params: the VAE's; for the others see `check_drawn`, which may raise.
 
-    NaN, which uint8 does not have, becomes one colour: an image of one colour is decoded again, to tell which it is.
+    NaN, which uint8 does not have, becomes one colour: an image of one colour is decoded again, to distinguish them.
     """
     network, config = pipeline.network("vae"), pipeline.configs["vae"]
     images = np.asarray(programs.decoder(network, config)(params, latents))

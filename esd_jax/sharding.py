@@ -85,7 +85,7 @@ def placements(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Every array where `placements` says, on the devices of all hosts; each host must hold the same values."""
+    """Every array in its placement (`placements`), on the devices of all hosts; each host must hold the same values."""
     return jax.tree.map(_put, tree, placements(tree, mesh))
 
 
@@ -102,7 +102,7 @@ def copies(placed: NamedSharding | Format) -> bool:
 
 
 def constrained(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: asks that arrays stay where `placements` says."""
+    """Inside jit: keeps arrays in their `placements`."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda a, p: jax.lax.with_sharding_constraint(a, lies(p)), tree, placements(tree, mesh))

@@ -1,7 +1,7 @@
-"""Prompts that a concept is erased from beside its own name, each led to what it says without the concept.
+"""Prompts that a concept is erased from beside its own name, each led to the same prompt without the concept.
 
-A text encoder reads a concept in a sentence differently than alone, so what is learned on "ink style" reaches "a cat in
-ink style" only in part, and takes some of the cat along. A context says both: the prompt, and what is to be left of it.
+A text encoder reads a concept in a sentence differently from alone: what is learned on "ink style" reaches "a cat in
+ink style" only in part, and takes some of the cat along. A context holds the prompt and what should remain of it.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def parse(text: str | None) -> tuple[Context, ...]:
 
 
 def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[Concept]:
-    """Each concept alone, then, for each context, erased from its prompt with what it says without it in its place.
+    """Each concept alone, then, for each context, erased from its prompt, with the rest of the prompt in its place.
 
     Raises ValueError for a concept with `from_`.
     """

@@ -181,7 +181,7 @@ class Replaying(Method):
         return self.replay.memory(shape)
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Draws:
-        """The random choices of a step; the examples share none, but for what an order says."""
+        """The random choices of a step; the examples share none, except under an order."""
         draws = self.replay.draw(step, example_keys, shape, inputs.bank.num_concepts)
         if self.order is None:
             return draws

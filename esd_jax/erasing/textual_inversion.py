@@ -48,7 +48,7 @@ class TextualInversion:
     from_t: int = 0
 
     def transformation(self) -> optax.GradientTransformation:
-        """AdamW with the usual moments. It sees the new rows alone, which is the same: it works element by element."""
+        """AdamW with the usual moments. It updates the new rows alone, with the same result: it is elementwise."""
         return optax.adamw(self.learning_rate, weight_decay=self.weight_decay)
 
     def pull(self, new: Float[Array, "new width"]) -> Float[Array, "new width"]:

@@ -140,7 +140,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Measured:
 
 
 def prompt_match(before: Drawn, after: Drawn, request: Request) -> Measured:
-    """The CLIP score: the cosine of images and their prompts. Raises ValueError if no CLIP model is given."""
+    """The CLIP score: the cosine of images and their prompts. Raises ValueError without a CLIP model."""
     if not request.clip:
         raise ValueError("the CLIP score needs a CLIP model: give its folder, or its id on the hub (clip)")
     scores = []
@@ -160,7 +160,7 @@ def prompt_match(before: Drawn, after: Drawn, request: Request) -> Measured:
 def distances(before: Drawn, after: Drawn, request: Request) -> Measured:
     """FID and KID to real images; by features that are not Inception's, under their own names.
 
-    Raises ValueError if no folder of real images is given.
+    Raises ValueError without a folder of real images.
     """
     if not request.reference:
         raise ValueError("distances to real images need a folder of them (reference)")

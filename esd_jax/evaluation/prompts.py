@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptList:
-    """A file of prompts. sha256: of the file, so that a report says which one it was."""
+    """A file of prompts. sha256: of the file, so that a report identifies it."""
 
     name: str
     sha256: str

@@ -72,7 +72,7 @@ class Testbed(Protocol):
         ...
 
     def question(self, concepts: Sequence[str], num_images: int, detector: str) -> Question:
-        """How often a detector sees the concepts in their own prompts."""
+        """The concepts' detection rate on target prompts."""
         ...
 
     def metric(self, concepts: Sequence[str], num_images: int) -> Metric:

@@ -58,7 +58,7 @@ def _load(base: Pipeline, path: Path) -> Pipeline:
 
 
 def _load_single(base: Pipeline, path: Path) -> Pipeline:
-    """With what the base's file needed to be read, or its folder: what the file says of its schedule then counts."""
+    """With what the base's file needed to be read, or its folder: the file's own schedule then counts."""
     origin = base.provenance
     return diffusers.load(path, dtype=base.dtype, config=origin.config if origin.file else origin.folder)
 

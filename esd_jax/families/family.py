@@ -34,13 +34,13 @@ class Family:
     null: (conditioning, where [batch]) -> the same, with "no prompt" in some rows.
     encoded: (configs, batch, dtype) -> the shapes of so many encoded prompts.
     latents: (configs, (height, width) in pixels) -> the shape of one example's latents (height, width, channel).
-    default_size: configs -> (height, width) in pixels for which the model was trained; None if they do not tell.
+    default_size: configs -> (height, width) in pixels for which the model was trained; None if they lack it.
     check: raises ValueError for configs that do not belong together.
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
     subsets: name -> which tensors of the denoiser are trained.
     provides: which of `NEEDS` it meets.
     zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
-      `model_index.json` says otherwise.
+      `model_index.json` overrides it.
     label: configs -> the version of the model in short ("SD 1"); by default the family's name.
     """
 

@@ -45,7 +45,7 @@ def encode_two(outputs: Sequence[CLIPOutput], size: tuple[Any, Any]) -> Conditio
 def null(conditioning: Conditioning, where: Bool[ArrayLike, " batch"] = True) -> Conditioning:
     """Zeros in place of the prompt in some rows: what SDXL was trained with for "no prompt". The sizes stay.
 
-    This is what diffusers guides from where `force_zeros_for_empty_prompt` is set and no negative prompt is given; the
+    This is what diffusers guides from where `force_zeros_for_empty_prompt` is set and there is no negative prompt; the
     encoded "" is another null.
     """
 
@@ -73,7 +73,7 @@ def latents(configs: Configs, size: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def default_size(configs: Configs) -> tuple[int, int] | None:
-    """The image size for which the UNet was trained; None if its config does not say."""
+    """The image size for which the UNet was trained; None if its config lacks it."""
     side, factor = configs[DENOISER].sample_size, configs["vae"].factor
     if side is None:
         return None

@@ -1,7 +1,7 @@
 """Difference files: what an erasure changed, W - W_0, so that any part of it can be added to the base again.
 
-Keys are bare diffusers UNet names, values in torch layout; the metadata say that the values are differences, and of
-which base. (An ESD delta has the same keys and holds W itself.)
+Keys are bare diffusers UNet names, values in torch layout; the metadata mark the values as differences, and name
+the base. (An ESD delta has the same keys and holds W itself.)
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def export_difference(
     """Writes what was added to every edited UNet tensor.
 
     Args:
-      pipeline: an erased checkpoint, and files that say what it was before.
+      pipeline: an erased checkpoint, and the files that it was before.
       path: the file to write, "....safetensors".
       dtype: of the values. A difference is small, so half precision costs the erased weights 2^-11 (float16) or 2^-8
         (bfloat16) of it.
@@ -110,5 +110,5 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
 
 
 def is_difference(header: Header) -> bool:
-    """Whether a file says that its values are differences."""
+    """Whether a file's metadata mark its values as differences."""
     return header.metadata.get(KIND) == DIFFERENCE

@@ -54,7 +54,7 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
 
 
 def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, Any]:
-    """What a file says of its noise schedule that its architecture's `scheduler_config.json` does not.
+    """A file's changes to the noise schedule of its architecture's `scheduler_config.json`.
 
     A `config` that is a folder, or one of the two SD 2, is right. Else, in this order: metadata (ModelSpec's
     `modelspec.prediction_type`, ComfyUI's `modelspec.predict_key`, kohya's `ss_v_parameterization`); the key `v_pred`,

@@ -79,7 +79,7 @@ def export_lora(
     """Writes the change of an erased checkpoint, its UNet's and its text encoders', as a LoRA.
 
     Args:
-      pipeline: an erased checkpoint, and files that say what it was before.
+      pipeline: an erased checkpoint, and the files that it was before.
       path: the file to write, "....safetensors".
       rank: of every matrix, or less where a matrix has less (in "kohya" zeros then fill it up).
       energy: in place of `rank`: of each matrix the least rank that keeps such a share of its change (as a sum of

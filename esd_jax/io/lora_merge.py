@@ -54,7 +54,7 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
         changed weight, as its authors and trainers have it, where ComfyUI takes the unchanged one's.
       strength: multiplies what it adds.
 
-    A word that a file brings along (A1111's "bundle_emb") is not added, which a warning says.
+    A word that a file brings along (A1111's "bundle_emb") is not added; a warning reports it.
 
     Raises:
       FileNotFoundError: there is no such file.

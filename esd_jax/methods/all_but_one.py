@@ -191,7 +191,7 @@ def concept_tokens(tools: Tools, texts: Sequence[str]) -> Bool[np.ndarray, "text
 
 
 class Batch(NamedTuple):
-    """What the student is scored on. `student_null` is given where no gradient reaches it: without penalty."""
+    """What the student is scored on. `student_null` is set where no gradient reaches it: without penalty."""
 
     x: Float[Array, "batch height width channel"]
     t: Float[Array, ""]

@@ -4,7 +4,7 @@
     L      = mean (e_theta(x_t, c) - target)^2                             (Eq. 6-7: anchor = null)
 
 with x_t drawn by the model itself from the concept. Beside the concept alone, prompts p that have it in them may be
-erased from, too (no paper's; `contexts`), with what they say without it as anchor:
+erased from, too (no paper's; `contexts`), with the rest of the prompt as anchor:
 
     L      = mean (e_theta(x_t, p) - target)^2,    anchor = p without c,    x_t drawn from p
 
@@ -208,7 +208,7 @@ class Inputs:
 class Method(base.Method):
     """ESD over one UNet and schedule, as the three functions that a training step is made of.
 
-    `separate_anchor` says whether any anchor is neither the empty prompt nor the concept; only then does the target
+    `separate_anchor`: whether any anchor is neither the empty prompt nor the concept; only then does the target
     cost a third evaluation of the teacher. null: `Tools.null`.
     """
 

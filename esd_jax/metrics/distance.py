@@ -46,7 +46,7 @@ def kid(
     Returns:
       The mean over subsets. The bounds are 1.96 standard deviations over subsets from it, of the kind that the usual
       libraries report (ddof 0): what measurements on `subset_size` images would vary by. As subset_size nears the
-      number of images the subsets become the same and the bounds say nothing: take at most half. n: of the smaller set.
+      number of images the subsets coincide and the bounds mean nothing: take at most half. n: of the smaller set.
 
     Raises ValueError as `frechet` does, and for subsets that are larger than a set, or of fewer than 2 images.
     """

@@ -1,6 +1,6 @@
 """Shares, means and differences with their 95% intervals.
 
-A prompt drawn from several seeds gives images that are alike: 10 seeds of 50 prompts say less of other prompts than 500
+A prompt sampled from several seeds gives similar images: 10 seeds of 50 prompts say less of other prompts than 500
 prompts do. `rate` and `mean` take images as independent. `clustered_rate`, `paired_difference` and `any_of` speak of
 all prompts of which these are a sample; `rate` of these very prompts, if each has as many seeds.
 """
@@ -85,7 +85,7 @@ def clustered_rate(hits: Sequence[bool] | Bool[np.ndarray, " n"], clusters: Sequ
 
 
 def any_of(hits: Sequence[Sequence[bool]] | Bool[np.ndarray, "prompts k"]) -> Estimate | None:
-    """The share of prompts of which any of k images is a hit, as attacks are judged; None of nothing.
+    """The share of prompts of which any of k images is a hit, as attacks are scored; None of nothing.
 
     A prompt counts once, whatever k, so that Wilson's interval over prompts is right however alike its images are.
 
@@ -185,7 +185,7 @@ def _design_effect(
     size = np.sum(sizes**2) / n  # of the cluster that an image is in, on average
     total = between + ((n - size) / (k - 1) - 1) * within
     correlation = float(np.clip((between - within) / total, 0, 1)) if total > 0 else 0.0
-    # Only clusters in which anything but the commonest value occurs tell whether it comes in clusters, and one is none.
+    # Only clusters with anything but the commonest value show whether it comes in clusters, and one is none.
     distinct, counts = np.unique(values, return_counts=True)
     telling = max(len(np.unique(index[values != distinct[np.argmax(counts)]])) - 1, 0)
     correlation = (telling * correlation + USUAL_WEIGHT * USUAL_CORRELATION) / (telling + USUAL_WEIGHT)

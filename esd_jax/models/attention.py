@@ -163,7 +163,7 @@ def describe(device: JaxDevice) -> Device:
     """What decides between implementations, of one of JAX's devices, which need not be attached to this machine."""
     capability = str(getattr(device, "compute_capability", ""))
     major, dot, minor = capability.partition(".")
-    if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):  # AMD's say "gfx90a"
+    if device.platform != "gpu" or not (dot and major.isdigit() and minor.isdigit()):  # AMD's are "gfx90a"
         return Device()
     return Device((int(major), int(minor)), cudnn_version())
 
@@ -202,7 +202,7 @@ def attention_maps(
 ) -> Float[Array, "batch heads queries tokens"]:
     """The softmaxed maps, each query's row summing to one.
 
-    mask: True where a query may look. dtype: of the result; by default that in which the softmax is computed.
+    mask: True where a query may attend. dtype: of the result; by default that in which the softmax is computed.
     """
     return _maps(q, k, mask, jnp.dtype(dtype or layers.statistics_dtype(q.dtype)))
 

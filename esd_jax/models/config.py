@@ -21,7 +21,7 @@ def read_config(cls: type[Config], config: Mapping[str, Any], only: Mapping[str,
 
     Args:
       cls: the settings that the network implements, with diffusers' defaults.
-      config: the file's contents; keys that start with "_" are provenance, those of `TRAINING_RECORD` say how the
+      config: the file's contents; keys that start with "_" are provenance, those of `TRAINING_RECORD` record how the
         weights were averaged: they are skipped.
       only: fields that are implemented for these values alone. None must be named among them where it is allowed: a
         `mid_block_type` of null is a UNet without its middle. A field that is unknown here may be null: it is off.

@@ -57,7 +57,7 @@ class Block(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """The denoiser: (x_t, t, conditioning) -> the network's raw output (eps, v or x0, as the schedule says).
+    """The denoiser: (x_t, t, conditioning) -> the network's raw output (eps, v or x0, by the schedule).
 
     Args:
       config: the architecture.

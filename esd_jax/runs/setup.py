@@ -220,7 +220,7 @@ def transformation(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def recomputes(recipe: Recipe, denoiser: Any) -> bool:
-    """Whether the backward pass recomputes activations: where the recipe says so, and for a network of SDXL's size."""
+    """Whether the backward pass recomputes activations: if the recipe asks for it, and for a network of SDXL's size."""
     # At 1024 px in bfloat16 the activations would take 12 GiB, and everything else 11; recomputing costs one forward
     # pass, of about 50 in a step of ESD.
     return recipe.remat or num_scalars(network(denoiser, "float32").shapes) >= LARGE

@@ -297,7 +297,7 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
 
 def _parts(state: State) -> dict[str, Any]:
     """A state as what lies in folders of its own. A method's memory is one only where there is any, so that runs
-    without look as they always did, and so that the weights can be read without knowing what else was kept."""
+    without any keep their layout, and so that the weights can be read without knowing what else was kept."""
     fields = state._asdict()
     memory = fields.pop("memory")
     return {"state": fields, **({"memory": memory} if jax.tree.leaves(memory) else {})}

@@ -158,7 +158,7 @@ def make_step(
       shape: of one example's latents (height, width, channel).
       batch_size: examples per evaluation; they share one timestep, so that one loop serves them all.
       accumulate: batches whose gradients are averaged before the update, each with its own timestep.
-      mesh: what the batch is spread over, and the weights as `sharding.placement` says.
+      mesh: what the batch is spread over, and the weights by `sharding.placement`.
       weights: (theta, theta_0) -> the student's tensors; by default they are what is trained.
     """
 

@@ -205,7 +205,7 @@ def figures(measured: Sequence[GroupRows]) -> dict[str, Any]:
 
 
 def lost(base: Row, erased: Row) -> float:
-    """By how much less often what a prompt asks for is seen: of object and style, what suffers more."""
+    """The drop in accuracy on a prompt's object and style, whichever is larger."""
     pairs = ((getattr(base, part), getattr(erased, part)) for part in ("subject", "style"))
     return max(before.value - after.value for before, after in pairs if before is not None)
 

@@ -74,7 +74,7 @@ class Way(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of one group of pictures: the shares in which the probe sees the style that is erased, the picture's own object,
+    """Of one group of pictures: the probe's detection rates of the erased style, the picture's own object,
     its own style, and nothing at all; and the likeness to the artwork, over windows of 7 and of 25 pixels."""
 
     target: Estimate

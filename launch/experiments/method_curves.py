@@ -6,7 +6,7 @@ draws one figure and its numbers, FIGURE.png and FIGURE.json. Each point is kept
 stopped goes on where it was. The figures:
 
 strengths: every trained method with the change of its weights scaled, 0.25 to 1.5 times: SSIM to the base on other
-  prompts against the rate at which the target is seen; and where the curves pass target rates of 0.3 and 0.1.
+  prompts against the target's detection rate; and where the curves pass target rates of 0.3 and 0.1.
 penalty: All but One at five lambda, with two sets of trained tensors: target rate and SSIM.
 drift: SSIM on the concepts nearest to the erased one, and the target rate, over the updates of three methods.
 front: ESD over steps, eta and learning rate: SSIM on other prompts, and what they lose, against the target rate.

@@ -27,7 +27,7 @@ def drawn(
     """A goal with the base's images: of each prompt equally many, all with the concept.
 
     Args:
-      prompts: that name the concept. neutral: the same without it, if given.
+      prompts: that name the concept. neutral: the same without it, if any.
       detect: detects it. Where it does not, another image of the prompt takes its place.
       skip: leave out prompts of which no image shows the concept.
       **drawing: steps, guidance_scale, batch_size of `sample`.
