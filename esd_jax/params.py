@@ -31,7 +31,8 @@ class Network:
 
     apply: `apply(params, *args, **kwargs)`, pure and jit-able; `params` must hold exactly the names in `shapes`.
     shapes: name -> `jax.ShapeDtypeStruct` in JAX layout; nothing is allocated.
-    layouts: name -> "linear" | "conv" | "embedding" | "vector" (a 2-D `weight` may be linear or embedding).
+    layouts: name -> "linear" | "conv" | "embedding" | "vector". A 2-D `weight` may be linear or embedding; whatever has
+      the same axes in a file is a vector: biases, scales, and parameters of a module itself, under their own names.
     project: (params, conditioning) -> the conditioning with what the network makes of it alone, to be computed once for
       many calls of `apply`; by default nothing.
     """
@@ -125,13 +126,13 @@ def num_bytes(shapes: Mapping[str, Any], dtype: Any = None) -> int:
 
 
 def _tensor_name(path: tuple[Any, ...]) -> str:
-    return ".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]])
+    return ".".join([*map(str, path[:-1]), LEAF_NAMES.get(path[-1], str(path[-1]))])
 
 
 def _layout(leaf: str, ndim: int) -> str:
     if leaf == "embedding":
         return "embedding"
-    return {1: "vector", 2: "linear", 4: "conv"}[ndim]
+    return {2: "linear", 4: "conv"}[ndim] if leaf == "kernel" else "vector"
 
 
 def _name_mismatch(params: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -75,6 +75,7 @@ class Tools:
     text_encoders: component -> network, one for each text encoder.
     null: (conditioning, where [batch]) -> the same with the family's "no prompt" in some rows; the encoded "" may be
       another one.
+    condition: the text encoders' outputs -> Conditioning.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
     """
 
@@ -90,6 +91,7 @@ class Tools:
     images: Float[Array, "images height width channel"] | None = None
     params: Mapping[str, Params] = field(default_factory=dict)
     text_encoders: Mapping[str, Network] = field(default_factory=dict)
+    condition: Callable[[Sequence[Any]], Conditioning] = lambda outputs: outputs
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
 

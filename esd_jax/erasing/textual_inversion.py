@@ -12,7 +12,7 @@ A new token's id is the size of the text encoder's vocabulary, and up from there
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,29 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Tokens
 from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.images import true_output
-from esd_jax.families import SD
 from esd_jax.params import Conditioning, Network, Params
 
 NAME = "{concept}"  # where the concept, or its new tokens, stand in a template
 TABLE = "embeddings.token_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder, in whose prompts new tokens may stand.
+
+    network: the text encoder. condition: its output -> Conditioning, as its family has it (`condition`).
+    """
+
+    network: Network
+    condition: Callable[[Any], Conditioning]
+
+
+@lru_cache
+def condition(
+    encode: Callable[[Sequence[Any], tuple[int, int]], Conditioning], size: tuple[int, int] = (0, 0)
+) -> Callable[[Any], Conditioning]:
+    """A family's `encode`, of its only text encoder and images of a size: one function for all of its models."""
+    return lambda output: encode([output], size)
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ def initial(tokens: Tokens, params: Params, starts: str, key: Array) -> Float[Ar
 
 
 def encode(
-    text_encoder: Network, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "new width"]
+    text_encoder: Encoder, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "new width"]
 ) -> Conditioning:
     """The conditioning of prompts in which new tokens stand; gradients reach `new`."""
     known = vocabulary(params)
@@ -118,7 +136,7 @@ def encode(
     embeddings = jnp.where(
         own[:, :, None], new[jnp.where(own, ids - known, 0)], params[TABLE][jnp.where(own, 0, ids)].astype(new.dtype)
     )
-    encoded = SD.encode([text_encoder.apply(params, ids, embeddings)], (0, 0))
+    encoded = text_encoder.condition(text_encoder.network.apply(params, ids, embeddings))
     return jax.tree.map(lambda a: a.astype(new.dtype), encoded)
 
 
@@ -144,7 +162,7 @@ class Batch(NamedTuple):
 
 
 def inverter(
-    settings: TextualInversion, denoiser: Network, text_encoder: Network, schedule: Schedule
+    settings: TextualInversion, denoiser: Network, text_encoder: Encoder, schedule: Schedule
 ) -> Callable[..., tuple[Float[Array, "new width"], Float[Array, " steps"]]]:
     """A function that learns the embeddings of new tokens from images: one compiled step, for any number of concepts.
 
@@ -202,7 +220,7 @@ def noised(
 
 
 def loss(
-    denoiser: Network, text_encoder: Network, new: Float[Array, "new width"], batch: Batch, fixed: Fixed
+    denoiser: Network, text_encoder: Encoder, new: Float[Array, "new width"], batch: Batch, fixed: Fixed
 ) -> Float[Array, ""]:
     """Mean squared error of the network's output, conditioned on new tokens."""
     conditioning = encode(text_encoder, fixed.text_encoder, batch.ids, new)

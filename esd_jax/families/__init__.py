@@ -2,14 +2,22 @@
 
 families.of(pipeline.configs).name
 families.register(family)      # one of yours: it is then loaded, erased from, resumed, measured and exported
+
+A package makes a family known to the command line, too, by an entry point: its pyproject.toml has
+
+    [project.entry-points."esd_jax.families"]
+    mine = "my_package:FAMILY"
 """
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from esd_jax.families.family import NEEDS, Configs, Family
 from esd_jax.families.sd import SD
 from esd_jax.families.sdxl import SDXL
+from esd_jax.suggest import did_you_mean
 
 __all__ = ["NEEDS", "SD", "SDXL", "Configs", "Family", "by_pipeline", "module", "of", "register"]
 
@@ -19,8 +27,13 @@ _FAMILIES = [SD, SDXL]
 def register(family: Family) -> Family:
     """Makes a family known, in place of one of the same name.
 
-    Raises ValueError for a pipeline class, or components of the same config classes, that another family has.
+    Raises ValueError for a pipeline class, or components of the same config classes, that another family has; for
+    components without a VAE or the denoiser; and for what is none of `NEEDS`.
     """
+    if missing := sorted({"vae", family.denoiser} - family.components.keys()):
+        raise ValueError(f"{family.name}: its components lack {missing[0]!r}")
+    if unknown := sorted(family.provides - NEEDS.keys()):
+        raise ValueError(f"{family.name} provides {unknown[0]!r}, which is unknown; {did_you_mean(unknown[0], NEEDS)}")
     others = [other for other in _FAMILIES if other.name != family.name]
     for other in others:
         if family.pipeline == other.pipeline or _configs(family) == _configs(other):
@@ -29,13 +42,25 @@ def register(family: Family) -> Family:
     return family
 
 
+def _known() -> list[Family]:
+    _installed()
+    return _FAMILIES
+
+
+@cache
+def _installed() -> None:
+    """Registers the families of other packages, once."""
+    for point in entry_points(group="esd_jax.families"):
+        register(point.load())
+
+
 def _configs(family: Family) -> Mapping[str, set[type]]:
     return {name: set(classes.values()) for name, classes in family.components.items()}
 
 
 def of(configs: Configs) -> Family:
     """The family of a checkpoint's configs. Raises ValueError for none."""
-    for family in _FAMILIES:
+    for family in _known():
         if family.fits(configs):
             return family
     raise ValueError(f"no model family has the components {', '.join(sorted(configs))} of these classes")
@@ -43,17 +68,17 @@ def of(configs: Configs) -> Family:
 
 def by_pipeline(index: Mapping[str, Any]) -> Family | None:
     """The family that a `model_index.json` names; None if it is not implemented."""
-    return next((family for family in _FAMILIES if family.pipeline == index.get("_class_name")), None)
+    return next((family for family in _known() if family.pipeline == index.get("_class_name")), None)
 
 
 def known() -> str:
     """The pipeline classes that are implemented, for a message."""
-    return ", ".join(family.pipeline for family in _FAMILIES)
+    return ", ".join(family.pipeline for family in _known())
 
 
 def module(config: Any) -> Any:
     """The NNX module that is built of a network's config. Raises ValueError for a class that no family has."""
-    for family in _FAMILIES:
+    for family in _known():
         if type(config) in family.modules:
             return family.modules[type(config)]
     raise ValueError(f"no model family builds a network of a {type(config).__name__}")

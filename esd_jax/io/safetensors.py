@@ -61,14 +61,14 @@ def to_file(array: np.ndarray, layout: str) -> np.ndarray:
 
     Embeddings and vectors are the same in both. The result may be a view that is not contiguous.
     """
-    axes = {"linear": (1, 0), "conv": (3, 2, 0, 1), "embedding": (0, 1), "vector": (0,)}[layout]
-    return array.transpose(axes)
+    axes = {"linear": (1, 0), "conv": (3, 2, 0, 1)}.get(layout)
+    return array if axes is None else array.transpose(axes)
 
 
 def from_file(array: np.ndarray, layout: str) -> np.ndarray:
     """The inverse of `to_file`: linear [out, in] -> [in, out], conv [out, in, h, w] -> [h, w, in, out]."""
-    axes = {"linear": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1), "vector": (0,)}[layout]
-    return array.transpose(axes)
+    axes = {"linear": (1, 0), "conv": (2, 3, 1, 0)}.get(layout)
+    return array if axes is None else array.transpose(axes)
 
 
 def file_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.method import Models, Tools, choose
-from esd_jax.erasing.textual_inversion import NAME, TextualInversion, Tokens, place, words
+from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, Tokens, place, words
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -102,7 +102,7 @@ class ForgetMeNot:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cross_attention", "unet_names"})  # and one text encoder, where new tokens are learned
+        return frozenset({"attention_names", "cross_attention"})  # and one text encoder, where new tokens are learned
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the concepts' images sampled, if the user has none but wants some, and new tokens learned.
@@ -183,8 +183,9 @@ class ForgetMeNot:
         settings = TextualInversion(self.inversion_steps, self.inversion_learning_rate)
         ((name, network),) = tools.text_encoders.items()
         params, weights = tools.params[name], tools.params[tools.component]
-        run = textual_inversion.inverter(settings, tools.denoiser, network, tools.schedule)
-        encode = jax.jit(partial(textual_inversion.encode, network))
+        encoder = Encoder(network, lambda output: tools.condition([output]))
+        run = textual_inversion.inverter(settings, tools.denoiser, encoder, tools.schedule)
+        encode = jax.jit(partial(textual_inversion.encode, encoder))
         concepts, prompts = ids.shape[:2]
         rows = [tools.encode([""])]
         for i in range(concepts):

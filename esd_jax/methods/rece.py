@@ -46,7 +46,7 @@ class RECE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
-    needs: ClassVar = frozenset({"cross_attention", "unet_names"})
+    needs: ClassVar = frozenset({"attention_names", "cross_attention"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": uce.SUBSET, "steps": 0},

@@ -146,6 +146,7 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
         schedule=source.schedule,
         shape=shape,
         subset=select(recipe.subset, net.layouts, family.subsets),
+        condition=lambda outputs: family.encode(outputs, size),
         null=family.null,
         vectors=family.vectors,
         **own,

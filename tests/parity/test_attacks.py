@@ -12,7 +12,7 @@ from torch_oracle import exactly, to_nchw
 from words import NEW, VOCAB, text_encoders, tokens
 
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.textual_inversion import TABLE
+from esd_jax.erasing.textual_inversion import TABLE, Encoder, condition
 from esd_jax.evaluation.attacks import (
     concept_inversion,
     hidden,
@@ -26,6 +26,7 @@ from esd_jax.evaluation.attacks.hidden import Resurgence
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
+from esd_jax.families import SD
 from esd_jax.params import component
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -36,6 +37,7 @@ class Oracle:
 
     def __init__(self, kind):
         self.encoder, self.network, self.params, self.start = text_encoders()
+        self.text = Encoder(self.network, condition(SD.encode))
         self.world = world(kind, "float64")
         self.erased, self.base = (component(p, "unet") for p in (self.world.student, self.world.teacher))
         self.table = torch.tensor(np.asarray(self.params[TABLE]))
@@ -84,7 +86,7 @@ def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
     settings = ConceptInversion(steps=4, learning_rate=2e-2, batch_size=2, from_t=600, tokens=NEW)
     ids = np.stack([padded(tokens, [3, VOCAB, VOCAB + 1]), padded(tokens, [VOCAB, VOCAB + 1])])[[0, 1, 0]]
     key, x0 = jax.random.key(3), latents()
-    run = concept_inversion.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
+    run = concept_inversion.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     actual, losses = run(oracle.erased, oracle.params, x0, jnp.asarray(ids), oracle.start, key)
 
     new = torch.tensor(np.asarray(oracle.start)).requires_grad_(True)
@@ -116,7 +118,7 @@ def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
     settings = UnlearnDiffAtk(tokens=2, num_times=2, iterations=3, learning_rate=0.1)
     may = np.arange(VOCAB) > 1
     ids, x0, keys = padded(tokens, [VOCAB, VOCAB + 1, 3]), latents(1), jax.random.split(jax.random.key(1), 2)
-    run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
+    run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     # Two cases at once, of which the second is looked at.
     actual, losses = run(oracle.erased, oracle.params, may, jnp.stack([x0 * 2, x0]), jnp.tile(ids, (2, 1)), keys)
 
@@ -147,8 +149,8 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
     may = np.arange(VOCAB) > 1
     ids, x0, keys = padded(tokens, [VOCAB, 4, VOCAB + 1]), latents(), jax.random.split(jax.random.key(2), 2)
     asked = padded(tokens, [4, 3])[None]
-    target = textual_inversion.encode(oracle.network, oracle.params, asked, jnp.zeros((1, 16), jnp.float64))
-    run = p4d.searcher(settings, oracle.world.network, oracle.network, SCHEDULE)
+    target = textual_inversion.encode(oracle.text, oracle.params, asked, jnp.zeros((1, 16), jnp.float64))
+    run = p4d.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     stack = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * 2), tree)  # noqa: E731
     actual, held_out, losses = run(
         oracle.erased, oracle.base, oracle.params, may, *map(stack, (x0, target, ids, oracle.start)), keys
@@ -210,7 +212,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     frozen = {n: v for n, v in oracle.erased.items() if n not in names}
     x0, key = latents(), jax.random.key(4)
     ids = np.stack([padded(tokens, row) for row in ([2], [3, 4], [5])])
-    encoded = textual_inversion.encode(oracle.network, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
+    encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
     healed, losses = run(theta, frozen, x0, encoded, key)
 

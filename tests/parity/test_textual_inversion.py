@@ -22,7 +22,17 @@ from words import BOTH, CLIP, NEW, VOCAB, VOCABULARY, text_encoders, tokens
 
 import esd_jax
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.textual_inversion import TABLE, TextualInversion, initial, inverter, place, words
+from esd_jax.erasing.textual_inversion import (
+    TABLE,
+    Encoder,
+    TextualInversion,
+    condition,
+    initial,
+    inverter,
+    place,
+    words,
+)
+from esd_jax.families import SD
 from esd_jax.methods.forget_me_not import ForgetMeNot
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from esd_jax.models.unet import Conditioning
@@ -45,7 +55,7 @@ def test_five_steps_equal_torch(monkeypatch):
         ids = jnp.asarray([place(tokens, template, [VOCAB, VOCAB + 1]) for template in templates])
         unet_params = component(w.teacher, "unet")
         key = jax.random.key(3)
-        run = inverter(settings, w.network, network, SCHEDULE)
+        run = inverter(settings, w.network, Encoder(network, condition(SD.encode)), SCHEDULE)
         actual, losses = run(unet_params, params, latents, ids, new, key)
         draws = [
             textual_inversion.draw(jax.random.fold_in(key, i), 2, SCHEDULE, latents) for i in range(settings.steps)
@@ -79,7 +89,7 @@ def test_new_tokens_are_encoded_as_if_they_were_in_the_table():
     with exactly("float64"):
         encoder, network, params, new = text_encoders()
         ids = place(tokens, "a {concept} of {concept}", [VOCAB])[None]
-        ours = textual_inversion.encode(network, params, ids, new).embeddings
+        ours = textual_inversion.encode(Encoder(network, condition(SD.encode)), params, ids, new).embeddings
     assert torch_oracle.error(ours, copy.deepcopy(encoder)(torch.tensor(ids).long()).last_hidden_state) <= 1e-8
 
 
@@ -134,6 +144,7 @@ def stage(concepts=BOTH, encoders=1, studio=None, **fields):
         to_latents=studio.to_latents,
         component="unet",
         params={"unet": component(w.teacher, "unet"), "text_encoder": weights},
+        condition=lambda outputs: SD.encode(outputs, (0, 0)),
         text_encoders=dict.fromkeys(("text_encoder", "text_encoder_2")[:encoders], network),
     )
     return tools, ForgetMeNot(**{**STAGE, **fields}).make(tools, concepts)
@@ -147,10 +158,11 @@ def test_new_tokens_stand_for_the_concept():
     assert studio.asked[0][0][:3] == ["of a cat of", "the a cat", "of a cat of"]  # images are of what is forgotten
 
     (network,), params = tools.text_encoders.values(), tools.params["text_encoder"]
+    encoder = Encoder(network, condition(SD.encode))
     np.testing.assert_array_equal(inputs.bank.rows.embeddings[:1], tools.encode([""]).embeddings)
-    encode = jax.jit(partial(textual_inversion.encode, network))
+    encode = jax.jit(partial(textual_inversion.encode, encoder))
     assert inputs.bank.roles["concept"].tolist() == [[1, 2], [3, 4]]
-    run = inverter(TextualInversion(3, 1e-2), tools.denoiser, network, tools.schedule)
+    run = inverter(TextualInversion(3, 1e-2), tools.denoiser, encoder, tools.schedule)
     ids = np.array([[0, 4, 9, 10, 4, 1, 1], [0, 7, 9, 10, 1, 1, 1]])
     for i, starts in enumerate(STAGE["inversion_tokens"].split(";")):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(5), i))

@@ -14,7 +14,7 @@ from esd_jax import display, wording
 from esd_jax.diffusion import programs
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasing.textual_inversion import NAME, TABLE, Tokens, vocabulary, words
+from esd_jax.erasing.textual_inversion import NAME, TABLE, Encoder, Tokens, condition, vocabulary, words
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -119,11 +119,13 @@ class Attack(Protocol):
         ...
 
 
-def text_encoder(pipeline: Pipeline) -> tuple[Network, Params]:
+def text_encoder(pipeline: Pipeline) -> tuple[Encoder, Params]:
     """The text encoder, and its weights. Raises ValueError for a family that has not exactly one, of CLIP."""
     pipeline.family.require({"one_clip"}, "an attack that searches for prompts")
     (name,) = pipeline.text_encoders
-    return pipeline.network(name), _in_place(pipeline.params[name])
+    size = pipeline.family.default_size(pipeline.configs) or (0, 0)
+    encoder = Encoder(pipeline.network(name), condition(pipeline.family.encode, size))
+    return encoder, _in_place(pipeline.params[name])
 
 
 def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
@@ -209,7 +211,7 @@ def _in_place(params: Params) -> Params:
 
 
 @lru_cache(maxsize=8)
-def _encode(network: Network) -> Callable[[Params, Array, Array], Conditioning]:
+def _encode(network: Encoder) -> Callable[[Params, Array, Array], Conditioning]:
     return jax.jit(partial(textual_inversion.encode, network))
 
 

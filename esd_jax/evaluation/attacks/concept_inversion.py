@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.textual_inversion import NAME, TABLE, TextualInversion, place, vocabulary
+from esd_jax.erasing.textual_inversion import NAME, TABLE, Encoder, TextualInversion, place, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.params import Network
@@ -98,7 +98,7 @@ class ConceptInversion:
 
 @lru_cache(maxsize=8)
 def searcher(
-    settings: ConceptInversion, unet: Network, text_encoder: Network, schedule: Schedule
+    settings: ConceptInversion, unet: Network, text_encoder: Encoder, schedule: Schedule
 ) -> Callable[..., Any]:
     """The search, compiled once for all models of an architecture: `textual_inversion.inverter` with no pull on norms.
 

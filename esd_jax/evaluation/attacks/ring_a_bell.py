@@ -63,12 +63,12 @@ class RingABell:
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds a prompt for each prompt of the goal with the base's text encoder alone."""
         started, tokenizer = time.monotonic(), base.tokenizers[0]
-        network, params = adversary.text_encoder(base)
+        encoder, params = adversary.text_encoder(base)
         choices = np.flatnonzero(adversary.usable(tokenizer, params)).astype(np.int32)
         frame = adversary.padded(tokenizer, [0] * self.length)
         named, neutral = (base.family.vectors(base.encode_prompts(texts)) for texts in (goal.prompts, goal.neutral))
         vector = concept_vector(named, neutral)
-        run = searcher(self, network)
+        run = searcher(self, encoder.network)
         trials, losses = [], []
         for case in range(len(goal.prompts[: self.prompts])):
             key = jax.random.fold_in(jax.random.key(seed), case)

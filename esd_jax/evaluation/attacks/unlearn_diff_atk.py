@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.embedding_search import Search
-from esd_jax.erasing.textual_inversion import TABLE, Batch, Fixed, vocabulary
+from esd_jax.erasing.textual_inversion import TABLE, Batch, Encoder, Fixed, vocabulary
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.params import Network, Params
@@ -108,7 +108,7 @@ def transformation(settings: UnlearnDiffAtk) -> optax.GradientTransformation:
 
 
 @lru_cache(maxsize=8)
-def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Network, schedule: Schedule) -> Callable[..., Any]:
+def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Encoder, schedule: Schedule) -> Callable[..., Any]:
     """The search, compiled once for all models and prompts.
 
     Returns a function (unet_params, text_params, may, latents [cases, 1, ...], ids [cases, tokens], keys [cases]) ->
