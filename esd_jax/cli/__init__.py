@@ -183,11 +183,11 @@ def _quiet() -> Iterator[None]:
                 warnings.simplefilter("always", kind)
             for begins in ("left out of the export", ".*: written under names that begin", ".* brings the word"):
                 warnings.filterwarnings("always", begins)
-            said = set()  # SDXL's two tokenizers lose the same words
+            shown = set()  # SDXL's two tokenizers lose the same words
 
             def say_once(message: Warning | str, *_: Any, **__: Any) -> None:
-                if str(message) not in said:
-                    said.add(str(message))
+                if str(message) not in shown:
+                    shown.add(str(message))
                     _say(f"warning: {message}")
 
             warnings.showwarning = say_once

@@ -36,29 +36,29 @@ def run(values: flags.FlagValues) -> None:
     options = common.options(values, "seeds seed random batch_size")
     drawing = {"num_steps": values.steps, "guidance_scale": values.guidance_scale}
     options |= {name: value for name, value in drawing.items() if value is not None}
-    goal, judge = None, "the embedded probe"
+    goal, metric_model = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
-        goal, judge = dossier.goal(base, concepts, texts, values.detector, **how)
-    found = dossier.attack(
+        goal, metric_model = dossier.goal(base, concepts, texts, values.detector, **how)
+    evidence = dossier.attack(
         base, erased, values.attacks, output_dir=output, concept=concepts, budget=values.budget, goal=goal,
-        judge=judge, settings=_settings(values.set), progress=common.say, **options,
+        judge=metric_model, settings=_settings(values.set), progress=common.say, **options,
     )  # fmt: skip
-    print(f"\n{text.summary(found)}\n")
+    print(f"\n{text.summary(evidence)}\n")
     print(f"evidence {output}")
 
 
-def _settings(given: list[str]) -> dict[str, dict[str, object]]:
+def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
     """ATTACK.FIELD=VALUE -> by attack. Numbers are read as such."""
-    found: dict[str, dict[str, object]] = {}
-    for text in given:
+    settings: dict[str, dict[str, object]] = {}
+    for text in assignments:
         name, equals, value = text.partition("=")
         attack, dot, field = name.partition(".")
         if not equals or not dot:
             raise ValueError(f"--set={text} is not ATTACK.FIELD=VALUE")
-        found.setdefault(attack, {})[field] = common.literal(value)
-    return found
+        settings.setdefault(attack, {})[field] = common.literal(value)
+    return settings
 
 
 VERB = Verb(USAGE, define, run, positional="model")

@@ -240,15 +240,15 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
     if bed := testbed.of(base.provenance.source):
         asked = bed.question(concepts, num_images, detector)
         return dataclasses.replace(asked, prompts=texts or asked.prompts)
-    detect, judge = seen.detector(detector, concepts)
-    return seen.Question(texts or tuple(concepts), detect, judge, num_images=num_images)
+    detect, name = seen.detector(detector, concepts)
+    return seen.Question(texts or tuple(concepts), detect, name, num_images=num_images)
 
 
-def judge(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """A model -> (the rate at which the concept is seen, what is kept): see `search.Judge`."""
+def metric(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
+    """A model -> (the rate at which the concept is seen, what is kept): see `gather.Metric`."""
     from esd_jax.evaluation import seen, testbed
 
     bed = testbed.of(base.provenance.source)
     if bed and detector == bed.detector_name and not prompts:
         return bed.metric(concepts, num_images)
-    return seen.judge(base, question(detector, prompts, base, concepts, num_images))
+    return seen.metric(base, question(detector, prompts, base, concepts, num_images))

@@ -56,15 +56,15 @@ def words(verb: str) -> list[str]:
     from esd_jax.cli import VERBS
 
     values = VERBS[verb].defined()
-    found = [f"--{name}" + ("" if values[name].boolean else "=") for name in values]
+    candidates = [f"--{name}" + ("" if values[name].boolean else "=") for name in values]
     if verb == "erase":
         from esd_jax import config_files, kinds, recipe
 
         fields = recipe.field_types()
-        found += [f"--{name}" + ("" if kind is bool else "=") for name, kind in fields.items()]
-        found += [f"--config={name}" for name in config_files.config_names()]
-        found += [f"--kind={kind}" for kind in kinds.KINDS]
-    return sorted(set(found))
+        candidates += [f"--{name}" + ("" if kind is bool else "=") for name, kind in fields.items()]
+        candidates += [f"--config={name}" for name in config_files.config_names()]
+        candidates += [f"--kind={kind}" for kind in kinds.KINDS]
+    return sorted(set(candidates))
 
 
 VERB = Verb(

@@ -36,12 +36,12 @@ def define(values: flags.FlagValues) -> None:
 
 def take_concept(values: flags.FlagValues, argv: list[str]) -> list[str]:
     """Makes a flag of the concept that stands alone. Raises ValueError for several words that stand alone."""
-    found = words.read(argv, values, (), ())
-    if len(found.positional) > 1:
-        raise ValueError(f'unexpected argument {found.positional[1]!r}: put a concept in quotes, "a cat"')
-    named = {"concept": found.positional[0]} if found.positional else {}
-    named |= {"config": found.config} if found.config else {}
-    return [*found.rest, *(f"--{name}={value}" for name, value in named.items())]
+    parsed = words.read(argv, values, (), ())
+    if len(parsed.positional) > 1:
+        raise ValueError(f'unexpected argument {parsed.positional[1]!r}: put a concept in quotes, "a cat"')
+    named = {"concept": parsed.positional[0]} if parsed.positional else {}
+    named |= {"config": parsed.config} if parsed.config else {}
+    return [*parsed.rest, *(f"--{name}={value}" for name, value in named.items())]
 
 
 def run(values: flags.FlagValues) -> None:
@@ -70,17 +70,17 @@ def run(values: flags.FlagValues) -> None:
     placebo = None
     if values.controls:
         again = time.monotonic()
-        say(f"the placebo: erasing {', '.join(target.sham)!r}, which means nothing, by the same recipe ...")
+        say(f"the placebo: erasing {', '.join(target.placebo)!r}, which means nothing, by the same recipe ...")
         with progress.labelled("placebo"):
-            placebo = api.erase(base, target.sham, config=config)
+            placebo = api.erase(base, target.placebo, config=config)
         say(f"the placebo is erased, in {time.monotonic() - again:.0f} s")
     evidence = output / dossier.EVIDENCE
     say(f"measuring {values.images} images of each group ...")
-    found = dossier.evaluate(
+    measured = dossier.evaluate(
         base, erased, "emoji", output_dir=evidence, images=values.images, seed=values.seed, sham=placebo, progress=say
     )
-    say(f"\n{text.summary(found)}\n")
-    examples.save(found, output / examples.PICTURE)
+    say(f"\n{text.summary(measured)}\n")
+    examples.save(measured, output / examples.PICTURE)
     if values.attacks:
         say("attacking ...")
         names = dossier.ATTACKS if values.attacks == ["all"] else values.attacks

@@ -57,7 +57,7 @@ def define(values: flags.FlagValues) -> None:
         "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
     )
     flags.DEFINE_integer("stop_every", 50, "Steps between looks.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("stop_images", 40, "Images of each look.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("stop_images", 40, "Images of each evaluation.", lower_bound=1, flag_values=values)
     common.define_question(values, "stop_")
 
 
@@ -66,37 +66,37 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
 
     folder: whether the verb keeps a run's folder, which is then named after the concept where nobody names it.
     """
-    found = words.read(argv, values, *_known())
-    words.place(found)
+    parsed = words.read(argv, values, *_known())
+    words.place(parsed)
     if folder:
-        _check_folder(found)
-    if not found.fields.get("output_dir", "runs").strip():
+        _check_folder(parsed)
+    if not parsed.fields.get("output_dir", "runs").strip():
         raise ValueError("the run's folder is empty: -o DIR names it")
     from esd_jax import kinds, recipe, several
 
-    if "method" in found.fields:
-        found.fields["method"] = recipe.method_name(found.fields["method"])
-    name = found.config or _chosen(values, found)
+    if "method" in parsed.fields:
+        parsed.fields["method"] = recipe.method_name(parsed.fields["method"])
+    name = parsed.config or _chosen(values, parsed)
     config = recipe.read(name)
-    method = str(found.fields.get("method", config.get("method", "esd")))
-    if found.config and found.kind:
-        kinds.as_field(found.kind, method)
-        found.fields["kind"] = found.kind
-    for field, text in found.fields.items():
+    method = str(parsed.fields.get("method", config.get("method", "esd")))
+    if parsed.config and parsed.kind:
+        kinds.as_field(parsed.kind, method)
+        parsed.fields["kind"] = parsed.kind
+    for field, text in parsed.fields.items():
         recipe.check_field(field, method)
         words.check_type(field, text, recipe.field_type(field, method))
-    recipe.complete(config, found.fields)
-    if not found.config and config.get("preserve") and "preserve" not in found.fields:
-        config.preserve = kinds.fitted(config.to_dict(), several.texts_of(found.fields["concept"]))["preserve"]
-    typed = [f"--{field}={text}" for field, text in found.fields.items()]
+    recipe.complete(config, parsed.fields)
+    if not parsed.config and config.get("preserve") and "preserve" not in parsed.fields:
+        config.preserve = kinds.fitted(config.to_dict(), several.texts_of(parsed.fields["concept"]))["preserve"]
+    typed = [f"--{field}={text}" for field, text in parsed.fields.items()]
     flags.DEFINE_list("typed", typed, "Internal: the fields that were given.", flag_values=values)
-    if folder and not config.get("output_dir") and "output_dir" not in found.fields:
-        concept = found.fields.get("concept") or config.get("concept")
-        found.fields["output_dir"] = str(words.folder_of(str(concept or "")))
+    if folder and not config.get("output_dir") and "output_dir" not in parsed.fields:
+        concept = parsed.fields.get("concept") or config.get("concept")
+        parsed.fields["output_dir"] = str(words.folder_of(str(concept or "")))
     flags.DEFINE_string("config_name", name, "Internal: the config's own name.", flag_values=values)
-    given = [f"--config.{field}={text}" for field, text in found.fields.items()]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *given])
-    return [*found.rest, *given]
+    fields = [f"--config.{field}={text}" for field, text in parsed.fields.items()]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["esd-jax", *fields])
+    return [*parsed.rest, *fields]
 
 
 def _known() -> tuple[list[str], set[str]]:
@@ -107,38 +107,38 @@ def _known() -> tuple[list[str], set[str]]:
     return list(types), {name for name, kind in types.items() if kind is bool}
 
 
-def _chosen(values: flags.FlagValues, found: words.Words) -> str:
+def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
     """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
     from esd_jax import api, kinds, loading, several
 
-    arch = next((word.partition("=")[2] for word in found.rest if word.startswith("--arch=")), "")
+    arch = next((word.partition("=")[2] for word in parsed.rest if word.startswith("--arch=")), "")
     if arch and arch not in ARCHITECTURES:
         raise ValueError(f"--arch={arch} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-    concepts = several.texts_of(found.fields.get("concept"))
+    concepts = several.texts_of(parsed.fields.get("concept"))
     if not concepts:
         raise ValueError('name what is to be erased: esd-jax erase [BASE] "CONCEPT"')
-    base = found.fields.setdefault("base", arch or words.EMBEDDED)
+    base = parsed.fields.setdefault("base", arch or words.EMBEDDED)
     if loading.is_run(base):
         raise ValueError(f"{base} is a run: what it erased is in its model, {base}/model")
-    files = {name: found.fields[name] for name in ("variant", "revision") if name in found.fields}
-    known = found.kind or kinds.kind_of(base, concepts)
+    files = {name: parsed.fields[name] for name in ("variant", "revision") if name in parsed.fields}
+    known = parsed.kind or kinds.kind_of(base, concepts)
     name = kinds.config(
-        base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=found.kind, fields=found.fields
+        base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=parsed.kind, fields=parsed.fields
     )
     others = ", ".join(kind for kind in kinds.KINDS if kind != (known or "style"))
     kind = known or "style, as none is given"
-    said = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
-    flags.DEFINE_string("chosen", said, "Internal: why this config.", flag_values=values)
+    reason = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
+    flags.DEFINE_string("chosen", reason, "Internal: why this config.", flag_values=values)
     return name
 
 
-def _check_folder(found: words.Words) -> None:
+def _check_folder(parsed: words.Words) -> None:
     """Raises FileExistsError for a run's folder that is there, before anything is loaded."""
     from esd_jax.training import run_folder
 
-    concept = found.fields.get("concept")
-    named = found.fields.get("output_dir") or (None if found.config or not concept else words.folder_of(concept))
-    if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in found.rest}:
+    concept = parsed.fields.get("concept")
+    named = parsed.fields.get("output_dir") or (None if parsed.config or not concept else words.folder_of(concept))
+    if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in parsed.rest}:
         return
     folder = expanded(named)
     try:
@@ -155,8 +155,8 @@ def _check_folder(found: words.Words) -> None:
 def _what(folder: Path) -> str:
     """What a folder holds that is in the way."""
     try:
-        made = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-        return f"is a run that erased {made['concept']!r} from {made['base']}"
+        fields = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+        return f"is a run that erased {fields['concept']!r} from {fields['base']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "exists"
 
@@ -173,7 +173,7 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--arch describes a run without weights: it needs --dry_run")
     if values.compile and not values.dry_run:
         raise ValueError("--compile describes a run without weights: it needs --dry_run")
-    if "chosen" in values and hosts.first():
+    if "chosen" in values and hosts.is_primary():
         common.say(values.chosen)
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
@@ -182,7 +182,7 @@ def run(values: flags.FlagValues) -> None:
     plan.check_concepts()
     size = _planned(plan)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    if hosts.first() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
+    if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
     stop = None
     if values.stop_below is not None:
@@ -198,7 +198,7 @@ def run(values: flags.FlagValues) -> None:
     folder = expanded(str(plan.output_dir))
 
     def then(erased: Any) -> None:
-        if not hosts.first():
+        if not hosts.is_primary():
             return
         texts = ", ".join(repr(concept.text) for concept in plan.concepts)
         common.say(
@@ -216,7 +216,7 @@ def run(values: flags.FlagValues) -> None:
                 common.say(f"  warning: before and after could not be drawn: {error}")
         common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
 
-    runs.run(base, plan, start_from=start_from, stop_when=stop, own=stop is None, then=then, **options)
+    runs.run(base, plan, start_from=start_from, stop_when=stop, offload_base=stop is None, then=then, **options)
 
 
 def _planned(plan: Any) -> Any:
@@ -254,8 +254,8 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
     if time := duration.estimates(size, plan):
         print(time)
     if compiling:
-        made = ahead.compiled(configs, schedule, plan)
-        print(f"{made}\n          {size.peak / made.peak:.2f} of it is what the plan expects")
+        program = ahead.compiled(configs, schedule, plan)
+        print(f"{program}\n          {size.peak / program.peak:.2f} of it is what the plan expects")
 
 
 def _notes() -> str:

@@ -52,8 +52,8 @@ def run(values: flags.FlagValues) -> None:
     common.check_numbers(values)
     strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
     base, erased, concepts, output = common.erased(values)
-    given = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
+    options = {name: value for name, value in options.items() if value is not None}
     bed = testbed.of(base.provenance.source)
     if bed is None or values.protocol not in bed.images or values.prompts:
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
@@ -67,14 +67,14 @@ def run(values: flags.FlagValues) -> None:
         }
     elif unused := [name for name in ("steps", "guidance_scale", "measures") if values[name].value is not None]:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
-    found = dossier.evaluate(
+    evidence = dossier.evaluate(
         base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,
         progress=common.say, **options,
     )  # fmt: skip
     if strengths:
-        judge = common.judge(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
-        dossier.front(erased, judge, strengths, output_dir=output)
-    print(f"\n{text.summary(found)}\n")
+        metric = common.metric(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
+        dossier.front(erased, metric, strengths, output_dir=output)
+    print(f"\n{text.summary(evidence)}\n")
     print(f"evidence {output}")
 
 

@@ -81,8 +81,8 @@ def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:
     from esd_jax.metrics.likeness import ssim
 
     lines = ["likeness to the inputs (SSIM), mean and lowest"]
-    for name, found in drawn.items():
-        likeness = ssim(found, inputs)
+    for name, images in drawn.items():
+        likeness = ssim(images, inputs)
         lines.append(f"  {name:26}{likeness.mean():.3f}  {likeness.min():.3f}")
     return "\n".join(lines)
 

@@ -85,9 +85,9 @@ def run(values: flags.FlagValues) -> None:
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
     bed = testbed.of(pipeline.provenance.source)
-    given = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
+    asked = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
     options = sampled(bed.sampling) if bed else {}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options |= {name: value for name, value in asked.items() if value is not None}
     drawn = api.sample(pipeline, prompts, seed=seed, rule=rule, reweight=reweight, **options)
     images.write_images(drawn, output)
     print(f"{len(drawn)} images in {output}")
@@ -106,11 +106,11 @@ def _rule(values: flags.FlagValues) -> Any:
     return SEGA(tuple(map(_edit, values.edit))) if values.edit else None
 
 
-def _edit(given: str) -> Any:
+def _edit(text: str) -> Any:
     """'CONCEPT; scale=-5; warmup=10' -> Edit."""
     from esd_jax.diffusion.rules import Edit
 
-    concept, *settings = (part.strip() for part in given.split(";"))
+    concept, *settings = (part.strip() for part in text.split(";"))
     known = [field.name for field in dataclasses.fields(Edit)][1:]
     numbers = {}
     for setting in filter(None, settings):
@@ -121,10 +121,10 @@ def _edit(given: str) -> Any:
     return Edit(concept, **numbers)
 
 
-def _reweight(given: list[str]) -> dict[str, float]:
+def _reweight(assignments: list[str]) -> dict[str, float]:
     """'WORD=FACTOR', ... -> {word: factor}."""
     factors = {}
-    for text in given:
+    for text in assignments:
         word, _, factor = text.rpartition("=")
         if not word.strip():
             raise ValueError(f"--reweight={text} is not WORD=FACTOR")

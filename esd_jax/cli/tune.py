@@ -31,19 +31,19 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, recipe, search
 
     common.check_numbers(values)
-    given = values.config.to_dict()
-    plan = recipe.make(**given)
+    fields = values.config.to_dict()
+    plan = recipe.make(**fields)
     output = expanded(common.required(values, "output"))
     grid = _grid(common.required(values, "grid"))
     steps = [_steps(s) for s in values.steps or [plan.training.steps]]
     aim = search.Aim(values.target, values.drop)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     concepts = [concept.text for concept in plan.concepts]
-    changed = {k: v for k, v in given.items() if k not in ("base", "concept", "output_dir", "steps", *grid)}
+    changed = {k: v for k, v in fields.items() if k not in ("base", "concept", "output_dir", "steps", *grid)}
     trials = search.search(
         base,
         concepts,
-        common.judge(values.detector, values.prompts, base, concepts, values.images),
+        common.metric(values.detector, values.prompts, base, concepts, values.images),
         grid=grid,
         steps=steps,
         strengths=[finite(s, "--strengths") for s in values.strengths],
@@ -52,15 +52,15 @@ def run(values: flags.FlagValues) -> None:
         **{k: v for k, v in changed.items() if v is not None},
     )
     print("\nbest trade-offs\n" + "\n".join(map(_line, search.undominated(trials))))
-    found = search.best(trials, aim)
-    reached = "reaches" if found.misses(aim) <= 0 else "misses"
-    print(f"\nbest, which {reached} target <= {aim.target:g} and drop <= {aim.drop:g}\n{_line(found)}")
-    best = {**found.fields, "steps": found.steps}
-    typed = [word for word in values.typed if word.lstrip("-").partition("=")[0] not in (*best, "output_dir")]
-    chosen = [f"--config={values.config_name}", *typed, *(f"--{name}={value}" for name, value in best.items())]
+    best = search.best(trials, aim)
+    reached = "reaches" if best.misses(aim) <= 0 else "misses"
+    print(f"\nbest, which {reached} target <= {aim.target:g} and drop <= {aim.drop:g}\n{_line(best)}")
+    settings = {**best.fields, "steps": best.steps}
+    typed = [word for word in values.typed if word.lstrip("-").partition("=")[0] not in (*settings, "output_dir")]
+    chosen = [f"--config={values.config_name}", *typed, *(f"--{name}={value}" for name, value in settings.items())]
     print(shlex.join(["esd-jax", "erase", *chosen, "-o", "FOLDER"]))
-    if found.strength != 1:
-        print(f"and take {found.strength:g} of its change")
+    if best.strength != 1:
+        print(f"and take {best.strength:g} of its change")
 
 
 def _steps(text: str | int) -> int:
@@ -71,13 +71,13 @@ def _steps(text: str | int) -> int:
 
 def _grid(text: str) -> dict[str, Sequence[Any]]:
     """ "eta=0.5,1;subset=esd-x,kv" by field. Numbers are read as such."""
-    found: dict[str, Sequence[Any]] = {}
+    fields: dict[str, Sequence[Any]] = {}
     for part in filter(None, (p.strip() for p in text.split(";"))):
         name, equals, listed = part.partition("=")
         if not equals or not listed:
             raise ValueError(f"--grid: {part!r} is not FIELD=VALUE,VALUE")
-        found[name.strip()] = [common.literal(value.strip()) for value in listed.split(",")]
-    return found
+        fields[name.strip()] = [common.literal(value.strip()) for value in listed.split(",")]
+    return fields
 
 
 def _line(trial: Any) -> str:

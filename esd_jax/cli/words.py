@@ -39,14 +39,14 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
 
     Raises ValueError for an unknown flag, with the closest known one, or for one without its value.
     """
-    words, found = list(argv), Words()
+    words, parsed = list(argv), Words()
     while words:
         word = words.pop(0)
         if word == "--":
-            found.positional += words
+            parsed.positional += words
             break
         if not word.startswith("-") or word == "-":
-            found.positional.append(word)
+            parsed.positional.append(word)
             continue
         flag, equals, value = word.partition("=")
         dotted = re.fullmatch(r"--?(no)?config\.(.+)", flag)
@@ -54,29 +54,29 @@ def read(argv: Sequence[str], verb: flags.FlagValues, fields: Collection[str], s
         if not dotted and name in ("o", "output"):
             name = "output" if "output" in verb else "output_dir"
         if not dotted and name in ("config", "kind"):
-            setattr(found, name, value if equals else _next(words, word))
+            setattr(parsed, name, value if equals else _next(words, word))
         elif not dotted and (own := _own(verb, name)) is not None:
             text = f"={_next(words, word)}" if not own.boolean and not equals else ""
-            found.rest.append(f"--{name}{equals}{value}{text}")
+            parsed.rest.append(f"--{name}{equals}{value}{text}")
         elif name in ("flagfile", "undefok"):  # absl's
-            found.rest.append(word)
+            parsed.rest.append(word)
         elif name in switches and not equals:
-            found.fields[name] = "true"
+            parsed.fields[name] = "true"
         elif name.startswith("no") and name[2:] in switches:
-            found.fields[name[2:]] = "false"
+            parsed.fields[name[2:]] = "false"
         elif dotted or name in fields:
-            found.fields[name] = value if equals else _next(words, word)
+            parsed.fields[name] = value if equals else _next(words, word)
         else:
             raise ValueError(common.unknown_flag(flag, [*verb, *fields, "config", "kind"]))
-    return found
+    return parsed
 
 
-def place(found: Words) -> None:
+def place(parsed: Words) -> None:
     """Makes fields of the positional words: [BASE] CONCEPT.
 
     Raises ValueError for too many, or for one that is the base alone.
     """
-    match found.positional:
+    match parsed.positional:
         case []:
             return
         case [base, concept] if not _may_be_base(base):
@@ -85,25 +85,25 @@ def place(found: Words) -> None:
                 f'concept, quotes: esd-jax erase "{base} {concept}"'
             )
         case [base, concept]:
-            given = {"base": base, "concept": concept}
-        case [one] if "concept" in found.fields or (found.config and _is_base(one)):
-            given = {"base": one}
+            fields = {"base": base, "concept": concept}
+        case [one] if "concept" in parsed.fields or (parsed.config and _is_base(one)):
+            fields = {"base": one}
         case [one] if _is_base(one):
             raise ValueError(
                 f'name what is to be erased from {one}: esd-jax erase {one} "CONCEPT" '
                 f'(if that is the concept: --concept="{one}")'
             )
         case [one]:
-            given = {"concept": one}
+            fields = {"concept": one}
         case [_, *several]:
             raise ValueError(
                 f"unexpected argument {several[-1]!r}: put several words of a concept in quotes, as in "
-                f'esd-jax erase {found.positional[0]} "{" ".join(several)}"'
+                f'esd-jax erase {parsed.positional[0]} "{" ".join(several)}"'
             )
-    for name, text in given.items():
-        if name in found.fields:
-            raise ValueError(f"the {name} is given twice: {text!r} and --{name}={found.fields[name]}")
-    found.fields = given | found.fields
+    for name, text in fields.items():
+        if name in parsed.fields:
+            raise ValueError(f"the {name} is given twice: {text!r} and --{name}={parsed.fields[name]}")
+    parsed.fields = fields | parsed.fields
 
 
 def folder_of(concept: str) -> Path:

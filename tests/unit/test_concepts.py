@@ -173,7 +173,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
 
     monkeypatch.setattr(dossier.protocols, "evaluate", evaluate)
     monkeypatch.setattr(dossier.seen, "detector", detector)
-    monkeypatch.setattr(dossier.seen, "judge", metric)
+    monkeypatch.setattr(dossier.seen, "metric", metric)
     assert cli.main(["evaluate", str(run), "--protocol=smoke", "--strengths=1", "--detector=nudenet"]) == 0
     assert asked == dict.fromkeys(("protocol", "detector", "prompts"), tuple(texts))
     kept = json.loads((run / "evidence" / "front.json").read_text())
