@@ -262,7 +262,7 @@ def _notes() -> str:
     from esd_jax import kinds, recipe_docs
 
     lines = ["", "What is given beside the flags:"]
-    for name, text in GIVEN.items():
+    for name, text in WORDS.items():
         lines += common.entry(name, text)
     lines += ["", "Kinds (--kind):"]
     for name, text in kinds.KINDS.items():
@@ -282,7 +282,7 @@ def _notes() -> str:
     return "\n".join([*lines, "", "What --subset may be:", selection.describe()])
 
 
-GIVEN = {
+WORDS = {
     "BASE": '"emoji" (by default), a diffusers folder, a .safetensors file, or a hub id.',
     "CONCEPT": 'What is erased; several are separated by ";".',
     "-o, --output_dir": "The run's folder; by default runs/CONCEPT.",
