@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.runs import sessions
 from esd_jax.runs.record import describe, read
 from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
@@ -62,6 +64,7 @@ def run(
       and come back with the result.
     then: called with the result while the folder is still this run's alone, to write more into it.
     """
+    began = time.monotonic()
     if plan.output_dir:
         expanded(plan.output_dir)  # refused before anything is made
     if base.edits and plan.output_dir:
@@ -113,6 +116,7 @@ def run(
             if hosts.first():
                 if resume:
                     run_folder.write_record(folder, private)
+                sessions.begin(folder, time.monotonic() - began)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
                 stack.callback(log.close)
                 for place in (folder, folder / EXPORTS):
