@@ -62,7 +62,7 @@ def test_what_is_exported_is_pushed(run, tmp_path, capsys, monkeypatch):
     def upload_file(*, path_or_fileobj, path_in_repo, **_):
         uploads[path_in_repo] = path_or_fileobj
 
-    hidden = types.SimpleNamespace(repo_info=lambda **_: types.SimpleNamespace(private=True))
+    hidden = types.SimpleNamespace(repo_info=lambda *_, **__: types.SimpleNamespace(private=True))
     fakes = {"get_token": lambda: "token", "create_repo": lambda *_, **__: None, "HfApi": lambda: hidden,
              "upload_folder": upload_folder, "upload_file": upload_file}  # fmt: skip
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,6 +1,5 @@
 """What a reader does with a report: all of it by the keyboard, at the width of a desktop and of a phone."""
 
-import dataclasses
 import time
 
 import pytest
@@ -183,10 +182,3 @@ def test_without_a_script_the_page_is_read(browser, page, tmp_path):
     assert "neon style is nearly gone" in text.lower() and "Only pictures" not in text and "Copy" not in text
     assert "esd-jax erase" in text and text.count("a cat in neon style") == 1
     assert browser.value("document.querySelectorAll('button, dialog, .wipe, .scrolls').length") == 0
-
-
-def test_a_report_of_many_pictures_is_small(page):
-    many = {f"group {i}": pairs([f"{i} {j}" for j in range(8)], 10 * i, 512) for i in range(4)}
-    made = report(dataclasses.replace(evidence(size=512), pictures=many), facts=ABOUT)
-    assert len(made.encode()) < 1e6 and made.count("<img") == 2 * 32 + 2 + 8
-    assert page.stat().st_size < 1e6

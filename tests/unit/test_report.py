@@ -19,7 +19,7 @@ from esd_jax.evaluation.report.comparison import compare
 from esd_jax.evaluation.report.html import COMMANDS, report
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
-SECTIONS = ("measured", "interference", "attacks", "timeline", "front", "weights", "training", "method")
+SECTIONS = ("measured", "interference", "attacks", "timeline", "front", "weights", "training")
 
 
 class Read(HTMLParser):
@@ -149,6 +149,8 @@ def test_what_was_not_measured_is_said_with_what_measures_it(pages):
     for place in SECTIONS:
         assert f'<section id="{place}">' not in pages["empty"] and f'<section id="{place}">' in pages["report"]
     assert 'id="absent"' not in pages["report"]
+    known = report(Evidence("x", command="esd-jax erase emoji x -o runs/again"))
+    assert "<code>esd-jax erase emoji x --preview_every=25 -o runs/again</code>" in known
     assert "esd-jax evaluate RUN --protocol=emoji" in pages["empty"]  # the embedded model's own
     assert COMMANDS["heat"] in report(Evidence("x", Erasure(base="org/model")))
     assert "esd-jax mine" in report(Evidence("x"), commands={"attacks": "esd-jax mine"})

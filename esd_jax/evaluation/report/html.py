@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "tables": "esd-jax evaluate RUN",
         "heat": "esd-jax evaluate RUN --protocol=objects",
         "attacks": "esd-jax attack RUN",
-        "timeline": "esd-jax erase --config.preview_every=25 ...",
+        "timeline": "esd-jax erase --preview_every=25 ...",
         "front": "esd-jax evaluate RUN --strengths=0,0.25,0.5,0.75,1,1.5",
         "weights": "esd-jax report RUN",
         "training": "esd-jax report RUN",
@@ -79,7 +79,8 @@ def report(
     """
     evidence = terms.current(evidence)
     bed = testbed.of(evidence.record.base)
-    commands = {**COMMANDS, **(bed.commands if bed else {}), **commands}
+    again = {"timeline": evidence.command.replace(" -o ", " --preview_every=25 -o ")} if evidence.command else {}
+    commands = {**COMMANDS, **(bed.commands if bed else {}), **again, **commands}
     commands = {part: re.sub(r"\bRUN\b", lambda _: run, line) for part, line in commands.items()}
     encoder = Encoder(_images(evidence))
     sections = list(_sections(evidence, commands, encoder, facts))
@@ -108,8 +109,8 @@ def _summary(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder, 
             f'<header id="summary"><p class="kind">{escape(kind)}</p>',
             f"<h1>{escape(evidence.title)} <em>erased from</em> {escape(base)}</h1>",
             f'<p class="sentence">{escape(verdict.sentence(evidence))}</p>',
-            figures or _absent("The verdict was not measured.", commands["verdict"]),
-            shown or _absent("No pictures were drawn.", commands["pictures"]),
+            figures or _absent("This measures it:", commands["verdict"]),
+            shown or (_absent("No pictures were generated. This does:", commands["pictures"]) if figures else ""),
             "</header>",
         ]
     )
@@ -181,7 +182,7 @@ def _sections(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder,
     yield Section("settings", "Settings, and how to repeat it", "", _settings(evidence, facts))
     method = page.facts(evidence.measured_with) if evidence.measured_with else ""
     shown = f'<p class="note">{escape(encoder.note)}</p>' if method else ""
-    yield Section("method", "How it was measured", "", method + shown, commands["tables"])
+    yield Section("method", "How it was measured", "", method + shown)
     caveats = "".join(f"<li>{escape(text)}</li>" for text in evidence.caveats)
     yield Section("caveats", "Caveats", "", f'<ul class="plain">{caveats}</ul>' if caveats else "")
 
@@ -192,7 +193,7 @@ def _section(section: Section) -> str:
 
 
 def _absent(words: str, command: str) -> str:
-    return f'<div class="absent-note"><p>{words} This measures it:</p>{page.code(command)}</div>'
+    return f'<div class="absent-note"><p>{words}</p>{page.code(command)}</div>'
 
 
 def _groups(groups: Mapping[str, tuple[Pair, ...]], encoder: Encoder) -> str:
