@@ -4,23 +4,20 @@ Each part is kept in a folder ("evidence" in a run's): NAME.json and NAME.npz. T
 """
 
 import dataclasses
-import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from esd_jax import api, examples, repeat, results, runs, several, wording
+from esd_jax import api, examples, repeat, report_files, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.drawing import recorded
-from esd_jax.evaluation.evidence import Evidence, as_json
+from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Judge
 from esd_jax.evaluation.report import card, comparison
-from esd_jax.evaluation.report.html import report as html
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
@@ -210,36 +207,30 @@ def default_goal(base: Pipeline, concept: str) -> Goal:
 
 
 def report(run: str | Path, *, base: str | Path | None = None) -> Path:
-    """Writes all that is known of a run: report.html, report.json and ERASURE.md, in its folder.
+    """Writes all that is known of a run into its folder: report.html, report.json and the card, ERASURE.md.
 
     Args:
       run: a run's folder; or another one that evidence was kept in, whose reports lack what only a run has.
       base: where the run's base lies now, if it has moved.
 
-    The card's facts also go into the metadata of the run's own exports.
+    The card is also the README.md of the run's diffusers folders; its facts go into the metadata of its weight files.
 
     Returns the HTML file.
 
     Raises FileNotFoundError if nothing is known.
     """
     folder = expanded(run)
-    if is_run(folder):
-        erased = api.restore(folder, base=base)
-        if not any(part.pictures for part in _parts(folder / EVIDENCE)):
-            picture(erased, folder)
-        evidence = _of_run(folder, erased)
-    else:
-        evidence = _kept(folder)
-    with writing(folder / "report.html"):
-        (folder / "report.html").write_text(html(evidence, run=shlex.quote(_shown(folder))), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(as_json(evidence), indent=1) + "\n")
-        shown = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
-        (folder / "ERASURE.md").write_text(card.card(evidence, picture=shown, report="report.html"), encoding="utf-8")
-    for file in folder.rglob("*.safetensors") if is_run(folder) else ():
+    erased = api.restore(folder, base=base) if is_run(folder) else None
+    if erased and not any(part.pictures for part in _parts(folder / EVIDENCE)):
+        picture(erased, folder)
+    evidence = _of_run(folder, erased) if erased else _kept(folder)
+    with writing(folder / report_files.PAGE):
+        page = report_files.write(folder, evidence, erased, _shown(folder))
+    for file in folder.rglob("*.safetensors") if erased else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
         if evidence.record != Erasure() and evidence.record in files.read_records(read_header(file))[-1:]:
             annotate(file, card.facts(evidence), replacing=card.is_fact)
-    return folder / "report.html"
+    return page
 
 
 def facts(run: str | Path) -> dict[str, str]:
@@ -263,10 +254,10 @@ def picture(erased: Pipeline, run: str | Path) -> Path:
         return examples.write(examples.draw(erased), folder / examples.PICTURE, folder / EVIDENCE)
 
 
-def gathered(run: str | Path, *, base: str | Path | None = None) -> Evidence:
-    """All that is known of a run, or of a folder that evidence was kept in."""
+def gathered(run: str | Path, *, base: str | Path | None = None, erased: Pipeline | None = None) -> Evidence:
+    """All that is known of a run, or of a folder that evidence was kept in. erased: of a run, if it is open already."""
     folder = expanded(run)
-    return _of_run(folder, api.restore(folder, base=base)) if is_run(folder) else _kept(folder)
+    return _of_run(folder, erased or api.restore(folder, base=base)) if is_run(folder) else _kept(folder)
 
 
 def _kept(folder: Path) -> Evidence:
@@ -279,12 +270,11 @@ def _kept(folder: Path) -> Evidence:
 def _of_run(folder: Path, erased: Pipeline) -> Evidence:
     """All that is known of a run, which is opened."""
     record, concepts = _record(erased), concepts_of(erased)
-    score = None
+    course = gather.course(folder, record)
     bed = testbed.of(erased.provenance.source)
     if bed and bed.examples(concepts) is not None:  # it knows the concepts
         detect, _ = bed.detector(concepts)
-        score = lambda images: float(np.mean(detect(images)))  # noqa: E731
-    course = gather.course(folder, record, score)
+        course = dataclasses.replace(course, timeline=tuple(_detected(moment, detect) for moment in course.timeline))
     templates = several.parts("preview_prompts", (record.recipe or {}).get("preview_prompts")) or ("{}",)
     course = dataclasses.replace(
         course,
@@ -294,6 +284,12 @@ def _of_run(folder: Path, erased: Pipeline) -> Evidence:
     evidence = store.merged(", ".join(concepts), record, [*_parts(folder / EVIDENCE), course])
     once = len(erased.provenance.erased) == 1  # of several in turn, no one command makes them all
     return dataclasses.replace(evidence, command=evidence.command or (repeat.command(record) if once else ""))
+
+
+def _detected(moment: Moment, detect: seen.Detect) -> Moment:
+    """A moment with the images in which the concept is detected."""
+    hits = tuple(map(bool, detect(moment.images)))
+    return dataclasses.replace(moment, detected=hits, score=float(np.mean(hits)))
 
 
 def _parts(folder: Path) -> list[Evidence]:

@@ -14,6 +14,7 @@ FORMATS = ("folder", "single", "delta", "difference", "lora", "kohya", "orbax")
 USAGE = """\
   esd-jax export  --run=RUN [--base=BASE] | --base=BASE --delta=FILE | --base=BASE --merge=FILE*STRENGTH ...
                   --output=OUTPUT [--format=folder|single|delta|difference|lora|kohya|orbax|all] [--strength=0.8]
+                  [--push_to_hub=ORG/NAME [--public]]
                                            write a run's checkpoint, or a base with what was erased from it"""
 
 
@@ -52,13 +53,22 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("variant", None, "folder of a single file: in its files' names, fp16.", flag_values=values)
     flags.DEFINE_bool("verify", True, "Read again what was written, and compare it with memory.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
+    flags.DEFINE_string(
+        "push_to_hub", None, "ORG/NAME: upload what was written to this repository, with a card.", flag_values=values
+    )
+    flags.DEFINE_bool("public", False, "With --push_to_hub: a public repository; else private.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import dossier, exports
+    from esd_jax import dossier, examples, exports, report_files
+    from esd_jax.io import hub
     from esd_jax.io.diffusers import with_strength
 
     common.check_numbers(values)
+    if values.push_to_hub:
+        hub.check_push(values.push_to_hub)
+    elif values.public:
+        raise ValueError("--public is for --push_to_hub")
     formats = chosen(values.format, "format")
     first, several = formats[0], len(formats) > 1
     output = expanded(common.required(values, "output")) if several else common.output(values)
@@ -81,10 +91,23 @@ def run(values: flags.FlagValues) -> None:
     if values.strength != 1:  # the records tell of the whole change
         options["metadata"] = {"esd_jax.strength": str(values.strength)}
     if several:
-        for written in exports.export_all(pipeline, output, formats, **options):
-            common.say(str(written))
+        written = exports.export_all(pipeline, output, formats, **options)
     else:
-        common.say(str(exports.export(pipeline, output, first, **options)))
+        written = [exports.export(pipeline, output, first, **options)]
+    for one in written:
+        common.say(str(one))
+    folders = [one.path for one in written if one.format == "folder"]
+    if not folders and not values.push_to_hub:
+        return
+    evidence = dossier.gathered(values.run, erased=pipeline) if known else report_files.without_measurements(pipeline)
+    picture = expanded(values.run) / examples.PICTURE if known else None
+    for folder in folders:
+        common.say(f"  card  {report_files.readme(folder, evidence, pipeline, picture=picture)}")
+    if values.push_to_hub:
+        address = report_files.push(
+            values.push_to_hub, written, evidence, pipeline, picture=picture, private=not values.public
+        )
+        common.say(f"pushed to {address}{'' if values.public else ' (private)'}")
 
 
 def chosen(names: Sequence[str], flag: str) -> tuple[str, ...]:

@@ -1,8 +1,12 @@
 """`esd-jax report` and `esd-jax compare`: all that is known of a run, or of several, as a page."""
 
+import textwrap
+
 from absl import flags
 
+from esd_jax.cli import common
 from esd_jax.cli.common import Verb
+from esd_jax.inputs import read_json
 
 USAGE = """\
   esd-jax report  RUN ...                            write report.html, report.json and ERASURE.md"""
@@ -16,12 +20,14 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import dossier
+    from esd_jax import dossier, report_files
 
     if not values.run:
         raise ValueError("report needs a run's folder")
     for folder in values.run:
-        print(f"report   {dossier.report(folder, base=values.base)}")
+        page = dossier.report(folder, base=values.base)
+        print("\n".join(textwrap.wrap(read_json(page.with_name(report_files.FIGURES))["sentence"], common.width())))
+        print(f"report   {page}")
 
 
 def define_compare(values: flags.FlagValues) -> None:

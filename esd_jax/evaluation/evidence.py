@@ -95,13 +95,15 @@ class Pair:
 class Moment:
     """Images of some prompts during an erasure, always from the same noise.
 
-    score: the concept's detection rate. ssim: to the images of step 0.
+    score: the share of images in which the concept is detected. ssim: to the images of step 0.
+    detected: of each image, whether the concept is detected in it; empty where nothing detects it.
     """
 
     step: int
     images: UInt8[np.ndarray, "n height width 3"]
     score: float | None = None
     ssim: float | None = None
+    detected: tuple[bool, ...] = ()
 
     def __repr__(self) -> str:
         return display.line("Moment", f"step {self.step}", [f"{len(self.images)} images"])

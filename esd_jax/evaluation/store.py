@@ -81,7 +81,8 @@ def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> E
             "tables": tuple(map(_table, content["tables"])),
             "attacks": tuple(map(_table, content["attacks"])),
             "timeline": tuple(
-                Moment(**{**moment, "images": images[f"timeline/{i}"]}) for i, moment in enumerate(content["timeline"])
+                Moment(**{**{k: _tuples(v) for k, v in moment.items()}, "images": images[f"timeline/{i}"]})
+                for i, moment in enumerate(content["timeline"])
             ),
             "heat": content["heat"] and Heat(**{k: _tuples(v) for k, v in content["heat"].items()}),
             "front": content["front"] and _plot(content["front"]),

@@ -1,6 +1,7 @@
-"""Names of checkpoints -> local folders: a folder here, or a model on the Hugging Face hub."""
+"""The Hugging Face hub: names of checkpoints -> local folders, and files that are pushed to a repository."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from esd_jax.inputs import expanded
@@ -96,3 +97,79 @@ def _download(repo: str, variant: str | None, revision: str | None, weights: boo
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(f"cannot download {where} from the hub: {reason[0]}") from error
     return Path(folder)
+
+
+def license_of(card: Path) -> str | None:
+    """The licence that a model card's front matter names; None without a card, or one that names none."""
+    import huggingface_hub
+
+    try:
+        found = (huggingface_hub.metadata_load(card) or {}).get("license") if card.is_file() else None
+    except Exception:  # whatever its YAML parser refuses: a card is for people
+        return None
+    return found if isinstance(found, str) else None
+
+
+def check_push(repo: str) -> None:
+    """Raises ValueError, in one line, where nothing can be pushed to a repository: its name, no network, no token."""
+    import huggingface_hub
+
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"{repo!r} is no repository of the hub: give ORG/NAME")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ValueError(f"cannot push to {repo}: HF_HUB_OFFLINE is set; unset it, and run the command again")
+    if not huggingface_hub.get_token():
+        raise ValueError(f"cannot push to {repo}: there is no token; run `hf auth login`, or set HF_TOKEN")
+
+
+def push(
+    repo: str, paths: Mapping[Path, str], card: str, *, private: bool = True, message: str = "Upload with esd_jax"
+) -> str:
+    """Uploads files and folders to a repository of the hub, which is made if there is none. Returns its address.
+
+    Args:
+      repo: "ORG/NAME".
+      paths: what is uploaded -> where it comes to lie in the repository; of a folder also "", its root.
+      card: the repository's README.md.
+      private: make a private repository; one that exists and is public is then refused.
+
+    Raises ValueError, in one line: see `check_push`; the hub refuses it, or cannot be reached.
+    """
+    import huggingface_hub
+
+    check_push(repo)
+    try:
+        huggingface_hub.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        hidden = huggingface_hub.HfApi().repo_info(repo, repo_type="model").private
+    except Exception as error:  # its HTTP library's errors have no common base, and it has changed before
+        raise ValueError(_refused(repo, error)) from error
+    if private and not hidden:
+        raise ValueError(f"{repo} exists and is public: give --public, or another repository")
+    contents: list[tuple[Path | bytes, str]] = [*paths.items(), (card.encode(), "README.md")]
+    try:
+        for content, place in contents:
+            if isinstance(content, Path) and content.is_dir():
+                huggingface_hub.upload_folder(
+                    repo_id=repo,
+                    repo_type="model",
+                    folder_path=content,
+                    path_in_repo=place or None,
+                    ignore_patterns=["README.md", ".*"],
+                    commit_message=message,
+                )
+            else:
+                huggingface_hub.upload_file(
+                    repo_id=repo,
+                    repo_type="model",
+                    path_or_fileobj=content,
+                    path_in_repo=place,
+                    commit_message=message,
+                )
+    except Exception as error:
+        raise ValueError(_refused(repo, error)) from error
+    return f"https://huggingface.co/{repo}"
+
+
+def _refused(repo: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"cannot push to {repo}: {reason[0]}"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.runs import sessions
 from esd_jax.runs.record import describe, read
 from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
@@ -64,6 +66,7 @@ def run(
     then: called with the result while the folder is still this run's alone, to write more into it.
     """
     offload_base |= own
+    began = time.monotonic()
     if plan.output_dir:
         expanded(plan.output_dir)  # refused before anything is written
     if base.edits and plan.output_dir:
@@ -115,6 +118,7 @@ def run(
             if hosts.is_primary():
                 if resume:
                     run_folder.write_record(folder, private)
+                sessions.begin(folder, time.monotonic() - began)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
                 stack.callback(log.close)
                 for place in (folder, folder / EXPORTS):

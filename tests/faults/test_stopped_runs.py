@@ -118,7 +118,13 @@ def test_a_run_whose_weights_become_nan(base, tmp_path, capsys, toy):
     assert cli.main(erase(base, run, **fields)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("esd-jax: error: loss is nan") and "at step 5" in last and "step 3 in " in last
-    assert {path.name for path in run.iterdir()} == {"run.json", "log.jsonl", "checkpoints", "previews"}
+    assert {path.name for path in run.iterdir()} == {
+        "run.json",
+        "log.jsonl",
+        "sessions.jsonl",
+        "checkpoints",
+        "previews",
+    }
     toy()
     assert cli.main(erase(base, run, "--resume", **fields)) == 0
     assert_same(outcome(run), outcome(tmp_path / "whole"))

@@ -17,6 +17,15 @@ FLAGS = (
     "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --remote-debugging-pipe"
 )
 PATIENCE = 60  # seconds for any answer
+# Key -> its code, and the text that it gives.
+KEYS = {
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    "Escape": (27, ""),
+    " ": (32, " "),
+    "ArrowLeft": (37, ""),
+    "ArrowRight": (39, ""),
+}
 
 
 class Browser:
@@ -84,6 +93,14 @@ class Browser:
         """What an expression gives on the page."""
         asked = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         return asked["result"].get("value")
+
+    def press(self, *keys: str, shift: bool = False) -> None:
+        """Presses keys, one after the other, as on a keyboard."""
+        for key in keys:
+            number, text = KEYS[key]
+            common = {"key": key, "windowsVirtualKeyCode": number, "modifiers": 8 * shift}
+            self.ask("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, text=text)
+            self.ask("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def picture(self, file: Path, *, whole: bool = False) -> None:
         """Takes a screenshot: of the window, or of the whole page."""

@@ -1,6 +1,7 @@
 """Evidence of everything, and the pages that are made of it."""
 
 import dataclasses
+from datetime import UTC, datetime
 
 import numpy as np
 from PIL import Image
@@ -8,11 +9,21 @@ from PIL import Image
 from esd_jax import recipe
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Moment, Pair, Plot, Table
+from esd_jax.evaluation.report.about import About, File, Use
 from esd_jax.evaluation.report.comparison import compare
 from esd_jax.evaluation.report.html import report
 from esd_jax.metrics.intervals import Estimate, rate
 
 EVIL = "<script>alert('x')</script>\"&|*_`"
+FILES = (
+    File("model/", 18_400_000, "the erased model, a diffusers folder", "folder"),
+    File("delta.safetensors", 1_060_000, "ESD delta: the trained tensors", "delta"),
+    File("run.json", 1_580, "the recipe"),
+)
+ABOUT = About(
+    "runs/neon", datetime(2026, 11, 28, 7, 8, tzinfo=UTC), 3725.0, "2 x NVIDIA H100", "apache-2.0", "org/name", FILES,
+    (Use("diffusers: the model", "pipe = load()"), Use("diffusers: the delta", "load_file('x')", "A note.")),
+)  # fmt: skip
 
 
 def some(hits, n=20):
@@ -93,9 +104,9 @@ def tensors(depth, parts=("attn2.to_q.weight", "attn2.to_k.weight", "attn2.to_v.
 
 
 PAGES = {
-    "report": lambda: report(evidence()),
+    "report": lambda: report(evidence(), facts=ABOUT),
     "empty": lambda: report(Evidence("neon style", Erasure(base="emoji"))),
-    "hostile": lambda: report(evidence(EVIL)),
+    "hostile": lambda: report(evidence(EVIL), facts=dataclasses.replace(ABOUT, uses=(Use(EVIL, f"ls {EVIL}", EVIL),))),
     "comparison": lambda: compare([evidence(), evidence(EVIL)]),
 }
 

@@ -3,14 +3,12 @@
 import base64
 import dataclasses
 import hashlib
-import json
 import re
 import shlex
 from html.parser import HTMLParser
 
 import pytest
-import yaml
-from report_pages import EVIL, PAGES, all_pages, evidence, pairs, some
+from report_pages import ABOUT, EVIL, PAGES, all_pages, evidence, pairs, some
 
 from esd_jax import recipe
 from esd_jax.cli import VERBS
@@ -21,7 +19,7 @@ from esd_jax.evaluation.report.comparison import compare
 from esd_jax.evaluation.report.html import COMMANDS, report
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
-SECTIONS = ("measured", "interference", "attacks", "timeline", "front", "weights", "training", "method")
+SECTIONS = ("measured", "interference", "attacks", "timeline", "front", "weights", "training")
 
 
 class Read(HTMLParser):
@@ -63,17 +61,20 @@ def source(request, pages):
     return pages[request.param]
 
 
-def test_a_page_can_ask_for_nothing_and_runs_nothing(source):
+def test_a_page_can_ask_for_nothing_and_runs_its_own_script_alone(source):
     read = Read(source)
     (style,) = re.findall(r"<style>(.*?)</style>", source, re.S)
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
     policy = next(a["content"] for a in read.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'; img-src data:; ")
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in policy
-    assert "url(" not in style and "@import" not in style
-    assert not {tag for tag, _, _ in read.elements} & {"script", "iframe", "object", "embed", "form", "base", "video"}
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
+    for kind, text in (("style", style), ("script", script)):
+        assert f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+    assert "url(" not in style and "@import" not in style and len(script) < 10_000
+    assert not {tag for tag, _, _ in read.elements} & {"iframe", "object", "embed", "form", "base", "video"}
     for tag, attrs, _ in read.elements:
         assert not [name for name in attrs if name.startswith("on") or name == "style"], (tag, attrs)
-        assert all(attrs.get(name, "data:").startswith(("data:", "#")) for name in ("src", "href")), (tag, attrs)
+        assert attrs.get("src", "data:").startswith("data:"), (tag, attrs)
+        assert not re.match(r"(?!data:)[a-z]+:|/", attrs.get("href", "#")), (tag, attrs)  # relative links are followed
 
 
 def test_a_page_is_read_without_being_seen(source):
@@ -85,15 +86,16 @@ def test_a_page_is_read_without_being_seen(source):
     assert len(bare) == 2 * source.count('class="heat key" aria-hidden="true"')  # the ends of the key's scale
     places = [a["id"] for _, a, _ in read.elements if "id" in a]
     assert len(places) == len(set(places))
-    assert {a["href"][1:] for a in read.all("a")} <= set(places)
+    assert {a["href"][1:] for a in read.all("a") if a["href"].startswith("#")} <= set(places)
+    assert {a["href"] for a in read.all("a") if not a["href"].startswith("#")} <= {file.path for file in ABOUT.files}
 
 
 def test_what_users_wrote_is_text(pages):
     for name in ("hostile", "comparison"):
-        assert "<script" not in pages[name]
+        assert pages[name].count("<script") == 1
         text = Read(pages[name]).text["main"]
         assert EVIL in text
-    for part in (f"About {EVIL}", f"a note on {EVIL}", f"Inversion of {EVIL}", f"{EVIL} is only a word."):
+    for part in (f"About {EVIL}", f"a note on {EVIL}", f"Inversion of {EVIL}", f"{EVIL} is only a word.", f"ls {EVIL}"):
         assert part in Read(pages["hostile"]).text["main"]
 
 
@@ -101,11 +103,31 @@ def test_the_first_screen_says_what_was_erased_and_what_came_back(pages):
     start = pages["report"].split("</header>")[0]
     text = " ".join(Read(start.split("<main>")[1] + "</header>").text["header"].split())
     assert "neon style erased from emoji" in text
-    assert "100% → 5%neon seen 95% interval 1–24%, 20 images" in text
-    assert "0.93likeness to neon 95% interval 0.91–0.96" in text
-    assert "The concept came back in 17 of 20 images under Inversion of neon. Random prompts: 1 of 20." in text
+    text = text.replace("\u2060", "")
+    assert "neon style is nearly gone on the tested prompts (1 of 20), but came back under 1 of 2 attacks" in text
+    assert "Target prompts: neon detection rate100% → 5%1 of 20 images, 1–24%" in text
+    assert "Attack success rate85%17 of 20, Inversion of neon; random prompts 1 of 20" in text
+    assert "Others kept, not neon−5 pointsaccuracy 95% → 90%, 20 images" in text
+    assert "28 November 2026" in text
     assert start.count("<img") == 2 * (4 + 1)  # four pairs of the first group, one of the second
     assert pages["report"].count("<img") == 2 * (6 + 1) + 2 * 1 + 4 * 2
+
+
+def test_the_facts_of_a_run_are_on_its_page(pages):
+    text = " ".join(Read(pages["report"]).text["main"].split())
+    for words in (
+        "28 November 2026, 07:08 UTC",
+        "1 h 2 min",
+        "2 x NVIDIA H100",
+        "esd-jax0.1.0",
+        "model/the erased model, a diffusers folder18.4 MB",
+    ):
+        assert words in text, words
+    section = pages["report"].split('<section id="use">')[1].split("</section>")[0]
+    assert section.count("<details") == 2 and section.count("<details open") == 1
+    assert "load_file" in section and "1.06 MB" in pages["report"]
+    assert 'id="use"' not in pages["empty"] and 'id="files"' not in pages["empty"]
+    assert "esd-jax erase --config=esd_x</span>" not in pages["report"] and "This command repeats" in pages["report"]
 
 
 @pytest.mark.parametrize(
@@ -115,22 +137,25 @@ def test_the_first_screen_says_what_was_erased_and_what_came_back(pages):
 )
 def test_an_attack_is_a_headline_only_where_it_beats_chance(hits, control, alarm):
     attack = Finding("attack", "Inversion", some(20), some(hits), some(control))
-    page = report(evidence(verdict=(attack,)))
-    assert ('<li class="back">' in page) == alarm
-    assert ('class="headline calm"' in page) != alarm
-    assert f"came back in {'none of 20' if hits == 0 else f'{hits} of 20'} images under Inversion." in page
+    found = report(evidence(verdict=(attack,)))
+    assert ("<li class=bad>" in found) == alarm
+    assert ('class="headline calm"' in found) != alarm
+    assert f"Inversion succeeds in {hits} of 20 images." in found
 
 
 def test_what_was_not_measured_is_said_with_what_measures_it(pages):
+    absent = pages["empty"].split('<section id="absent">')[1].split("</section>")[0]
+    assert absent.count("<dt>") == absent.count("<pre><code>esd-jax ") == len(SECTIONS)
     for place in SECTIONS:
-        section = pages["empty"].split(f'<section id="{place}">')[1].split("</section>")[0]
-        assert "Not measured" in section and "<code>esd-jax " in section
-        assert "Not measured" not in pages["report"].split(f'<section id="{place}">')[1].split("</section>")[0]
+        assert f'<section id="{place}">' not in pages["empty"] and f'<section id="{place}">' in pages["report"]
+    assert 'id="absent"' not in pages["report"]
+    known = report(Evidence("x", command="esd-jax erase emoji x -o runs/again"))
+    assert "<code>esd-jax erase emoji x --preview_every=25 -o runs/again</code>" in known
     assert "esd-jax evaluate RUN --protocol=emoji" in pages["empty"]  # the embedded model's own
     assert COMMANDS["heat"] in report(Evidence("x", Erasure(base="org/model")))
     assert "esd-jax mine" in report(Evidence("x"), commands={"attacks": "esd-jax mine"})
-    partly = evidence(verdict=evidence().verdict[:2], attacks=(), attack_pictures={})
-    assert "Whether attacks bring it back" in report(partly).split("</header>")[0]
+    partly = report(evidence(verdict=evidence().verdict[:2], attacks=(), attack_pictures={}))
+    assert "not tested" in partly.split("</header>")[0] and 'href="#absent"' in partly.split("</header>")[0]
 
 
 @pytest.mark.parametrize("changes", [
@@ -162,45 +187,9 @@ def test_the_command_repeats_the_recipe(changes):
     assert card.command(Erasure()) == ""
 
 
-def test_the_card_is_markdown_that_hubs_read():
-    text = card.card(evidence(), picture="before_after.png", report="report.html")
-    _, front, body = text.split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert (front["base_model"], front["license"]) == ("emoji", "apache-2.0")
-    assert {"text-to-image", "concept-erasure"} <= set(front["tags"])
-    assert "neon seen: 100% before, 5% (1–24%) after, n = 20" in body
-    assert "Inversion of neon: the concept came back in 17 of 20 images; by as many random prompts in 1 of 20" in body
-    assert "| erased | 20 | 5% (1–24%) | 0.13 (0.07–0.19) |  |" in body
-    assert "![Before and after, the same prompts and noise](<before_after.png>)" in body
-    rows = [line for line in body.splitlines() if line.startswith("|")]
-    assert {row.count("|") for row in rows} == {6, 5}
-    assert "Nothing was measured." in card.card(Evidence("x", Erasure(base="/home/me/model")))
-    assert "base_model" not in card.card(Evidence("x", Erasure(base="/home/me/model")))
-
-
-def test_the_cards_text_is_no_markup():
-    text = card.card(evidence(EVIL))
-    outside = re.sub(r"```.*?```", "", text, flags=re.S)
-    assert "<script" not in outside.replace(r"\<", "")
-    rows = [line for line in outside.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6, 5}
-    yaml.safe_load(text.split("---\n", 2)[1])
-
-
-def test_the_facts_are_flat_texts():
-    facts = card.facts(evidence())
-    assert all(isinstance(k, str) and isinstance(v, str) and k.startswith("esd_jax.") for k, v in facts.items())
-    assert facts["esd_jax.erased"] == "neon style" and facts["esd_jax.base_sha256"] == "ab" * 32
-    assert facts["esd_jax.finding.1"] == "erased: neon seen: 100% before, 5% (1–24%) after, n = 20"
-    assert json.loads(facts["esd_jax.measured_with"])["detectors"][0]["sha256"] == "cd" * 32
-    assert facts["esd_jax.attacked"] == "yes"
-    little = card.facts(Evidence("x"))
-    assert little == {"esd_jax.erased": "x", "esd_jax.measured": "no", "esd_jax.attacked": "no"}
-
-
-def changed(results, **fields):
-    record = dataclasses.replace(results.record, recipe={**results.record.recipe, **fields})
-    return dataclasses.replace(results, record=record)
+def changed(found, **fields):
+    record = dataclasses.replace(found.record, recipe={**found.record.recipe, **fields})
+    return dataclasses.replace(found, record=record)
 
 
 def test_a_comparison_shows_what_differs_and_the_same_figures_side_by_side():

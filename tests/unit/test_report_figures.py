@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from report_pages import evidence, pairs, picture, some, tensors
 
-from esd_jax.evaluation.evidence import Curve, Heat, Plot
-from esd_jax.evaluation.report import charts, heatmap, layers, numbers, page
+from esd_jax.evaluation.evidence import Curve, Heat, Moment, Pair, Plot
+from esd_jax.evaluation.report import charts, heatmap, layers, numbers, pictures, timeline
 from esd_jax.evaluation.report.html import report
+from esd_jax.evaluation.report.pictures import Encoder
 from esd_jax.metrics.intervals import Estimate
 
 
@@ -86,6 +87,10 @@ def test_a_heat_map_says_its_shares_and_turns_when_it_is_wide():
         ("h20", "100"),
     ]
     assert drawn.count("class=target") == 1 and drawn.count('class="none"') == 1
+    pair = Heat("t", ("base", "erased"), ("cat", "dog", "fox"), ((1.0, 1.0, 0.9), (0.0, 0.8, 0.95)), ("cat",))
+    assert re.findall(r'<td class="change( fell)?"><span>([^<]+)<', heatmap.table(pair)) == [
+        ("", "−100"), (" fell", "−20"), ("", "+5"),
+    ]  # fmt: skip
     names = tuple(f"thing {i}" for i in range(40))
     wide = Heat("t", ("base", "erased"), names, ((0.5,) * 40, (0.25,) * 40), ("thing 7",))
     drawn = heatmap.table(wide)
@@ -129,22 +134,89 @@ def test_text_encoders_and_other_networks_have_a_place_too():
 
 def shown(tag):
     kind, data = re.search(r'src="data:image/(\w+);base64,([^"]+)"', tag).groups()
-    return kind, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    assert kind == "webp"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
 
 def test_small_images_are_shown_without_loss_and_large_ones_nearly():
-    small, large = picture(1), picture(1, 512)
-    kind, read = shown(page.image(small, "x"))
-    assert kind == "png" and np.array_equal(read, small)
-    kind, read = shown(page.image(large, "x"))
-    assert kind == "webp" and read.shape == (384, 384, 3)
-    expected = np.asarray(Image.fromarray(large).resize((384, 384), Image.Resampling.LANCZOS), float)
-    assert np.sqrt(np.mean((read - expected) ** 2)) < 6
-    assert "without loss" in page.shown_as([small]) and "reduced to 384 pixels" in page.shown_as([small, large])
+    small, large = picture(1), picture(1, 600)
+    encoder = Encoder([small, large])
+    assert np.array_equal(shown(encoder.tag(small, "x")), small)
+    tag = encoder.tag(large, "<x>")
+    assert 'width="512" height="512" alt="&lt;x&gt;"' in tag
+    expected = np.asarray(Image.fromarray(large).resize((512, 512), Image.Resampling.LANCZOS), float)
+    assert np.sqrt(np.mean((shown(tag) - expected) ** 2)) < 6
+    assert "quality 84, reduced to 512 pixels" in encoder.note and "without loss" in Encoder([small]).note
 
 
-@pytest.mark.parametrize("size", [64, 512])
-def test_a_report_of_sixty_pictures_stays_below_3_megabytes(size):
-    page = report(evidence(size=size, pictures={"g": pairs([f"prompt {i}" for i in range(30)], 0, size)}))
-    assert page.count("<img") >= 60
-    assert len(page) < 3e6
+def test_images_are_as_large_as_they_fit_together():
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (256, 256, 3), np.uint8) for _ in range(6)]
+    sizes = []
+    for budget in (2_000_000, 300_000, 60_000):
+        encoder = Encoder(noise, budget)
+        tags = [encoder.tag(pixels, "") for pixels in noise]
+        assert sum(map(len, tags)) < budget + 100 * len(tags)
+        sizes.append(shown(tags[0]).shape[0])
+    assert sizes[0] == 256 and sizes[0] > sizes[1] > sizes[2]
+    small = Encoder([pixels[:64, :64] for pixels in noise], 30_000)
+    assert "quality" in small.note and shown(small.tag(noise[0][:64, :64], "")).shape[:2] == (64, 64)
+
+
+@pytest.mark.parametrize("size, count", [(64, 30), (64, 300), (512, 40)])
+def test_a_report_stays_below_a_megabyte(size, count):
+    made = report(evidence(size=size, pictures={"g": pairs([f"prompt {i}" for i in range(count)], 0, size)}))
+    assert made.count("<img") >= 2 * count
+    assert len(made.encode()) < 1e6
+
+
+def test_pairs_that_changed_are_told_from_those_that_did_not():
+    one, other = picture(1), picture(2)
+    drawn = pictures.group("g", [Pair("a", one, one), Pair("b", one, other)], Encoder([one, other]))
+    equal, changed = re.findall(r'class="pair( same)?" data-ssim="([\d.-]+)"', drawn)
+    assert equal == (" same", "1.00") and not changed[0] and float(changed[1]) < 0.95
+    tiny = pictures.group("g", [Pair("a", one[:4, :4], one[:4, :4])], Encoder([one]))
+    assert 'data-ssim="1.00"' in tiny
+
+
+def test_a_timeline_has_a_row_for_each_prompt_and_curves_of_targets_and_others_apart():
+    strip = np.stack([picture(1), picture(2), picture(3)])
+    other = np.stack([picture(9), picture(2), picture(3)])
+    moments = (
+        Moment(0, strip, detected=(True, False, False)),
+        Moment(225, other, detected=(True, False, False)),
+        Moment(450, other, detected=(False, False, False)),
+    )
+    found = evidence(timeline=moments, timeline_prompts=("a cat in neon style", "a cat", "a dog"))
+    drawn = timeline.section(found, Encoder(strip))
+    assert re.findall(r'<th scope="row">([^<]+)<span class="under">(\w+ prompt)<', drawn) == [
+        ("a cat in neon style", "target prompt"), ("a cat", "other prompt"), ("a dog", "other prompt"),
+    ]  # fmt: skip
+    assert drawn.count("class=hit") == 2 and "step 225: a cat in neon style, concept detected" in drawn
+    labels = re.findall(r'aria-label="([^"]+)"', drawn)
+    assert labels[1] == (
+        "Detection rate of the concept. share of images against step. target prompts: 1 at 0, 0 at 450; "
+        "other prompts: 0 at 0, 0 at 450."
+    )
+    similarity = re.search(r"target prompts: 1 at 0, (\S+) at 450; other prompts: 1 at 0, 1 at 450", labels[2])
+    assert similarity and float(similarity[1]) < 0.9
+    unnamed = timeline.section(evidence(timeline_prompts=(), title="neon style"), Encoder(strip))
+    assert "all prompts" in unnamed and ">prompt 1<" in unnamed
+
+
+def test_an_axis_ends_at_the_last_step():
+    curve = Curve("loss", (4.5, 225.0, 445.5), (1.0, 0.5, 0.25))
+    drawn = charts.lines(Plot("p", "step", "loss", (curve,)), x_end=450)
+    ticks = re.findall(r'y="254.0" text-anchor="middle">([^<]+)<', drawn)
+    assert ticks == ["0", "100", "200", "300", "400", "450"]
+    (points,) = re.findall(r'polyline class="line s0" points="([^"]+)"', drawn)
+    assert float(points.split()[-1].split(",")[0]) < charts.WIDTH - 14
+    assert charts._ticks_to((0.0, 60.0)) == [0, 20, 40, 60] and charts._ticks_to((0.0, 410.0))[-2:] == [300, 410]
+
+
+def test_names_of_curves_do_not_lie_on_the_axis():
+    curves = tuple(Curve(name, (0.0, 1.0), (1.0, 0.0)) for name in ("one", "two", "three"))
+    drawn = charts.lines(Plot("p", "x", "y", curves))
+    places = [float(y) for y in re.findall(r'class="curve s\d" x="[\d.]+" y="([\d.]+)"', drawn)]
+    assert max(places) <= charts.HEIGHT - charts.BOTTOM + 4
+    assert [b - a for a, b in zip(places, places[1:], strict=False)] == [14, 14]

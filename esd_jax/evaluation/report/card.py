@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esd_jax.erasure import Erasure
-from esd_jax.evaluation.evidence import Evidence, Finding, Table, as_json
+from esd_jax.evaluation.evidence import Cell, Evidence, Finding, Table, as_json
+from esd_jax.evaluation.report import snippets, terms, verdict
+from esd_jax.evaluation.report.about import About
 from esd_jax.evaluation.report.numbers import count, value, with_interval
 
 # Fields of a recipe that change nothing of the result.
@@ -19,10 +21,11 @@ FIRST = ("base", "concept", "method", "subset")  # of the fields, in the line th
 METADATA = "esd_jax."  # what the names of `facts` begin with; those of formats begin with it, too ("esd_jax.kind")
 FACTS = (
     "erased", "base", "base_sha256", "method", "subset", "steps", "seed", "license", "command", "versions",
-    "measured_with", "measured", "attacked", "caveats",
+    "measured_with", "measured", "attacked", "caveats", "verdict",
 )  # fmt: skip
 TAGS = ("stable-diffusion", "text-to-image", "concept-erasure", "machine-unlearning", "esd-jax")
 NOT_MEASURED = "Nothing was measured."
+UNKNOWN_LICENSE = ("other", "that-of-the-base")  # license and license_name of a base whose licence is not known
 
 
 def command(record: Erasure, *, config: str | None = None, known: Mapping[str, Any] | None = None) -> str:
@@ -55,7 +58,7 @@ def command(record: Erasure, *, config: str | None = None, known: Mapping[str, A
 
 def facts(evidence: Evidence) -> dict[str, str]:
     """What is known of an erasure as flat texts, for the metadata of a safetensors file."""
-    record = evidence.record
+    evidence, record = terms.current(evidence), evidence.record
     recipe = record.recipe or {}
     found = {"erased": evidence.title, "base": record.base, "base_sha256": record.base_sha256}
     found |= {name: recipe.get(name) for name in ("method", "subset", "steps", "seed")}
@@ -67,6 +70,7 @@ def facts(evidence: Evidence) -> dict[str, str]:
         found["measured_with"] = json.dumps(as_json(evidence.measured_with), default=str)
     found["measured"] = "yes" if evidence.verdict or evidence.tables else "no"
     found["attacked"] = "yes" if evidence.attacks or any(f.role == "attack" for f in evidence.verdict) else "no"
+    found["verdict"] = verdict.sentence(evidence) if evidence.verdict else ""
     found["caveats"] = " ".join(evidence.caveats)
     return {METADATA + name: str(text) for name, text in found.items() if text not in (None, "")}
 
@@ -77,26 +81,39 @@ def is_fact(name: str) -> bool:
     return bare != name and (bare in FACTS or bare.startswith("finding."))
 
 
-def card(evidence: Evidence, *, picture: str | None = None, report: str | None = None) -> str:
+def card(
+    evidence: Evidence,
+    *,
+    picture: str | None = None,
+    report: str | None = None,
+    facts: About = About(),  # noqa: B008 - it is frozen
+    adapter: bool = False,
+) -> str:
     """The erasure card: YAML front matter and Markdown, as model hubs show it.
 
     Args:
       picture: file of before and after, from the card's folder. report: the HTML report's.
+      facts: licence, base and code that uses the files.
+      adapter: whether the files change the base, instead of holding a whole checkpoint.
     """
-    record = evidence.record
-    base = record.base or "its base"
-    parts = [_front(evidence), f"# {_md(evidence.title)}, erased from {_md(base)}"]
+    evidence, record = terms.current(evidence), evidence.record
+    parts = [_front(facts, record, adapter), f"# {_md(evidence.title)}, erased from {_md(record.base or 'its base')}"]
     if picture:
         parts.append(f"![Before and after, the same prompts and noise](<{picture}>)")
-    parts.append("\n".join(f"- {_md(line)}" for line in _verdict(evidence)) or NOT_MEASURED)
+    parts.append(f"**{_md(verdict.sentence(evidence))}**")
     if report:
         parts.append(f"Pictures, charts and all figures: [the erasure report](<{report}>).")
-    for title, tables in (("Measured", evidence.tables), ("Attacks", evidence.attacks)):
-        shown = "\n\n".join(map(_table, tables)) or NOT_MEASURED
-        parts.append(f"## {title}\n\n{shown}")
+    if facts.uses:
+        parts.append(f"## Use it\n\n{snippets.markdown(facts.uses)}")
+    parts.append(f"## Evidence\n\n{_key_figures(evidence.verdict) or NOT_MEASURED}")
+    if evidence.verdict:
+        parts.append("In brackets: 95% intervals.")
+    for title, tables in (("All groups of prompts", evidence.tables), ("Attacks", evidence.attacks)):
+        if tables:
+            parts.append("\n\n".join([f"### {title}", *map(_table, tables)]))
     line = evidence.command or command(record)
     made = [f"```bash\n{line}\n```"] if line else []
-    settings = {"base": base, "base sha256": record.base_sha256, **(record.versions or {})}
+    settings = {"base": record.base, "base sha256": record.base_sha256, **facts.facts, **(record.versions or {})}
     made.append(_list(settings))
     parts.append("## How it was made\n\n" + "\n\n".join(filter(None, made)))
     parts.append("## How it was measured\n\n" + (_list(evidence.measured_with) or NOT_MEASURED))
@@ -105,36 +122,43 @@ def card(evidence: Evidence, *, picture: str | None = None, report: str | None =
 
 
 def said(finding: Finding) -> str:
-    """A figure of the verdict as a sentence, without markup."""
+    """A figure of the verdict as a line, without markup."""
     if finding.role == "attack":
-        text = f"{finding.what}: the concept came back in {count(finding.after)} images"
+        text = f"{finding.what}: attack success rate {count(finding.after)} images"
         if finding.control:
-            text += f"; by as many random prompts in {count(finding.control)}"
-        return f"{text}; from the base in {count(finding.before)}" if finding.before else text
+            text += f"; random prompts {count(finding.control)}"
+        return f"{text}; on the base {count(finding.before)}" if finding.before else text
     before = f"{value(finding.before, finding.percent)} before, " if finding.before else ""
     after = "after" if finding.before else "in the erased model"
     text = f"{finding.what}: {before}{with_interval(finding.after, finding.percent)} {after}, n = {finding.after.n:,}"
-    return (
-        f"{text}; the base from other noise {with_interval(finding.control, finding.percent)}"
-        if finding.control
-        else text
-    )
+    if finding.control:
+        text += f"; reseeded baseline {with_interval(finding.control, finding.percent)}"
+    return text
 
 
-def _verdict(evidence: Evidence) -> Sequence[str]:
-    return [said(finding) for finding in evidence.verdict]
-
-
-def _front(evidence: Evidence) -> str:
+def _front(facts: About, record: Erasure, adapter: bool) -> str:
     """YAML, whose strings are written as JSON's, which YAML reads."""
-    record, lines = evidence.record, ["---"]
-    base = record.base or ""
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
-    if record.license:
-        lines.append(f"license: {json.dumps(record.license)}")
+    license, lines = facts.license or record.license, ["---"]
+    lines.append(f"license: {json.dumps(license or UNKNOWN_LICENSE[0])}")
+    if not license:
+        lines.append(f"license_name: {json.dumps(UNKNOWN_LICENSE[1])}")
+    if facts.base:
+        lines += [f"base_model: {json.dumps(facts.base)}"]
+        lines += [f"base_model_relation: {'adapter' if adapter else 'finetune'}"]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: {json.dumps(list(TAGS))}", "---"]
     return "\n".join(lines)
+
+
+def _key_figures(findings: Sequence[Finding]) -> str:
+    """The figures of the verdict as a table; empty if there are none."""
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
+    for finding in findings:
+        estimates = (finding.before, finding.after, finding.control)
+        cells = (with_interval(e, finding.percent) if e else None for e in estimates)
+        what = f"{finding.what}: attack success rate" if finding.role == "attack" else finding.what
+        rows.append((what, (*cells, finding.after.n)))
+    columns = ("base", "erased", "reseeded baseline, or random prompts", "images")
+    return _table(Table("", columns, tuple(rows))) if rows else ""
 
 
 def _table(table: Table) -> str:
@@ -148,7 +172,8 @@ def _table(table: Table) -> str:
     rows[0] = [_md(name) for name in rows[0]]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     note = f"\n\n{_md(table.note)}" if table.note else ""
-    return f"**{_md(table.title)}**\n\n{lines}{note}"
+    title = f"**{_md(table.title)}**\n\n" if table.title else ""
+    return f"{title}{lines}{note}"
 
 
 def _list(found: Mapping[str, Any]) -> str:

@@ -40,21 +40,30 @@ class Mark(NamedTuple):
     note: str = ""
 
 
-def lines(plot: Plot, *, x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None) -> str:
+def lines(
+    plot: Plot,
+    *,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    x_end: float = -math.inf,
+) -> str:
     """Curves over axes, as a `<figure>`: each with its name at its end, its points' labels, and their intervals.
 
     A curve of more than `MANY` points is drawn faintly, below its moving average.
 
     Args:
       plot: at least one curve with a point.
-      x_range, y_range: of the axes; by default 0 to 1 of shares, and else from zero, or the least if that is lower.
+      x_range, y_range: of the axes; by default 0 to 1 of shares, and else from zero, or the least if that is lower. The
+        x axis then ends where the curves do, or at `x_end` if that is more.
     """
     curves = [_finite(curve) for curve in plot.curves]
     curves = [curve for curve in curves if curve.x]
     if not curves:
         raise ValueError(f"plot {plot.title!r} has no points to draw")
     whole = (0.0, 1.0) if plot.percent else None
-    xs, ys = _ticks(x_range or whole or _span(curves, "x")), _ticks(y_range or whole or _span(curves, "y"))
+    (low, high), bounds = _span(curves, "x"), x_range or whole
+    xs = _ticks(bounds) if bounds else _ticks_to((low, max(high, x_end)))
+    ys = _ticks(y_range or whole or _span(curves, "y"))
     longest = max(len(curve.name) for curve in curves)
     right = 14 + (0 if len(curves) == 1 else LETTER * min(longest, LONGEST) + 6)
 
@@ -206,6 +215,15 @@ def _ticks(bounds: tuple[float, float], about: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def _ticks_to(bounds: tuple[float, float]) -> list[float]:
+    """Round numbers up to the upper bound, and that bound."""
+    ticks, high = _ticks(bounds), bounds[1]
+    inner = [tick for tick in ticks if tick < high]
+    if len(inner) > 1 and high - inner[-1] < 0.45 * (ticks[1] - ticks[0]):
+        inner.pop()  # its label would touch the last one
+    return [*inner, high] if inner else ticks
+
+
 def _tick(x: float, ticks: Sequence[float], percent: bool = False) -> str:
     if percent:
         return f"{100 * x:.0f}%"
@@ -256,11 +274,14 @@ def _moving(values: Sequence[float], size: int) -> list[float]:
 
 def _names(ends: Sequence[tuple[tuple[float, float], str, str]], x: float) -> list[str]:
     """The curves' names at their ends, moved apart where they would overlap."""
-    parts, last = [], -math.inf
-    for (_, y), colour, name in sorted(ends, key=lambda end: end[0][1]):
-        last = max(y + 4, last + 14)
+    parts, ordered, last = [], sorted(ends, key=lambda end: end[0][1]), -math.inf
+    places = [last := max(y + 4, last + 14) for (_, y), _, _ in ordered]
+    for i in range(len(places) - 1, -1, -1):  # none below the axis, where its figures are
+        lowest = HEIGHT - BOTTOM + 4 if i + 1 == len(places) else places[i + 1] - 14
+        places[i] = min(places[i], lowest)
+    for (_, colour, name), place in zip(ordered, places, strict=True):
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
-        parts.append(_text(x, last, short, "start", f"curve {colour}"))
+        parts.append(_text(x, place, short, "start", f"curve {colour}"))
     return parts
 
 

@@ -8,28 +8,31 @@ import numpy as np
 
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import ROLES, Evidence, Pair
-from esd_jax.evaluation.report import charts, page
+from esd_jax.evaluation.report import charts, page, terms, verdict
 from esd_jax.evaluation.report.charts import Mark
 from esd_jax.evaluation.report.numbers import NOTHING
+from esd_jax.evaluation.report.pictures import Encoder
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-HEADINGS = {"erased": "What was to go", "kept": "What was to stay", "attack": "Under attack"}
+HEADINGS = {"erased": "Erasure", "kept": "Retention", "attack": "Under attack"}
 KINDS = {
     "erased": {"before": "base", "after": "erased"},
     "kept": {"before": "base", "after": "erased"},
     "attack": {"before": "base", "after": "erased", "control": "random prompts"},
 }
+IN_A_ROW = 4  # prompts that fit beside each other on a phone
 SETTINGS_IN_NAME = 3  # of what differs, beside a run's name
 UNEQUAL = "These runs were not measured in the same way, so their figures do not compare directly: see below."
 
 
 def compare(evidences: Sequence[Evidence]) -> str:
-    """HTML that puts several runs side by side; self-contained, like a report.
+    """HTML that puts several runs side by side; self-contained, as a report is.
 
     Raises ValueError for fewer than two runs, or more than there are letters.
     """
     if not 2 <= len(evidences) <= len(LETTERS):
         raise ValueError(f"a comparison needs 2 to {len(LETTERS)} runs, and is given {len(evidences)}")
+    evidences = list(map(terms.current, evidences))
     settings = _different([_settings(e.record) for e in evidences])
     measured = _different([_flat(e.measured_with) for e in evidences])
     names = [f"{LETTERS[i]}  {e.title}" for i, e in enumerate(evidences)]
@@ -52,7 +55,7 @@ def compare(evidences: Sequence[Evidence]) -> str:
         ("settings", "Settings that differ"),
         ("method", "How they were measured"),
     )
-    return page.document(f"Compared: {heading}", "\n".join(parts), [(place, name, True) for place, name in contents])
+    return page.document(f"Compared: {heading}", "\n".join(parts), contents)
 
 
 def _section(place: str, heading: str, body: str) -> str:
@@ -61,14 +64,15 @@ def _section(place: str, heading: str, body: str) -> str:
 
 
 def _runs(evidences: Sequence[Evidence], settings: Mapping[str, Sequence[Any]]) -> str:
-    """What each letter stands for: the title, and the first of the settings that differ."""
+    """What each letter stands for: the title, the first of the settings that differ, and the verdict."""
     items = []
     for i, evidence in enumerate(evidences):
         shown = [f"{name} {_word(values[i])}" for name, values in settings.items() if values[i] is not None]
         words = ", ".join(shown[:SETTINGS_IN_NAME])
         ci = f' <span class="ci">{escape(words)}</span>' if words else ""
-        items.append(f"<li><b>{LETTERS[i]}</b><span>{escape(evidence.title)}{ci}</span></li>")
-    return f'<ul class="verdict runs">{"".join(items)}</ul>'
+        line = f"<p>{escape(verdict.sentence(evidence))}</p>"
+        items.append(f"<li><b>{LETTERS[i]}</b><div>{escape(evidence.title)}{ci}{line}</div></li>")
+    return f'<ul class="runs">{"".join(items)}</ul>'
 
 
 def _figures(evidences: Sequence[Evidence], names: Sequence[str]) -> str:
@@ -108,23 +112,24 @@ def _pictures(evidences: Sequence[Evidence]) -> str:
     for i in range(len(evidences)):
         rows += [] if one_base else [(f"{LETTERS[i]}, base", i, "before")]
         rows.append((LETTERS[i], i, "after"))
+    encoder = Encoder(image for pairs in shared.values() for p in pairs.values() for image in (p.before, p.after))
     blocks, prompts = [], list(shared)
-    for start in range(0, len(prompts), page.IN_A_ROW):
-        some = prompts[start : start + page.IN_A_ROW]
+    for start in range(0, len(prompts), IN_A_ROW):
+        some = prompts[start : start + IN_A_ROW]
         body = "".join(
             f'<tr><th scope="row"><span>{name}</span></th>'
-            f"{''.join(_picture(name, prompt, shared[prompt], i, side) for prompt in some)}</tr>"
+            f"{''.join(_picture(name, prompt, shared[prompt], i, side, encoder) for prompt in some)}</tr>"
             for name, i, side in rows
         )
         foot = "".join(f'<th scope="col">{escape(prompt)}</th>' for prompt in some)
         blocks.append(f"<table><tbody>{body}</tbody><tfoot><tr><td></td>{foot}</tr></tfoot></table>")
     note = "The same noise in each column." if one_base else "The runs' bases differ, or were drawn from other noise."
-    return f'<div class="pairs"><div class="flow">{"".join(blocks)}</div></div><p class="legend-line">{note}</p>'
+    return f'<div class="sheet">{"".join(blocks)}</div><p class="note">{note}</p>'
 
 
-def _picture(name: str, prompt: str, pairs: Mapping[int, Pair], i: int, side: str) -> str:
+def _picture(name: str, prompt: str, pairs: Mapping[int, Pair], i: int, side: str, encoder: Encoder) -> str:
     pair = next(iter(pairs.values())) if i < 0 else pairs.get(i)
-    return f"<td>{page.image(getattr(pair, side), f'{name}: {prompt}')}</td>" if pair else f"<td>{NOTHING}</td>"
+    return f"<td>{encoder.tag(getattr(pair, side), f'{name}: {prompt}')}</td>" if pair else f"<td>{NOTHING}</td>"
 
 
 def _equal(images: Iterable[np.ndarray]) -> bool:
@@ -169,7 +174,7 @@ def _table(different: Mapping[str, Sequence[Any]], title: str) -> str:
         for name, values in different.items()
     )
     return (
-        f'{page.wide(title)}<table class="data settings"><thead><tr><td></td>{heads}</tr></thead>'
+        f'{page.wide(title)}<table class="data settings sortable"><thead><tr><td></td>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -54,6 +54,14 @@ def share(fraction: float, n: int | None = None) -> str:
     return "<0.001%" if fraction < 0.5 else ">99.999%"
 
 
+def points(difference: float | None, *, signed: bool = False) -> str:
+    """A difference of two shares in percentage points: "20 points", "1 point"; signed: "−20", "+1", "0"."""
+    number = round(100 * (difference or 0.0))
+    if signed:
+        return f"{number:+d}".replace("-", "−") if number else "0"
+    return f"{number} point{'' if abs(number) == 1 else 's'}"
+
+
 def count(estimate: Estimate) -> str:
     """A share as hits among images: "17 of 20"."""
     return f"{round(estimate.value * estimate.n):,} of {estimate.n:,}"

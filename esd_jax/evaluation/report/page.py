@@ -1,39 +1,33 @@
-"""What the HTML pages share: their frame, which forbids every request, images as data, and tables."""
+"""What the HTML pages share: their frame, which forbids every request, tables, lists of facts, and code."""
 
 import base64
 import hashlib
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-
-from esd_jax.evaluation.evidence import Cell, Pair, Table
+from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.evaluation.report.heatmap import SHADES
 from esd_jax.evaluation.report.numbers import interval, value
 from esd_jax.metrics.intervals import Estimate
 
-LOSSLESS = 128  # pixels of the longer side up to which an image is shown as it is, in PNG
-LARGEST = 384  # pixels to which a larger one is reduced: twice what it takes up on the page
-QUALITY = 88  # of WebP
-IN_A_ROW = 4  # pairs that fit beside each other on a phone
 
+def document(title: str, body: str, contents: Iterable[tuple[str, str]] = ()) -> str:
+    """A whole page. contents: (id of a heading, its name) for the list at the side; `body` is HTML.
 
-def document(title: str, body: str, contents: Iterable[tuple[str, str, bool]] = ()) -> str:
-    """A whole page. contents: (id of a heading, its name, has data) for the list at the side; `body` is HTML."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    style += "".join(f".h{i} span{{background:rgb(var(--heat)/{i / SHADES:.2f})}}" for i in range(SHADES + 1))
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    items = "".join(
-        f'<li{"" if data else " class=absent"}><a href="#{place}">{escape(name)}</a></li>'
-        for place, name, data in contents
+    The page is read without its script, which adds the viewer, large pictures, sorting, copying and the theme.
+    """
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style += "".join(
+        f".h{i} span{{background:color-mix(in srgb,var(--heat) {100 * i / SHADES:.0f}%,transparent)}}"
+        for i in range(SHADES + 1)
     )
-    aside = f'<nav aria-label="Contents"><ol>{items}</ol></nav>' if items else ""
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    policy += "; base-uri 'none'; form-action 'none'"
+    items = "".join(f'<li><a href="#{place}">{escape(name)}</a></li>' for place, name in contents)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -47,58 +41,29 @@ def document(title: str, body: str, contents: Iterable[tuple[str, str, bool]] = 
 <style>{style}</style>
 </head>
 <body>
-{aside}
+<nav aria-label="Contents"><ol>{items}</ol></nav>
 <main>
 {body}
 </main>
+<script>{script}</script>
 </body>
 </html>
 """
 
 
-def image(pixels: UInt8[np.ndarray, "height width 3"], alt: str) -> str:
-    """An `<img>` that carries its own data: PNG of a small image; of a large one WebP, reduced if need be."""
-    picture, buffer = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
-    if max(picture.size) <= LOSSLESS:
-        picture.save(buffer, format="png", optimize=True)
-        kind = "png"
-    else:
-        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        picture.save(buffer, format="webp", quality=QUALITY, method=4)
-        kind = "webp"
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width, height = picture.size
-    return f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}">'
+def _hash(text: str) -> str:
+    """What a policy calls a style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def shown_as(pictures: Iterable[UInt8[np.ndarray, "height width 3"]]) -> str:
-    """How images of these sizes are shown, in a sentence."""
-    if all(max(pixels.shape[:2]) <= LOSSLESS for pixels in pictures):
-        return "Images are shown as they are, without loss."
-    return (
-        f"Images with a side of more than {LOSSLESS} pixels are shown as WebP of quality {QUALITY}, reduced to "
-        f"{LARGEST} pixels; they were judged as they were drawn."
-    )
-
-
-def pairs(title: str, found: Sequence[Pair], before: str = "before", after: str = "after") -> str:
-    """Pairs of images, before above after, with their prompts below them, under a title."""
-    blocks = []
-    for start in range(0, len(found), IN_A_ROW):
-        some = found[start : start + IN_A_ROW]
-        rows = [
-            f'<tr><th scope="row"><span>{escape(name)}</span></th>'
-            + "".join(f"<td>{image(getattr(pair, side), f'{name}: {pair.prompt}')}</td>" for pair in some)
-            + "</tr>"
-            for side, name in (("before", before), ("after", after))
-        ]
-        prompts = "".join(f'<th scope="col">{escape(pair.prompt)}</th>' for pair in some)
-        blocks.append(f"<table><tbody>{''.join(rows)}</tbody><tfoot><tr><td></td>{prompts}</tr></tfoot></table>")
-    return f'<div class="pairs"><h3>{escape(title)}</h3><div class="flow">{"".join(blocks)}</div></div>'
+def code(text: str, *, flags: bool = False) -> str:
+    """A block of code. flags: a command, which is broken before its flags alone."""
+    lines = " ".join(f"<span>{escape(word)}</span>" for word in re.split(r" (?=-)", text)) if flags else escape(text)
+    return f"<pre><code>{lines}</code></pre>"
 
 
 def table(found: Table) -> str:
-    """A table of a protocol: the titles of rows as row groups, intervals in grey beside the figures."""
+    """A table of a protocol: the titles of rows as row groups, intervals in grey beside the figures; to be sorted."""
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.columns)
     percent = [name in found.percent for name in found.columns]
     bodies: list[list[str]] = [[]]
@@ -113,7 +78,7 @@ def table(found: Table) -> str:
     rows = "".join(f"<tbody>{''.join(body)}</tbody>" for body in bodies if body)
     note = f'<p class="note">{escape(found.note)}</p>' if found.note else ""
     return (
-        f'{wide(found.title)}<table class="data"><caption>{escape(found.title)}</caption>'
+        f'{wide(found.title)}<table class="data sortable"><caption>{escape(found.title)}</caption>'
         f"<thead><tr><td></td>{heads}</tr></thead>{rows}</table></div>{note}"
     )
 
@@ -140,7 +105,9 @@ def facts(found: Mapping[str, Any]) -> str:
 def _cell(cell: Cell, percent: bool) -> str:
     ci = f' <span class="ci">{interval(cell, percent)}</span>' if isinstance(cell, Estimate) else ""
     words = ' class="words"' if isinstance(cell, str) else ""
-    return f"<td{words}>{escape(value(cell, percent))}{ci}</td>"
+    number = cell.value if isinstance(cell, Estimate) else cell
+    order = f' data-value="{number:.9g}"' if isinstance(number, int | float) and math.isfinite(number) else ""
+    return f"<td{words}{order}>{escape(value(cell, percent))}{ci}</td>"
 
 
 def _are_mappings(content: Any) -> bool:
