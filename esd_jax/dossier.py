@@ -16,7 +16,7 @@ from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
 from esd_jax.evaluation.attacks import Goal, goals
 from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, Moment
-from esd_jax.evaluation.gather import Judge
+from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
@@ -27,7 +27,7 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
 EVIDENCE = "evidence"  # the folder of the parts, in a run's
-BASE, ERASED, SHAM = "base", "erased", "sham"
+BASE, ERASED, PLACEBO = "base", "erased", "sham"
 ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 Progress = Callable[[str], None]
 
@@ -46,8 +46,8 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
     """
     path = expanded(erased)
     if is_run(path):
-        found = api.restore(path, base=base)
-        return diffusers.unmodified(found), found
+        restored = api.restore(path, base=base)
+        return diffusers.unmodified(restored), restored
     if base is None:
         raise ValueError(f"{erased} is no run, so it does not say what it was erased from: give the base, too")
     before = api.load(base)
@@ -97,29 +97,31 @@ def evaluate(
     bed = testbed.of(base.provenance.source) or testbed.of(protocol)
     if bed and protocol in bed.images and not options.get("prompt_list"):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
-        models = {BASE: base, ERASED: erased} | ({SHAM: sham} if sham else {})
+        models = {BASE: base, ERASED: erased} | ({PLACEBO: sham} if sham else {})
         folders = {name: _own(folder / "images" / name, protocols.identity(m)) for name, m in models.items()}
         count = images or bed.images[protocol]
-        found = bed.evaluate(models, concepts, num_images=count, folders=folders, progress=progress, **options)
+        evidence = bed.evaluate(models, concepts, num_images=count, folders=folders, progress=progress, **options)
     else:
-        found = protocols.evaluate(base, erased, concepts, protocol, folder, limit=images, progress=progress, **options)
-    found = dataclasses.replace(found, record=_record(erased))
-    store.save(found, folder, f"evaluation-{protocol}")
-    return found
+        evidence = protocols.evaluate(
+            base, erased, concepts, protocol, folder, limit=images, progress=progress, **options
+        )
+    evidence = dataclasses.replace(evidence, record=_record(erased))
+    store.save(evidence, folder, f"evaluation-{protocol}")
+    return evidence
 
 
 def front(
     erased: Pipeline,
-    judge: Judge,
+    metric: Metric,
     strengths: Sequence[float],
     *,
     output_dir: str | Path,
 ) -> Evidence:
     """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
     title = ", ".join(concepts_of(erased))
-    found = Evidence(title, _record(erased), front=gather.front(judge, erased, strengths))
-    store.save(found, expanded(output_dir), "front")
-    return found
+    evidence = Evidence(title, _record(erased), front=gather.front(metric, erased, strengths))
+    store.save(evidence, expanded(output_dir), "front")
+    return evidence
 
 
 def attack(
@@ -155,27 +157,27 @@ def attack(
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
-    made = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
+    chosen = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
     if goal is None:
         if bed is None:
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     if bed:
         options = {**bed.sampling, **options}
-    found = attacks.campaign(
+    evidence = attacks.campaign(
         base,
         erased,
         goal,
-        made,
+        chosen,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
         identity={"erased": protocols.identity(erased), "judge": judge},
         progress=progress,
         **options,
     )
-    found = dataclasses.replace(found, record=_record(erased))
-    store.save(found, folder, "attacks")
-    return found
+    evidence = dataclasses.replace(evidence, record=_record(erased))
+    store.save(evidence, folder, "attacks")
+    return evidence
 
 
 def goal(

@@ -47,7 +47,7 @@ def about(folder: Path, erased: Pipeline, *, shown: str = "") -> About:
     )
 
 
-def uses(found: tuple[File, ...], erased: Pipeline, *, folder: str = "", repo: str = "") -> tuple[Use, ...]:
+def uses(files: tuple[File, ...], erased: Pipeline, *, folder: str = "", repo: str = "") -> tuple[Use, ...]:
     """How files of an erased model are used, as seen from where they lie in `folder`, or in a repository of the hub."""
     bed = testbed.of(erased.provenance.source)
     source = snippets.Source(
@@ -59,7 +59,7 @@ def uses(found: tuple[File, ...], erased: Pipeline, *, folder: str = "", repo: s
         sampling=sampled(bed.sampling) if bed else {},
         embedded=bed is not None,
     )
-    return snippets.uses(found, source)
+    return snippets.uses(files, source)
 
 
 def base_id(erased: Pipeline) -> str | None:
@@ -74,8 +74,8 @@ def license_of(erased: Pipeline) -> str | None:
     records, folder = erased.provenance.erased, erased.provenance.folder
     if recorded := next((record.license for record in reversed(records) if record.license), None):
         return recorded
-    if folder and (found := hub.license_of(folder / "README.md")):
-        return found
+    if folder and (license_id := hub.license_of(folder / "README.md")):
+        return license_id
     base = (records[-1].base if records else None) or str(erased.provenance.source)
     return next((name for pattern, name in LICENSES if re.search(pattern, base, re.IGNORECASE)), None)
 

@@ -78,8 +78,8 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--step names a run's checkpoint: it needs --run")
     is_file, to_file = output.suffix == ".safetensors", not several and first not in ("folder", "orbax")
     if is_file != to_file:
-        mend = "give a .safetensors file" if to_file else "give a folder, or another format, such as --format=single"
-        raise ValueError(f"{output}: that is not where format {first!r} is written: {mend}")
+        fix = "give a .safetensors file" if to_file else "give a folder, or another format, such as --format=single"
+        raise ValueError(f"{output}: that is not where format {first!r} is written: {fix}")
     pipeline = common.model(values, values.step)
     pipeline = _merged(pipeline, values.merge) if values.merge else pipeline
     pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)

@@ -104,10 +104,10 @@ def license_of(card: Path) -> str | None:
     import huggingface_hub
 
     try:
-        found = (huggingface_hub.metadata_load(card) or {}).get("license") if card.is_file() else None
+        license_id = (huggingface_hub.metadata_load(card) or {}).get("license") if card.is_file() else None
     except Exception:  # whatever its YAML parser refuses: a card is for people
         return None
-    return found if isinstance(found, str) else None
+    return license_id if isinstance(license_id, str) else None
 
 
 def check_push(repo: str) -> None:

@@ -75,14 +75,14 @@ def size(count: int) -> str:
     return f"{count / unit:.3g} {name}"
 
 
-def files(found: Sequence[File]) -> str:
+def files(entries: Sequence[File]) -> str:
     """The files as a table of links, relative to the report."""
-    if not found:
+    if not entries:
         return ""
     rows = "".join(
         f'<tr><th scope="row"><a href="{escape(quote(file.path))}">{escape(file.path)}</a></th>'
         f'<td class="words">{escape(file.what)}</td><td data-value="{file.size}">{size(file.size)}</td></tr>'
-        for file in found
+        for file in entries
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("file", "what it is", "size"))
     return (
@@ -91,10 +91,10 @@ def files(found: Sequence[File]) -> str:
     )
 
 
-def uses(found: Sequence[Use]) -> str:
+def uses(snippets: Sequence[Use]) -> str:
     """How programs use the files: the first open, the others to be opened."""
     parts = []
-    for i, use in enumerate(found):
+    for i, use in enumerate(snippets):
         note = f'<p class="note">{escape(use.note)}</p>' if use.note else ""
         shown = page.code(use.code) if use.code else ""
         parts.append(

@@ -60,19 +60,19 @@ def facts(evidence: Evidence) -> dict[str, str]:
     """What is known of an erasure as flat texts, for the metadata of a safetensors file."""
     evidence, record = terms.current(evidence), evidence.record
     recipe = record.recipe or {}
-    found = {"erased": evidence.title, "base": record.base, "base_sha256": record.base_sha256}
-    found |= {name: recipe.get(name) for name in ("method", "subset", "steps", "seed")}
-    found |= {"license": record.license, "command": evidence.command or command(record)}
-    found |= {"versions": ", ".join(f"{name} {v}" for name, v in (record.versions or {}).items())}
+    texts = {"erased": evidence.title, "base": record.base, "base_sha256": record.base_sha256}
+    texts |= {name: recipe.get(name) for name in ("method", "subset", "steps", "seed")}
+    texts |= {"license": record.license, "command": evidence.command or command(record)}
+    texts |= {"versions": ", ".join(f"{name} {v}" for name, v in (record.versions or {}).items())}
     for i, finding in enumerate(evidence.verdict, start=1):
-        found[f"finding.{i}"] = f"{finding.role}: {said(finding)}"
+        texts[f"finding.{i}"] = f"{finding.role}: {sentence(finding)}"
     if evidence.measured_with:
-        found["measured_with"] = json.dumps(as_json(evidence.measured_with), default=str)
-    found["measured"] = "yes" if evidence.verdict or evidence.tables else "no"
-    found["attacked"] = "yes" if evidence.attacks or any(f.role == "attack" for f in evidence.verdict) else "no"
-    found["verdict"] = verdict.sentence(evidence) if evidence.verdict else ""
-    found["caveats"] = " ".join(evidence.caveats)
-    return {METADATA + name: str(text) for name, text in found.items() if text not in (None, "")}
+        texts["measured_with"] = json.dumps(as_json(evidence.measured_with), default=str)
+    texts["measured"] = "yes" if evidence.verdict or evidence.tables else "no"
+    texts["attacked"] = "yes" if evidence.attacks or any(f.role == "attack" for f in evidence.verdict) else "no"
+    texts["verdict"] = verdict.sentence(evidence) if evidence.verdict else ""
+    texts["caveats"] = " ".join(evidence.caveats)
+    return {METADATA + name: str(text) for name, text in texts.items() if text not in (None, "")}
 
 
 def is_fact(name: str) -> bool:
@@ -112,16 +112,16 @@ def card(
         if tables:
             parts.append("\n\n".join([f"### {title}", *map(_table, tables)]))
     line = evidence.command or command(record)
-    made = [f"```bash\n{line}\n```"] if line else []
+    repeats = [f"```bash\n{line}\n```"] if line else []
     settings = {"base": record.base, "base sha256": record.base_sha256, **facts.facts, **(record.versions or {})}
-    made.append(_list(settings))
-    parts.append("## How it was made\n\n" + "\n\n".join(filter(None, made)))
+    repeats.append(_list(settings))
+    parts.append("## How it was made\n\n" + "\n\n".join(filter(None, repeats)))
     parts.append("## How it was measured\n\n" + (_list(evidence.measured_with) or NOT_MEASURED))
     parts.append("## Caveats\n\n" + ("\n".join(f"- {_md(text)}" for text in evidence.caveats) or "None were recorded."))
     return "\n\n".join(parts) + "\n"
 
 
-def said(finding: Finding) -> str:
+def sentence(finding: Finding) -> str:
     """A figure of the verdict as a line, without markup."""
     if finding.role == "attack":
         text = f"{finding.what}: attack success rate {count(finding.after)} images"
@@ -176,7 +176,7 @@ def _table(table: Table) -> str:
     return f"{title}{lines}{note}"
 
 
-def _list(found: Mapping[str, Any]) -> str:
+def _list(values: Mapping[str, Any]) -> str:
     """Nested mappings and lists as indented lists."""
 
     def lines(name: str, content: Any, depth: int) -> list[str]:
@@ -189,7 +189,7 @@ def _list(found: Mapping[str, Any]) -> str:
         text = ", ".join(map(str, content)) if isinstance(content, list | tuple) else str(content)
         return [f"{start}{_md(name)}: {_md(text)}"]
 
-    return "\n".join(line for name, v in found.items() if v is not None for line in lines(str(name), v, 0))
+    return "\n".join(line for name, v in values.items() if v is not None for line in lines(str(name), v, 0))
 
 
 def _md(text: str) -> str:

@@ -109,7 +109,7 @@ def lines(
     return (
         f'<figure class="plot"><figcaption><strong>{escape(plot.title)}</strong> '
         f'<span class="axis-name">{escape(plot.y)}, against {escape(plot.x)}.{note}</span></figcaption>{legend}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_said(plot, curves))}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_description(plot, curves))}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
@@ -122,8 +122,8 @@ def forest(rows: Sequence[Mark], kinds: Mapping[str, str], *, percent: bool = Tr
       percent: shares, from 0 to 100%; else from zero, or the least, to the largest of the bounds.
       title: of the table.
     """
-    found = [e for row in rows for e in row.dots.values() if e is not None]
-    bounds = (0.0, 1.0) if percent else (min(0.0, *(e.low for e in found)), max(e.high for e in found))
+    estimates = [e for row in rows for e in row.dots.values() if e is not None]
+    bounds = (0.0, 1.0) if percent else (min(0.0, *(e.low for e in estimates)), max(e.high for e in estimates))
     scale = [0, 0.25, 0.5, 0.75, 1] if percent else _ticks(bounds)
     low, high = scale[0], scale[-1]
 
@@ -200,8 +200,8 @@ def _finite(curve: Curve) -> Curve:
 
 
 def _span(curves: Sequence[Curve], axis: str) -> tuple[float, float]:
-    found = [v for c in curves for name in (axis, f"{axis}_low", f"{axis}_high") for v in getattr(c, name)]
-    return min(0.0, *found), max(found)
+    values = [v for c in curves for name in (axis, f"{axis}_low", f"{axis}_high") for v in getattr(c, name)]
+    return min(0.0, *values), max(values)
 
 
 def _ticks(bounds: tuple[float, float], about: int = 5) -> list[float]:
@@ -255,14 +255,14 @@ def _whiskers(curve: Curve, at: Sequence[tuple[float, float]], px: Scale, py: Sc
 
 def _together(labels: Sequence[str], at: Sequence[tuple[float, float]]) -> list[tuple[str, tuple[float, float]]]:
     """The points' labels; those of points at nearly one place as one label."""
-    found: list[tuple[list[str], tuple[float, float]]] = []
+    groups: list[tuple[list[str], tuple[float, float]]] = []
     for label, point in zip(labels, at, strict=False):
-        near = next((names for names, (x, y) in found if abs(point[0] - x) < 40 and abs(point[1] - y) < 14), None)
+        near = next((names for names, (x, y) in groups if abs(point[0] - x) < 40 and abs(point[1] - y) < 14), None)
         if near is None:
-            found.append(([label], point))
+            groups.append(([label], point))
         else:
             near.append(label)
-    return [(", ".join(filter(None, names)), point) for names, point in found]
+    return [(", ".join(filter(None, names)), point) for names, point in groups]
 
 
 def _moving(values: Sequence[float], size: int) -> list[float]:
@@ -285,7 +285,7 @@ def _names(ends: Sequence[tuple[tuple[float, float], str, str]], x: float) -> li
     return parts
 
 
-def _said(plot: Plot, curves: Sequence[Curve]) -> str:
+def _description(plot: Plot, curves: Sequence[Curve]) -> str:
     """The plot in words."""
     ends = (f"{c.name}: {value(c.y[0])} at {value(c.x[0])}, {value(c.y[-1])} at {value(c.x[-1])}" for c in curves)
     return f"{plot.title}. {plot.y} against {plot.x}. {'; '.join(ends)}."

@@ -138,18 +138,18 @@ def _equal(images: Iterable[np.ndarray]) -> bool:
 
 
 def _settings(record: Erasure) -> dict[str, Any]:
-    found = {"base": record.base, "base_sha256": record.base_sha256, "step": record.step}
-    return found | _flat(record.recipe or {}) | _flat(record.versions or {}, "version of ")
+    settings = {"base": record.base, "base_sha256": record.base_sha256, "step": record.step}
+    return settings | _flat(record.recipe or {}) | _flat(record.versions or {}, "version of ")
 
 
-def _flat(found: Any, start: str = "") -> dict[str, Any]:
+def _flat(settings: Any, start: str = "") -> dict[str, Any]:
     """Nested mappings and lists of them with one name for each value."""
-    if isinstance(found, Mapping):
-        nested = {f"{start}{name}": value for name, value in found.items()}
-    elif isinstance(found, list | tuple) and any(isinstance(value, Mapping) for value in found):
-        nested = {f"{start}{i}": value for i, value in enumerate(found, start=1)}
+    if isinstance(settings, Mapping):
+        nested = {f"{start}{name}": value for name, value in settings.items()}
+    elif isinstance(settings, list | tuple) and any(isinstance(value, Mapping) for value in settings):
+        nested = {f"{start}{i}": value for i, value in enumerate(settings, start=1)}
     else:
-        return {start: found}
+        return {start: settings}
     flat = {}
     for name, value in nested.items():
         deeper = isinstance(value, Mapping) or (isinstance(value, list | tuple) and _flat(value, name) != {name: value})
@@ -159,8 +159,8 @@ def _flat(found: Any, start: str = "") -> dict[str, Any]:
 
 def _different(each: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Name -> the values of all runs, where they are not all equal; None where a run has none."""
-    names = dict.fromkeys(name for found in each for name in found)
-    values = {name: [found.get(name) for found in each] for name in names}
+    names = dict.fromkeys(name for settings in each for name in settings)
+    values = {name: [settings.get(name) for settings in each] for name in names}
     return {name: column for name, column in values.items() if any(value != column[0] for value in column[1:])}
 
 

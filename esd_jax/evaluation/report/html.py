@@ -99,8 +99,8 @@ def report(
 
 def _summary(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder, facts: About) -> str:
     """The first screen: what was erased from what, the verdict, before and after."""
-    groups = {name: found[:FIRST_PAIRS] for name, found in list(evidence.pictures.items())[:FIRST_GROUPS] if found}
-    kind = " · ".join(filter(None, ["Erasure report", _made(evidence.record), facts.when]))
+    groups = {name: pairs[:FIRST_PAIRS] for name, pairs in list(evidence.pictures.items())[:FIRST_GROUPS] if pairs}
+    kind = " · ".join(filter(None, ["Erasure report", _erasure_line(evidence.record), facts.when]))
     base = evidence.record.base or "its base"
     figures = tiles.tiles(outcome.of(evidence))
     shown = f'{_groups(groups, encoder)}<p class="note">{PICTURED}</p>' if groups else ""
@@ -116,7 +116,7 @@ def _summary(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder, 
     )
 
 
-def _made(record: Erasure) -> str:
+def _erasure_line(record: Erasure) -> str:
     """How it was erased, in a line."""
     recipe = record.recipe or {}
     steps = recipe.get("steps") if record.step is None else record.step
@@ -127,7 +127,7 @@ def _made(record: Erasure) -> str:
 
 def _sections(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder, facts: About) -> Iterator[Section]:
     rest = list(evidence.pictures.items())
-    further = {name: found[FIRST_PAIRS:] for name, found in rest[:FIRST_GROUPS]} | dict(rest[FIRST_GROUPS:])
+    further = {name: pairs[FIRST_PAIRS:] for name, pairs in rest[:FIRST_GROUPS]} | dict(rest[FIRST_GROUPS:])
     yield Section("pictures", "More pictures", "", _groups({k: v for k, v in further.items() if v}, encoder))
     figures = tiles.forest([f for f in evidence.verdict if f.role != "attack"], KINDS)
     yield Section(

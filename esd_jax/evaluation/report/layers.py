@@ -46,15 +46,15 @@ def by_block(weights: Mapping[str, float]) -> tuple[dict[str, list[Bar]], bool]:
         lambda name: "all tensors",
     )
     for level in levels:
-        found: dict[str, dict[str, list[float]]] = {}
+        blocks: dict[str, dict[str, list[float]]] = {}
         for name in sorted(weights, key=lambda name: _order(places[name])):
-            found.setdefault(places[name].block, {}).setdefault(level(name), []).append(float(weights[name]))
-        if sum(map(len, found.values())) <= MOST:
+            blocks.setdefault(places[name].block, {}).setdefault(level(name), []).append(float(weights[name]))
+        if sum(map(len, blocks.values())) <= MOST:
             break
-    several = any(len(values) > 1 for group in found.values() for values in group.values())
+    several = any(len(values) > 1 for group in blocks.values() for values in group.values())
     bars = {
         block: [Bar(label, statistics.mean(v), min(v), max(v), len(v)) for label, v in group.items()]
-        for block, group in found.items()
+        for block, group in blocks.items()
     }
     return bars, several
 

@@ -62,23 +62,23 @@ def code(text: str, *, flags: bool = False) -> str:
     return f"<pre><code>{lines}</code></pre>"
 
 
-def table(found: Table) -> str:
+def table(data: Table) -> str:
     """A table of a protocol: the titles of rows as row groups, intervals in grey beside the figures; to be sorted."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.columns)
-    percent = [name in found.percent for name in found.columns]
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in data.columns)
+    percent = [name in data.percent for name in data.columns]
     bodies: list[list[str]] = [[]]
-    for label, cells in found.rows:
+    for label, cells in data.rows:
         if not cells:
-            title = f'<th scope="rowgroup" colspan="{len(found.columns) + 1}">{escape(label)}</th>'
+            title = f'<th scope="rowgroup" colspan="{len(data.columns) + 1}">{escape(label)}</th>'
             bodies.append([f'<tr class="group">{title}</tr>'])
             continue
         kind = ' class="erased"' if label.lower() == "erased" else ""
         shown = "".join(map(_cell, cells, percent))
         bodies[-1].append(f'<tr{kind}><th scope="row">{escape(label)}</th>{shown}</tr>')
     rows = "".join(f"<tbody>{''.join(body)}</tbody>" for body in bodies if body)
-    note = f'<p class="note">{escape(found.note)}</p>' if found.note else ""
+    note = f'<p class="note">{escape(data.note)}</p>' if data.note else ""
     return (
-        f'{wide(found.title)}<table class="data sortable"><caption>{escape(found.title)}</caption>'
+        f'{wide(data.title)}<table class="data sortable"><caption>{escape(data.title)}</caption>'
         f"<thead><tr><td></td>{heads}</tr></thead>{rows}</table></div>{note}"
     )
 
@@ -88,10 +88,10 @@ def wide(name: str) -> str:
     return f'<div class="wide" role="region" tabindex="0" aria-label="{escape(name)}">'
 
 
-def facts(found: Mapping[str, Any]) -> str:
+def facts(entries: Mapping[str, Any]) -> str:
     """Names and what they stand for, as a list; mappings within, one or several, are lists of their own."""
     items = []
-    for name, content in found.items():
+    for name, content in entries.items():
         if isinstance(content, Mapping):
             shown = facts(content)
         elif _are_mappings(content):

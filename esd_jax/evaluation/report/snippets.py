@@ -43,11 +43,11 @@ class Source:
     @property
     def call(self) -> str:
         """The code that samples from `pipe`."""
-        given = {
+        arguments = {
             "num_inference_steps": self.sampling.get("steps"),
             "guidance_scale": self.sampling.get("guidance_scale"),
         }
-        more = "".join(f", {name}={value:g}" for name, value in given.items() if value is not None)
+        more = "".join(f", {name}={value:g}" for name, value in arguments.items() if value is not None)
         sampled = f"image = pipe({_quoted(self.prompt)}{more}).images[0]"
         return f'pipe.to("cuda")  # or "mps"; leave it out on a CPU\n{sampled}'
 
@@ -66,11 +66,11 @@ def uses(files: Iterable[File], source: Source) -> tuple[Use, ...]:
     return tuple(use for make in makers if make.__name__[1:] in named for use in make(named, source))
 
 
-def markdown(found: Sequence[Use]) -> str:
+def markdown(snippets: Sequence[Use]) -> str:
     """The same as Markdown."""
     return "\n\n".join(
         "\n\n".join(filter(None, [f"**{use.title}**", f"```{use.language}\n{use.code}\n```", use.note]))
-        for use in found
+        for use in snippets
     )
 
 

@@ -4,7 +4,7 @@ import textwrap
 
 from esd_jax.evaluation.evidence import Evidence, Table
 from esd_jax.evaluation.report import terms, verdict
-from esd_jax.evaluation.report.card import said
+from esd_jax.evaluation.report.card import sentence
 from esd_jax.evaluation.report.numbers import with_interval
 
 WIDTH = 110  # characters of a note, and of a group's title
@@ -14,7 +14,7 @@ def summary(evidence: Evidence) -> str:
     """All tables, then the figures that count most, a line each, and the verdict in a sentence."""
     evidence = terms.current(evidence)
     parts = [table(one) for one in (*evidence.tables, *evidence.attacks)]
-    parts.append("\n".join(said(finding) for finding in evidence.verdict))
+    parts.append("\n".join(sentence(finding) for finding in evidence.verdict))
     if evidence.verdict:
         parts.append("\n".join(textwrap.wrap(verdict.sentence(evidence), WIDTH)))
     return "\n\n".join(filter(None, parts))
