@@ -169,7 +169,7 @@ def test_the_jobs_run_what_exists(workflow):
             else:
                 allowed = ("esd-jax", "ruff", "export", "test", "$RUNNER_TEMP/venv/bin/python")
                 assert words[0] in allowed, f"{name}: {words}"
-    assert invoked == ["lint", "test"] and verbs == ["erase", "sample"]
+    assert invoked == ["lint", "docs", "test"] and verbs == ["configs", "erase", "erase", "report", "sample"]
     assert commands(workflow["jobs"]["lint"]) == [["make", "lint"]]
 
 
