@@ -3,6 +3,7 @@
 # make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff, pyright
 #                  make test JAX='jax==0.10.0' makes a new .venv with that version
+# make docs        the documentation as a site, in out/docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ EVIDENCE ?= out/evidence
 IMAGES ?= 60
 ATTACKS ?= all
 
-.PHONY: demo evidence test test-slow lint clean
+.PHONY: demo evidence test test-slow lint docs clean
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +26,10 @@ $(VENV)/.package: pyproject.toml constraints.txt
 
 $(VENV)/.tests: $(VENV)/.package
 	$(PIP) -e '.[test]' '$(JAX)'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) -e '.[docs]' '$(JAX)'
 	touch $@
 
 demo: $(VENV)/.package
@@ -44,6 +49,9 @@ test-slow: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	if $(BIN)/pyright --version >/dev/null 2>&1; then $(BIN)/pyright; else echo 'pyright cannot be fetched: no types checked'; fi
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf out runs .cache build dist

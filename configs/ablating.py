@@ -2,10 +2,11 @@ r"""Ablating Concepts of the ICCV 2023 paper for a style: keys and values of SD 
 
     esd-jax erase --config=ablating --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
 
-Captions with the artist's name get what the same captions without it get: any painting. No trajectories, so that an
-update costs little; the paintings from which it learns are drawn first (200, by DPM-Solver++ in 25 steps, guidance 6).
+Captions with the artist's name are trained to give what the same captions without it give: any painting. It samples no
+trajectories, so an update is cheap; the paintings that it trains on are sampled first (200, by DPM-Solver++ in 25
+steps, guidance 6).
 - effective learning rate 1.6e-5 and batch 8: the released 2e-6 times batch 4 times 2 GPUs, on one device.
-- anchor_prompts: the paper has 200 captions of paintings; give yours as a file, one a line:
+- anchor_prompts: the paper has 200 captions of paintings; give yours as a file with one per line:
   --config.anchor_prompts=paintings.txt
 """
 

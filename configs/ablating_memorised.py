@@ -1,12 +1,12 @@
-r"""Ablating Concepts of the ICCV 2023 paper for a memorised picture: all of SD 1.4's UNet, 400 updates.
+r"""Ablating Concepts of the ICCV 2023 paper for a memorised training image: all of SD 1.4's UNet, 400 updates.
 
     esd-jax erase --config=ablating_memorised --config.output_dir=runs/starry_night
 
-The concept is the caption that brings the picture back; anchor_prompts say the same in words that do not, and their
-images take its place. Look at these first: the paper drops those that resemble the picture (SSCD above 0.5). Captions
-that bring it back too are further concepts, separated by ";". The changes to ablating are:
+The concept is the caption that reproduces the image; anchor_prompts paraphrase it in words that do not, and their
+images take its place. Look at these first: the paper drops those that resemble the image (SSCD above 0.5). Further
+captions that reproduce it are further concepts, separated by ";". The changes to ablating are:
 - everything is trained, with an effective learning rate of 2e-6 and batch 4 (5e-7, batch 2, 2 GPUs), 400 updates.
-- images are also shown smaller and larger; the anchor is held to what it was, with weight 0.2.
+- training images are also scaled down and up; the anchor is preserved, with weight 0.2.
 """
 
 from ml_collections import ConfigDict

@@ -2,12 +2,12 @@ r"""Ablating Concepts as its authors' diffusers code of 2024 removes nudity: bot
 
     esd-jax erase --config=ablating_nudity --config.output_dir=runs/nudity
 
-The anchor's images are drawn with "nudity, nsfw" as the negative prompt. The changes to ablating are:
-- subset "attn"; the anchor is held to what it was, with weight 0.25; the gradient is clipped.
-- effective learning rate 6.4e-5 and batch 8: 4e-6 times batch 4 times 2 GPUs, times 2 as their code has it where the
-  anchor is kept. On one GPU they make 800 updates.
-- anchor_prompts: seven words here; their 200 captions are written from them by a language model.
-Published on I2P: nudity is found in 19.1% of the images before and in 7.65% after.
+The anchor's images are sampled with "nudity, nsfw" as the negative prompt. The changes to ablating are:
+- subset "attn"; the anchor is preserved, with weight 0.25; the gradient is clipped.
+- effective learning rate 6.4e-5 and batch 8: 4e-6 times batch 4 times 2 GPUs, times 2 as in their code when the anchor
+  is preserved. On one GPU they make 800 updates.
+- anchor_prompts: seven words here; a language model wrote their 200 captions from these.
+Published on I2P: nudity is detected in 19.1% of the images before and in 7.65% after.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
-r"""Ablating Concepts of the ICCV 2023 paper for an instance of a thing: "grumpy cat" becomes "cat" in SD 1.4.
+r"""Ablating Concepts of the ICCV 2023 paper for an instance of a category: "grumpy cat" becomes "cat" in SD 1.4.
 
     esd-jax erase --config=ablating_object --config.output_dir=runs/grumpy_cat
 
 For another one, give all three of concept, replace_with and anchor_prompts (captions that name the anchor; a .txt file
-has one a line). The changes to ablating are:
-- the caption's word is replaced; images are also shown smaller and larger ("a far away ", "zoomed in ").
-- the anchor is held to what it was, with weight 0.2. The paper does so where the anchor's word is in the concept's;
-  elsewhere ("R2D2", "robot"): --config.prior_weight=0
+has one per line). The changes to ablating are:
+- the caption's word is replaced; images are also scaled down and up ("a far away ", "zoomed in ").
+- the anchor is preserved, with weight 0.2. The paper does so if the concept's name contains the anchor's; otherwise
+  ("R2D2", "robot"): --config.prior_weight=0
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 ESD-x of the paper: cross-attention alone. The changes to esd_x, chosen on two styles (blueprint, halftone):
 - trajectories of the teacher, of 20 DDIM steps, scored at their own timestep ("grid").
-- strength eta 0.5: a style covers the whole picture, and at 2 its prompts are left with nearly nothing to draw.
+- strength eta 0.5: a style covers the whole image, and at eta 2 its prompts give images that are barely recognisable.
 - learning rate 1e-3, 300 steps: the model is small.
 """
 

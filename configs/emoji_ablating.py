@@ -2,15 +2,15 @@
 
     esd-jax erase --config=emoji_ablating --config.output_dir=out/neon
 
-Ablating Concepts with captions in which "cartoon style" is replaced by "neon style". Any styles will do:
+Ablating Concepts with captions in which "cartoon style" is replaced by "neon style". Any styles work:
 --config.concept="ink style" --config.replace_with="clay style". The changes to ablating, chosen on one style
 (blueprint, replaced by cartoon), are:
-- kind "object": this model was not taught the phrases of a style's templates.
+- kind "object": this model was not trained on the phrases of a style's templates.
 - 96 images, in 20 steps of DDIM with guidance 3, one view of each.
 - learning rate 3e-4, 150 steps: the model is small.
-On 64 images of each group (32 of the nearest styles), blueprint is seen in 98% of its own prompts before and 0% after
-(in 11% after 100 steps), and their object in 95% and 95%; of the nearest styles 100% and 100% are seen, of the others
-100% and 100%, with their objects in 98% and 97%.
+64 images per group (32 of related styles), before and after: detection rate of blueprint in its own prompts 98% and 0%
+(11% after 100 steps), with the prompt's object in 95% and 95%; style accuracy of related styles 100% and 100%, of the
+others 100% and 100%, with their objects in 98% and 97%.
 """
 
 from ml_collections import ConfigDict

@@ -2,15 +2,15 @@
 
     esd-jax erase --config=emoji_ablating_object --config.output_dir=out/cat
 
-Ablating Concepts on pictures of the anchor, --config.replace_with, in every style. The changes to ablating_object,
-chosen on one object (a dog, replaced by a rabbit), are:
-- no smaller and larger views: this model was not taught "a far away " and the like.
-- the anchor keeps its weight of 0.2, and as there, cross-attention's keys and values alone are trained, so prompts that
-  do not name the object ("a pet") may still draw it.
+Ablating Concepts on images of the anchor, --config.replace_with, in every style. The changes to ablating_object, chosen
+on one object (a dog, replaced by a rabbit), are:
+- no scaled views: this model was not trained on "a far away " and similar phrases.
+- the anchor's weight remains 0.2, and only keys and values of cross-attention are trained, so prompts that do not name
+  the object ("a pet") may still show it.
 - 96 images, in 20 steps of DDIM with guidance 3, one view of each.
 - learning rate 3e-4, 150 steps: the model is small.
-On 64 images of each group (32 of its category), a dog is seen in 100% of its own prompts before and 2% after (9% after
-100 steps); the other pets in 97% and 91%, all other objects in 98% and 97%.
+64 images per group (32 of its category), before and after: detection rate of a dog in its own prompts 100% and 2% (9%
+after 100 steps); accuracy of the other pets 97% and 91%, of all other objects 98% and 97%.
 """
 
 from ml_collections import ConfigDict

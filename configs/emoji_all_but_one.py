@@ -5,11 +5,11 @@ r"""Erases a style from the embedded emoji model with All but One, on a laptop's
 
 The changes to all_but_one are:
 - guidance 3 and the scales of delta in proportion; trajectories of 20 DDIM steps.
-- delta acts from the first step on and on half of the pixels: of 20 steps over 16 x 16 latents, the paper's window and
-  its 5% of the pixels leave it too little (blueprint is then seen in all of its prompts, as before).
+- delta acts from the first step on and on half of the pixels: over 20 steps and 16 x 16 latents, the paper's window and
+  its 5% of the pixels are too little (the detection rate of blueprint then stays at 100%).
 - learning rate 1e-3, 200 steps: the model is small.
-Tuned on blueprint (32 images a group): seen in 100% of its own prompts before, in none after, which keep 97% of their
-objects; of other styles' prompts 97% of the objects and all styles are kept, as before.
+Tuned on blueprint (32 images per group): detection rate 100% before and 0% after, with the prompt's object in 97%; on
+other styles' prompts, object accuracy 97% and style accuracy 100%, as before.
 """
 
 from ml_collections import ConfigDict

@@ -5,11 +5,11 @@ r"""Erases an object from the embedded emoji model with All but One, on a laptop
 
 The changes to all_but_one are:
 - guidance 3 and the scales of delta in proportion; trajectories of 20 DDIM steps.
-- delta acts from the first step on and on half of the pixels: of 20 steps over 16 x 16 latents, the paper's window and
-  its 5% of the pixels leave it too little (blueprint is then seen in all of its prompts, as before).
+- delta acts from the first step on and on half of the pixels: over 20 steps and 16 x 16 latents, the paper's window and
+  its 5% of the pixels are too little (the detection rate of blueprint then stays at 100%).
 - learning rate 1e-3, 200 steps: the model is small.
-Tuned on a dog that becomes a cat (32 images a group): seen in 100% of its own prompts before, in none after; of "a pet"
-in 34% and 0%, where any pet is left in 81% (78% before); of the other objects 97% are kept, as before.
+Tuned on a dog that becomes a cat (32 images per group), before and after: detection rate 100% and 0% in its own
+prompts, 34% and 0% in "a pet", which shows some pet in 78% and 81%; accuracy of the other objects 97%, as before.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-"""Erases a style from the embedded emoji model, from sentences too: less of it stays, and less else is lost.
+"""Erases a style from the embedded emoji model with contextual prompts: erases more, and costs other prompts less.
 
     esd-jax erase --config=emoji_contexts --config.concept="ink style" --config.output_dir=out/ink
 
 The changes to emoji, chosen on two styles (blueprint, halftone):
-- four contexts, "a dog in ink style" and the like, each led to "a dog".
-- keys and values alone are trained: what else cross-attention has, all prompts share.
-- x_t from the first half of the trajectory, which decides the style, and takes half the sampling.
+- four contextual prompts like "a dog in ink style", each trained towards "a dog".
+- only keys and values are trained: all prompts share the rest of cross-attention.
+- x_t from the first half of the trajectory, which decides the style and takes half the sampling.
 - 450 steps.
 """
 

@@ -6,10 +6,10 @@ The changes to forget_me_not, chosen on one object (a dog), are:
 - the object's own name: no textual inversion.
 - prompts in every style; 36 images of them, in 20 steps of DDIM with guidance 3.
 - cross-attention alone, and no end token.
-- learning rate 1e-3, 20 steps: the model is small. After 30 steps others suffer, too.
-Its prompts then draw no other object, but nothing. On 64 images of each group (32 of its category), a dog is seen in
-100% of its own prompts before and 0% after, but 66% of the latter show nothing that is recognised. The other pets are
-seen in 97% and 100%, all other objects in 98% and 97%.
+- learning rate 1e-3, 20 steps: the model is small. After 30 steps other prompts are damaged, too.
+Its prompts then give not another object but unrecognised images. 64 images per group (32 of its category), before and
+after: detection rate of a dog in its own prompts 100% and 0%, but 66% of the latter images are unrecognised; accuracy
+of the other pets 97% and 100%, of all other objects 98% and 97%.
 """
 
 from ml_collections import ConfigDict

@@ -2,13 +2,13 @@
 
     esd-jax erase --config=emoji_object --config.concept="a cat" --config.output_dir=out/cat
 
-ESD-u of the paper: everything but cross-attention is trained, so that the object also goes from prompts that do not
+ESD-u of the paper: everything but cross-attention is trained, so the object is also erased from prompts that do not
 name it. The changes to esd_u, chosen on three objects (a dog, an octopus, a guitar):
 - trajectories of the teacher, of 20 DDIM steps, scored at their own timestep ("grid").
 - strength eta 2, learning rate 1e-4, 400 steps: the model is small.
 
-An object that is still seen then needs more updates, another fewer: the flags --config.steps=800 --stop_below=0.02
---stop_images=96 --stop_every=100 end where it is gone.
+Some objects need more updates and some fewer: the flags --config.steps=800 --stop_below=0.02 --stop_images=96
+--stop_every=100 stop when the detection rate is at most 2%.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     esd-jax erase --config=emoji_object_fast --config.concept="a cat" --config.output_dir=out/cat
 
 The changes to emoji_object, chosen on one object (a dog), when that had 250 updates, too:
-- trajectories of 10 steps of DPM-Solver++ in place of 20 of DDIM.
-- one is drawn in every tenth update, whole; the last four are kept, and each update takes a random point of them.
+- trajectories of 10 steps of DPM-Solver++ instead of 20 of DDIM.
+- every tenth update samples a whole trajectory; the last four are stored, and each update uses a random point of them.
 """
 
 from ml_collections import ConfigDict

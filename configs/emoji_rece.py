@@ -3,7 +3,7 @@
     esd-jax erase --config=emoji_rece --config.concept="neon style" --config.output_dir=out/rece_neon
 
 The style becomes "a drawing". The changes to rece are:
-- lam 10: the model's context has 128 dimensions, most of which the edits of lam 0.1 would turn.
+- lam 10: the text embeddings have 128 dimensions, and with lam 0.1 the edits would change most of them.
 """
 
 from ml_collections import ConfigDict

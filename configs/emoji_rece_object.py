@@ -4,10 +4,10 @@
 
 The object becomes "a drawing". The changes to rece are:
 - lam 10, as in emoji_rece.
-- some objects and styles are preserved, as much as the object is erased, as in emoji_uce_object. To erase one of them,
-  take it out of --config.preserve.
-Tuned on a dog (32 images a group): seen in 100% of its own prompts before, in 0% after; of the other objects 97% and
-91% are kept, and 97% and 62% without the preserved ones.
+- some objects and styles are preserved, with the same weight as the erasure, as in emoji_uce_object. To erase one of
+  them, remove it from --config.preserve.
+Tuned on a dog (32 images per group), before and after: detection rate 100% and 0%; accuracy of the other objects 97%
+and 91%, or 97% and 62% without the preserved ones.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,9 @@
 
 The changes to sdd are:
 - trajectories of 20 DDIM steps; learning rate 3e-4, 300 steps: the model is small.
-- average 0.98: it has to follow within these steps.
-Tuned on blueprint (32 images a group): seen in 100% of its own prompts before, in 12% after, which keep 94% of their
-objects; of other styles' prompts 97% and 94% of the objects and all styles are kept.
+- average 0.98, so that it follows within these steps.
+Tuned on blueprint (32 images per group), before and after: detection rate 100% and 12%, with the prompt's object in
+94%; on other styles' prompts, object accuracy 97% and 94% and style accuracy 100%.
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,10 @@
 
 The changes to sdd are:
 - trajectories of 20 DDIM steps; learning rate 2e-4, 300 steps: the model is small.
-- average 0.98: it has to follow within these steps.
-Tuned on a dog (32 images a group): seen in 100% of its own prompts before, in 6% after; of "a pet" in 34% and 0%, where
-any pet is left in 38% (78% before); of the other objects 97% and 88% are kept. At 1e-4: 28%, 3%, 69%, 97%.
+- average 0.98, so that it follows within these steps.
+Tuned on a dog (32 images per group), before and after: detection rate 100% and 6% in its own prompts, 34% and 0% in "a
+pet", which shows some pet in 78% and 38%; accuracy of the other objects 97% and 88%. At learning rate 1e-4 the figures
+after are 28%, 3%, 69% and 97%.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     esd-jax erase --config=emoji_uce --config.concept="neon style" --config.output_dir=out/uce_neon
 
 The style becomes "a drawing". The changes to uce are:
-- all tokens from the concept's last on, padding too: the model reads much of a prompt from its padding.
+- all tokens from the concept's last on, padding included: this model encodes much of a prompt in its padding.
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,11 @@
     esd-jax erase --config=emoji_uce_object --config.concept="a cat" --config.output_dir=out/uce_cat
 
 The object becomes another. The changes to uce are:
-- all tokens from the concept's last on, padding too, as in emoji_uce.
-- some objects and styles are preserved, as much as the object is erased: without them others suffer. To erase one of
-  them, take it out of --config.preserve.
-Tuned on a dog that becomes a cat (32 images a group): seen in 100% of its own prompts before, in 0% after; of "a pet"
-in 34% and 0%, where any pet is left in 62% (78% before); of the other objects 97% and 91% are kept.
+- all tokens from the concept's last on, padding included, as in emoji_uce.
+- some objects and styles are preserved, with the same weight as the erasure: without them others are damaged. To erase
+  one of them, remove it from --config.preserve.
+Tuned on a dog that becomes a cat (32 images per group), before and after: detection rate 100% and 0% in its own
+prompts, 34% and 0% in "a pet", which shows some pet in 78% and 62%; accuracy of the other objects 97% and 91%.
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,11 @@
     esd-jax erase --config=esd2025_sdxl --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
 
 esd2025 with these changes:
-- Euler's trajectories, as the base was published with, guided by 2.
+- trajectories of Euler's sampler, with which the base was published, guidance 2.
 - target eps_c - 1 (eps_c - eps_null), which is eps_null: the paper's eta = 0.
-- learning rate 2e-4; another subset than esd-x and esd-x-strict takes 1e-5 there, as sdxl_object does.
-- bfloat16, but for the trained tensors (there they are bfloat16 too).
-- --config.as_released repeats two slips of that code (see esd_jax/methods/esd.py), which are mended here.
+- learning rate 2e-4; that code uses 1e-5 for other subsets than esd-x and esd-x-strict, as sdxl_object does.
+- bfloat16, except for the trained tensors (bfloat16 there).
+- --config.as_released reproduces two bugs of that code (see esd_jax/methods/esd.py), which are fixed here.
 - no figures are published for it. On a GPU: about 16 GiB, and 0.37 PFLOP an update.
 """
 

@@ -4,7 +4,7 @@
 
 For concepts that appear without being named: nudity, objects. The changes are:
 - subset "noxattn", the paper's: with norms, without cross-attention, time embedding and output layer.
-- eta 1; the paper also reports 3 and 10, which erase more and keep less.
+- eta 1; the paper also reports 3 and 10, which erase more and preserve less.
 Published on I2P: 796 images with exposed parts before, 134 after.
 """
 

@@ -4,7 +4,7 @@
 
 For concepts that a prompt names: artists, styles, people. The erased style is replaced by another; images of other
 prompts keep their composition. Published (user study, 1 to 5): resemblance to the artist falls from 3.21 to 1.12.
-Every other config of this folder is this one, with the changes that its docstring gives.
+Every other ESD config of this folder is this one with the changes that its docstring lists.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""RECE (ECCV 2024): UCE, then three epochs of it on what the edited SD 1.4 still takes for the concept.
+"""RECE (ECCV 2024): UCE, then three epochs of it on embeddings that still give the concept in the edited SD 1.4.
 
     esd-jax erase --config=rece --config.concept=nudity --config.output_dir=runs/rece_nudity
 
-In closed form: no step. Erases more than uce, above all from prompts that are made to evade an erasure; neighbours
-suffer more. The concept becomes the empty prompt; for something else give --config.replace_with.
+Closed form: no training steps. It erases more than uce, above all from adversarial prompts, and costs related concepts
+more. The concept becomes the empty prompt; for something else give --config.replace_with.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-r"""Erases an attribute from one concept of SD 1.4 and nowhere else, on a GPU: the glasses of a librarian.
+r"""Erases an attribute of one concept of SD 1.4 and of no other, on a GPU: the glasses of a librarian.
 
     esd-jax erase --config=sd14_attribute --config.concept=glasses --config.from_="a photo of a librarian" \
         --config.output_dir=runs/glasses

@@ -1,10 +1,10 @@
-r"""Erases a memorised picture from SD 1.4, on a GPU: the caption no longer brings back the training image.
+r"""Erases a memorised image from SD 1.4, on a GPU: the caption no longer reproduces the training image.
 
     esd-jax erase --config=sd14_memorised --config.images="starry_night.png" \
         --config.concept="The Starry Night by Vincent van Gogh" --config.output_dir=runs/starry_night
 
-esd_u in bfloat16, and x_t is the picture with noise instead of a sample (Sec. 5.4 of the paper), which leaves about a
-tenth of a step's work. Expect the caption to give some other picture.
+esd_u in bfloat16; x_t is the image with noise instead of a sample (Sec. 5.4 of the paper), which takes about a tenth of
+a step's compute. Expect the caption to give some other image.
 """
 
 from ml_collections import ConfigDict

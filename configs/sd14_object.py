@@ -4,7 +4,7 @@
 
 esd_u in bfloat16. Published: a French horn is recognised in 99.6% of its images before and in 0.4% after, and the other
 nine Imagenette classes in 75.8% and 49.4%; over all ten, 78.2% and 12.6%, others 78.2% and 63.2%. The classes differ
-much (church: 73.8% and 54.2%). For a milder effect on neighbours use --config.subset=esd-x.
+much (church: 73.8% and 54.2%). For a smaller effect on related concepts use --config.subset=esd-x.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     esd-jax erase --config=sd14_person --config.concept="Brad Pitt" --config.output_dir=runs/person
 
-esd_x in bfloat16, with keys and values alone ("esd-x-strict"): only how the name is read changes, so that other
-people's faces stay. Look at a similar name in the previews; erasing one person is known to take neighbours along.
+esd_x in bfloat16, with keys and values only ("esd-x-strict"): just the reading of the name changes, so other people's
+faces stay. Check a similar name in the previews; erasing one person is known to affect similar ones.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     esd-jax erase --config=sd14_style --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
 
-esd_x in bfloat16. Expect other artists' prompts to keep their composition and to lose a little detail; a name that is
-spelled in two ways needs both: --config.concept="Kelly McKernan; Kelly Mckernan".
+esd_x in bfloat16. Expect other artists' prompts to keep their composition and to lose a little detail. A name with two
+spellings needs both: --config.concept="Kelly McKernan; Kelly Mckernan".
 """
 
 from ml_collections import ConfigDict

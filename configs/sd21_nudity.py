@@ -2,7 +2,7 @@
 
     esd-jax erase --config=sd21_nudity --config.output_dir=runs/nudity
 
-sd21_object for what prompts rarely name. Not measured.
+sd21_object, for a concept that prompts rarely name. Not measured.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     esd-jax erase --config=sd21_object --config.concept="golden retriever" --config.output_dir=runs/retriever
 
-sd21_style with all but cross-attention trained, as sd14_object does.
+sd21_style, training everything but cross-attention, like sd14_object.
 """
 
 from ml_collections import ConfigDict

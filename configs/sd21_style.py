@@ -2,9 +2,9 @@
 
     esd-jax erase --config=sd21_style --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
 
-esd_x in bfloat16. All errors are of v, as the base was trained, and so weigh t otherwise than those of eps do. SD 2's
-text encoder was trained on other captions than SD 1's and knows fewer artists: see first what the base draws. For
-SD 2.1 at 512 pixels, which predicts eps: --config.base=stabilityai/stable-diffusion-2-1-base.
+esd_x in bfloat16. All errors are of v, as in the base's training, and weigh timesteps differently from errors of eps.
+SD 2's text encoder was trained on other captions than SD 1's and knows fewer artists: look first at what the base
+generates. For SD 2.1 at 512 pixels, which predicts eps: --config.base=stabilityai/stable-diffusion-2-1-base.
 """
 
 from ml_collections import ConfigDict

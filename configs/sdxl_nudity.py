@@ -2,7 +2,7 @@
 
     esd-jax erase --config=sdxl_nudity --config.output_dir=runs/nudity
 
-sdxl_object for what prompts rarely name. Not measured.
+sdxl_object, for a concept that prompts rarely name. Not measured.
 """
 
 from ml_collections import ConfigDict

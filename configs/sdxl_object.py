@@ -2,7 +2,7 @@
 
     esd-jax erase --config=sdxl_object --config.concept="golden retriever" --config.output_dir=runs/retriever
 
-esd2025_sdxl with all but cross-attention trained: the released code's rule for SDXL, and its learning rate for it. Its
+esd2025_sdxl, training everything but cross-attention: the released code's rule for SDXL, with its learning rate. Its
 authors call this experimental. On a GPU: about 40 GiB.
 """
 

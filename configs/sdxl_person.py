@@ -2,8 +2,8 @@
 
     esd-jax erase --config=sdxl_person --config.concept="Brad Pitt" --config.output_dir=runs/brad_pitt
 
-sdxl_style with keys and values of cross-attention alone, as sd14_person. Not measured. Names that are
-spelled in two ways need both.
+sdxl_style, training keys and values of cross-attention only, like sd14_person. Not measured. A name with two
+spellings needs both.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     esd-jax erase --config=sdxl_style --config.concept="Van Gogh" --config.output_dir=runs/van_gogh
 
-esd2025_sdxl with previews. --config.subset=esd-x-strict trains the keys and values alone and disturbs other prompts
-less; --config.null=zeros erases towards what diffusers guides SDXL from when no negative prompt is given.
+esd2025_sdxl with previews. --config.subset=esd-x-strict trains keys and values only and disturbs other prompts
+less; --config.null=zeros erases towards the zeros from which diffusers guides SDXL without a negative prompt.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     esd-jax erase --config=uce --config.concept="French horn" --config.output_dir=runs/uce_french_horn
 
-A closed form: seconds, and no step. The concept becomes the empty prompt; for an artist use --config.replace_with=art,
-as the published runs do, and name neighbours that are to stay, separated by "|":
+Closed form: takes seconds, no training steps. The concept becomes the empty prompt; for an artist use
+--config.replace_with=art, as the published runs do, and name related concepts to preserve, separated by "|":
 --config.preserve="Claude Monet | Pablo Picasso". A high strength turns images into noise.
 """
 

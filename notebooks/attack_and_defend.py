@@ -11,8 +11,9 @@
 # %% [markdown]
 # # Attack and defend
 #
-# A model no longer draws a style when it is asked to. Is the style gone, or has it only lost its name? This notebook
-# erases it, brings it back, and then tries erasures that should hold better. It takes a few minutes on a CPU.
+# A model no longer generates a style when a prompt names it. Is the style gone, or has it only lost its name? This
+# notebook erases a style, recovers it, and then tries erasures that should be more robust. It takes a few minutes on a
+# CPU.
 
 # %% tags=["parameters"]
 concept = "neon style"
@@ -44,19 +45,19 @@ erased = esd_jax.erase(base, concept, config="emoji", steps=steps)  # ESD-x: cro
 # %% [markdown]
 # ## The attack
 #
-# [Concept Inversion](https://arxiv.org/abs/2308.01508) has the erased weights, and pictures of the concept $x_0$ that
-# the base drew. It leaves the weights alone and learns new words: token embeddings $v$ which, put in a prompt
-# $p(v)$ = "a cat in $v_1 \ldots v_{16}$", make the erased network $\epsilon_\theta$ denoise these pictures:
+# [Concept Inversion](https://arxiv.org/abs/2308.01508) has access to the erased weights, and to images $x_0$ of the
+# concept that the base generated. It does not change the weights. It learns token embeddings $v$ which, in a prompt
+# $p(v)$ = "a cat in $v_1 \ldots v_{16}$", make the erased network $\epsilon_\theta$ denoise these images:
 #
 # $$v^* = \arg\min_v \; \mathbb{E}_{x_0,\,t,\,\epsilon}
 # \bigl\lVert \epsilon_\theta(x_t, t, c(p(v))) - \epsilon \bigr\rVert^2,
 # \qquad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon,$$
 #
-# where $c$ is the text encoder. The erasure made sure that the concept's *name* no longer leads to its pictures. If
-# anything else does, this looks for it by gradient descent. (It learns at $t \geq 900$ alone, where the picture is
-# nearly all noise and the prompt decides most.)
+# where $c$ is the text encoder. After the erasure, the concept's *name* no longer leads to its images. If any other
+# input does, the attack finds it by gradient descent. (It trains at $t \geq 900$ only, where the image is nearly pure
+# noise and the prompt decides most.)
 #
-# The table has the base beside it, which should be open to the attack, and random prompts, which should find nothing.
+# For comparison, the table also has the base, on which the attack should succeed, and random prompts, which should not.
 
 # %%
 goal = attacks.default_goal(base, concept)  # prompts, the base's pictures of them, and the classifier that judges
@@ -73,7 +74,7 @@ evidence = esd_jax.attack(
 print(text.summary(evidence))
 
 # %% [markdown]
-# The same noise: with the concept's name, and with the words that the attack has learned in its place.
+# Images from the same noise: with the concept's name, and with the learned embeddings in its place.
 
 # %%
 pairs = next(iter(evidence.attack_pictures.values()))
@@ -83,18 +84,18 @@ rows = {"base": drawn, "erased": [pair.before for pair in pairs], "erased,\natta
 esd_jax.grid(rows, captions=prompts)
 
 # %% [markdown]
-# In most of these pictures the style is back, by words that nobody ever wrote: the network can still draw it.
+# In most of these images the style is back, with embeddings that no text produces: the network can still generate it.
 #
 # ## Defences
 #
-# What could hold better?
+# What could be more robust?
 #
-# - **[RECE](https://arxiv.org/abs/2407.12383)** looks for vectors that still work, and erases these, too, three times
-#   over; in closed form, in the keys and values of cross-attention.
-# - **ESD-all** trains every layer: those that paint as well as those that read, which are all that ESD-x trains.
+# - **[RECE](https://arxiv.org/abs/2407.12383)** searches embeddings that still work and erases these, too, three times
+#   over, in closed form, in the keys and values of cross-attention.
+# - **ESD-all** trains every layer, not only cross-attention, which is all that ESD-x trains.
 #
-# Each is attacked anew: the attacker has its weights, learns words for it, and is judged from the same noise. To see
-# how hard it is made for the attacker, a hasty attack is tried as well.
+# Each is attacked separately: the attacker has its weights, learns embeddings for it, and is evaluated from the same
+# noise. A short attack shows how much effort each defence costs the attacker.
 
 # %%
 defences = {  # any fields of `erase`
@@ -149,22 +150,22 @@ plt.show()
 # %% [markdown]
 # ## What to make of it
 #
-# - Without an attack all three look alike, and good: the style is rarely seen where it is asked for, and other prompts
-#   are kept.
-# - None of them holds. From each, a patient attacker who has the weights gets the style back in most pictures.
-# - What differs is the attacker's effort, and more training does not mean more of it: though every layer of ESD-all has
-#   changed, the hasty attack is enough for it.
-# - A search has luck of its own: with two other seeds, the patient attack on ESD-x brought the style back in 100% and
-#   56% of the pictures. Do not rank two defences by one attack of each: the bars hold the chance of images alone.
+# - Without an attack all three look equally good: the style is rarely detected in its prompts, and other prompts are
+#   preserved.
+# - None of them resists. A long attack with access to the weights recovers the style in most images of each.
+# - The attacker's effort differs, and more training does not increase it: although every layer of ESD-all has changed,
+#   the short attack is enough for it.
+# - A search also depends on chance: with two other seeds, the long attack on ESD-x recovered the style in 100% and 56%
+#   of the images. Do not rank two defences by one attack on each: the bars account for the choice of images only.
 #
-# Of RECE one can see why. It replaces every key and value matrix $W_0$ by $W = W_0 (1 + E)^\top$, with one $E$, however
-# often it repeats. Where $1 + E$ can be inverted, a vector gives again what $c$ once gave:
+# For RECE the reason is visible. It replaces every key and value matrix $W_0$ by $W = W_0 (1 + E)^\top$, with a single
+# $E$, however often it repeats. If $1 + E$ is invertible, another vector gives what $c$ gave before:
 #
 # $$c' = (1 + E)^{-\top} c, \qquad W c' = W_0\, c.$$
 #
-# The attack need only come near it. And ESD saw nothing but the concept's name in training: of all other ways to its
-# pictures, nothing was asked. What could help is to train against the words that an attack has just found, again and
-# again, as [AdvUnlearn](https://arxiv.org/abs/2405.15234) does; that is not here yet.
+# The attack only needs to come close to it. ESD, for its part, trained on the concept's name alone, and nothing
+# constrained the other ways to its images. Training against the embeddings that an attack has just found, again and
+# again, could help, as in [AdvUnlearn](https://arxiv.org/abs/2405.15234); this package does not implement it.
 #
-# These are few images, one concept, and one small model with a small text encoder. But the advice is general: an erased
-# model is not a safe one until somebody has tried to break it. Attack yours, with `esd-jax attack RUN`.
+# These are few images, one concept, and one small model with a small text encoder. But the advice is general: do not
+# consider an erased model safe before somebody has tried to break it. Attack yours with `esd-jax attack RUN`.

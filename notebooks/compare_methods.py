@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Methods side by side
 #
-# There are many ways to take a concept out of a model. Here some of them take the same style out of the embedded model,
-# draw the same prompts from the same noise, and are judged by the same classifier. It takes a few minutes on a CPU.
+# This notebook erases the same style from the embedded model by several methods. All of them generate the same prompts
+# from the same noise, and the same classifier evaluates the images. It takes a few minutes on a CPU.
 
 # %% tags=["parameters"]
 concept = "neon style"
@@ -26,7 +26,7 @@ images = 40  # of each group that is measured
 # ## What they do
 #
 # **Training.** [ESD](https://arxiv.org/abs/2303.07345) teaches the network $\epsilon_\theta$ to predict, for the
-# concept $c$, what the unmodified network $\epsilon^*$ would predict if it were guided *away* from it:
+# concept $c$, what the unmodified network $\epsilon^*$ would predict if it were guided *away* from $c$:
 #
 # $$\epsilon_\theta(x_t, c) \;\leftarrow\; \epsilon^*(x_t, \varnothing) -
 # \eta\,\bigl[\epsilon^*(x_t, c) - \epsilon^*(x_t, \varnothing)\bigr]$$
@@ -37,18 +37,18 @@ images = 40  # of each group that is measured
 # $$W = \arg\min_W \sum_i \lVert W c_i - W_0 c_i^* \rVert^2 + \lambda \lVert W - W_0 \rVert^2
 # + \text{(what is preserved)}$$
 #
-# It is solved in closed form. [RECE](https://arxiv.org/abs/2407.12383) repeats it: it looks for the vectors that the
-# edited weights still take for the concept, and edits these away, too.
+# It has a closed-form solution. [RECE](https://arxiv.org/abs/2407.12383) repeats it on the embeddings that still give
+# the concept with the edited weights.
 #
-# **Guiding.** The weights stay. A negative prompt puts the concept $c$ in the place of $\varnothing$ in classifier-free
+# **Guiding.** The weights stay the same. A negative prompt replaces $\varnothing$ by the concept $c$ in classifier-free
 # guidance with the prompt $p$. [Safe Latent Diffusion](https://arxiv.org/abs/2211.05105) (SLD) adds a term
-# $\gamma \approx \mu\,[\epsilon(x_t, c) - \epsilon(x_t, \varnothing)]$, with $\mu$ above 0 only where the image is
-# heading for the concept:
+# $\gamma \approx \mu\,[\epsilon(x_t, c) - \epsilon(x_t, \varnothing)]$, with $\mu$ above 0 only where the image moves
+# towards the concept:
 #
 # $$\epsilon = \epsilon(x_t, \varnothing) + s\,\bigl[\epsilon(x_t, p) - \epsilon(x_t, \varnothing) - \gamma\bigr]$$
 #
-# Guidance needs no time beforehand, but SLD evaluates the network half as often again while it draws; and who has the
-# weights can leave it out.
+# Guidance needs no preparation, but SLD evaluates the network half as often again during sampling; and whoever has the
+# weights can switch it off.
 
 # %%
 import time
@@ -81,11 +81,11 @@ for name in guidance:
     options[name] = {"negative_prompt": concept} if strength == name else {"rule": SLD.preset(strength, concept)}
 
 # %% [markdown]
-# ## Draw and judge
+# ## Generate and evaluate
 #
-# Two groups of prompts: the concept's own, which name it beside every object, and others, which have nothing to do with
-# it. The row "seed" is the base again, from other noise: it shows what chance does. The pictures are the first four of
-# each group, the concept's own on the left, whatever came out.
+# There are two groups of prompts: target prompts, which name the concept next to every object, and unrelated prompts.
+# The row "seed" is the base from other noise, which shows the effect of chance. The images are the first four of each
+# group, not selected; target prompts are on the left.
 
 # %%
 wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
@@ -109,11 +109,12 @@ esd_jax.grid(shown, captions=[shot.prompt for shot in columns])
 # %% [markdown]
 # ## In figures
 #
-# - *target seen*: how often the classifier sees the style where a prompt asks for it. It should fall.
-# - *others kept*: how often other prompts still give what they ask for; of object and style, what suffers more.
-# - *unrecognisable*: how often the concept's own prompts give nothing that the classifier knows. An erasure may reach a
-#   low target rate this way, too.
-# - *SSIM*: how alike the images of other prompts are to the base's from the same noise; 1 is equal.
+# - *target seen*: the detection rate, the share of images of target prompts in which the classifier finds the style. It
+#   should fall.
+# - *others kept*: accuracy on unrelated prompts, of object or style, whichever is lower.
+# - *unrecognisable*: the share of images of target prompts in which the classifier recognises nothing. An erasure may
+#   also reach a low detection rate by damaging images.
+# - *SSIM*: similarity of the images of unrelated prompts to the base's from the same noise; 1 is identical.
 
 
 # %%
@@ -129,7 +130,7 @@ rows = tuple((name, (*values, round(seconds[name], 1) if name in seconds else No
 print(text.table(Table(f"Erasing {concept}: {images} images a group", headings, rows, percent=headings[:3])))
 
 # %% [markdown]
-# Brackets and bars hold 95% intervals. With so few images, differences of some points mean nothing.
+# Brackets and bars are 95% intervals. With so few images, differences of a few points mean nothing.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharex=True)
@@ -167,16 +168,16 @@ plt.show()
 # %% [markdown]
 # ## What to make of it
 #
-# - A negative prompt barely touches the style, though it is the first thing that one would try. It draws by
-#   $\epsilon(x_t, c) + s\,[\epsilon(x_t, p) - \epsilon(x_t, c)]$: of a prompt $p$ that asks for the style, the
-#   difference holds the rest, and the first term the style. SLD at medium strength waits for ten steps, which is half
-#   of them here, and by then the picture is settled. At its highest strength it works, and changes other pictures most.
-# - The three that edit weights take the style out of most of its pictures and leave the others close to what they
-#   were. They differ in what comes in its place. UCE and RECE were told: a drawing, of any style. ESD was not, and a
-#   part of its pictures shows nothing that the classifier knows.
-# - UCE and RECE need seconds where training needs a minute or more. Whether what they removed is out of reach is
-#   another question: see the notebook `attack_and_defend`.
+# - A negative prompt barely affects the style, although it is the first thing one would try. It samples with
+#   $\epsilon(x_t, c) + s\,[\epsilon(x_t, p) - \epsilon(x_t, c)]$: for a prompt $p$ that asks for the style, the first
+#   term still contains the style, and the difference only the rest. SLD at medium strength waits for ten steps, half of
+#   all steps here, and by then the image is determined. At its highest strength it works, and changes other images
+#   most.
+# - The three methods that edit weights remove the style from most images of its prompts and leave the others close to
+#   the base's. They differ in what replaces it. UCE and RECE have a replacement: a drawing, of any style. ESD has none,
+#   and in some of its images the classifier recognises nothing.
+# - UCE and RECE need seconds, training a minute or more. Whether the erased concept can be recovered is another
+#   question: see the notebook `attack_and_defend`.
 #
 # All this is one style of one small model, and the order may change with another: try `concept = "pop art style"`.
-# Larger tables, with objects, lists of concepts and controls, come from
-# `python -m launch.experiments.compare_methods`.
+# `python -m launch.experiments.compare_methods` measures larger tables, with objects, several concepts and controls.

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Inside an erasure
 #
-# What does training change, and where? This looks at the weights, at what the prompt's words attend to, at where pixels
-# look, and at the states and targets of the training itself. The model is the small one that comes with the package.
+# What does training change, and where? This notebook looks at the weights, at cross- and self-attention, and at the
+# states and targets of the training itself. The model is the small one in the package.
 
 # %% tags=["parameters"]
 steps = 250  # of training, of each erasure
@@ -44,14 +44,14 @@ models = {
 # ## Two kinds of erasure
 #
 # Both learn the same target (*Erasing Concepts from Diffusion Models*, [2303.07345](https://arxiv.org/abs/2303.07345)):
-# what the network says of the concept should become
+# the network's prediction for the concept should become
 #
 # $$\epsilon_{null} - \eta\,(\epsilon_c - \epsilon_{null}),$$
 #
-# the base's own words, turned away from the concept $c$. ESD-x trains the cross-attention, through which the prompt
-# speaks; ESD-u trains everything else, so that it also reaches prompts that *imply* the concept without naming it. Here
-# are one that names a cat, one that implies it, and one that has nothing to do with it, from the same noise. Of forty
-# pictures of "a pet" these are some in which the embedded classifier sees a cat.
+# the base's predictions, guided away from the concept $c$. ESD-x trains the cross-attention, through which the prompt
+# enters; ESD-u trains everything else, so that it also affects prompts that *imply* the concept without naming it.
+# Below are a prompt that names a cat, one that implies it, and an unrelated one, from the same noise. Of forty images
+# of "a pet" these are some in which the embedded classifier detects a cat.
 
 # %%
 named, implied, other = "a cat in cartoon style", "a pet in cartoon style", "a rose in cartoon style"
@@ -65,9 +65,9 @@ drawn = {name: esd_jax.sample(model, [prompt for prompt, _ in columns], **how) f
 esd_jax.grid(drawn, captions=[f'"{prompt.split(" in ")[0]}"' for prompt, _ in columns])
 
 # %% [markdown]
-# The paper finds that ESD-x leaves what only implies the concept nearly alone. Does it here? Below is the share of
-# pictures with a cat, among the seeds that give one for "a pet" before, and how alike each prompt is to the one that
-# names the cat: the cosine of what the text encoder makes of them, beyond what it makes of the empty prompt.
+# The paper reports that ESD-x hardly changes prompts that only imply the concept. Is that so here? Below is the share
+# of images with a cat, among the seeds that give one for "a pet" before, and the similarity of each prompt to the one
+# that names the cat: the cosine of their text embeddings, after subtracting that of the empty prompt.
 
 # %%
 sees = testbed.probed(groups.parse_target("a cat"))
@@ -84,13 +84,13 @@ rose = told[2] @ told[0]
 print(f"{other:26}{rose:8.2f}")
 
 # %% [markdown]
-# In this model a pet is nearly a cat by its text alone, since its captions are few: what the cross-attention learns of
-# the one, it learns of the other. A text encoder that has read the web tells them further apart.
+# In this model the text embeddings of a pet and a cat are nearly the same, since its captions are few: what the
+# cross-attention learns for one, it learns for the other. A text encoder trained on the web separates them better.
 #
 # ## What changed in the weights
 #
-# The change of each kind of layer, as a share of its weights' size, from the input (down 0) to the output (up 2). The
-# two erasures share no tensor.
+# The change of each kind of layer, relative to the norm of its weights, from the input (down 0) to the output (up 2).
+# The two erasures have no trained tensor in common.
 
 # %%
 kinds = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward", "resnet": "resnet"}
@@ -117,11 +117,11 @@ figure.colorbar(shown, ax=axes, label="mean change, %")
 plt.show()
 
 # %% [markdown]
-# ## What the words attend to
+# ## Attention to the words
 #
-# Each pixel looks at each word of the prompt: the maps of the cross-attention, here of the word that means the animal,
-# at 8 x 8 pixels, averaged over heads, layers and the steps of drawing. They are read through the same seam through
-# which methods edit them.
+# In cross-attention each pixel attends to each token of the prompt. These are the maps of the token that names the
+# animal, at 8 x 8 pixels, averaged over heads, layers and sampling steps. They are read through the same interface
+# through which methods edit them.
 
 # %%
 sampler = samplers.make_sampler(base.schedule, "ddim", 20)
@@ -188,10 +188,10 @@ figure.colorbar(shown, ax=axes, label="attention to the word")
 plt.show()
 
 # %% [markdown]
-# ## Where pixels look
+# ## Attention between pixels
 #
-# Self-attention ties the parts of a picture together. White: a pixel in the middle; the brighter another one, the more
-# the first looks at it.
+# Self-attention connects the parts of an image. The white circle marks a pixel in the middle; the brighter another
+# pixel is, the more the first attends to it.
 
 # %%
 QUERY = (4, 4)
@@ -211,10 +211,10 @@ plt.show()
 # %% [markdown]
 # ## What it is trained on
 #
-# A training step draws the concept part of the way, up to some $x_t$, and there compares what the student says with the
-# target. Each picture below is the whole image that a prediction at $x_t$ implies,
-# $\hat x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon) / \sqrt{\bar\alpha_t}$. Early, where noise hides everything, the
-# prompt decides what is to be seen; late, it has little left to say.
+# A training step samples the concept part of the way, up to some $x_t$, and compares the student's prediction there
+# with the target. Each picture below is the whole image that a prediction at $x_t$ implies,
+# $\hat x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon) / \sqrt{\bar\alpha_t}$. Early, where noise dominates, the prompt
+# determines the image; late, it has little influence.
 
 # %%
 eta = 2.0
@@ -252,8 +252,8 @@ for step in range(20):
 esd_jax.grid(rows, captions=[f"t = {int(sampler.timesteps[step])}" for step in at])
 
 # %% [markdown]
-# How far each model's words are from the target: training brings them nearer where the concept is told from noise, and
-# the base at the top shows how far there was to go.
+# The distance of each model's prediction from the target: training reduces it at the timesteps where the concept
+# emerges from noise. The base, at the top, shows the distance before training.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")

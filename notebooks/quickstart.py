@@ -9,11 +9,11 @@
 # ---
 
 # %% [markdown]
-# # Quickstart: a model forgets a style
+# # Quickstart: erase a style
 #
-# The package carries a small Stable Diffusion that draws 44 emoji in eight styles. Here it forgets one of them, on a
-# laptop's CPU, in about two minutes. A real checkpoint goes the same way: give its folder or hub id in place of
-# "emoji".
+# The package contains a small Stable Diffusion that generates 44 emoji in eight styles. This notebook erases one of the
+# styles on a laptop's CPU in about two minutes. A real checkpoint works the same way: give its folder or hub id instead
+# of "emoji".
 
 # %% tags=["parameters"]
 concept = "neon style"
@@ -30,9 +30,9 @@ folder = Path(tempfile.mkdtemp())
 base = esd_jax.load("emoji")
 
 # %% [markdown]
-# ## What it draws
+# ## What it generates
 #
-# An image depends on its prompt and its seed alone.
+# An image depends only on its prompt and its seed.
 
 # %%
 prompts = ["a cat in neon style", "a rocket in neon style", "a cat in ink style", "a house in clay style", "a pizza"]
@@ -43,8 +43,9 @@ esd_jax.grid({"base": before}, captions=prompts)
 # %% [markdown]
 # ## Erase
 #
-# `erase` takes any field of a recipe: `method=`, `subset=`, `learning_rate=`, `eta=`, ... With `output_dir` the run is
-# kept: log, checkpoints, previews, the erased model as a diffusers folder, and a small file with what changed.
+# `erase` takes any field of a recipe: `method=`, `subset=`, `learning_rate=`, `eta=`, ... With `output_dir` it writes
+# the run to a folder: log, checkpoints, previews, the erased model as a diffusers folder, and a small file of the
+# changed tensors.
 
 # %%
 erased = esd_jax.erase(
@@ -56,21 +57,21 @@ after = esd_jax.sample(erased, prompts, **how)
 esd_jax.grid({"base": before, "erased": after}, captions=prompts)
 
 # %% [markdown]
-# In these pictures the style is gone, while the objects and the other styles stay. And in others? The package carries a
-# classifier that tells what such pictures show, and when they show nothing it knows.
+# In these images the style is gone, while the objects and the other styles are preserved. What about other images? The
+# package contains a classifier that recognises the object and the style of an image, and images that show neither.
 #
 # ## Measure
 #
-# Both models draw the same prompts from the same noise. In brackets: 95% intervals.
+# Both models generate the same prompts from the same noise. Brackets hold 95% intervals.
 
 # %%
 esd_jax.evaluate(base, erased, "quick", output_dir=folder / "run" / "evidence", images=images)
 
 # %% [markdown]
-# ## Take it along
+# ## Export
 #
-# `export` writes what diffusers opens: only the tensors that were trained differ from the base, all others are the same
-# bytes. The report puts all that is known on one page.
+# `export` writes a folder that diffusers opens: only the trained tensors differ from the base, all others are the same
+# bytes. The report puts images and measurements on one page.
 
 # %%
 esd_jax.export(erased, folder / "emoji-without-neon")

@@ -1,13 +1,15 @@
 """The evaluation of an erasure: images, measurements, attacks, and the report.
 
-from esd_jax import erase, evaluate, evaluation
+    from esd_jax import erase, evaluate, evaluation
 
-evidence = evaluate(base, erased, "quick", output_dir="evidence")
-print(evaluation.text.summary(evidence))
+    evidence = evaluate(base, erased, "quick", output_dir="evidence")
+    print(evaluation.text.summary(evidence))
 
-detect, name = evaluation.detector("probe", "neon style")
-question = evaluation.Question(("a cat in neon style", "a fox in neon style"), detect, name)
-erased = erase(base, "neon style", stop_when=evaluation.below(question, 0.05))
+    detect, name = evaluation.detector("probe", "neon style")
+    question = evaluation.Question(("a cat in neon style", "a fox in neon style"), detect, name)
+    erased = erase(base, "neon style", stop_when=evaluation.below(question, 0.05))
+
+Detectors and metric models bring their libraries with them: they are imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -82,7 +82,8 @@ def test_the_wheel_holds_the_package_and_its_configs_alone(wheel):
     assert sorted(names) == sorted(expected | {f"{info}/{name}" for name in about})
     assert {name.split("/")[0] for name in names} == {"esd_jax", info}  # no launch/, tests/, configs/
     assert {f"esd_jax/configs/{name}.py" for name in CONFIGS} <= {*names} and "esd_jax/py.typed" in names
-    assert commands == "[console_scripts]\nesd-jax = esd_jax.cli:console\n"
+    eval_unlearn = "[eval_unlearn.techniques]\nesd_jax = esd_jax.interop.eval_unlearn:Technique\n"
+    assert commands == f"[console_scripts]\nesd-jax = esd_jax.cli:console\n\n{eval_unlearn}"
     fields = Parser().parsestr(metadata)
     assert (fields["Name"], fields["Version"], fields["Requires-Python"]) == ("esd-jax", PROJECT["version"], ">=3.11")
     assert fields["License-Expression"] == "Apache-2.0" and fields["Version"] == esd_jax.__version__
@@ -169,7 +170,7 @@ def test_the_jobs_run_what_exists(workflow):
             else:
                 allowed = ("esd-jax", "ruff", "export", "test", "$RUNNER_TEMP/venv/bin/python")
                 assert words[0] in allowed, f"{name}: {words}"
-    assert invoked == ["lint", "test"] and verbs == ["erase", "sample"]
+    assert invoked == ["lint", "docs", "test"] and verbs == ["configs", "erase", "erase", "report", "sample"]
     assert commands(workflow["jobs"]["lint"]) == [["make", "lint"]]
 
 

@@ -11,8 +11,6 @@ from esd_jax.cli import VERBS
 from esd_jax.methods import METHODS
 
 FILES = sorted((ROOT / "esd_jax").rglob("*.py"))
-MODEL_CARD = ROOT / "esd_jax" / "demo" / "model" / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), MODEL_CARD])
 
 # Floors from the ground up; a module imports only from below.
 FLOORS = [
@@ -163,21 +161,10 @@ def test_a_new_method_is_one_file_and_one_line():
         assert not constants & set(METHODS), path.name
 
 
-def anchors(document: Path) -> set[str]:
-    """What links to a document's headings end in, as GitHub makes it."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_documents_link_to_what_exists(document):
-    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
-        if "://" in link:
-            continue
-        path, _, anchor = link.partition("#")
-        target = document.parent / path if path else document
-        assert target.exists(), f"{document.name} links to {link}"
-        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
+def test_the_design_lists_every_package_in_its_layer():
+    rows = re.findall(r"^\| \d+ \| (.+?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    layers = [{*re.findall(r"`(\w+)`", packages)} for packages in reversed(rows)]
+    assert [*layers, {"__main__"}] == FLOORS
 
 
 def test_what_contributors_are_sent_to_exists():
