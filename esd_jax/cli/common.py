@@ -65,7 +65,13 @@ class Verb:
         if rest:
             if not self.positional:
                 raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-            setattr(values, self.positional, [*(values[self.positional].value or ()), *rest])
+            flag = values[self.positional]
+            if isinstance(flag, flags.MultiFlag) or isinstance(flag.value, list):
+                setattr(values, self.positional, [*(flag.value or ()), *rest])
+            elif len(rest) > 1 or flag.present:
+                raise ValueError(f"unexpected argument {rest[-1]!r}; flags are written --name=value")
+            else:
+                setattr(values, self.positional, rest[0])
         return values
 
 

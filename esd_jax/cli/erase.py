@@ -207,7 +207,8 @@ def run(values: flags.FlagValues) -> None:
         )
         if size and (used := _memory("peak_bytes_in_use")):
             common.say("  " + compared(size, used))
-        for written in exports.export_all(erased, folder / runs.EXPORTS, formats, verify=True, overwrite=True):
+        kinds = exports.possible(erased) if "all" in values.export else formats
+        for written in exports.export_all(erased, folder / runs.EXPORTS, kinds, verify=True, overwrite=True):
             common.say(str(written))
         if values.pictures:
             try:

@@ -12,8 +12,8 @@ from esd_jax.inputs import expanded, finite
 
 FORMATS = ("folder", "single", "delta", "difference", "lora", "kohya", "orbax")
 USAGE = """\
-  esd-jax export  --run=RUN [--base=BASE] | --base=BASE --delta=FILE | --base=BASE --merge=FILE*STRENGTH ...
-                  --output=OUTPUT [--format=folder|single|delta|difference|lora|kohya|orbax|all] [--strength=0.8]
+  esd-jax export  RUN [--base=BASE] | --base=BASE --delta=FILE | --base=BASE --merge=FILE*STRENGTH ...
+                  [-o OUTPUT] [--format=folder|single|delta|difference|lora|kohya|orbax|all] [--strength=0.8]
                   [--push_to_hub=ORG/NAME [--public]]
                                            write a run's checkpoint, or a base with what was erased from it"""
 
@@ -33,7 +33,10 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "output", None, "Where to: a folder or a .safetensors file; of several formats, a folder.", flag_values=values
+        "output",
+        None,
+        "Where to: a folder or a .safetensors file; of several formats, a folder. By default RUN/exports.",
+        flag_values=values,
     )
     flags.DEFINE_list("format", ["folder"], f"{', '.join(FORMATS)}; several, or all.", flag_values=values)
     flags.DEFINE_float("strength", 1.0, "How much of the change is written: 0 is the base.", flag_values=values)
@@ -60,7 +63,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import dossier, examples, exports, report_files
+    from esd_jax import dossier, examples, exports, report_files, runs
     from esd_jax.io import hub
     from esd_jax.io.diffusers import with_strength
 
@@ -70,10 +73,12 @@ def run(values: flags.FlagValues) -> None:
     elif values.public:
         raise ValueError("--public is for --push_to_hub")
     formats = chosen(values.format, "format")
-    first, several = formats[0], len(formats) > 1
-    output = expanded(common.required(values, "output")) if several else common.output(values)
     if not values.run and not (values.base and (values.delta or values.merge)):
-        raise ValueError("export needs --run, or --base and at least one --delta or --merge")
+        raise ValueError("export needs a RUN, or --base and at least one --delta or --merge")
+    first, several = formats[0], len(formats) > 1 or not values.output
+    if values.run and not values.output:
+        values.output = str(expanded(values.run) / runs.EXPORTS)
+    output = expanded(common.required(values, "output")) if several else common.output(values)
     if values.step is not None and not values.run:
         raise ValueError("--step names a run's checkpoint: it needs --run")
     is_file, to_file = output.suffix == ".safetensors", not several and first not in ("folder", "orbax")
@@ -90,6 +95,8 @@ def run(values: flags.FlagValues) -> None:
     options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
     if values.strength != 1:  # the records tell of the whole change
         options["metadata"] = {"esd_jax.strength": str(values.strength)}
+    if "all" in values.format:
+        formats = exports.possible(pipeline)
     if several:
         written = exports.export_all(pipeline, output, formats, **options)
     else:
@@ -131,4 +138,4 @@ def _merged(base: Any, parts: list[str]) -> Any:
     return merged
 
 
-VERB = Verb(USAGE, define, run)
+VERB = Verb(USAGE, define, run, positional="run")

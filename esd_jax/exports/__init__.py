@@ -1,30 +1,20 @@
 """An erased checkpoint written in the formats that people use, and read again to see that it is what memory holds."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from esd_jax import progress
 from esd_jax.erasure import texts_of
-from esd_jax.exports import orbax
+from esd_jax.exports import orbax, verifying
 from esd_jax.exports.orbax import is_taken
 from esd_jax.inputs import expanded
-from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, safetensors, single_file
+from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, single_file
 from esd_jax.io import folder as files
-from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.io.folder import variant_of
 from esd_jax.pipeline import Pipeline
-from esd_jax.sampling import sample
 from esd_jax.suggest import did_you_mean
-
-DTYPES = ("float32", "float16", "bfloat16")
-STEPS = 4  # of the sampler, for the image that is compared
-AT_ONCE = 64  # tensors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -218,6 +208,11 @@ def export_all(
     ]
 
 
+def possible(pipeline: Pipeline) -> tuple[str, ...]:
+    """The formats that a checkpoint's family has."""
+    return tuple(name for name, kind in FORMATS.items() if kind.needs <= pipeline.family.provides)
+
+
 def name_of(pipeline: Pipeline) -> str:
     """The name of a checkpoint's files: "emoji-without-neon_style"."""
     texts = texts_of(pipeline.provenance.erased)
@@ -244,28 +239,9 @@ def verified(
 
     Raises ValueError, naming the first thing that is wrong.
     """
-    kind, base = _format(format, pipeline), unmodified(pipeline)
-    again = kind.read(base, path)
-    names, dtypes, lost, change = list(pipeline.edits), set(), 0.0, 0.0
-    for some in _chunks(names):
-        reread, before = read_exact(again, some), read_exact(base, some)
-        for name in some:
-            ours, theirs, first = (np.asarray(tree[name]) for tree in (pipeline.edits, reread, before))
-            if not np.isfinite(theirs).all():
-                raise ValueError(f"{path} does not verify: {name} holds NaN or infinity")
-            if kind.exact:
-                dtypes.add(_dtype_of(ours, theirs, name, path))
-            lost += float(np.sum(np.square(ours - theirs, dtype=np.float64)))
-            change += float(np.sum(np.square(ours - first, dtype=np.float64)))
-    host = base if into is None else kind.read(base, expanded(into))  # whose tensors the others must be
-    others = _check_others(host, again, pipeline.edits, path, dtype) if kind.whole else 0
-    erased = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
-    if files.json_records(erased) != files.json_records(pipeline.provenance.erased):
-        raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
-    carried = 1 - lost / change if change else 1.0
-    expected = host.with_edits(read_exact(again, names)) if kind.exact and dtype is None else None
-    levels = _compare_images(pipeline, again, expected, path)
-    return Written(format, path, carried, tuple(sorted(dtypes)), len(names), others, levels, report)
+    kind = _format(format, pipeline)
+    how = {"whole": kind.whole, "exact": kind.exact, "dtype": dtype, "into": into}
+    return Written(format, path, report=report, **verifying.compare(pipeline, path, kind.read, **how))
 
 
 def _format(name: str, pipeline: Pipeline) -> Format:
@@ -274,53 +250,6 @@ def _format(name: str, pipeline: Pipeline) -> Format:
         raise ValueError(f"format={name!r} is unknown; {did_you_mean(name, FORMATS)}")
     pipeline.family.require(FORMATS[name].needs, f"format {name!r}")
     return FORMATS[name]
-
-
-def _dtype_of(ours: np.ndarray, theirs: np.ndarray, name: str, path: Path) -> str:
-    """The dtype in which a file holds memory's values. Raises ValueError if it holds others."""
-    for dtype in DTYPES:
-        if np.array_equal(ours.astype(jnp.dtype(dtype)).astype(np.float32), theirs):
-            return dtype
-    worst = float(np.abs(ours - theirs).max())
-    raise ValueError(f"{path} does not verify: {name} differs from memory's values by up to {worst:.3g}")
-
-
-def _check_others(base: Pipeline, again: Pipeline, edits: Mapping[str, Any], path: Path, dtype: Any) -> int:
-    """How many tensors were not trained, once all are checked to be as they were, or rounded to `dtype`, if it is set.
-
-    Raises ValueError for another one.
-    """
-    names = [f"{part}/{name}" for part, params in base.params.items() for name in params]
-    if missing := sorted(set(names) ^ {f"{part}/{name}" for part, params in again.params.items() for name in params}):
-        raise ValueError(f"{path} does not verify: {missing[0]} is in it or in the base alone")
-    others, rounded = [name for name in names if name not in edits], dtype and safetensors.read_dtype(dtype)
-    with progress.task(f"verifying {path.name}", len(others), unit="tensors") as task:
-        for some in _chunks(others):
-            before, after = read_exact(base, some), read_exact(again, some)
-            for name in some:
-                values = np.asarray(before[name])
-                values = values if rounded is None else values.astype(rounded).astype(np.float32)
-                if values.tobytes() != np.asarray(after[name]).tobytes():
-                    raise ValueError(f"{path} does not verify: {name} was not trained, but is not as it was")
-            task.advance(len(some))
-    return len(others)
-
-
-def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | None, path: Path) -> int:
-    """The greatest difference of 255 between one image of memory's and the file's.
-
-    Raises ValueError if the file generates another one than `expected`, which has its tensors.
-    """
-    prompts = texts_of(pipeline.provenance.erased)[:1] or [""]
-    draw = lambda model: sample(model, prompts, steps=STEPS, sampler="auto")[0].astype(int)  # noqa: E731
-    theirs = draw(again)
-    if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
-        raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
-    return int(np.abs(draw(pipeline) - theirs).max())
-
-
-def _chunks(names: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE))
 
 
 def _size(path: Path) -> str:

@@ -118,7 +118,8 @@ def run(
             if hosts.is_primary():
                 if resume:
                     run_folder.write_record(folder, private)
-                sessions.begin(folder, time.monotonic() - began)
+                if not resume or int(state.step) < plan.training.steps:
+                    sessions.begin(folder, time.monotonic() - began)
                 log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
                 stack.callback(log.close)
                 for place in (folder, folder / EXPORTS):

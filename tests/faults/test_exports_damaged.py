@@ -80,7 +80,7 @@ def test_what_does_not_verify_gives_back_what_it_replaced(run, written, tmp_path
     copy(written[1][format].path, path)
     files = lambda: {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}  # noqa: E731
     before = files()
-    monkeypatch.setattr(exports, "_compare_images", lambda *_: 1 / 0)
+    monkeypatch.setattr(exports.verifying, "_compare_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         exports.export(run[1], path, format, verify=True, overwrite=True)
     assert files() == before
