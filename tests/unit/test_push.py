@@ -80,7 +80,9 @@ def test_a_folder_lies_in_the_root_with_the_card(folder, monkeypatch):
     made = ModelCard(fake.files["README.md"].decode())
     assert made.data.base_model == "org/base" and made.data.license == "other"
     assert made.data.to_dict()["base_model_relation"] == "finetune"
-    assert 'DiffusionPipeline.from_pretrained("me/neon")' in made.text and "(<before_after.png>)" in made.text
+    assert (
+        'DiffusionPipeline.from_pretrained("me/neon")' in made.text and "(<before_after.png>)" in made.text
+    )
     assert "neon style" in made.text and "of this folder" not in made.text
 
 

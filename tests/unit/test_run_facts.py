@@ -84,7 +84,9 @@ def test_a_run_is_described_by_its_files(tmp_path):
         "single", "delta", "difference", "lora", "kohya",
     }  # fmt: skip
     assert ".emoji" not in str(files) and about.base is None
-    assert 'from_pretrained("runs/x/model")' in about.uses[0].code and "guidance_scale=3" in about.uses[0].code
+    assert (
+        'from_pretrained("runs/x/model")' in about.uses[0].code and "guidance_scale=3" in about.uses[0].code
+    )
     assert all(Path(tmp_path / path).exists() for path in files)
 
 
