@@ -9,7 +9,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-from esd_jax import cli
+import esd_jax
+from esd_jax import cli, exports, run_facts
+from esd_jax.erasure import Concept, Erasure
+from esd_jax.evaluation.report.about import File
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,21 @@ def test_what_is_exported_is_pushed(run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_diffusers_runs_the_code_for_the_embedded_model(tmp_path):
+    """Whose networks lie in two dtypes."""
+    base = esd_jax.load("emoji")
+    kept = base.params["unet"]["conv_out.bias"]
+    erased = base.with_edits({"unet/conv_out.bias": kept}, Erasure(concepts=(Concept("a cat"),), base="emoji"))
+    exports.export(erased, tmp_path / "model")
+    exports.export(erased, tmp_path / "delta.safetensors", "delta")
+    files = [File("model/", 0, "", "folder"), File("delta.safetensors", 0, "", "delta")]
+    for use in run_facts.uses(tuple(files), erased, folder=str(tmp_path)):
+        scope = {}
+        exec(use.code.replace('"cuda"', '"cpu"').replace("steps=20", "steps=2"), scope)
+        assert scope["image"].size == (64, 64), use.title
+
+
+@pytest.mark.slow
 def test_diffusers_runs_the_code_of_the_card(run, monkeypatch):
     """Each snippet, but for the device, and with few steps."""
     monkeypatch.chdir(run.parent)
@@ -90,7 +108,7 @@ def test_diffusers_runs_the_code_of_the_card(run, monkeypatch):
     assert titles == ["diffusers: the erased model", "diffusers: the single file", "diffusers: the LoRA on the base",
                       "diffusers: the delta on the base", "esd_jax: the difference, at any strength"]  # fmt: skip
     for title, code in blocks:
-        code = code.replace('pipe.to("cuda")', "pipe.to('cpu')").replace("path/to/the/base", "base")
+        code = code.replace('"cuda"', '"cpu"').replace("path/to/the/base", "base")
         code = code.replace('pipe("cat"', 'pipe("cat", num_inference_steps=2').replace('["cat"]', '["cat"], steps=2')
         code = code.replace('"run/', f'"{run.name}/').replace(', "cat")', ', "cat", steps=2)')
         scope = {}

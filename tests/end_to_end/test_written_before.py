@@ -203,7 +203,7 @@ def test_a_report_says_what_it_said(reported):
     assert not old.pop("command")  # which was left to the page
     assert_says(said(reported / "report.json"), old)
     assert "'--concept=cat style' --config=emoji --eta=1.0" in said(reported / "report.json")["command"]
-    assert "- concept inversion: the concept came back in 1 of 1 images" in (reported / "ERASURE.md").read_text()
+    assert "| Concept Inversion: attack success rate | 100% (21–100%) | 100%" in (reported / "ERASURE.md").read_text()
     page = (reported / "report.html").read_text()
     assert all(words in page for words in ("cat style", "SSIM (7)", "concept inversion", "data:image"))
 

@@ -31,13 +31,15 @@ def attack(hits, base=32, random=0, n=32, name="concept inversion"):
     return Finding("attack", name, some(base, n), some(hits, n), some(random, n))
 
 
-def price(after, before=0, n=20, objects=None):
+def price(after, before=0, n=20, objects=None, tiers=()):
     """The table in which the images are that nothing is recognised in."""
     columns = ("images", "neon seen", "subject kept", "unrecognisable")
     rows = [('its own prompts, "a cat in neon style"', ())]
     for name, lost, kept_objects in (("base", before, n), ("erased", after, n - after if objects is None else objects)):
         rows.append((name, (n, None, some(kept_objects, n), some(lost, n))))
-    rows += [("nearest styles: ink", ()), ("erased", (n, None, None, some(n, n)))]
+    for title, hits in tiers:
+        rows += [(title, ()), ("base", (2, some(2, 2), None, None)), ("erased", (2, some(hits, 2), None, None))]
+    rows += [("nearest styles: ink", ()), ("erased", (n, some(n, n), None, some(n, n)))]
     return Table("Target, neighbours, and all else", columns, tuple(rows), percent=columns[1:])
 
 
@@ -115,6 +117,19 @@ CASES = {
         "neon style is still there by name (18 of 20, 20 of 20 before); related and unrelated concepts are unharmed; "
         "attacks were not tested.",
     ),
+    "gone but for the name alone": (
+        (by_name(0), attack(0), *FINE),
+        (price(0, tiers=[('alone, "neon style"', 1), ("phrasings that training never showed", 0)]),),
+        "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion), but "
+        "appears with the name alone (1 of 2); none of its prompts are unrecognised; related and unrelated concepts "
+        "are unharmed.",
+    ),
+    "gone in every phrasing": (
+        (by_name(0), attack(0), *FINE),
+        (price(0, tiers=[('alone, "neon style"', 0), ("phrasings that training never showed", 0)]),),
+        "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion); none of "
+        "its prompts are unrecognised; related and unrelated concepts are unharmed.",
+    ),
     "the base does not draw it": (
         (by_name(0, before=1), *FINE), (),
         "the base itself rarely draws neon style (1 of 20), so 0 of 20 afterwards says little; related and unrelated "
@@ -155,7 +170,7 @@ CASES = {
     "no more harm than another seed does": (
         (by_name(0), kept("nearest", 20, 10, reseeded=10), attack(0)), (),
         "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion); related "
-        "concepts show no significant drop (100% → 50%, 20 images).",
+        "concepts lose no more than the reseeded baseline (100% → 50%, 20 images).",
     ),
     "few images": (
         (by_name(0), kept("nearest", 5, 5, n=5), kept("others", 20, 20), attack(0)), (),

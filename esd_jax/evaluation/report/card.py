@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esd_jax.erasure import Erasure
-from esd_jax.evaluation.evidence import Cell, Evidence, Finding, Table, as_json
+from esd_jax.evaluation.evidence import ROLES, Cell, Evidence, Finding, Table, as_json
 from esd_jax.evaluation.report import snippets, terms, verdict
 from esd_jax.evaluation.report.about import About
 from esd_jax.evaluation.report.numbers import count, value, with_interval
@@ -152,7 +152,7 @@ def _front(facts: About, record: Erasure, adapter: bool) -> str:
 def _key_figures(findings: Sequence[Finding]) -> str:
     """The figures of the verdict as a table; empty if there are none."""
     rows: list[tuple[str, tuple[Cell, ...]]] = []
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: ROLES.index(finding.role)):
         estimates = (finding.before, finding.after, finding.control)
         cells = (with_interval(e, finding.percent) if e else None for e in estimates)
         what = f"{finding.what}: attack success rate" if finding.role == "attack" else finding.what

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from esd_jax.evaluation.evidence import Evidence, Finding, Table
+from esd_jax.evaluation.evidence import Cell, Evidence, Finding, Table
 from esd_jax.metrics.intervals import Estimate
 
-BASE, ERASED, RESEEDED = "base", "erased", "reseeded baseline"  # rows of tables
+ROWS = ("base", "erased", "reseeded baseline")  # of tables
+TARGET, DETECTION = "target prompts, ", "detection rate"  # titles of groups, and a column
 GONE, RARE, LESS, THERE, ABSENT = "gone", "nearly gone", "less frequent", "still there", "not shown by the base"
 RARELY = 0.1  # the detection rate up to which a concept is nearly gone
 HARMLESS = 0.05  # a drop in accuracy up to which a concept that shows no significant one is unharmed
@@ -55,6 +56,7 @@ class Outcome:
     """The figures that count most, each the one with the most images. What was not measured is None or empty.
 
     target: the detection rate of the concept where it is asked for; by_name, whether all prompts name it.
+    tiers: on further target prompts, as the name alone and held-out phrasings.
     implicit: on prompts that imply it without its name.
     unrecognised: share of images of target prompts in which the classifier recognises nothing.
     objects: accuracy of the objects that target prompts ask for.
@@ -64,6 +66,7 @@ class Outcome:
 
     target: Change | None = None
     by_name: bool = True
+    tiers: tuple[Change, ...] = ()
     implicit: Change | None = None
     unrecognised: Change | None = None
     objects: Change | None = None
@@ -83,6 +86,7 @@ def of(evidence: Evidence) -> Outcome:
     return Outcome(
         target=_change(target[0]) if target else None,
         by_name=not target or target[0].what.endswith(ON_TARGET) or target[0].what.startswith(ACCURACY),
+        tiers=_tiers(evidence.tables),
         implicit=_change(implicit[0]) if implicit else None,
         unrecognised=_in_tables(evidence.tables, UNRECOGNISED),
         objects=_in_tables(evidence.tables, OBJECTS),
@@ -141,17 +145,44 @@ def _largest(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _in_tables(tables: Iterable[Table], column: str) -> Change | None:
-    """A column's shares in the rows of target prompts, of the table with the most images."""
-    changes = []
-    for table in tables:
-        if column not in table.columns:
-            continue
-        place, group, rows = table.columns.index(column), "", {}
-        for label, cells in table.rows:
-            group = group if cells else label
-            if cells and group.startswith("target prompts") and label not in rows:
-                rows[label] = cells[place]
-        if isinstance(after := rows.get(ERASED), Estimate):
-            before, reseeded = (e if isinstance(e := rows.get(name), Estimate) else None for name in (BASE, RESEEDED))
-            changes.append(Change(column, before, after, reseeded))
+    """A column's shares on target prompts, of the table with the most images."""
+    changes = (change for table in tables for change in _by_group(table, column) if _quotes(change))
     return max(changes, key=lambda change: change.after.n, default=None)
+
+
+def _tiers(tables: Iterable[Table]) -> tuple[Change, ...]:
+    """The detection rates on further groups of target prompts, each from the table with the most images."""
+    tiers: dict[str, Change] = {}
+    for table in tables:
+        for column in table.columns:
+            for change in _by_group(table, column) if column.endswith(DETECTION) else ():
+                if _quotes(change):
+                    continue
+                if change.of not in tiers or change.after.n > tiers[change.of].after.n:
+                    tiers[change.of] = change
+    return tuple(tiers.values())
+
+
+def _quotes(change: Change) -> bool:
+    """Whether a group is that of the target prompts themselves, of which its title quotes one."""
+    return change.of.startswith('"')
+
+
+def _by_group(table: Table, column: str) -> list[Change]:
+    """A column's shares before and after in each group of target prompts; none in a table without them."""
+    if column not in table.columns:
+        return []
+    place, rows = table.columns.index(column), []
+    groups: list[tuple[str, dict[str, Cell]]] = []
+    for label, cells in table.rows:
+        if not cells:
+            rows = [(label, {})]
+            groups += rows if label.startswith(TARGET) else []
+        elif rows:
+            rows[0][1].setdefault(label, cells[place])
+    changes = []
+    for title, cells in groups:
+        before, after, reseeded = (e if isinstance(e := cells.get(name), Estimate) else None for name in ROWS)
+        if after:
+            changes.append(Change(title.removeprefix(TARGET).partition(":")[0], before, after, reseeded))
+    return changes

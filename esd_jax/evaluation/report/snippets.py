@@ -15,6 +15,8 @@ PROGRAMS = {
     "kohya": ("models/Lora", "models/loras", "Load LoRA"),
 }
 BASE = "path/to/the/base"  # of a base that is no model of the hub: the report does not say where it lies
+# One dtype for all parts, where transformers 5 leaves each as its file has it.
+DEVICE = 'pipe.to("cuda", torch.float32)  # or "mps", "cpu"; torch.float16 takes half of the memory'
 NOT_OPENED = "A1111 and ComfyUI do not know the architecture of this small model."
 
 
@@ -48,15 +50,14 @@ class Source:
             "guidance_scale": self.sampling.get("guidance_scale"),
         }
         more = "".join(f", {name}={value:g}" for name, value in arguments.items() if value is not None)
-        sampled = f"image = pipe({_quoted(self.prompt)}{more}).images[0]"
-        return f'pipe.to("cuda")  # or "mps"; leave it out on a CPU\n{sampled}'
+        return f"{DEVICE}\nimage = pipe({_quoted(self.prompt)}{more}).images[0]"
 
     def on_base(self, *changed: str, imports: str = "") -> str:
         """The code that loads the base, changes it, and samples."""
         mine = "from esd_jax.demo import MODEL\n" if self.embedded else ""
         base = "MODEL" if self.embedded else _quoted(self.base or BASE)
         lines = "\n".join((f"pipe = DiffusionPipeline.from_pretrained({base})", *changed, self.call))
-        return f"from diffusers import DiffusionPipeline\n{mine}{imports}\n{lines}"
+        return f"import torch\nfrom diffusers import DiffusionPipeline\n{mine}{imports}\n{lines}"
 
 
 def uses(files: Iterable[File], source: Source) -> tuple[Use, ...]:
@@ -78,7 +79,11 @@ def _folder(named: Mapping[str, str], source: Source) -> Iterator[Use]:
     place = source.repo or source.path(named["folder"])
     load = f"pipe = DiffusionPipeline.from_pretrained({_quoted(place)})"
     note = NOT_OPENED if source.embedded else ""
-    yield Use("diffusers: the erased model", f"from diffusers import DiffusionPipeline\n\n{load}\n{source.call}", note)
+    yield Use(
+        "diffusers: the erased model",
+        f"import torch\nfrom diffusers import DiffusionPipeline\n\n{load}\n{source.call}",
+        note,
+    )
 
 
 def _single(named: Mapping[str, str], source: Source) -> Iterator[Use]:
@@ -89,7 +94,9 @@ def _single(named: Mapping[str, str], source: Source) -> Iterator[Use]:
     load = f"pipe = {source.pipeline}.from_single_file({_quoted(place)}{more})"
     if not source.embedded:
         yield _programs("single", name, source)
-    yield Use("diffusers: the single file", f"from diffusers import {source.pipeline}\n\n{load}\n{source.call}")
+    yield Use(
+        "diffusers: the single file", f"import torch\nfrom diffusers import {source.pipeline}\n\n{load}\n{source.call}"
+    )
 
 
 def _lora(named: Mapping[str, str], source: Source, format: str = "lora") -> Iterator[Use]:

@@ -27,7 +27,7 @@ NAMES = {
     "not named": "implicit prompts",
     "kept: other styles": "related: other styles",
     "kept: same category": "related: same category",
-    "Training": "Loss",
+    "Training": "Mean loss of neighbouring steps",
     "update": "step",
     "Attacks": "Attack success rates",
 }

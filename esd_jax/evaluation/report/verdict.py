@@ -51,6 +51,10 @@ def _states(results: Outcome, be: str, appear: str) -> Iterator[tuple[bool, str]
     if results.target and left != outcome.ABSENT:
         where = "by name" if results.by_name else "on the tested prompts"
         yield gone, _left(results.target, where, be, appear)
+        shown = [tier for tier in results.tiers if tier.after.value > outcome.RARELY]
+        if gone and shown:
+            worst = max(shown, key=lambda tier: tier.after.value)
+            yield False, f"{appear} with {worst.of} ({count(worst.after)})"
     if results.implicit and outcome.level(results.implicit) != outcome.ABSENT:
         state = outcome.level(results.implicit)
         positive = state in (outcome.GONE, outcome.RARE)
@@ -121,8 +125,9 @@ def _retention(results: Outcome) -> Iterator[str]:
         if change.before is None:
             yield f"accuracy on {change.of} is {_percent(change.after)}"
         elif not outcome.harmed(change) and not outcome.unharmed(change):
-            shown = f"{_percent(change.before)} → {_percent(change.after)}"
-            yield f"{change.of} show no significant drop ({shown}, {change.after.n:,} images)"
+            shown = f"({_percent(change.before)} → {_percent(change.after)}, {change.after.n:,} images)"
+            drop = "lose no more than the reseeded baseline" if change.fell else "show no significant drop"
+            yield f"{change.of} {drop} {shown}"
     if fine := [change for change in changes if outcome.unharmed(change)]:
         few = min(change.after.n for change in fine)
         limited = f" as far as {few:,} images show" if few < outcome.FEW else ""
