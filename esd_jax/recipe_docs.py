@@ -47,8 +47,9 @@ def markdown() -> str:
             lines += ["", f"## {f'With method={method}' if method else 'With every method'}", ""]
             lines += ["| field | is a | default | what it means |", "|---|---|---|---|"]
         default = "" if one.default is None else f"`{one.default}`"
-        text = one.text.replace("|", "\\|")
-        lines.append(f"| `{one.name}` | {one.kind} | {default} | {text[:1].upper()}{text[1:]} |".replace("|  |", "| |"))
+        cells = [f"`{one.name}`", one.kind, default, f"{one.text[:1].upper()}{one.text[1:]}"]
+        row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {row} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 
