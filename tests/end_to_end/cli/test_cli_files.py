@@ -212,6 +212,17 @@ def likeness(name, images, inputs):
     return f"  {name:26}{likeness.mean():.3f}  {likeness.min():.3f}"
 
 
+def test_a_run_is_exported_by_its_folder_alone(esd, run):
+    """Into the run, under the name of what was erased; and one folder is all that may stand alone."""
+    code, out, err = esd("export", run, "--format=delta")
+    assert code == 0, err
+    (file,) = (run / "exports").glob("*.safetensors")
+    assert out.startswith(f"{file}  ") and "without-cat" in file.name and "verified: 20 trained tensors" in out
+    assert_refused(esd("export", run, run, "--format=delta"), f"{run}", "--name=value")
+    assert_refused(esd("export", run, f"--run={run}"), f"{run}", "--name=value")
+    assert_refused(esd("export", "--format=delta"), "a RUN", "--base")
+
+
 # Prompts, and our own warnings.
 
 
