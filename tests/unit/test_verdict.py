@@ -107,6 +107,16 @@ CASES = {
         "neon style is nearly gone by name (1 of 20) and did not come back under attack (0 of 32, Concept Inversion); "
         "related and unrelated concepts are unharmed.",
     ),
+    "too few images to call it gone": (
+        (by_name(0, before=8, n=8), attack(0), *FINE), (),
+        "neon style is not detected by name (0 of 8) and did not come back under attack (0 of 32, Concept Inversion); "
+        "related and unrelated concepts are unharmed.",
+    ),
+    "too few images to call it nearly gone": (
+        (by_name(1, before=10, n=10), attack(8), *FINE), (),
+        "neon style appears less often by name (1 of 10, 10 of 10 before) and appears under attack (8 of 32, Concept "
+        "Inversion); related and unrelated concepts are unharmed.",
+    ),
     "less of it": (
         (by_name(8), attack(30), *FINE), (),
         "neon style appears less often by name (8 of 20, 20 of 20 before) and appears under attack (30 of 32, Concept "

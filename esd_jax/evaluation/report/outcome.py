@@ -8,8 +8,12 @@ from esd_jax.metrics.intervals import Estimate
 
 ROWS = ("base", "erased", "reseeded baseline")  # of tables
 TARGET, DETECTION = "target prompts, ", "detection rate"  # titles of groups, and a column
-GONE, RARE, LESS, THERE, ABSENT = "gone", "nearly gone", "less frequent", "still there", "not shown by the base"
+GONE, UNSEEN, RARE, LESS, THERE = "gone", "not detected", "nearly gone", "less frequent", "still there"
+ABSENT = "not shown by the base"
+REMOVED = (GONE, UNSEEN, RARE)
 RARELY = 0.1  # the detection rate up to which a concept is nearly gone
+# Where the 95% interval ends higher, there are too few images to call a concept gone, or nearly gone.
+SURELY_GONE, SURELY_RARE = 0.2, 0.3
 HARMLESS = 0.05  # a drop in accuracy up to which a concept that shows no significant one is unharmed
 FEW = 20  # images below which "unharmed" says how many there were
 ON_TARGET, IMPLICIT = "detection rate on target prompts", "detection rate on implicit prompts"
@@ -97,14 +101,14 @@ def of(evidence: Evidence) -> Outcome:
 
 
 def level(change: Change) -> str:
-    """How much of a concept is left where it is asked for: one of GONE, RARE, LESS, THERE, ABSENT."""
+    """How much of a concept is left where it is asked for: one of REMOVED, or LESS, THERE, ABSENT."""
     if change.before is not None and change.before.value <= RARELY and not change.rose:
         return ABSENT
     if change.after.value == 0:
-        return GONE
+        return GONE if change.after.high <= SURELY_GONE else UNSEEN
     if change.before is not None and not change.fell:
         return THERE
-    if change.after.value <= RARELY:
+    if change.after.value <= RARELY and change.after.high <= SURELY_RARE:
         return RARE
     return THERE if change.before is None else LESS
 

@@ -47,7 +47,7 @@ def _about(results: Outcome, plural: bool) -> str:
 def _states(results: Outcome, be: str, appear: str) -> Iterator[tuple[bool, str]]:
     """(Whether it speaks for the erasure, what is said), as predicates of the concept."""
     left = results.target and outcome.level(results.target)
-    gone = left in (None, outcome.GONE, outcome.RARE)
+    gone = left is None or left in outcome.REMOVED
     if results.target and left != outcome.ABSENT:
         where = "by name" if results.by_name else "on the tested prompts"
         yield gone, _left(results.target, where, be, appear)
@@ -57,7 +57,7 @@ def _states(results: Outcome, be: str, appear: str) -> Iterator[tuple[bool, str]
             yield False, f"{appear} with {worst.of} ({count(worst.after)})"
     if results.implicit and outcome.level(results.implicit) != outcome.ABSENT:
         state = outcome.level(results.implicit)
-        positive = state in (outcome.GONE, outcome.RARE)
+        positive = state in outcome.REMOVED
         same = state == left
         words = "on implicit prompts"
         yield (
