@@ -97,7 +97,7 @@ WRONG_COMMANDS = {
     "purify a.png --output=x.png --num_steps=0": ["--steps=0", "positive"],
     "purify a.png --output=x.png --inverter=base": ["inverter", "base", "unmodified"],
     "purify a.png --output=x.png --base=emoji --guidance_scale=nan": ["a.png"],
-    "export --output=x": ["--run", "--base"],
+    "export --output=x": ["a RUN", "--base"],
     "export --base=emoji --output=x": ["--delta"],
     "export --base=emoji --delta=x.safetensors --step=3 --output=y": ["--step", "--run"],
     "export --run=nowhere --output=x": ["nowhere", "run.json"],
