@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from command_line import without_progress
 from exported import FIELDS, IN, UNET, damaged, erased_run, in_every_format
 from messages import one_line
 
@@ -194,7 +195,8 @@ def test_an_orbax_tree_belongs_to_its_base_and_replaces_only_its_like(run, writt
 
 def said(capsys, *argv):
     code = cli.main([str(word) for word in argv])
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return code, out, without_progress(err)
 
 
 def test_the_command_writes_all_formats(run, tmp_path, capsys):

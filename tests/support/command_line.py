@@ -32,8 +32,13 @@ def assert_refused(result, *words):
 def last_line(err: str) -> str:
     """What follows the lines that tell how far a run has come."""
     *progress, last = err.splitlines(keepends=True)
-    assert all(re.fullmatch(PROGRESS, line) for line in progress), err
+    assert not without_progress("".join(progress)), err
     return last
+
+
+def without_progress(err: str) -> str:
+    """What a command writes to stderr besides its progress: its warnings, and its error."""
+    return "".join(line for line in err.splitlines(keepends=True) if not re.fullmatch(PROGRESS, line))
 
 
 def tree(folder: Path) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import factories
 import pytest
-from command_line import erase
+from command_line import erase, without_progress
 
 from esd_jax import cli
 
@@ -33,10 +33,11 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def esd(capsys):
-    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    """Runs a command line in this process: (exit code, stdout, stderr without the lines of progress)."""
 
     def call(*argv):
         code = cli.main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, without_progress(err)
 
     return call

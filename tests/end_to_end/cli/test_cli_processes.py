@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import PROGRESS, UNET, erase
+from command_line import UNET, erase, without_progress
 from paths import ROOT
 
 from esd_jax import api, cli, recipe
@@ -50,10 +50,10 @@ def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
             env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert child.returncode == 0, child.stderr
+        assert without_progress(child.stderr) == ""
         lines = child.stderr.splitlines(keepends=True)
-        assert all(re.fullmatch(PROGRESS, line) for line in lines), child.stderr
         assert lines[0] == "erasing 0/2  compiling the step, once\n"
-        assert re.fullmatch(r"erasing 2/2  loss \S+  \d+ s\n", lines[1])
+        assert any(re.fullmatch(r"erasing 2/2  loss \S+  \d+ s\n", line) for line in lines)
         erased, sampled, exported, planned, _ = child.stdout.split("---\n")
         delta = f"{run}/esd-cat-from-cat-esdx.safetensors"
         lines = [f"erased 'cat' from {base}", f"  model  {run}/model", f"  delta  {delta}", f"  run    {run}"]

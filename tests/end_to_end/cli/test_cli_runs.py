@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint(esd, base, run, finished, tmp_path, damage):
     assert esd(*export, "--step=1")[0] == 0
     code, _, err = esd(*erase(base, run, "--resume", checkpoint_every=1))
     warned = r"esd-jax: warning: the checkpoint of step 2 in .* going on from step 1\n"
-    assert code == 0 and re.fullmatch(warned + r"(erasing \d/\d  compiling.*\n)?", err)
+    assert code == 0 and re.fullmatch(warned, err)
     assert (run / "model" / UNET).read_bytes() == (finished / "model" / UNET).read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "2"]
 
