@@ -60,7 +60,7 @@ def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
         assert erased.splitlines() == [*lines, f"next: esd-jax report {run}"]
         assert sampled == f"1 images in {tmp_path}/{i}.png\n"
         what = r"  diffusers folder, \S+ MB\n  verified: 20 trained tensors in float32, \d+ others as they were; "
-        assert re.fullmatch(f"{tmp_path}/model{i}{what}the same image within 0 of 255\n", exported), exported
+        assert re.fullmatch(f"{tmp_path}/model{i}{what}the same image within 0 of 255\n  card  .*\n", exported), exported
         assert planned.startswith(f"base      {base}\nsubset    esd-x\ntrained   ")
         headings = [line.split()[0] for line in planned.splitlines() if line[0] != " "]
         assert headings == ["base", "subset", "trained", "memory", "compute"]
