@@ -19,7 +19,7 @@ from esd_jax.recipe_fields import RecipeFields, completed
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
-__all__ = ["architecture", "erase", "export", "invert", "load", "opened", "purify", "restore", "sample"]
+__all__ = ["architecture", "erase", "export", "invert", "load", "opened", "planned", "purify", "restore", "sample"]
 
 
 def erase(
@@ -33,7 +33,7 @@ def erase(
     start_from: Pipeline | str | Path | None = None,
     stop_when: Callable[[Pipeline], bool] | None = None,
     stop_every: int = 50,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], bool | None] | None = None,
     **recipe_fields: Unpack[RecipeFields],
 ) -> Pipeline:
     """Erases a concept from a checkpoint.
@@ -61,9 +61,9 @@ def erase(
       on_step: called with (step, metrics) after each update, step counted from 1; metrics are "loss", "grad_norm", "t"
         (the timestep) and "seconds" since training began. It runs on the host when an update's numbers have arrived,
         while the next two updates are computed already: it changes no result and compiles nothing, but one that takes
-        longer than an update delays training by the difference. To act on every tenth update, test `step`. What
-        it raises ends training. Of several processes, the primary one calls it. A method in closed form makes no
-        updates.
+        longer than an update delays training by the difference. To act on every tenth update, test `step`. Where it
+        returns True, training stops as on Ctrl-C: a checkpoint is saved, and `Stopped` raised. What it raises ends
+        training at once. Of several processes, the primary one calls it. A method in closed form makes no updates.
       **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
         output_dir= ... (`RecipeFields` lists them). With `output_dir`, the run's folder also gets the erased model and
         its delta.
@@ -80,25 +80,13 @@ def erase(
     if TYPE_CHECKING:
         completed(**recipe_fields)  # whence Jedi takes their names
     compile_cache.use()
-    fields: dict[str, Any] = {**recipe_fields}
-    if "method" in fields:
-        fields["method"] = recipe.method_name(fields["method"])
     if not isinstance(base, Pipeline) and loading.is_run(base):
         base = load(base)
-    if concept is not None:
-        fields["concept"] = concept
-    named = concept if isinstance(concept, list | tuple) else (concept,)
-    beside = [name for name in FOR_EACH if fields.get(name) is not None]
-    if beside and any(isinstance(one, Concept) for one in named):
-        raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
-    source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    settings = _settings(base, source, config, kind, fields)
-    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
-    plan.check_concepts()
+    plan = planned(base, concept, kind=kind, config=config, **recipe_fields)
     owned = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
+    elif "dtype" in recipe_fields and jnp.dtype(plan.dtype) != base.dtype:
         raise ValueError(f"the base computes in {jnp.dtype(base.dtype).name}: load it with dtype={plan.dtype!r}")
     came = base.provenance
     plan = dataclasses.replace(
@@ -109,6 +97,34 @@ def erase(
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
     options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, offload_base=owned, **options)
+
+
+def planned(
+    base: Pipeline | str | Path,
+    concept: str | Concept | Sequence[str | Concept] | None = None,
+    *,
+    kind: str | None = None,
+    config: str | None = None,
+    **recipe_fields: Unpack[RecipeFields],
+) -> recipe.Recipe:
+    """The recipe that `erase` carries out with these arguments; no weights are read.
+
+    Raises ValueError as `erase` does for what it is given.
+    """
+    fields: dict[str, Any] = {**recipe_fields}
+    if "method" in fields:
+        fields["method"] = recipe.method_name(fields["method"])
+    if concept is not None:
+        fields["concept"] = concept
+    named = concept if isinstance(concept, list | tuple) else (concept,)
+    beside = [name for name in FOR_EACH if fields.get(name) is not None]
+    if beside and any(isinstance(one, Concept) for one in named):
+        raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
+    source = base.provenance.source if isinstance(base, Pipeline) else str(base)
+    settings = _settings(base, source, config, kind, fields)
+    plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
+    plan.check_concepts()
+    return plan
 
 
 def _settings(

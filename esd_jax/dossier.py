@@ -36,11 +36,11 @@ def silent(_: str) -> None:
     pass
 
 
-def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline, Pipeline]:
+def opened(erased: str | Path, base: Pipeline | str | Path | None = None) -> tuple[Pipeline, Pipeline]:
     """(base, erased) of what was erased: a run's folder, a delta file, or a diffusers folder.
 
     Args:
-      base: what it was erased from; of a run, where that lies now, if it has moved.
+      base: what it was erased from, a pipeline or what `load` takes; of a run, where that lies now, if it has moved.
 
     Raises FileNotFoundError, ValueError: what is missing.
     """
@@ -50,7 +50,7 @@ def opened(erased: str | Path, base: str | Path | None = None) -> tuple[Pipeline
         return diffusers.unmodified(restored), restored
     if base is None:
         raise ValueError(f"{erased} is no run, so it does not say what it was erased from: give the base, too")
-    before = api.load(base)
+    before = base if isinstance(base, Pipeline) else api.load(base)
     return before, api.opened(before, path)
 
 
@@ -208,12 +208,12 @@ def default_goal(base: Pipeline, concept: str) -> Goal:
     return bed.goal(base, [concept])
 
 
-def report(run: str | Path, *, base: str | Path | None = None) -> Path:
+def report(run: str | Path, *, base: Pipeline | str | Path | None = None) -> Path:
     """Writes all that is known of a run into its folder: report.html, report.json and the card, ERASURE.md.
 
     Args:
       run: a run's folder; or another one that evidence was kept in, whose reports lack what only a run has.
-      base: where the run's base lies now, if it has moved.
+      base: where the run's base lies now, if it has moved; or the base itself.
 
     The card is also the README.md of the run's diffusers folders; its facts go into the metadata of its weight files.
 

@@ -30,7 +30,7 @@ def draw(erased: Pipeline) -> Evidence:
     records = erased.provenance.erased
     record, concepts = (records[-1] if records else Erasure()), texts_of(records)
     base, bed, recipe = unmodified(erased), testbed.of(erased.provenance.source), record.recipe or {}
-    groups = (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
+    groups = prompts_of(erased.provenance.source, concepts, recipe)
     how: Mapping[str, Any] = sampled(bed.sampling) if bed else _sampling(recipe)
     prompts = [prompt for _, texts in groups for prompt in texts]
     images = []
@@ -60,6 +60,12 @@ def doubt(base: Pipeline, concepts: Sequence[str]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def prompts_of(source: str, concepts: Sequence[str], recipe: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[str]]]:
+    """Titled groups of prompts that show an erasure: those of the base's testbed, or of the recipe's previews."""
+    bed = testbed.of(source)
+    return (bed.examples(concepts) if bed else None) or _previewed(recipe, concepts)
 
 
 def write(examples: Evidence, picture: Path, evidence: Path) -> Path:

@@ -13,8 +13,8 @@ from esd_jax.evaluation.report import card
 SHOWN = ("base", "concept")  # what stands alone, without the name of its field
 
 
-def command(record: Erasure) -> str:
-    """`esd-jax erase BASE "CONCEPT" ... -o runs/again`; "" if no record or no flags can.
+def command(record: Erasure, folder: str = "runs/again") -> str:
+    """`esd-jax erase BASE "CONCEPT" ... -o FOLDER`; "" if no record or no flags can.
 
     The result is the same erasure: every field that shapes it is the config's, or spelled out.
     """
@@ -30,7 +30,7 @@ def command(record: Erasure) -> str:
         wanted["steps"] = record.step
     usual = _usual(record)
     lines = [line for name in _configs() if (line := _line(name, wanted, usual)) is not None]
-    return min(lines, key=len, default="")
+    return f"{min(lines, key=len)} -o {shlex.quote(folder)}" if lines else ""
 
 
 def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None:
@@ -51,7 +51,7 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
     alone = (testbed.of(base) is not None or "/" in base) and concept and not concept.startswith("-")
     shown = [base, concept] if alone else [f"--base={base}", f"--concept={concept}"]
     words = ["esd-jax erase", *map(shlex.quote, shown), *start, *changed]
-    return " ".join([*words, "-o runs/again"])
+    return " ".join(words)
 
 
 @functools.cache

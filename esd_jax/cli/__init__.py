@@ -28,6 +28,7 @@ from esd_jax.cli import (
     report,
     sample,
     streams,
+    studio,
     tune,
 )
 from esd_jax.cli.common import Verb, fitted
@@ -42,6 +43,7 @@ VERBS: Mapping[str, Verb] = {
     "compare": report.COMPARE_VERB,
     "export": export.VERB,
     "tune": tune.VERB,
+    "studio": studio.VERB,
     "purify": purify.VERB,
     "configs": configs.VERB,
     "completion": completion.VERB,

@@ -1,7 +1,6 @@
 """What a person types after `esd-jax erase`: a base, a concept, and fields of the recipe as flags of their own."""
 
 import re
-import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from absl import flags
 
 from esd_jax.cli import common
 from esd_jax.inputs import expanded
+from esd_jax.training import run_folder
 
 EMBEDDED = "emoji"
 
@@ -108,8 +108,7 @@ def place(parsed: Words) -> None:
 
 def folder_of(concept: str) -> Path:
     """The folder of a run that nobody named: "runs/neon-style"."""
-    parts = "".join(c if c == "+" or unicodedata.category(c)[0] in "LMN" else " " for c in concept.lower()).split()
-    return Path("runs") / ("-".join(parts)[:60] or "erased")
+    return Path("runs") / run_folder.name_of(concept)
 
 
 def check_type(name: str, text: str, kind: type) -> None:

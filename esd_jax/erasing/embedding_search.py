@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -94,22 +95,22 @@ def repeated(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, A
     accelerator steps are queued and nothing waits for the host.
 
     Args:
-      step: (carry, input, *fixed) -> (carry, value), compiled here, once for all calls of the same shapes.
+      step: (carry, input, *fixed) -> (carry, loss), compiled here, once for all calls of the same shapes.
 
-    Returns a function (carry, inputs, *fixed) -> (carry, values). The first axis of `inputs`, numpy arrays, is that of
-    the steps, and so is that of `values`.
+    Returns a function (carry, inputs, *fixed) -> (carry, losses). The first axis of `inputs`, numpy arrays, is that of
+    the steps, and so is that of `losses`.
     """
     compiled = jax.jit(step)
 
     def run(carry: Any, inputs: Any, *fixed: Any) -> tuple[Any, Any]:
         values, steps = [], len(jax.tree.leaves(inputs)[0])
         with progress.task("searching", steps, unit="steps") as task:
-            for i in range(steps):
-                carry, value = compiled(carry, jax.tree.map(lambda a, i=i: a[i], inputs), *fixed)
-                values.append(value)
+            for i in range(steps + AHEAD):
+                if i < steps:
+                    carry, value = compiled(carry, jax.tree.map(lambda a, i=i: a[i], inputs), *fixed)
+                    values.append(value)
                 if i >= AHEAD:
-                    jax.block_until_ready(values[i - AHEAD])
-                task.advance()
+                    task.advance(note=f"loss {np.mean(values[i - AHEAD]):.4g}")  # waits for that step alone
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *values)
 
     return run

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from esd_jax import progress
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
 from esd_jax.inputs import parse_json
@@ -76,7 +77,11 @@ def front(metric: Metric, erased: Pipeline, strengths: Sequence[float]) -> Plot:
       metric: a model -> (the concept's detection rate, what is kept, 0 to 1).
       strengths: 1 is the erasure itself.
     """
-    points = [metric(with_strength(erased, strength)) for strength in strengths]
+    points = []
+    with progress.task("measuring", len(strengths), unit="strengths") as task:
+        for strength in strengths:
+            points.append(metric(with_strength(erased, strength)))
+            task.advance(note=f"strength {strength:g}")
     curve = Curve(
         "strength of the change",
         tuple(detected.value for detected, _ in points),

@@ -57,7 +57,7 @@ class Training:
 class Stopped(Exception):
     """A run that ended early because it was asked to, after saving a checkpoint if it keeps any.
 
-    signal: which asked, SIGTERM or SIGINT (Ctrl-C). kept: whether there is a checkpoint.
+    signal: which asked, SIGTERM or SIGINT (Ctrl-C); SIGTERM where `on_step` did. kept: whether there is a checkpoint.
     """
 
     def __init__(self, message: str, signal: int, kept: bool):
@@ -70,7 +70,7 @@ class NotFinite(FloatingPointError):
 
 
 StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.preemption_consensus`
-OnStep = Callable[[int, dict[str, float]], None]
+OnStep = Callable[[int, dict[str, float]], bool | None]
 
 
 def train(
@@ -99,6 +99,7 @@ def train(
         last. It must depend on theta alone, so that a run that is resumed ends at the same step.
       on_step: called on the primary process with (step, metrics) of every update, once they have arrived: the device is
         then up to `AHEAD` updates further. metrics: "loss", "grad_norm", "t", and "seconds" since training began.
+        Where it returns True, the run is stopped as by a signal.
       consensus: several processes must all stop at the same step: `step` is `hosts.preemption_consensus`'s. All stop
         `AHEAD` steps after any was asked to; a run of one process stops at once.
 
@@ -106,7 +107,7 @@ def train(
 
     Raises:
       NotFinite: naming the step and the last good checkpoint.
-      Stopped: after a signal, once the checkpoint is written.
+      Stopped: after a signal, or `on_step`'s True, once the checkpoint is written.
     """
     if stop_every < 1:
         raise ValueError(f"stop_every={stop_every} must be at least 1")
@@ -128,8 +129,8 @@ def train(
             if log and (number % settings.log_every == 0 or number == settings.steps):
                 log.write(number, by_name)
             shown.advance(note=f"loss {loss:.4g}")
-            if on_step and hosts.is_primary():
-                on_step(number, by_name)
+            if on_step and hosts.is_primary() and on_step(number, by_name) is True:
+                stop.set()
 
     def save() -> None:
         # Nothing is saved before every loss up to here is known to be finite.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -180,6 +181,12 @@ def _is_at(descriptor: int, folder: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK))
     except OSError:
         return False
+
+
+def name_of(concept: str) -> str:
+    """What the folder of a run is called that nobody named: "neon-style"."""
+    parts = "".join(c if c == "+" or unicodedata.category(c)[0] in "LMN" else " " for c in concept.lower()).split()
+    return "-".join(parts)[:60] or "erased"
 
 
 def is_run(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, sampling
+from esd_jax.training.loop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,27 @@ def test_what_a_callback_raises_ends_training(base):
 
     with pytest.raises(RuntimeError, match="enough at 1"):
         esd_jax.erase(base, "neon style", config="emoji", steps=50, on_step=stop)
+
+
+def test_a_callback_stops_a_run_as_a_signal_does(base, tmp_path):
+    fields = {"config": "emoji", "steps": 5, "sampling_steps": 2, "timestep_mode": "grid", "seed": 5}
+    whole = esd_jax.erase(base, "neon style", **fields)
+    fields["output_dir"] = tmp_path / "run"
+    with pytest.raises(Stopped, match=one_line("stopped at step 3 of 5")) as stopped:  # the host runs two ahead
+        esd_jax.erase(base, "neon style", on_step=lambda step, _: step == 1, **fields)
+    assert stopped.value.kept and not (tmp_path / "run" / "model").exists()
+    steps = []
+    again = esd_jax.erase(base, "neon style", resume=True, on_step=lambda step, _: steps.append(step), **fields)
+    assert_same_edits(again.edits, whole.edits)
+    assert steps == [4, 5]
+
+
+def test_the_recipe_of_an_erasure_is_known_before_it():
+    plan = api.planned("emoji", "neon style", steps=7, preserve="a cat")
+    assert (plan.training.steps, plan.subset, plan.concepts[0].preserve) == (7, "esd-x-strict", ("a cat",))
+    assert api.planned("emoji", "a cat").subset == "noxattn" != plan.subset
+    with pytest.raises(ValueError, match=one_line("'stpes'", "did you mean 'steps'")):
+        api.planned("emoji", "neon style", stpes=7)
 
 
 def test_nothing_is_erased_by_a_chosen_recipes_own_concept():

@@ -1,11 +1,14 @@
 """A campaign of attacks: every attack beside its controls, from the same seeds, kept and not made again."""
 
+import contextlib
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esd_jax import progress
+from esd_jax.erasing import embedding_search
 from esd_jax.evaluation import attacks, store
 from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial, campaigns, scoring
 from esd_jax.models.unet import Conditioning
@@ -74,6 +77,45 @@ def test_every_attack_stands_beside_its_controls(goal, tmp_path):
     assert [pair.prompt for pair in pairs] == ["a cat", "one cat"] and pairs[0].before.max() == 0 < pairs[0].after.max()
     assert len(messages) == 7 and "found on erased: 50% of images, 100% by any of 2" in messages[4]
     assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
+
+
+class Watching:
+    """A view of tasks that notes each step of a search, and ends it after `last` steps."""
+
+    def __init__(self, last=99):
+        self.steps, self.last, self.open = [], last, []
+
+    @contextlib.contextmanager
+    def task(self, name, total, done, unit, start):
+        self.open.append((name, total))
+        yield self
+        self.open.pop()
+
+    def advance(self, count=1, note=""):
+        name, total = self.open[-1]
+        if name.endswith("searching"):
+            self.steps.append((name, total, note))
+            if len(self.steps) == self.last:
+                raise RuntimeError(f"enough of {name}")
+
+
+def test_a_view_of_progress_sees_the_loss_of_every_step_and_may_end_it(goal, tmp_path, monkeypatch):
+    step = embedding_search.repeated(lambda value, now: (value + now, jnp.stack([value, value + 2])))
+
+    def searching(self, base, victim, goal, seed):
+        _, losses = step(jnp.float32(0), np.arange(3, dtype=np.float32))
+        np.testing.assert_array_equal(losses, [[0, 2], [0, 2], [1, 3]])
+        return adversary(self.NAME, [(0, 1.0), (1, 1.0)])
+
+    monkeypatch.setattr(Found, "run", searching)
+    watching = Watching()
+    with progress.shown(watching):
+        run(goal, tmp_path / "whole", random=False)
+    losses = ("loss 1", "loss 1", "loss 2")  # of both cases, averaged
+    expected = [(f"found on {model}: searching", 3, loss) for model in ("base", "erased") for loss in losses]
+    assert watching.steps == expected
+    with pytest.raises(RuntimeError, match="enough of found on base"), progress.shown(Watching(last=2)):
+        run(goal, tmp_path / "ended")
 
 
 def test_a_campaign_goes_on_and_knows_its_settings(goal, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import factories
 import jax
@@ -258,6 +259,24 @@ def test_first_interrupt_stops_after_the_step_and_handlers_are_restored():
     with pytest.raises(loop.Stopped, match="stopped at step 5 of 10"):
         train(interrupted, make_state(), {}, {}, None, Training(steps=10))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("answer, last", [(True, 4), (False, 10), (None, 10), (1, 10)])
+def test_on_step_stops_training_by_true_alone(answer, last, tmp_path):
+    """After the two further updates that the host has asked for by then; from another thread, too."""
+    steps = []
+
+    def on_step(number, metrics):
+        steps.append(number)
+        return answer if number == 2 else None
+
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        options = {"checkpoints": checkpoints, "on_step": on_step}
+        training = lambda: train(toy_step([1.0] * 10), make_state(), {}, {}, None, Training(steps=10), **options)  # noqa: E731
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(training).exception()
+        assert checkpoints.latest == last and steps == list(range(1, last + 1))
+    assert isinstance(error, loop.Stopped) and error.kept if answer is True else error is None
 
 
 @pytest.mark.parametrize(

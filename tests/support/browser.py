@@ -14,7 +14,8 @@ from typing import Any
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --remote-debugging-pipe"
+    "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --no-proxy-server "
+    "--remote-debugging-pipe"
 )
 PATIENCE = 60  # seconds for any answer
 # Key -> its code, and the text that it gives.
@@ -78,13 +79,13 @@ class Browser:
                 return answer["result"]
 
     def show(
-        self, page: Path, *, width: int = 1280, height: int = 800, dark: bool = False, paper: bool = False
+        self, page: Path | str, *, width: int = 1280, height: int = 800, dark: bool = False, paper: bool = False
     ) -> None:
-        """Opens a file in a window of this size, and waits until it has settled."""
+        """Opens a file, or an address, in a window of this size, and waits until it has settled."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
-        self.ask("Page.navigate", url=page.absolute().as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while self.value("document.readyState") != "complete" or self.value("location.href") == "about:blank":
             time.sleep(0.05)
         self.value("Promise.all([...document.images].map(i => i.decode().catch(() => 0))).then(() => 1)")
@@ -101,6 +102,14 @@ class Browser:
             common = {"key": key, "windowsVirtualKeyCode": number, "modifiers": 8 * shift}
             self.ask("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, text=text)
             self.ask("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def until(self, script: str, seconds: float = PATIENCE) -> Any:
+        """Waits until an expression is true on the page, and returns what it gives."""
+        end = time.monotonic() + seconds
+        while not (value := self.value(script)):
+            assert time.monotonic() < end, f"after {seconds:.0f} s there is still no {script}"
+            time.sleep(0.2)
+        return value
 
     def picture(self, file: Path, *, whole: bool = False) -> None:
         """Takes a screenshot: of the window, or of the whole page."""

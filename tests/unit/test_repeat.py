@@ -49,6 +49,7 @@ def test_a_method_keeps_its_name():
     assert repeat.command(record("emoji_uce")) == "esd-jax erase emoji 'neon style' --method=uce -o runs/again"
     ink = repeat.command(record("emoji_contexts", concept="ink style"))
     assert ink == "esd-jax erase emoji 'ink style' -o runs/again"
+    assert repeat.command(record("emoji_uce"), "my runs/1").endswith(" --method=uce -o 'my runs/1'")
     own = repeat.command(record("emoji_ablating", kind="style"))  # the setting, which the flag is with a config only
     assert "--config=" in own and "--kind=style" in own
 

@@ -31,6 +31,7 @@ FLOORS = [
     {"api", "recipe_docs", "repeat", "report_files"},
     {"dossier", "interop", "search"},
     {"attacks", "formats", "guidance"},
+    {"studio"},
     {"cli", "__init__"},
     {"__main__"},
 ]
@@ -44,6 +45,7 @@ ONLY_IN = {
     "torch": {"evaluation/judges"},
     **dict.fromkeys(("cv2", "nudenet", "onnxruntime"), {"evaluation/judges/detectors"}),
     "diffusers": set(),
+    "gradio": {"studio/app", "studio/tabs"},
 }
 # Words that name no value or that only this project used; identifiers name what a value is, in the field's terms.
 AVOIDED = {"found", "told", "said", "made", "seen", "given", "sham", "shams", "judge", "judges", "judged", "looks"}

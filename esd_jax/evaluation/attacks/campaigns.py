@@ -64,8 +64,9 @@ def campaign(
         file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
 
         def attacked() -> dict[str, Any]:
-            adversary = settings.run(base, models[model], goal, seed)
-            scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
+            with tasks.labelled(f"{settings.NAME} on {model}"):
+                adversary = settings.run(base, models[model], goal, seed)
+                scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
             shares = f"{scored.single_shot().value:.0%} of images"
             if scored.k > 1:
                 shares += f", {scored.any_of().value:.0%} by any of {scored.k}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import ROLES, Evidence, Pair
-from esd_jax.evaluation.report import charts, page, terms, verdict
+from esd_jax.evaluation.report import charts, page, pictures, terms, verdict
 from esd_jax.evaluation.report.charts import Mark
 from esd_jax.evaluation.report.numbers import NOTHING
 from esd_jax.evaluation.report.pictures import Encoder
@@ -20,7 +20,6 @@ KINDS = {
     "kept": {"before": "base", "after": "erased"},
     "attack": {"before": "base", "after": "erased", "control": "random prompts"},
 }
-IN_A_ROW = 4  # prompts that fit beside each other on a phone
 SETTINGS_IN_NAME = 3  # of what differs, beside a run's name
 UNEQUAL = "These runs were not measured in the same way, so their figures do not compare directly: see below."
 
@@ -113,23 +112,14 @@ def _pictures(evidences: Sequence[Evidence]) -> str:
         rows += [] if one_base else [(f"{LETTERS[i]}, base", i, "before")]
         rows.append((LETTERS[i], i, "after"))
     encoder = Encoder(image for pairs in shared.values() for p in pairs.values() for image in (p.before, p.after))
-    blocks, prompts = [], list(shared)
-    for start in range(0, len(prompts), IN_A_ROW):
-        some = prompts[start : start + IN_A_ROW]
-        body = "".join(
-            f'<tr><th scope="row"><span>{name}</span></th>'
-            f"{''.join(_picture(name, prompt, shared[prompt], i, side, encoder) for prompt in some)}</tr>"
-            for name, i, side in rows
-        )
-        foot = "".join(f'<th scope="col">{escape(prompt)}</th>' for prompt in some)
-        blocks.append(f"<table><tbody>{body}</tbody><tfoot><tr><td></td>{foot}</tr></tfoot></table>")
+    images = {name: [_image(pairs, i, side) for pairs in shared.values()] for name, i, side in rows}
     note = "The same noise in each column." if one_base else "The runs' bases differ, or were drawn from other noise."
-    return f'<div class="sheet">{"".join(blocks)}</div><p class="note">{note}</p>'
+    return f'{pictures.sheet(images, list(shared), encoder)}<p class="note">{note}</p>'
 
 
-def _picture(name: str, prompt: str, pairs: Mapping[int, Pair], i: int, side: str, encoder: Encoder) -> str:
+def _image(pairs: Mapping[int, Pair], i: int, side: str) -> pictures.Pixels | None:
     pair = next(iter(pairs.values())) if i < 0 else pairs.get(i)
-    return f"<td>{encoder.tag(getattr(pair, side), f'{name}: {prompt}')}</td>" if pair else f"<td>{NOTHING}</td>"
+    return getattr(pair, side) if pair else None
 
 
 def _equal(images: Iterable[np.ndarray]) -> bool:

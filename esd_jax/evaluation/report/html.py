@@ -151,7 +151,7 @@ def _sections(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder,
         "attacks",
         "Attacks",
         "Whether the concept is gone, or only out of reach of its name.",
-        _attacks(evidence, encoder),
+        attacks(evidence, encoder),
         commands["attacks"],
     )
     yield Section(
@@ -208,16 +208,17 @@ def _images(evidence: Evidence) -> list[Pixels]:
     return pairs + [image for moment in timeline.shown(evidence.timeline) for image in moment.images]
 
 
-def _attacks(evidence: Evidence, encoder: Encoder) -> str:
-    attacks = outcome.of(evidence).attacks
+def attacks(evidence: Evidence, encoder: Encoder) -> str:
+    """The results of the attacks: the worst in a sentence, all in a chart, their tables and images."""
+    findings = outcome.of(evidence).attacks
     parts = []
-    if attacks:
-        worst = next(filter(outcome.came_back, attacks), attacks[0])
+    if findings:
+        worst = next(filter(outcome.came_back, findings), findings[0])
         control = f"Random prompts: {count(worst.control)}. " if worst.control else ""
         base = f"The same attack on the base: {count(worst.before)}." if worst.before else ""
         calm = "" if outcome.came_back(worst) else " calm"
         parts.append(f'<p class="headline{calm}"><b>{tiles.attacked(worst)}</b><span>{control}{base}</span></p>')
-        parts.append(tiles.forest(attacks, ATTACKED))
+        parts.append(tiles.forest(findings, ATTACKED))
     parts += map(page.table, evidence.attacks)
     if evidence.attack_pictures:
         sides = ("plain prompt", "under attack")

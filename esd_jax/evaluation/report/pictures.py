@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from esd_jax.evaluation.evidence import Pair
+from esd_jax.evaluation.report.numbers import NOTHING
 from esd_jax.metrics.likeness import ssim
 
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -19,6 +20,7 @@ BUDGET = 640_000  # characters that the images of a page may take up together
 SAMPLE = 12  # images by which a size is judged at first
 SAME = 0.95  # SSIM from which on two images count as unchanged
 WINDOW = 7  # pixels of SSIM's window
+IN_A_ROW = 4  # images that fit beside each other on a phone
 
 
 class Size(NamedTuple):
@@ -90,6 +92,26 @@ def group(title: str, pairs: Sequence[Pair], encoder: Encoder, sides: tuple[str,
     """Pairs of images side by side under a title, each with its prompt."""
     shown = "".join(_pair(pair, encoder, sides) for pair in pairs)
     return f'<section class="group"><h3>{escape(title)}</h3><div class="pairs">{shown}</div></section>'
+
+
+def sheet(rows: Mapping[str, Sequence[Pixels | None]], prompts: Sequence[str], encoder: Encoder) -> str:
+    """Rows of images, each with its name, above the prompts that they share."""
+    blocks = []
+    for start in range(0, len(prompts), IN_A_ROW):
+        columns = list(enumerate(prompts))[start : start + IN_A_ROW]
+        body = "".join(
+            f'<tr><th scope="row"><span>{escape(name)}</span></th>'
+            + "".join(f"<td>{_cell(images[i], f'{name}: {prompt}', encoder)}</td>" for i, prompt in columns)
+            + "</tr>"
+            for name, images in rows.items()
+        )
+        foot = "".join(f'<th scope="col">{escape(prompt)}</th>' for _, prompt in columns)
+        blocks.append(f"<table><tbody>{body}</tbody><tfoot><tr><td></td>{foot}</tr></tfoot></table>")
+    return f'<div class="sheet">{"".join(blocks)}</div>'
+
+
+def _cell(pixels: Pixels | None, alt: str, encoder: Encoder) -> str:
+    return NOTHING if pixels is None else encoder.tag(pixels, alt)
 
 
 def _pair(pair: Pair, encoder: Encoder, sides: tuple[str, str]) -> str:
