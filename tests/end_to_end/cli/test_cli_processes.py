@@ -59,11 +59,15 @@ def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
         lines = [f"erased 'cat' from {base}", f"  model  {run}/model", f"  delta  {delta}", f"  run    {run}"]
         assert erased.splitlines() == [*lines, f"next: esd-jax report {run}"]
         assert sampled == f"1 images in {tmp_path}/{i}.png\n"
-        what = r"  diffusers folder, \S+ MB\n  verified: 20 trained tensors in float32, \d+ others as they were; "
-        assert re.fullmatch(f"{tmp_path}/model{i}{what}the same image within 0 of 255\n  card  .*\n", exported), exported
+        lines = [
+            f"{tmp_path}/model{i}  diffusers folder, \\S+ MB",
+            r"  verified: 20 trained tensors in float32, \d+ others as they were; the same image within 0 of 255",
+            f"  card  {tmp_path}/model{i}/README.md",
+        ]
+        assert re.fullmatch("\n".join([*lines, ""]), exported), exported
         assert planned.startswith(f"base      {base}\nsubset    esd-x\ntrained   ")
         headings = [line.split()[0] for line in planned.splitlines() if line[0] != " "]
-        assert headings == ["base", "subset", "trained", "memory", "compute"]
+        assert headings == ["base", "subset", "trained", "memory", "compute", "time"]
     assert any((tmp_path / "cache" / "esd_jax" / "xla").iterdir())
     (first, second) = ((tmp_path / f"model{i}" / UNET).read_bytes() for i in range(2))
     assert first == second
