@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import checked
 import jaxtyping
 
-if os.environ.get("CHECK_TYPES", "0") == "1":  # checked so far: esd, concepts, schedule, structure, samplers
+if os.environ.get("CHECK_TYPES", "1") != "0":  # it takes about a tenth of the time
     checked.install("esd_jax")
 
 # Tests that take more than about four seconds on two idle cores, but for those that nothing quicker stands for.

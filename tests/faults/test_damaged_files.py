@@ -12,6 +12,7 @@ from messages import one_line
 import esd_jax
 from esd_jax import api
 from esd_jax.io import safetensors as files
+from esd_jax.io.corrections import Corrected
 from esd_jax.models.architectures import clip_bpe
 from esd_jax.text import Tokenizer
 
@@ -157,5 +158,7 @@ def test_a_scheduler_field_of_another_type(folder):
             folder / "scheduler" / "scheduler_config.json",
             lambda c, value=value: {**c, "_class_name": "EulerDiscreteScheduler", "final_sigmas_type": value},
         )
+        with pytest.warns(Corrected, match="PNDMScheduler is taken"):
+            pipeline = esd_jax.load(folder)
         with pytest.raises(ValueError, match=one_line(words, "write", "'zero'")):
-            esd_jax.sample(esd_jax.load(folder), ["a cat"], sampler="euler", steps=2)
+            esd_jax.sample(pipeline, ["a cat"], sampler="euler", steps=2)
