@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 EVERY = 10.0  # seconds between two lines
 SHORT = 1.0  # seconds; the bar of what took less does not stay
 
 
+@runtime_checkable
 class Task(Protocol):
     """A piece of work under way."""
 
@@ -24,6 +25,7 @@ class Task(Protocol):
         """`count` more of it are done. note: its latest figure, such as a loss."""
 
 
+@runtime_checkable
 class View(Protocol):
     """Whoever shows tasks."""
 

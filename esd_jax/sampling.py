@@ -99,7 +99,7 @@ def sample(
                 noise, encoded, noise_keys = sharding.spread((noise, encoded, noise_keys), mesh)
             drawn = run(params[pipeline.denoiser], noise, encoded, jnp.float32(guidance_scale), numbers, noise_keys)
             images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
-            task.advance(min(batch_size, n - index[0]))
+            task.advance(min(batch_size, int(n - index[0])))
     return np.concatenate(images)[:n]
 
 
@@ -147,7 +147,7 @@ def invert(
             inverted = run(pipeline.params[pipeline.denoiser], latents, condition(index), jnp.float32(guidance_scale))
             check_drawn(jnp.isfinite(inverted).all(axis=(1, 2, 3)), index, prompts, guidance_scale)
             noise.append(np.asarray(inverted))
-            task.advance(min(batch_size, n - index[0]))
+            task.advance(min(batch_size, int(n - index[0])))
     return np.concatenate(noise)[:n]
 
 

@@ -41,7 +41,7 @@ class UNetConfig:
                 require("UNet", field, block, allowed)
         require("UNet", "addition_embed_type", self.addition_embed_type, (None, "text_time"))
         require_per_block("UNet", self, PER_BLOCK)
-        if any(isinstance(depth, tuple) for depth in self.depths):
+        if any(isinstance(depth, tuple) for depth in self._per_block(self.transformer_layers_per_block)):
             raise ValueError("UNet: nested transformer_layers_per_block is not implemented")
         if isinstance(self.sample_size, tuple) and [type(side) for side in self.sample_size] != [int, int]:
             raise ValueError(

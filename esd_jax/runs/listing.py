@@ -43,7 +43,7 @@ class Run:
         """The strips of its previews, the first one first."""
         return sorted((self.folder / "previews").glob("step_*.png"))
 
-    def previews(self) -> dict[int, list[UInt8[np.ndarray, "height width 3"]]]:
+    def previews(self) -> dict[int, list[UInt8[np.ndarray, "_ _ 3"]]]:
         """Update -> an image of each of `plan.previews`, square as they are, of the first preview and the newest.
 
         Raises ValueError for a file that is damaged, or only being written.
@@ -54,7 +54,7 @@ class Run:
             images[int(file.stem.removeprefix("step_"))] = np.split(strip, strip.shape[1] // strip.shape[0], axis=1)
         return images
 
-    def thumbnail(self) -> UInt8[np.ndarray, "height width 3"]:
+    def thumbnail(self) -> UInt8[np.ndarray, "_ _ 3"]:
         """Its first four preview prompts, the first preview above the newest; grey where it has none."""
         rows = [np.concatenate(images[:4], axis=1) for images in self.previews().values()]
         return np.concatenate(rows) if rows else np.full((64, 128, 3), 200, np.uint8)

@@ -262,7 +262,7 @@ class Chip:
     compute_capability: str = ""
 
 
-def test_the_device_that_a_program_will_run_on_decides(monkeypatch):
+def test_the_device_that_a_program_will_run_on_decides(monkeypatch, unchecked):
     monkeypatch.setattr(dispatch, "cudnn_version", lambda: 91900)
     h100, mi300 = Chip("gpu", "9.0"), Chip("gpu", "gfx942")
     assert dispatch.current_device() == Device()  # a CPU is here

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from esd_jax import inputs
 
 # One array, or images of different sizes.
-Images = UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "height width 3"]]
+Images = UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]]
 SOURCE, SHA256 = "source", "source_sha256"  # a kept copy's record of the pickle that it was converted from
 
 
@@ -66,7 +66,7 @@ def optional(title: str) -> Iterator[None]:
         raise ValueError(f"{title} cannot be loaded ({reason}): pip install 'esd-jax[eval]'") from error
 
 
-def as_images(images: Images) -> list[UInt8[np.ndarray, "height width 3"]]:
+def as_images(images: Images) -> list[UInt8[np.ndarray, "_ _ 3"]]:
     """The images one by one. Raises ValueError unless each is uint8 [height, width, 3]."""
     images = [np.asarray(image) for image in images]
     for image in images:
