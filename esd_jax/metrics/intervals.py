@@ -48,7 +48,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return _wilson(hits / n, n, Z)
 
 
-def mean(values: Float[np.ndarray, " n"]) -> Estimate:
+def mean(values: Sequence[float] | Float[np.ndarray, " n"]) -> Estimate:
     """A mean with its normal 95% interval; of a single value the interval is all that SSIM can be, -1 to 1."""
     value, n = float(np.mean(values)), len(values)
     half = Z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
