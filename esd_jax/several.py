@@ -69,7 +69,7 @@ def filled(templates: Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]
     return tuple(dict.fromkeys(prompts))
 
 
-def parts(name: str, value: str | Texts | None) -> Texts:
+def parts(name: str, value: str | Sequence[Any] | None) -> Texts:
     """The texts of a flat field; of one in `LISTS`, tuples of them."""
     if isinstance(value, list | tuple):
         return tuple(value)

@@ -145,7 +145,8 @@ def heat(measured: Sequence[GroupRows], target: Target) -> Heat:
     names = list(counts[BASE])
     values = tuple(tuple(counts[model][name][0] / counts[model][name][1] for name in names) for model in counts)
     title = f"Each {target.kind}, where it is asked for: how often it is seen"
-    return Heat(title, tuple(counts), tuple(names), values, target.names)
+    # Few images are of some of many targets alone.
+    return Heat(title, tuple(counts), tuple(names), values, tuple(name for name in target.names if name in names))
 
 
 def _add(counts: dict[str, tuple[int, int]], row: Row, target: Target) -> None:

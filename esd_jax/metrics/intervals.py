@@ -31,9 +31,10 @@ class Estimate:
     n: int
 
 
-def rate(hits: Sequence[int]) -> Estimate | None:
+def rate(hits: Sequence[int | np.bool_]) -> Estimate | None:
     """The share of hits, with Wilson's interval; None of nothing."""
-    return Estimate(sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits)) if hits else None
+    total = int(sum(hits))
+    return Estimate(total / len(hits), *wilson(total, len(hits)), len(hits)) if hits else None
 
 
 def known(estimate: Estimate | None) -> Estimate:
@@ -55,7 +56,9 @@ def mean(values: Sequence[float] | Float[np.ndarray, " n"]) -> Estimate:
     return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), n)
 
 
-def clustered_rate(hits: Sequence[int] | Bool[np.ndarray, " n"], clusters: Sequence | np.ndarray) -> Estimate | None:
+def clustered_rate(
+    hits: Sequence[int | np.bool_] | Bool[np.ndarray, " n"], clusters: Sequence | np.ndarray
+) -> Estimate | None:
     """The share of hits where several images are of one prompt; None of nothing.
 
     Wilson's interval with n divided by the design effect, 1 + (size - 1) icc (Kish 1965), and with Student's quantile,
@@ -84,7 +87,7 @@ def clustered_rate(hits: Sequence[int] | Bool[np.ndarray, " n"], clusters: Seque
     return Estimate(share, *_wilson(share, n / _design_effect(values, index, sizes), _student(_freedom(sizes))), n)
 
 
-def any_of(hits: Sequence[Sequence[int]] | Bool[np.ndarray, "prompts k"]) -> Estimate | None:
+def any_of(hits: Sequence[Sequence[int | np.bool_]] | Bool[np.ndarray, "prompts k"]) -> Estimate | None:
     """The share of prompts of which any of k images is a hit, as attacks are scored; None of nothing.
 
     A prompt counts once, whatever k, so that Wilson's interval over prompts is right however alike its images are.

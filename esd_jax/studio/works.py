@@ -86,15 +86,15 @@ def attack(
 
     def work(job: Job) -> None:
         (base, erased), evidence = desk.pair(run), run.folder / dossier.EVIDENCE
-        goal, judge = None, "the embedded probe"
+        goal, detector_name = None, "the embedded probe"
         if prompts.strip():
             texts = prompt_files.listed(prompts, "prompts")
-            goal, judge = dossier.goal(base, run.record.texts, texts, detector)
+            goal, detector_name = dossier.goal(base, run.record.texts, texts, detector)
         if afresh:
             shutil.rmtree(evidence / "attacks", ignore_errors=True)
         dossier.attack(
             base, erased, names, output_dir=evidence, budget=budget, settings=settings, seeds=seeds, random=random,
-            goal=goal, judge=judge,
+            goal=goal, judge=detector_name,
         )  # fmt: skip
 
     return desk.start(Job("attack", f"Attacking {run.name}", run.folder), work)

@@ -61,7 +61,7 @@ def run(goal, folder, **changes):
     return attacks.campaign("base", "erased", goal, [Found()], folder, **options)
 
 
-def test_every_attack_stands_beside_its_controls(goal, tmp_path):
+def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
     messages = []
     evidence = run(goal, tmp_path, progress=messages.append)
     (table,) = evidence.attacks
@@ -99,7 +99,7 @@ class Watching:
                 raise RuntimeError(f"enough of {name}")
 
 
-def test_a_view_of_progress_sees_the_loss_of_every_step_and_may_end_it(goal, tmp_path, monkeypatch):
+def test_a_view_of_progress_sees_the_loss_of_every_step_and_may_end_it(goal, tmp_path, monkeypatch, unchecked):
     step = embedding_search.repeated(lambda value, now: (value + now, jnp.stack([value, value + 2])))
 
     def searching(self, base, victim, goal, seed):
@@ -118,7 +118,7 @@ def test_a_view_of_progress_sees_the_loss_of_every_step_and_may_end_it(goal, tmp
         run(goal, tmp_path / "ended")
 
 
-def test_a_campaign_goes_on_and_knows_its_settings(goal, tmp_path):
+def test_a_campaign_goes_on_and_knows_its_settings(goal, tmp_path, unchecked):
     first = run(goal, tmp_path)
     assert [victim for _, victim in MADE] == ["base", "erased", "random weights"]
     (tmp_path / "found-erased.npz").unlink()

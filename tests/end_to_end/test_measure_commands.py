@@ -39,7 +39,7 @@ class Made(str):
         return model
 
 
-def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):
+def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys, unchecked):
     erasures = []
 
     def erase(base, concept, *, config, steps, **stop):
@@ -89,7 +89,7 @@ def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.parametrize("rates, updates", [([0.5, 0.02], 50), ([0.5, 0.1, 0.0], 75)])
-def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeypatch, tmp_path):
+def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeypatch, tmp_path, unchecked):
     """Looked at every 25 of at most 75 updates; after the last nobody looks. The sham has as many updates."""
     erasures = []
 

@@ -238,7 +238,7 @@ def test_runs_are_compared(place, tmp_path):
     assert "cat style" in page and "a dog" in page and "concept inversion" in page
 
 
-def test_a_search_goes_on_from_its_trials(base):
+def test_a_search_goes_on_from_its_trials(base, unchecked):
     trials = search.search(base, metric=None, folder=Path("tune"), **SEARCH)
     assert [(trial.steps, trial.strength) for trial in trials] == [(1, 0.5), (1, 1.0)]
     assert [(trial.target, trial.drop) for trial in trials] == [(0.5, 0.0)] * 2

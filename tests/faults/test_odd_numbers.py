@@ -100,7 +100,7 @@ def test_sizes_beyond_all_memory(base):
 
 
 @pytest.mark.parametrize("prompt", ["caf\udce9", None, 3])
-def test_prompts_that_are_no_text(base, prompt):
+def test_prompts_that_are_no_text(base, prompt, unchecked):
     for fields in ({"prompts": [prompt]}, {"prompts": ["a"], "negative_prompt": [prompt]} if prompt else {}):
         if fields:
             with pytest.raises(ValueError, match=one_line("prompt", repr(prompt))):

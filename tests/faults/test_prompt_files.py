@@ -35,7 +35,7 @@ def test_a_header_in_capitals(tmp_path):
     assert prompt_files.read(file) == ["a cat"]
 
 
-def test_previews_of_a_list(tmp_path, monkeypatch, capsys):
+def test_previews_of_a_list(tmp_path, monkeypatch, capsys, unchecked):
     (file := tmp_path / "shown.txt").write_text("a cat\na dog; a bird\n")
     monkeypatch.setattr(api.runs, "run", lambda base, plan, **options: plan)
     base = api.load("emoji")

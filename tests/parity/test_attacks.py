@@ -186,9 +186,9 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
 def test_ring_a_bell_measures_encoded_prompts(oracle):
     named, neutral = (np.random.default_rng(i).standard_normal((3, 7, 16)) for i in range(2))
     np.testing.assert_allclose(ring_a_bell.concept_vector(named, neutral), (named - neutral).sum(0) / 3, rtol=1e-12)
-    ids = np.stack([padded(tokens, [2, 3, 4]), padded(tokens, [5])])
+    ids = jnp.stack([padded(tokens, [2, 3, 4]), padded(tokens, [5])])
     ours = ring_a_bell.distance(oracle.network, oracle.params, ids, jnp.asarray(named[0]))
-    theirs = ((oracle.encode(ids) - torch.tensor(named[0])) ** 2).sum(dim=(1, 2))
+    theirs = ((oracle.encode(np.asarray(ids)) - torch.tensor(named[0])) ** 2).sum(dim=(1, 2))
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5)  # which is summed in float32
 
 

@@ -87,7 +87,7 @@ def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, c
         run(monkeypatch, compare_methods, f"--output={tmp_path}", "--methods=magic")
 
 
-def test_longer_erasures_are_results_of_their_own(fakes, monkeypatch, tmp_path):
+def test_longer_erasures_are_results_of_their_own(fakes, monkeypatch, tmp_path, unchecked):
     erasures = []
     erasing(monkeypatch, compare_methods, erasures)
     arguments = (f"--output={tmp_path}", "--images=2", "--methods=esd; uce", "--targets=a cat", "--nocontrols")
@@ -121,7 +121,7 @@ WHOLE = (
 )  # fmt: skip
 
 
-def test_a_curve_is_drawn_and_kept(fakes, monkeypatch, tmp_path, capsys):
+def test_a_curve_is_drawn_and_kept(fakes, monkeypatch, tmp_path, capsys, unchecked):
     pytest.importorskip("matplotlib")
     erasures = []
     erasing(monkeypatch, method_curves, erasures)
@@ -138,7 +138,7 @@ def test_a_curve_is_drawn_and_kept(fakes, monkeypatch, tmp_path, capsys):
         run(monkeypatch, method_curves, *arguments[:3], "--target=a dog")
 
 
-def test_the_contrast_of_two_recipes(fakes, monkeypatch, tmp_path, capsys):
+def test_the_contrast_of_two_recipes(fakes, monkeypatch, tmp_path, capsys, unchecked):
     pytest.importorskip("matplotlib")
     erasures = []
     erasing(monkeypatch, method_curves, erasures)

@@ -183,7 +183,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
     assert asked["protocol"] == ("a, b",)
 
 
-def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, tmp_path):
+def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, tmp_path, unchecked):
     base, targets = SimpleNamespace(provenance=SimpleNamespace(source="emoji")), []
     monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
     monkeypatch.setattr(
@@ -199,7 +199,7 @@ def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, 
         dossier.concepts_of(SimpleNamespace(provenance=SimpleNamespace(erased=(Erasure(delta="x", erased=()),))))
 
 
-def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_path):
+def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_path, unchecked):
     base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
     monkeypatch.setattr(dossier, "opened", lambda *_: (base, erased("ink style")))
     verb, options = cli.VERBS["evaluate"], {}
@@ -209,7 +209,7 @@ def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_
         assert options["concept"] == concepts
 
 
-def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch):
+def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch, unchecked):
     monkeypatch.setattr(dossier.seen, "detector", lambda name, concept: (concept, name))
     monkeypatch.setattr(dossier.goals, "drawn", lambda base, concept, prompts, detect, **_: (concept, detect))
     texts = ("cat, dog", "a fish")

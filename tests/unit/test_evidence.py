@@ -26,7 +26,7 @@ def test_evidence_survives_the_disk(tmp_path):
         store.load(tmp_path / "other.json")
 
 
-def test_evidence_is_never_beside_the_images_of_another(tmp_path, monkeypatch):
+def test_evidence_is_never_beside_the_images_of_another(tmp_path, monkeypatch, unchecked):
     """A kill after the images, and before the text, leaves no evidence."""
     file = store.save(whole(), tmp_path, "part")
     replace = Path.replace

@@ -51,14 +51,14 @@ def test_the_rates_of_an_erased_style(fakes):
     assert rows(tables, "unrelated")["erased"].style is None and rows(tables, "unrelated")["erased"].n == 11
 
 
-def test_the_controls_are_measured_on_a_share(fakes):
+def test_the_controls_are_measured_on_a_share(fakes, unchecked):
     whole, fewer = (rows(measured(NEON, control_share=share), "own") for share in (1.0, 0.25))
     assert {model: row.n for model, row in fewer.items()} == {"base": 16, "erased": 16, "sham": 4, "seed": 4}
     assert fewer["erased"] == whole["erased"]
     assert fewer["sham"].ssim.value == 1.0  # still beside the same images of the base
 
 
-def test_the_rates_of_an_erased_object(fakes):
+def test_the_rates_of_an_erased_object(fakes, unchecked):
     tables = measured(CAT)
     own, implicit = rows(tables, "own"), rows(tables, "implicit")
     assert (own["base"].target.value, own["erased"].target.value) == (1, 0)
@@ -69,7 +69,7 @@ def test_the_rates_of_an_erased_object(fakes):
     assert rows(tables, "nearest")["erased"].subject.value == 1
 
 
-def test_models_start_from_the_same_noise_and_the_seed_row_from_another(fakes):
+def test_models_start_from_the_same_noise_and_the_seed_row_from_another(fakes, unchecked):
     tables = measured(NEON)
     drawn = dict(fakes.calls)
     assert set(drawn["erased"]) == set(drawn["sham"]) < set(drawn["base"])
@@ -81,7 +81,7 @@ def test_models_start_from_the_same_noise_and_the_seed_row_from_another(fakes):
         assert abs(likeness["seed"].value) < 0.1
 
 
-def test_no_image_is_drawn_twice(fakes):
+def test_no_image_is_drawn_twice(fakes, unchecked):
     galleries = {}
     first = measured(NEON, galleries=galleries)
     count = len(fakes.calls)
@@ -92,7 +92,7 @@ def test_no_image_is_drawn_twice(fakes):
     assert len(again) == len(set(again))
 
 
-def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch):
+def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch, unchecked):
     monkeypatch.setattr(gallery, "CHUNK", 5)
     wanted = [shot for group in groups.groups(NEON) for _, shot in groups.shots(group, 4, seed=1)]
     first = gallery.Gallery(tmp_path)
@@ -111,13 +111,13 @@ def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch):
     assert set(gallery.Gallery(tmp_path)) == set(wanted)
 
 
-def test_without_controls_there_are_two_rows(fakes):
+def test_without_controls_there_are_two_rows(fakes, unchecked):
     tables = measured(NEON, models={"base": "base", "erased": "erased"}, other_seed=False)
     assert all([row.model for row in group.rows] == ["base", "erased"] for group in tables)
     assert "sham" not in table.text(tables, NEON)
 
 
-def test_the_base_alone_is_measured_without_a_target(fakes):
+def test_the_base_alone_is_measured_without_a_target(fakes, unchecked):
     tables = measured(None, groups=groups.base_groups(), models={"base": "base"}, other_seed=False, num_images=352)
     pairs = rows(tables, "pairs")["base"]
     assert pairs.subject.value == pairs.style.value == 1 and pairs.target is None and pairs.ssim is None
@@ -146,7 +146,7 @@ def test_the_text_is_aligned_and_fits(fakes):
             assert all(len(re.split(r"\s+(?![(±])", line.strip())) == 7 for line in cells)
 
 
-def test_json_holds_everything(fakes):
+def test_json_holds_everything(fakes, unchecked):
     tables = measured(NEON, num_images=5)
     assert table.from_dict(json.loads(json.dumps(table.as_dict(tables)))) == tables
 

@@ -72,7 +72,7 @@ def push(folder, names=("folder",), **options):
     return report_files.push("me/neon", written, report_files.without_measurements(model), model, **options)
 
 
-def test_a_folder_lies_in_the_root_with_the_card(folder, monkeypatch):
+def test_a_folder_lies_in_the_root_with_the_card(folder, monkeypatch, unchecked):
     fake = Hub(monkeypatch)
     assert push(folder, picture=folder / "before_after.png") == "https://huggingface.co/me/neon"
     assert fake.private == {"me/neon": True}
@@ -84,7 +84,7 @@ def test_a_folder_lies_in_the_root_with_the_card(folder, monkeypatch):
     assert "neon style" in made.text and "of this folder" not in made.text
 
 
-def test_a_file_keeps_its_name(folder, monkeypatch):
+def test_a_file_keeps_its_name(folder, monkeypatch, unchecked):
     fake = Hub(monkeypatch)
     push(folder, ("lora",), picture=folder / "none.png")
     assert set(fake.files) == {"x-lora.safetensors", "README.md"} and fake.files["x-lora.safetensors"] == b"lora"
@@ -93,13 +93,13 @@ def test_a_file_keeps_its_name(folder, monkeypatch):
     assert 'pipe.load_lora_weights("me/neon", weight_name="x-lora.safetensors")' in made.text
 
 
-def test_several_formats_lie_beside_each_other(folder, monkeypatch):
+def test_several_formats_lie_beside_each_other(folder, monkeypatch, unchecked):
     fake = Hub(monkeypatch)
     push(folder, ("folder", "lora"))
     assert set(fake.files) == {"model_index.json", "unet/config.json", "x-lora.safetensors", "README.md"}
 
 
-def test_a_public_repository_is_not_written_to_unasked(folder, monkeypatch):
+def test_a_public_repository_is_not_written_to_unasked(folder, monkeypatch, unchecked):
     fake = Hub(monkeypatch, public=["me/neon"])
     with pytest.raises(ValueError, match="^me/neon exists and is public: give --public, or another repository$"):
         push(folder)
@@ -116,7 +116,7 @@ def test_a_public_repository_is_not_written_to_unasked(folder, monkeypatch):
     ],
     ids=["no token", "offline"],
 )
-def test_what_is_missing_is_said_in_one_line(folder, monkeypatch, change, message):
+def test_what_is_missing_is_said_in_one_line(folder, monkeypatch, change, message, unchecked):
     fake = Hub(monkeypatch)
     name, value = change
     owner = huggingface_hub.constants if "." in name else huggingface_hub
@@ -126,7 +126,7 @@ def test_what_is_missing_is_said_in_one_line(folder, monkeypatch, change, messag
     assert not fake.private
 
 
-def test_what_the_hub_refuses_is_one_line(folder, monkeypatch):
+def test_what_the_hub_refuses_is_one_line(folder, monkeypatch, unchecked):
     Hub(monkeypatch, error=RuntimeError("403 Forbidden: no rights\nRequest id ..."))
     with pytest.raises(ValueError, match="^cannot push to me/neon: 403 Forbidden: no rights$"):
         push(folder)

@@ -30,7 +30,7 @@ def planned(monkeypatch):
     monkeypatch.setattr(runs, "run", lambda base, plan, **options: plan)
 
 
-def test_concepts_are_taken_as_they_are(base, planned):
+def test_concepts_are_taken_as_they_are(base, planned, unchecked):
     concepts = [Concept("Tom; Jerry", preserve=("a | b", "c")), "cat, dog", Concept(" a fish ", replace_with=("",))]
     plan = esd_jax.erase(base, concepts, **SHORT)
     assert plan.concepts == (concepts[0], Concept("cat, dog"), Concept("a fish", replace_with=("",)))

@@ -99,7 +99,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_methods_score_what_they_would_have_sampled(name):
+def test_other_methods_score_what_they_would_have_sampled(name, unchecked):
     """One example has one timestep either way, so that the plain method's step is the oracle."""
     cls, fields = OTHERS[name]
     w = world("toy", "float64")

@@ -59,7 +59,7 @@ def test_devices_in_words(session, words):
     assert run_facts._device(session) == words
 
 
-def test_a_run_is_described_by_its_files(tmp_path):
+def test_a_run_is_described_by_its_files(tmp_path, unchecked):
     (tmp_path / "model" / "unet").mkdir(parents=True)
     (tmp_path / "model" / "model_index.json").write_text("{}")
     (tmp_path / "model" / "unet" / "weights.safetensors").write_bytes(b"0" * 2000)
@@ -88,7 +88,7 @@ def test_a_run_is_described_by_its_files(tmp_path):
     assert all(Path(tmp_path / path).exists() for path in files)
 
 
-def test_a_run_of_before_sessions_has_no_device(tmp_path):
+def test_a_run_of_before_sessions_has_no_device(tmp_path, unchecked):
     about = run_facts.about(tmp_path, model())
     assert (about.date, about.seconds, about.device, about.files, about.uses) == (None, None, "", (), ())
 
@@ -104,7 +104,7 @@ def test_a_run_of_before_sessions_has_no_device(tmp_path):
         ("my folder", None),
     ],
 )
-def test_licences(base, license, tmp_path):
+def test_licences(base, license, tmp_path, unchecked):
     assert run_facts.license_of(model(base, base)) == license
     assert run_facts.base_id(model(base, base)) == (base if "/" in base else None)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")

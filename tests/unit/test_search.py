@@ -35,7 +35,7 @@ def run(folder, **changes):
     return search.search(SimpleNamespace(power=0.0), ["a cat"], judge, method="esd", **options)
 
 
-def test_every_combination_is_tried_once_and_the_search_goes_on(made, tmp_path):
+def test_every_combination_is_tried_once_and_the_search_goes_on(made, tmp_path, unchecked):
     trials = run(tmp_path)
     assert made == [(1.0, 100, False), (1.0, 200, True), (2.0, 100, False), (2.0, 200, True)]
     assert [(t.fields["eta"], t.steps, t.strength) for t in trials] == [

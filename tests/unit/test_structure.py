@@ -58,6 +58,7 @@ KEPT = {
     "esd_jax/cli/erase.py": {"seen"},
     "esd_jax/dossier.py": {"judge", "seen", "sham"},
     "esd_jax/demo/groups.py": {"sham"},
+    "esd_jax/studio/works.py": {"judge"},
     "esd_jax/demo/measure.py": {"seen"},
     "esd_jax/demo/protocol.py": {"seen"},
     "esd_jax/evaluation/__init__.py": {"seen"},

@@ -62,7 +62,7 @@ class Encoder:
         reduced = f", reduced to {self._size.side} pixels" if self._large else ""
         return f"{shown}{reduced}; they were evaluated as they were generated."
 
-    def _fits(self, images: Sequence[Pixels], size: Size, budget: int) -> bool:
+    def _fits(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: Size, budget: int) -> bool:
         few = images[:: max(1, len(images) // SAMPLE)]  # most sizes are far from fitting, or fit well
         if sum(len(self._data(pixels, size)) for pixels in few) * len(images) > 1.1 * budget * max(1, len(few)):
             return False
