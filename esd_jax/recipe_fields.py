@@ -67,7 +67,6 @@ class RecipeFields(TypedDict, total=False):
     anchor: str
     eta: float
     as_released: bool
-    contexts: str | None
     context_eta: float
     window: float
 
@@ -113,6 +112,8 @@ class RecipeFields(TypedDict, total=False):
     # Of `methods.uce.UCE`.
     tokens: str
     expand: str
+    retain: str | None
+    directions: int
 
     # Of `methods.rece.RECE`.
     epochs: int
@@ -124,6 +125,7 @@ class RecipeFields(TypedDict, total=False):
     sampling_guidance: float
     updates_per_trajectory: int
     trajectory_buffer: int
+    contexts: str | None
     erase_scale: float
     drawn_images: int
     drawing_sampler: str | None
@@ -146,7 +148,7 @@ def completed(
     keep_checkpoints: int = ..., preview_every: int = ..., tensorboard: bool = ..., optimizer: str = ...,
     learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
     warmup_steps: int = ..., max_grad_norm: float | None = ..., sample_with: str = ..., sampler: str = ...,
-    timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ..., contexts: str | None = ...,
+    timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
     context_eta: float = ..., window: float = ..., delta: str = ..., instructions: str | None = ...,
     replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
@@ -155,9 +157,11 @@ def completed(
     target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
     views: int = ..., anchor_prompts: str | None = ..., template: str = ..., eos_positions: str = ...,
     no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,
-    inversion_learning_rate: float = ..., tokens: str = ..., expand: str = ..., epochs: int = ..., r: float = ...,
+    inversion_learning_rate: float = ..., tokens: str = ..., expand: str = ..., retain: str | None = ...,
+    directions: int = ..., epochs: int = ..., r: float = ...,
     sample_prompt: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
-    updates_per_trajectory: int = ..., trajectory_buffer: int = ..., erase_scale: float = ..., drawn_images: int = ...,
+    updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
+    erase_scale: float = ..., drawn_images: int = ...,
     drawing_sampler: str | None = ..., drawing_steps: int = ..., drawing_guidance: float = ..., drawing_seed: int = ...,
     lam: float = ..., preserve_scale: float = ...,
 ) -> Any:

@@ -68,6 +68,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     """
     parsed = words.read(argv, values, *_known())
     words.place(parsed)
+    words.fill(parsed)
     if folder:
         _check_folder(parsed)
     if not parsed.fields.get("output_dir", "runs").strip():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
+from esd_jax import prompt_files
 from esd_jax.cli import common
 from esd_jax.inputs import expanded
 from esd_jax.training import run_folder
@@ -104,6 +105,21 @@ def place(parsed: Words) -> None:
         if name in parsed.fields:
             raise ValueError(f"the {name} is given twice: {text!r} and --{name}={parsed.fields[name]}")
     parsed.fields = fields | parsed.fields
+
+
+def fill(parsed: Words) -> None:
+    """Puts the names of a file in place of a concept @FILE: one a line, or the column "prompt" of a CSV.
+
+    Raises ValueError for a file without names, or for a name with ";", and OSError for one that cannot be read.
+    """
+    concept = parsed.fields.get("concept", "")
+    if concept.startswith("@") and len(concept) > 1:
+        names = prompt_files.read(expanded(concept[1:]))
+        if split := next((name for name in names if ";" in name), None):
+            raise ValueError(f"{concept[1:]} has the name {split!r}, which ';' would separate: give each its own line")
+        parsed.fields["concept"] = "; ".join(names)
+        if not {"output_dir", "output"} & parsed.fields.keys():
+            parsed.fields["output_dir"] = str(folder_of(Path(concept[1:]).stem))
 
 
 def folder_of(concept: str) -> Path:

@@ -20,21 +20,31 @@ class Context:
     without: str
 
 
-def parse(text: str | None) -> tuple[Context, ...]:
+def parse(text: str | None, guided: bool = False) -> tuple[Context, ...]:
     """The contexts of "a dog in {}: a dog | a car in {}: a car".
 
-    Raises ValueError for a part without ":", or in which {} stands anywhere but before it.
+    guided: {} may also stand behind the ":", for what replaces the concept: "{} in ink style: {} in ink style".
+
+    Raises ValueError for a part without ":", or in which {} stands anywhere else.
     """
     contexts = []
     for part in filter(None, (part.strip() for part in (text or "").split("|"))):
         prompt, separator, without = (side.strip() for side in part.partition(":"))
-        if not separator or NAME not in prompt or NAME in without:
+        if not separator or NAME not in prompt or NAME in without and not guided:
             raise ValueError(
                 f"contexts has {part!r}: each is a prompt with {NAME} for the concept, ':', and the same without it, "
                 f"as 'a dog in {NAME}: a dog'; several are separated by '|'"
             )
         contexts.append(Context(prompt, without))
     return tuple(contexts)
+
+
+def pairs(contexts: Sequence[Context], concept: str, guide: str) -> list[tuple[str, str]]:
+    """The prompts of a concept, and what each becomes. Where the guide is empty, {} goes with the spaces beside it."""
+    return [
+        (context.prompt.replace(NAME, concept), " ".join(context.without.replace(NAME, guide).split()))
+        for context in contexts
+    ]
 
 
 def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[Concept]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -77,6 +78,7 @@ class Tools:
       another one.
     condition: the text encoders' outputs -> Conditioning.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
+    cache: a folder for what is computed of the text encoders alone; None: nothing is kept.
     """
 
     denoiser: Network
@@ -94,6 +96,7 @@ class Tools:
     condition: Callable[[Sequence[Any]], Conditioning] = lambda outputs: outputs
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
+    cache: Path | None = None
 
 
 @runtime_checkable

@@ -5,8 +5,8 @@ UCE over all tokens, then epochs of it on what the edited weights still take for
     c' = argmin  sum_l |W_l c' - W0_l c|^2 + r |c'|^2 = [sum_l W_l^T W_l + r 1]^-1 [sum_l W_l^T W0_l] c,
 
 over all keys and values l, W0 the base's; then c' becomes the guide's vector of the same position by UCE's edit, which
-starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (see `uce`), so that sum_l W0_l^T W0_l is all that
-is needed of the weights.
+starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (`erasing.closed_form`), so that sum_l W0_l^T W0_l is
+all that is needed of the weights.
 """
 
 import dataclasses
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from esd_jax.erasing import closed_form
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm, Tools
-from esd_jax.methods import uce
+from esd_jax.methods.uce import UCE
 from esd_jax.params import Params
 
 
@@ -49,22 +50,24 @@ class RECE:
     needs: ClassVar = frozenset({"attention_names", "cross_attention"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"subset": uce.SUBSET, "steps": 0},
+        "paper": {"subset": closed_form.SUBSET, "steps": 0},
     }
 
     def __post_init__(self):
-        uce.check_positive(self, "r", "lam")
-        uce.check_positive(self, "epochs", "erase_scale", "preserve_scale", or_zero=True)
+        closed_form.check_positive(self, "r", "lam")
+        closed_form.check_positive(self, "epochs", "erase_scale", "preserve_scale", or_zero=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
         """RECE. Raises ValueError as `UCE.make` does."""
-        once = uce.UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
+        once = UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
         _, first = once.make(tools, concepts)
-        kept = ["", *uce.preserved(concepts)]
-        encoded = uce.encode(tools, concepts, kept)
-        pairs = [(c.text, uce.guide(c), self.erase_scale * c.strength) for c in concepts]
+        kept = ["", *closed_form.preserved(concepts)]
+        encoded = closed_form.encode(tools, concepts, kept)
+        pairs = [(c.text, closed_form.guide(c), self.erase_scale * c.strength) for c in concepts]
         pairs += [(text, text, self.preserve_scale) for text in kept]
-        again = uce.edit([(encoded[old].vectors, encoded[new].vectors, weight) for old, new, weight in pairs], self.lam)
+        again = closed_form.edit(
+            [(encoded[old].vectors, encoded[new].vectors, weight) for old, new, weight in pairs], self.lam
+        )
         erased = jnp.arange(len(again.weight)) < len(concepts) * len(encoded[""].vectors)
         return Solver(self.epochs), Inputs(first, again, erased, jnp.float32(self.r))
 
@@ -74,8 +77,8 @@ class RECE:
 class Inputs:
     """first: UCE's edit. again: each epoch's, of whole prompts. erased: which of its vectors are not preserved."""
 
-    first: uce.Edit
-    again: uce.Edit
+    first: closed_form.Edit
+    again: closed_form.Edit
     erased: Bool[Array, " vectors"]
     r: Float[Array, ""]
 
@@ -91,12 +94,12 @@ class Solver(ClosedForm):
         with jax.default_matmul_precision("highest"):
             root = square_root(jnp.asarray(sum(kernel @ kernel.T for kernel in theta.values())))
             again = inputs.again
-            total = uce.change(inputs.first)
+            total = closed_form.change(inputs.first)
             for _ in range(self.epochs):
                 old = jnp.where(inputs.erased[:, None], attack(root, total, again.old, inputs.r), again.old)
-                step = uce.change(dataclasses.replace(again, old=old))
+                step = closed_form.change(dataclasses.replace(again, old=old))
                 total = total + step + step @ total  # (1 + step) (1 + total) - 1
-            return uce.apply_change(theta, total)
+            return closed_form.apply_change(theta, total)
 
 
 def attack(
@@ -109,7 +112,7 @@ def attack(
 
     root: of the unchanged weights' sum_l W0_l^T W0_l.
     """
-    return uce.ridge(root + root @ change.T, root @ vectors.T, r).T
+    return closed_form.ridge(root + root @ change.T, root @ vectors.T, r).T
 
 
 def square_root(a: Float[Array, "n n"]) -> Float[Array, "n n"]:

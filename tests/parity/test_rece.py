@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import CONCEPTS, CONTEXT, edited, last, network, pair, theta, tools, vectors
+from edits import CONCEPTS, CONTEXT, edited, last, network, pair, theta, tools, vectors
 from esd_world import SHAPE
 from messages import one_line
 from torch_oracle import error, exactly
 
 import esd_jax
 from esd_jax import api, recipe
+from esd_jax.erasing import closed_form
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm
 from esd_jax.methods import rece, uce
@@ -78,9 +79,9 @@ def test_it_repeats_the_formulas_in_float64_where_float32_has_lost_them():
 def test_the_attack_is_the_vector_that_the_edited_weights_take_for_the_concept():
     """By gradient: c' is where sum_l |W_l c' - W0_l c|^2 + r |c'|^2 is level."""
     _, inputs = uce.UCE("all").make(tools(), CONCEPTS)
-    change, r = uce.change(inputs), 0.1
+    change, r = closed_form.change(inputs), 0.1
     before = {n: np.asarray(k, float) for n, k in theta().items()}
-    after = {n: np.asarray(k, float) for n, k in uce.apply_change(theta(), change).items()}
+    after = {n: np.asarray(k, float) for n, k in closed_form.apply_change(theta(), change).items()}
     root = rece.square_root(sum(k @ k.T for k in theta().values()))
     c = vectors("van gogh")
     actual = np.asarray(rece.attack(root, change, jnp.asarray(c, jnp.float32), jnp.float32(r)), float)

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import CONCEPTS, END, START, TOKENS, edited, encode, ids, last, network, pair, theta, tools, vectors
+from edits import CONCEPTS, END, START, TOKENS, edited, encode, ids, last, network, pair, theta, tools, vectors
 from esd_world import SHAPE
 from messages import one_line
 from torch_oracle import error
 
 import esd_jax
 from esd_jax import api, recipe, runs
+from esd_jax.erasing import closed_form
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm
 from esd_jax.io.diffusers import read_exact
@@ -75,6 +76,75 @@ def test_in_the_limit_a_concept_has_its_guides_values_and_what_is_preserved_its_
         assert error(vectors("dali")[1] @ after, vectors("dali")[1] @ before) > 1e-2
 
 
+# What the paper has not: contexts, positions, what is retained, and what is left alone.
+
+LISTED = "{} in a big hat: {} in a big hat | a dog by {}: a dog"
+
+
+def positions(old, new):
+    """From the first token that differs on."""
+    first = next((i for i, (a, b) in enumerate(zip(*ids([old, new]), strict=True)) if a != b), TOKENS)
+    return list(zip(vectors(old)[first:], vectors(new)[first:], strict=True))
+
+
+def listed(retained=None, lam=0.01, scale=0.7):
+    """(c, c*, weight) of what is erased, and (c, weight) of what is retained; see `UCE`."""
+    texts = [(c.text, "".join(c.replace_with), c.strength) for c in CONCEPTS]
+    texts = [
+        (old, new, strength)
+        for text, guide, strength in texts
+        for old, new in [
+            (text, guide), (f"{text} in a big hat", f"{guide} in a big hat".strip()), (f"a dog by {text}", "a dog")
+        ]
+    ]  # fmt: skip
+    kept = ["", "monet", "claude monet", "a big dog"]
+    every = [*(retained or []), *kept]
+    share = (1 / len(texts), scale / len(every)) if retained else (1.0, scale)
+    erased = [(c, guide, strength * share[0]) for old, new, strength in texts for c, guide in positions(old, new)]
+    return erased, [(c, share[1]) for text in every for c in vectors(text)]
+
+
+@pytest.mark.parametrize("retained", [None, [f"a thing number{i}" for i in range(9)]], ids=["sums", "means"])
+def test_contexts_positions_and_a_corpus(retained, tmp_path):
+    settings = {"tokens": "positions", "contexts": LISTED, "lam": 0.01, "preserve_scale": 0.7}
+    if retained:
+        file = tmp_path / "retained.txt"
+        file.write_text("\n".join([*retained, "the cat of monet"]))  # the last holds a concept
+        settings["retain"] = str(file)
+    ours = solved(**settings)
+    erased, kept = listed(retained)
+    for name, kernel in theta().items():
+        theirs = edited(np.asarray(kernel, float).T, erased, kept, 0.01).T
+        assert error(ours[name] - kernel, theirs - np.asarray(kernel, float)) <= 1e-3
+
+
+def test_the_edit_leaves_the_strongest_retained_directions_alone(tmp_path):
+    file = tmp_path / "retained.txt"
+    file.write_text("\n".join(f"a thing number{i}" for i in range(9)))
+    settings = {"tokens": "positions", "retain": str(file), "preserve_scale": 0.0, "lam": 0.1}
+    ours = solved(**settings, directions=20)
+    kept = [f"a thing number{i}" for i in range(9)] + ["", "monet", "claude monet", "a big dog"]
+    values, axes = np.linalg.eigh(sum(vectors(text).T @ vectors(text) for text in kept))
+    free, strongest = axes[:, :-20], axes[:, -20:]
+    old, new, weight = (
+        np.array(column)
+        for column in zip(
+            *[(c, guide, k.strength / 2) for k in CONCEPTS for c, guide in positions(k.text, "".join(k.replace_with))],
+            strict=True,
+        )
+    )
+    x = old @ free  # 2604.10032's X, with one row for each vector
+    change = free @ np.linalg.solve(
+        x.T @ (weight[:, None] * x) + 0.1 * np.eye(28), x.T @ (weight[:, None] * (new - old))
+    )
+    for name, kernel in theta().items():
+        kernel = np.asarray(kernel, float)
+        assert error(ours[name] - kernel, change @ kernel) <= 1e-3
+        assert np.abs(strongest.T @ (ours[name] - kernel)).max() <= 1e-4 * np.abs(ours[name] - kernel).max()
+    with pytest.raises(ValueError, match=one_line("directions=20", "retain")):
+        uce.UCE(directions=20)
+
+
 def test_preserving_helps():
     concept = Concept("cat")
     kept = dataclasses.replace(concept, preserve=("dog", "a dog"))
@@ -114,7 +184,8 @@ def test_the_last_token_of_a_prompts_words(pad, tmp_path):
     prompts = ["", "cat", "the cat on a dog", "wow!!", "!", "a style of the cats, and dogs!", FULL]
     padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=77)
     padding = np.asarray(padded["attention_mask"]).sum(1) - 2  # the first of these is the start token's
-    actual = uce.last_tokens(lambda texts: tokenizer(texts, padding="max_length", max_length=77)["input_ids"], prompts)
+    tokens = lambda texts: tokenizer(texts, padding="max_length", max_length=77)["input_ids"]  # noqa: E731
+    actual = closed_form.last_tokens(tokens, prompts)
     np.testing.assert_array_equal(actual, padding)
     assert actual[0] == 0 and actual[1] == 1 and actual[-1] == 75
 
@@ -126,7 +197,7 @@ def test_unknown_characters_do_not_end_a_prompt():
         "caf\u00e9s": [START, 7, END, 8, END],
         "\u00e9": [START, END, END, END, END],
     }
-    actual = uce.last_tokens(lambda texts: [rows[text] for text in texts], list(rows))
+    actual = closed_form.last_tokens(lambda texts: [rows[text] for text in texts], list(rows))
     np.testing.assert_array_equal(actual, [0, 3, 0])
 
 

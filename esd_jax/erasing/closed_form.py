@@ -1,0 +1,167 @@
+"""What the closed forms share: the vectors that cross-attention reads, and which of them should become which.
+
+For the weight W0 [out, context] of a key or value of cross-attention, token vectors c_i with weights s_i and what they
+should be read as, c*_i,
+
+    W = argmin  sum_i s_i |W c_i - W0 c*_i|^2 + lam |W - W0|_F^2
+
+has W0 on the right of its normal equations alone, so W = W0 (1 + E)^T with one E [context, context] for all tensors:
+
+    M E = sum_i s_i c_i (c*_i - c_i)^T,        M = lam 1 + sum_i s_i c_i c_i^T.
+
+What is to be retained has c*_i = c_i; or the change reads no direction of it at all, E = U U^T E with U^T c = 0 (double
+projection, arXiv 2604.10032, for one vector; its least squares for several are not from there). Solving for the change
+E, not for W, leaves the weights as they are, bit for bit, where there is nothing to erase.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.method import Tools
+from esd_jax.params import Params
+from esd_jax.selection import select
+
+SUBSET = "esd-x-strict"
+ENCODED_AT_ONCE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Edit:
+    """Which vectors should map to which others. A preserved vector is its own `new`.
+
+    free: an orthonormal basis of the directions that the change reads; None: all of them.
+    """
+
+    old: Float[Array, "vectors context"]
+    new: Float[Array, "vectors context"]
+    weight: Float[Array, " vectors"]
+    lam: Float[Array, ""]
+    free: Float[Array, "context directions"] | None = None
+
+
+def change(edit: Edit) -> Float[Array, "context context"]:
+    """E of the module's docstring: row vectors c become c (1 + E) before the weights as they were."""
+    root = jnp.sqrt(edit.weight)[:, None]
+    if edit.free is None:
+        return ridge(root * edit.old, root * (edit.new - edit.old), edit.lam)
+    return edit.free @ ridge(root * (edit.old @ edit.free), root * (edit.new - edit.old), edit.lam)
+
+
+def ridge(
+    x: Float[Array, "rows inputs"], y: Float[Array, "rows outputs"], penalty: Float[Array, ""]
+) -> Float[Array, "inputs outputs"]:
+    """(x^T x + penalty 1)^-1 x^T y.
+
+    By the singular values of x, since x^T x would square them: CLIP's vectors are long and alike, so that the system's
+    condition number takes most of float32's digits.
+    """
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return vt.T @ ((s / (s**2 + penalty))[:, None] * (u.T @ y))
+
+
+def apply_change(theta: Params, change: Float[Array, "context context"]) -> Params:
+    """The kernels [context, out] before which (1 + change) stands."""
+    return {name: kernel + change @ kernel for name, kernel in theta.items()}
+
+
+class Encoded(NamedTuple):
+    """A prompt's vectors, its token ids, and the index of its words' last token (0, the start token, without words)."""
+
+    vectors: Float[Array, "tokens context"]
+    ids: Int[np.ndarray, " tokens"]
+    last: int
+
+
+def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = ()) -> Mapping[str, Encoded]:
+    """The empty prompt, the concepts, their guides, and other prompts.
+
+    Raises ValueError for a concept whose text has no token: its vector would be that of every prompt's start.
+    """
+    texts = list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
+    vectors = tools.vectors(in_batches(tools.encode, texts, ENCODED_AT_ONCE))
+    ids, last = np.asarray(tools.tokens(texts)), last_tokens(tools.tokens, texts)
+    encoded = {text: Encoded(v, row, int(i)) for text, v, row, i in zip(texts, vectors, ids, last, strict=True)}
+    for concept in concepts:
+        if encoded[concept.text].last == 0:
+            raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows")
+    return encoded
+
+
+def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) -> Int[np.ndarray, " prompts"]:
+    """The index of the last token of each prompt's words: the one before the end token, 0 if there are no words.
+
+    The end token is searched from the end, past the padding. SD 1 pads with the end token itself, SD 2 with "!"; and
+    the tokenizer of a small vocabulary puts the end token for characters that it does not know.
+    """
+    ids = np.asarray(tokens(prompts))
+    empty = np.asarray(tokens([""]))[0]
+    end, pad = empty[1], empty[-1]
+    last = np.max(np.where(ids != pad, np.arange(ids.shape[1]), 0), axis=1)
+    return last if pad == end else last - 1
+
+
+def aligned(
+    old: Encoded, new: Encoded, tokens: str
+) -> tuple[Float[Array, "vectors context"], Float[Array, "vectors context"]]:
+    """Which vector of one prompt is to become which of another (`methods.uce.UCE.tokens`)."""
+    if tokens == "positions":
+        first = int(np.argmax([*(old.ids != new.ids), True]))  # before it, one text encoder has read the same
+        return old.vectors[first:], new.vectors[first:]
+    length = 1 if tokens == "last" else len(old.vectors) - max(old.last, new.last)
+    return old.vectors[old.last : old.last + length], new.vectors[new.last : new.last + length]
+
+
+def edit(pairs: Sequence[tuple[Array, Array, float]], lam: float, free: Array | None = None) -> Edit:
+    """An edit from (old vectors, new vectors, weight), ..."""
+    old, new, weights = zip(*pairs, strict=True)
+    weight = np.repeat(np.asarray(weights, np.float32), [len(vectors) for vectors in old])
+    return Edit(jnp.concatenate(old), jnp.concatenate(new), jnp.asarray(weight), jnp.float32(lam), free)
+
+
+def guide(concept: Concept) -> str:
+    """What a concept becomes."""
+    return concept.replace_with[0] if concept.replace_with else ""
+
+
+def preserved(concepts: Sequence[Concept]) -> list[str]:
+    """The prompts that any of the concepts preserves, each once."""
+    return list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
+
+
+def check(tools: Tools, concepts: Sequence[Concept]) -> None:
+    """Raises ValueError, in one line, for a run that no closed form can make."""
+    wanted = set(select(SUBSET, tools.denoiser.layouts))
+    if other := sorted(wanted.symmetric_difference(tools.subset)):
+        raise ValueError(
+            f"a closed form edits all keys and values of cross-attention: give subset={SUBSET!r} (yours differs by "
+            f"{len(other)} tensors, {other[0]!r} among them)"
+        )
+    if tools.images is not None:
+        raise ValueError("images mean nothing to a closed form: it works on prompts alone")
+    if not concepts:
+        raise ValueError("no concept to erase")
+    for concept in concepts:
+        if concept.text in preserved(concepts):
+            raise ValueError(f"concept {concept.text!r} is also among the prompts to preserve")
+        if len(concept.replace_with) > 1:
+            raise ValueError(f"concept {concept.text!r} can become one thing, not {len(concept.replace_with)}")
+        if concept.strength < 0:
+            raise ValueError(f"strength={concept.strength} must not be negative: it weighs an error")
+
+
+def check_positive(settings: Any, *fields: str, or_zero: bool = False) -> None:
+    """Raises ValueError for a field that is not a positive number."""
+    for field in fields:
+        value = getattr(settings, field)
+        if not (math.isfinite(value) and (value > 0 or or_zero and value == 0)):
+            raise ValueError(f"{field}={value} must be {'at least 0' if or_zero else 'positive'}")

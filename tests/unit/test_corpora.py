@@ -1,0 +1,101 @@
+"""What closed forms retain: the corpora of the package, those of files, and their second moment."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edits import encode, ids, tools, vectors
+from messages import one_line
+
+from esd_jax.demo import captions
+from esd_jax.erasing import corpora
+from esd_jax.erasing.concepts import Concept
+
+TEXTS = [f"word{i} thing" for i in range(corpora.WORTH_A_FILE)]
+
+
+def second_moment(texts):
+    return sum(vectors(text).T @ vectors(text) for text in texts) / len(texts)
+
+
+def test_the_embedded_models_corpus_is_every_caption_of_its_training():
+    assert set(corpora.prompts("emoji")) == set(captions.every_caption())
+
+
+@pytest.mark.parametrize("name", corpora.NAMES)
+def test_a_corpus_has_each_prompt_once_and_no_loose_braces(name):
+    prompts = corpora.prompts(name)
+    assert len(prompts) == len(set(prompts)) > 1000
+    assert not [text for text in prompts if text != text.strip() or {*"{}"} & {*text} or "  " in text]
+
+
+@pytest.mark.parametrize(
+    "concept, gone, stays",
+    [
+        ("neon style", "a neon drawing", "ink style"),
+        ("a cat", "the cat in ink style", "a dog in ink style"),
+        ("pop art style", "pop art", "a dog in ink style"),
+        ("an ice cream", "ice cream, ink style", "a dog in ink style"),
+        ("a red dragon", "a cat, red", "a dog in ink style"),  # no prompt has the dragon
+        ("a style", "ink style", "a cat, red"),
+        ("style lamp", None, "ink style"),  # which most prompts have
+        ("Zeus", None, "ink style"),
+    ],
+)
+def test_prompts_that_hold_a_concept_are_left_out(concept, gone, stays):
+    texts = ["a neon drawing", "the cat in ink style", "pop art", "ice cream, ink style", "a cat, red"]
+    texts += [f"a {thing} in ink style" for thing in ("dog", "lion", "car", "house", "bee", "rose")] + ["ink style"] * 4
+    left = corpora.without(texts, [concept])
+    assert stays in left and gone not in left
+    assert left == [text for text in texts if text in left]
+    assert gone is not None or left == texts
+
+
+def test_a_file_of_prompts_and_what_is_none(tmp_path):
+    (tmp_path / "kept.txt").write_text("a dog\n\na cat\na dog\n")
+    assert corpora.prompts(str(tmp_path / "kept.txt")) == ["a dog", "a cat"]
+    concepts = [Concept("a cat")]
+    assert corpora.retained(str(tmp_path / "kept.txt"), concepts, ["", "a dog"]) == ["a dog", ""]
+    with pytest.raises(ValueError, match=one_line("retain='vocabulary'", "emoji, general", ".txt")):
+        corpora.prompts("vocabulary")
+    with pytest.raises(OSError):
+        corpora.prompts(str(tmp_path / "none.txt"))
+
+
+def test_the_moment_and_its_root():
+    moment = corpora.moment(tools(), TEXTS[:70])  # two batches of prompts
+    np.testing.assert_allclose(moment, second_moment(TEXTS[:70]), rtol=1e-5, atol=1e-4)  # encoded in float32
+    rows = np.asarray(corpora.root(moment), float)
+    np.testing.assert_allclose(rows.T @ rows, moment, rtol=1e-5, atol=1e-3)
+
+
+def test_free_directions_are_orthogonal_to_the_strongest():
+    moment = second_moment(TEXTS[:8])
+    free = np.asarray(corpora.free_directions(moment, 5), float)
+    np.testing.assert_allclose(free.T @ free, np.eye(len(moment) - 5), atol=1e-6)
+    values = np.linalg.eigvalsh(moment)
+    assert np.linalg.eigvalsh(free.T @ moment @ free).max() <= values[-6] * (1 + 1e-5)
+    with pytest.raises(ValueError, match="directions=48 leaves nothing"):
+        corpora.free_directions(moment, len(moment))
+
+
+def test_a_moment_is_computed_once_for_its_prompts_and_weights(tmp_path):
+    calls = []
+
+    def counted(texts):
+        calls.append(len(texts))
+        return encode(texts)
+
+    params = {"text_encoder": {"a": jnp.ones(3)}}
+    known = tools(encode=counted, cache=tmp_path, text_encoders={"text_encoder": None}, params=params)
+    first = corpora.moment(known, TEXTS)
+    assert sum(calls) == len(TEXTS)
+    np.testing.assert_array_equal(corpora.moment(known, TEXTS), first)
+    assert sum(calls) == len(TEXTS) and len(list(tmp_path.iterdir())) == 1
+    corpora.moment(dataclasses.replace(known, params={"text_encoder": {"a": jnp.zeros(3)}}), TEXTS)
+    corpora.moment(known, [*TEXTS[1:], "another"])
+    corpora.moment(dataclasses.replace(known, tokens=lambda texts: ids(texts) + 1), TEXTS)
+    assert sum(calls) == 4 * len(TEXTS) and len(list(tmp_path.iterdir())) == 4
+    corpora.moment(known, TEXTS[:3])  # too few for a file
+    assert len(list(tmp_path.iterdir())) == 4
