@@ -16,7 +16,7 @@ from esd_jax.inputs import expanded
 from esd_jax.models.architectures import ARCHITECTURES
 
 USAGE = """\
-  esd-jax erase   [BASE] "CONCEPT" [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
+  esd-jax erase   [BASE] "CONCEPT"|@FILE [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
                   [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
                   [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""

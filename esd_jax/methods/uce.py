@@ -55,9 +55,10 @@ class UCE:
     expand: "art" or "object" also erases the concept in five phrases ("painting by Van Gogh"); "none".
     contexts: "{} in ink style: {} in ink style | a dog in {}: a dog": further prompts to erase the concept from, with
       {} for the concept, and what each becomes, with {} for its guide.
-    retain: prompts on which the weights are held, with all their vectors: "emoji", every caption of the embedded model;
-      "general", names of common things in a few sentences; or a .txt or .csv file. Prompts that hold a concept's rarest
-      word are left out. With it, erase_scale and preserve_scale weigh means over prompts, not sums.
+    retain: prompts on which the weights are held, with all their vectors: "emoji", the captions of the embedded model,
+      as often as in its training; "general", names of common things in a few sentences; or a .txt or .csv file. Prompts
+      that hold a concept's rarest word are left out. With it, erase_scale and preserve_scale weigh means over prompts,
+      not sums.
     directions: how many directions of what is retained, the strongest first, the edit does not touch at all.
     lam: how hard the weights are held to the old ones.
     erase_scale, preserve_scale: s_i and s_p, the weights of each vector.

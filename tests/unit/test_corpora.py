@@ -8,25 +8,41 @@ import pytest
 from edits import encode, ids, tools, vectors
 from messages import one_line
 
-from esd_jax.demo import captions
+from esd_jax.demo import captions, vocabulary
 from esd_jax.erasing import corpora
 from esd_jax.erasing.concepts import Concept
 
 TEXTS = [f"word{i} thing" for i in range(corpora.WORTH_A_FILE)]
+
+ONES = dict.fromkeys(TEXTS, 1.0)
 
 
 def second_moment(texts):
     return sum(vectors(text).T @ vectors(text) for text in texts) / len(texts)
 
 
-def test_the_embedded_models_corpus_is_every_caption_of_its_training():
-    assert set(corpora.prompts("emoji")) == set(captions.every_caption())
+def test_the_embedded_models_corpus_is_the_captions_of_its_training_as_often_as_there():
+    weights = corpora.prompts("emoji")
+    assert weights.keys() <= {"", *captions.every_caption()} and sum(weights.values()) == pytest.approx(1)
+    rng, n = np.random.default_rng(0), 4000
+    pairs = [(name, style) for style in vocabulary.STYLES for name in vocabulary.objects()]
+    drawn = [captions.draw_caption(rng, *pairs[rng.integers(len(pairs))]) for _ in range(n)]
+    assert set(drawn) <= weights.keys()
+    for holds in (
+        lambda text: text == "",
+        lambda text: text.endswith(" style") and " in " in text and not text.startswith("a drawing of"),
+        lambda text: "style, " in text,
+        lambda text: any(text == captions.prompt(name) for name in vocabulary.objects()),
+        lambda text: any(phrase in text for c in vocabulary.categories() for phrase in captions.implicit(c)),
+    ):
+        share, expected = np.mean([holds(text) for text in drawn]), sum(w for t, w in weights.items() if holds(t))
+        assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
 
 
 @pytest.mark.parametrize("name", corpora.NAMES)
 def test_a_corpus_has_each_prompt_once_and_no_loose_braces(name):
     prompts = corpora.prompts(name)
-    assert len(prompts) == len(set(prompts)) > 1000
+    assert len(prompts) > 1000 and min(prompts.values()) > 0
     assert not [text for text in prompts if text != text.strip() or {*"{}"} & {*text} or "  " in text]
 
 
@@ -54,9 +70,9 @@ def test_prompts_that_hold_a_concept_are_left_out(concept, gone, stays):
 
 def test_a_file_of_prompts_and_what_is_none(tmp_path):
     (tmp_path / "kept.txt").write_text("a dog\n\na cat\na dog\n")
-    assert corpora.prompts(str(tmp_path / "kept.txt")) == ["a dog", "a cat"]
+    assert corpora.prompts(str(tmp_path / "kept.txt")) == {"a dog": 1, "a cat": 1}
     concepts = [Concept("a cat")]
-    assert corpora.retained(str(tmp_path / "kept.txt"), concepts, ["", "a dog"]) == ["a dog", ""]
+    assert corpora.retained(str(tmp_path / "kept.txt"), concepts, ["", "a dog"]) == {"": 1, "a dog": 1}
     with pytest.raises(ValueError, match=one_line("retain='vocabulary'", "emoji, general", ".txt")):
         corpora.prompts("vocabulary")
     with pytest.raises(OSError):
@@ -64,8 +80,11 @@ def test_a_file_of_prompts_and_what_is_none(tmp_path):
 
 
 def test_the_moment_and_its_root():
-    moment = corpora.moment(tools(), TEXTS[:70])  # two batches of prompts
+    moment = corpora.moment(tools(), dict.fromkeys(TEXTS[:70], 2.0))  # two batches of prompts
     np.testing.assert_allclose(moment, second_moment(TEXTS[:70]), rtol=1e-5, atol=1e-4)  # encoded in float32
+    heavy = corpora.moment(tools(), {TEXTS[0]: 3.0, TEXTS[1]: 1.0})
+    expected = 0.75 * second_moment(TEXTS[:1]) + 0.25 * second_moment(TEXTS[1:2])
+    np.testing.assert_allclose(heavy, expected, rtol=1e-5, atol=1e-4)
     rows = np.asarray(corpora.root(moment), float)
     np.testing.assert_allclose(rows.T @ rows, moment, rtol=1e-5, atol=1e-3)
 
@@ -89,13 +108,14 @@ def test_a_moment_is_computed_once_for_its_prompts_and_weights(tmp_path):
 
     params = {"text_encoder": {"a": jnp.ones(3)}}
     known = tools(encode=counted, cache=tmp_path, text_encoders={"text_encoder": None}, params=params)
-    first = corpora.moment(known, TEXTS)
+    first = corpora.moment(known, ONES)
     assert sum(calls) == len(TEXTS)
-    np.testing.assert_array_equal(corpora.moment(known, TEXTS), first)
+    np.testing.assert_array_equal(corpora.moment(known, ONES), first)
     assert sum(calls) == len(TEXTS) and len(list(tmp_path.iterdir())) == 1
-    corpora.moment(dataclasses.replace(known, params={"text_encoder": {"a": jnp.zeros(3)}}), TEXTS)
-    corpora.moment(known, [*TEXTS[1:], "another"])
-    corpora.moment(dataclasses.replace(known, tokens=lambda texts: ids(texts) + 1), TEXTS)
-    assert sum(calls) == 4 * len(TEXTS) and len(list(tmp_path.iterdir())) == 4
-    corpora.moment(known, TEXTS[:3])  # too few for a file
-    assert len(list(tmp_path.iterdir())) == 4
+    corpora.moment(dataclasses.replace(known, params={"text_encoder": {"a": jnp.zeros(3)}}), ONES)
+    corpora.moment(known, dict.fromkeys([*TEXTS[1:], "another"], 1.0))
+    corpora.moment(dataclasses.replace(known, tokens=lambda texts: ids(texts) + 1), ONES)
+    corpora.moment(known, {**ONES, TEXTS[0]: 2.0})
+    assert sum(calls) == 5 * len(TEXTS) and len(list(tmp_path.iterdir())) == 5
+    corpora.moment(known, dict.fromkeys(TEXTS[:3], 1.0))  # too few for a file
+    assert len(list(tmp_path.iterdir())) == 5

@@ -69,6 +69,24 @@ def test_the_folder_of_a_run_that_nobody_named(concept, folder):
     assert str(words.folder_of(concept)) == folder
 
 
+def test_a_list_of_concepts_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my names.txt").write_text("a cat\n\na rose \n")
+    for typed in (["emoji", "@my names.txt"], ["--concept=@my names.txt"], ["--config.concept=@my names.txt"]):
+        ours = parsed(*typed, "--config=emoji_list")
+        assert (ours.config.concept, ours.config.output_dir) == ("a cat; a rose", "runs/my-names")
+    assert parsed("@my names.txt", "-o", "out", "--config=emoji_list").config.output_dir == "out"
+    assert parsed("@").config.concept == "@"
+    (tmp_path / "split.txt").write_text("a cat; a rose")
+    with pytest.raises(ValueError, match=one_line("split.txt", "'a cat; a rose'", "own line")):
+        parsed("@split.txt")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        parsed("@empty.txt")
+    with pytest.raises(FileNotFoundError):
+        parsed("@none.txt")
+
+
 def parsed(*typed: str) -> flags.FlagValues:
     return cli.VERBS["erase"].parse("erase", list(typed))
 

@@ -10,8 +10,9 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,28 +29,33 @@ COMMON = 0.25  # a word in so large a share of the prompts tells none of them ap
 WORTH_A_FILE = 256  # prompts
 
 
-def prompts(name: str) -> list[str]:
-    """The prompts of a corpus, each once.
+def prompts(name: str) -> dict[str, float]:
+    """The prompts of a corpus, and the weight of each.
 
-    name: one of `NAMES`, or a .txt or .csv file. A corpus of the package is {"words": {kind: [...]}, "groups": [{"of":
-    [kind, ...], "templates": [...]}, ...]}: every template of a group, with every combination of its words.
+    name: one of `NAMES`, or a .txt or .csv file, all of whose prompts weigh 1. A corpus of the package is {"words":
+    {kind: [...]}, "groups": [{"of": [kind, ...], "templates": [...], "share": s}, ...]}: every template of a group,
+    with every combination of its words, equal parts of its share; without a share, each prompt weighs 1.
 
     Raises ValueError, or OSError, for another name and a file that cannot be read.
     """
     if name in NAMES:
         corpus = json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))
-        return list(dict.fromkeys(_filled(corpus)))
+        weights: Counter[str] = Counter()
+        for group in corpus["groups"]:
+            filled = list(_filled(group, corpus["words"]))
+            for text in filled:
+                weights[text] += group["share"] / len(filled) if "share" in group else 1
+        return dict(weights)
     path = inputs.expanded(name)
     if path.suffix.lower() not in prompt_files.SUFFIXES:
         raise ValueError(f"retain={name!r} is no corpus: choose one of {', '.join(NAMES)}, or a .txt or .csv file")
-    return list(dict.fromkeys(prompt_files.read(path)))
+    return dict.fromkeys(prompt_files.read(path), 1.0)
 
 
-def _filled(corpus: dict) -> Iterator[str]:
-    for group in corpus["groups"]:
-        for words in itertools.product(*(corpus["words"][kind] for kind in group["of"])):
-            for template in group["templates"]:
-                yield template.format(**dict(zip(group["of"], words, strict=True)))
+def _filled(group: Mapping[str, Any], known: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for words in itertools.product(*(known[kind] for kind in group["of"])):
+        for template in group["templates"]:
+            yield template.format(**dict(zip(group["of"], words, strict=True)))
 
 
 def without(texts: Sequence[str], concepts: Sequence[str]) -> list[str]:
@@ -72,9 +78,15 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ()) -> list[str]:
-    """A corpus without the concepts, and other prompts. Raises ValueError, or OSError, as `prompts` does."""
-    return list(dict.fromkeys([*without(prompts(name), [concept.text for concept in concepts]), *others]))
+def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ()) -> dict[str, float]:
+    """A corpus without the concepts, and other prompts of average weight: prompt -> weight.
+
+    Raises ValueError, or OSError, as `prompts` does.
+    """
+    weights = prompts(name)
+    left = {text: weights[text] for text in without(list(weights), [concept.text for concept in concepts])}
+    average = sum(left.values()) / len(left) if left else 1.0
+    return {**dict.fromkeys(others, average), **left}
 
 
 def root(moment: Float[np.ndarray, "width width"]) -> Float[Array, "width width"]:
@@ -94,29 +106,33 @@ def free_directions(moment: Float[np.ndarray, "width width"], directions: int) -
     return jnp.asarray(vectors[:, :free], jnp.float32)
 
 
-def moment(tools: Tools, texts: Sequence[str]) -> Float[np.ndarray, "width width"]:
-    """The mean over prompts of the sum of c c^T over all of their token vectors c, in float64.
+def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "width width"]:
+    """The weighted mean over prompts of the sum of c c^T over all of their token vectors c, in float64.
 
     Of many prompts it is computed once, and kept in a file under a hash of the text encoders and the prompts.
     """
 
+    texts = list(weights)
+
     def compute() -> dict[str, np.ndarray]:
         total = 0.0
         for start in range(0, len(texts), ENCODED_AT_ONCE):
-            vectors = tools.vectors(tools.encode(texts[start : start + ENCODED_AT_ONCE]))
-            flat = np.asarray(vectors, np.float64).reshape(-1, vectors.shape[-1])
+            some = texts[start : start + ENCODED_AT_ONCE]
+            vectors = np.asarray(tools.vectors(tools.encode(some)), np.float64)
+            roots = np.sqrt([weights[text] for text in some])
+            flat = (roots[:, None, None] * vectors).reshape(-1, vectors.shape[-1])
             total = total + flat.T @ flat
-        return {"moment": total / len(texts)}
+        return {"moment": total / sum(weights.values())}
 
     if len(texts) < WORTH_A_FILE or tools.cache is None:
         return compute()["moment"]
-    return results.kept(tools.cache / f"{_fingerprint(tools, texts)}.npz", compute)["moment"]
+    return results.kept(tools.cache / f"{_fingerprint(tools, weights)}.npz", compute)["moment"]
 
 
-def _fingerprint(tools: Tools, texts: Sequence[str]) -> str:
-    """Of the prompts, their token ids and the text encoders' weights."""
-    known = hashlib.sha256(json.dumps(list(texts)).encode())
-    known.update(np.ascontiguousarray(tools.tokens(texts), np.int64).tobytes())
+def _fingerprint(tools: Tools, weights: Mapping[str, float]) -> str:
+    """Of the prompts, their weights and token ids, and of the text encoders' parameters."""
+    known = hashlib.sha256(json.dumps(dict(weights)).encode())
+    known.update(np.ascontiguousarray(tools.tokens(list(weights)), np.int64).tobytes())
     for component in sorted(tools.text_encoders):
         for name, value in sorted(tools.params[component].items()):
             known.update(f"{name} {value.dtype} {value.shape}".encode())
