@@ -54,7 +54,7 @@ USAGE = "\n".join(
         "Begin with:",
         "  esd-jax demo                                       all of it on the embedded model, in minutes, on a CPU",
         '  esd-jax erase emoji "neon style" -o runs/neon      one erasure, and before and after as a picture',
-        "  esd-jax report runs/neon                           a page of all that is known of it\n",
+        "  esd-jax report runs/neon                           its report, as one page\n",
         "Verbs:",
         *(verb.usage for verb in VERBS.values()),
         '\nBASE is "emoji" (the model in the package), a diffusers folder, a .safetensors file, or a hub id.',

@@ -15,7 +15,7 @@ from esd_jax import inputs, suggest
 from esd_jax.inputs import expanded, finite
 from esd_jax.prompt_files import listed
 
-DETECTOR = "What sees the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
+DETECTOR = "Detector of the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
 WIDEST, NARROWEST, MARGIN = 110, 50, 30  # of --help, in characters: of all, and of the flags' names
 
 
@@ -76,7 +76,7 @@ class Verb:
 
 
 def unknown_flag(flag: str, known: Iterable[str], verb: str = "esd-jax VERB") -> str:
-    """What is wrong with a flag that nobody knows."""
+    """The message for an unknown flag, with the closest known one."""
     close = suggest.closest(flag.lstrip("-"), known)
     hint = f"did you mean --{close}?" if close else f"`{verb} --help` lists the flags"
     return f"unknown flag {flag!r}: {hint}"
@@ -131,7 +131,7 @@ def define_steps(values: flags.FlagValues, default: int | None, text: str) -> No
 
 
 def define_images(values: flags.FlagValues) -> None:
-    """Where images are written, and how they are drawn."""
+    """Where images are written, and how they are generated."""
     flags.DEFINE_string(
         "output", None, "A .png: all images side by side; else a folder of .png files.", flag_values=values
     )
@@ -191,7 +191,7 @@ def model(values: flags.FlagValues, step: int | None = None) -> Any:
 
 
 def define_erased(values: flags.FlagValues) -> None:
-    """What was erased, from what, and where evidence of it is kept."""
+    """What was erased, from what, and where the results are stored."""
     values.set_gnu_getopt(True)  # the models may stand before the flags
     flags.DEFINE_multi_string(
         "model", [], "A run; or BASE ERASED, a delta or diffusers folder; also without --model=.", flag_values=values
@@ -199,14 +199,14 @@ def define_erased(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "concept",
         None,
-        "What was erased, several from the embedded model separated by ','; by default what the model says.",
+        "The erased concept, several of the embedded model separated by ','; by default from the model's records.",
         flag_values=values,
     )
-    flags.DEFINE_string("output", None, "The folder of the evidence; by default RUN/evidence.", flag_values=values)
+    flags.DEFINE_string("output", None, "The folder of the results; by default RUN/evidence.", flag_values=values)
 
 
 def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
-    """(base, erased, the texts of what was erased, the folder of the evidence) that the flags name."""
+    """(base, erased, the texts of what was erased, the folder of the results) that the flags name."""
     from esd_jax import dossier, loading
     from esd_jax.demo import groups
 
@@ -214,7 +214,7 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
         raise ValueError("give a run's folder, or the base and what was erased from it")
     *base, what = values.model
     if not loading.is_run(what) and not values.output:
-        raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
+        raise ValueError(f"--output is required: {what} is no run, whose folder would hold the results")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
@@ -228,7 +228,7 @@ def say(line: str) -> None:
 
 
 def define_question(values: flags.FlagValues, prefix: str = "") -> None:
-    """What tells whether a concept is seen."""
+    """How a concept is detected: the detector, and prompts that ask for the concept."""
     flags.DEFINE_string(f"{prefix}detector", "probe", DETECTOR, flag_values=values)
     flags.DEFINE_string(
         f"{prefix}prompts",
@@ -239,7 +239,7 @@ def define_question(values: flags.FlagValues, prefix: str = "") -> None:
 
 
 def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """Whether a concept is seen: in the prompts of the base's testbed, or those that the flags name."""
+    """Whether a concept is detected: in images of the prompts of the base's testbed, or those that the flags name."""
     from esd_jax.evaluation import seen, testbed
 
     texts = tuple(listed(prompts, "--prompts")) if prompts else ()
@@ -251,7 +251,7 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
 
 
 def metric(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """A model -> (the rate at which the concept is seen, what is kept): see `gather.Metric`."""
+    """A model -> (the concept's detection rate, the retention of everything else): see `gather.Metric`."""
     from esd_jax.evaluation import seen, testbed
 
     bed = testbed.of(base.provenance.source)

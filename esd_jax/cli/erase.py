@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "compile",
         False,
-        "With --dry_run: also compile the step, and print what XLA says of it.",
+        "With --dry_run: also compile the step, and print the memory that XLA plans for it.",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -47,16 +47,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "start_from",
         None,
-        "Weights to train on from: a run, a delta, or a diffusers folder, of a UNet alone or of all.",
+        "Weights to train on from: a run, a delta, or a diffusers folder, of the denoiser alone or of all networks.",
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "pictures", True, "Draw before and after at equal seeds into the run's folder.", flag_values=values
+        "pictures", True, "Generate images before and after, at equal seeds, into the run's folder.", flag_values=values
     )
     flags.DEFINE_float(
-        "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
+        "stop_below", None, "Stop training once the concept's detection rate is this low (0 to 1).", flag_values=values
     )
-    flags.DEFINE_integer("stop_every", 50, "Steps between looks.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("stop_every", 50, "Evaluate every so many steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("stop_images", 40, "Images of each evaluation.", lower_bound=1, flag_values=values)
     common.define_question(values, "stop_")
 
@@ -90,7 +90,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     if not parsed.config and config.get("preserve") and "preserve" not in parsed.fields:
         config.preserve = kinds.fitted(config.to_dict(), several.texts_of(parsed.fields["concept"]))["preserve"]
     typed = [f"--{field}={text}" for field, text in parsed.fields.items()]
-    flags.DEFINE_list("typed", typed, "Internal: the fields that were given.", flag_values=values)
+    flags.DEFINE_list("typed", typed, "Internal: the fields on the command line.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in parsed.fields:
         concept = parsed.fields.get("concept") or config.get("concept")
         parsed.fields["output_dir"] = str(words.folder_of(str(concept or "")))
@@ -109,7 +109,7 @@ def _known() -> tuple[list[str], set[str]]:
 
 
 def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
-    """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
+    """The config for base, kind and method. The line that the run prints about it becomes the flag `chosen`."""
     from esd_jax import api, kinds, loading, several
 
     arch = next((word.partition("=")[2] for word in parsed.rest if word.startswith("--arch=")), "")
@@ -127,7 +127,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
         base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=parsed.kind, fields=parsed.fields
     )
     others = ", ".join(kind for kind in kinds.KINDS if kind != (known or "style"))
-    kind = known or "style, as none is given"
+    kind = known or "style, by default"
     reason = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
     flags.DEFINE_string("chosen", reason, "Internal: why this config.", flag_values=values)
     return name
@@ -214,8 +214,8 @@ def run(values: flags.FlagValues) -> None:
         if values.pictures:
             try:
                 common.say(f"  before and after  {dossier.picture(erased, folder)}")
-            except Exception as error:  # the erasure itself is done, and kept
-                common.say(f"  warning: before and after could not be drawn: {error}")
+            except Exception as error:  # the erasure itself is complete, and stored
+                common.say(f"  warning: the images before and after failed: {error}")
         common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
 
     runs.run(base, plan, start_from=start_from, stop_when=stop, offload_base=stop is None, then=then, **options)
@@ -239,7 +239,7 @@ def _planned(plan: Any) -> Any:
 
 
 def _memory(what: str) -> int | None:
-    """What the first device says of its memory, in bytes; None on CPUs, which say nothing."""
+    """A statistic of the first device's memory, in bytes; None on CPUs, which have none."""
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get(what)
@@ -263,7 +263,7 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
 def _notes() -> str:
     from esd_jax import kinds, recipe_docs
 
-    lines = ["", "What is given beside the flags:"]
+    lines = ["", "Arguments besides the flags:"]
     for name, text in WORDS.items():
         lines += common.entry(name, text)
     lines += ["", "Kinds (--kind):"]

@@ -11,7 +11,7 @@ from esd_jax.inputs import finite
 from esd_jax.prompt_files import file_of, listed
 
 USAGE = """\
-  esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   draw images
+  esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   generate images
                   [--sld=weak|medium|strong|max | --edit="CONCEPT; scale=-5" ...] [--reweight=WORD=FACTOR ...]"""
 
 

@@ -71,7 +71,7 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
-        embedded model draws.
+        embedded model knows.
       concept: the text of what was erased, or the texts; for a testbed's.
 
     Returns (images -> which of them show it, the detector's name).

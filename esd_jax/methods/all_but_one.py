@@ -126,7 +126,7 @@ class AllButOne:
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
-            raise ValueError("images mean nothing to method 'all_but_one', which draws its own")
+            raise ValueError("method 'all_but_one' takes no images: it generates its own")
         orders = {c: instruct(self, c, reader(tools.tokens)) for c in concepts}
         roles = {"concept": lambda c: c.text, "instruction": lambda c: [text for text, _ in orders[c][1:]]}
         bank = make_bank(tools.encode, concepts, roles)

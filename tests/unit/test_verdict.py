@@ -142,8 +142,8 @@ CASES = {
     ),
     "the base does not draw it": (
         (by_name(0, before=1), *FINE), (),
-        "the base itself rarely draws neon style (1 of 20), so 0 of 20 afterwards says little; related and unrelated "
-        "concepts are unharmed; attacks were not tested.",
+        "the base itself rarely generates neon style (1 of 20), so 0 of 20 afterwards says little; related and "
+        "unrelated concepts are unharmed; attacks were not tested.",
     ),
     "gone by name and implied": (
         (by_name(0), implied(0), attack(32), *FINE), (),

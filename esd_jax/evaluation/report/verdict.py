@@ -26,7 +26,7 @@ def sentence(evidence: Evidence) -> str:
     if results.target and outcome.level(results.target) == outcome.ABSENT:
         before, after = (count(e) if e else "" for e in (results.target.before, results.target.after))
         clauses.insert(
-            0, f"the base itself rarely draws {_listed(texts)} ({before}), so {after} afterwards says little"
+            0, f"the base itself rarely generates {_listed(texts)} ({before}), so {after} afterwards says little"
         )
     clauses += _uninformative(results)
     clauses += _price(results, "their" if plural else "its")
