@@ -65,6 +65,7 @@ KEPT = {
     "esd_jax/evaluation/attacks/p4d.py": {"judge_every", "judged_on"},
     "esd_jax/evaluation/gather.py": {"Judge"},
     "esd_jax/evaluation/seen.py": {"judge"},
+    "esd_jax/studio/works.py": {"judge"},
     "launch/benchmarks/device_parts.py": {"seen"},
     "launch/experiments/measure_demo.py": {"seen"},
 }
