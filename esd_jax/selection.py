@@ -1,7 +1,8 @@
-"""Which tensors of a UNet are trained: the named subsets of the papers and their code, and a user's own regex.
+"""Which tensors of a denoiser are trained: the named subsets of the papers and their code, and a user's own regex.
 
-A subset is a rule over tensor names and layouts, so it applies to any UNet (SD 1, SD 2, SDXL, a toy) and allocates
-nothing. Names of rules follow their source; where two sources use one name for two rules, the later carries a prefix.
+A subset is a rule over tensor names and layouts, so it applies to any denoiser whose layers diffusers would name so (SD
+1, SD 2, SDXL, a toy) and allocates nothing. Names of rules follow their source; where two sources use one name for two
+rules, the later carries a prefix.
 """
 
 import re

@@ -222,7 +222,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """Ablating Concepts over one UNet and schedule."""
+    """Ablating Concepts over one denoiser and schedule."""
 
     settings: Ablating
     denoiser: Network

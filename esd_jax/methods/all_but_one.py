@@ -222,7 +222,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """All but One over one UNet and schedule, as the three functions that a training step is made of."""
+    """All but One over one denoiser and schedule, as the three functions that a training step is made of."""
 
     settings: AllButOne
     denoiser: Network

@@ -137,7 +137,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """SDD over one UNet and schedule, as the three functions that a training step is made of."""
+    """SDD over one denoiser and schedule, as the three functions that a training step is made of."""
 
     settings: SDD
     denoiser: Network
