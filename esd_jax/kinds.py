@@ -69,7 +69,8 @@ def config(
       kind: of the concepts, one of `KINDS`; by default `kind_of`'s, or "style".
       fields: of the recipe, as the user gives them; `method` is one of `METHODS`, by default "esd".
 
-    Raises ValueError for an unknown kind or method, or an attribute without the place that it is erased from.
+    Raises ValueError for an unknown kind or method, an attribute without the place that it is erased from, or a method
+    without a recipe for this base and kind.
     """
     method = fields.get("method")
     check(kind, method)
@@ -77,10 +78,24 @@ def config(
         raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
     if method is not None and method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
-    kind = kind or kind_of(source, concepts) or "style"
+    kind, method = kind or kind_of(source, concepts) or "style", method or "esd"
+    name, known = named(source, method, kind, configs), config_names()
+    if name not in known:
+        others = [other for other in METHODS if named(source, other, kind, configs) in known]
+        raise ValueError(
+            f"method {method!r} has no recipe for {source} and kind={kind!r} (methods that have one: "
+            f"{', '.join(others) or 'none'}). To use it with its paper's settings, write a file my.py with two lines, "
+            f"`from esd_jax import recipe` and `get_config = lambda: recipe.preset({method!r})`, and name it as the "
+            "config: --config=my.py, or config='my.py' in Python"
+        )
+    return name
+
+
+def named(source: Any, method: str, kind: str, configs: Callable[[], families.Configs]) -> str:
+    """The name that the config for a base, a method and a kind would have, whether or not it exists; see `config`."""
     if bed := testbed.of(source):
-        return bed.config(method or "esd", kind)
-    if method not in (None, "esd"):
+        return bed.config(method, kind)
+    if method != "esd":
         return own if (own := f"{method}_{kind}") in config_names() else method
     if recipes := RECIPES.get(model(configs())):
         return recipes[kind]

@@ -1,5 +1,6 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -123,12 +124,13 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
         raise ValueError(f"{base} is a run: what it erased is in its model, {base}/model")
     files = {name: parsed.fields[name] for name in ("variant", "revision") if name in parsed.fields}
     known = parsed.kind or kinds.kind_of(base, concepts)
-    name = kinds.config(
-        base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=parsed.kind, fields=parsed.fields
-    )
-    others = ", ".join(kind for kind in kinds.KINDS if kind != (known or "style"))
-    kind = known or "style, by default"
-    reason = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
+    configs = functools.cache(lambda: api.architecture(arch or base, **files)[0])
+    name = kinds.config(base, concepts, configs, kind=parsed.kind, fields=parsed.fields)
+    method = str(parsed.fields.get("method", "esd"))
+    others = [kind for kind in kinds.KINDS if kinds.named(base, method, kind, configs) != name]
+    kind = (known or "style, by default") if others else "any"
+    ways = f"--kind={', '.join(others)}, or --config=NAME, take another" if others else "--config=NAME takes another"
+    reason = f"recipe {name} (kind: {kind}); {ways}"
     flags.DEFINE_string("chosen", reason, "Internal: why this config.", flag_values=values)
     return name
 
