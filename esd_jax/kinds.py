@@ -12,14 +12,8 @@ from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
 from esd_jax.methods import METHODS
+from esd_jax.names import KINDS, check_kind
 
-KINDS = {
-    "style": "an artist's hand, or another style",
-    "object": "a thing or an animal, whether or not a prompt names it",
-    "person": "a person's likeness",
-    "nudity": "nudity, which prompts rarely name",
-    "attribute": "what something has, there and nowhere else (with from_)",
-}
 # Family -> kind -> config: cross-attention where prompts name the concept, the rest of the network where they may not.
 RECIPES: Mapping[str, Mapping[str, str]] = {
     "SD 1": {kind: f"sd14_{kind}" for kind in KINDS},
@@ -28,12 +22,6 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")
-
-
-def check(kind: str | None, method: str | None = None) -> None:
-    """Raises ValueError, with the closest known one, for an unknown kind; a method may have more of them."""
-    if kind is not None and kind not in KINDS and f"{method}_{kind}" not in config_names():
-        raise ValueError(f"kind={kind!r} is unknown; {suggest.did_you_mean(kind, KINDS)}")
 
 
 def kind_of(source: Any, concepts: Sequence[str]) -> str | None:
@@ -73,7 +61,7 @@ def config(
     without a recipe for this base and kind.
     """
     method = fields.get("method")
-    check(kind, method)
+    check_kind(kind, method)
     if kind == "attribute" and not fields.get("from_"):
         raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
     if method is not None and method not in METHODS:

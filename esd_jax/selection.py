@@ -102,6 +102,19 @@ SUBSETS: dict[str, Subset] = {
 }
 
 
+def check(subset: str, subsets: Mapping[str, Subset] = SUBSETS) -> None:
+    """Raises ValueError for an unknown subset, with the closest known one, and for a pattern that is none."""
+    if subset.startswith(REGEX):
+        try:
+            re.compile(subset.removeprefix(REGEX))
+        except re.error as error:
+            raise ValueError(f"subset {subset!r} is not a regular expression: {error}") from None
+    elif subset not in subsets:
+        close = closest(subset, subsets)
+        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(subsets)}, or {REGEX}PATTERN"
+        raise ValueError(f"unknown subset {subset!r}: {hint}")
+
+
 def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset] = SUBSETS) -> tuple[str, ...]:
     """The names of a subset's tensors, in the network's order.
 
@@ -113,18 +126,12 @@ def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset
     Raises:
       ValueError: the subset is unknown, its pattern is not a regular expression, or it has no tensor of this network.
     """
+    check(subset, subsets)
     if subset.startswith(REGEX):
-        try:
-            pattern = re.compile(subset.removeprefix(REGEX))
-        except re.error as error:
-            raise ValueError(f"subset {subset!r} is not a regular expression: {error}") from None
+        pattern = re.compile(subset.removeprefix(REGEX))
         names = tuple(name for name in layouts if pattern.search(name))
-    elif subset in subsets:
-        names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     else:
-        close = closest(subset, subsets)
-        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(subsets)}, or {REGEX}PATTERN"
-        raise ValueError(f"unknown subset {subset!r}: {hint}")
+        names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     if not names:
         raise ValueError(f"subset {subset!r} selects no tensor of this denoiser")
     return names

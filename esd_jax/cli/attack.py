@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 from esd_jax.prompt_files import listed
 
@@ -61,4 +61,4 @@ def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
     return settings
 
 
-VERB = Verb(USAGE, define, run, positional="model")
+VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)

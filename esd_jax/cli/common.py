@@ -26,6 +26,7 @@ class Verb:
     usage: how it is written, for --help. examples: commands, on top of its own --help. notes: what that ends with.
     define: makes its flags. run: carries out what their values say.
     prepare: takes what are no plain flags out of the arguments, before the rest is parsed.
+    check_words: checks the arguments before JAX is imported; check: or the flags' values, of a verb without `prepare`.
     positional: the flag whose values may also stand alone. computes: whether it runs a network.
     """
 
@@ -33,6 +34,8 @@ class Verb:
     define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], None]
     prepare: Callable[[flags.FlagValues, list[str]], list[str]] = lambda _, argv: argv
+    check_words: Callable[[flags.FlagValues, list[str]], None] | None = None
+    check: Callable[[flags.FlagValues], None] | None = None
     positional: str | None = None
     computes: bool = True
     examples: tuple[str, ...] = ()
@@ -43,6 +46,13 @@ class Verb:
         values = flags.FlagValues()
         self.define(values)
         return values
+
+    def check_early(self, name: str, argv: list[str]) -> None:
+        """Checks what needs no JAX. Raises ValueError, OSError, or flags.Error, in one line."""
+        if self.check_words:
+            self.check_words(self.defined(), list(argv))
+        elif self.check:
+            self.check(self.parse(name, list(argv)))
 
     def help(self) -> str:
         """The usage, and a line or more for each flag."""

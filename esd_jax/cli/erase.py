@@ -1,16 +1,14 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
 import functools
-import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from esd_jax import selection
-from esd_jax.cli import common, words
+from esd_jax import names, selection
+from esd_jax.cli import common, early, words
 from esd_jax.cli.common import Verb
 from esd_jax.cli.export import FORMATS, chosen
 from esd_jax.inputs import expanded
@@ -67,13 +65,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
 
     folder: whether the verb keeps a run's folder, which is then named after the concept where nobody names it.
     """
-    parsed = words.read(argv, values, *_known())
-    words.place(parsed)
-    words.fill(parsed)
-    if folder:
-        _check_folder(parsed)
-    if not parsed.fields.get("output_dir", "runs").strip():
-        raise ValueError("the run's folder is empty: -o DIR names it")
+    parsed = early.read(values, argv, folder)
     from esd_jax import kinds, recipe, several
 
     if "method" in parsed.fields:
@@ -101,14 +93,6 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     return [*parsed.rest, *fields]
 
 
-def _known() -> tuple[list[str], set[str]]:
-    """The names of all recipe fields, and of those that are switches."""
-    from esd_jax import recipe
-
-    types = recipe.field_types()
-    return list(types), {name for name, kind in types.items() if kind is bool}
-
-
 def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
     """The config for base, kind and method. The line that the run prints about it becomes the flag `chosen`."""
     from esd_jax import api, kinds, loading, several
@@ -127,41 +111,12 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
     configs = functools.cache(lambda: api.architecture(arch or base, **files)[0])
     name = kinds.config(base, concepts, configs, kind=parsed.kind, fields=parsed.fields)
     method = str(parsed.fields.get("method", "esd"))
-    others = [kind for kind in kinds.KINDS if kinds.named(base, method, kind, configs) != name]
+    others = [kind for kind in names.KINDS if kinds.named(base, method, kind, configs) != name]
     kind = (known or "style, by default") if others else "any"
     ways = f"--kind={', '.join(others)}, or --config=NAME, take another" if others else "--config=NAME takes another"
     reason = f"recipe {name} (kind: {kind}); {ways}"
     flags.DEFINE_string("chosen", reason, "Internal: why this config.", flag_values=values)
     return name
-
-
-def _check_folder(parsed: words.Words) -> None:
-    """Raises FileExistsError for a run's folder that is there, before anything is loaded."""
-    from esd_jax.training import run_folder
-
-    concept = parsed.fields.get("concept")
-    named = parsed.fields.get("output_dir") or (None if parsed.config or not concept else words.folder_of(concept))
-    if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in parsed.rest}:
-        return
-    folder = expanded(named)
-    try:
-        taken = bool(run_folder.contents(folder))
-    except OSError:  # of a name that is too long, or a folder that nobody may read; the run says it in its own words
-        return
-    if taken:
-        known = run_folder.is_run(folder)
-        ways = "--resume continues it, --overwrite replaces it, " if known else "it is no run of ours; "
-        ways += "-o names another"
-        raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
-
-
-def _what(folder: Path) -> str:
-    """What a folder holds that is in the way."""
-    try:
-        fields = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-        return f"is a run that erased {fields['concept']!r} from {fields['base']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "exists"
 
 
 def run(values: flags.FlagValues) -> None:
@@ -263,13 +218,13 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
 
 
 def _notes() -> str:
-    from esd_jax import kinds, recipe_docs
+    from esd_jax import recipe_docs
 
     lines = ["", "Arguments besides the flags:"]
     for name, text in WORDS.items():
         lines += common.entry(name, text)
     lines += ["", "Kinds (--kind):"]
-    for name, text in kinds.KINDS.items():
+    for name, text in names.KINDS.items():
         lines += common.entry(name, text)
     lines += [
         "",
@@ -297,4 +252,4 @@ EXAMPLES = (
     'esd-jax erase emoji "neon style"',
     'esd-jax erase CompVis/stable-diffusion-v1-4 "Van Gogh" --kind=style -o runs/van_gogh --export=lora',
 )
-VERB = Verb(USAGE, define, run, prepare=define_config, examples=EXAMPLES, notes=_notes)
+VERB = Verb(USAGE, define, run, prepare=define_config, check_words=early.check_recipe, examples=EXAMPLES, notes=_notes)

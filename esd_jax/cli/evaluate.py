@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
@@ -85,4 +85,4 @@ def run(values: flags.FlagValues) -> None:
     print(f"results {output}")
 
 
-VERB = Verb(USAGE, define, run, positional="model")
+VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)

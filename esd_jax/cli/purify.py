@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 
 USAGE = """\
@@ -87,4 +87,4 @@ def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:
     return "\n".join(lines)
 
 
-VERB = Verb(USAGE, define, run, positional="image")
+VERB = Verb(USAGE, define, run, positional="image", check=early.check_models)

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import common, erase
+from esd_jax.cli import common, early, erase
 from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
@@ -92,5 +92,6 @@ VERB = Verb(
     define,
     run,
     prepare=functools.partial(erase.define_config, folder=False),
+    check_words=functools.partial(early.check_recipe, folder=False),
     examples=('esd-jax tune emoji "neon style" --grid="eta=0.5,1" --steps=100,200 --output=out/tune',),
 )

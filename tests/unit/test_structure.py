@@ -18,7 +18,7 @@ FLOORS = [
     {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
     {"params"},
     {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
-    {"families"},
+    {"families", "names"},
     {"erasing", "pipeline"},
     {"methods"},
     {"conditionings"},
@@ -65,7 +65,6 @@ KEPT = {
     "esd_jax/evaluation/attacks/p4d.py": {"judge_every", "judged_on"},
     "esd_jax/evaluation/gather.py": {"Judge"},
     "esd_jax/evaluation/seen.py": {"judge"},
-    "esd_jax/studio/works.py": {"judge"},
     "launch/benchmarks/device_parts.py": {"seen"},
     "launch/experiments/measure_demo.py": {"seen"},
 }
