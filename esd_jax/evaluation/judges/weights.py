@@ -85,8 +85,7 @@ def fetch(pickled: Pickled, path: Path) -> None:
     """
     way = f"curl -L --create-dirs -o {shlex.quote(str(path))} {pickled.url}, or {pickled.fix}"
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise OSError("HF_HUB_OFFLINE is set")
+        check_online()
         with urllib.request.urlopen(pickled.url, timeout=30) as answer:
             content = answer.read()
     except OSError as error:
@@ -97,6 +96,12 @@ def fetch(pickled: Pickled, path: Path) -> None:
     check(pickled, content, pickled.url)
     with replacing(path) as partial:
         partial.write_bytes(content)
+
+
+def check_online() -> None:
+    """Raises OSError where the user forbids downloads, as the hub's own library understands it."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("HF_HUB_OFFLINE is set")
 
 
 def check(pickled: Pickled, content: bytes, source: str) -> str:
@@ -139,8 +144,14 @@ def keep(pickled: Pickled, path: Path, read: Callable[[bytes], Mapping[str, np.n
     """
     if not path.is_file():
         raise ValueError(f"{pickled.title}: there is no {path}: {pickled.fix}")
-    content = path.read_bytes()
-    digest = check(pickled, content, str(path))
+    return keep_content(pickled, path.read_bytes(), str(path), read, folder)
+
+
+def keep_content(
+    pickled: Pickled, content: bytes, source: str, read: Callable[[bytes], Mapping[str, np.ndarray]], folder: Path
+) -> Path:
+    """`keep` for the bytes of a pickle. source: what messages call them."""
+    digest = check(pickled, content, source)
     tensors = {name: np.array(array, order="C") for name, array in read(content).items()}
     folder.mkdir(parents=True, exist_ok=True)
     copy = kept(pickled, folder)
