@@ -56,7 +56,8 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
     else:
         names.check_kind(parsed.kind, method)
     for name, text in parsed.fields.items():
-        words.check_type(name, text, types[name])
+        if name in types:  # others, behind --config., are refused with the fields of their method
+            words.check_type(name, text, types[name])
     base = parsed.fields.get("base", None if parsed.config else words.EMBEDDED)
     subset = parsed.fields.get("subset")
     if base == words.EMBEDDED and subset is not None:  # other families may have subsets of their own
@@ -76,7 +77,6 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
 
 def check_models(values: flags.FlagValues) -> None:
     """Checks the models that a verb opens, its detector and its output. Raises ValueError or OSError."""
-    common.check_numbers(values)
     if "overwrite" in values and "height" in values:  # images
         common.output(values)
     if "run" in values and values.run and not run_folder.is_run(expanded(values.run)):

@@ -305,10 +305,8 @@ def test_absent_weights_are_one_line(own_cache, tmp_path, monkeypatch):
 def test_weights_are_downloaded_once_and_only_if_they_are_what_their_name_says(own_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    published = tmp_path / "published.pth"
-    published.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    for sha256 in (digest[:8], digest):
+    (published := tmp_path / "published.pth").write_bytes(b"weights")
+    for sha256 in ((digest := hashlib.sha256(b"weights").hexdigest())[:8], digest):
         pickled = weights.Pickled("a network", f"{sha256}.pth", sha256, "ask elsewhere", published.as_uri())
         networks.ensure(pickled)
         assert networks._hub(pickled).read_bytes() == b"weights"
