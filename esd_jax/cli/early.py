@@ -72,7 +72,7 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
         check_source(values.start_from)
     prefix = "stop_" if "stop_detector" in values else ""
     if not prefix or values.stop_below is not None:
-        check_detector(values[f"{prefix}detector"].value)
+        check_detector(str(values[f"{prefix}detector"].value))
 
 
 def check_models(values: flags.FlagValues) -> None:
