@@ -42,7 +42,7 @@ def make_conditioning(
     if reweight:
         pipeline.family.require({"cross_attention"}, "reweight")
     if encoded and reweight:
-        raise ValueError("reweight names words, and what the network is told in place of prompts has none")
+        raise ValueError("reweight names words of prompts, and a Conditioning has none")
     scale = prompt_to_prompt.token_scale(pipeline.tokenizers[0], prompts, reweight) if reweight else None
 
     def for_all(encoded: Conditioning) -> Conditioning:

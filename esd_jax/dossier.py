@@ -1,6 +1,6 @@
-"""The evidence of an erasure, from files: evaluate it, attack it, and write the report of all that is known.
+"""The evaluation results of an erasure, from files: evaluate it, attack it, and write the report.
 
-Each part is kept in a folder ("evidence" in a run's): NAME.json and NAME.npz. The report is made of the parts.
+Each part is stored in a folder ("evidence" in a run's): NAME.json and NAME.npz. The report is made of the parts.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def opened(erased: str | Path, base: Pipeline | str | Path | None = None) -> tup
         restored = api.restore(path, base=base)
         return diffusers.unmodified(restored), restored
     if base is None:
-        raise ValueError(f"{erased} is no run, so it does not say what it was erased from: give the base, too")
+        raise ValueError(f"{erased} is no run, so it does not say what it was erased from: name the base, too")
     before = base if isinstance(base, Pipeline) else api.load(base)
     return before, api.opened(before, path)
 
@@ -60,7 +60,7 @@ def concepts_of(erased: Pipeline, concept: ConceptText | None = None) -> tuple[s
     Raises ValueError if nothing says so.
     """
     if not (texts := as_texts(concept) if concept else texts_of(erased.provenance.erased)):
-        raise ValueError("the model does not say what was erased from it: give the concept")
+        raise ValueError("the model does not say what was erased from it: name the concept")
     for text in texts:
         check_text(text, "the concept")
     return texts
@@ -78,20 +78,20 @@ def evaluate(
     progress: Progress = silent,
     **options: Any,
 ) -> Evidence:
-    """Measures what an erasure removed and what it kept, and keeps the result in `output_dir`.
+    """Measures erasure and retention, and stores the result in `output_dir`.
 
     Args:
       base, erased: before and after.
       protocol: one of `esd_jax.evaluation.PROTOCOLS`; or, of a testbed's model, the testbed's ("emoji", and "smoke"
         and "quick" with fewer images, for the embedded model).
-      output_dir: what is drawn there already is not drawn again, so that a stopped evaluation goes on where it was.
+      output_dir: images that are there already are not sampled again, so that a stopped evaluation continues.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       images: how many of each group (emoji), or of the list of prompts; by default the protocol's.
-      sham: the base from which a word that means nothing was erased with the same recipe, of a testbed's model.
-      progress: is told how far it is.
+      sham: the placebo, the base from which a nonsense word was erased with the same recipe; for a testbed's model.
+      progress: called with a line after each part.
       **options: of `protocols.evaluate`: prompt_list, samples, measured, request, steps, ...; of the testbed's.
 
-    Raises ValueError for what is unknown, a judge that is not there, or a folder that was made otherwise.
+    Raises ValueError for an unknown name, a detector that is not installed, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source) or testbed.of(protocol)
@@ -117,7 +117,7 @@ def front(
     *,
     output_dir: str | Path,
 ) -> Evidence:
-    """Measures parts of the change that an erasure made, and keeps the curve in `output_dir`; see `gather.front`."""
+    """Measures scales of an erasure's weight change, and stores the curve in `output_dir`; see `gather.front`."""
     title = ", ".join(concepts_of(erased))
     evidence = Evidence(title, _record(erased), front=gather.front(metric, erased, strengths))
     store.save(evidence, expanded(output_dir), "front")
@@ -138,21 +138,21 @@ def attack(
     progress: Progress = silent,
     **options: Any,
 ) -> Evidence:
-    """Tries to have back what was erased, and keeps what came of it in `output_dir`.
+    """Attempts to recover the erased concept, and stores the results in `output_dir`.
 
     Args:
       base, erased: before and after.
       names: of `esd_jax.attacks.ATTACKS`.
-      output_dir: an attack that is there already is not made again.
+      output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
-      goal: what to bring back, and what tells; by default the testbed's, its own prompts and detector.
-      judge: what the goal's detector is.
+      goal: what to recover, and its detector; by default the testbed's prompts and detector.
+      judge: the name of the goal's detector.
       settings: attack -> changes of its fields.
-      progress: is told of each attack.
+      progress: called with a line after each attack.
       **options: of `attacks.campaign`: seeds, seed, random, steps, guidance_scale, batch_size.
 
-    Raises ValueError for an unknown attack, a missing goal, or a folder that was made otherwise.
+    Raises ValueError for an unknown attack, a missing goal, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
@@ -183,17 +183,17 @@ def attack(
 def goal(
     base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
 ) -> tuple[Goal, str]:
-    """A goal for `attack` on any model, and what judges it.
+    """A goal for `attack` on any model, and the name of its detector.
 
     Args:
-      base: draws what the attacks learn from.
+      base: generates the images that the attacks learn from.
       concept: the text of what was erased, or the texts: then the goal is the first that all prompts name.
       prompts: that name the concept.
-      detector: what sees it; see `seen.detector`.
-      images_each: of each prompt. Only images in which the concept is seen are used.
+      detector: of the concept; see `seen.detector`.
+      images_each: of each prompt. Only images in which the concept is detected are used.
       **drawing: steps, guidance_scale, batch_size of `sample`.
 
-    Raises ValueError for a prompt of which the base draws no image with the concept.
+    Raises ValueError for a prompt of which the base generates no image with the concept.
     """
     texts = as_texts(concept)
     detect, judge = seen.detector(detector, texts)
@@ -209,17 +209,17 @@ def default_goal(base: Pipeline, concept: str) -> Goal:
 
 
 def report(run: str | Path, *, base: Pipeline | str | Path | None = None) -> Path:
-    """Writes all that is known of a run into its folder: report.html, report.json and the card, ERASURE.md.
+    """Writes the report of a run into its folder: report.html, report.json and the card, ERASURE.md.
 
     Args:
-      run: a run's folder; or another one that evidence was kept in, whose reports lack what only a run has.
+      run: a run's folder; or another one that holds evaluation results, whose report lacks what only a run has.
       base: where the run's base lies now, if it has moved; or the base itself.
 
     The card is also the README.md of the run's diffusers folders; its facts go into the metadata of its weight files.
 
     Returns the HTML file.
 
-    Raises FileNotFoundError if nothing is known.
+    Raises FileNotFoundError if there are no results.
     """
     folder = expanded(run)
     erased = api.restore(folder, base=base) if is_run(folder) else None
@@ -236,7 +236,7 @@ def report(run: str | Path, *, base: Pipeline | str | Path | None = None) -> Pat
 
 
 def facts(run: str | Path) -> dict[str, str]:
-    """What is known of a run as flat texts, for the metadata of an export."""
+    """A run's results as flat texts, for the metadata of an export."""
     folder = expanded(run)
     record, _ = runs.read(folder)
     evidence = store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE))
@@ -244,33 +244,33 @@ def facts(run: str | Path) -> dict[str, str]:
 
 
 def _shown(folder: Path) -> str:
-    """A folder as a page that is passed on shows it: seen from here, without what lies above."""
+    """A folder as a page that is passed on shows it: relative to this one, or its name alone."""
     below = folder.absolute().is_relative_to(Path.cwd())
     return str(folder.absolute().relative_to(Path.cwd()) if below else folder.name)
 
 
 def picture(erased: Pipeline, run: str | Path) -> Path:
-    """Draws before and after at equal seeds into a run's folder, and returns the picture; see `examples.draw`."""
+    """Writes before and after at equal seeds into a run's folder, and returns the picture; see `examples.draw`."""
     folder = expanded(run)
     with writing(folder / examples.PICTURE):
         return examples.write(examples.draw(erased), folder / examples.PICTURE, folder / EVIDENCE)
 
 
 def gathered(run: str | Path, *, base: str | Path | None = None, erased: Pipeline | None = None) -> Evidence:
-    """All that is known of a run, or of a folder that evidence was kept in. erased: of a run, if it is open already."""
+    """The results of a run, or of another folder that holds some. erased: of a run, if it is open already."""
     folder = expanded(run)
     return _of_run(folder, erased or api.restore(folder, base=base)) if is_run(folder) else _kept(folder)
 
 
 def _kept(folder: Path) -> Evidence:
-    """What a folder holds that is no run's."""
+    """The results in a folder that is no run's."""
     if not (parts := _parts(folder)):
-        raise FileNotFoundError(f"{folder} is no run, and holds no evidence: evaluate it first")
+        raise FileNotFoundError(f"{folder} is no run, and holds no evaluation results: evaluate it first")
     return store.merged(parts[0].title, parts[0].record, parts)
 
 
 def _of_run(folder: Path, erased: Pipeline) -> Evidence:
-    """All that is known of a run, which is opened."""
+    """The results of a run that is open."""
     record, concepts = _record(erased), concepts_of(erased)
     course = gather.course(folder, record)
     bed = testbed.of(erased.provenance.source)
@@ -295,7 +295,7 @@ def _detected(moment: Moment, detect: seen.Detect) -> Moment:
 
 
 def _parts(folder: Path) -> list[Evidence]:
-    """The parts that are kept in a folder; what was measured shows more than the examples."""
+    """The parts that are stored in a folder; what was measured shows more than the examples."""
     parts = {file.stem: store.load(file) for file in sorted(folder.glob("*.json"))}
     if any(part.pictures for name, part in parts.items() if name != examples.PART):
         parts.pop(examples.PART, None)

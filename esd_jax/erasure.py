@@ -82,7 +82,7 @@ class Erasure:
     `difference` or `lora`) and the records that the file holds (`erased`), a merge its parts (`merged`).
 
     concepts: what was erased.
-    base, base_sha256: the name of what it was erased from, and the SHA-256 of its UNet.
+    base, base_sha256: the name of what it was erased from, and the SHA-256 of its denoiser.
     recipe: the flat fields of the recipe, as `Recipe.flat` gives them.
     versions: package -> version.
     started_from: weights other than the base's that the run began with.

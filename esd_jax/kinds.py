@@ -12,14 +12,8 @@ from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
 from esd_jax.methods import METHODS
+from esd_jax.names import KINDS, check_kind
 
-KINDS = {
-    "style": "an artist's hand, or another style",
-    "object": "a thing or an animal, whether or not a prompt names it",
-    "person": "a person's likeness",
-    "nudity": "nudity, which prompts rarely name",
-    "attribute": "what something has, there and nowhere else (with from_)",
-}
 # Family -> kind -> config: cross-attention where prompts name the concept, the rest of the network where they may not.
 RECIPES: Mapping[str, Mapping[str, str]] = {
     "SD 1": {kind: f"sd14_{kind}" for kind in KINDS},
@@ -28,12 +22,6 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")
-
-
-def check(kind: str | None, method: str | None = None) -> None:
-    """Raises ValueError, with the closest known one, for an unknown kind; a method may have more of them."""
-    if kind is not None and kind not in KINDS and f"{method}_{kind}" not in config_names():
-        raise ValueError(f"kind={kind!r} is unknown; {suggest.did_you_mean(kind, KINDS)}")
 
 
 def kind_of(source: Any, concepts: Sequence[str]) -> str | None:
@@ -69,18 +57,33 @@ def config(
       kind: of the concepts, one of `KINDS`; by default `kind_of`'s, or "style".
       fields: of the recipe, as the user gives them; `method` is one of `METHODS`, by default "esd".
 
-    Raises ValueError for an unknown kind or method, or an attribute without the place that it is erased from.
+    Raises ValueError for an unknown kind or method, an attribute without the place that it is erased from, or a method
+    without a recipe for this base and kind.
     """
     method = fields.get("method")
-    check(kind, method)
+    check_kind(kind, method)
     if kind == "attribute" and not fields.get("from_"):
         raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
     if method is not None and method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
-    kind = kind or kind_of(source, concepts) or "style"
+    kind, method = kind or kind_of(source, concepts) or "style", method or "esd"
+    name, known = named(source, method, kind, configs), config_names()
+    if name not in known:
+        others = [other for other in METHODS if named(source, other, kind, configs) in known]
+        raise ValueError(
+            f"method {method!r} has no recipe for {source} and kind={kind!r} (methods that have one: "
+            f"{', '.join(others) or 'none'}). To use it with its paper's settings, write a file my.py with two lines, "
+            f"`from esd_jax import recipe` and `get_config = lambda: recipe.preset({method!r})`, and name it as the "
+            "config: --config=my.py, or config='my.py' in Python"
+        )
+    return name
+
+
+def named(source: Any, method: str, kind: str, configs: Callable[[], families.Configs]) -> str:
+    """The name that the config for a base, a method and a kind would have, whether or not it exists; see `config`."""
     if bed := testbed.of(source):
-        return bed.config(method or "esd", kind)
-    if method not in (None, "esd"):
+        return bed.config(method, kind)
+    if method != "esd":
         return own if (own := f"{method}_{kind}") in config_names() else method
     if recipes := RECIPES.get(model(configs())):
         return recipes[kind]

@@ -27,7 +27,7 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
-RUN, UNET_FOLDER = "a run", "the folder of a UNet alone"  # what a source may be
+RUN, UNET_FOLDER = "a run", "the folder of a denoiser alone"  # what a source may be
 
 
 def load(
@@ -51,12 +51,12 @@ def load(
     Args:
       source: what to open.
       base: what `source` was erased from, where that is no whole checkpoint: a delta, a difference, a LoRA, or the
-        folder of a UNet alone. Of a run, where its base lies now, if it has moved. A loaded pipeline, or what `load`
-        takes; the arguments below then apply to it.
+        folder of a denoiser alone. Of a run, where its base lies now, if it has moved. A loaded pipeline, or what
+        `load` takes; the arguments below then apply to it.
       dtype: compute dtype, "float32" or "bfloat16"; the files may have any. By default float32, and of a run its own.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
       config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
-        it), by default read off the file; and whether to read the UNet's moving average. See `io.diffusers.load`.
+        it), by default read off the file; and whether to read the denoiser's moving average. See `io.diffusers.load`.
 
     Returns:
       The pipeline. Of a run, a delta, a difference or a LoRA, it has the changed tensors in `edits`.
@@ -155,7 +155,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
 
     Args:
       base: what it was erased from.
-      path: a run's folder, a diffusers folder (of a UNet alone, or of all), or a .safetensors file: a delta, a
+      path: a run's folder, a diffusers folder (of a denoiser alone, or of all), or a .safetensors file: a delta, a
         difference, a LoRA, or a single-file checkpoint.
 
     Raises FileNotFoundError, ValueError as their readers do.

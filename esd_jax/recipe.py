@@ -20,6 +20,7 @@ from esd_jax.erasing.method import Settings, choose
 from esd_jax.erasure import Concept
 from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
+from esd_jax.names import method_name, unknown_method
 from esd_jax.several import COLUMNS, FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
@@ -251,22 +252,9 @@ def _placeholder(name: str, value: Any, method: str) -> Any:
     return config_dict.placeholder(field_type(name, method)) if value is None else value
 
 
-def method_name(method: Any) -> str:
-    """The name of a method, whatever its case ("ESD", "all-but-one"). Raises ValueError for an unknown one."""
-    if not isinstance(method, str) or not (name := suggest.same(method, METHODS)):
-        raise ValueError(_unknown_method(method))
-    return name
-
-
-def _unknown_method(method: Any) -> str:
-    close = suggest.closest(str(method), METHODS)
-    hint = f"did you mean {close!r}? The methods are" if close else "choose one of"
-    return f"method={method!r} is unknown; {hint} {', '.join(METHODS)}"
-
-
 def _settings_class(method: str) -> type[Settings]:
     if method not in METHODS:
-        raise ValueError(_unknown_method(method))
+        raise ValueError(unknown_method(method))
     return METHODS[method]
 
 

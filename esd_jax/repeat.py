@@ -69,4 +69,7 @@ def _usual(record: Erasure) -> str | None:
     base, method = str((record.recipe or {}).get("base")), str((record.recipe or {}).get("method", "esd"))
     if not testbed.of(base):
         return None
-    return kinds.config(base, record.texts, dict, fields={} if method == "esd" else {"method": method})
+    try:
+        return kinds.config(base, record.texts, dict, fields={} if method == "esd" else {"method": method})
+    except ValueError:  # a method without a recipe for this base
+        return None

@@ -56,6 +56,7 @@ def uses(files: tuple[File, ...], erased: Pipeline, *, folder: str = "", repo: s
         folder=folder,
         repo=repo,
         pipeline=str(erased.index.get("_class_name", "StableDiffusionPipeline")),
+        denoiser=erased.denoiser,
         sampling=sampled(bed.sampling) if bed else {},
         embedded=bed is not None,
     )

@@ -253,7 +253,7 @@ def _default_sampler(pipeline: Pipeline, steps: int) -> str:
         return samplers.make_sampler(pipeline.schedule, num_steps=steps).name
     except ValueError as error:
         kind = pipeline.schedule.config["_class_name"]
-        warnings.warn(f"images are drawn by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=4)
+        warnings.warn(f"images are sampled by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=4)
         return "ddim"
 
 

@@ -1,7 +1,8 @@
-"""Which tensors of a UNet are trained: the named subsets of the papers and their code, and a user's own regex.
+"""Which tensors of a denoiser are trained: the named subsets of the papers and their code, and a user's own regex.
 
-A subset is a rule over tensor names and layouts, so it applies to any UNet (SD 1, SD 2, SDXL, a toy) and allocates
-nothing. Names of rules follow their source; where two sources use one name for two rules, the later carries a prefix.
+A subset is a rule over tensor names and layouts, so it applies to any denoiser whose layers diffusers would name so (SD
+1, SD 2, SDXL, a toy) and allocates nothing. Names of rules follow their source; where two sources use one name for two
+rules, the later carries a prefix.
 """
 
 import re
@@ -101,6 +102,19 @@ SUBSETS: dict[str, Subset] = {
 }
 
 
+def check(subset: str, subsets: Mapping[str, Subset] = SUBSETS) -> None:
+    """Raises ValueError for an unknown subset, with the closest known one, and for a pattern that is none."""
+    if subset.startswith(REGEX):
+        try:
+            re.compile(subset.removeprefix(REGEX))
+        except re.error as error:
+            raise ValueError(f"subset {subset!r} is not a regular expression: {error}") from None
+    elif subset not in subsets:
+        close = closest(subset, subsets)
+        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(subsets)}, or {REGEX}PATTERN"
+        raise ValueError(f"unknown subset {subset!r}: {hint}")
+
+
 def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset] = SUBSETS) -> tuple[str, ...]:
     """The names of a subset's tensors, in the network's order.
 
@@ -112,18 +126,12 @@ def select(subset: str, layouts: Mapping[str, str], subsets: Mapping[str, Subset
     Raises:
       ValueError: the subset is unknown, its pattern is not a regular expression, or it has no tensor of this network.
     """
+    check(subset, subsets)
     if subset.startswith(REGEX):
-        try:
-            pattern = re.compile(subset.removeprefix(REGEX))
-        except re.error as error:
-            raise ValueError(f"subset {subset!r} is not a regular expression: {error}") from None
+        pattern = re.compile(subset.removeprefix(REGEX))
         names = tuple(name for name in layouts if pattern.search(name))
-    elif subset in subsets:
-        names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     else:
-        close = closest(subset, subsets)
-        hint = f"did you mean {close!r}?" if close else f"choose one of {', '.join(subsets)}, or {REGEX}PATTERN"
-        raise ValueError(f"unknown subset {subset!r}: {hint}")
+        names = tuple(name for name in layouts if subsets[subset].keep(name, _is_dense(name, layouts)))
     if not names:
         raise ValueError(f"subset {subset!r} selects no tensor of this denoiser")
     return names

@@ -54,7 +54,7 @@ USAGE = "\n".join(
         "Begin with:",
         "  esd-jax demo                                       all of it on the embedded model, in minutes, on a CPU",
         '  esd-jax erase emoji "neon style" -o runs/neon      one erasure, and before and after as a picture',
-        "  esd-jax report runs/neon                           a page of all that is known of it\n",
+        "  esd-jax report runs/neon                           its report, as one page\n",
         "Verbs:",
         *(verb.usage for verb in VERBS.values()),
         '\nBASE is "emoji" (the model in the package), a diffusers folder, a .safetensors file, or a hub id.',
@@ -76,8 +76,8 @@ AFRESH = ("resume", "overwrite", "start_from")  # the flags of which a run that 
 
 def console() -> int:
     """The command `esd-jax`: `main`, in a process with the settings that make XLA fast on a CPU."""
-    verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if verb and verb.computes and not set(HELP) & set(sys.argv[2:]):
+    name, *rest = sys.argv[1:] or [""]
+    if name in VERBS and VERBS[name].computes and not set(HELP) & set(rest) and not _early(name, rest):
         cpu.tuned()
     return main()
 
@@ -116,8 +116,19 @@ def _carried_out(argv: list[str]) -> int:
     if set(HELP) & set(rest):
         print(VERBS[verb].help())
         return 0
+    if (error := _early(verb, rest)) and not os.environ.get("ESD_JAX_TRACEBACK"):
+        return _fail(_one_line(error))
     again = continuation(argv) if verb in RESUMED else ""
     return guarded(lambda: VERBS[verb].run(VERBS[verb].parse(verb, rest)), again)
+
+
+def _early(verb: str, argv: Sequence[str]) -> Exception | None:
+    """What is wrong with a command line as far as that needs no JAX."""
+    try:
+        VERBS[verb].check_early(verb, list(argv))
+    except BAD_INPUT as error:
+        return error
+    return None
 
 
 def continuation(argv: Sequence[str]) -> str:

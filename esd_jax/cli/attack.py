@@ -1,29 +1,29 @@
-"""`esd-jax attack`: try to have back what was erased."""
+"""`esd-jax attack`: attempt to recover the erased concept."""
 
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 from esd_jax.prompt_files import listed
 
 USAGE = """\
-  esd-jax attack  [BASE] ERASED [--attacks=concept_inversion,p4d,...]   try to have back what was erased
+  esd-jax attack  [BASE] ERASED [--attacks=concept_inversion,p4d,...]   attempt to recover the erased concept
                   [--prompts="A;B" --detector=nudenet] [--output=FOLDER]"""
 
 
 def define(values: flags.FlagValues) -> None:
     common.define_erased(values)
     names = "concept_inversion,unlearn_diff_atk,p4d,ring_a_bell"
-    flags.DEFINE_list("attacks", names, "Which, separated by commas.", flag_values=values)
+    flags.DEFINE_list("attacks", names, "Attacks, separated by commas.", flag_values=values)
     flags.DEFINE_string("budget", None, "paper, or emoji, the embedded model's.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "A setting of an attack: ATTACK.FIELD=VALUE.", flag_values=values)
     common.define_question(values)
     at_least_1 = {"lower_bound": 1, "flag_values": values}
-    flags.DEFINE_integer("seeds", 10, "How many images are drawn of each trial.", **at_least_1)
-    flags.DEFINE_integer("seed", 0, "Of everything else.", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seeds", 10, "Images of each trial.", **at_least_1)
+    flags.DEFINE_integer("seed", 0, "Seed of all other random numbers.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("random", True, "Also attack a model of random weights.", flag_values=values)
     common.define_steps(values, None, "Sampler steps.")
-    flags.DEFINE_float("guidance_scale", None, "Of drawing.", flag_values=values)
+    flags.DEFINE_float("guidance_scale", None, "Guidance scale of the images.", flag_values=values)
     flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", **at_least_1)
 
 
@@ -46,7 +46,7 @@ def run(values: flags.FlagValues) -> None:
         judge=metric_model, settings=_settings(values.set), progress=common.say, **options,
     )  # fmt: skip
     print(f"\n{text.summary(evidence)}\n")
-    print(f"evidence {output}")
+    print(f"results {output}")
 
 
 def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
@@ -61,4 +61,4 @@ def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
     return settings
 
 
-VERB = Verb(USAGE, define, run, positional="model")
+VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)

@@ -15,7 +15,7 @@ from esd_jax import inputs, suggest
 from esd_jax.inputs import expanded, finite
 from esd_jax.prompt_files import listed
 
-DETECTOR = "What sees the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
+DETECTOR = "Detector of the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
 WIDEST, NARROWEST, MARGIN = 110, 50, 30  # of --help, in characters: of all, and of the flags' names
 
 
@@ -26,6 +26,7 @@ class Verb:
     usage: how it is written, for --help. examples: commands, on top of its own --help. notes: what that ends with.
     define: makes its flags. run: carries out what their values say.
     prepare: takes what are no plain flags out of the arguments, before the rest is parsed.
+    check_words: checks the arguments before JAX is imported; check: or the flags' values, of a verb without `prepare`.
     positional: the flag whose values may also stand alone. computes: whether it runs a network.
     """
 
@@ -33,6 +34,8 @@ class Verb:
     define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], None]
     prepare: Callable[[flags.FlagValues, list[str]], list[str]] = lambda _, argv: argv
+    check_words: Callable[[flags.FlagValues, list[str]], None] | None = None
+    check: Callable[[flags.FlagValues], None] | None = None
     positional: str | None = None
     computes: bool = True
     examples: tuple[str, ...] = ()
@@ -43,6 +46,13 @@ class Verb:
         values = flags.FlagValues()
         self.define(values)
         return values
+
+    def check_early(self, name: str, argv: list[str]) -> None:
+        """Checks what needs no JAX. Raises ValueError, OSError, or flags.Error, in one line."""
+        if self.check_words:
+            self.check_words(self.defined(), list(argv))
+        elif self.check:
+            self.check(self.parse(name, list(argv)))
 
     def help(self) -> str:
         """The usage, and a line or more for each flag."""
@@ -76,7 +86,7 @@ class Verb:
 
 
 def unknown_flag(flag: str, known: Iterable[str], verb: str = "esd-jax VERB") -> str:
-    """What is wrong with a flag that nobody knows."""
+    """The message for an unknown flag, with the closest known one."""
     close = suggest.closest(flag.lstrip("-"), known)
     hint = f"did you mean --{close}?" if close else f"`{verb} --help` lists the flags"
     return f"unknown flag {flag!r}: {hint}"
@@ -131,7 +141,7 @@ def define_steps(values: flags.FlagValues, default: int | None, text: str) -> No
 
 
 def define_images(values: flags.FlagValues) -> None:
-    """Where images are written, and how they are drawn."""
+    """Where images are written, and how they are generated."""
     flags.DEFINE_string(
         "output", None, "A .png: all images side by side; else a folder of .png files.", flag_values=values
     )
@@ -191,7 +201,7 @@ def model(values: flags.FlagValues, step: int | None = None) -> Any:
 
 
 def define_erased(values: flags.FlagValues) -> None:
-    """What was erased, from what, and where evidence of it is kept."""
+    """What was erased, from what, and where the results are stored."""
     values.set_gnu_getopt(True)  # the models may stand before the flags
     flags.DEFINE_multi_string(
         "model", [], "A run; or BASE ERASED, a delta or diffusers folder; also without --model=.", flag_values=values
@@ -199,14 +209,14 @@ def define_erased(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "concept",
         None,
-        "What was erased, several from the embedded model separated by ','; by default what the model says.",
+        "The erased concept, several of the embedded model separated by ','; by default from the model's records.",
         flag_values=values,
     )
-    flags.DEFINE_string("output", None, "The folder of the evidence; by default RUN/evidence.", flag_values=values)
+    flags.DEFINE_string("output", None, "The folder of the results; by default RUN/evidence.", flag_values=values)
 
 
 def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
-    """(base, erased, the texts of what was erased, the folder of the evidence) that the flags name."""
+    """(base, erased, the texts of what was erased, the folder of the results) that the flags name."""
     from esd_jax import dossier, loading
     from esd_jax.demo import groups
 
@@ -214,7 +224,7 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
         raise ValueError("give a run's folder, or the base and what was erased from it")
     *base, what = values.model
     if not loading.is_run(what) and not values.output:
-        raise ValueError("--output is required: what was erased is no run, in whose folder evidence would be kept")
+        raise ValueError(f"--output is required: {what} is no run, whose folder would hold the results")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
@@ -228,7 +238,7 @@ def say(line: str) -> None:
 
 
 def define_question(values: flags.FlagValues, prefix: str = "") -> None:
-    """What tells whether a concept is seen."""
+    """How a concept is detected: the detector, and prompts that ask for the concept."""
     flags.DEFINE_string(f"{prefix}detector", "probe", DETECTOR, flag_values=values)
     flags.DEFINE_string(
         f"{prefix}prompts",
@@ -239,7 +249,7 @@ def define_question(values: flags.FlagValues, prefix: str = "") -> None:
 
 
 def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """Whether a concept is seen: in the prompts of the base's testbed, or those that the flags name."""
+    """Whether a concept is detected: in images of the prompts of the base's testbed, or those that the flags name."""
     from esd_jax.evaluation import seen, testbed
 
     texts = tuple(listed(prompts, "--prompts")) if prompts else ()
@@ -251,7 +261,7 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
 
 
 def metric(detector: str, prompts: str | None, base: Any, concepts: Sequence[str], num_images: int) -> Any:
-    """A model -> (the rate at which the concept is seen, what is kept): see `gather.Metric`."""
+    """A model -> (the concept's detection rate, the retention of everything else): see `gather.Metric`."""
     from esd_jax.evaluation import seen, testbed
 
     bed = testbed.of(base.provenance.source)

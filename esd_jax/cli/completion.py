@@ -21,7 +21,30 @@ CASES
 complete -o filenames -o nospace -F _esd_jax esd-jax
 """
 CASE = '    NAME) COMPREPLY=($(compgen -W "WORDS" -- "$word")) ;;'
-ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
+# A function of its own: zsh does not read the one for bash. It works sourced, and as a file _esd-jax in $fpath.
+ZSH = """\
+#compdef esd-jax
+_esd_jax() {
+  local -a offered
+  if (( CURRENT == 2 )); then compadd -- VERBS; return; fi
+  case $words[2] in
+CASES
+  esac
+  local missing=1
+  compadd -S '' -- ${(M)offered:#*=} && missing=0
+  compadd -- ${offered:#*=} && missing=0
+  (( missing )) || return 0
+  compset -P '*='
+  _files
+}
+if [[ $funcstack[1] == _esd-jax ]]; then
+  _esd_jax "$@"
+else
+  (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+  compdef _esd_jax esd-jax
+fi
+"""
+ZSH_CASE = "    NAME) offered=(WORDS) ;;"
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -46,9 +69,9 @@ def script(shell: str) -> str:
             wanted = f"__fish_seen_subcommand_from {verb}"
             lines.append(f"complete -c esd-jax -n '{wanted}' -a '{' '.join(flags_of)}'")
         return "\n".join(lines) + "\n"
-    cases = "\n".join(CASE.replace("NAME", verb).replace("WORDS", " ".join(w)) for verb, w in offered.items())
-    text = BASH.replace("VERBS", " ".join(VERBS)).replace("CASES", cases)
-    return text if shell == "bash" else ZSH + text
+    text, case = (BASH, CASE) if shell == "bash" else (ZSH, ZSH_CASE)
+    cases = "\n".join(case.replace("NAME", verb).replace("WORDS", " ".join(w)) for verb, w in offered.items())
+    return text.replace("VERBS", " ".join(VERBS)).replace("CASES", cases)
 
 
 def words(verb: str) -> list[str]:
@@ -71,6 +94,7 @@ VERB = Verb(
     USAGE, define, run, positional="shell", computes=False,
     examples=(
         "esd-jax completion bash > ~/.local/share/bash-completion/completions/esd-jax",
+        "esd-jax completion zsh > ~/.zfunc/_esd-jax",
         "esd-jax completion fish > ~/.config/fish/completions/esd-jax.fish",
     ),
 )  # fmt: skip

@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
     at_least_1 = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=values)
     flags.DEFINE_string("config", None, "The recipe; by default the one for the concept.", flag_values=values)
-    flags.DEFINE_integer("images", 20, "To measure of each group and model.", **at_least_1)
+    flags.DEFINE_integer("images", 20, "Images of each group and model.", **at_least_1)
     flags.DEFINE_integer("seed", 1, "Of the images' noise.", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_bool("controls", True, "Also measure a placebo erasure, and the base reseeded.", flag_values=values)
     flags.DEFINE_list("attacks", ["concept_inversion"], 'Attacks, by their names; "all".', flag_values=values)

@@ -1,15 +1,14 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
-import json
+import functools
 import shlex
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from esd_jax import selection
-from esd_jax.cli import common, words
+from esd_jax import names, selection
+from esd_jax.cli import common, early, words
 from esd_jax.cli.common import Verb
 from esd_jax.cli.export import FORMATS, chosen
 from esd_jax.inputs import expanded
@@ -30,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "compile",
         False,
-        "With --dry_run: also compile the step, and print what XLA says of it.",
+        "With --dry_run: also compile the step, and print the memory that XLA plans for it.",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -47,16 +46,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "start_from",
         None,
-        "Weights to train on from: a run, a delta, or a diffusers folder, of a UNet alone or of all.",
+        "Weights to train on from: a run, a delta, or a diffusers folder, of the denoiser alone or of all networks.",
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "pictures", True, "Draw before and after at equal seeds into the run's folder.", flag_values=values
+        "pictures", True, "Generate images before and after, at equal seeds, into the run's folder.", flag_values=values
     )
     flags.DEFINE_float(
-        "stop_below", None, "Stop training where the concept is seen in so small a share of images.", flag_values=values
+        "stop_below", None, "Stop training once the concept's detection rate is this low (0 to 1).", flag_values=values
     )
-    flags.DEFINE_integer("stop_every", 50, "Steps between looks.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("stop_every", 50, "Evaluate every so many steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("stop_images", 40, "Images of each evaluation.", lower_bound=1, flag_values=values)
     common.define_question(values, "stop_")
 
@@ -66,13 +65,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
 
     folder: whether the verb keeps a run's folder, which is then named after the concept where nobody names it.
     """
-    parsed = words.read(argv, values, *_known())
-    words.place(parsed)
-    words.fill(parsed)
-    if folder:
-        _check_folder(parsed)
-    if not parsed.fields.get("output_dir", "runs").strip():
-        raise ValueError("the run's folder is empty: -o DIR names it")
+    parsed = early.read(values, argv, folder)
     from esd_jax import kinds, recipe, several
 
     if "method" in parsed.fields:
@@ -90,7 +83,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     if not parsed.config and config.get("preserve") and "preserve" not in parsed.fields:
         config.preserve = kinds.fitted(config.to_dict(), several.texts_of(parsed.fields["concept"]))["preserve"]
     typed = [f"--{field}={text}" for field, text in parsed.fields.items()]
-    flags.DEFINE_list("typed", typed, "Internal: the fields that were given.", flag_values=values)
+    flags.DEFINE_list("typed", typed, "Internal: the fields on the command line.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in parsed.fields:
         concept = parsed.fields.get("concept") or config.get("concept")
         parsed.fields["output_dir"] = str(words.folder_of(str(concept or "")))
@@ -100,16 +93,8 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
     return [*parsed.rest, *fields]
 
 
-def _known() -> tuple[list[str], set[str]]:
-    """The names of all recipe fields, and of those that are switches."""
-    from esd_jax import recipe
-
-    types = recipe.field_types()
-    return list(types), {name for name, kind in types.items() if kind is bool}
-
-
 def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
-    """The config for base, kind and method. What the run says of it becomes the flag `chosen`."""
+    """The config for base, kind and method. The line that the run prints about it becomes the flag `chosen`."""
     from esd_jax import api, kinds, loading, several
 
     arch = next((word.partition("=")[2] for word in parsed.rest if word.startswith("--arch=")), "")
@@ -123,43 +108,15 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
         raise ValueError(f"{base} is a run: what it erased is in its model, {base}/model")
     files = {name: parsed.fields[name] for name in ("variant", "revision") if name in parsed.fields}
     known = parsed.kind or kinds.kind_of(base, concepts)
-    name = kinds.config(
-        base, concepts, lambda: api.architecture(arch or base, **files)[0], kind=parsed.kind, fields=parsed.fields
-    )
-    others = ", ".join(kind for kind in kinds.KINDS if kind != (known or "style"))
-    kind = known or "style, as none is given"
-    reason = f"recipe {name} (kind: {kind}); --kind={others}, or --config=NAME, take another"
+    configs = functools.cache(lambda: api.architecture(arch or base, **files)[0])
+    name = kinds.config(base, concepts, configs, kind=parsed.kind, fields=parsed.fields)
+    method = str(parsed.fields.get("method", "esd"))
+    others = [kind for kind in names.KINDS if kinds.named(base, method, kind, configs) != name]
+    kind = (known or "style, by default") if others else "any"
+    ways = f"--kind={', '.join(others)}, or --config=NAME, take another" if others else "--config=NAME takes another"
+    reason = f"recipe {name} (kind: {kind}); {ways}"
     flags.DEFINE_string("chosen", reason, "Internal: why this config.", flag_values=values)
     return name
-
-
-def _check_folder(parsed: words.Words) -> None:
-    """Raises FileExistsError for a run's folder that is there, before anything is loaded."""
-    from esd_jax.training import run_folder
-
-    concept = parsed.fields.get("concept")
-    named = parsed.fields.get("output_dir") or (None if parsed.config or not concept else words.folder_of(concept))
-    if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in parsed.rest}:
-        return
-    folder = expanded(named)
-    try:
-        taken = bool(run_folder.contents(folder))
-    except OSError:  # of a name that is too long, or a folder that nobody may read; the run says it in its own words
-        return
-    if taken:
-        known = run_folder.is_run(folder)
-        ways = "--resume continues it, --overwrite replaces it, " if known else "it is no run of ours; "
-        ways += "-o names another"
-        raise FileExistsError(f"{folder} {_what(folder)}: {ways}")
-
-
-def _what(folder: Path) -> str:
-    """What a folder holds that is in the way."""
-    try:
-        fields = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-        return f"is a run that erased {fields['concept']!r} from {fields['base']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "exists"
 
 
 def run(values: flags.FlagValues) -> None:
@@ -214,8 +171,8 @@ def run(values: flags.FlagValues) -> None:
         if values.pictures:
             try:
                 common.say(f"  before and after  {dossier.picture(erased, folder)}")
-            except Exception as error:  # the erasure itself is done, and kept
-                common.say(f"  warning: before and after could not be drawn: {error}")
+            except Exception as error:  # the erasure itself is complete, and stored
+                common.say(f"  warning: the images before and after failed: {error}")
         common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
 
     runs.run(base, plan, start_from=start_from, stop_when=stop, offload_base=stop is None, then=then, **options)
@@ -239,7 +196,7 @@ def _planned(plan: Any) -> Any:
 
 
 def _memory(what: str) -> int | None:
-    """What the first device says of its memory, in bytes; None on CPUs, which say nothing."""
+    """A statistic of the first device's memory, in bytes; None on CPUs, which have none."""
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {}).get(what)
@@ -261,13 +218,13 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
 
 
 def _notes() -> str:
-    from esd_jax import kinds, recipe_docs
+    from esd_jax import recipe_docs
 
-    lines = ["", "What is given beside the flags:"]
+    lines = ["", "Arguments besides the flags:"]
     for name, text in WORDS.items():
         lines += common.entry(name, text)
     lines += ["", "Kinds (--kind):"]
-    for name, text in kinds.KINDS.items():
+    for name, text in names.KINDS.items():
         lines += common.entry(name, text)
     lines += [
         "",
@@ -295,4 +252,4 @@ EXAMPLES = (
     'esd-jax erase emoji "neon style"',
     'esd-jax erase CompVis/stable-diffusion-v1-4 "Van Gogh" --kind=style -o runs/van_gogh --export=lora',
 )
-VERB = Verb(USAGE, define, run, prepare=define_config, examples=EXAMPLES, notes=_notes)
+VERB = Verb(USAGE, define, run, prepare=define_config, check_words=early.check_recipe, examples=EXAMPLES, notes=_notes)

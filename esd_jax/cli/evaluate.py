@@ -2,13 +2,13 @@
 
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
 STRENGTH_IMAGES = 40
 USAGE = """\
-  esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure what was removed and what was kept
+  esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure erasure and retention
                   [--prompts=CSV] [--measures=ssim,lpips,...] [--output=FOLDER]"""
 
 
@@ -33,10 +33,17 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("samples", 1, "Images of each prompt of a list.", **at_least_1)
     common.define_steps(values, None, "Sampler steps; by default the protocol's.")
     flags.DEFINE_float("guidance_scale", None, "By default the protocol's.", flag_values=values)
-    flags.DEFINE_bool("own_guidance", False, "Draw prompts that bring a guidance scale with it.", flag_values=values)
+    flags.DEFINE_bool(
+        "own_guidance", False, "Sample prompts that bring a guidance scale of their own with it.", flag_values=values
+    )
     flags.DEFINE_integer("batch_size", None, "Images per call of the network.", **at_least_1)
-    flags.DEFINE_list("strengths", None, "Also measure such parts of the change; 1 is all of it.", flag_values=values)
-    flags.DEFINE_string("detector", "probe", f"Of the strengths. {common.DETECTOR}", flag_values=values)
+    flags.DEFINE_list(
+        "strengths",
+        None,
+        "Also measure these scales of the weight change; 1 is the erasure itself.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("detector", "probe", f"For --strengths. {common.DETECTOR}", flag_values=values)
     flags.DEFINE_string("convention", "esd", "How nudity is counted.", flag_values=values)
     flags.DEFINE_string("classifier", "resnet50", "Of ImageNet: resnet50 or efficientnet-lite0.", flag_values=values)
     flags.DEFINE_string("clip", None, "A CLIP model's folder or hub id.", flag_values=values)
@@ -75,7 +82,7 @@ def run(values: flags.FlagValues) -> None:
         metric = common.metric(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
         dossier.front(erased, metric, strengths, output_dir=output)
     print(f"\n{text.summary(evidence)}\n")
-    print(f"evidence {output}")
+    print(f"results {output}")
 
 
-VERB = Verb(USAGE, define, run, positional="model")
+VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)

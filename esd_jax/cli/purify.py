@@ -5,47 +5,47 @@ from collections.abc import Mapping
 import numpy as np
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 
 USAGE = """\
-  esd-jax purify  IMAGE ... --run=RUN | --base=BASE [--delta=FILE ...]   draw real images anew, without the concept
+  esd-jax purify  IMAGE ... --run=RUN | --base=BASE [--delta=FILE ...]   regenerate real images without the concept
                   --output=OUTPUT [--prompt=CONCEPT]"""
 
 
 def define(values: flags.FlagValues) -> None:
     values.set_gnu_getopt(True)  # the images may stand before the flags
     flags.DEFINE_multi_string("image", [], "An image file; also without --image=.", flag_values=values)
-    flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint draws.", flag_values=values)
+    flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint generates the images.", flag_values=values)
     flags.DEFINE_string("base", None, "The checkpoint; with --run: where its base lies now.", flag_values=values)
     flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
     flags.DEFINE_string(
         "prompt",
         "",
-        "What the images are inverted and drawn with: by default nothing; or the concept.",
+        "The prompt of inversion and generation: by default empty; or the concept.",
         flag_values=values,
     )
     common.define_steps(values, 35, "DDIM steps, up and down.")
-    flags.DEFINE_float("guidance_scale", 1.0, "Of drawing; 1: none.", flag_values=values)
-    flags.DEFINE_float("inversion_guidance_scale", 1.0, "Of inverting; 1: none.", flag_values=values)
+    flags.DEFINE_float("guidance_scale", 1.0, "Guidance scale of generation; 1: none.", flag_values=values)
+    flags.DEFINE_float("inversion_guidance_scale", 1.0, "Guidance scale of inversion; 1: none.", flag_values=values)
     flags.DEFINE_enum(
         "inverter",
         "unmodified",
         ["unmodified", "itself"],
-        "What inverts: the base's own weights, or those that draw, which without guidance give back any picture.",
+        "The weights that invert: the base's, or those that generate, which without guidance reconstruct any image.",
         flag_values=values,
     )
     flags.DEFINE_enum(
         "timestep",
         "level",
         ["level", "target"],
-        "What the network is told in each step of inverting: the timestep that it steps from (level), or the one that "
-        "it steps to (target), as in diffusers.",
+        "The network's timestep in each step of inversion: the one that it steps from (level), or the one that it "
+        "steps to (target), as in diffusers.",
         flag_values=values,
     )
     common.define_images(values)
     flags.DEFINE_bool(
-        "compare", True, "Also draw the images by the unmodified weights, to tell what inversion alone loses.",
+        "compare", True, "Also regenerate the images by the unmodified weights, to measure what inversion alone loses.",
         flag_values=values,
     )  # fmt: skip
 
@@ -77,14 +77,14 @@ def run(values: flags.FlagValues) -> None:
 
 
 def _likeness(inputs: np.ndarray, drawn: Mapping[str, np.ndarray]) -> str:
-    """A line for each way of drawing: how like the inputs its images are."""
+    """A line for each set of images: their similarity to the inputs."""
     from esd_jax.metrics.likeness import ssim
 
-    lines = ["likeness to the inputs (SSIM), mean and lowest"]
+    lines = ["similarity to the inputs (SSIM), mean and lowest"]
     for name, images in drawn.items():
         likeness = ssim(images, inputs)
         lines.append(f"  {name:26}{likeness.mean():.3f}  {likeness.min():.3f}")
     return "\n".join(lines)
 
 
-VERB = Verb(USAGE, define, run, positional="image")
+VERB = Verb(USAGE, define, run, positional="image", check=early.check_models)

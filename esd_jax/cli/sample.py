@@ -5,13 +5,13 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import common
+from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
 from esd_jax.inputs import finite
 from esd_jax.prompt_files import file_of, listed
 
 USAGE = """\
-  esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   draw images
+  esd-jax sample  --base=BASE --prompts="A;B" --output=FILE.png [--delta=FILE ...]   generate images
                   [--sld=weak|medium|strong|max | --edit="CONCEPT; scale=-5" ...] [--reweight=WORD=FACTOR ...]"""
 
 
@@ -143,4 +143,4 @@ def _prompts(text: str, seed: int, explicit: bool) -> tuple[list[str], int | lis
     return [case.prompt for case in cases], seed if explicit else [case.seed for case in cases]
 
 
-VERB = Verb(USAGE, define, run)
+VERB = Verb(USAGE, define, run, check=early.check_models)

@@ -1,4 +1,4 @@
-"""`esd-jax tune`: look for settings that erase enough and keep enough."""
+"""`esd-jax tune`: search for settings with enough erasure and enough retention."""
 
 import functools
 import shlex
@@ -7,21 +7,22 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax.cli import common, erase
+from esd_jax.cli import common, early, erase
 from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
 USAGE = """\
-  esd-jax tune    [BASE] "CONCEPT" --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   look for settings
+  esd-jax tune    [BASE] "CONCEPT" --grid="eta=0.5,1;learning_rate=3e-4,1e-3" --steps=100,200   search for settings
                   --output=FOLDER [--target=0.05 --drop=0.05] [--strengths=0.5,1]"""
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("grid", None, 'Fields and their values: "eta=0.5,1;subset=esd-x,kv".', flag_values=values)
     flags.DEFINE_list("steps", None, "Updates after which to measure; by default the config's.", flag_values=values)
-    flags.DEFINE_list("strengths", ["1"], "Parts of the change to measure; 1 is all of it.", flag_values=values)
-    flags.DEFINE_float("target", 0.05, "The rate at which the concept may still be seen.", flag_values=values)
-    flags.DEFINE_float("drop", 0.05, "The most that all else may lose.", flag_values=values)
+    text = "Scales of the weight change to measure; 1 is the erasure itself."
+    flags.DEFINE_list("strengths", ["1"], text, flag_values=values)
+    flags.DEFINE_float("target", 0.05, "The highest acceptable detection rate of the concept.", flag_values=values)
+    flags.DEFINE_float("drop", 0.05, "The largest acceptable drop of everything else.", flag_values=values)
     flags.DEFINE_integer("images", 40, "To measure each trial with.", lower_bound=1, flag_values=values)
     common.define_question(values)
     flags.DEFINE_string("output", None, "The folder; a search that is there goes on.", flag_values=values)
@@ -60,7 +61,7 @@ def run(values: flags.FlagValues) -> None:
     chosen = [f"--config={values.config_name}", *typed, *(f"--{name}={value}" for name, value in settings.items())]
     print(shlex.join(["esd-jax", "erase", *chosen, "-o", "FOLDER"]))
     if best.strength != 1:
-        print(f"and take {best.strength:g} of its change")
+        print(f"and scale its weight change by {best.strength:g}")
 
 
 def _steps(text: str | int) -> int:
@@ -91,5 +92,6 @@ VERB = Verb(
     define,
     run,
     prepare=functools.partial(erase.define_config, folder=False),
+    check_words=functools.partial(early.check_recipe, folder=False),
     examples=('esd-jax tune emoji "neon style" --grid="eta=0.5,1" --steps=100,200 --output=out/tune',),
 )

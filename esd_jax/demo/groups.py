@@ -127,9 +127,9 @@ def _parse(words: str) -> tuple[str, str]:
 def groups(target: Target) -> tuple[Group, ...]:
     """The groups that an erasure is evaluated on: the target, then related concepts, then unrelated ones.
 
-    Of a style: its own prompts over all objects, the style alone, phrasings that training never shows, the nearest
+    Of a style: the target prompts over all objects, the style alone, held-out phrasings, the nearest
     styles (`NEAREST`), the other styles, objects without a style. No prompt implies a style without naming it.
-    Of an object: its own prompts in all styles, the object alone, phrasings that training never shows, the prompts
+    Of an object: the target prompts in all styles, the object alone, held-out phrasings, the prompts
     that imply its category without naming it, the other objects of its category, all other objects, styles alone.
     """
     near = _style_groups(target.names) if target.kind == "style" else _object_groups(target.names)
@@ -141,13 +141,16 @@ def base_groups() -> tuple[Group, ...]:
     objects, styles = vocabulary.objects(), vocabulary.styles()
     unseen = sorted(vocabulary.held_out())
     return (
-        Group("pairs", "pairs that training showed", _pairs(vocabulary.pairs(unseen=False))),
-        Group("unseen", "pairs that training never showed", _pairs(unseen), 0.5),
-        Group("phrasings", "phrasings that training never showed", _phrasings(vocabulary.pairs()), MINOR),
+        Group("pairs", "training pairs", _pairs(vocabulary.pairs(unseen=False))),
+        Group("unseen", "held-out pairs", _pairs(unseen), 0.5),
+        Group("phrasings", "held-out phrasings", _phrasings(vocabulary.pairs()), MINOR),
         Group("objects", "objects without a style", tuple(Ask(captions.prompt(o), object=o) for o in objects), 0.5),
         Group("styles", "styles without an object", _styles_alone(styles), 0.5),
         Group(
-            "implicit", "categories, unnamed objects", sum((_implicit(c) for c in vocabulary.categories()), ()), MINOR
+            "implicit",
+            "implicit prompts: categories of objects",
+            sum((_implicit(c) for c in vocabulary.categories()), ()),
+            MINOR,
         ),
     )
 
@@ -171,8 +174,8 @@ def examples(target: Target) -> list[tuple[str, list[str]]]:
         far = [s for s in vocabulary.styles() if s not in (*target.names, *others)]
         own = [captions.prompt(o, s) for o, s in zip(subjects, itertools.cycle(target.names), strict=False)]
         return [
-            (f"erased: {target.concept}", own),
-            ("kept: other styles", near + [captions.prompt("rocket", far[0]), captions.prompt("rose", far[-1])]),
+            (f"target: {target.concept}", own),
+            ("related: other styles", near + [captions.prompt("rocket", far[0]), captions.prompt("rose", far[-1])]),
             ("unrelated: no style", [captions.prompt(o) for o in ("cat", "pizza", "robot")]),
         ]
     four = zip(itertools.cycle(target.names), ("cartoon", "neon", "pixel", None), strict=False)
@@ -181,9 +184,12 @@ def examples(target: Target) -> list[tuple[str, list[str]]]:
     near = [o for o in same if o not in target.names]
     far = [o for o in ("house", "rose", "pizza", "robot", "owl", "fish", "car") if o not in same]
     return [
-        (f"erased: {target.concept}", [captions.prompt(o, s) for o, s in four]),
-        ("not named", [captions.implicit(categories[0])[0]]),
-        ("kept: same category", [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon"))]),
+        (f"target: {target.concept}", [captions.prompt(o, s) for o, s in four]),
+        ("implicit prompts", [captions.implicit(categories[0])[0]]),
+        (
+            "related: same category",
+            [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon"))],
+        ),
         ("unrelated", [captions.prompt(o, s) for o, s in zip(far, ("clay", "ink", "neon", "halftone"), strict=False)]),
     ]
 
@@ -202,16 +208,23 @@ def _style_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
     own = [(o, name) for name in names for o in objects]
     others = [s for s in vocabulary.styles() if s not in (*names, *nearest)]
     return (
-        Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
-        Group("alone", f'alone, "{captions.prompt(style=names[0])}"', _styles_alone(names), MINOR),
-        Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
+        Group("own", f"target prompts, {_quoted(own)}", _pairs(own)),
         Group(
-            "nearest", f"nearest styles: {', '.join(nearest)}", _pairs([(o, s) for s in nearest for o in objects]), 0.5
+            "alone", f'target prompts, the name alone: "{captions.prompt(style=names[0])}"', _styles_alone(names), MINOR
         ),
-        Group("others", f"other styles: {', '.join(others)}", _pairs([(o, s) for s in others for o in objects])),
+        Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
+        Group(
+            "nearest",
+            f"related concepts, nearest styles: {', '.join(nearest)}",
+            _pairs([(o, s) for s in nearest for o in objects]),
+            0.5,
+        ),
+        Group(
+            "others", f"other concepts, styles: {', '.join(others)}", _pairs([(o, s) for s in others for o in objects])
+        ),
         Group(
             "unrelated",
-            "unrelated: objects without a style",
+            "unrelated concepts, objects without a style",
             tuple(Ask(captions.prompt(o), object=o) for o in objects),
             MINOR,
         ),
@@ -226,13 +239,18 @@ def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
     alone = tuple(Ask(t.format(object=captions.with_article(o)), object=o) for o in names for t in captions.OBJECT)
     implied = " or ".join(f'"{prompt}"' for category in categories for prompt in captions.implicit(category))
     return (
-        Group("own", f"its own prompts, {_quoted(own)}", _pairs(own)),
-        Group("alone", f'alone, "{captions.prompt(names[0])}"', alone, MINOR),
-        Group("phrasings", "phrasings that training never showed", _phrasings(own), MINOR),
-        Group("implicit", f"not named: {implied}", sum(map(_implicit, categories), ())),
-        Group("nearest", f"same category: {', '.join(same)}", _pairs([(o, s) for o in same for s in styles]), 0.5),
-        Group("others", "all other objects", _pairs([(o, s) for o in others for s in styles])),
-        Group("unrelated", "unrelated: styles without an object", _styles_alone(styles), MINOR),
+        Group("own", f"target prompts, {_quoted(own)}", _pairs(own)),
+        Group("alone", f'target prompts, the name alone: "{captions.prompt(names[0])}"', alone, MINOR),
+        Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
+        Group("implicit", f"implicit prompts: {implied}", sum(map(_implicit, categories), ())),
+        Group(
+            "nearest",
+            f"related concepts, same category: {', '.join(same)}",
+            _pairs([(o, s) for o in same for s in styles]),
+            0.5,
+        ),
+        Group("others", "other concepts, all other objects", _pairs([(o, s) for o in others for s in styles])),
+        Group("unrelated", "unrelated concepts, styles without an object", _styles_alone(styles), MINOR),
     )
 
 

@@ -1,6 +1,6 @@
-"""What an erasure removed and what it kept: rates by the probe with 95% intervals, and likeness to the base's images.
+"""What an erasure removed and what it retained: rates by the probe with 95% intervals, and similarity to the base.
 
-Every model draws the same prompts from the same noise, so that rows differ by the model alone, except the row "seed":
+Every model samples the same prompts from the same noise, so that rows differ by the model alone, except the row "seed":
 the base model from other noise, which shows what chance does.
 """
 
@@ -15,12 +15,13 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax.demo.gallery import Gallery, Shown, draw
 from esd_jax.demo.groups import Ask, Group, Shot, Target, shots
+from esd_jax.evaluation.report.terms import term
 from esd_jax.metrics.intervals import Estimate, known, mean, rate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
-BASE, ERASED, PLACEBO, SEED = "base", "erased", "sham", "seed"  # names of rows
+BASE, ERASED, PLACEBO, SEED = "base", "erased", "sham", "seed"  # keys of rows, also in files
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def measure(
     Args:
       models: row name -> model; `BASE` is what the others are compared with.
       groups: see `groups.groups`.
-      target: what was erased; None measures only what is kept.
+      target: what was erased; None measures only retention.
       num_images: per group and model; a group's `share` may lower it.
       seed: of the noise.
       other_seed: add the row `SEED`.
@@ -103,8 +104,8 @@ def measure(
             drawn = draw(
                 pipeline, [*wanted, *also], galleries.setdefault(name, Gallery()), batch_size, **options.get(name, {})
             )
-            check_not_blank((galleries[name][shot].image for shot in wanted), f"model {name!r}")
-            progress(f"{name}: {drawn} images in {time.monotonic() - started:.0f} s")
+            check_not_blank((galleries[name][shot].image for shot in wanted), f"model {term(name)!r}")
+            progress(f"{term(name)}: {drawn} images in {time.monotonic() - started:.0f} s")
             task.advance()
     tables = []
     for i, group in enumerate(groups):

@@ -9,6 +9,7 @@ from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, PLACEBO, SEED, GroupRows, Row, measure
 from esd_jax.evaluation.evidence import Evidence, Finding, Heat, Pair, Table
 from esd_jax.evaluation.gather import Metric
+from esd_jax.evaluation.report.terms import CONCEPTS, term
 from esd_jax.evaluation.seen import Question, detector
 from esd_jax.metrics.intervals import Estimate, known
 from esd_jax.pipeline import Pipeline
@@ -16,14 +17,15 @@ from esd_jax.pipeline import Pipeline
 COLUMNS = {**table.MEASURES, "ssim": "SSIM (7)", "ssim25": "SSIM (25)"}
 PERCENT = ("target", "subject", "style", "unrecognised")
 CAVEATS = (
-    "The model is a small one that draws emoji, and what is seen is what its probe sees: a classifier, which errs.",
-    "An erased model may still draw the concept for prompts that nobody tried.",
+    "The model is a small one that draws emoji. Its detector is a classifier, which makes mistakes.",
+    "An erased model may still draw the concept for prompts that were not tested.",
 )
 NOTE = (
-    "Seen: the probe recognises the target. Kept: it recognises the object (or category) and the style that the prompt "
-    "asks for. Unrecognisable: it recognises nothing; such an image counts as showing nothing. SSIM: likeness to the "
-    "base's image of the same prompt and noise, over windows of 7 and of 25 pixels; 1 is equal. A group is all prompts "
-    "of its kind: the intervals are for these prompts and other seeds. "
+    "Detection rate: share of images in which the probe finds the target. Accuracy: the probe recognises the object "
+    "(or category), or the style, that the prompt asks for. Unrecognised: the probe recognises nothing; such an image "
+    "counts as showing nothing. SSIM: similarity to the base's image of the same prompt and noise, over windows of 7 "
+    "and of 25 pixels; 1 is equal. A group is all prompts of its kind: the intervals are for these prompts and other "
+    "seeds. "
 )
 
 
@@ -65,10 +67,10 @@ def evaluate(
     return Evidence(
         target.concept,
         measured_with={
-            "protocol": f"emoji, {num_images} images of each group (a quarter or half of the lesser groups)",
+            "protocol": f"emoji, {num_images} images of each group (a quarter or half of the smaller groups)",
             "sampler": f"the checkpoint's own, {NUM_STEPS} steps, guidance scale {GUIDANCE:g}",
             "seed": seed,
-            "detector": f"the embedded probe, sha256 {probe.sha256()[:16]}; it refuses what it does not recognise",
+            "detector": f"the embedded probe, sha256 {probe.sha256()[:16]}; it rejects what it does not recognise",
         },
         pictures={
             title: tuple(Pair(shot.prompt, before[shot].image, after[shot].image) for shot in shots)
@@ -83,14 +85,14 @@ def evaluate(
 
 def as_table(measured: Sequence[GroupRows], target: Target) -> Table:
     """The groups as the report shows them."""
-    headings = {**COLUMNS, "target": f"{target.label} seen"}
+    headings = {**COLUMNS, "target": f"{target.label} detection rate"}
     rows: list[tuple[str, tuple[Any, ...]]] = []
     for group in measured:
         rows.append((group.title, ()))
-        rows += [(row.model, (row.n, *(getattr(row, measure) for measure in headings))) for row in group.rows]
+        rows += [(term(row.model), (row.n, *(getattr(row, measure) for measure in headings))) for row in group.rows]
     shares = tuple(headings[measure] for measure in PERCENT)
     controls = table.NOTES[1] if any(row.model == PLACEBO for group in measured for row in group.rows) else ""
-    title = "Target, neighbours, and all else"
+    title = "Target, related and unrelated concepts"
     return Table(title, ("images", *headings.values()), tuple(rows), (NOTE + controls).strip(), shares)
 
 
@@ -98,18 +100,18 @@ def verdict(measured: Sequence[GroupRows], target: Target) -> tuple[Finding, ...
     """What was erased, and the retention of everything else: of object and style, the one that drops more."""
     rows = {(group.name, row.model): row for group in measured for row in group.rows}
     findings = [
-        Finding("erased", f"{target.label} seen in {what}", rows[name, BASE].target, known(rows[name, ERASED].target))
-        for name, what in (("own", "its own prompts"), ("implicit", "prompts that do not name it"))
-        if (name, ERASED) in rows
+        Finding("erased", f"{target.label} detection rate on {prompts}", rows[name, BASE].target, known(after.target))
+        for name, prompts in (("own", "target prompts"), ("implicit", "implicit prompts"))
+        if (after := rows.get((name, ERASED)))
     ]
-    for name, what in (("nearest", "nearest"), ("others", "others"), ("unrelated", "unrelated")):
+    for name, concepts in CONCEPTS.items():
         if (name, ERASED) in rows:
             before, after = rows[name, BASE], rows[name, ERASED]
             parts = [p for p in ("subject", "style") if getattr(before, p) is not None]
             part = min(parts, key=lambda p: getattr(after, p).value - getattr(before, p).value)
             seed = rows.get((name, SEED))
             pair = (getattr(before, part), getattr(after, part), seed and getattr(seed, part))
-            findings.append(Finding("kept", f"{what}: {'object' if part == 'subject' else part} as asked", *pair))
+            findings.append(Finding("kept", f"{concepts}: {'object' if part == 'subject' else part} accuracy", *pair))
     return tuple(findings)
 
 
@@ -144,7 +146,7 @@ def heat(measured: Sequence[GroupRows], target: Target) -> Heat:
                 _add(counts[row.model], row, target)
     names = list(counts[BASE])
     values = tuple(tuple(counts[model][name][0] / counts[model][name][1] for name in names) for model in counts)
-    title = f"Each {target.kind}, where it is asked for: how often it is seen"
+    title = f"Accuracy on each {target.kind}"
     # Few images are of some of many targets alone.
     return Heat(title, tuple(counts), tuple(names), values, tuple(name for name in target.names if name in names))
 

@@ -10,17 +10,18 @@ from esd_jax.demo.measure import ERASED, PLACEBO, SEED, GroupRows, Row
 from esd_jax.metrics.intervals import Estimate
 
 MEASURES = {
-    "target": "target seen",
-    "subject": "subject kept",
-    "style": "style kept",
-    "unrecognised": "unrecognisable",
+    "target": "detection rate",
+    "subject": "object accuracy",
+    "style": "style accuracy",
+    "unrecognised": "unrecognised",
     "ssim": "SSIM to base",
 }
-LABEL, COUNT, CELL = 9, 6, 17  # widths in characters: 100 in all
+LABEL, COUNT, CELL = 10, 5, 17  # widths in characters: 100 in all
 NOTES = (
     "In brackets, and after ±, 95% intervals; n images in each row.",
-    "sham: the same recipe, erasing a word that means nothing. seed: the base model from other noise.",
+    "Placebo: the same recipe, erasing a nonsense word. Reseeded: the base model from other noise.",
 )
+LABELS = {PLACEBO: "placebo", SEED: "reseeded"}  # of rows; of others, their names
 
 
 def text(measured: Sequence[GroupRows], target: Target | None) -> str:
@@ -29,7 +30,7 @@ def text(measured: Sequence[GroupRows], target: Target | None) -> str:
     lines = [_line("", "n", measures.values())]
     for group in measured:
         lines.append(group.title if len(group.title) <= 100 else f"{group.title[:97]}...")
-        lines += [_line(f"  {row.model}", str(row.n), _cells(row, measures)) for row in group.rows]
+        lines += [_line(_label(row.model), str(row.n), _cells(row, measures)) for row in group.rows]
     return "\n".join(line.rstrip() for line in (*lines, *_notes(measured)))
 
 
@@ -52,8 +53,8 @@ def from_dict(groups: Iterable[Mapping[str, Any]]) -> list[GroupRows]:
 def over_targets(measured: Mapping[str, Sequence[GroupRows]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Median and worst over targets of one kind (target name -> its table), by group, model and measure.
 
-    The worst is the highest rate of unrecognised images, and of seeing the target in the erased model; the lowest of
-    everything else.
+    The worst is the highest share of unrecognised images, and the highest detection rate of the erased model; the
+    lowest of everything else.
     """
     estimates: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
     for name, tables in measured.items():
@@ -78,7 +79,7 @@ def over_targets_text(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
     for group, models in summary.items():
         lines.append(group)
         for model, cells in models.items():
-            lines.append(_line(f"  {model}", "", [_each(m, cells, _median_worst) for m in MEASURES]))
+            lines.append(_line(_label(model), "", [_each(m, cells, _median_worst) for m in MEASURES]))
             if model == ERASED:
                 names = [_each(m, cells, lambda _, cell: cell["worst_target"]) for m in MEASURES]
                 lines.append(_line("  worst:", "", names))
@@ -88,8 +89,12 @@ def over_targets_text(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) ->
 def _measures(target: Target | None) -> dict[str, str]:
     """The columns and their headings: without a target, those that do not need one."""
     if target:
-        return {**MEASURES, "target": f"{target.label} seen"}
+        return MEASURES
     return {name: heading for name, heading in MEASURES.items() if name not in ("target", "ssim")}
+
+
+def _label(model: str) -> str:
+    return f"  {LABELS.get(model, model)}"
 
 
 def _notes(measured: Sequence[GroupRows]) -> tuple[str, ...]:

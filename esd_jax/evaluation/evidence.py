@@ -57,8 +57,8 @@ class Finding:
     """One figure of the verdict: a share of images, or another mean.
 
     role: "erased", the concept where it is asked for (it should fall); "kept", something else (it should stay);
-      "attack", the concept where someone tries to bring it back.
-    what: what is counted, in a few words: "neon style seen in its own prompts"; of an attack, its name.
+      "attack", the concept under attack.
+    what: what is counted, in a few words: "neon style detection rate on target prompts"; of an attack, its name.
     before, after: of the base and of the erased model; of an attack, both under it. before is None where the base is
       what is compared with, as in a likeness to its images.
     control: what chance does: of the base from other noise; of an attack, by random prompts on the erased model.

@@ -43,7 +43,7 @@ def training(log: Path) -> Plot | None:
         return None
     parts = np.array_split(np.array([(row["step"], row["loss"]) for row in rows]), min(50, len(rows)))
     steps, losses = zip(*(tuple(part.mean(axis=0).tolist()) for part in parts), strict=True)
-    return Plot("Training", "update", "loss", (Curve("loss", steps, losses),))
+    return Plot("Mean loss of neighbouring steps", "step", "loss", (Curve("loss", steps, losses),))
 
 
 def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
@@ -71,10 +71,10 @@ def weight_changes(erased: Pipeline) -> dict[str, float]:
 
 
 def front(metric: Metric, erased: Pipeline, strengths: Sequence[float]) -> Plot:
-    """What is removed against what is kept, over the strength of the change.
+    """Erasure against retention, over the strength of the change.
 
     Args:
-      metric: a model -> (the concept's detection rate, what is kept, 0 to 1).
+      metric: a model -> (the concept's detection rate, the retention of everything else, 0 to 1).
       strengths: 1 is the erasure itself.
     """
     points = []
@@ -93,4 +93,6 @@ def front(metric: Metric, erased: Pipeline, strengths: Sequence[float]) -> Plot:
             for end in ("low", "high")
         },
     )
-    return Plot("Erasure against retention", "target seen", "others kept", (curve,), percent=True)
+    return Plot(
+        "Erasure against retention", "target detection rate", "accuracy on other concepts", (curve,), percent=True
+    )

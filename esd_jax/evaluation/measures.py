@@ -59,12 +59,12 @@ def likeness(before: Drawn, after: Drawn, request: Request) -> Measured:
         for window in (7, 25)
         if window <= smallest
     }
-    note = "Likeness of the erased model's images to the base's of the same prompt and noise: 1 is equal."
+    note = "Similarity of the erased model's images to the base's of the same prompt and noise: 1 is equal."
     kept = [
         Finding("kept", f"{name} to the base's images", None, _mean(value, _clusters(after)), percent=False)
         for name, value in values.items()
     ]
-    return Measured((_by_group("Likeness to the base", values, after, note),), tuple(kept[-1:]))
+    return Measured((_by_group("Similarity to the base", values, after, note),), tuple(kept[-1:]))
 
 
 def perceptual(before: Drawn, after: Drawn, request: Request) -> Measured:

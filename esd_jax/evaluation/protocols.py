@@ -16,7 +16,9 @@ from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 from esd_jax.suggest import did_you_mean
 
-CAVEATS = ("A detector errs, and an erased model may still draw the concept for prompts that nobody tried.",)
+CAVEATS = (
+    "A detector makes mistakes, and an erased model may still draw the concept for prompts that were not tested.",
+)
 SHOWN = 8  # pairs of images in the report
 
 

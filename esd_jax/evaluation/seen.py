@@ -17,7 +17,6 @@ from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
-CLASSIFIER = "resnet50"
 Images = UInt8[np.ndarray, "n height width 3"]
 Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
@@ -71,7 +70,7 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
-        embedded model draws.
+        embedded model knows.
       concept: the text of what was erased, or the texts; for a testbed's.
 
     Returns (images -> which of them show it, the detector's name).
@@ -89,13 +88,11 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
         named = detectors.nudity_identity(convention)
         return (lambda images: detectors.flagged(detectors.nudity(images), convention)), named.name
     if kind == "imagenet" and which:
-        numbers = {known.lower(): number for known, number in detectors.IMAGENETTE.items()}
-        if which.lower() not in numbers:
-            raise ValueError(f"imagenet:{which}: the class must be one of {', '.join(detectors.IMAGENETTE)}")
-        wanted, named = numbers[which.lower()], detectors.imagenet_identity(CLASSIFIER)
-        return (lambda images: detectors.imagenet(images, CLASSIFIER, top=1).classes[:, 0] == wanted), named.name
-    choices = ", ".join([*testbeds, "nudenet", "nudenet:CONVENTION"])
-    raise ValueError(f"unknown detector {name!r}: choose {choices} or imagenet:CLASS")
+        wanted, named = detectors.imagenette(which), detectors.imagenet_identity(detectors.CLASSIFIER)
+        return (
+            lambda images: detectors.imagenet(images, detectors.CLASSIFIER, top=1).classes[:, 0] == wanted
+        ), named.name
+    raise ValueError(f"unknown detector {name!r}: choose {', '.join([*testbeds, detectors.NAMES])}")
 
 
 def metric(base: Pipeline, question: Question, kept: str = "everyday") -> Metric:

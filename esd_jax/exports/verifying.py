@@ -52,7 +52,7 @@ def compare(
     others = _check_others(host, again, pipeline.edits, path, dtype) if whole else 0
     erased = files.read_records(safetensors.read_header(path)) if path.is_file() else again.provenance.erased
     if files.json_records(erased) != files.json_records(pipeline.provenance.erased):
-        raise ValueError(f"{path} does not verify: it does not say what was erased as memory does")
+        raise ValueError(f"{path} does not verify: its records of what was erased differ from memory's")
     carried = 1 - lost / change if change else 1.0
     expected = host.with_edits(read_exact(again, names)) if exact and dtype is None else None
     levels = _compare_images(pipeline, again, expected, path)
@@ -100,7 +100,7 @@ def _compare_images(pipeline: Pipeline, again: Pipeline, expected: Pipeline | No
     draw = lambda model: sample(model, prompts, steps=STEPS, sampler="auto")[0].astype(int)  # noqa: E731
     theirs = draw(again)
     if expected is not None and np.abs(draw(expected) - theirs).max() > 0:
-        raise ValueError(f"{path} does not verify: its tensors are memory's, but it draws another image")
+        raise ValueError(f"{path} does not verify: its tensors are memory's, but it generates another image")
     return int(np.abs(draw(pipeline) - theirs).max())
 
 

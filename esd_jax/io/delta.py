@@ -1,7 +1,7 @@
-"""ESD deltas: one safetensors file with the edited UNet tensors alone, as the erasing community exchanges them.
+"""ESD deltas: one safetensors file with the denoiser's edited tensors alone, as the erasing community exchanges them.
 
-Keys are bare diffusers UNet names; values are the full new weights, not differences, in torch layout. Users load them
-with `unet.load_state_dict(load_file(path), strict=False)`, which hides a misspelt key; here it is an error.
+Keys are bare diffusers names of tensors; values are the full new weights, not differences, in torch layout. Users load
+them with `unet.load_state_dict(load_file(path), strict=False)`, which hides a misspelt key; here it is an error.
 """
 
 import re
@@ -42,7 +42,7 @@ def export_delta(
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes the edited UNet tensors.
+    """Writes the edited tensors of the denoiser.
 
     Args:
       pipeline: an erased checkpoint.
@@ -52,7 +52,7 @@ def export_delta(
       metadata: more metadata than the records of what was erased.
 
     Raises:
-      ValueError: the UNet is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
+      ValueError: the denoiser is unedited, a text encoder is edited (a delta cannot carry it), or `path` is taken.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path, dtype = expanded(path), safetensors.read_dtype(dtype)
@@ -84,8 +84,9 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the UNet does not have. A
-        prefix that all names share ("unet.", or what torch.compile and data parallelism put before them) is none.
+      ValueError: it is no safetensors file, is empty, or holds a tensor whose name or shape the denoiser does not
+        have. A prefix that all names share ("unet.", or what torch.compile and data parallelism put before them) is
+        ignored.
     """
     path = expanded(path)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
@@ -99,19 +100,19 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
     if unknown := sorted(key for key, name in names.items() if name not in net.shapes):
         kind = "" if any(name in net.shapes for name in names.values()) else described(header.entries)
         kind = f"; {kind}" if kind else ""
-        raise ValueError(f"{path} holds a tensor that the UNet does not have: {unknown[0]!r}{kind}")
+        raise ValueError(f"{path} holds a tensor that the denoiser does not have: {unknown[0]!r}{kind}")
     for key, entry in header.entries.items():
         name = names[key]
         expected = safetensors.file_shape(net.shapes[name].shape, net.layouts[name])
         if entry.shape != expected:
-            raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the UNet needs {expected}")
+            raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the denoiser needs {expected}")
         array = safetensors.from_file(safetensors.read(header, key), net.layouts[name])
         edits[f"{pipeline.denoiser}/{name}"] = jnp.asarray(array, jnp.float32)
     return pipeline.with_edits(edits, Erasure(delta=path.name, erased=files.read_records(header)))
 
 
 def _names(header: safetensors.Header) -> dict[str, str]:
-    """Key -> the UNet's name: without the prefix "unet." that all keys of some files have, or that of a wrapper."""
+    """Key -> the denoiser's name: without the prefix "unet." that all keys of some files have, or that of a wrapper."""
     bare = {key: files.unwrapped(key) for key in header.entries}
     inner = all(key.startswith("unet.") for key in bare.values())
     return {key: files.unwrapped(name.removeprefix("unet.")) if inner else name for key, name in bare.items()}

@@ -1,7 +1,7 @@
 """Difference files: what an erasure changed, W - W_0, so that any part of it can be added to the base again.
 
-Keys are bare diffusers UNet names, values in torch layout; the metadata mark the values as differences, and name
-the base. (An ESD delta has the same keys and holds W itself.)
+Keys are bare diffusers names of the denoiser's tensors, values in torch layout; the metadata mark the values as
+differences, and name the base. (An ESD delta has the same keys and holds W itself.)
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def export_difference(
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes what was added to every edited UNet tensor.
+    """Writes what was added to every edited tensor of the denoiser.
 
     Args:
       pipeline: an erased checkpoint, and the files that it was before.
@@ -42,7 +42,7 @@ def export_difference(
       metadata: more metadata than the records of what was erased.
 
     Raises:
-      ValueError: the UNet is unedited, something else is edited, or `path` is taken.
+      ValueError: the denoiser is unedited, something else is edited, or `path` is taken.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path, code = expanded(path), safetensors.CODES[safetensors.read_dtype(dtype)]
@@ -82,7 +82,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, no difference, one of another base, or does not fit the UNet.
+      ValueError: it is damaged, no difference, one of another base, or does not fit the denoiser.
     """
     path = expanded(path)
     check_finite(strength=strength)
@@ -92,7 +92,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
     expected = header.metadata.get(BASE)
     if not force and expected != (actual := source_hash(base)):
         raise ValueError(
-            f"{path} is the difference to another base: its UNet has sha256 {str(expected)[:12]}..., this one "
+            f"{path} is the difference to another base: its denoiser has sha256 {str(expected)[:12]}..., this one "
             f"{actual[:12]}... (force=True adds it all the same)"
         )
     net, prefix = base.network(base.denoiser), f"{base.denoiser}/"
@@ -100,7 +100,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
     for key, entry in header.entries.items():
         if shapes.get(key) != entry.shape:
             raise ValueError(
-                f"{path}: {key!r} of shape {entry.shape} does not fit the UNet, which has {shapes.get(key)}"
+                f"{path}: {key!r} of shape {entry.shape} does not fit the denoiser, which has {shapes.get(key)}"
             )
         change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
         first = np.asarray(read_exact(base, [prefix + key])[prefix + key])

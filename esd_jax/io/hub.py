@@ -8,6 +8,7 @@ from esd_jax.inputs import expanded
 from esd_jax.io.safetensors import refuse_pickle
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NO_FOLDER = "there is no folder {}; give a diffusers folder, or a hub id such as org/name"
 STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -39,7 +40,7 @@ def resolve(
         refuse_pickle(path)
         raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
-        raise FileNotFoundError(f"there is no folder {source}; give a diffusers folder, or a hub id such as org/name")
+        raise FileNotFoundError(NO_FOLDER.format(source))
     return _download(source, variant, revision, weights)
 
 

@@ -278,7 +278,7 @@ def _check(pipeline: Pipeline, path: Path, rank: int | None, energy: float | Non
     if style not in STYLES:
         raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
     if rank is not None and energy is not None:
-        raise ValueError("rank and energy both say how much is kept: give one of them")
+        raise ValueError("rank and energy both set how much is retained: set one of them")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
     if energy is not None and not 0 < energy <= 1:

@@ -68,7 +68,7 @@ def merge(
     Args:
       base: as its files have it.
       parts: (an erased pipeline of the same base, its strength); see `api.opened` for what lies in files. Of a whole
-        checkpoint, what its UNet and text encoders differ in by more than rounding is its change.
+        checkpoint, what its denoiser and text encoders differ in by more than rounding is its change.
       force: take parts of another base too. Whole tensors (a delta, a checkpoint) then bring what sets the two bases
         apart with them. What was added to another base (a LoRA) is never refused: it is made to be moved.
 
@@ -119,7 +119,7 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
     """What a part changed, times its strength."""
     names, records, networks = list(part.edits), part.provenance.erased, (base.denoiser, *base.text_encoders)
     if part.configs[base.denoiser] != base.configs[base.denoiser]:
-        raise ValueError(f"{part.provenance.source} has a UNet of another architecture than the base")
+        raise ValueError(f"{part.provenance.source} has a denoiser of another architecture than the base")
     whole = any(source_hash(part, network) != source_hash(base, network) for network in networks)
     if whole:
         # A checkpoint that was written whole: what differs from the base, by more than rounding, is its change.
@@ -134,7 +134,7 @@ def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, forc
         claimed = {erasure.base_sha256 for erasure in of_file} - {None}
         if claimed and expected not in claimed and not force:
             raise ValueError(
-                f"{file} was erased from another base, whose UNet has sha256 {min(map(str, claimed))[:12]}..., not "
+                f"{file} was erased from another base, whose denoiser has sha256 {min(map(str, claimed))[:12]}..., not "
                 f"{expected[:12]}... (force=True merges it all the same)"
             )
     changes, headers = {}, [tensors.headers_of(pipeline) if whole else {} for pipeline in (part, base)]

@@ -128,7 +128,7 @@ class Ablating:
         listed = anchors.read_prompts(self.anchor_prompts)
         chosen = [anchors.prompts_of(concept, self.kind, listed) for concept in concepts]
         if tools.images is not None and self.resize:
-            raise ValueError("resize=True makes views of images that are drawn, but images are given: set resize=False")
+            raise ValueError("resize=True augments generated images, but images is set: set resize=False")
         if tools.images is not None and any(len(prompts) < len(listed) for prompts in chosen):
             raise ValueError(
                 "images are given, which take the anchor_prompts in turn: each prompt must name the anchor"
@@ -222,7 +222,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """Ablating Concepts over one UNet and schedule."""
+    """Ablating Concepts over one denoiser and schedule."""
 
     settings: Ablating
     denoiser: Network

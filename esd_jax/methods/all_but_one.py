@@ -126,7 +126,7 @@ class AllButOne:
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
-            raise ValueError("images mean nothing to method 'all_but_one', which draws its own")
+            raise ValueError("method 'all_but_one' takes no images: it generates its own")
         orders = {c: instruct(self, c, reader(tools.tokens)) for c in concepts}
         roles = {"concept": lambda c: c.text, "instruction": lambda c: [text for text, _ in orders[c][1:]]}
         bank = make_bank(tools.encode, concepts, roles)
@@ -222,7 +222,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """All but One over one UNet and schedule, as the three functions that a training step is made of."""
+    """All but One over one denoiser and schedule, as the three functions that a training step is made of."""
 
     settings: AllButOne
     denoiser: Network

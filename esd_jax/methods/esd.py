@@ -206,7 +206,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """ESD over one UNet and schedule, as the three functions that a training step is made of.
+    """ESD over one denoiser and schedule, as the three functions that a training step is made of.
 
     `separate_anchor`: whether any anchor is neither the empty prompt nor the concept; only then does the target
     cost a third evaluation of the teacher. null: `Tools.null`.

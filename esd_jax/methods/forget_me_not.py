@@ -113,7 +113,7 @@ class ForgetMeNot:
             raise ValueError("no_images=True learns from noise alone, but images are given: give up one of them")
         layers = tuple(name.removesuffix(".to_q.weight") for name in tools.denoiser.layouts if name.endswith(QUERY))
         if not layers:
-            raise ValueError("this UNet has no cross-attention, so it has no maps to resteer")
+            raise ValueError("this denoiser has no cross-attention, so it has no maps to resteer")
         bank = make_bank(tools.encode, concepts, {"concept": self.prompts})
         if self.inversion_steps:
             starts, ids, columns = self.new_tokens(tools, concepts)
@@ -260,7 +260,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """Forget-Me-Not's second stage over one UNet and schedule. layers: its cross-attentions."""
+    """Forget-Me-Not's second stage over one denoiser and schedule. layers: its cross-attentions."""
 
     denoiser: Network
     schedule: Schedule

@@ -84,7 +84,7 @@ class SDD:
         own = self.sample_prompt == "concept" and self.concept_order in ("iterative", "sequential")
         if own and replay.wanted(self):
             raise ValueError(
-                f"a kept trajectory of sample_prompt='concept' is of one concept, which concept_order="
+                f"a stored trajectory of sample_prompt='concept' is of one concept, which concept_order="
                 f"{self.concept_order!r} does not wait for: choose 'random'"
             )
         if self.steps_per_concept is not None and self.steps_per_concept < 1:
@@ -93,7 +93,7 @@ class SDD:
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """SDD over the concepts. Raises ValueError for images, and for a concept with several replacements."""
         if tools.images is not None:
-            raise ValueError("images mean nothing to method 'sdd', which draws its own")
+            raise ValueError("method 'sdd' takes no images: it generates its own")
         for concept in concepts:
             if len(concept.replace_with) > 1:
                 raise ValueError(f"replace_with: method 'sdd' takes one text for {concept.text!r}, not several")
@@ -137,7 +137,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """SDD over one UNet and schedule, as the three functions that a training step is made of."""
+    """SDD over one denoiser and schedule, as the three functions that a training step is made of."""
 
     settings: SDD
     denoiser: Network

@@ -162,7 +162,7 @@ def _step(
         f"{families.of(configs).denoiser}, {dtype}": _total(base),
         "trained tensors, float32": _total(state.theta),
         f"{recipe.optimizer.optimizer}'s state, float32": _total(state.opt),
-        "prompts, images and kept trajectories": _total((inputs, state.memory)),
+        "prompts, images and stored trajectories": _total((inputs, state.memory)),
     }
     if split > 1:
         memory["weights gathered from the other devices"] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)

@@ -148,7 +148,7 @@ def train(
             preview(number, result(state))
 
     def stopped(number: int) -> Stopped:
-        lost = "" if checkpoints else ", and nothing is kept: give output_dir to keep checkpoints"
+        lost = "" if checkpoints else ", and no checkpoint is stored: set output_dir to store them"
         message = f"stopped at step {number} of {settings.steps}{lost}"
         return Stopped(message, stop.signal, kept=checkpoints is not None)
 

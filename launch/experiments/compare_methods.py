@@ -211,8 +211,8 @@ def lost(base: Row, erased: Row) -> float:
 
 
 HEADINGS = (
-    "method", "target seen", "not named", "unrecognisable", "nearest lost", "others lost", "unrelated lost",
-    "SSIM 7", "SSIM 25", "sham: target", "sham: SSIM 7", "steps", "seconds",
+    "method", "detection rate", "on implicit prompts", "unrecognised", "drop: nearest", "drop: others",
+    "drop: unrelated", "SSIM 7", "SSIM 25", "placebo: detection rate", "placebo: SSIM 7", "steps", "seconds",
 )  # fmt: skip
 
 
@@ -222,7 +222,9 @@ def markdown(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     for target, methods in results.items():
         any_of = next(filter(None, methods.values()), {})
         rows = [["base", _rate(any_of, "base"), _rate(any_of, "implicit_base")] + [""] * 10]
-        rows += [["another seed"] + [""] * 6 + [_plain(any_of, "seed_ssim"), _plain(any_of, "seed_ssim25")] + [""] * 4]
+        rows += [
+            ["reseeded baseline"] + [""] * 6 + [_plain(any_of, "seed_ssim"), _plain(any_of, "seed_ssim25")] + [""] * 4
+        ]
         for name, f in methods.items():
             if not f:
                 rows.append([name, "its prompt is too long", *[""] * 11])

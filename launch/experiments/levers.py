@@ -201,8 +201,8 @@ def quality(
 
 
 HEADINGS = (
-    "variant", "updates", "evaluations", "of an update", "ms an update", "times faster", "target seen", "not named",
-    "unrecognisable", "nearest lost", "others lost", "SSIM 7", "SSIM 25",
+    "variant", "updates", "evaluations", "of an update", "ms an update", "times faster", "detection rate",
+    "on implicit prompts", "unrecognised", "drop: nearest", "drop: others", "SSIM 7", "SSIM 25",
 )  # fmt: skip
 
 

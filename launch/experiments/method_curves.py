@@ -219,9 +219,9 @@ def at_rate(curve: list[dict[str, Any]], rate: float, key: str) -> str:
 
 ALONG = ("strength", "penalty", "step")  # what changes along a curve
 LABELS = {
-    "own_target": "target seen in its own prompts", "others_ssim25": "SSIM (25) of other prompts",
-    "nearest_ssim25": "SSIM (25) of the nearest concepts", "others_lost": "lost on other prompts",
-    "implicit_target": "target seen in prompts that do not name it", "penalty": "lambda", "step": "updates",
+    "own_target": "detection rate on target prompts", "others_ssim25": "SSIM (25) of other prompts",
+    "nearest_ssim25": "SSIM (25) of the nearest concepts", "others_lost": "drop in accuracy on other prompts",
+    "implicit_target": "detection rate on implicit prompts", "penalty": "lambda", "step": "updates",
     "method": "", "learning_rate": "learning rate",
 }  # fmt: skip
 FIGURES: dict[str, tuple[Callable[[Pipeline, Target], Models], tuple[tuple[str, str], ...]]] = {

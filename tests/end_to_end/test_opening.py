@@ -71,7 +71,7 @@ def test_a_part_that_names_no_base_asks_for_it(parts, tmp_path):
 
 def test_the_folder_of_a_unet_opens_with_its_base(run, base):
     unet = run[0] / "model" / "unet"
-    with pytest.raises(ValueError, match=one_line("the folder of a UNet alone", "base=")):
+    with pytest.raises(ValueError, match=one_line("the folder of a denoiser alone", "base=")):
         esd_jax.load(unet)
     loaded, whole = esd_jax.load(unet, base=base), esd_jax.load(run[0] / "model")
     for name, value in whole.params["unet"].items():

@@ -297,9 +297,27 @@ def test_an_absent_library_is_one_line(library, ask, own_cache, monkeypatch):
 def test_absent_weights_are_one_line(own_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     for pickled in (networks.RESNET, networks.INCEPTION):
-        with pytest.raises(ValueError, match=r"download https://.*efficientnet-lite0") as caught:
-            networks._state(pickled, networks._hub(pickled))
-        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"curl -L .*https://.*efficientnet-lite0") as caught:
+            networks.ensure(pickled)
+        assert "\n" not in str(caught.value) and str(networks._hub(pickled)) in str(caught.value)
+
+
+def test_weights_are_downloaded_once_and_only_if_they_are_what_their_name_says(own_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    (published := tmp_path / "published.pth").write_bytes(b"weights")
+    for sha256 in ((digest := hashlib.sha256(b"weights").hexdigest())[:8], digest):
+        pickled = weights.Pickled("a network", f"{sha256}.pth", sha256, "ask elsewhere", published.as_uri())
+        networks.ensure(pickled)
+        assert networks._hub(pickled).read_bytes() == b"weights"
+    other = weights.Pickled("a network", "other.pth", "0" * 8, "ask elsewhere", published.as_uri())
+    with pytest.raises(ValueError, match=f"{digest[:8]}.*never opened: ask elsewhere"):
+        networks.ensure(other)
+    published.unlink()
+    networks.ensure(pickled)  # which is there
+    with pytest.raises(ValueError, match="cannot be downloaded .*curl -L --create-dirs -o .*, or ask elsewhere"):
+        networks.ensure(other)
+    assert sorted(path.stem for path in (tmp_path / "hub" / "checkpoints").iterdir()) == sorted([digest[:8], digest])
 
 
 def test_unknown_networks_are_named():

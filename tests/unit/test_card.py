@@ -91,6 +91,12 @@ def test_only_files_that_exist_are_used():
     assert not any("A1111" in title for title in titles(EXPORTS, embedded=True))
 
 
+def test_the_delta_is_loaded_into_the_network_that_was_erased():
+    uses = [snippets.uses([FILES[1]], Source("a cat", **named)) for named in ({}, {"denoiser": "transformer"})]
+    assert [use.code.count("pipe.unet.load_state_dict(") for (use,) in uses] == [1, 0]
+    assert uses[1][0].code.count("pipe.transformer.load_state_dict(") == 1 and "denoiser" in uses[1][0].note
+
+
 @pytest.mark.parametrize("source", [
     Source('a "cat" in Z\'s style', base="org/base", folder="runs/neon"),
     Source("a cat", repo="me/neon", base="org/base", pipeline="StableDiffusionXLPipeline"),

@@ -149,7 +149,7 @@ def test_the_contrast_of_two_recipes(fakes, monkeypatch, tmp_path, capsys, unche
     points = json.loads((tmp_path / "contrast.json").read_text())["points"]
     assert len(points) == 8 and all({"own_target", "implicit_target", "implicit_base"} <= set(p) for p in points)
     assert not any("others_lost" in p for p in points)
-    assert "ESD-x            target seen in prompts that do not name it, at target rates" in capsys.readouterr().out
+    assert "ESD-x            detection rate on implicit prompts, at target rates" in capsys.readouterr().out
     (tmp_path / "contrast.json").unlink()
     with pytest.raises(ValueError, match="'neon style' has no prompts that imply it"):
         run(monkeypatch, method_curves, *arguments, "--target=neon style")

@@ -77,7 +77,7 @@ def test_a_difference_belongs_to_its_base_and_is_no_delta(base, tmp_path):
     with pytest.raises(ValueError, match=one_line(difference, "no delta")):
         load_delta(base, difference)
     factories.make_sd1(tmp_path / "wide", block_out_channels=(64, 64))
-    with pytest.raises(ValueError, match=one_line(difference, "does not fit the UNet")):
+    with pytest.raises(ValueError, match=one_line(difference, "does not fit the denoiser")):
         apply_difference(esd_jax.load(tmp_path / "wide"), difference, force=True)
 
 

@@ -8,8 +8,10 @@ import painter
 import pytest
 from painter import CAT, NEON
 
-from esd_jax.demo import gallery, groups, measure, picture, table
+from esd_jax.demo import gallery, groups, measure, picture, protocol, table
 from esd_jax.demo.groups import Target
+from esd_jax.evaluation.evidence import Evidence
+from esd_jax.evaluation.report import outcome, terms
 from esd_jax.metrics import intervals
 
 # --- a measurement on fakes
@@ -114,7 +116,7 @@ def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch, unchecked):
 def test_without_controls_there_are_two_rows(fakes, unchecked):
     tables = measured(NEON, models={"base": "base", "erased": "erased"}, other_seed=False)
     assert all([row.model for row in group.rows] == ["base", "erased"] for group in tables)
-    assert "sham" not in table.text(tables, NEON)
+    assert "placebo" not in table.text(tables, NEON)
 
 
 def test_the_base_alone_is_measured_without_a_target(fakes, unchecked):
@@ -139,11 +141,33 @@ def test_the_text_is_aligned_and_fits(fakes):
             tables = measured(target, num_images=count)
             lines = table.text(tables, target).splitlines()
             assert max(map(len, lines)) <= 100
-            assert lines[0].split()[:2] == ["n", target.label.split()[0].rstrip(",")]
-            cells = [line for line in lines if re.match(r"  (base|erased|sham|seed) ", line)]
+            assert lines[0].split()[:3] == ["n", "detection", "rate"]
+            cells = [line for line in lines if re.match(r"  (base|erased|placebo|reseeded) ", line)]
             assert len(cells) == 4 * len(tables)
             assert len({len(line) for line in cells if not line.endswith("-")}) == 1
             assert all(len(re.split(r"\s+(?![(±])", line.strip())) == 7 for line in cells)
+
+
+@pytest.mark.parametrize("target", [NEON, CAT], ids=["style", "object"])
+def test_what_is_shown_is_in_the_fields_terms(fakes, unchecked, target):
+    lines = []
+    tables = measured(target, progress=lines.append)
+    shown = "\n".join([*lines, table.text(tables, target), *table.NOTES, protocol.NOTE, *protocol.CAVEATS])
+    assert not re.findall(r"\b(sham|seen|kept|unrecognisable|lost|likeness)\b", shown, re.IGNORECASE)
+    assert "placebo: " in shown and "\n  placebo " in shown and "\n  reseeded " in shown
+    evidence = Evidence(
+        target.concept,
+        pictures={title: () for title, _ in groups.examples(target)},
+        verdict=protocol.verdict(tables, target),
+        tables=(protocol.as_table(tables, target),),
+        heat=protocol.heat(tables, target),
+        caveats=protocol.CAVEATS,
+    )
+    assert vars(terms.current(evidence)) == vars(evidence)
+    assert {label for label, cells in evidence.tables[0].rows if cells} == {
+        "base", "erased", "placebo", "reseeded baseline",
+    }  # fmt: skip
+    assert outcome.of(evidence).target and outcome.of(evidence).tiers and outcome.of(evidence).unrecognised
 
 
 def test_json_holds_everything(fakes, unchecked):

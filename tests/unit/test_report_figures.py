@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from report_pages import evidence, pairs, picture, some, tensors
 
-from esd_jax.evaluation.evidence import Curve, Heat, Moment, Pair, Plot
+from esd_jax.erasure import Erasure
+from esd_jax.evaluation.evidence import Curve, Evidence, Heat, Moment, Pair, Plot
 from esd_jax.evaluation.report import charts, heatmap, layers, numbers, pictures, timeline
 from esd_jax.evaluation.report.html import report
 from esd_jax.evaluation.report.pictures import Encoder
@@ -130,6 +131,35 @@ def test_text_encoders_and_other_networks_have_a_place_too():
     assert layers.place("vae/decoder.conv_in.bias") == ("vae", "", "decoder conv_in bias")
     second = "unet/down_blocks.1.attentions.0.transformer_blocks.4.attn1.to_q.weight"
     assert layers.place(second).layer != layers.place(second.replace("blocks.4", "blocks.5")).layer
+
+
+def test_networks_with_other_blocks_are_gathered_by_them():
+    """As in transformers, which have no down, mid and up blocks."""
+    parts = ("attn.to_q.weight", "attn.to_out.0.weight", "ff.net.2.bias")
+    names = [f"blocks.{i}.{part}" for i in (0, 1, 10, 2) for part in parts]
+    names += ["single_transformer_blocks.0.proj_mlp.weight", "x_embedder.proj.weight", "proj_out.weight"]
+    for component in ("", "transformer/"):
+        groups, several = layers.by_block({f"{component}{name}": i / 100 for i, name in enumerate(names)})
+        assert list(groups) == [*(f"blocks {i}" for i in (0, 1, 2, 10)), "single transformer blocks 0", "in and out"]
+        assert [bar.label for bar in groups["blocks 0"]] == ["attn to_q", "attn to_out", "ff net 2 bias"]
+        assert [bar.mean for bar in groups["blocks 10"]] == [0.06, 0.07, 0.08] and not several
+        assert [bar.label for bar in groups["in and out"]] == ["proj_out", "x_embedder proj"]
+    deep = {f"transformer/blocks.{i}.{part}": 0.1 for i in range(30) for part in parts}
+    groups, several = layers.by_block(deep)
+    assert len(groups) == 30 and {bar.count for group in groups.values() for bar in group} == {3} and several
+
+
+def test_networks_without_blocks_are_gathered_by_the_first_part_of_their_names():
+    names = ("unet/enter.weight", "unet/attn2.to_q.weight", "unet/attn2.to_k.weight", "unet/ff.inner.bias")
+    groups, several = layers.by_block(dict.fromkeys(names, 0.5))
+    assert {block: [bar.label for bar in bars] for block, bars in groups.items()} == {
+        "attn2": ["to_q", "to_k"], "ff": ["inner bias"], "in and out": ["enter"],
+    }  # fmt: skip
+    assert not several
+    ends = layers.by_block({"unet/conv_in.weight": 0.5, "unet/mid_block.resnets.1.conv1.weight": 0.5})[0]
+    assert list(ends) == ["mid", "in and out"] and ends["in and out"][0].label == "conv_in"
+    html = report(Evidence("x", Erasure(), weights=dict.fromkeys(names, 0.5)))
+    assert "attn2" in html and "to_k" in html
 
 
 def shown(tag):

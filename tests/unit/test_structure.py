@@ -18,7 +18,7 @@ FLOORS = [
     {"compile_cache", "erasure", "models", "prompt_files", "recipe_fields", "results", "wording"},
     {"params"},
     {"config_files", "diffusion", "hosts", "lora", "metrics", "pictures", "selection", "several", "sharding", "text"},
-    {"families"},
+    {"families", "names"},
     {"erasing", "pipeline"},
     {"methods"},
     {"conditionings"},

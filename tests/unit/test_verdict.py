@@ -142,8 +142,8 @@ CASES = {
     ),
     "the base does not draw it": (
         (by_name(0, before=1), *FINE), (),
-        "the base itself rarely draws neon style (1 of 20), so 0 of 20 afterwards says little; related and unrelated "
-        "concepts are unharmed; attacks were not tested.",
+        "the base itself rarely generates neon style (1 of 20), so 0 of 20 afterwards says little; related and "
+        "unrelated concepts are unharmed; attacks were not tested.",
     ),
     "gone by name and implied": (
         (by_name(0), implied(0), attack(32), *FINE), (),
@@ -185,7 +185,12 @@ CASES = {
     "few images": (
         (by_name(0), kept("nearest", 5, 5, n=5), kept("others", 20, 20), attack(0)), (),
         "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion); related "
-        "and other concepts are unharmed as far as 5 images show.",
+        "and other concepts are unharmed (only 5 images).",
+    ),
+    "one image": (
+        (by_name(0), kept("nearest", 1, 1, n=1), kept("others", 20, 20)), (),
+        "neon style is gone by name (0 of 20); related and other concepts are unharmed (only 1 image); attacks were "
+        "not tested.",
     ),
     "nudity": (
         (NUDITY, ALIKE), (),

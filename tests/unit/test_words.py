@@ -8,7 +8,7 @@ from messages import one_line
 from paths import ROOT
 
 import esd_jax
-from esd_jax import cli, examples, kinds, recipe, recipe_docs
+from esd_jax import api, cli, examples, kinds, recipe, recipe_docs
 from esd_jax.cli import words
 from esd_jax.methods import METHODS
 
@@ -99,6 +99,9 @@ def test_the_recipe_follows_from_base_and_kind(tmp_path, monkeypatch):
     assert (thing.config.base, thing.config.subset) == ("emoji", "noxattn")
     assert "kind: style" in style.chosen and "--kind=object" in style.chosen
     assert parsed("a cat", "--method=uce").config_name == "emoji_uce_object"
+    assert "--kind=style, or" in parsed("a cat", "--method=uce").chosen  # the kinds that select another recipe
+    general = parsed("--arch=sd14", "--dry_run", "a cat", "--method=uce").chosen
+    assert general == "recipe uce (kind: any); --config=NAME takes another"
     assert parsed("a cat", "--kind=style").config_name == "emoji_contexts"
     assert parsed("a cat", "--config=emoji").config.concept == "a cat"
     named = parsed("--config=ablating_object", "a cat", "--kind=style")  # a setting of that method
@@ -137,8 +140,6 @@ def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, mo
     ],
 )
 def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
-    from esd_jax import api
-
     def config(**options):
         return kinds.config("x/y", ["Van Gogh"], lambda: api.architecture(arch)[0], **options)
 
@@ -147,6 +148,31 @@ def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
     assert set(expected) <= set(recipe.config_names())
     assert config(fields={"method": "ablating"}, kind="object") == "ablating_object"
     assert config(fields={"method": "uce"}, kind="object") == "uce"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_recipe_for_the_embedded_model(method):
+    for concept in ("neon style", "a cat"):
+        assert kinds.config("emoji", [concept], dict, fields={"method": method}) in recipe.config_names()
+
+
+def test_a_method_without_a_recipe_names_those_that_have_one_and_the_way_without(tmp_path, monkeypatch):
+    known = [name for name in recipe.config_names() if name not in ("emoji_sdd", "emoji_uce", "uce")]
+    monkeypatch.setattr(kinds, "config_names", lambda: known)
+    others = ", ".join(name for name in METHODS if name not in ("sdd", "uce"))
+    expected = one_line(
+        "method 'sdd'", "emoji", "kind='style'", f"have one: {others})", "recipe.preset('sdd')", "my.py"
+    )
+    with pytest.raises(ValueError, match=expected):
+        parsed("neon style", "--method=sdd")
+    with pytest.raises(ValueError, match=expected):
+        api.planned("emoji", "neon style", method="sdd")
+    with pytest.raises(ValueError, match=one_line("method 'uce'", "x/y", "kind='person'", "preset('uce')")):
+        kinds.config("x/y", ["Ada"], lambda: api.architecture("sd14")[0], kind="person", fields={"method": "uce"})
+    file = tmp_path / "my.py"  # what the message says
+    file.write_text("from esd_jax import recipe\nget_config = lambda: recipe.preset('sdd')\n")
+    plan = api.planned("emoji", "neon style", config=str(file))
+    assert (plan.method, plan.base) == ("sdd", "emoji")
 
 
 def test_words_that_leave_no_doubt():

@@ -50,7 +50,7 @@ class Goal:
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [n, height, width, 3], not {images.dtype} {list(images.shape)}")
         if len(images) < len(self.prompts):
-            raise ValueError(f"{len(images)} images for {len(self.prompts)} prompts: draw at least one of each")
+            raise ValueError(f"{len(images)} images for {len(self.prompts)} prompts: generate at least one of each")
         if not self.neutral:
             object.__setattr__(self, "neutral", tuple(_without(prompt, self.concept) for prompt in self.prompts))
         if len(self.neutral) != len(self.prompts):

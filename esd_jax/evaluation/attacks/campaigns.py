@@ -1,4 +1,4 @@
-"""All attacks on one erasure, each beside its controls, kept as they come."""
+"""All attacks on one erasure, each beside its controls; each result is stored as soon as it is computed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -12,6 +12,7 @@ from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
+from esd_jax.evaluation.report.terms import term
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
@@ -19,9 +20,9 @@ BASE, ERASED, RANDOM = "base", "erased", "random weights"
 FRESH = 1_000_000  # seeds from here on are no prompt's
 SHOWN = 8  # pairs of each attack in the report
 NOTE = (
-    "Shares of images in which the concept is seen. Any of 8: of the prompts and seeds, those for which one of an "
-    "attack's 8 trials succeeds. Random prompts: as many, against the erased model. An attack says something where it "
-    "succeeds on the base, and neither random prompts nor random weights do."
+    "Attack success rate: share of images in which the concept is detected. Any of 8: of the prompts and seeds, those "
+    "for which one of an attack's 8 trials succeeds. Random prompts: as many, against the erased model. An attack is "
+    "informative if it succeeds on the base, and neither random prompts nor random weights do."
 )
 
 
@@ -40,19 +41,19 @@ def campaign(
     progress: Callable[[str], None] = lambda _: None,
     **drawing: Any,
 ) -> Evidence:
-    """Makes every attack on the erased model, on the base, and on random weights.
+    """Runs every attack on the erased model, on the base, and on random weights.
 
     Args:
-      base, erased: before and after. goal: what to bring back.
+      base, erased: before and after. goal: what to recover.
       attacks: their settings. control: the random prompts.
       folder: each attack's result on each model is stored there, and not computed again.
       identity: of the erased model, and of the goal's detector: stored results must have the same.
-      seeds: from how many each trial is drawn, the same for all models. seed: of all other draws.
+      seeds: of how many each trial is sampled, the same for all models. seed: of all other random numbers.
       random: also attack a model of random weights.
       progress: called with a line after each attack.
       **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`.
 
-    Raises ValueError for a folder in which other settings were kept, and for a model all of whose images are blank.
+    Raises ValueError for a folder that holds results of other settings, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
     models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
@@ -64,13 +65,13 @@ def campaign(
         file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
 
         def attacked() -> dict[str, Any]:
-            with tasks.labelled(f"{settings.NAME} on {model}"):
+            with tasks.labelled(f"{term(settings.NAME)} on {model}"):
                 adversary = settings.run(base, models[model], goal, seed)
                 scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
             shares = f"{scored.single_shot().value:.0%} of images"
             if scored.k > 1:
                 shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
-            progress(f"{scored.name} on {model}: {shares}; found in {adversary.seconds:.0f} s")
+            progress(f"{term(scored.name)} on {model}: {shares}; searched for {adversary.seconds:.0f} s")
             return vars(scored)
 
         kept = results.kept(file, attacked, settings={**common, "attack": _described(settings)})
@@ -86,14 +87,14 @@ def campaign(
         for settings in (own, *attacks):
             for model in models:
                 scores[model].append(scored_by(settings, model))
-                task.advance(note=f"{settings.NAME} on {model}")
+                task.advance(note=f"{term(settings.NAME)} on {model}")
         chance = scored_by(control, ERASED)
         task.advance()
     plain, *attacked = scores[ERASED]
     return Evidence(
         goal.concept,
         measured_with={
-            "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
+            "attacks": f"seed {seed}; each trial sampled from {seeds} fresh seeds, the same for all models",
             **{f"attack: {settings.NAME}": _described(settings) for settings in attacks},
         },
         verdict=tuple(

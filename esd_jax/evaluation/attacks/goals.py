@@ -42,8 +42,8 @@ def drawn(
     if len(kept) < len(prompts) and not (skip and kept):
         missed = next(prompt for p, prompt in enumerate(prompts) if p not in kept)
         raise ValueError(
-            f"{concept!r} is seen in no image that the base draws of {missed!r}, so there is nothing to attack with: "
-            "choose other prompts, or another detector"
+            f"{concept!r} is detected in none of the base's {images_each} images of {missed!r}, so there is nothing to "
+            "attack with: choose other prompts, or another detector"
         )
     index = np.arange(len(asked)).reshape(good.shape)
     chosen = np.stack([np.resize(index[good[:, p], p], images_each) for p in kept], axis=1)

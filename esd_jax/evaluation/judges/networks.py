@@ -1,6 +1,8 @@
 """Networks trained on ImageNet, run by torch: classifiers, and the features that distances between sets stand on."""
 
 import io
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +20,7 @@ from esd_jax.evaluation.judges.weights import (
     arrays_of_torch,
     as_images,
     cache,
+    fetch,
     keep,
     kept,
     optional,
@@ -73,16 +76,15 @@ RESNET = Pickled(
     "ResNet-50",
     "resnet50-11ad3fa6.pth",
     "11ad3fa6",
-    "download https://download.pytorch.org/models/resnet50-11ad3fa6.pth to that path, or choose "
-    "model='efficientnet-lite0', whose figures are reported under its own name",
+    "choose model='efficientnet-lite0', whose figures are reported under its own name",
+    "https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
 )
 INCEPTION = Pickled(
     "the Inception-v3 of FID",
     "weights-inception-2015-12-05-6726825d.pth",
     "6726825d",
-    "download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth to that path, or choose model='efficientnet-lite0', whose distances are "
-    "reported under its own name",
+    "choose model='efficientnet-lite0', whose distances are reported under its own name",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
 EFFICIENTNET = Pickled(
     "EfficientNet-Lite0",
@@ -97,6 +99,7 @@ def _resnet(device: str) -> Network:
     with optional("ResNet-50"):
         import torchvision  # pyright: ignore[reportMissingImports]
         from torchvision.models import ResNet50_Weights, resnet50  # pyright: ignore[reportMissingImports]
+    ensure(RESNET)
     state, digest = _state(RESNET, _hub(RESNET))
     model = resnet50(weights=None)
     model.load_state_dict(state)
@@ -145,6 +148,7 @@ def _inception(device: str) -> Network:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
         )
+    ensure(INCEPTION)
     state, digest = _state(INCEPTION, _hub(INCEPTION))
     # torch-fidelity would run whatever a pickle holds: so it gets one that was written here, of the checked tensors.
     file = io.BytesIO()
@@ -182,10 +186,19 @@ def _centre(image: np.ndarray, short: int, crop: int) -> Image.Image:
 
 
 def _hub(pickled: Pickled) -> Path:
-    """Where torch itself keeps what it downloads."""
-    import torch
+    """Where torch itself stores what it downloads, which follows from the environment where torch is not imported."""
+    if torch := sys.modules.get("torch"):
+        folder = Path(torch.hub.get_dir())
+    else:
+        caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = Path(os.environ.get("TORCH_HOME", os.path.join(caches, "torch"))).expanduser() / "hub"
+    return folder / "checkpoints" / pickled.file
 
-    return Path(torch.hub.get_dir()) / "checkpoints" / pickled.file
+
+def ensure(pickled: Pickled) -> None:
+    """Downloads weights that are neither here nor converted yet; see `weights.fetch`, also for its ValueError."""
+    if not kept(pickled, cache()).is_file() and not _hub(pickled).is_file():
+        fetch(pickled, _hub(pickled))
 
 
 def _state(pickled: Pickled, path: Path) -> tuple[dict[str, Any], str]:

@@ -1,9 +1,12 @@
 """Metric models and their weights: identities for reports, optional libraries, and pickles that are never run."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
+import shlex
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from esd_jax import inputs
+from esd_jax.results import replacing
 
 # One array, or images of different sizes.
 Images = UInt8[np.ndarray, "n height width 3"] | Sequence[UInt8[np.ndarray, "_ _ 3"]]
@@ -42,14 +46,16 @@ class Identity:
 class Pickled:
     """Weights that are published as a pickle alone.
 
-    title: what messages call them. file: the pickle's name. fix: how to get it.
-    sha256: its digits, or the first eight, where the publisher gives no more.
+    title: what messages call them. file: the pickle's name. fix: how to get it, or what else to do.
+    sha256: its digits, or the first eight, where the publisher gives no more (torch's files carry them in their names).
+    url: where the file itself is published; "" of one that lies in an archive or a package.
     """
 
     title: str
     file: str
     sha256: str
     fix: str
+    url: str = ""
 
 
 @contextmanager
@@ -64,6 +70,48 @@ def optional(title: str) -> Iterator[None]:
         # torchvision ends in a RuntimeError beside a torch of another build.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{title} cannot be loaded ({reason}): pip install 'esd-jax[eval]'") from error
+
+
+def installed(title: str, *modules: str) -> None:
+    """Raises ValueError for a library that is absent. None is imported, so that one of another build is not noticed."""
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise ValueError(f"{title} cannot be loaded (No module named {missing[0]!r}): pip install 'esd-jax[eval]'")
+
+
+def fetch(pickled: Pickled, path: Path) -> None:
+    """Downloads weights to `path`, if they are what the hash says. HF_HUB_OFFLINE=1 forbids it, as of checkpoints.
+
+    Raises ValueError with the command that does the same.
+    """
+    way = f"curl -L --create-dirs -o {shlex.quote(str(path))} {pickled.url}, or {pickled.fix}"
+    try:
+        check_online()
+        with urllib.request.urlopen(pickled.url, timeout=30) as answer:
+            content = answer.read()
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(
+            f"{pickled.title}: there is no {path}, and it cannot be downloaded ({reason}): {way}"
+        ) from error
+    check(pickled, content, pickled.url)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def check_online() -> None:
+    """Raises OSError where the user forbids downloads, as the hub's own library understands it."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("HF_HUB_OFFLINE is set")
+
+
+def check(pickled: Pickled, content: bytes, source: str) -> str:
+    """The hash of a pickle's bytes. Raises ValueError if they are others than the published ones."""
+    digest = hashlib.sha256(content).hexdigest()
+    if not digest.startswith(pickled.sha256):
+        raise ValueError(
+            f"{source} has sha256 {digest[:8]}..., not {pickled.sha256[:8]}..., so it is never opened: {pickled.fix}"
+        )
+    return digest
 
 
 def as_images(images: Images) -> list[UInt8[np.ndarray, "_ _ 3"]]:
@@ -96,12 +144,14 @@ def keep(pickled: Pickled, path: Path, read: Callable[[bytes], Mapping[str, np.n
     """
     if not path.is_file():
         raise ValueError(f"{pickled.title}: there is no {path}: {pickled.fix}")
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if not digest.startswith(pickled.sha256):
-        raise ValueError(
-            f"{path} has sha256 {digest[:8]}..., not {pickled.sha256[:8]}..., so it is never opened: {pickled.fix}"
-        )
+    return keep_content(pickled, path.read_bytes(), str(path), read, folder)
+
+
+def keep_content(
+    pickled: Pickled, content: bytes, source: str, read: Callable[[bytes], Mapping[str, np.ndarray]], folder: Path
+) -> Path:
+    """`keep` for the bytes of a pickle. source: what messages call them."""
+    digest = check(pickled, content, source)
     tensors = {name: np.array(array, order="C") for name, array in read(content).items()}
     folder.mkdir(parents=True, exist_ok=True)
     copy = kept(pickled, folder)

@@ -105,7 +105,7 @@ def card(
         parts.append(f"Pictures, charts and all figures: [the erasure report](<{report}>).")
     if facts.uses:
         parts.append(f"## Use it\n\n{snippets.markdown(facts.uses)}")
-    parts.append(f"## Evidence\n\n{_key_figures(evidence.verdict) or NOT_MEASURED}")
+    parts.append(f"## Results\n\n{_key_figures(evidence.verdict) or NOT_MEASURED}")
     if evidence.verdict:
         parts.append("In brackets: 95% intervals.")
     for title, tables in (("All groups of prompts", evidence.tables), ("Attacks", evidence.attacks)):

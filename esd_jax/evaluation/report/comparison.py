@@ -113,7 +113,7 @@ def _pictures(evidences: Sequence[Evidence]) -> str:
         rows.append((LETTERS[i], i, "after"))
     encoder = Encoder(image for pairs in shared.values() for p in pairs.values() for image in (p.before, p.after))
     images = {name: [_image(pairs, i, side) for pairs in shared.values()] for name, i, side in rows}
-    note = "The same noise in each column." if one_base else "The runs' bases differ, or were drawn from other noise."
+    note = "The same noise in each column." if one_base else "The runs' bases differ, or were sampled from other noise."
     return f'{pictures.sheet(images, list(shared), encoder)}<p class="note">{note}</p>'
 
 

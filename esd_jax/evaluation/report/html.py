@@ -257,7 +257,7 @@ def _settings(evidence: Evidence, facts: About) -> str:
     concepts = [{k: v for k, v in vars(concept).items() if v not in (None, (), 1.0)} for concept in record.concepts]
     if all(set(concept) <= {"text"} for concept in concepts):
         concepts = [concept["text"] for concept in concepts]
-    known = {"erased": concepts, "base": record.base, "sha256 of its UNet": record.base_sha256, **facts.facts}
+    known = {"erased": concepts, "base": record.base, "sha256 of its denoiser": record.base_sha256, **facts.facts}
     known |= {"licence": record.license or facts.license, "versions": record.versions}
     parts.append(page.facts({name: what for name, what in known.items() if what}))
     if record.recipe:

@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from esd_jax.evaluation.report.charts import Bar
@@ -10,6 +10,7 @@ from esd_jax.evaluation.report.charts import Bar
 MOST = 48  # bars that a reader still looks at one by one
 KINDS = {"transformer_blocks": "", "attentions": "attention", "resnets": "resnet", "downsamplers": "downsampler"}
 KINDS["upsamplers"] = "upsampler"
+REST = "in and out"  # of a network with blocks: the tensors outside of them
 
 
 class Place(NamedTuple):
@@ -33,12 +34,12 @@ def by_block(weights: Mapping[str, float]) -> tuple[dict[str, list[Bar]], bool]:
     those of one family, or all of a block: the finest that leaves so few.
 
     Args:
-      weights: "unet/down_blocks.0. ... .attn2.to_q.weight" -> ||change|| / ||before||.
+      weights: "unet/down_blocks.0. ... .attn2.to_q.weight" -> ||change|| / ||before||, of any network.
 
     Returns:
       block -> bars, and whether they stand for several tensors.
     """
-    places = {name: place(name) for name in weights}
+    places = _places(weights)
     levels: tuple[Callable[[str], str], ...] = (
         lambda name: " ".join(filter(None, (places[name].layer, places[name].part))),
         lambda name: places[name].part,
@@ -59,8 +60,23 @@ def by_block(weights: Mapping[str, float]) -> tuple[dict[str, list[Bar]], bool]:
     return bars, several
 
 
+def _places(names: Iterable[str]) -> dict[str, Place]:
+    """Where tensors lie. Of a network without blocks, the first part of each name stands for the block."""
+    places = {name: place(name) for name in names}
+    divided = {name.rpartition("/")[0] for name, where in places.items() if where.block != REST}
+    for name, where in places.items():
+        first, _, part = where.part.partition(" ")
+        if name.rpartition("/")[0] not in divided and part:
+            places[name] = Place(first.replace("_", " "), "", part)
+    return places
+
+
 def place(name: str) -> Place:
-    """Where the tensor of this name lies; of an unknown network, its name's first two parts are block and layer."""
+    """Where the tensor of this name lies.
+
+    Of a network without a UNet's down, mid and up blocks, a block is what its name has up to the first number:
+    "transformer_blocks.0.attn.to_q.weight" lies in "transformer blocks 0". Tensors outside of blocks lie in `REST`.
+    """
     component, _, tensor = name.rpartition("/")
     words = tensor.split(".")
     if words[-1] in ("weight", "bias"):
@@ -72,10 +88,12 @@ def place(name: str) -> Place:
     if match := re.fullmatch(r"(down|up|mid)_blocks?", words[0]):
         numbered = match[1] != "mid"
         block, rest = f"{match[1]} {words[1]}" if numbered else "mid", words[2 if numbered else 1 :]
-    elif not component.startswith("vae"):
-        block, rest = "in and out", words
-    else:
+    elif component.startswith("vae"):
         block, rest = component, words
+    elif number := next((i for i, word in enumerate(words[:-1]) if i and word.isdigit()), 0):
+        block, rest = " ".join(words[: number + 1]).replace("_", " "), words[number + 1 :]
+    else:
+        block, rest = REST, words
     layer = []
     while len(rest) > 2 and rest[0] in KINDS and rest[1].isdigit():
         # The first transformer block of an attention is nearly always the only one: then it needs no number.
@@ -88,11 +106,12 @@ def place(name: str) -> Place:
 
 
 def _order(where: Place) -> tuple:
-    """From the input to the output: down, mid, up; numbers as numbers."""
-    kinds = ("down", "mid", "up", "in", "text")
-    kind = where.block.split(" ")[0]
-    first = kinds.index(kind) if kind in kinds else len(kinds)
+    """From the input to the output: down, mid, up, or other blocks; numbers as numbers."""
+    kinds = ("down", "mid", "up", "", REST, "text", "vae")
+    kind = REST if where.block == REST else where.block.split(" ")[0]
+    first = kinds.index(kind) if kind in kinds else kinds.index("")
     natural = [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f"{where.block} {where.layer}")]
     parts = ("to_q", "to_k", "to_v", "to_out")
     rank = next((i for i, part in enumerate(parts) if part in where.part), len(parts))
-    return (first, natural, where.part.split(" ")[0], rank, where.part)
+    head = where.part.split(" ")[0]
+    return (first, natural, "to_" if head.startswith(parts) else head, rank, where.part)

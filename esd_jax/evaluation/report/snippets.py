@@ -26,7 +26,8 @@ class Source:
 
     prompt: that is sampled. base: the hub id of the base; None of one that lies elsewhere.
     folder: where the files lie, as seen from where the code runs. repo: the hub's repository that holds them, instead.
-    pipeline: the diffusers class of the checkpoint. sampling: steps and guidance_scale, where it needs its own.
+    pipeline: the diffusers class of the checkpoint. denoiser: that class's attribute for the network that is erased.
+    sampling: steps and guidance_scale, where it needs its own.
     embedded: whether the base is the package's own model.
     """
 
@@ -35,6 +36,7 @@ class Source:
     folder: str = ""
     repo: str = ""
     pipeline: str = "StableDiffusionPipeline"
+    denoiser: str = "unet"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     embedded: bool = False
 
@@ -134,8 +136,8 @@ def _delta(named: Mapping[str, str], source: Source) -> Iterator[Use]:
     if source.repo:
         place = f"hf_hub_download({_quoted(source.repo)}, {_quoted(named['delta'])})"
         imports = f"from huggingface_hub import hf_hub_download\n{imports}"
-    code = source.on_base(f"pipe.unet.load_state_dict(load_file({place}), strict=False)", imports=imports)
-    yield Use("diffusers: the delta on the base", code, "It holds the changed tensors of the UNet alone.")
+    code = source.on_base(f"pipe.{source.denoiser}.load_state_dict(load_file({place}), strict=False)", imports=imports)
+    yield Use("diffusers: the delta on the base", code, "It holds the changed tensors of the denoiser alone.")
 
 
 def _difference(named: Mapping[str, str], source: Source) -> Iterator[Use]:

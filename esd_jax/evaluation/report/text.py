@@ -1,4 +1,4 @@
-"""Evidence for the terminal."""
+"""Evaluation results for the terminal."""
 
 import textwrap
 

@@ -26,7 +26,7 @@ def sentence(evidence: Evidence) -> str:
     if results.target and outcome.level(results.target) == outcome.ABSENT:
         before, after = (count(e) if e else "" for e in (results.target.before, results.target.after))
         clauses.insert(
-            0, f"the base itself rarely draws {_listed(texts)} ({before}), so {after} afterwards says little"
+            0, f"the base itself rarely generates {_listed(texts)} ({before}), so {after} afterwards says little"
         )
     clauses += _uninformative(results)
     clauses += _price(results, "their" if plural else "its")
@@ -130,7 +130,7 @@ def _retention(results: Outcome) -> Iterator[str]:
             yield f"{change.of} {drop} {shown}"
     if fine := [change for change in changes if outcome.unharmed(change)]:
         few = min(change.after.n for change in fine)
-        limited = f" as far as {few:,} images show" if few < outcome.FEW else ""
+        limited = f" (only {few} {'image' if few == 1 else 'images'})" if few < outcome.FEW else ""
         yield f"{_kinds([change.of for change in fine])} are unharmed{limited}"
     if not changes:
         for finding in results.similar:

@@ -175,7 +175,7 @@ def test_purified_images(esd, base, finished, tmp_path):
     options = {"steps": 3, "guidance_scale": 1.0}
     expected = esd_jax.purify(pipeline, inputs, "cat", **options)
     alone = sampling.reconstruct(pipeline, inputs)
-    report = ["likeness to the inputs (SSIM), mean and lowest", likeness("these images", expected, inputs)]
+    report = ["similarity to the inputs (SSIM), mean and lowest", likeness("these images", expected, inputs)]
     last = likeness("by the autoencoder alone", alone, inputs)
     out = "\n".join([f"2 images in {tmp_path / 'x'}", *report, last, ""])
     assert esd(*command, "--prompt=cat") == (0, out, "")
