@@ -5,7 +5,7 @@
 or, from a file with one a line, --config.concept=@names.txt. The changes to uce are:
 - each style is erased alone, where it becomes nothing, and from prompts of objects, of which the object remains: all of
   a prompt's tokens, from the first that differs on.
-- every caption of the model without the list's styles is retained.
+- the model's captions without the list's styles are retained, with twice the weight of the erasure.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
         concept="neon style; ink style",
         contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
         retain="emoji",
+        preserve_scale=2.0,
         preview_prompts="{}; a cat in {}; a cat in clay style; a rocket in blueprint style",
         preview_guidance=3.0,
     )

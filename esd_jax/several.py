@@ -71,7 +71,7 @@ def filled(templates: Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]
 
 def parts(name: str, value: str | Sequence[Any] | None) -> Texts:
     """The texts of a flat field; of one in `LISTS`, tuples of them."""
-    if isinstance(value, list | tuple):
+    if not isinstance(value, str | None):
         return tuple(value)
     texts = separated(value or "")
     if name in LISTS:

@@ -216,7 +216,7 @@ def _grouped(clusters: Sequence | np.ndarray, n: int) -> tuple[Shaped[np.ndarray
     return index, np.bincount(index).astype(np.float64)
 
 
-def _finite(name: str, values: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
+def _finite(name: str, values: Sequence[float | np.bool_] | np.ndarray) -> Float[np.ndarray, " n"]:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not np.isfinite(array).all():
         raise ValueError(f"{name} of shape {array.shape} must be one finite value for each image; leave out the others")

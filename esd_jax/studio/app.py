@@ -1,5 +1,6 @@
 """The page, and how it is served. `python -m esd_jax.studio.app` serves it alone, as on a Space."""
 
+import importlib
 import os
 import signal
 import threading
@@ -7,14 +8,13 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import gradio as gr  # pyright: ignore[reportMissingImports] (an extra)
-
 from esd_jax.runs import listing
 from esd_jax.runs.listing import Run
 from esd_jax.studio import tabs, views
 from esd_jax.studio.jobs import MISTAKES, Desk, Job
 from esd_jax.studio.tabs import ACTION, HTML, reported
 
+gr: Any = importlib.import_module("gradio")  # an extra, whose types lack the events that it generates
 HOST = "127.0.0.1"
 Content = Callable[[Job | None, Run | None], Any]
 Key = Callable[[Job | None, Run | None], Hashable]
@@ -88,7 +88,7 @@ class Page:
         button.click(action, [self.run, *inputs], None, **ACTION)
 
 
-def launch(desk: Desk, host: str = HOST, port: int | None = None) -> tuple[gr.Blocks, str]:
+def launch(desk: Desk, host: str = HOST, port: int | None = None) -> tuple[Any, str]:
     """Serves the page in threads of its own. Returns it, and its address. Raises OSError for a port that is taken."""
     theme = gr.themes.Default(
         primary_hue="sky", neutral_hue="slate", radius_size="sm", font=["system-ui", "sans-serif"],

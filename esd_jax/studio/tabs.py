@@ -1,10 +1,10 @@
 """The tabs of the page, and what their buttons do."""
 
+import importlib
 from collections.abc import Callable, Hashable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-import gradio as gr  # pyright: ignore[reportMissingImports] (an extra)
 import numpy as np
 
 from esd_jax import recipe_docs
@@ -21,6 +21,8 @@ from esd_jax.studio.jobs import MISTAKES
 
 if TYPE_CHECKING:
     from esd_jax.studio.app import Page
+
+gr: Any = importlib.import_module("gradio")  # an extra, whose types lack the events that it generates
 
 ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 KNOWN = [*(captions.prompt(style=s) for s in vocabulary.styles()), *map(captions.prompt, vocabulary.objects())]
@@ -232,7 +234,7 @@ def runs(page: "Page") -> None:
         yes = gr.Button("Delete for good", variant="stop", elem_id="delete-yes")
         no = gr.Button("Keep", elem_id="delete-no")
 
-    def select(event: gr.SelectData) -> str:
+    def select(event: gr.SelectData) -> str:  # pyright: ignore[reportInvalidTypeForm]
         return every()[event.index].name
 
     def delete(name: str) -> Any:

@@ -115,7 +115,7 @@ def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "wid
     texts = list(weights)
 
     def compute() -> dict[str, np.ndarray]:
-        total = 0.0
+        total = np.zeros(())
         for start in range(0, len(texts), ENCODED_AT_ONCE):
             some = texts[start : start + ENCODED_AT_ONCE]
             vectors = np.asarray(tools.vectors(tools.encode(some)), np.float64)
