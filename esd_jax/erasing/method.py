@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -78,7 +77,7 @@ class Tools:
       another one.
     condition: the text encoders' outputs -> Conditioning.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
-    cache: a folder for what is computed of the text encoders alone; None: nothing is kept.
+    cache: whether what is computed of the text encoders alone is kept in the user's cache.
     """
 
     denoiser: Network
@@ -96,7 +95,7 @@ class Tools:
     condition: Callable[[Sequence[Any]], Conditioning] = lambda outputs: outputs
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
-    cache: Path | None = None
+    cache: bool = False
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import pytest
 from edits import encode, ids, tools, vectors
 from messages import one_line
 
+from esd_jax import results
 from esd_jax.demo import captions, vocabulary
 from esd_jax.erasing import corpora
 from esd_jax.erasing.concepts import Concept
@@ -99,23 +100,28 @@ def test_free_directions_are_orthogonal_to_the_strongest():
         corpora.free_directions(moment, len(moment))
 
 
-def test_a_moment_is_computed_once_for_its_prompts_and_weights(tmp_path):
-    calls = []
+def test_a_moment_is_computed_once_for_its_prompts_and_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, calls = tmp_path / "esd_jax" / "moments", []
 
     def counted(texts):
         calls.append(len(texts))
         return encode(texts)
 
     params = {"text_encoder": {"a": jnp.ones(3)}}
-    known = tools(encode=counted, cache=tmp_path, text_encoders={"text_encoder": None}, params=params)
+    known = tools(encode=counted, cache=True, text_encoders={"text_encoder": None}, params=params)
     first = corpora.moment(known, ONES)
     assert sum(calls) == len(TEXTS)
     np.testing.assert_array_equal(corpora.moment(known, ONES), first)
-    assert sum(calls) == len(TEXTS) and len(list(tmp_path.iterdir())) == 1
+    assert sum(calls) == len(TEXTS) and len(list(folder.iterdir())) == 1
     corpora.moment(dataclasses.replace(known, params={"text_encoder": {"a": jnp.zeros(3)}}), ONES)
     corpora.moment(known, dict.fromkeys([*TEXTS[1:], "another"], 1.0))
     corpora.moment(dataclasses.replace(known, tokens=lambda texts: ids(texts) + 1), ONES)
     corpora.moment(known, {**ONES, TEXTS[0]: 2.0})
-    assert sum(calls) == 5 * len(TEXTS) and len(list(tmp_path.iterdir())) == 5
+    assert sum(calls) == 5 * len(TEXTS) and len(list(folder.iterdir())) == 5
     corpora.moment(known, dict.fromkeys(TEXTS[:3], 1.0))  # too few for a file
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(folder.iterdir())) == 5
+    monkeypatch.setattr(results, "write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    np.testing.assert_array_equal(
+        corpora.moment(known, {**ONES, "more": 1.0}), corpora.moment(known, {**ONES, "more": 1.0})
+    )

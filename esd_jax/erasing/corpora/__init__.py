@@ -5,6 +5,7 @@ squares of `closed_form` need their second moment alone: its square root stands 
 token vector is wide.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -124,9 +125,15 @@ def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "wid
             total = total + flat.T @ flat
         return {"moment": total / sum(weights.values())}
 
-    if len(texts) < WORTH_A_FILE or tools.cache is None:
+    if len(texts) < WORTH_A_FILE or not tools.cache:
         return compute()["moment"]
-    return results.kept(tools.cache / f"{_fingerprint(tools, weights)}.npz", compute)["moment"]
+    file = inputs.cache("moments") / f"{_fingerprint(tools, weights)}.npz"
+    if (stored := results.read(file)) is not None:
+        return stored["moment"]
+    fields = compute()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        results.write(file, fields)
+    return fields["moment"]
 
 
 def _fingerprint(tools: Tools, weights: Mapping[str, float]) -> str:
