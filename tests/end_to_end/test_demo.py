@@ -63,6 +63,26 @@ def test_the_embedded_files_stay_small():
     assert probe.FILE.stat().st_size <= 3e6
 
 
+TEN = ["a cat", "a rose", "a pizza", "a rocket", "a robot", "an owl", "a house", "a cake", "a bee", "a fox"]
+
+
+@pytest.mark.slow
+def test_a_list_is_erased_and_other_objects_are_not(base):
+    """UCE without a retained corpus takes nine of ten others along (docs/results/methods.md)."""
+    erased, target = esd_jax.erase(base, TEN, config="emoji_list"), groups.find_target(TEN)
+    shown = {}
+    for group in groups.groups(target):
+        if group.name in ("own", "others"):
+            shots = groups.shots(group, 40, seed=1)
+            prompts, seeds = zip(*((shot.prompt, shot.seed) for _, shot in shots), strict=True)
+            options = {"steps": NUM_STEPS, "guidance_scale": GUIDANCE, "batch_size": 20}
+            verdict = probe.classify(esd_jax.sample(erased, list(prompts), seed=list(seeds), **options))
+            names = np.where(verdict.recognised, np.array(vocabulary.objects())[verdict.objects], "")
+            shown[group.name] = [(ask.object, name) for (ask, _), name in zip(shots, names, strict=True)]
+    assert np.mean([name in target.names for _, name in shown["own"]]) <= 0.05
+    assert np.mean([name == wanted for wanted, name in shown["others"]]) >= 0.85
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "concept, config", [("neon style", "emoji"), ("neon style", "emoji_contexts"), ("a cat", "emoji_object")]
