@@ -62,7 +62,9 @@ def folder(tmp_path):
 def erased(base="org/base"):
     record = Erasure(concepts=(Concept("neon style"),), base=base)
     provenance = types.SimpleNamespace(source=base, erased=(record,), folder=None)
-    return types.SimpleNamespace(provenance=provenance, index={"_class_name": "StableDiffusionPipeline"})
+    return types.SimpleNamespace(
+        provenance=provenance, denoiser="unet", index={"_class_name": "StableDiffusionPipeline"}
+    )
 
 
 def push(folder, names=("folder",), **options):

@@ -21,6 +21,7 @@ def log(folder, *seconds):
 def model(source="emoji", base="emoji", folder=None, license=None):
     record = Erasure(concepts=(Concept("neon style"),), base=base, license=license)
     return types.SimpleNamespace(
+        denoiser="unet",
         provenance=types.SimpleNamespace(source=source, erased=(record,), folder=folder),
         index={"_class_name": "StableDiffusionPipeline"},
     )

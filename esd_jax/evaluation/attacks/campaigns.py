@@ -94,7 +94,7 @@ def campaign(
     return Evidence(
         goal.concept,
         measured_with={
-            "attacks": f"seed {seed}; each trial sampled from {seeds} fresh seeds, the same for all models",
+            "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
             **{f"attack: {settings.NAME}": _described(settings) for settings in attacks},
         },
         verdict=tuple(

@@ -1,7 +1,7 @@
 """The field's terms for what evidence files name.
 
-Evidence keeps the words of its first version, so that runs of all ages are joined and compared by them; all views
-(page, card, terminal, notebook) show it through `current`.
+Evidence of earlier versions has other words; all views (page, card, terminal, notebook) show it through `current`, and
+compare runs of all ages by what that gives.
 """
 
 import re
