@@ -127,6 +127,7 @@ def anywhere(tmp_path, monkeypatch):
     """A folder with what commands name, in which a hub's checkpoints are known without asking a hub."""
     for place in PLACES:
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "names.txt").write_text("a cat\na rose")
     monkeypatch.chdir(tmp_path)
     known = api.architecture
 
