@@ -7,19 +7,23 @@
     scored = attacks.score(erased, adversary, goal, seeds=range(1000, 1010))
     print(scored.single_shot())
 
-`ATTACKS` holds the settings of each by its name, `preset` those for a budget.
+`ATTACKS` holds the settings of each by its name, `PROBES` those of what needs no prompt; `preset` makes those for a
+budget.
 """
 
 from esd_jax.dossier import default_goal, goal
 from esd_jax.evaluation.attacks import (
     ATTACKS,
+    PROBES,
     Adversary,
     Attack,
     Goal,
+    Probe,
     Scored,
     Trial,
     attack,
     campaign,
+    chosen,
     goals,
     preset,
     random_weights,
@@ -29,13 +33,16 @@ from esd_jax.evaluation.attacks import (
 
 __all__ = [
     "ATTACKS",
+    "PROBES",
     "Adversary",
     "Attack",
     "Goal",
+    "Probe",
     "Scored",
     "Trial",
     "attack",
     "campaign",
+    "chosen",
     "default_goal",
     "goal",
     "goals",

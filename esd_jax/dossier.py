@@ -23,12 +23,12 @@ from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header
 from esd_jax.loading import is_run
+from esd_jax.names import ATTACK_NAMES
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
 EVIDENCE = "evidence"  # the folder of the parts, in a run's
 BASE, ERASED, PLACEBO = "base", "erased", "sham"
-ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 Progress = Callable[[str], None]
 
 
@@ -127,7 +127,7 @@ def front(
 def attack(
     base: Pipeline,
     erased: Pipeline,
-    names: Sequence[str] = ATTACKS,
+    names: Sequence[str] = ATTACK_NAMES,
     *,
     output_dir: str | Path,
     concept: ConceptText | None = None,
@@ -142,7 +142,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS`.
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`; "concept_inversion_family"; or "all".
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -150,14 +150,14 @@ def attack(
       judge: the name of the goal's detector.
       settings: attack -> changes of its fields.
       progress: called with a line after each attack.
-      **options: of `attacks.campaign`: seeds, seed, random, steps, guidance_scale, batch_size.
+      **options: of `attacks.campaign`: seeds, seed, random, placebo, steps, guidance_scale, batch_size.
 
     Raises ValueError for an unknown attack, a missing goal, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
-    chosen = [attacks.preset(name, budget, **(settings or {}).get(name, {})) for name in names]
+    chosen = attacks.chosen(names, budget, settings)
     if goal is None:
         if bed is None:
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")

@@ -1,9 +1,16 @@
-"""The names of methods and of kinds of concepts, for checks that must not wait for JAX to be imported."""
+"""The names of methods, attacks and kinds of concepts, for checks that must not wait for JAX to be imported."""
 
 from esd_jax import suggest
 from esd_jax.config_files import config_names
 
 METHOD_NAMES = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not", "uce", "rece")  # those of `methods.METHODS`
+# Those of `evaluation.attacks`: what is tried by default, what else "all" stands for, and what takes a file or a budget
+# of its own.
+ATTACK_NAMES = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
+MORE_ATTACKS = (
+    "concept_inversion_family", "encoder_output", "null_inversion", "resurgence", "resurgence_lora", "completion",
+    "stored_weights",
+)  # fmt: skip
 KINDS = {
     "style": "an artist's hand, or another style",
     "object": "a thing or an animal, whether or not a prompt names it",

@@ -4,6 +4,7 @@ from absl import flags
 
 from esd_jax.cli import common, early
 from esd_jax.cli.common import Verb
+from esd_jax.names import ATTACK_NAMES, MORE_ATTACKS
 from esd_jax.prompt_files import listed
 
 USAGE = """\
@@ -13,8 +14,8 @@ USAGE = """\
 
 def define(values: flags.FlagValues) -> None:
     common.define_erased(values)
-    names = "concept_inversion,unlearn_diff_atk,p4d,ring_a_bell"
-    flags.DEFINE_list("attacks", names, "Attacks, separated by commas.", flag_values=values)
+    more = f'Attacks and probes, separated by commas; more are {", ".join(MORE_ATTACKS)}, prompts; "all".'
+    flags.DEFINE_list("attacks", list(ATTACK_NAMES), more, flag_values=values)
     flags.DEFINE_string("budget", None, "paper, or emoji, the embedded model's.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "A setting of an attack: ATTACK.FIELD=VALUE.", flag_values=values)
     common.define_question(values)

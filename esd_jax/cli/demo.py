@@ -83,9 +83,8 @@ def run(values: flags.FlagValues) -> None:
     examples.save(measured, output / examples.PICTURE)
     if values.attacks:
         say("attacking ...")
-        names = dossier.ATTACKS if values.attacks == ["all"] else values.attacks
         attacked = dossier.attack(
-            base, erased, names, output_dir=evidence, seeds=values.seeds, random=values.random, progress=say
+            base, erased, values.attacks, output_dir=evidence, seeds=values.seeds, random=values.random, progress=say
         )
         say(f"\n{text.summary(attacked)}\n")
     if values.front:

@@ -157,12 +157,13 @@ class CLIPTextModel(nnx.Module):
         return CLIPOutput(last, pooled, tuple(hidden_states))
 
 
-def end_positions(token_ids: Int[Array, "batch tokens"], eos_token_id: int) -> Int[Array, " batch"]:
+def end_positions(token_ids: Int[Any, "batch tokens"], eos_token_id: int) -> Int[Array, " batch"]:
     """Where each row's end token is.
 
     Two conventions exist: configs written before transformers 4.31 carry the wrong `eos_token_id=2`, and there the
     end is the largest id of the row (CLIP's own rule); otherwise it is the first `eos_token_id`.
     """
+    token_ids = jnp.asarray(token_ids)
     if eos_token_id == 2:
         return token_ids.argmax(axis=-1)
     return (token_ids == eos_token_id).argmax(axis=-1)

@@ -14,6 +14,7 @@ from esd_jax.exports import FORMATS
 from esd_jax.exports.verifying import DTYPES
 from esd_jax.kinds import KINDS
 from esd_jax.methods import METHODS
+from esd_jax.names import ATTACK_NAMES
 from esd_jax.runs import listing
 from esd_jax.runs.listing import Run
 from esd_jax.studio import views, works
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 gr: Any = importlib.import_module("gradio")  # an extra, whose types lack the events that it generates
 
-ATTACKS = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 KNOWN = [*(captions.prompt(style=s) for s in vocabulary.styles()), *map(captions.prompt, vocabulary.objects())]
 FIELDS = ("subset", "eta", "learning_rate", "batch_size", "rank", "preview_prompts", "preview_every")
 PROTOCOLS = [("nothing", ""), ("smoke: 8 images of each group", "smoke"), ("quick: 24 of each group", "quick")]
@@ -181,7 +181,7 @@ def strength(page: "Page") -> None:
 def attack(page: "Page") -> None:
     with gr.Row():
         with gr.Column(**FORM):
-            names = gr.CheckboxGroup(ATTACKS, value=[ATTACKS[0]], label="Attacks", elem_id="attacks")
+            names = gr.CheckboxGroup(ATTACK_NAMES, value=[ATTACK_NAMES[0]], label="Attacks", elem_id="attacks")
             with gr.Row():
                 budget = gr.Dropdown(["emoji", "paper"], value="emoji", label="Budget", min_width=110)
                 seeds = gr.Number(4, label="Seeds", precision=0, minimum=1, min_width=90, elem_id="seeds")

@@ -12,16 +12,18 @@ from attacked import goal, pictures
 from messages import one_line
 
 import esd_jax
-from esd_jax import families
+from esd_jax import families, sampling
 from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing import textual_inversion
 from esd_jax.evaluation.attacks import adversary as adversaries
 from esd_jax.evaluation.attacks import (
     attack,
     hidden,
+    null_inversion,
     preset,
     random_weights,
     score,
+    stored,
 )
 from esd_jax.evaluation.attacks.adversary import Adversary, padded
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence
@@ -34,6 +36,7 @@ TINY = {
     "unlearn_diff_atk": {"num_times": 2, "iterations": 2, "tokens": 2, "together": 2},
     "p4d": {"iterations": 4, "judge_every": 2, "judged_on": 2, "length": 3, "keep": 2, "together": 2},
     "ring_a_bell": {"population": 8, "generations": 3, "length": 4},
+    "encoder_output": {"steps": 3, "prompts": 2, "together": 2},
     "random_prompts": {"count": 3, "length": 4},
 }
 
@@ -86,12 +89,13 @@ def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, v
     assert {t.case for t in runs[0].trials} == ({0} if name == "random_prompts" else {0, 1})
     if name != "random_prompts":
         assert np.isfinite(runs[0].losses).all() and len(runs[0].losses) == (1 if name == "concept_inversion" else 2)
-    if name in ("concept_inversion", "unlearn_diff_atk", "p4d"):
+    if name in ("concept_inversion", "unlearn_diff_atk", "p4d", "encoder_output"):
         assert (runs[0].losses != runs[1].losses).all()  # these ask the victim
     if name == "ring_a_bell":
         np.testing.assert_array_equal(runs[0].losses, runs[1].losses)  # this does not
     changed = attack(base, base, tiny_goal(), settings, 1)
-    assert name == "concept_inversion" or [t.prompt for t in changed.trials] != [t.prompt for t in runs[0].trials]
+    prompts = [[trial.prompt for trial in one.trials] for one in (changed, runs[0])]
+    assert name in ("concept_inversion", "encoder_output") or prompts[0] != prompts[1]
     assert name == "random_prompts" or (changed.losses != runs[0].losses).any()
 
 
@@ -126,7 +130,7 @@ def test_what_the_prompts_alone_do(tmp_path, victims):
 def test_trials_are_drawn_from_the_same_noise_and_judged(victims):
     base, other = victims
     own = attack(base, base, tiny_goal(), preset("own_prompts"))
-    drawing = {"num_steps": 2, "guidance_scale": 3.0, "batch_size": 4}
+    drawing = {"steps": 2, "guidance_scale": 3.0, "batch_size": 4}
     scored = score(base, own, tiny_goal(), [7, 8], **drawing)
     wanted = sample(base, ["a cat"] * 2 + ["the cat and the dog"] * 2, seed=[7, 8, 7, 8], **drawing)
     assert np.abs(scored.images.reshape(wanted.shape).astype(int) - wanted).max() <= 1
@@ -135,7 +139,7 @@ def test_trials_are_drawn_from_the_same_noise_and_judged(victims):
     unlike = score(other, own, tiny_goal(), [7, 8], **drawing)
     assert np.abs(unlike.images.astype(int) - scored.images).max() > 1
     for wrong, seeds in ((Adversary("nothing", (), 0.0, np.zeros((0, 0))), [1]), (own, [])):
-        with pytest.raises(ValueError, match=one_line(wrong.name, "nothing to draw")):
+        with pytest.raises(ValueError, match=one_line(wrong.name, "nothing to sample")):
             score(base, wrong, tiny_goal(), seeds)
 
 
@@ -191,13 +195,50 @@ def test_completion_goes_on_from_a_noised_image(victims):
     assert [one.name for one in scores] == [
         f"completed from t = {t}, {kind}" for t in (999, 100) for kind in ("no prompt", "neutral prompt")
     ]
-    assert all(one.hits.shape == (1, 4) for one in scores)
-    np.testing.assert_array_equal(scores[0].hits[0], tiny_goal().detect(scores[0].images[0]))
+    assert all(one.hits.shape == (4, 1) and one.k == 1 for one in scores)
+    np.testing.assert_array_equal(scores[0].hits[:, 0], tiny_goal().detect(scores[0].images[:, 0]))
     assert (scores[0].images != scores[1].images).any() and (scores[0].images != scores[2].images).any()
     with pytest.raises(ValueError, match=one_line("t=0", "1")):
         hidden.complete(base, pictures(2), texts, 0, settings)
     with pytest.raises(ValueError, match=one_line("all empty or none")):
         hidden.complete(base, pictures(2), ["", "a"], 100, settings)
+
+
+def test_what_formats_keep_of_weights(victims):
+    base, other = victims
+    kernel = np.asarray(base.params["unet"]["conv_out.weight"])
+    for name, bits in (("bfloat16", 8), ("float8 e4m3", 4)):
+        kept = np.asarray(stored.rounded(base, name).params["unet"]["conv_out.weight"])
+        apart, normal = np.abs(kept - kernel), np.abs(kernel) >= 2**-6  # below it, e4m3 has fewer digits
+        assert (apart[normal] <= 2.0**-bits * np.abs(kernel[normal])).all() and apart.max() > 0
+    kept = np.asarray(stored.rounded(base, "int8").params["unet"]["conv_out.weight"])
+    scale = np.abs(kernel).max(axis=(0, 1, 2)) / 127
+    np.testing.assert_allclose(kept / scale, np.round(kernel / scale), atol=1e-3)
+    with pytest.raises(ValueError, match=one_line("'int4'", "int8")):
+        preset("stored_weights", formats=("int4",))
+    edited = base.with_edits({"unet/conv_out.weight": other.params["unet"]["conv_out.weight"]}, {"concepts": []})
+    drawing = {"steps": 1, "guidance_scale": 1.0, "batch_size": 4}
+    scores = preset("stored_weights", strengths=(0.5,)).probe(base, edited, tiny_goal(), [7], **drawing)
+    assert [one.name for one in scores][-2:] == ["target prompts, weights in int8", "target prompts, 0.5 of the change"]
+    assert len(preset("stored_weights").probe(base, base, tiny_goal(), [7], **drawing)) == 3
+
+
+def test_null_text_inversion_gives_back_what_a_network_can_draw(victims):
+    """Even random weights do, from a noise that is none."""
+    base, _ = victims
+    settings = preset("null_inversion", steps=50, iterations=30)
+    one, likely = settings.probe(base, base, tiny_goal(), [], batch_size=4)
+    assert one.hits.shape == (4, 1) and one.name == "null-text inversion"
+    latents = adversaries.latents(base, tiny_goal().images)
+    noise, missed = null_inversion.invert(base, latents, settings)
+    drawn = sample(base, [""] * 4, latents=noise, sampler="ddim", steps=50, guidance_scale=1.0)
+    np.testing.assert_array_equal(one.images[:, 0], drawn)
+    decoded = sampling.decoded(base, base.params["vae"], latents, np.arange(4), [""] * 4, 1.0)
+    _, once = null_inversion.invert(base, latents, preset("null_inversion", steps=50, iterations=1))
+    assert np.abs(drawn.astype(int) - decoded).mean() <= 4 and (missed < 0.2 * once).all()
+    gauss = np.random.default_rng(0).standard_normal((3, 16, 16, 4)) * np.array([1, 1.3, 0.7])[:, None, None, None]
+    assert null_inversion.typical(gauss.astype(np.float32)).tolist() == [True, False, False]
+    np.testing.assert_array_equal(likely.hits[:, 0], one.hits[:, 0] & null_inversion.typical(noise))
 
 
 # As the literature says, on the embedded model
@@ -213,7 +254,7 @@ def test_concept_inversion_brings_an_erased_style_back():
     assert (
         wanted.prompts[:2] == ("a cat in neon style", "a rocket in neon style") and wanted.detect(wanted.images).all()
     )
-    drawing = {"num_steps": 20, "guidance_scale": 3.0}
+    drawing = {"steps": 20, "guidance_scale": 3.0}
 
     def rate(name, model, **changes):
         return (

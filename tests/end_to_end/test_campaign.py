@@ -79,6 +79,39 @@ def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
     assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """A probe with two rows, which says nothing about random weights."""
+
+    NAME = "weighed"
+    PRESETS = {"paper": {}}
+    MODELS = frozenset({"base", "erased", "placebo"})
+
+    def probe(self, base, victim, goal, seeds, seed, **drawing):
+        MADE.append((self.NAME, victim))
+        light = {"base": 255, "erased": 10, "mock": 50}[victim]
+        images = np.full((2, 8, 8, 3), light, np.uint8)
+        images[:, 0, 0] = 0  # none is blank
+        return tuple(scoring.each(f"weighed {i}", goal, images) for i in range(2))
+
+
+def test_probes_have_a_table_of_their_own(goal, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setitem(POWER, "mock", 1.0)
+    for _ in range(2):  # stored, and read again
+        evidence = attacks.campaign(
+            "base", "erased", goal, [Weighed(), Found()], tmp_path,
+            control=RandomPrompts(), identity={}, seeds=4, placebo="mock",
+        )  # fmt: skip
+        searched, probed = evidence.attacks
+        assert searched.columns == ("base", "erased", "placebo", "random weights", "random prompts")
+        assert probed.columns == ("base", "erased", "placebo", "random weights") and "start from images" in probed.note
+        rows = {name: [cell and (cell.value, cell.n) for cell in cells] for name, cells in probed.rows}
+        assert rows == dict.fromkeys(("weighed 0", "weighed 1"), [(1.0, 2), (0.0, 2), (1.0, 2), None])
+        assert [finding.what for finding in evidence.verdict] == ["found"]  # a probe is no attack
+        assert MADE.count(("weighed", "erased")) == 1
+    assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
+
+
 class Watching:
     """A view of tasks that notes each step of a search, and ends it after `last` steps."""
 

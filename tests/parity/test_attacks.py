@@ -11,10 +11,12 @@ from esd_world import SCHEDULE, SHAPE, world
 from torch_oracle import exactly, to_nchw
 from words import NEW, VOCAB, text_encoders, tokens
 
+from esd_jax import lora
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.textual_inversion import TABLE, Encoder, condition
 from esd_jax.evaluation.attacks import (
     concept_inversion,
+    encoder_output,
     hidden,
     p4d,
     ring_a_bell,
@@ -22,11 +24,13 @@ from esd_jax.evaluation.attacks import (
 )
 from esd_jax.evaluation.attacks.adversary import padded
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion
+from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Resurgence
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.families import SD
+from esd_jax.models.unet import Conditioning
 from esd_jax.params import component
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -103,6 +107,35 @@ def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
         assert float(ours) == pytest.approx(loss.item(), rel=1e-8)
     change = new.detach().numpy() - np.asarray(oracle.start)
     assert np.linalg.norm(np.asarray(actual) - new.detach().numpy()) <= 1e-4 * np.linalg.norm(change)
+
+
+@pytest.mark.parametrize("oracle", ["unet"], indirect=True)
+def test_encoder_output_inversion_is_adam_on_what_depends_on_the_prompt(oracle):
+    settings = EncoderOutput(steps=3, learning_rate=2e-2, batch_size=2, from_t=400)
+    rng = np.random.default_rng(7)
+    asked, start = (Conditioning(jnp.asarray(rng.standard_normal((2, 1, 7, 16)))) for _ in range(2))
+    x0, keys = latents(6).reshape(2, 3, *SHAPE), jax.random.split(jax.random.key(4), 2)
+    structure = jax.tree.structure(asked)
+    run = encoder_output.searcher(settings, oracle.world.network, SCHEDULE, structure, (True,))
+    actual, losses = run(oracle.erased, oracle.base, x0, asked, start, keys)
+
+    wanted, own = (torch.tensor(np.asarray(c.embeddings[1])).expand(2, -1, -1) for c in (asked, start))
+    found = own[:1].clone().requires_grad_(True)
+    adam = torch.optim.Adam([found], lr=2e-2)
+    for i, ours in enumerate(losses[1]):
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(keys[1], i), 2, SCHEDULE, x0[1])
+        t = 400 + np.asarray(t) * 600 // 1000
+        x = oracle.noised(x0[1][image], t, noise)
+        loss = mse(oracle.says("erased", x, t, found.expand(2, -1, -1)), oracle.says("base", x, t, wanted))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        assert float(ours) == pytest.approx(loss.item(), rel=1e-8)
+    change = (found - own[:1]).detach().numpy()
+    assert np.linalg.norm(np.asarray(actual.embeddings[1]) - found.detach().numpy()) <= 1e-4 * np.linalg.norm(change)
+    size = jnp.ones((2, 6))
+    asked, start = (Conditioning(c.embeddings[:, 0], time_ids=size) for c in (asked, start))
+    assert encoder_output.depend(asked, start) == (True, False)  # SDXL's image size is not searched for
 
 
 def bisected(row, may):
@@ -214,7 +247,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     ids = np.stack([padded(tokens, row) for row in ([2], [3, 4], [5])])
     encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
-    healed, losses = run(theta, frozen, x0, encoded, key)
+    healed, losses = run(theta, hidden.Fixed(frozen, theta), x0, encoded, key)
 
     trained = [p for n, p in unet.named_parameters() if n in names]
     before = [p.detach().clone() for p in trained]
@@ -234,3 +267,31 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
         np.testing.assert_allclose(healed[name], by_name[name].detach().numpy().T, rtol=1e-5, atol=1e-7)
     for value, old in zip(trained, before, strict=True):  # the world is shared
         value.requires_grad_(False).copy_(old)
+
+
+def test_healing_of_low_rank_trains_the_factors(oracle):
+    settings = Resurgence(steps=3, learning_rate=1e-2, batch_size=1, rank=2)
+    first = {"text.weight": oracle.erased["text.weight"]}
+    frozen = {n: v for n, v in oracle.erased.items() if n not in first}
+    factors = {n: v.astype(jnp.float64) for n, v in lora.initial(first, 2, jax.random.key(1)).items()}
+    x0, key, ids = latents(), jax.random.key(4), padded(tokens, [3, 4])[None]
+    encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
+    encoded = jax.tree.map(lambda a: jnp.repeat(a, 3, axis=0), encoded)
+    run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
+    healed, losses = run(factors, hidden.Fixed(frozen, first), x0, encoded, key)
+
+    a, b = (torch.tensor(np.asarray(value)).requires_grad_(True) for value in factors.values())
+    student = oracle.world.models.student
+    whole = student.text.weight.detach()
+    adamw = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=1e-2)
+    for i, ours in enumerate(losses):
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), 1, SCHEDULE, x0)
+        inputs = oracle.noised(x0[image], t, noise), torch.tensor(np.asarray(t)).double(), oracle.encode(ids).detach()
+        output = torch.func.functional_call(student, {"text.weight": whole + (a @ b).T}, inputs).sample
+        loss = mse(output, to_nchw(np.asarray(noise)))
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()
+        assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
+    made = hidden.made(settings, healed, first)["text.weight"]
+    np.testing.assert_allclose(made, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)

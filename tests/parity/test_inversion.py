@@ -14,7 +14,7 @@ import esd_jax
 from esd_jax import sampling
 from esd_jax.demo import artwork, vocabulary
 from esd_jax.diffusion import guidance, samplers
-from esd_jax.diffusion.inversion import inverter
+from esd_jax.diffusion.inversion import exact_inverter, inverter
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.metrics.likeness import ssim
 from esd_jax.params import component
@@ -59,6 +59,31 @@ def test_sampling_gives_back_what_was_inverted_where_eps_is_constant(changes, pr
             x0 = (X - np.sqrt(1 - clean) * EPS) / np.sqrt(clean)
             assert error(noise, np.sqrt(high[0]) * x0 + np.sqrt(1 - high[0]) * EPS) <= 1e-10
         assert error(samplers.run(down, toy(high), noise, memory=()), X) <= 1e-10
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_exact_inversion_finds_the_noise_that_sampling_takes_back(prediction_type):
+    """On a network whose output changes within a step, which plain inversion ignores."""
+
+    def denoise(x, t):
+        return 0.5 * jnp.tanh(x + jnp.roll(x, 1, axis=1)) + 0.1 * jnp.sin(t / 100)
+
+    with exactly("float64"):
+        ddim = schedule(_class_name="DDIMScheduler", prediction_type=prediction_type)
+        down = samplers.make_sampler(ddim, "ddim", 10)
+        plain = samplers.run(inverter(ddim, 10, "target"), denoise, X)
+        missed, errors = [], []
+        for iterations in (1, 4, 60):
+            noise, miss = exact_inverter(ddim, 10, iterations)(denoise, jnp.asarray(X))
+            missed.append(float(miss.max()))
+            errors.append(error(samplers.run(down, denoise, noise), X))
+        assert error(samplers.run(down, denoise, plain), X) >= 1e-2
+        assert errors[-1] <= 1e-8 and missed[-1] <= 1e-9 and missed[0] > missed[1] > missed[2]
+        # Where its steps' misses are told: of one iteration, those of plain inversion's.
+        first, _ = exact_inverter(ddim, 10, 1)(denoise, jnp.asarray(X))
+        assert error(first, plain) <= 1e-12
+    with pytest.raises(ValueError, match=one_line("iterations=0")):
+        exact_inverter(ddim, 10, 0)
 
 
 def by_hand(denoise, steps, timestep):

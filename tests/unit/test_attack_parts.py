@@ -10,10 +10,14 @@ from esd_world import SCHEDULE
 from messages import one_line
 from words import tokens
 
+from esd_jax import names
 from esd_jax.erasing.textual_inversion import TABLE
 from esd_jax.evaluation.attacks import (
     ATTACKS,
+    FAMILY,
+    PROBES,
     Goal,
+    chosen,
     p4d,
     preset,
     prompts,
@@ -128,8 +132,11 @@ def test_files_of_prompts(tmp_path):
 def test_presets():
     assert preset("p4d", "paper_k").every == 3 and preset("p4d", "emoji", keep=2).keep == 2
     assert preset("unlearn_diff_atk") == UnlearnDiffAtk(tokens=3, num_times=50, iterations=40)
-    for name, settings in ATTACKS.items():
+    for name, settings in {**ATTACKS, **PROBES}.items():
         assert preset(name, "emoji") and preset(name) == settings()
+    assert {*names.ATTACK_NAMES, *names.MORE_ATTACKS} == {*ATTACKS, *PROBES, FAMILY} - {
+        "own_prompts", "random_prompts", "prompts"
+    }  # fmt: skip
     for changes, words in (
         (("p5d", "paper"), ("'p5d'", "p4d")),
         (("p4d", "big"), ("'big'", "paper_k")),
@@ -141,6 +148,21 @@ def test_presets():
     for settings, fields in ((P4D, {"iterations": 70}), (P4D, {"every": 0}), (RingABell, {"mating": 2.0})):
         with pytest.raises(ValueError, match=one_line(*(f"{k}={v}" for k, v in fields.items()))):
             settings(**fields)
+
+
+def test_a_family_of_inversions_covers_tokens_times_and_starts():
+    six = chosen([FAMILY], "emoji", {FAMILY: {"steps": 7}})
+    assert len(six) == 6 and {one.steps for one in six} == {7}
+    for field, values in (("tokens", {1, 4, 16}), ("from_t", {0, 600, 900}), ("start", {"<rand-0.09>", None})):
+        assert {getattr(one, field) for one in six} == values
+    assert six[0].label == "concept inversion 1: 16 tokens, t >= 900, from <rand-0.09>"
+    assert len({one.label for one in six}) == 6 and preset("concept_inversion").label == "concept inversion"
+    whole = chosen([FAMILY], "emoji", {FAMILY: {"whole": True}})
+    assert len(whole) == len({one.label for one in whole}) == 54
+    every = chosen(["p4d", "all"], "emoji")
+    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 6
+    with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
+        chosen(["concept_inversion_famly"])
 
 
 # Cases

@@ -15,7 +15,7 @@ from paths import ROOT
 
 from esd_jax import api, cli, exports, recipe
 from esd_jax.evaluation import PROTOCOLS
-from esd_jax.evaluation.attacks import ATTACKS
+from esd_jax.evaluation.attacks import ATTACKS, FAMILY, PROBES
 from esd_jax.methods import METHODS
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -27,7 +27,7 @@ OTHER_PROGRAMS = {"cd", "echo", "export", "git", "hf", "ruff", "source"}
 ABBREVIATED = r"\.\.\.|\[-|\[BASE|=NAME|\bVERB\b|=FIELD"
 LISTS = {  # a flag whose values are names -> these
     "protocol": {*PROTOCOLS, "emoji"},
-    "attacks": {*ATTACKS, "all"},
+    "attacks": {*ATTACKS, *PROBES, FAMILY, "all"},
     "format": {*exports.FORMATS, "all"},
     "export": {*exports.FORMATS, "all"},
 }

@@ -4,20 +4,26 @@
     adversary = attack(base, erased, goal, preset("concept_inversion"), seed=0)
     scored = score(erased, adversary, goal, seeds=range(1000, 1010))
 
-A new attack is one file and one line here.
+A new attack, or probe of what remains beyond prompts, is one file and one line here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from esd_jax import names
 from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Trial
 from esd_jax.evaluation.attacks.campaigns import campaign
-from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion
+from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion, family
+from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
+from esd_jax.evaluation.attacks.hidden import Completion, Resurgence, ResurgenceLoRA
+from esd_jax.evaluation.attacks.null_inversion import NullInversion
 from esd_jax.evaluation.attacks.p4d import P4D
+from esd_jax.evaluation.attacks.probe import Probe
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
+from esd_jax.evaluation.attacks.stored import StoredWeights
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.pipeline import Pipeline
 from esd_jax.suggest import did_you_mean
@@ -28,19 +34,33 @@ ATTACKS: Mapping[str, type[Attack]] = {
     "unlearn_diff_atk": UnlearnDiffAtk,
     "p4d": P4D,
     "ring_a_bell": RingABell,
+    "encoder_output": EncoderOutput,
     "prompts": PromptList,
     "random_prompts": RandomPrompts,
 }
 
+PROBES: Mapping[str, type[Probe]] = {
+    "null_inversion": NullInversion,
+    "resurgence": Resurgence,
+    "resurgence_lora": ResurgenceLoRA,
+    "completion": Completion,
+    "stored_weights": StoredWeights,
+}
+FAMILY = "concept_inversion_family"  # several searches in place of one
+
 __all__ = [
     "ATTACKS",
+    "FAMILY",
+    "PROBES",
     "Adversary",
     "Attack",
     "Goal",
+    "Probe",
     "Scored",
     "Trial",
     "attack",
     "campaign",
+    "chosen",
     "preset",
     "random_weights",
     "score",
@@ -48,22 +68,46 @@ __all__ = [
 ]
 
 
-def preset(name: str, variant: str = "paper", **changes: Any) -> Attack:
-    """An attack's settings: a variant's, with some of them changed.
+def preset(name: str, variant: str = "paper", **changes: Any) -> Any:
+    """An attack's or a probe's settings: a variant's, with some of them changed.
 
     Raises ValueError for an unknown attack, variant or field.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"attack={name!r} is unknown; {did_you_mean(name, ATTACKS)}")
-    settings = ATTACKS[name]
+    known = {**ATTACKS, **PROBES}
+    if name not in known:
+        raise ValueError(f"attack={name!r} is unknown; {did_you_mean(name, [*known, FAMILY])}")
+    settings = known[name]
     if variant not in settings.PRESETS:
         raise ValueError(f"attack {name!r} has no preset {variant!r}; {did_you_mean(variant, settings.PRESETS)}")
-    known = [f.name for f in fields(settings)]
+    own = [f.name for f in fields(settings)]
     for field in changes:
-        if field not in known:
-            hint = did_you_mean(field, known) if known else "it has none"
+        if field not in own:
+            hint = did_you_mean(field, own) if own else "it has none"
             raise ValueError(f"attack {name!r} has no field {field!r}; {hint}")
     return settings(**{**settings.PRESETS[variant], **changes})
+
+
+def chosen(
+    texts: Sequence[str], variant: str = "paper", changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Attack | Probe]:
+    """The settings of named attacks and probes, in their order, each once; "all" is every one that needs no file.
+
+    "concept_inversion_family" stands for the members of `concept_inversion.family`; its field `whole` for all of them.
+    changes: name -> changes of its fields.
+
+    Raises ValueError as `preset` does.
+    """
+    every = (*names.ATTACK_NAMES, *names.MORE_ATTACKS)
+    wanted = [name for text in texts for name in (every if text == "all" else (text,))]
+    settings: list[Attack | Probe] = []
+    for name in dict.fromkeys(wanted):
+        own = dict((changes or {}).get(name, {}))
+        if name == FAMILY:
+            whole = bool(own.pop("whole", False))
+            settings += family(preset("concept_inversion", variant, **own), whole=whole)
+        else:
+            settings.append(preset(name, variant, **own))
+    return settings
 
 
 def attack(base: Pipeline, victim: Pipeline, goal: Goal, settings: Attack, seed: int = 0) -> Adversary:

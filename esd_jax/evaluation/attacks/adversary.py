@@ -19,6 +19,7 @@ from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
 BATCH = 16  # images encoded at once
+BASE, ERASED, PLACEBO, RANDOM = "base", "erased", "placebo", "random weights"  # the models of a campaign
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,17 @@
-"""All attacks on one erasure, each beside its controls; each result is stored as soon as it is computed."""
+"""All attacks and probes of one erasure, each beside its controls; each result is stored as soon as it is computed."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from esd_jax import progress as tasks
 from esd_jax import results
-from esd_jax.evaluation.attacks.adversary import Attack, Goal
+from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
+from esd_jax.evaluation.attacks.probe import Probe
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
@@ -16,7 +20,6 @@ from esd_jax.evaluation.report.terms import term
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
-BASE, ERASED, RANDOM = "base", "erased", "random weights"
 FRESH = 1_000_000  # seeds from here on are no prompt's
 SHOWN = 8  # pairs of each attack in the report
 NOTE = (
@@ -24,13 +27,18 @@ NOTE = (
     "for which one of an attack's 8 trials succeeds. Random prompts: as many, against the erased model. An attack is "
     "informative if it succeeds on the base, and neither random prompts nor random weights do."
 )
+PROBES_NOTE = (
+    "Share of images in which the concept is detected. No prompt finds what these do: they start from images of the "
+    "concept, train the model further on images without it, or change its weights. So they do not count as attacks: "
+    "compare with the base, and with random weights, which finish and invert images, too."
+)
 
 
 def campaign(
     base: Pipeline,
     erased: Pipeline,
     goal: Goal,
-    attacks: Sequence[Attack],
+    attacks: Sequence[Attack | Probe],
     folder: Path,
     *,
     control: Attack,
@@ -38,72 +46,110 @@ def campaign(
     seeds: int = 10,
     seed: int = 0,
     random: bool = True,
+    placebo: Pipeline | None = None,
     progress: Callable[[str], None] = lambda _: None,
     **drawing: Any,
 ) -> Evidence:
-    """Runs every attack on the erased model, on the base, and on random weights.
+    """Runs every attack and probe on the erased model, on the base, and on random weights.
 
     Args:
       base, erased: before and after. goal: what to recover.
-      attacks: their settings. control: the random prompts.
+      attacks: their settings, and those of probes. control: the random prompts.
       folder: each attack's result on each model is stored there, and not computed again.
       identity: of the erased model, and of the goal's detector: stored results must have the same.
       seeds: of how many each trial is sampled, the same for all models. seed: of all other random numbers.
-      random: also attack a model of random weights.
+      random: also attack a model of random weights. placebo: and this one.
       progress: called with a line after each attack.
       **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`.
 
     Raises ValueError for a folder that holds results of other settings, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
-    models = {BASE: base, ERASED: erased} | ({RANDOM: random_weights(base, seed)} if random else {})
-    scores: dict[str, list[Scored]] = {name: [] for name in models}
+    models = {BASE: base, ERASED: erased} | ({PLACEBO: placebo} if placebo is not None else {})
+    models |= {RANDOM: random_weights(base, seed)} if random else {}
+    searches: list[Attack] = [OwnPrompts(), *(one for one in attacks if not isinstance(one, Probe))]
+    probes = [one for one in attacks if isinstance(one, Probe)]
     recorded = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
     common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": recorded}
 
-    def scored_by(settings: Attack, model: str) -> Scored:
-        file = folder / f"{settings.NAME}-{model}.npz".replace(" ", "_").lower()
+    def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
+        file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
+        with tasks.labelled(f"{term(label(settings))} on {model}"):
+            return file, results.kept(file, compute, settings={**common, "attack": _described(settings)})
 
-        def attacked() -> dict[str, Any]:
-            with tasks.labelled(f"{term(settings.NAME)} on {model}"):
-                adversary = settings.run(base, models[model], goal, seed)
-                scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
-            shares = f"{scored.single_shot().value:.0%} of images"
-            if scored.k > 1:
-                shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
-            progress(f"{term(scored.name)} on {model}: {shares}; searched for {adversary.seconds:.0f} s")
+    def say(scored: Scored, model: str, how: str = "") -> None:
+        shares = f"{scored.single_shot().value:.0%} of images"
+        if scored.k > 1:
+            shares += f", {scored.any_of().value:.0%} by any of {scored.k}"
+        progress(f"{term(scored.name)} on {model}: {shares}{how}")
+
+    def attacked(settings: Attack, model: str) -> Scored:
+        def compute() -> dict[str, Any]:
+            adversary = settings.run(base, models[model], goal, seed)
+            scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
+            say(scored, model, f"; searched for {adversary.seconds:.0f} s")
             return vars(scored)
 
-        kept = results.kept(file, attacked, settings={**common, "attack": _described(settings)})
+        file, stored = kept(settings, model, compute)
         with results.intact(file):
-            scored = Scored(str(kept["name"]), kept["hits"], kept["images"], tuple(map(int, kept["cases"])))
-        if model != RANDOM:
-            check_not_blank(scored.images.reshape(-1, *scored.images.shape[2:]), f"the {model} model")
-        return scored
+            scored = Scored(str(stored["name"]), stored["hits"], stored["images"], tuple(map(int, stored["cases"])))
+        return _shown(scored, model)
 
-    own = OwnPrompts()
-    total = len(models) * (1 + len(attacks)) + 1
-    with tasks.task("attacking", total, unit="searches", start="compiling, once") as task:
-        for settings in (own, *attacks):
-            for model in models:
-                scores[model].append(scored_by(settings, model))
-                task.advance(note=f"{term(settings.NAME)} on {model}")
-        chance = scored_by(control, ERASED)
+    def probed(settings: Probe, model: str) -> list[Scored]:
+        def compute() -> dict[str, Any]:
+            scores = settings.probe(base, models[model], goal, fresh, seed, **sampled(drawing))
+            for scored in scores:
+                say(scored, model)
+            columns = {name: np.stack([vars(one)[name] for one in scores]) for name in ("hits", "images", "cases")}
+            return {"name": [one.name for one in scores], **columns}
+
+        file, stored = kept(settings, model, compute)
+        with results.intact(file):
+            rows = zip(*(stored[name] for name in ("name", "hits", "images", "cases")), strict=True)
+            return [_shown(Scored(str(n), hits, images, tuple(map(int, c))), model) for n, hits, images, c in rows]
+
+    work = [(settings, model) for settings in searches for model in models]
+    work += [(settings, model) for settings in probes for model in models if model in settings.MODELS]
+    scores: dict[str, list[Scored]] = {name: [] for name in models}
+    remains: dict[str, list[Scored]] = {name: [] for name in models}
+    with tasks.task("attacking", len(work) + 1, unit="searches", start="compiling, once") as task:
+        for settings, model in work:
+            if isinstance(settings, Probe):
+                remains[model] += probed(settings, model)
+            else:
+                scores[model].append(attacked(settings, model))
+            task.advance(note=f"{term(label(settings))} on {model}")
+        chance = attacked(control, ERASED)
         task.advance()
-    plain, *attacked = scores[ERASED]
+    plain, *found = scores[ERASED]
+    tables = [table(scores, chance, note=NOTE)]
+    if probes:
+        tables.append(table(remains, title="Probes: what remains beyond prompts", note=PROBES_NOTE))
     return Evidence(
         goal.concept,
         measured_with={
             "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
-            **{f"attack: {settings.NAME}": _described(settings) for settings in attacks},
+            **{f"attack: {label(settings)}": _described(settings) for settings in attacks},
         },
         verdict=tuple(
             Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
-            for before, one in zip(scores[BASE][1:], attacked, strict=True)
+            for before, one in zip(scores[BASE][1:], found, strict=True)
         ),
-        attacks=(table(scores, chance, note=NOTE),),
-        attack_pictures={one.name: _pairs(goal, plain, one) for one in attacked},
+        attacks=tuple(tables),
+        attack_pictures={one.name: _pairs(goal, plain, one) for one in found},
     )
+
+
+def label(settings: Attack | Probe) -> str:
+    """What an attack or a probe is called; members of a family differ in it."""
+    return getattr(settings, "label", settings.NAME)
+
+
+def _shown(scored: Scored, model: str) -> Scored:
+    """The same. Raises ValueError if all of its images are blank, but for those of random weights."""
+    if model != RANDOM:
+        check_not_blank(scored.images.reshape(-1, *scored.images.shape[2:]), f"the {model} model")
+    return scored
 
 
 def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
@@ -115,5 +161,7 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
     return tuple(pairs[:SHOWN])
 
 
-def _described(settings: Attack) -> dict[str, Any]:
-    return {"name": settings.NAME, **asdict(settings)} if fields(settings) else {"name": settings.NAME}
+def _described(settings: Attack | Probe) -> dict[str, Any]:
+    """An attack's name and fields, as stored results must have them; `member` only of a member."""
+    own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
+    return {"name": settings.NAME, **own} if fields(settings) else {"name": settings.NAME}

@@ -17,9 +17,10 @@ little where much of the picture shows. The base's loss falls by 8% at t above 8
 1% over all t. So "emoji" learns at t of 900 and more, and 16 tokens, which reach what one does not.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -46,6 +47,7 @@ class ConceptInversion:
       "<rand-S>", S times unit Gaussian noise; None starts from the mean of the vocabulary.
     mirror: learn from the mirrored images, too.
     from_t: the least timestep that is learned at.
+    member: of a family of searches; it is added to the seed, and the label says how its members differ.
     """
 
     NAME: ClassVar[str] = "concept inversion"
@@ -62,6 +64,15 @@ class ConceptInversion:
     start: str | None = None
     mirror: bool = True
     from_t: int = 0
+    member: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The attack's name; of a member of a family, with its settings."""
+        if self.member is None:
+            return self.NAME
+        tokens = f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
+        return f"{self.NAME} {self.member + 1}: {tokens}, t >= {self.from_t}, from {self.start or 'the mean'}"
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Learns new tokens of `victim`; a trial is a prompt of the goal with them in place of the concept."""
@@ -72,8 +83,9 @@ class ConceptInversion:
         images = np.concatenate([goal.images, goal.images[:, :, ::-1]]) if self.mirror else goal.images
         shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
         unet, weights = adversary.denoiser(victim)
-        run = searcher(self, unet, network, victim.schedule)
-        start_key, key = jax.random.split(jax.random.key(seed))
+        alike = replace(self, tokens=1, start=None, mirror=True, member=None)  # which change nothing that is compiled
+        run = searcher(alike, unet, network, victim.schedule)
+        start_key, key = jax.random.split(jax.random.key(seed + (self.member or 0)))
         new, losses = run(
             weights, params, adversary.latents(base, images),
             jnp.asarray(ids[shown]), self._initial(victim, start_key), key,
@@ -83,7 +95,7 @@ class ConceptInversion:
         rows = adversary.conditionings(victim, ids, new)
         trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
         losses = np.asarray(losses)[None]  # waits for the search
-        return Adversary(self.NAME, trials, time.monotonic() - started, losses)
+        return Adversary(self.label, trials, time.monotonic() - started, losses)
 
     def _initial(self, victim: Pipeline, key: Array) -> Float[Array, "new width"]:
         _, params = adversary.text_encoder(victim)
@@ -94,6 +106,24 @@ class ConceptInversion:
         if len(new) != self.tokens:
             raise ValueError(f"start={self.start!r} has {len(new)} words for {self.tokens} new tokens")
         return new
+
+
+def family(settings: ConceptInversion, *, whole: bool = False) -> tuple[ConceptInversion, ...]:
+    """Searches that differ in tokens, timesteps, start and seed, since a defence may be tuned to one of them.
+
+    Of 1, 4 and 16 tokens; t from 0, 600 and 900 on; a random start, or the vocabulary's mean. By default six members,
+    which cover every value of each, and most pairs; `whole`: all 18, three times. An erasure is as good as the worst.
+    """
+    random = settings.start or "<rand-0.09>"
+    chosen: Sequence[tuple[int, int, str | None]] = [
+        (16, 900, random), (16, 0, None), (4, 600, random), (4, 900, None), (1, 0, random), (1, 600, None)
+    ]  # fmt: skip
+    if whole:
+        chosen = list(itertools.product((1, 4, 16), (0, 600, 900), (random, None))) * 3
+    return tuple(
+        replace(settings, tokens=tokens, from_t=from_t, start=start, member=member)
+        for member, (tokens, from_t, start) in enumerate(chosen)
+    )
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ concept, and the concept may come back:
 
     min over theta of E || e_theta(x_t, t, c(p)) - eps ||^2,    (x_0, p) benign, theta from the erased values on
 
-Only what the erasure trained is trained here. Steps and learning rate are ours.
+By default only what the erasure trained is trained here. Steps and learning rate are ours.
 
 Completion: *When Are Concepts Erased From Diffusion Models?* (Lu et al., NeurIPS 2025, arXiv 2505.17013), "diffusion
 completion". The network gets an image of the concept, under noise, and finishes it:
@@ -20,9 +20,9 @@ neutral prompt. At small t the concept is in the picture already, so compare wit
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import sampling
+from esd_jax import lora, sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.embedding_search import Search
@@ -38,22 +38,65 @@ from esd_jax.erasing.images import in_batches, true_output
 from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
-from esd_jax.evaluation.attacks.adversary import BATCH, Goal
-from esd_jax.evaluation.attacks.scoring import Scored
+from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, RANDOM, Goal
+from esd_jax.evaluation.attacks.prompts import OwnPrompts
+from esd_jax.evaluation.attacks.scoring import Scored, each, score
 from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
+from esd_jax.selection import select
+
+BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
 
 
 @dataclass(frozen=True)
 class Resurgence:
-    """Settings of the fine-tuning."""
+    """Settings of the fine-tuning.
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {"steps": 300, "learning_rate": 3e-4}}
+    subset: which tensors are trained, of the family's subsets; None: those that the erasure trained.
+    rank: of a low-rank change of them (LoRA); 0 trains the tensors themselves.
+    """
+
+    NAME: ClassVar[str] = "benign fine-tuning"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "emoji": {"steps": 200, "learning_rate": 3e-4},
+    }
+    MODELS: ClassVar[frozenset[str]] = frozenset({ERASED, PLACEBO})
 
     steps: int = 1000
     learning_rate: float = 1e-5
     weight_decay: float = 1e-2
     batch_size: int = 4
+    subset: str | None = None
+    rank: int = 0
+
+    def probe(
+        self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
+    ) -> tuple[Scored, ...]:
+        """The goal's prompts after fine-tuning on the base's images of the neutral prompts.
+
+        Raises ValueError for a goal without neutral prompts, and for a victim that was not erased, without a subset.
+        """
+        if not (texts := [prompt for prompt in goal.neutral if prompt]):
+            raise ValueError(
+                f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
+            )
+        texts = texts * max(1, BENIGN // len(texts))
+        images = sampling.sample(base, texts, seed=[BENIGN_SEED + i for i in range(len(texts))], **drawing)
+        healed = resurge(victim, images, texts, self, seed).pipeline
+        found = OwnPrompts().run(base, healed, goal, seed)
+        how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
+        return (replace(score(healed, found, goal, seeds, **drawing), name=f"target prompts after {how}"),)
+
+
+@dataclass(frozen=True)
+class ResurgenceLoRA(Resurgence):
+    """The same by LoRA on all attention, whatever the erasure trained: what users merge into models every day."""
+
+    NAME: ClassVar[str] = "benign LoRA"
+
+    subset: str | None = "attn"
+    rank: int = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +115,7 @@ def resurge(
     settings: Resurgence = Resurgence(),
     seed: int = 0,
 ) -> Healed:
-    """Fine-tunes what an erasure trained, on benign images.
+    """Fine-tunes what an erasure trained, or the settings' subset, on benign images.
 
     Args:
       victim: an erased pipeline.
@@ -80,44 +123,69 @@ def resurge(
 
     Raises ValueError if the pipeline was not erased, or for another number of prompts than images.
     """
-    started = time.monotonic()
-    if not (names := sorted(component(victim.edits, victim.denoiser))):
-        raise ValueError("this pipeline has no trained tensors of the denoiser to heal: give an erased one")
+    started, unet = time.monotonic(), victim.denoiser
+    names = sorted(component(victim.edits, unet))
+    if settings.subset is not None:
+        names = sorted(select(settings.subset, victim.network(unet).layouts, victim.family.subsets))
+    if not names:
+        raise ValueError(
+            "this pipeline has no trained tensors of the denoiser to heal: give an erased one, or a subset"
+        )
     if len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
-    theta = {name: jnp.asarray(victim.edits[f"{victim.denoiser}/{name}"], jnp.float32) for name in names}
-    unet, weights = adversary.denoiser(victim)
-    _, frozen = partition(weights, names)
+    network, weights = adversary.denoiser(victim)
+    exact = {name: victim.edits.get(f"{unet}/{name}", weights[name]) for name in names}
+    if settings.rank:
+        exact = {name: exact[name] for name in lora.adaptable(names, exact)}
+    first = {name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
+    _, frozen = partition(weights, first)
     conditioning = in_batches(victim.encode_prompts, prompts, BATCH)
-    run = healer(settings, unet, victim.schedule, jnp.dtype(victim.dtype).name)
-    theta, losses = run(theta, frozen, adversary.latents(victim, images), conditioning, jax.random.key(seed))
+    theta, key = first, jax.random.key(seed)
+    if settings.rank:
+        key, start = jax.random.split(key)
+        theta = lora.initial(first, settings.rank, start)
+    run = healer(settings, network, victim.schedule, jnp.dtype(victim.dtype).name)
+    theta, losses = run(theta, Fixed(frozen, first), adversary.latents(victim, images), conditioning, key)
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
+    how |= {"subset": settings.subset, "rank": settings.rank} if settings.subset or settings.rank else {}
     losses = np.asarray(losses)  # waits for the training
-    return Healed(
-        victim.with_edits(prefixed(theta, victim.denoiser), Erasure(healed=how)), losses, time.monotonic() - started
-    )
+    healed = victim.with_edits(prefixed(made(settings, theta, first), unet), Erasure(healed=how))
+    return Healed(healed, losses, time.monotonic() - started)
+
+
+class Fixed(NamedTuple):
+    """What the fine-tuning leaves as it is: the tensors that are not trained, and the first values of the others."""
+
+    frozen: Params
+    first: Params
+
+
+def made(settings: Resurgence, theta: Params, first: Params) -> Params:
+    """The tensors of the denoiser that are trained, from what the fine-tuning trains."""
+    return lora.weights(theta, first) if settings.rank else theta
 
 
 @lru_cache(maxsize=8)
 def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
-    """(theta, frozen, latents, the prompts' conditioning, key) -> (theta, losses); step i uses fold_in(key, i)."""
+    """(theta, fixed, latents, the prompts' conditioning, key) -> (theta, losses); step i uses fold_in(key, i)."""
 
-    def batch(i: Array, frozen: Params, case: tuple[Array, Conditioning, Array]) -> Any:
+    def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Array]) -> Any:
         latents, conditioning, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
         return latents[image], jax.tree.map(lambda a: a[image], conditioning), t, noise
 
-    def loss(theta: Params, drawn: Any, frozen: Params) -> Array:
+    def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
         x0, conditioning, t, noise = drawn
         x = add_noise(schedule, x0, noise, t)
-        e = unet.apply({**frozen, **cast(theta, dtype)}, x, t, conditioning).astype(x.dtype)
+        trained = cast(made(settings, theta, fixed.first), dtype)
+        e = unet.apply({**fixed.frozen, **trained}, x, t, conditioning).astype(x.dtype)
         return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
 
     # The search that attacks make for embeddings, for the tensors in their place.
     search = Search(batch, loss, optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
 
-    def run(theta: Params, frozen: Params, latents: Array, conditioning: Conditioning, key: Array) -> Any:
-        state, losses = search.run(search.begin(theta), np.arange(settings.steps), frozen, (latents, conditioning, key))
+    def run(theta: Params, fixed: Fixed, latents: Array, conditioning: Conditioning, key: Array) -> Any:
+        state, losses = search.run(search.begin(theta), np.arange(settings.steps), fixed, (latents, conditioning, key))
         return state.value, losses
 
     return run
@@ -127,6 +195,8 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
 class Completion:
     """Settings. times: noise levels, timesteps of the schedule. num_steps: of DDIM, from pure noise to the image."""
 
+    NAME: ClassVar[str] = "diffusion completion"
+    MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"times": (500, 700, 900), "num_steps": 20, "guidance_scale": 3.0},
@@ -135,6 +205,12 @@ class Completion:
     times: tuple[int, ...] = (300, 500, 700)
     num_steps: int = 50
     guidance_scale: float = 7.5
+
+    def probe(
+        self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
+    ) -> tuple[Scored, ...]:
+        """The goal's images, finished by the victim; see `completions`."""
+        return completions(victim, goal, self, seed)
 
 
 def complete(
@@ -187,8 +263,7 @@ def completions(
     for t in settings.times:
         for kind, prompts in kinds:
             drawn = complete(victim, goal.images, prompts, t, settings, seed)
-            hits = np.asarray(goal.detect(drawn), bool)[None]
-            scores.append(Scored(f"completed from t = {t}, {kind}", hits, drawn[None], (0,)))
+            scores.append(each(f"completed from t = {t}, {kind}", goal, drawn))
     return tuple(scores)
 
 

@@ -49,6 +49,12 @@ class Scored:
         return known(clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1])))
 
 
+def each(name: str, goal: Goal, images: UInt8[np.ndarray, "n height width 3"]) -> Scored:
+    """Images that were drawn from one start each, as so many trials, each a case of its own."""
+    hits = np.asarray(goal.detect(images), bool)
+    return Scored(name, hits[:, None], images[:, None], tuple(range(len(images))))
+
+
 @suggest.keywords(ELSEWHERE, RENAMED)
 def score(
     victim: Pipeline,

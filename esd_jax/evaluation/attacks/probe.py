@@ -1,0 +1,31 @@
+"""What a probe is: a question to an erased model that no prompt asks, about what remains in its weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.attacks.scoring import Scored
+from esd_jax.pipeline import Pipeline
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """A probe's settings: a frozen dataclass, as those of an `Attack`, and the probe itself.
+
+    NAME, PRESETS: as an attack's. MODELS: which models of a campaign it says something about.
+    """
+
+    NAME: ClassVar[str]
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    MODELS: ClassVar[frozenset[str]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def probe(
+        self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int, **drawing: Any
+    ) -> tuple[Scored, ...]:
+        """In which images of `victim` the concept is detected, all of the same number of trials and seeds.
+
+        base: the model before the erasure. seeds: of the noise of sampled prompts, the same for all models. seed: of
+        all other random numbers. drawing: steps, guidance_scale and batch_size of `sample`.
+        """
+        ...
