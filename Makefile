@@ -1,6 +1,6 @@
 # make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, about six minutes)
 #                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
-# make evidence    the same with more images, all attacks, and what parts of the change do (a quarter of an hour)
+# make evidence    the same with more images, four attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff, pyright
 #                  make test JAX='jax==0.10.0' makes a new .venv with that version
 # make docs        the documentation as a site, in out/docs
@@ -15,7 +15,7 @@ CONFIG ?=
 RECIPE = $(if $(CONFIG),--config=$(CONFIG))
 EVIDENCE ?= out/evidence
 IMAGES ?= 60
-ATTACKS ?= all
+ATTACKS ?= concept_inversion,unlearn_diff_atk,p4d,ring_a_bell
 
 .PHONY: demo evidence test test-slow lint docs clean
 

@@ -28,7 +28,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("controls", True, "Also measure a placebo erasure, and the base reseeded.", flag_values=values)
     flags.DEFINE_list("attacks", ["concept_inversion"], 'Attacks, by their names; "all".', flag_values=values)
     flags.DEFINE_integer("seeds", 4, "Images of each trial of an attack.", **at_least_1)
-    flags.DEFINE_bool("random", False, "Also attack a model of random weights.", flag_values=values)
+    flags.DEFINE_bool("random", False, "Also attack random weights, and the placebo.", flag_values=values)
     flags.DEFINE_bool("front", False, "Also measure parts of the weight change.", flag_values=values)
     flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output; else it is continued.", flag_values=values)
@@ -84,8 +84,9 @@ def run(values: flags.FlagValues) -> None:
     if values.attacks:
         say("attacking ...")
         attacked = dossier.attack(
-            base, erased, values.attacks, output_dir=evidence, seeds=values.seeds, random=values.random, progress=say
-        )
+            base, erased, values.attacks, output_dir=evidence, seeds=values.seeds, random=values.random,
+            placebo=placebo if values.random else None, progress=say,
+        )  # fmt: skip
         say(f"\n{text.summary(attacked)}\n")
     if values.front:
         say("measuring parts of the change ...")
