@@ -111,13 +111,21 @@ class RecipeFields(TypedDict, total=False):
 
     # Of `methods.uce.UCE`.
     tokens: str
-    expand: str
-    retain: str | None
     directions: int
 
     # Of `methods.rece.RECE`.
     epochs: int
     r: float
+
+    # Of `methods.speed.SPEED`.
+    rho: float
+    filter: bool
+    copies: int
+    threshold: float
+    centres: int
+
+    # Of `methods.oce.OCE`.
+    corpus_scale: float
 
     # Of several methods.
     sample_prompt: str
@@ -127,6 +135,8 @@ class RecipeFields(TypedDict, total=False):
     trajectory_buffer: int
     contexts: str | None
     erase_scale: float
+    expand: str
+    retain: str | None
     drawn_images: int
     drawing_sampler: str | None
     drawing_steps: int
@@ -157,11 +167,12 @@ def completed(
     target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
     views: int = ..., anchor_prompts: str | None = ..., template: str = ..., eos_positions: str = ...,
     no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,
-    inversion_learning_rate: float = ..., tokens: str = ..., expand: str = ..., retain: str | None = ...,
-    directions: int = ..., epochs: int = ..., r: float = ...,
+    inversion_learning_rate: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
+    r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
+    centres: int = ..., corpus_scale: float = ...,
     sample_prompt: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
-    erase_scale: float = ..., drawn_images: int = ...,
+    erase_scale: float = ..., expand: str = ..., retain: str | None = ..., drawn_images: int = ...,
     drawing_sampler: str | None = ..., drawing_steps: int = ..., drawing_guidance: float = ..., drawing_seed: int = ...,
     lam: float = ..., preserve_scale: float = ...,
 ) -> Any:

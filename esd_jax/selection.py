@@ -44,6 +44,7 @@ COMPVIS = "Erasing Concepts from Diffusion Models (Gandikota et al., 2023), orig
 ESD = "Erasing Concepts from Diffusion Models, diffusers code of 2025"
 SDD = "Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models (Kim et al., 2023)"
 ABLATING = "Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2023)"
+SPEED = "SPEED: Scalable, Precise, and Efficient Concept Erasure (Li et al., 2026)"
 ALL_BUT_ONE = "All but One (Hong et al., 2024)"
 
 SUBSETS: dict[str, Subset] = {
@@ -94,6 +95,7 @@ SUBSETS: dict[str, Subset] = {
     "sdd-notime": Subset(
         lambda n, dense: not (n.startswith("conv_out.") or "time_embed" in n), "notime with the last norm", SDD
     ),
+    "values": Subset(lambda n, dense: "attn2.to_v" in n, "cross-attention's values", SPEED),
     "kv": Subset(lambda n, dense: _is_key_or_value(n), "cross-attention's keys and values", ABLATING),
     "attn": Subset(
         lambda n, dense: any(part in n for part in ("to_q", "to_k", "to_v", "to_out")), "both attentions", ABLATING

@@ -28,7 +28,7 @@ from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.method import Tools
 from esd_jax.params import Params
-from esd_jax.selection import select
+from esd_jax.selection import SUBSETS, select
 
 SUBSET = "esd-x-strict"
 ENCODED_AT_ONCE = 64
@@ -138,13 +138,17 @@ def preserved(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
 
 
-def check(tools: Tools, concepts: Sequence[Concept]) -> None:
-    """Raises ValueError, in one line, for a run that no closed form can make."""
-    wanted = set(select(SUBSET, tools.denoiser.layouts))
-    if other := sorted(wanted.symmetric_difference(tools.subset)):
+def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (SUBSET,)) -> None:
+    """Raises ValueError, in one line, for a run that no closed form can make.
+
+    subsets: those that the method edits, the first one its own.
+    """
+    apart = [set(select(name, tools.denoiser.layouts)).symmetric_difference(tools.subset) for name in subsets]
+    if all(apart):
+        other, edits = sorted(apart[0]), SUBSETS[subsets[0]].meaning
         raise ValueError(
-            f"a closed form edits all keys and values of cross-attention: give subset={SUBSET!r} (yours differs by "
-            f"{len(other)} tensors, {other[0]!r} among them)"
+            f"this closed form edits all of {edits}: give subset={subsets[0]!r} (yours differs by {len(other)} "
+            f"tensors, {other[0]!r} among them)"
         )
     if tools.images is not None:
         raise ValueError("images mean nothing to a closed form: it works on prompts alone")

@@ -5,8 +5,10 @@ from esd_jax.methods.ablating import Ablating
 from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
 from esd_jax.methods.forget_me_not import ForgetMeNot
+from esd_jax.methods.oce import OCE
 from esd_jax.methods.rece import RECE
 from esd_jax.methods.sdd import SDD
+from esd_jax.methods.speed import SPEED
 from esd_jax.methods.uce import UCE
 
 # `needs` and `ema` are attributes of some of these classes, fields or properties of others.
@@ -18,4 +20,6 @@ METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "forget_me_not": ForgetMeNot,
     "uce": UCE,
     "rece": RECE,
+    "speed": SPEED,
+    "oce": OCE,
 }

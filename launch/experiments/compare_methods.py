@@ -62,6 +62,8 @@ ENTRIES = {
     "forget_me_not": both("emoji_forget_me_not", "emoji_forget_me_not_object"),
     "uce": both("emoji_uce", "emoji_uce_object"),
     "rece": both("emoji_rece", "emoji_rece_object"),
+    "speed": both("emoji_speed", "emoji_speed_object"),
+    "oce": both("emoji_oce", "emoji_oce_object"),
     "negative prompt": Entry(guidance=lambda concepts: {"negative_prompt": ", ".join(concepts)}, joined=True),
     "SLD medium": Entry(guidance=lambda concepts: {"rule": SLD.preset("medium", ", ".join(concepts))}, joined=True),
     "SLD max": Entry(guidance=lambda concepts: {"rule": SLD.preset("max", ", ".join(concepts))}, joined=True),

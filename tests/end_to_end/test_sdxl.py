@@ -163,11 +163,13 @@ METHODS = {
     "forget_me_not": {"inversion_steps": 0, "steps": 2, "learning_rate": 1e-3, **DRAWING},
     "uce": {"replace_with": "the dog", "preserve": "photo"},
     "rece": {},
+    "speed": {"subset": "values"},
+    "oce": {"subset": "values"},
 }
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=() if m in ("uce", "rece") else pytest.mark.slow) for m in METHODS]
+    "method", [pytest.param(m, marks=() if m in ("uce", "rece", "speed", "oce") else pytest.mark.slow) for m in METHODS]
 )
 @pytest.mark.parametrize("family", ["sdxl", pytest.param("sd2", marks=pytest.mark.slow)])
 def test_every_method_erases(family, method, folder, tmp_path):

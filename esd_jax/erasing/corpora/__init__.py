@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from esd_jax import inputs, prompt_files, results
-from esd_jax.erasing.closed_form import ENCODED_AT_ONCE
+from esd_jax.erasing.closed_form import ENCODED_AT_ONCE, last_tokens
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Tools
 
@@ -112,22 +112,33 @@ def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "wid
 
     Of many prompts it is computed once, and kept in a file under a hash of the text encoders and the prompts.
     """
+    return _moment(tools, weights, "")
 
+
+def word_moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "width width"]:
+    """The mean of c c^T over the token vectors c of the prompts' words, start and end tokens too; kept likewise."""
+    return _moment(tools, weights, "words-")
+
+
+def _moment(tools: Tools, weights: Mapping[str, float], kind: str) -> Float[np.ndarray, "width width"]:
     texts = list(weights)
 
     def compute() -> dict[str, np.ndarray]:
-        total = np.zeros(())
+        total, tokens = np.zeros(()), 0.0
         for start in range(0, len(texts), ENCODED_AT_ONCE):
             some = texts[start : start + ENCODED_AT_ONCE]
             vectors = np.asarray(tools.vectors(tools.encode(some)), np.float64)
-            roots = np.sqrt([weights[text] for text in some])
-            flat = (roots[:, None, None] * vectors).reshape(-1, vectors.shape[-1])
+            squares = np.array([weights[text] for text in some])[:, None]
+            if kind:
+                squares = squares * (np.arange(vectors.shape[1]) <= last_tokens(tools.tokens, some)[:, None] + 1)
+                tokens += squares.sum()
+            flat = (np.sqrt(squares)[:, :, None] * vectors).reshape(-1, vectors.shape[-1])
             total = total + flat.T @ flat
-        return {"moment": total / sum(weights.values())}
+        return {"moment": total / (tokens if kind else sum(weights.values()))}
 
     if len(texts) < WORTH_A_FILE or not tools.cache:
         return compute()["moment"]
-    file = inputs.cache("moments") / f"{_fingerprint(tools, weights)}.npz"
+    file = inputs.cache("moments") / f"{kind}{_fingerprint(tools, weights)}.npz"
     if (stored := results.read(file)) is not None:
         return stored["moment"]
     fields = compute()

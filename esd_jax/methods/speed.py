@@ -1,0 +1,166 @@
+"""SPEED: *Scalable, Precise, and Efficient Concept Erasure* (Li et al., ICLR 2026, arXiv 2503.07392), in closed form.
+
+For the weight W [out, context] of each value of cross-attention, with C1, C* the token vectors of the concepts and
+their guides, K2 those of the empty prompt, and P the projector on what the retained prompts do not use:
+
+    D = argmin |(W + D P) C1 - W C*|^2 + rho |D P|^2    with (D P) K2 = 0
+      D P = W (C* C1^T - C1 C1^T) P (1 - M K2 (K2^T P M K2)^-1 K2^T P) M,    M = (C1 C1^T P + rho 1)^-1
+
+where C C^T stands for the mean over concepts. P = U U^T, U the directions in which the retained vectors' second moment
+is below `threshold`. They are chosen for each W: a retained vector c counts if the unconstrained change moves it more
+than the average one, |D0 c| > mean (influence filter), and so do noised copies of it, with noise along the direction
+that W reads least (augmentation).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.cluster.vq import kmeans2
+
+from esd_jax.erasing import closed_form, corpora
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import ClosedForm, Tools
+from esd_jax.params import Params
+
+VALUES = "values"  # the subset
+
+
+@dataclass(frozen=True)
+class SPEED:
+    """Settings; the defaults are the released code's.
+
+    A concept's `replace_with` is its guide, by default the empty prompt. Its vector is that of its last token; the
+    empty prompt's is the start token's.
+
+    retain: prompts whose last tokens are retained, beside the concepts' `preserve`: see `methods.uce.UCE`.
+    rho: how hard the weights are held to the old ones.
+    filter: leave out retained vectors that the change would hardly move.
+    copies: noised ones of each retained vector; 0 for none.
+    threshold: of the second moment, below which a direction is free to change.
+    centres: of the empty prompt's other vectors (k-means), which the change must not move, beside the start token.
+    """
+
+    retain: str = "general"
+    rho: float = 1.0
+    filter: bool = True
+    copies: int = 10
+    threshold: float = 0.1
+    centres: int = 3
+
+    trained: ClassVar = False
+    uses: ClassVar = frozenset({"replace_with", "strength"})
+    needs: ClassVar = frozenset({"attention_names", "cross_attention"})
+    ema: ClassVar = None
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"subset": VALUES, "steps": 0},
+        "faces": {"rho": 0.05, "filter": False, "replace_with": "person", "subset": VALUES, "steps": 0},
+    }
+
+    def __post_init__(self):
+        closed_form.check_positive(self, "rho", "threshold")
+        closed_form.check_positive(self, "copies", "centres", or_zero=True)
+
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
+        """SPEED. Raises ValueError, in one line, for another subset than "values" or the keys and values, and for
+        concepts that it cannot erase.
+        """
+        closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
+        kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
+        encoded = closed_form.encode(tools, concepts, kept)
+        last = {text: one.vectors[one.last] for text, one in encoded.items()}
+        start, *others = np.asarray(encoded[""].vectors, np.float64)
+        still = [start]
+        if self.centres:
+            still += [*kmeans2(np.stack(others), self.centres, minit="++", seed=0)[0]]
+        weights = jnp.asarray([c.strength for c in concepts], jnp.float32)
+        return Solver(self.filter, self.copies), Inputs(
+            old=jnp.stack([last[c.text] for c in concepts]),
+            new=jnp.stack([last[closed_form.guide(c)] for c in concepts]),
+            weight=weights / len(concepts),
+            kept=jnp.stack([last[text] for text in kept]),
+            still=jnp.asarray(np.stack(still), jnp.float32),
+            rho=jnp.float32(self.rho),
+            threshold=jnp.float32(self.threshold),
+            key=jax.random.key(0),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """old, new: C1 and C*, one row for each concept, with weights that sum to 1 at strength 1.
+
+    kept: retained vectors. still: K2. key: of the noise on copies.
+    """
+
+    old: Float[Array, "concepts context"]
+    new: Float[Array, "concepts context"]
+    weight: Float[Array, " concepts"]
+    kept: Float[Array, "kept context"]
+    still: Float[Array, "still context"]
+    rho: Float[Array, ""]
+    threshold: Float[Array, ""]
+    key: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Solver(ClosedForm):
+    """SPEED as one function of the weights, each with a projector of its own."""
+
+    filter: bool
+    copies: int
+
+    def solve(self, theta: Params, inputs: Inputs) -> Params:
+        """The edited kernels."""
+        with jax.default_matmul_precision("highest"):
+            return {name: kernel + self.change(kernel, inputs) for name, kernel in theta.items()}
+
+    def change(self, kernel: Float[Array, "context out"], inputs: Inputs) -> Float[Array, "context out"]:
+        """(D P)^T of the module's docstring."""
+        root = jnp.sqrt(inputs.weight)[:, None]
+        old, apart = root * inputs.old, root * (inputs.new - inputs.old)
+        first = closed_form.ridge(old, apart, jnp.float32(1)) @ kernel  # D0, with penalty 1
+        kept = weighed = inputs.kept
+        importance = jnp.ones(len(kept))
+        if self.filter:
+            importance = _above_mean(kept @ first, jnp.ones(len(kept)))
+        if self.copies:
+            weighed, importance = self.augmented(kernel, first, kept, importance, inputs.key)
+        free = _free(weighed, importance, inputs.threshold)
+        # In coordinates of the free directions P is 1: a ridge with a linear constraint.
+        x, still = old @ free, inputs.still @ free
+        inverse = lambda b: jnp.linalg.solve(x.T @ x + inputs.rho * jnp.eye(x.shape[1]), b)  # noqa: E731
+        plain, held = inverse(x.T @ apart), inverse(still.T)
+        multipliers = jnp.linalg.lstsq(still @ held, still @ plain)[0]
+        return free @ (plain - held @ multipliers) @ kernel
+
+    def augmented(
+        self, kernel: Array, first: Array, kept: Array, importance: Array, key: Array
+    ) -> tuple[Float[Array, "rows context"], Float[Array, " rows"]]:
+        """The retained vectors, and noised copies of those that count, with what each counts."""
+        u, _, _ = jnp.linalg.svd(kernel, full_matrices=False)
+        least = u[:, -1]
+        noise = jax.random.normal(key, (self.copies, len(kept)))
+        copies = (kept + noise[:, :, None] * least).reshape(-1, kept.shape[1])
+        counts = jnp.tile(importance, self.copies)
+        return jnp.concatenate([kept, copies]), jnp.concatenate([importance, _above_mean(copies @ first, counts)])
+
+
+def _above_mean(moved: Float[Array, "rows out"], counts: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """1 for rows, of those that count, that are longer than the average of these; else 0."""
+    norms = jnp.linalg.norm(moved, axis=1)
+    return counts * (norms > jnp.sum(norms * counts) / jnp.maximum(jnp.sum(counts), 1))
+
+
+def _free(
+    rows: Float[Array, "rows context"], counts: Float[Array, " rows"], threshold: Array
+) -> Float[Array, "context context"]:
+    """U of the module's docstring, its other columns zero: all shapes are known when this is compiled."""
+    root = jnp.sqrt(counts / jnp.maximum(jnp.sum(counts), 1))[:, None] * rows
+    values, directions = jnp.linalg.eigh(root.T @ root)
+    return directions * (values < threshold)
