@@ -2,7 +2,8 @@
 
     esd-jax erase --config=emoji_oce_object --config.concept="a cat" --config.output_dir=out/oce_cat
 
-The object becomes "a dog". The changes to oce are:
+The object becomes "a dog". As published, OCE rotates the values of last tokens; this model's prompts spread
+a concept over all positions, and it is still there afterwards. The changes to oce are:
 - the model's captions are retained.
 - a smaller erase_scale: the values have fewer dimensions than Stable Diffusion's.
 """

@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.cluster.vq import kmeans2
 
-from esd_jax.erasing import closed_form, corpora
+from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.method import ClosedForm, Tools
+from esd_jax.erasing.method import ClosedForm, Tools, choose
 from esd_jax.params import Params
 
 VALUES = "values"  # the subset
@@ -34,10 +34,13 @@ VALUES = "values"  # the subset
 class SPEED:
     """Settings; the defaults are the released code's.
 
-    A concept's `replace_with` is its guide, by default the empty prompt. Its vector is that of its last token; the
-    empty prompt's is the start token's.
+    A concept's `replace_with` is its guide, by default the empty prompt.
 
-    retain: prompts whose last tokens are retained, beside the concepts' `preserve`: see `methods.uce.UCE`.
+    tokens: which vectors of a prompt are edited, and retained: "last", that of its last token (of the empty prompt, the
+      start token's), as published; or "positions", as in `methods.uce.UCE`, which this package adds: all vectors from
+      the first token that differs on, and all of the retained prompts.
+    contexts: further prompts to erase the concept from, and what each becomes: see `methods.uce.UCE`.
+    retain: prompts that are retained, beside the concepts' `preserve`: see `methods.uce.UCE`.
     rho: how hard the weights are held to the old ones.
     filter: leave out retained vectors that the change would hardly move.
     copies: noised ones of each retained vector; 0 for none.
@@ -45,6 +48,8 @@ class SPEED:
     centres: of the empty prompt's other vectors (k-means), which the change must not move, beside the start token.
     """
 
+    tokens: str = "last"
+    contexts: str | None = None
     retain: str = "general"
     rho: float = 1.0
     filter: bool = True
@@ -62,6 +67,8 @@ class SPEED:
     }
 
     def __post_init__(self):
+        choose(self, tokens=("last", "positions"))
+        contexts.parse(self.contexts, guided=True)
         closed_form.check_positive(self, "rho", "threshold")
         closed_form.check_positive(self, "copies", "centres", or_zero=True)
 
@@ -70,37 +77,42 @@ class SPEED:
         concepts that it cannot erase.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
+        known = contexts.parse(self.contexts, guided=True)
+        erased = [
+            (pair, concept.strength)
+            for concept in concepts
+            for guide in [closed_form.guide(concept)]
+            for pair in [(concept.text, guide), *contexts.pairs(known, concept.text, guide)]
+        ]
         kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
-        encoded = closed_form.encode(tools, concepts, kept)
-        last = {text: one.vectors[one.last] for text, one in encoded.items()}
+        encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        edit = closed_form.edit(
+            [(*closed_form.aligned(encoded[a], encoded[b], self.tokens), s / len(erased)) for (a, b), s in erased], 1.0
+        )
+        retained = [encoded[text].vectors for text in kept]
+        if self.tokens == "last":
+            retained = [encoded[text].vectors[encoded[text].last][None] for text in kept]
         start, *others = np.asarray(encoded[""].vectors, np.float64)
         still = [start]
         if self.centres:
             still += [*kmeans2(np.stack(others), self.centres, minit="++", seed=0)[0]]
-        weights = jnp.asarray([c.strength for c in concepts], jnp.float32)
         return Solver(self.filter, self.copies), Inputs(
-            old=jnp.stack([last[c.text] for c in concepts]),
-            new=jnp.stack([last[closed_form.guide(c)] for c in concepts]),
-            weight=weights / len(concepts),
-            kept=jnp.stack([last[text] for text in kept]),
-            still=jnp.asarray(np.stack(still), jnp.float32),
-            rho=jnp.float32(self.rho),
-            threshold=jnp.float32(self.threshold),
-            key=jax.random.key(0),
-        )
+            edit.old, edit.new, edit.weight, jnp.concatenate(retained), jnp.asarray(np.stack(still), jnp.float32),
+            jnp.float32(self.rho), jnp.float32(self.threshold), jax.random.key(0),
+        )  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """old, new: C1 and C*, one row for each concept, with weights that sum to 1 at strength 1.
+    """old, new: C1 and C*, a row each, of weights that sum to 1 at strength 1 with one row for each prompt.
 
     kept: retained vectors. still: K2. key: of the noise on copies.
     """
 
-    old: Float[Array, "concepts context"]
-    new: Float[Array, "concepts context"]
-    weight: Float[Array, " concepts"]
+    old: Float[Array, "vectors context"]
+    new: Float[Array, "vectors context"]
+    weight: Float[Array, " vectors"]
     kept: Float[Array, "kept context"]
     still: Float[Array, "still context"]
     rho: Float[Array, ""]
@@ -125,13 +137,12 @@ class Solver(ClosedForm):
         root = jnp.sqrt(inputs.weight)[:, None]
         old, apart = root * inputs.old, root * (inputs.new - inputs.old)
         first = closed_form.ridge(old, apart, jnp.float32(1)) @ kernel  # D0, with penalty 1
-        kept = weighed = inputs.kept
-        importance = jnp.ones(len(kept))
+        kept, importance = inputs.kept, jnp.ones(len(inputs.kept))
         if self.filter:
-            importance = _above_mean(kept @ first, jnp.ones(len(kept)))
+            importance = _above_mean(kept @ first, importance)
         if self.copies:
-            weighed, importance = self.augmented(kernel, first, kept, importance, inputs.key)
-        free = _free(weighed, importance, inputs.threshold)
+            kept, importance = self.augmented(kernel, first, kept, importance, inputs.key)
+        free = _free(kept, importance, inputs.threshold)
         # In coordinates of the free directions P is 1: a ridge with a linear constraint.
         x, still = old @ free, inputs.still @ free
         inverse = lambda b: jnp.linalg.solve(x.T @ x + inputs.rho * jnp.eye(x.shape[1]), b)  # noqa: E731
@@ -144,9 +155,8 @@ class Solver(ClosedForm):
     ) -> tuple[Float[Array, "rows context"], Float[Array, " rows"]]:
         """The retained vectors, and noised copies of those that count, with what each counts."""
         u, _, _ = jnp.linalg.svd(kernel, full_matrices=False)
-        least = u[:, -1]
         noise = jax.random.normal(key, (self.copies, len(kept)))
-        copies = (kept + noise[:, :, None] * least).reshape(-1, kept.shape[1])
+        copies = (kept + noise[:, :, None] * u[:, -1]).reshape(-1, kept.shape[1])
         counts = jnp.tile(importance, self.copies)
         return jnp.concatenate([kept, copies]), jnp.concatenate([importance, _above_mean(copies @ first, counts)])
 

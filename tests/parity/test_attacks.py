@@ -293,5 +293,5 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
         loss.backward()
         adamw.step()
         assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
-    made = hidden.made(settings, healed, first)["text.weight"]
-    np.testing.assert_allclose(made, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)
+    tensor = hidden.effective(settings, healed, first)["text.weight"]
+    np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)

@@ -77,7 +77,7 @@ THRESHOLD = 0.02
     ("chosen", "copies", "centres"), [(False, 0, 0), (True, 0, 3), (True, 2, 3)], ids=["plain", "filter", "copies"]
 )
 def test_speed_is_least_squares_in_what_is_free_with_the_empty_prompt_held(chosen, copies, centres, corpus):
-    settings = speed.SPEED(corpus, rho=0.5, filter=chosen, copies=copies, threshold=THRESHOLD, centres=centres)
+    settings = speed.SPEED(retain=corpus, rho=0.5, filter=chosen, copies=copies, threshold=THRESHOLD, centres=centres)
     values, ours, inputs = solved(speed, settings)
     kept = of_last([*PRESERVED, *KEPT])
     assert inputs.still.shape == (1 + centres, 48) and error(inputs.kept, kept) <= 1e-6
@@ -92,8 +92,22 @@ def test_speed_is_least_squares_in_what_is_free_with_the_empty_prompt_held(chose
         assert np.abs(vectors("cat")[1] @ change).max() > 1e-2 * np.abs(kernel).max()
 
 
+def test_speed_in_contexts_pairs_positions(corpus):
+    listed = "a dog by {}: a dog"
+    settings = speed.SPEED("positions", listed, corpus, copies=0)
+    _, inputs = settings.make(tools(), CONCEPTS)
+    pairs = [(c.text, "".join(c.replace_with), c.strength) for c in CONCEPTS]
+    pairs = [p for text, guide, s in pairs for p in ((text, guide, s), (f"a dog by {text}", "a dog", s))]
+    first = [next(i for i, (a, b) in enumerate(zip(*ids([old, new]), strict=True)) if a != b) for old, new, _ in pairs]
+    for rows, side in ((inputs.old, 0), (inputs.new, 1)):
+        assert error(rows, np.concatenate([vectors(p[side])[i:] for p, i in zip(pairs, first, strict=True)])) <= 1e-6
+    weights = np.concatenate([np.full(TOKENS - i, s / 4) for (*_, s), i in zip(pairs, first, strict=True)])
+    np.testing.assert_allclose(inputs.weight, weights, rtol=1e-6)
+    assert error(inputs.kept, np.concatenate([vectors(text) for text in [*PRESERVED, *KEPT]])) <= 1e-6
+
+
 def test_centres_are_means_of_the_empty_prompts_vectors(corpus):
-    _, inputs = speed.SPEED(corpus, centres=2).make(tools(subset=VALUES), CONCEPTS)
+    _, inputs = speed.SPEED(retain=corpus, centres=2).make(tools(subset=VALUES), CONCEPTS)
     others, means = vectors("")[1:], np.asarray(inputs.still[1:], float)
     nearest = np.linalg.norm(others[:, None] - means, axis=2).argmin(axis=1)
     for i, mean in enumerate(means):
@@ -105,7 +119,7 @@ def test_centres_are_means_of_the_empty_prompts_vectors(corpus):
 
 def test_oce_is_the_best_rotation(corpus):
     scales = {"erase_scale": 30.0, "corpus_scale": 0.7, "preserve_scale": 0.2, "lam": 3.0}
-    settings = oce.OCE(corpus, expand="art", **scales)
+    settings = oce.OCE(retain=corpus, expand="art", **scales)
     values, ours, inputs = solved(oce, settings)
     phrases = ["{}", "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}"]
     rows = [vectors(text)[: last(text) + 2] for text in KEPT]  # to the end token
@@ -157,22 +171,20 @@ def test_what_they_cannot_do(module, settings, corpus):
         ({"subset": VALUES, "images": jnp.zeros((1, 1, 1, 1))}, ["images"]),
     ):
         with pytest.raises(ValueError, match=one_line(*words)):
-            settings(corpus).make(tools(**others), [Concept("cat")])
+            settings(retain=corpus).make(tools(**others), [Concept("cat")])
     both = tools()  # keys and values may be edited, too
-    method, inputs = settings(corpus).make(both, [dataclasses.replace(c, strength=1.0) for c in CONCEPTS])
+    method, inputs = settings(retain=corpus).make(both, [dataclasses.replace(c, strength=1.0) for c in CONCEPTS])
     assert method.solve(theta(), inputs).keys() == theta().keys()
     for field in ("rho", "threshold") if module is speed else ("erase_scale", "lam"):
         with pytest.raises(ValueError, match=one_line(f"{field}=-1")):
-            settings(corpus, **{field: -1})
+            settings(retain=corpus, **{field: -1})
 
 
 @pytest.mark.parametrize("name", ["speed", "emoji_speed", "emoji_speed_object", "oce", "emoji_oce", "emoji_oce_object"])
 def test_their_configs(name):
     plan = recipe.make(**{**recipe.read(name).to_dict(), "concept": "cat"})
-    assert (plan.method, plan.training.steps, plan.subset) == (
-        name.removeprefix("emoji_").removesuffix("_object"),
-        0,
-        "values",
-    )
+    method = name.removeprefix("emoji_").removesuffix("_object")
+    subset = "esd-x-strict" if name.startswith("emoji_speed") else "values"
+    assert (plan.method, plan.training.steps, plan.subset) == (method, 0, subset)
     for variant in type(plan.settings).PRESETS:
         assert recipe.preset(plan.method, variant).method == plan.method

@@ -121,7 +121,7 @@ def campaign(
             task.advance(note=f"{term(label(settings))} on {model}")
         chance = attacked(control, ERASED)
         task.advance()
-    plain, *found = scores[ERASED]
+    plain, *attacked_scores = scores[ERASED]
     tables = [table(scores, chance, note=NOTE)]
     if probes:
         tables.append(table(remains, title="Probes: what remains beyond prompts", note=PROBES_NOTE))
@@ -133,10 +133,10 @@ def campaign(
         },
         verdict=tuple(
             Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
-            for before, one in zip(scores[BASE][1:], found, strict=True)
+            for before, one in zip(scores[BASE][1:], attacked_scores, strict=True)
         ),
         attacks=tuple(tables),
-        attack_pictures={one.name: _pairs(goal, plain, one) for one in found},
+        attack_pictures={one.name: _pairs(goal, plain, one) for one in attacked_scores},
     )
 
 

@@ -70,8 +70,8 @@ class EncoderOutput:
             adversary.case_keys(seed, len(texts)),
         )
         search = partial(run, weights, adversary.denoiser(base)[1])
-        found, losses = adversary.in_turn(search, cases, self.together)
-        rows = [jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), found) for i in range(len(texts))]
+        value, losses = adversary.in_turn(search, cases, self.together)
+        rows = [jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), value) for i in range(len(texts))]
         trials = tuple(
             Trial(f"vectors for {text!r}", row, i) for i, (text, row) in enumerate(zip(texts, rows, strict=True))
         )
@@ -101,8 +101,8 @@ def searcher(
     if not 0 <= from_t < total:
         raise ValueError(f"from_t={from_t} must be in 0..{total - 1}")
 
-    def together(found: Leaves, start: Conditioning) -> Conditioning:
-        own = iter(found)
+    def together(value: Leaves, start: Conditioning) -> Conditioning:
+        own = iter(value)
         leaves = [next(own) if searched else leaf for leaf, searched in zip(jax.tree.leaves(start), free, strict=True)]
         return jax.tree.unflatten(structure, leaves)
 
@@ -116,9 +116,9 @@ def searcher(
     def repeated(one: Conditioning) -> Conditioning:
         return jax.tree.map(lambda a: jnp.repeat(a, settings.batch_size, axis=0), one)
 
-    def loss(found: Leaves, drawn: Any, fixed: tuple[Params, Params]) -> Float[Array, ""]:
+    def loss(value: Leaves, drawn: Any, fixed: tuple[Params, Params]) -> Float[Array, ""]:
         x, t, target, start = drawn
-        e = denoiser.apply(fixed[0], x, t, repeated(together(found, start))).astype(x.dtype)
+        e = denoiser.apply(fixed[0], x, t, repeated(together(value, start))).astype(x.dtype)
         return jnp.mean((e - target) ** 2)
 
     search = Search(batch, loss, optax.adam(settings.learning_rate), several=True)

@@ -84,9 +84,9 @@ class Resurgence:
         texts = texts * max(1, BENIGN // len(texts))
         images = sampling.sample(base, texts, seed=[BENIGN_SEED + i for i in range(len(texts))], **drawing)
         healed = resurge(victim, images, texts, self, seed).pipeline
-        found = OwnPrompts().run(base, healed, goal, seed)
+        prompts = OwnPrompts().run(base, healed, goal, seed)
         how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
-        return (replace(score(healed, found, goal, seeds, **drawing), name=f"target prompts after {how}"),)
+        return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def resurge(
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     how |= {"subset": settings.subset, "rank": settings.rank} if settings.subset or settings.rank else {}
     losses = np.asarray(losses)  # waits for the training
-    healed = victim.with_edits(prefixed(made(settings, theta, first), unet), Erasure(healed=how))
+    healed = victim.with_edits(prefixed(effective(settings, theta, first), unet), Erasure(healed=how))
     return Healed(healed, losses, time.monotonic() - started)
 
 
@@ -160,7 +160,7 @@ class Fixed(NamedTuple):
     first: Params
 
 
-def made(settings: Resurgence, theta: Params, first: Params) -> Params:
+def effective(settings: Resurgence, theta: Params, first: Params) -> Params:
     """The tensors of the denoiser that are trained, from what the fine-tuning trains."""
     return lora.weights(theta, first) if settings.rank else theta
 
@@ -177,7 +177,7 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
     def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
         x0, conditioning, t, noise = drawn
         x = add_noise(schedule, x0, noise, t)
-        trained = cast(made(settings, theta, fixed.first), dtype)
+        trained = cast(effective(settings, theta, fixed.first), dtype)
         e = unet.apply({**fixed.frozen, **trained}, x, t, conditioning).astype(x.dtype)
         return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
 

@@ -60,9 +60,9 @@ class NullInversion:
             victim, [""] * len(images), latents=noise, sampler="ddim", steps=self.steps, guidance_scale=1.0,
             batch_size=drawing.get("batch_size", BATCH),
         )  # fmt: skip
-        found = each(self.NAME, goal, drawn)
-        likely = Scored(f"{self.NAME}, typical noise", found.hits & typical(noise)[:, None], found.images, found.cases)
-        return found, likely
+        every = each(self.NAME, goal, drawn)
+        likely = Scored(f"{self.NAME}, typical noise", every.hits & typical(noise)[:, None], every.images, every.cases)
+        return every, likely
 
 
 def typical(noise: Float[np.ndarray, "n height width channel"]) -> Bool[np.ndarray, " n"]:

@@ -62,12 +62,11 @@ class StoredWeights:
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:
         """The goal's prompts, sampled with each of the weights; with parts of a change only where there is one."""
-        found = OwnPrompts().run(base, victim, goal, seed)
-        return tuple(
-            replace(score(pipeline, found, goal, seeds, **drawing), name=name) for name, pipeline in self._made(victim)
-        )
+        prompts = OwnPrompts().run(base, victim, goal, seed)
+        variants = self._variants(victim)
+        return tuple(replace(score(one, prompts, goal, seeds, **drawing), name=name) for name, one in variants)
 
-    def _made(self, victim: Pipeline) -> Iterator[tuple[str, Pipeline]]:
+    def _variants(self, victim: Pipeline) -> Iterator[tuple[str, Pipeline]]:
         for name in self.formats:
             yield f"target prompts, weights in {name}", rounded(victim, name)
         for strength in self.strengths if victim.edits else ():
