@@ -138,6 +138,7 @@ def _settings(
         config = kinds.config(source, texts, configs, kind=kind, fields=fields)
         return kinds.fitted(recipe.read(config).to_dict(), texts)
     settings = recipe.read(config).to_dict()
+    settings = kinds.fitted(settings, several.texts_of(fields.get("concept") or settings.get("concept")))
     if kind is not None:
         kinds.as_field(kind, str(fields.get("method", settings.get("method", "esd"))))
         fields["kind"] = kind

@@ -90,6 +90,7 @@ class Erasure:
     license: the model's.
     delta, difference, lora: the name of the file. sha256: of a LoRA. strength: that a file was applied with.
     healed: how an attack trained the model on.
+    rounds: what its inversion rounds measured, by "step".
     others: name -> JSON that no field above can hold as it is: unknown fields, and values in another form.
     order: the names in the order of the JSON, where that is not the order of the fields.
     """
@@ -110,6 +111,7 @@ class Erasure:
     erased: tuple["Erasure", ...] | None = None
     merged: tuple[Part, ...] | None = None
     healed: Mapping[str, Any] | None = None
+    rounds: tuple[Mapping[str, Any], ...] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
     order: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -240,6 +242,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "erased": _erasures,
         "merged": _items(_part),
         "healed": _of(Mapping),
+        "rounds": _items(_of(Mapping)),
     }
 )
 

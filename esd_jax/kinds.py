@@ -97,9 +97,9 @@ def as_field(kind: str, method: str) -> None:
 
 
 def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config that was chosen for some concepts, which it then does not preserve."""
+    """The fields of a config for some concepts; prompts that name one of these are then not preserved."""
     preserved = [text for texts in several.parts("preserve", settings.get("preserve")) for text in texts]
-    left = [text for text in preserved if not any(wording.same(text, erased) for erased in concepts)]
+    left = [text for text in preserved if not any(wording.names(erased, text) for erased in concepts)]
     return {**settings} if left == preserved else {**settings, "preserve": several.joined("preserve", [left])}
 
 

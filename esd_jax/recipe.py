@@ -16,7 +16,9 @@ from ml_collections import ConfigDict, config_dict
 
 from esd_jax import prompt_files, several, suggest, wording
 from esd_jax.config_files import config_folders, config_names, config_path, read
+from esd_jax.erasing import round_settings
 from esd_jax.erasing.method import Settings, choose
+from esd_jax.erasing.retention import Retention
 from esd_jax.erasure import Concept
 from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
@@ -55,6 +57,10 @@ class Recipe:
     subset: which tensors are trained, a name of the family's subsets (`esd_jax.selection.SUBSETS`) or "regex:PATTERN".
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
+    preserve_images: of each of these, drawn by the base and noised, in place of trajectories that every update samples.
+    preserve_empty: weight of the loss that holds the empty prompt to the base at the update's x_t.
+    preserve_worst_every: updates from one scoring of the prompts in `preserve` to the next, by how far the model has
+      moved on them; half of the draws are then from the worst quarter. 0: all are drawn alike.
     null: what a trained method takes for "no prompt", in its trajectories and losses: "empty", the encoded empty
       prompt, as the released codes do, or "zeros", from which diffusers guides SDXL without a negative prompt.
     images: the user's image files; what a method does with them, its file says. In one string, separated by ";".
@@ -77,6 +83,9 @@ class Recipe:
     subset: str = "esd-x"
     rank: int = 0
     preserve_weight: float = 1.0
+    preserve_images: int = 0
+    preserve_empty: float = 0.0
+    preserve_worst_every: int = 0
     null: str = "empty"
     images: tuple[str, ...] | None = None
     dtype: str = "float32"
@@ -108,6 +117,11 @@ class Recipe:
         for name, value in (("rank", self.rank), ("steps", self.training.steps)):
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
+        if self.retention != Retention(self.preserve_weight) and not self.settings.trained:
+            raise ValueError(
+                f"method {self.method!r} solves for its result: leave out preserve_images, preserve_empty and "
+                "preserve_worst_every"
+            )
         if self.fsdp < 1:
             raise ValueError(f"fsdp={self.fsdp} must be at least 1")
         for name in ("height", "width"):
@@ -128,6 +142,11 @@ class Recipe:
             for name in ("replace_with", "preserve"):
                 if any(wording.same(text, concept.text) for text in getattr(concept, name)):
                     raise ValueError(f"{name} has {concept.text!r}, which is what is erased: give another")
+
+    @property
+    def retention(self) -> Retention:
+        """What is held to the base. Raises ValueError for a number out of range."""
+        return Retention(self.preserve_weight, self.preserve_images, self.preserve_empty, self.preserve_worst_every)
 
     @property
     def previews(self) -> tuple[str, ...]:
@@ -154,7 +173,9 @@ PARTS = ("settings", "optimizer", "training")
 # unless they differ, so that what was made before them is still found, resumed and restored.
 OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
-    "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0,
+    "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "preserve_images": 0,
+    "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1, "decay": "cosine",
+    **round_settings.DEFAULTS,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import inspect
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_args
 
 from esd_jax.erasure import Concept
@@ -68,11 +68,14 @@ def sections(cls: type) -> dict[str, str]:
 
 
 def _fields(cls: type, method: str) -> Iterator[Described]:
-    texts = sections(cls)
+    texts: dict[str, str] = {}
+    for part in cls.__mro__:  # a class says nothing of the fields that it inherits
+        if is_dataclass(part):
+            texts |= {name: text for name, text in sections(part).items() if text and name not in texts}
     for f in fields(cls):
         if cls is not Recipe or f.name not in (*PARTS, "concepts", "spelling"):
             kind = str if f.name in SEVERAL else f.type
-            yield Described(f.name, _kind(kind), _default(f), texts[f.name], method)
+            yield Described(f.name, _kind(kind), _default(f), texts.get(f.name, ""), method)
 
 
 def _concepts() -> Iterator[Described]:

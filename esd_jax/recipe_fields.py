@@ -25,6 +25,9 @@ class RecipeFields(TypedDict, total=False):
     subset: str
     rank: int
     preserve_weight: float
+    preserve_images: int
+    preserve_empty: float
+    preserve_worst_every: int
     null: str
     images: Paths
     dtype: str
@@ -59,6 +62,9 @@ class RecipeFields(TypedDict, total=False):
     weight_decay: float
     warmup_steps: int
     max_grad_norm: float | None
+    decay_steps: int
+    decay_to: float
+    decay: str
 
     # Of `methods.esd.ESD`.
     sample_with: str
@@ -69,6 +75,22 @@ class RecipeFields(TypedDict, total=False):
     as_released: bool
     context_eta: float
     window: float
+    rounds_every: int
+    rounds_search: int
+    rounds_warm: int
+    rounds_rate: float
+    rounds_batch: int
+    rounds_tokens: str
+    rounds_start: float
+    rounds_radius: float
+    rounds_from_t: int
+    rounds_bank: int
+    rounds_fresh: float
+    rounds_weight: float
+    rounds_images: int
+    rounds_seed: int
+    rounds_skip: float
+    rounds_stop: int
 
     # Of `methods.all_but_one.AllButOne`.
     delta: str
@@ -150,16 +172,23 @@ class RecipeFields(TypedDict, total=False):
 def completed(
     *,
     from_: Texts = ..., replace_with: Texts = ..., preserve: Texts = ..., strength: Strengths = ..., method: str = ...,
-    subset: str = ..., rank: int = ..., preserve_weight: float = ..., null: str = ..., images: Paths = ...,
+    subset: str = ..., rank: int = ..., preserve_weight: float = ..., preserve_images: int = ...,
+    preserve_empty: float = ..., preserve_worst_every: int = ..., null: str = ..., images: Paths = ...,
     dtype: str = ..., variant: str | None = ..., revision: str | None = ..., remat: bool = ..., fsdp: int = ...,
     height: int | None = ..., width: int | None = ..., output_dir: str | os.PathLike[str] | None = ...,
     preview_prompts: Texts = ..., preview_steps: int = ..., preview_guidance: float = ..., steps: int = ...,
     batch_size: int = ..., accumulate: int = ..., seed: int = ..., log_every: int = ..., checkpoint_every: int = ...,
     keep_checkpoints: int = ..., preview_every: int = ..., tensorboard: bool = ..., optimizer: str = ...,
     learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
-    warmup_steps: int = ..., max_grad_norm: float | None = ..., sample_with: str = ..., sampler: str = ...,
+    warmup_steps: int = ..., max_grad_norm: float | None = ..., decay_steps: int = ...,
+    decay_to: float = ..., decay: str = ..., sample_with: str = ..., sampler: str = ...,
     timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
-    context_eta: float = ..., window: float = ..., delta: str = ..., instructions: str | None = ...,
+    context_eta: float = ..., window: float = ...,
+    rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
+    rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
+    rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
+    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
+    delta: str = ..., instructions: str | None = ...,
     replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
     kappa: float = ..., quantile_of: str = ..., token_scale: float = ..., concept_order: str = ...,

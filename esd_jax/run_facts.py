@@ -23,6 +23,7 @@ NAMED = {
     "ERASURE.md": "the card for model hubs",
     "run.json": "the recipe and the record of the erasure",
     "log.jsonl": "the loss of each update",
+    "rounds.jsonl": "what each inversion round measured",
 }
 METADATA = "_CHECKPOINT_METADATA"  # of Orbax: when a checkpoint was written
 

@@ -80,8 +80,9 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         recipe.check_field(field, method)
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, parsed.fields)
-    if not parsed.config and config.get("preserve") and "preserve" not in parsed.fields:
-        config.preserve = kinds.fitted(config.to_dict(), several.texts_of(parsed.fields["concept"]))["preserve"]
+    if config.get("preserve") and "preserve" not in parsed.fields:
+        concepts = several.texts_of(parsed.fields.get("concept") or config.get("concept"))
+        config.preserve = kinds.fitted(config.to_dict(), concepts)["preserve"]
     typed = [f"--{field}={text}" for field, text in parsed.fields.items()]
     flags.DEFINE_list("typed", typed, "Internal: the fields on the command line.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in parsed.fields:

@@ -22,6 +22,31 @@ class Models(NamedTuple):
     average: Params | None = None
 
 
+class Session(NamedTuple):
+    """What a method may use between two updates, on the host.
+
+    step: how many updates were made. key: the run's. models: as they are now.
+    place: a tree -> the same on the run's devices, a copy on each.
+    """
+
+    step: int
+    key: Array
+    models: Callable[[], Models]
+    place: Callable[[Any], Any]
+
+
+class Interval(NamedTuple):
+    """What a method did between two updates.
+
+    memory: as it is now. record: names -> numbers and texts, for the log; None if nothing was done.
+    done: whether training may end here, by the memory alone: a run that is resumed ends at the same step.
+    """
+
+    memory: Any
+    record: Mapping[str, Any] | None
+    done: bool
+
+
 class Method:
     """An erasing method over one denoiser and schedule, as the functions that a training step is made of.
 
@@ -50,6 +75,17 @@ class Method:
     def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
         """What the gradient flows through."""
         raise NotImplementedError(f"{type(self).__name__} has no training steps")
+
+    def points(self, batch: Any) -> tuple[Float[Array, "batch height width channel"], Array]:
+        """(x_t, t) of a batch that `prepare` made: t is one for all, or one for each example."""
+        return batch.x, batch.t
+
+    def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
+        """What is done on the host before the first update and after each; None: nothing.
+
+        memory: arrays [batch, accumulate, ...].
+        """
+        return None
 
     def solve(self, theta: Params, inputs: Any) -> Params:
         """The tensors of the subset, "DENOISER/NAME", with which training begins, from the base's float32 values."""

@@ -72,6 +72,12 @@ class Preserving(base.Method):
         memory, inner = self.method.recall(models, draws.inner, memory, step, inputs.inner)
         return memory, draws._replace(inner=inner)
 
+    def points(self, batch: Batch) -> tuple[Array, Array]:
+        return self.method.points(batch.inner)
+
+    def between(self, session: base.Session, memory: Any, inputs: Inputs) -> base.Interval | None:
+        return self.method.between(session, memory, inputs.inner)
+
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))

@@ -274,6 +274,9 @@ class Method(base.Method):
         target = true_output(self.schedule, latents, noise, t)
         return Scored(x, t, inputs.caption(inputs.anchor[concept, image]), target, inputs.masks[where])
 
+    def points(self, batch: Batch) -> tuple[Array, Array]:
+        return batch.ablated.x, batch.ablated.t
+
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         """Mean squared error over what the masks show, each example alike; in float32 at least."""
         if batch.prior is None:

@@ -23,18 +23,19 @@ from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts, replay, trajectories
+from esd_jax.erasing import contexts, replay, rounds, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
 from esd_jax.erasing.contexts import Context
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
 from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.round_settings import RoundsSettings
 from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Conditioning, Network, Params
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(RoundsSettings):
     """Settings; the defaults are the paper's (the `paper` preset).
 
     sample_with: "student" (2023) or "teacher" (2025): whose trajectories x_t is taken from.
@@ -114,6 +115,7 @@ class ESD:
     def __post_init__(self):
         choose(self, **self.CHOICES)
         replay.check(self)
+        self.check_rounds()
         if not 0 < self.window <= 1:
             raise ValueError(f"window={self.window} must be above 0 and at most 1")
         if self.sentences and self.anchor != "auto":
@@ -124,12 +126,13 @@ class ESD:
                 "trajectory_buffer at 1"
             )
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """ESD for the concepts' kinds of anchor."""
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
+        named = rounds.prompts_of(concepts, self.sentences, roles) if self.rounds_every else []
         concepts = contexts.expanded(concepts, self.sentences)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
-        method = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null)
+        method: Any = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null)
         own = all(roles["sample"](c) == c.text for c in concepts)
         predictions = 2 if self.predicts(trajectory) and own and not separate else 0
         if (kept := replay.of(self, trajectory, predictions)) is not None:
@@ -140,7 +143,9 @@ class ESD:
             method = Replaying(method, kept)
         eta = [c.strength * (self.context_eta if self.in_context(c) else self.eta) for c in concepts]
         bank = make_bank(tools.encode, concepts, roles)
-        return method, Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
+        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
+        sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
+        return rounds.adding(self, method, inputs, tools, named, **sampling)
 
     def predicts(self, trajectory: Trajectory) -> bool:
         """Whether the sampler evaluates the teacher just where the loss does."""

@@ -25,7 +25,7 @@ from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
-from esd_jax.runs import sessions
+from esd_jax.runs import intervals, sessions
 from esd_jax.runs.record import describe, read
 from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
@@ -93,6 +93,7 @@ def run(
         base = offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
     state = state._replace(memory=sharding.spread(setup.memory(), mesh))
     record = describe(base, plan, start_from)
+    between = intervals.between(setup, theta_0, frozen, inputs)
 
     with contextlib.ExitStack() as stack:
         opened = run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite)
@@ -125,6 +126,8 @@ def run(
                 for place in (folder, folder / EXPORTS):
                     leftovers.sweep_folder(place)
             preview = _preview(base, plan, folder)
+        records = intervals.Records(folder, int(state.step), write=hosts.is_primary())
+        stack.callback(records.close)
 
         def erased(theta: Params, record: Erasure | None = None) -> Pipeline:
             return base.with_edits(edits(base, plan, names, sharding.fetched(theta, mesh)), record)
@@ -142,9 +145,12 @@ def run(
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
             on_step=on_step,
+            between=between,
+            on_record=records.add,
             consensus=several,
         )
-        final = erased(result(state), dataclasses.replace(record, step=int(state.step)))
+        record = dataclasses.replace(record, step=int(state.step), rounds=tuple(records.rows) or None)
+        final = erased(result(state), record)
         if folder and hosts.is_primary():
             export(final, folder / MODEL, overwrite=True)
             export_delta(final, folder / delta_name(plan), overwrite=True)

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from esd_jax.diffusion import programs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept, check_concepts
 from esd_jax.erasing.method import Method, Tools
-from esd_jax.erasing.preservation import preserving
+from esd_jax.erasing.retention import retaining
 from esd_jax.families import Configs
 from esd_jax.io.images import read_images
 from esd_jax.params import Conditioning, Network, Params, num_scalars, partition, prefixed
@@ -29,7 +30,7 @@ from esd_jax.pipeline import Pipeline, image_size, network
 from esd_jax.recipe import Recipe
 from esd_jax.sampling import sample
 from esd_jax.selection import select
-from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, unchanged
+from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, student, unchanged
 
 LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
 
@@ -58,6 +59,7 @@ class Setup:
     names: the tensors that the recipe changes. shape: of one example's latents (height, width, channel).
     method, inputs: the erasing method, and what of it is traced. tx: the optimizer.
     step: the jitted update (`training.step.make_step`). mesh: what it is spread over.
+    student: (theta, theta_0, frozen) -> all tensors of the model in training, in the compute dtype.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Setup:
     tx: optax.GradientTransformation
     step: Callable[[State, Params, Params, Any], Any]
     mesh: Mesh
+    student: Callable[[Params, Params, Params], Params]
 
     def split(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(theta_0, frozen) of the denoiser's tensors, which may be shapes."""
@@ -112,20 +115,14 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
             raise
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
-        method, inputs = preserving(method, inputs, tools, concepts, recipe.preserve_weight)
+        method, inputs = retaining(method, inputs, tools, concepts, recipe.retention)
     tx = transformation(recipe)
-    step = make_step(
-        method,
-        tx,
-        compute_dtype=compute_dtype(source, recipe),
-        shape=tools.shape,
-        batch_size=training.batch_size,
-        accumulate=training.accumulate,
-        mesh=mesh,
-        weights=lora.weights if recipe.rank else unchanged,
-    )
+    view = {"compute_dtype": compute_dtype(source, recipe), "weights": lora.weights if recipe.rank else unchanged}
+    batches = {"batch_size": training.batch_size, "accumulate": training.accumulate}
+    step = make_step(method, tx, shape=tools.shape, mesh=mesh, **batches, **view)
     names = changed_names(recipe, source.configs)
-    return Setup(recipe, family.denoiser, names, tools.shape, method, inputs, tx, step, mesh)
+    whole = jax.jit(partial(student, **view))
+    return Setup(recipe, family.denoiser, names, tools.shape, method, inputs, tx, step, mesh, whole)
 
 
 def compute_dtype(source: Source, recipe: Recipe) -> jnp.dtype:

@@ -7,13 +7,13 @@ from typing import Any
 
 
 class MetricLog:
-    """Appends one JSON line per step to `log.jsonl`.
+    """Appends one JSON line per step to `log.jsonl`, or another file.
 
     A run that is resumed from step k drops the lines after k first: they will be written again.
     """
 
-    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = False):
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = False, name: str = "log.jsonl"):
+        self.path = folder / name
         if self.path.exists():
             _cut(self.path, start)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -71,6 +71,8 @@ class NotFinite(FloatingPointError):
 
 StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.preemption_consensus`
 OnStep = Callable[[int, dict[str, float]], bool | None]
+# (updates that were made, state) -> what `Method.between` returns, with a state in place of its memory.
+Between = Callable[[int, State], Any]
 
 
 def train(
@@ -87,6 +89,8 @@ def train(
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
     on_step: OnStep | None = None,
+    between: Between | None = None,
+    on_record: Callable[[int, Mapping[str, Any]], None] | None = None,
     consensus: bool = False,
 ) -> State:
     """Runs `step` until `settings.steps`, from wherever `state` stands.
@@ -100,6 +104,9 @@ def train(
       on_step: called on the primary process with (step, metrics) of every update, once they have arrived: the device is
         then up to `AHEAD` updates further. metrics: "loss", "grad_norm", "t", and "seconds" since training began.
         Where it returns True, the run is stopped as by a signal.
+      between: what the method does between updates, before the first and after each: (step, state) -> (state, its
+        record, whether training ends there), or None where it does nothing.
+      on_record: called with (step, record) where there is one.
       consensus: several processes must all stop at the same step: `step` is `hosts.preemption_consensus`'s. All stop
         `AHEAD` steps after any was asked to; a run of one process stops at once.
 
@@ -112,7 +119,7 @@ def train(
     if stop_every < 1:
         raise ValueError(f"stop_every={stop_every} must be at least 1")
     pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
-    first, began, stopping = int(state.step), time.monotonic(), False
+    first, began, stopping, gauged = int(state.step), time.monotonic(), False, ""
 
     def drain(keep: int) -> None:
         nonlocal stopping
@@ -128,7 +135,7 @@ def train(
             by_name = {"loss": loss, "grad_norm": grad_norm, "t": t, "seconds": seconds}
             if log and (number % settings.log_every == 0 or number == settings.steps):
                 log.write(number, by_name)
-            shown.advance(note=f"loss {loss:.4g}")
+            shown.advance(note=f"loss {loss:.4g}{gauged}")
             if on_step and hosts.is_primary() and on_step(number, by_name) is True:
                 stop.set()
 
@@ -152,9 +159,26 @@ def train(
         message = f"stopped at step {number} of {settings.steps}{lost}"
         return Stopped(message, stop.signal, kept=checkpoints is not None)
 
+    def worked(number: int) -> bool:
+        # Before anything else at this step: what is saved there has it, and a run that is resumed does not repeat it.
+        nonlocal state, gauged
+        interval = between(number, state) if between else None
+        if interval is None:
+            return False
+        state, record, over = interval
+        if record is not None:
+            drain(0)
+            gauged = "".join(f", {name} {record[name]:.2f}" for name in record if name == "gauge")
+            if on_record:
+                on_record(number, record)
+        return over
+
     def ended(number: int) -> bool:
+        over = worked(number)
         asked = 0 < number < settings.steps and number % stop_every == 0
-        return number >= settings.steps or (asked and stop_when is not None and bool(stop_when(result(state))))
+        if number >= settings.steps or over:
+            return True
+        return asked and stop_when is not None and bool(stop_when(result(state)))
 
     with _signals() as stop, _progress(settings.steps, first) as shown:
         if settings.preview_every and first % settings.preview_every == 0:

@@ -45,14 +45,17 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optax optimizer by name, with constant learning rate after an optional linear warm-up.
+    """An optax optimizer by name, with constant learning rate after an optional linear warm-up, unless it decays.
 
     optimizer: "adam", "adamw" or "sgd".
-    learning_rate: constant, after the warm-up.
+    learning_rate: constant after the warm-up, or what the decay starts from.
     b1, b2, eps: of Adam and AdamW.
     weight_decay: of AdamW.
     warmup_steps: updates over which the learning rate grows linearly from zero.
     max_grad_norm: gradients are scaled down to this global norm; without one, never.
+    decay_steps: updates after the warm-up over which the learning rate falls; 0: it stays.
+    decay_to: the part of the learning rate that is left after these.
+    decay: "cosine" or "linear".
 
     Raises ValueError for an unknown optimizer, or a number that does not go with it.
     """
@@ -65,6 +68,9 @@ class Optimizer:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     max_grad_norm: float | None = None
+    decay_steps: int = 0
+    decay_to: float = 0.1
+    decay: str = "cosine"
 
     def __post_init__(self):
         if self.optimizer not in ("adam", "adamw", "sgd"):
@@ -73,12 +79,26 @@ class Optimizer:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay={self.weight_decay} needs optimizer='adamw'")
+        if self.decay_steps < 0 or not 0 <= self.decay_to <= 1:
+            raise ValueError(f"decay_steps={self.decay_steps} must be at least 0, and decay_to={self.decay_to} in 0..1")
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay={self.decay!r} is unknown; choose cosine or linear")
+
+    def rate(self) -> Any:
+        """The learning rate: a number, or a function of how many updates were made."""
+        rate: Any = self.learning_rate
+        if self.decay_steps and self.decay == "cosine":
+            rate = optax.cosine_decay_schedule(rate, self.decay_steps, self.decay_to)
+        elif self.decay_steps:
+            rate = optax.linear_schedule(rate, rate * self.decay_to, self.decay_steps)
+        if not self.warmup_steps:
+            return rate
+        growing = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
+        return optax.join_schedules([growing, rate], [self.warmup_steps]) if self.decay_steps else growing
 
     def transformation(self) -> optax.GradientTransformation:
         """The optax transformation."""
-        rate: Any = self.learning_rate
-        if self.warmup_steps:
-            rate = optax.linear_schedule(0.0, rate, self.warmup_steps)
+        rate = self.rate()
         moments: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
         tx = {
             "adam": lambda: optax.adam(rate, **moments),
@@ -134,6 +154,18 @@ def unchanged(theta: Params, theta_0: Params) -> Params:
     return theta
 
 
+def student(
+    theta: Params,
+    theta_0: Params,
+    frozen: Params,
+    *,
+    compute_dtype: Any,
+    weights: Callable[[Params, Params], Params] = unchanged,
+) -> Params:
+    """All tensors of the model in training, in the compute dtype; see `make_step`."""
+    return combine(frozen, cast(weights(theta, theta_0), compute_dtype))
+
+
 def make_step(
     method: Method,
     tx: optax.GradientTransformation,
@@ -165,8 +197,7 @@ def make_step(
     # Attention is computed as is best where the step will run, which need not be this process's default device.
     traced_for = contextlib.nullcontext if mesh is None else partial(attention.on, mesh.devices.flat[0])
 
-    def view(theta: Params, theta_0: Params, frozen: Params) -> Params:
-        return combine(frozen, cast(weights(theta, theta_0), compute_dtype))
+    view = partial(student, compute_dtype=compute_dtype, weights=weights)
 
     def gradients(state: State, theta_0: Params, frozen: Params, inputs: Any, index: Array, memory: Any) -> Any:
         # Draws of the micro-batch `index`; its examples have the global indices [index, index + 1) * batch_size.

@@ -70,7 +70,7 @@ def test_values_of_the_wider_types_are_taken(tmp_path):
 
 @pytest.mark.parametrize("part", [recipe.Recipe, Training, Optimizer, *METHODS.values()], ids=lambda p: p.__name__)
 def test_every_field_is_documented_where_it_is_declared(part):
-    docstring = inspect.getdoc(part) or ""
+    docstring = "\n".join(inspect.getdoc(cls) or "" for cls in part.__mro__ if dataclasses.is_dataclass(cls))
     assert [f.name for f in dataclasses.fields(part) if not re.search(rf"\b{f.name}\b", docstring)] == []
     for name in ("concept", *recipe.FOR_EACH):
         assert re.search(rf"\b{name}:", inspect.getdoc(recipe.Recipe) or ""), name

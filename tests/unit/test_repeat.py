@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from esd_jax import cli, recipe, repeat
+from esd_jax import cli, kinds, recipe, repeat, several
 from esd_jax.erasure import Concept, Erasure, Origin
 from esd_jax.evaluation.report import card
 
@@ -13,7 +13,10 @@ NAMES = [name for name in recipe.config_names() if name != "sd14_memorised"]  # 
 
 
 def record(name: str, **changes) -> Erasure:
-    plan = recipe.make(**{**recipe.read(name).to_dict(), **changes})
+    config = recipe.read(name).to_dict()
+    plan = recipe.make(
+        **{**kinds.fitted(config, several.texts_of(changes.get("concept", config["concept"]))), **changes}
+    )
     return Erasure(concepts=plan.concepts, recipe=plan.flat(), step=plan.training.steps)
 
 

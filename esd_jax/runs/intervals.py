@@ -1,0 +1,70 @@
+"""What a run's method does between updates, and its record: a line in `rounds.jsonl` for each time."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from esd_jax.erasing.method import Models, Session
+from esd_jax.params import Params, combine
+from esd_jax.runs.setup import Setup
+from esd_jax.training.log import MetricLog
+from esd_jax.training.loop import Between
+from esd_jax.training.step import Averaged, State
+
+FILE = "rounds.jsonl"
+
+
+def between(setup: Setup, theta_0: Params, frozen: Params, inputs: Any) -> Between:
+    """`train`'s argument of that name, for a run's method. The arrays are those that its step takes."""
+    whole = NamedSharding(setup.mesh, PartitionSpec())
+
+    def work(step: int, state: State) -> tuple[State, Mapping[str, Any] | None, bool] | None:
+        def models() -> Models:
+            average = setup.student(state.opt.average, theta_0, frozen) if isinstance(state.opt, Averaged) else None
+            return Models(setup.student(state.theta, theta_0, frozen), combine(frozen, theta_0), average)
+
+        def place(tree: Any) -> Any:
+            return jax.tree.map(lambda a: jax.device_put(a, whole), tree)
+
+        session = Session(step, state.key, models, place)
+        if (interval := setup.method.between(session, state.memory, inputs)) is None:
+            return None
+        memory = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), interval.memory, state.memory)
+        return state._replace(memory=memory), interval.record, interval.done
+
+    return work
+
+
+class Records:
+    """The records of a run; also in its folder's file, where there is a folder.
+
+    start: how many updates were made: of a run that is resumed, the records up to there are kept.
+    write: whether this process writes the file.
+    """
+
+    def __init__(self, folder: Path | None, start: int, write: bool = True):
+        self.rows: list[Mapping[str, Any]] = []
+        self._log: MetricLog | None = None
+        self._folder, self._start = folder if write else None, start or -1  # a run at its beginning has made none
+        if folder and (folder / FILE).exists():
+            self._open()
+            rows = [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+            self.rows = [row for row in rows if row["step"] <= self._start]
+
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        self.rows.append({"step": step, **record})
+        self._open()
+        if self._log:
+            self._log.write(step, record)
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    def _open(self) -> None:
+        if self._folder and not self._log:
+            self._log = MetricLog(self._folder, start=self._start, name=FILE)
