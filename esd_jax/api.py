@@ -16,6 +16,7 @@ from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe_fields import RecipeFields, completed
+from esd_jax.runs import neighbours
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
@@ -62,11 +63,13 @@ def erase(
         (the timestep) and "seconds" since training began. It runs on the host when an update's numbers have arrived,
         while the next two updates are computed already: it changes no result and compiles nothing, but one that takes
         longer than an update delays training by the difference. To act on every tenth update, test `step`. Where it
-        returns True, training stops as on Ctrl-C: a checkpoint is saved, and `Stopped` raised. What it raises ends
-        training at once. Of several processes, the primary one calls it. A method in closed form makes no updates.
+        returns True, training stops as on Ctrl-C, after the updates that are under way (two): a checkpoint is saved,
+        `training.loop.Stopped` raised, and `load(output_dir)` opens the model of that checkpoint. To stop at an exact
+        update, give `steps`: a run continues with more of them. What it raises ends training at once. Of several
+        processes, the primary one calls it. A method in closed form makes no updates.
       **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
-        output_dir= ... (`RecipeFields` lists them). With `output_dir`, the run's folder also gets the erased model and
-        its delta.
+        output_dir= ... (`RecipeFields` lists them). preserve="auto" preserves the nearest concepts. With
+        `output_dir`, the run's folder also gets the erased model and its delta.
 
     Returns:
       The erased pipeline: the base's tensors, with the trained ones in `edits`.
@@ -92,6 +95,7 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
+    plan = neighbours.resolved(base, plan)
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}

@@ -53,9 +53,14 @@ def doubt(base: Pipeline, concepts: Sequence[str]) -> str:
     Of other models nobody knows: how far a concept's prediction is from the empty prompt's does not tell, since a word
     without a meaning moves it as far.
     """
-    bed = testbed.of(base.provenance.source)
+    return unknown(base.provenance.source, concepts)
+
+
+def unknown(source: str, concepts: Sequence[str]) -> str:
+    """The same of a base that is not loaded."""
+    bed = testbed.of(source)
     try:
-        if bed:
+        if bed and concepts:
             bed.detector(concepts)
     except ValueError as error:
         return str(error)

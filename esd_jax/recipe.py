@@ -50,7 +50,7 @@ class Recipe:
         separated by ";" too.
       from_: erase it only there ("" is everywhere).
       replace_with: what takes its place; several for one concept are separated by "|".
-      preserve: prompts on which the erased model is held to the base, separated by "|".
+      preserve: prompts on which the erased model is held to the base, separated by "|"; "auto": the nearest concepts.
       strength: multiplies the method's own strength.
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
     method: a name of `methods.METHODS`.

@@ -62,7 +62,7 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
     subset = parsed.fields.get("subset")
     if base == words.EMBEDDED and subset is not None:  # other families may have subsets of their own
         selection.check(subset)
-    if base is not None:
+    if base is not None and not any(word.startswith("--arch") for word in parsed.rest):
         check_source(base)
     values(["esd-jax", *parsed.rest])
     common.check_numbers(values)

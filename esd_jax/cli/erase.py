@@ -1,5 +1,6 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
+import dataclasses
 import functools
 import shlex
 from typing import Any
@@ -123,6 +124,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
     from esd_jax.planning.plan import compared
+    from esd_jax.runs import neighbours
 
     common.check_numbers(values)
     if values.multihost:
@@ -143,6 +145,10 @@ def run(values: flags.FlagValues) -> None:
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
+    if (near := neighbours.resolved(base, plan)) != plan:
+        plan = near
+        for concept in plan.concepts if hosts.is_primary() else ():
+            common.say(f"preserved beside {concept.text!r}: {', '.join(concept.preserve)}")
     stop = None
     if values.stop_below is not None:
         from esd_jax.evaluation import seen
@@ -174,7 +180,7 @@ def run(values: flags.FlagValues) -> None:
                 common.say(f"  before and after  {dossier.picture(erased, folder)}")
             except Exception as error:  # the erasure itself is complete, and stored
                 common.say(f"  warning: the images before and after failed: {error}")
-        common.say(f"next: esd-jax report {shlex.quote(str(folder))}")
+        common.say(f"next: esd-jax evaluate {shlex.quote(str(folder))}")
 
     runs.run(base, plan, start_from=start_from, stop_when=stop, offload_base=stop is None, then=then, **options)
 
@@ -204,15 +210,20 @@ def _memory(what: str) -> int | None:
 
 
 def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
-    from esd_jax import api
+    from esd_jax import api, examples
     from esd_jax.planning import ahead, duration
     from esd_jax.planning.plan import make_plan
 
     configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
+    if unknown := examples.unknown(arch or plan.base, [concept.text for concept in plan.concepts]):
+        common.say(f"warning: {unknown}")
     size = make_plan(configs, schedule, plan)
     print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
     if time := duration.estimates(size, plan):
         print(time)
+    if duration.UNFIT in time and not plan.rank and plan.settings.trained:
+        smaller = make_plan(configs, schedule, dataclasses.replace(plan, rank=8))
+        print(f"          --rank=8 trains a LoRA in {smaller.peak / 2**30:.2f} GiB")
     if compiling:
         program = ahead.compiled(configs, schedule, plan)
         print(f"{program}\n          {size.peak / program.peak:.2f} of it is what the plan expects")

@@ -14,7 +14,7 @@ FORMATS = ("folder", "single", "delta", "difference", "lora", "kohya", "orbax")
 USAGE = """\
   esd-jax export  RUN [--base=BASE] | --base=BASE --delta=FILE | --base=BASE --merge=FILE*STRENGTH ...
                   [-o OUTPUT] [--format=folder|single|delta|difference|lora|kohya|orbax|all] [--strength=0.8]
-                  [--push_to_hub=ORG/NAME [--public]]
+                  [--workflow="PROMPT"] [--push_to_hub=ORG/NAME [--public]]
                                            write a run's checkpoint, or a base with what was erased from it"""
 
 
@@ -54,6 +54,9 @@ def define(values: flags.FlagValues) -> None:
         "max_shard_size", None, "folder of a single file: bytes in one weight file.", lower_bound=1, flag_values=values
     )
     flags.DEFINE_string("variant", None, "folder of a single file: in its files' names, fp16.", flag_values=values)
+    flags.DEFINE_string(
+        "workflow", None, "single, kohya: also write a ComfyUI workflow that generates this prompt.", flag_values=values
+    )
     flags.DEFINE_bool("verify", True, "Read again what was written, and compare it with memory.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output.", flag_values=values)
     flags.DEFINE_string(
@@ -64,6 +67,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier, examples, exports, report_files, runs
+    from esd_jax.interop import comfyui
     from esd_jax.io import hub
     from esd_jax.io.diffusers import with_strength
 
@@ -73,6 +77,8 @@ def run(values: flags.FlagValues) -> None:
     elif values.public:
         raise ValueError("--public is for --push_to_hub")
     formats = chosen(values.format, "format")
+    if values.workflow is not None and not {"single", "kohya", "all"} & {*values.format}:
+        raise ValueError("--workflow is for a file that ComfyUI opens: --format=single, or kohya")
     if not values.run and not (values.base and (values.delta or values.merge)):
         raise ValueError("export needs a RUN, or --base and at least one --delta or --merge")
     first, several = formats[0], len(formats) > 1 or not values.output
@@ -103,6 +109,8 @@ def run(values: flags.FlagValues) -> None:
         written = [exports.export(pipeline, output, first, **options)]
     for one in written:
         common.say(str(one))
+    if values.workflow is not None:
+        common.say(f"  workflow  {comfyui.of_exports(pipeline, written, values.workflow)}")
     folders = [one.path for one in written if one.format == "folder"]
     if not folders and not values.push_to_hub:
         return

@@ -32,6 +32,7 @@ class Emoji:
     sampling: Mapping[str, Any] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
     commands: Mapping[str, str] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
     detector_name = "probe"
+    corpus = "emoji"
 
     def kind(self, concepts: Sequence[str]) -> str:
         try:

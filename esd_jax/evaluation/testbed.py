@@ -25,6 +25,7 @@ class Testbed(Protocol):
     budget: the preset of the attacks. sampling: num_steps and guidance_scale for which the model was tuned.
     commands: part of the report -> the command that measures it, where it is not the usual one.
     detector_name: what `question` and `metric` call the testbed's own detector.
+    corpus: of `erasing.corpora`, the prompts that the model knows.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Testbed(Protocol):
     sampling: Mapping[str, Any]
     commands: Mapping[str, str]
     detector_name: str
+    corpus: str
 
     def kind(self, concepts: Sequence[str]) -> str:
         """Of which kind concepts are, one of `kinds.KINDS`."""

@@ -5,10 +5,14 @@ file in models/checkpoints, a LoRA in models/loras.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from esd_jax import results
+from esd_jax.evaluation import testbed
+from esd_jax.exports import Written
+from esd_jax.pipeline import Pipeline
 
 
 def workflow(
@@ -49,6 +53,23 @@ def workflow(
         "8": _node("SaveImage", images=["7", 0], filename_prefix="esd_jax"),
     }  # fmt: skip
     return nodes
+
+
+def of_exports(pipeline: Pipeline, written: Sequence[Written], prompt: str) -> Path:
+    """Writes a workflow of the model's own size beside exported files: of the single file, else of the LoRA.
+
+    A LoRA goes with the base's single file, whose name is the user's: the node says BASE.safetensors.
+
+    Raises ValueError without such a file.
+    """
+    files = {one.format: one.path for one in written}
+    if not (file := files.get("single") or files.get("kohya")):
+        raise ValueError("a ComfyUI workflow needs a single file or a LoRA of kohya's names: --format=single, or kohya")
+    bed = testbed.of(pipeline.provenance.source)
+    own = {"steps": bed.sampling["num_steps"], "guidance_scale": bed.sampling["guidance_scale"]} if bed else {}
+    height, width = pipeline.family.default_size(pipeline.configs) or (512, 512)
+    names = {"checkpoint": file.name} if "single" in files else {"checkpoint": "BASE.safetensors", "lora": file.name}
+    return write(file.with_name("workflow.json"), prompt=prompt, **names, height=height, width=width, **own)
 
 
 def write(path: Path, checkpoint: str, prompt: str, **options: Any) -> Path:

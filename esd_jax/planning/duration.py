@@ -10,6 +10,7 @@ from esd_jax.recipe import Recipe
 
 # Of the peak, what a step of Stable Diffusion is expected to reach. Nothing has been measured on these devices.
 UTILISATION = 0.3
+UNFIT = "does not fit"
 USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between arrays
 
 
@@ -42,6 +43,6 @@ def estimates(size: Plan, recipe: Recipe) -> str:
         halved = jnp.dtype(recipe.dtype) == jnp.float32 and not name.startswith("TPU")
         seconds = steps * flops / (UTILISATION * (peak_flops(name) or math.inf) / (2 if halved else 1))
         fits = size.peak <= USABLE * memory * 1e9
-        took = f"about {progress.left(max(seconds, 1))}" if fits else "does not fit"
+        took = f"about {progress.left(max(seconds, 1))}" if fits else UNFIT
         lines.append(f"          {f'{name}, {memory} GB':18}{took}")
     return "\n".join(lines)

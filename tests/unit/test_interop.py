@@ -5,8 +5,10 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+from messages import one_line
 
 import esd_jax
+from esd_jax import exports
 from esd_jax.evaluation.evidence import Evidence, Finding
 from esd_jax.interop import comfyui, eval_unlearn
 from esd_jax.io.diffusers import with_strength
@@ -23,6 +25,25 @@ def run(tmp_path_factory):
 def test_the_entry_point_names_the_technique():
     (point,) = (one for one in entry_points(group="eval_unlearn.techniques") if one.name == "esd_jax")
     assert point.load() is eval_unlearn.Technique
+
+
+def test_exports_get_a_workflow_of_the_models_own_size(run, tmp_path):
+    erased = esd_jax.load(run)
+    written = exports.export_all(erased, tmp_path, ("single", "kohya", "delta"))
+    paths = {one.format: one.path for one in written}
+    for files, loader, names in (
+        (written, "1", {"ckpt_name": paths["single"].name}),
+        (written[1:], "2", {"lora_name": paths["kohya"].name}),
+    ):
+        file = comfyui.of_exports(erased, files, "a rose on a hill")
+        nodes = json.loads(file.read_text())
+        assert file.parent == paths["single"].parent and nodes["3"]["inputs"]["text"] == "a rose on a hill"
+        assert names.items() <= nodes[loader]["inputs"].items()
+        assert (nodes["5"]["inputs"]["width"], nodes["5"]["inputs"]["height"]) == (64, 64)
+        assert (nodes["6"]["inputs"]["steps"], nodes["6"]["inputs"]["cfg"]) == (20, 3.0)
+    assert nodes["1"]["inputs"]["ckpt_name"] == "BASE.safetensors"
+    with pytest.raises(ValueError, match=one_line("single file", "--format=single")):
+        comfyui.of_exports(erased, written[2:], "a rose")
 
 
 def test_the_technique_draws_what_sample_draws(run):

@@ -128,17 +128,25 @@ def _retention(results: Outcome) -> Iterator[str]:
             shown = f"({_percent(change.before)} → {_percent(change.after)}, {change.after.n:,} images)"
             drop = "lose no more than the reseeded baseline" if change.fell else "show no significant drop"
             yield f"{change.of} {drop} {shown}"
-    if fine := [change for change in changes if outcome.unharmed(change)]:
-        few = min(change.after.n for change in fine)
-        limited = f" (only {few} {'image' if few == 1 else 'images'})" if few < outcome.FEW else ""
-        yield f"{_kinds([change.of for change in fine])} are unharmed{limited}"
+    fine = [change for change in changes if outcome.unharmed(change)]
+    for few, state in ((False, "are unharmed"), (True, "show no drop")):
+        some = [change for change in fine if (change.after.n < outcome.FEW) == few]
+        if some:
+            yield f"{_kinds([change.of for change in some])} {state}{_limited(some) if few else ''}"
     if not changes:
         for finding in results.similar:
             yield f"{finding.what} is {value(finding.after)} on other prompts"
 
 
+def _limited(changes: Sequence[Change]) -> str:
+    """How few images say so."""
+    counts = sorted({change.after.n for change in changes})
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return f" in only {several} {'image' if counts == [1] else 'images'}"
+
+
 def _untested(results: Outcome, its: str) -> Iterator[str]:
-    missing = [] if results.target else [f"{its} own prompts"]
+    missing = [] if results.target or results.attacks else [f"{its} own prompts"]  # attacks try these, too
     missing += [] if results.attacks else ["attacks"]
     missing += [] if results.kept or results.similar else ["other concepts"]
     if missing:

@@ -57,7 +57,7 @@ def test_nothing_but_our_own_words_reaches_the_terminal(base, tmp_path):
         erased, sampled, exported, planned, _ = child.stdout.split("---\n")
         delta = f"{run}/esd-cat-from-cat-esdx.safetensors"
         lines = [f"erased 'cat' from {base}", f"  model  {run}/model", f"  delta  {delta}", f"  run    {run}"]
-        assert erased.splitlines() == [*lines, f"next: esd-jax report {run}"]
+        assert erased.splitlines() == [*lines, f"next: esd-jax evaluate {run}"]
         assert sampled == f"1 images in {tmp_path}/{i}.png\n"
         lines = [
             f"{tmp_path}/model{i}  diffusers folder, \\S+ MB",

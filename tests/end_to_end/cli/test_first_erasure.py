@@ -30,7 +30,7 @@ def printed(folder):
 def test_it_ends_with_a_picture_and_the_next_command(folder, printed):
     assert printed[0].startswith("recipe emoji_uce (kind: style); --kind=object")
     assert f"  before and after  {folder}/before_after.png" in printed
-    assert printed[-1] == f"next: esd-jax report {shlex.quote(str(folder))}"
+    assert printed[-1] == f"next: esd-jax evaluate {shlex.quote(str(folder))}"
     evidence = json.loads((folder / "evidence" / "examples.json").read_text())
     target = groups.parse_target("neon style")
     assert evidence["pictures"] == dict(groups.examples(target))
