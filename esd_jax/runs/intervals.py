@@ -40,7 +40,7 @@ def between(setup: Setup, theta_0: Params, frozen: Params, inputs: Any) -> Betwe
 
 
 class Records:
-    """The records of a run; also in its folder's file, where there is a folder.
+    """The records of a run, without times, so that equal runs have equal files; with them, in its folder's file.
 
     start: how many updates were made: of a run that is resumed, the records up to there are kept.
     write: whether this process writes the file.
@@ -53,10 +53,10 @@ class Records:
         if folder and (folder / FILE).exists():
             self._open()
             rows = [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
-            self.rows = [row for row in rows if row["step"] <= self._start]
+            self.rows = [_timeless(row) for row in rows if row["step"] <= self._start]
 
     def add(self, step: int, record: Mapping[str, Any]) -> None:
-        self.rows.append({"step": step, **record})
+        self.rows.append(_timeless({"step": step, **record}))
         self._open()
         if self._log:
             self._log.write(step, record)
@@ -68,3 +68,7 @@ class Records:
     def _open(self) -> None:
         if self._folder and not self._log:
             self._log = MetricLog(self._folder, start=self._start, name=FILE)
+
+
+def _timeless(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}

@@ -1,5 +1,6 @@
 """Inversion rounds: when they are made, what they leave behind, resumption, and what is refused."""
 
+import json
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models, Session
 from esd_jax.erasing.retention import Retention
 from esd_jax.methods.esd import ESD
+from esd_jax.runs.intervals import FILE, Records
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.loop import Training, train
 from esd_jax.training.step import Optimizer, blank_memory, init_state, make_step
@@ -240,3 +242,21 @@ def test_the_learning_rate_falls_to_its_part_after_the_warm_up(decay, middle):
 def test_decays_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match="decay"):
         Optimizer(**fields)
+
+
+def test_records_outlast_a_resumption_and_have_no_times(tmp_path):
+    first = Records(tmp_path, 0)
+    assert not (tmp_path / FILE).exists()
+    for step in (0, 3, 6):
+        first.add(step, {"gauge": 0.1 * step, "seconds": 1.0})
+    first.close()
+    again = Records(tmp_path, 5)
+    assert again.rows == [{"step": 0, "gauge": 0.0}, {"step": 3, "gauge": 0.1 * 3}]
+    again.add(6, {"gauge": 0.5, "seconds": 2.0})
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [(line["step"], line["seconds"]) for line in lines] == [(0, 1.0), (3, 1.0), (6, 2.0)]
+    anew = Records(tmp_path, 0)  # killed before its first checkpoint
+    assert anew.rows == [] and not (tmp_path / FILE).read_text()
+    anew.close()
+    assert Records(tmp_path, 0, write=False).rows == []
