@@ -95,7 +95,8 @@ class SPEED:
         start, *others = np.asarray(encoded[""].vectors, np.float64)
         still = [start]
         if self.centres:
-            still += [*kmeans2(np.stack(others), self.centres, minit="++", rng=0)[0]]
+            spread = np.linspace(0, len(others) - 1, self.centres).round().astype(int)  # the first and the last, ...
+            still += [*kmeans2(np.stack(others), np.stack(others)[spread], minit="matrix")[0]]
         return Solver(self.filter, self.copies), Inputs(
             edit.old, edit.new, edit.weight, jnp.concatenate(retained), jnp.asarray(np.stack(still), jnp.float32),
             jnp.float32(self.rho), jnp.float32(self.threshold), jax.random.key(0),
