@@ -34,24 +34,12 @@ PIECES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def exact_norms(monkeypatch):
-    """transformers computes the variance in float32 even in a float64 network."""
-
-    def forward(self, h):
-        return self.weight * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(transformers.models.t5.modeling_t5.T5LayerNorm, "forward", forward)
-
-
 @cache
 def encoder(dtype):
     config = transformers.T5Config(**TINY)
     original = torch_oracle.random_(transformers.T5EncoderModel(config)).to(getattr(torch, dtype))
     with torch.no_grad():
         for name, value in original.named_parameters():
-            if name.endswith("layer_norm.weight"):
-                value.add_(1.0)
             if "SelfAttention.q" in name:
                 value.mul_(3.0)  # so that attention is far from uniform
     network = functional(lambda: T5EncoderModel(T5Config.from_dict(config.to_dict()), dtype=jnp.dtype(dtype)))
@@ -61,8 +49,10 @@ def encoder(dtype):
 
 @pytest.mark.parametrize("tokens", [40, 139])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_encoder(dtype, tokens):
+def test_encoder(dtype, tokens, monkeypatch):
     """Beyond 128 tokens all distances share the last bucket. Padding takes part: no pipeline masks it."""
+    if dtype == "float64":
+        torch_oracle.exact_flow(monkeypatch)
     with exactly(dtype):
         original, apply, params = encoder(dtype)
         ids = np.random.default_rng(tokens).integers(2, TINY["vocab_size"], (2, tokens))
