@@ -1,9 +1,11 @@
 """The files of a diffusers folder: which hold a component's weights, and which tensor has which key in them."""
 
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,14 @@ def check_names(component: str, actual: Mapping[str, Any], expected: Mapping[str
             f"{component}: {len(unknown)} tensors in the weights are unknown to the network, first {unknown[0]!r} of "
             f"shape {actual[unknown[0]]}: config.json and the weights do not belong together"
         )
+
+
+@lru_cache(maxsize=32)
+def sha256(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files, one after the other, in hexadecimal. stamps: (file, its size, when it was changed) each."""
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

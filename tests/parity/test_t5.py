@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_oracle
 import transformers
+from flow_factories import PIECES, make_t5_tokenizer
 from messages import one_line
 from paths import DATA
 from torch_oracle import error, exactly, to_params
@@ -26,12 +27,6 @@ TINY = {
 }  # fmt: skip
 XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 PROMPTS = ["", "a photo of a cat", "Van Gogh", "  two   spaces\nnew line ", "🐱 猫", "a </s> b", "photos, photography"]
-# Log-probabilities under which some words are a piece and others letters.
-PIECES = [
-    ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -2.5), ("▁photo", -4.0), ("▁of", -3.0),
-    ("▁cat", -4.5), ("graph", -6.0), ("▁two", -5.0), ("s", -3.0), ("▁V", -5.5), ("an", -4.0),
-    *((letter, -7.0 - i / 10) for i, letter in enumerate("abcdefghijklmnopqrtuvwxyzGVN,.")),
-]  # fmt: skip
 
 
 @cache
@@ -116,7 +111,7 @@ def test_what_is_not_implemented_is_refused_by_name(config, named):
 def folder(tmp_path_factory):
     """A tokenizer as transformers writes it."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    transformers.T5Tokenizer(vocab=PIECES, extra_ids=0, model_max_length=12).save_pretrained(folder)
+    make_t5_tokenizer().save_pretrained(folder)
     return folder
 
 

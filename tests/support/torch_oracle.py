@@ -22,7 +22,7 @@ diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # waking its threads costs far more than these tiny networks do
 
 # torch keeps [out, in] and [out, in, height, width]; JAX keeps [in, out] and [height, width, in, out].
-AXES = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
+AXES = {"linear": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1), "vector": (0,)}
 
 
 def random_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -57,8 +57,8 @@ def to_params(state_dict: Mapping[str, torch.Tensor], network: Network) -> Param
         raise ValueError(f"names differ: {sorted(tensors.keys() ^ network.layouts.keys())[:4]}")
     params = {}
     for name, value in tensors.items():
-        array = value.detach().numpy()
-        array = array.transpose(AXES.get(network.layouts[name], range(array.ndim)))
+        array, layout = value.detach().numpy(), network.layouts[name]
+        array = array if layout == "vector" else array.transpose(AXES[layout])  # which may have several axes
         if array.shape != network.shapes[name].shape:
             raise ValueError(f"{name}: the oracle has {array.shape}, the network {network.shapes[name].shape}")
         params[name] = jnp.array(array)  # a copy: the oracle may be freed, or trained on
