@@ -69,6 +69,7 @@ class RecipeFields(TypedDict, total=False):
     as_released: bool
     context_eta: float
     window: float
+    train_guidance: float
 
     # Of `methods.all_but_one.AllButOne`.
     delta: str
@@ -149,8 +150,9 @@ def completed(
     learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
     warmup_steps: int = ..., max_grad_norm: float | None = ..., sample_with: str = ..., sampler: str = ...,
     timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
-    context_eta: float = ..., window: float = ..., delta: str = ..., instructions: str | None = ...,
-    replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
+    context_eta: float = ..., window: float = ..., train_guidance: float = ..., delta: str = ...,
+    instructions: str | None = ..., replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ...,
+    penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
     kappa: float = ..., quantile_of: str = ..., token_scale: float = ..., concept_order: str = ...,
     steps_per_concept: int | None = ..., fix_k0: bool = ..., ema: float = ..., objective: str = ...,

@@ -15,6 +15,7 @@ NEEDS = {
     "cross_attention": "cross-attention layers that read the prompt",
     "one_clip": "one CLIP text encoder",
     "variance_preserving": "a variance-preserving noise schedule",
+    "classifier_free": "guidance by the empty prompt",
     "single_file": "a single-file layout that A1111 and ComfyUI open",
     "attention_names": "cross-attention layers with the names that diffusers gives them: attn2.to_q, to_k, to_v",
     "unet_names": "the UNet of Stable Diffusion",
@@ -54,7 +55,7 @@ class Family:
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
     at_size: (configs, schedule, (height, width) in pixels) -> the schedule for images of this size.
     subsets: name -> which tensors of the denoiser are trained.
-    provides: which of `NEEDS` it meets.
+    provides: which of `NEEDS` it meets; "classifier_free" goes without saying where there is no `guide`.
     optional: the components that a checkpoint may lack.
     lengths: configs -> text encoder -> the number of tokens to which prompts are padded or cut.
     guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
@@ -109,6 +110,7 @@ class Family:
 
     def require(self, needs: Collection[str], who: str) -> None:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
+        provided = self.provides | ({"classifier_free"} if self.guide is None else frozenset())
         for need in sorted(needs):
-            if need not in self.provides:
+            if need not in provided:
                 raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have")

@@ -149,6 +149,7 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
         condition=lambda outputs: family.encode(configs, outputs, size),
         null=family.null,
         vectors=family.vectors,
+        guide=family.guide,
         **own,
     )
 
