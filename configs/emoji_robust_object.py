@@ -1,9 +1,9 @@
-"""Erases an object from the embedded emoji model so that searched embeddings do not bring it back either.
+"""Erases an object from the embedded emoji model, and in rounds what a search over embeddings brings back.
 
     esd-jax erase --config=emoji_robust_object --config.concept="a cat" --config.output_dir=out/cat_robust
 
 emoji_robust (see there) for an object: it is erased alone, where it becomes nothing, and in four styles, of which the
-style remains. Other objects are held to the base, alone and in two styles.
+style remains. Other objects are held to the base, alone and in two styles. Not measured.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Erases an artist's style from SD 1.4, on a GPU, so that searched embeddings do not bring it back either.
+"""Erases an artist's style from SD 1.4, on a GPU, and in rounds what a search over embeddings brings back.
 
     esd-jax erase --config=sd14_robust --config.concept="Van Gogh" --config.output_dir=runs/van_gogh_robust
 
