@@ -3,8 +3,8 @@
     esd-jax erase --config=emoji_robust --config.concept="neon style" --config.output_dir=out/neon_robust
 
 emoji_contexts with inversion rounds, on a laptop's CPU in about fifteen minutes. It does not reach its aim: on
-blueprint, on which it was tuned, Concept Inversion still succeeds in 88% of the images, and the nearest styles lose half
-of their accuracy (docs/results/robust.md). The changes to emoji_contexts:
+blueprint, on which it was tuned, Concept Inversion still succeeds in 88% of the images, and the nearest styles lose
+half of their accuracy (docs/results/robust.md). The changes to emoji_contexts:
 - before the first update and every 100 updates, a round searches 16 soft tokens that bring the style back; updates also
   erase what the last 12 rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of it.
 - the whole UNet is trained, at 3e-4 that falls to 1e-4: of cross-attention alone, a search finds the style again.
