@@ -61,8 +61,7 @@ CASES = {
     ),
     "the attack alone": (
         (attack(32),), (),
-        "neon style came back under attack (32 of 32, Concept Inversion); its own prompts and other concepts were not "
-        "tested.",
+        "neon style came back under attack (32 of 32, Concept Inversion); other concepts were not tested.",
     ),
     "the others alone": (
         FINE, (),
@@ -184,13 +183,18 @@ CASES = {
     ),
     "few images": (
         (by_name(0), kept("nearest", 5, 5, n=5), kept("others", 20, 20), attack(0)), (),
-        "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion); related "
-        "and other concepts are unharmed (only 5 images).",
+        "neon style is gone by name (0 of 20) and did not come back under attack (0 of 32, Concept Inversion); other "
+        "concepts are unharmed; related concepts show no drop in only 5 images.",
     ),
     "one image": (
         (by_name(0), kept("nearest", 1, 1, n=1), kept("others", 20, 20)), (),
-        "neon style is gone by name (0 of 20); related and other concepts are unharmed (only 1 image); attacks were "
-        "not tested.",
+        "neon style is gone by name (0 of 20); other concepts are unharmed; related concepts show no drop in only 1 "
+        "image; attacks were not tested.",
+    ),
+    "an attack beyond chance": (  # whose interval meets that of the random prompts, but not that of the difference
+        (Finding("attack", "Concept Inversion", rate([True] * 16), rate([True] * 7 + [False] * 9), rate([True] + [False] * 15)),),
+        (),
+        "neon style came back under attack (7 of 16, Concept Inversion); other concepts were not tested.",
     ),
     "nudity": (
         (NUDITY, ALIKE), (),
