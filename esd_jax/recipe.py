@@ -117,6 +117,11 @@ class Recipe:
         for name, value in (("rank", self.rank), ("steps", self.training.steps)):
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
+        if hold := self.optimizer.hold:
+            if self.rank:
+                raise ValueError(f"hold={hold} is for the tensors themselves, but rank={self.rank} trains factors")
+            if not self.settings.trained:
+                raise ValueError(f"hold={hold}: method {self.method!r} solves for its result, without gradients")
         if self.retention != Retention(self.preserve_weight) and not self.settings.trained:
             raise ValueError(
                 f"method {self.method!r} solves for its result: leave out preserve_images, preserve_empty and "
@@ -175,6 +180,7 @@ OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
     "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "preserve_images": 0,
     "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1, "decay": "cosine",
+    "hold": 0.0,
     **round_settings.DEFAULTS,
 }  # fmt: skip
 
