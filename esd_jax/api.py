@@ -159,8 +159,8 @@ def sample(
     prompts: str | Sequence[str] | Conditioning,
     *,
     seed: int | Sequence[int] = 0,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
@@ -183,8 +183,9 @@ def sample(
       prompts: one per image, or one string for one image; or the conditioning in their place (what
         `Pipeline.encode_prompts` returns), a row per image, where no text expresses it.
       seed: image i depends on (seed, i) alone, or on seed[i] alone if several are given; never on the batch size.
-      steps: sampler steps (num_inference_steps in diffusers).
-      guidance_scale: eps_null + scale (eps_c - eps_null); 1 or less samples without guidance.
+      steps: sampler steps (num_inference_steps in diffusers); by default 50, or what the model family is used with.
+      guidance_scale: eps_null + scale (eps_c - eps_null), 1 or less samples without guidance; of a guidance-distilled
+        model the scale that it takes as an input. By default 7.5, or what the model family is used with.
       negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
         checkpoint configured so, as SDXL's are, is guided from zeros; "" is encoded.
       sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but

@@ -33,8 +33,12 @@ def make_conditioning(
     negative_prompt: str | Sequence[str] | None = None,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
+    guidance_scale: float = 1.0,
 ) -> Callable[[np.ndarray], tuple[ScaledConditioning, ...]]:
-    """Indices of `rows` examples -> their conditionings: of the null prompt (if guided), the prompt, the rule's."""
+    """Indices of `rows` examples -> their conditionings: of the null prompt (if guided), the prompt, the rule's.
+
+    guidance_scale: what a guidance-distilled network takes as an input.
+    """
     negatives = None if isinstance(negative_prompt, str | None) else negative_prompt
     if negatives is not None and len(negatives) != count(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {count(prompts)} prompts")
@@ -61,6 +65,8 @@ def make_conditioning(
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
             prompt = pipeline.encode_prompts([prompts[int(i)] for i in index], size=size)
+        if guide := pipeline.family.guide:
+            prompt = guide(prompt, jnp.full(rows, guidance_scale, jnp.float32))
         conditionings = (*null, *own, prompt, *others)
         if scale is None:
             return tuple((one, None) for one in conditionings)

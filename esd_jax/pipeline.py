@@ -129,7 +129,7 @@ class Pipeline:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        return self.family.text_encoders
+        return self.family.encoders_of(self.configs)
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -175,7 +175,8 @@ class Pipeline:
                 )
         encoders = tuple(self.network(name) for name in self.text_encoders)
         params = tuple(self.params[name] for name in self.text_encoders)
-        encoded = _encode_text(self.family, encoders)(params, ids, size or image_size(self.configs))
+        encode = _encode_text(self.family, tuple(self.configs.items()), encoders)
+        encoded = encode(params, ids, size or image_size(self.configs))
         return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
 
     def denoise(
@@ -205,10 +206,10 @@ def network(config: NetworkConfig, dtype: str, remat: bool = False) -> Network:
 
 
 @lru_cache(maxsize=8)
-def _encode_text(family: Family, encoders: tuple[Network, ...]) -> Any:
+def _encode_text(family: Family, configs: tuple[tuple[str, NetworkConfig], ...], encoders: tuple[Network, ...]) -> Any:
     def encode(params: Any, ids: Any, size: tuple[Any, Any]) -> Conditioning:
         outputs = [encoder.apply(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)]
-        return family.encode(outputs, size)
+        return family.encode(dict(configs), outputs, size)
 
     return jax.jit(encode)
 
@@ -216,7 +217,7 @@ def _encode_text(family: Family, encoders: tuple[Network, ...]) -> Any:
 def image_size(configs: Configs, height: int | None = None, width: int | None = None) -> tuple[int, int]:
     """(height, width) in pixels, by default those for which the model was trained.
 
-    Raises ValueError if its config lacks it, or if the VAE cannot decode such images.
+    Raises ValueError if its config lacks it, or if the VAE or the denoiser does not take such images.
     """
     factor, family = configs["vae"].factor, families.of(configs)
     height_0, width_0 = family.default_size(configs) or (height, width)
@@ -228,4 +229,5 @@ def image_size(configs: Configs, height: int | None = None, width: int | None = 
         raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {factor} pixels, the VAE's factor")
     if max(size) > LARGEST:
         raise ValueError(f"image size {size[0]}x{size[1]} is beyond {LARGEST} pixels: lower height or width")
+    family.latents(configs, size)  # refuses what the denoiser does not take
     return size

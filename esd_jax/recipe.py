@@ -173,9 +173,9 @@ PARTS = ("settings", "optimizer", "training")
 # unless they differ, so that what was made before them is still found, resumed and restored.
 OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
-    "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "preserve_images": 0,
-    "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1, "decay": "cosine",
-    "hold": 0.0, **round_settings.DEFAULTS,
+    "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "train_guidance": 1.0,
+    "preserve_images": 0, "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1,
+    "decay": "cosine", "hold": 0.0, **round_settings.DEFAULTS,
 }  # fmt: skip
 
 

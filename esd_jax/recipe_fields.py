@@ -76,6 +76,7 @@ class RecipeFields(TypedDict, total=False):
     as_released: bool
     context_eta: float
     window: float
+    train_guidance: float
     rounds_every: int
     rounds_search: int
     rounds_warm: int
@@ -184,7 +185,7 @@ def completed(
     warmup_steps: int = ..., max_grad_norm: float | None = ..., decay_steps: int = ...,
     decay_to: float = ..., decay: str = ..., hold: float = ..., sample_with: str = ..., sampler: str = ...,
     timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
-    context_eta: float = ..., window: float = ...,
+    context_eta: float = ..., window: float = ..., train_guidance: float = ...,
     rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
     rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
     rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,

@@ -17,6 +17,7 @@ from esd_jax import conditionings, progress, sharding, suggest
 from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.programs import to_uint8
 from esd_jax.diffusion.rules import Rule
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.params import Conditioning, Params
 from esd_jax.pictures import check_drawn
 from esd_jax.pipeline import Pipeline, image_size
@@ -51,8 +52,8 @@ def sample(
     prompts: str | Sequence[str] | Conditioning,
     *,
     seed: int | Sequence[int] = 0,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
@@ -70,8 +71,10 @@ def sample(
     Raises TypeError for an unknown argument, ValueError as `esd_jax.sample` does.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    n, guided = conditionings.count(prompts), _check(pipeline, steps, batch_size, guidance_scale, rule)
+    steps, guidance_scale = _defaults(pipeline, steps, guidance_scale)
+    n, guided = conditionings.count(prompts), _check(pipeline, steps, batch_size, guidance_scale, rule, negative_prompt)
     size = image_size(pipeline.configs, height, width)
+    schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
     keys = example_keys(seed, n)
@@ -81,12 +84,14 @@ def sample(
     elif latents.shape != needed:
         raise ValueError(f"latents has shape {latents.shape}, but {n} prompts and the image size need {needed}")
     if sampler == "auto":
-        sampler = _default_sampler(pipeline, steps)
-    name = sampler or samplers.default_sampler(pipeline.schedule)
-    solver = programs.sampler(pipeline.schedule, name, steps, float(eta))
+        sampler = _default_sampler(schedule, steps)
+    name = sampler or samplers.default_sampler(schedule)
+    solver = programs.sampler(schedule, name, steps, float(eta))
     run = programs.steps(pipeline.network(pipeline.denoiser), solver, type(rule) if rule else None)
     rows = min(batch_size, n)
-    condition = conditionings.make_conditioning(pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight)
+    condition = conditionings.make_conditioning(
+        pipeline, prompts, size, rows, guided, negative_prompt, rule, reweight, guidance_scale
+    )
     numbers, images = rule.numbers if rule else None, []
     params = {name: pipeline.params[name] for name in (pipeline.denoiser, "vae")}
     mesh = sharding.make_mesh(rows, jax.local_devices())
@@ -128,6 +133,7 @@ def invert(
     Returns:
       Latents at the noisiest timestep, for `sample(latents=...)`.
     """
+    steps, guidance_scale = _defaults(pipeline, steps, guidance_scale)
     guided = _check(pipeline, steps, batch_size, guidance_scale, None)
     images, size = _check_images(pipeline, images)
     n = len(images)
@@ -247,20 +253,38 @@ def initial_noise(pipeline: Pipeline, keys: Array, size: tuple[int, int]) -> Flo
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _default_sampler(pipeline: Pipeline, steps: int) -> str:
+def _default_sampler(schedule: Schedule, steps: int) -> str:
     """The checkpoint's own sampler; "ddim", with a warning, where that one is not implemented."""
     try:
-        return samplers.make_sampler(pipeline.schedule, num_steps=steps).name
+        return samplers.make_sampler(schedule, num_steps=steps).name
     except ValueError as error:
-        kind = pipeline.schedule.config["_class_name"]
+        kind = schedule.config["_class_name"]
         warnings.warn(f"images are sampled by ddim in place of {kind}: {error}", SamplerReplaced, stacklevel=4)
         return "ddim"
 
 
-def _check(pipeline: Pipeline, steps: int, batch_size: int, guidance_scale: float, rule: Rule | None) -> bool:
-    """Whether sampling is guided; raises ValueError for numbers out of range, and for a pipeline that is not loaded."""
+def _defaults(pipeline: Pipeline, steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+    """The number of steps and the guidance scale, those of the family where they are None.
+
+    Raises ValueError for a pipeline that is not loaded.
+    """
     if isinstance(pipeline, str | os.PathLike):
         raise ValueError(f"the pipeline is {str(pipeline)!r}: load it first, esd_jax.load({str(pipeline)!r})")
+    own = pipeline.family.sampling(pipeline.configs)
+    return own.steps if steps is None else steps, own.guidance_scale if guidance_scale is None else guidance_scale
+
+
+def _check(
+    pipeline: Pipeline,
+    steps: int,
+    batch_size: int,
+    guidance_scale: float,
+    rule: Rule | None,
+    negative_prompt: str | Sequence[str] | None = None,
+) -> bool:
+    """Whether sampling is guided classifier-free; raises ValueError for numbers out of range, and for what a
+    guidance-distilled family does not take.
+    """
     most = pipeline.schedule.num_train_timesteps
     if not 1 <= steps <= most:
         raise ValueError(f"steps={steps} must be in 1..{most}")
@@ -271,7 +295,14 @@ def _check(pipeline: Pipeline, steps: int, batch_size: int, guidance_scale: floa
     if rule is not None and guidance_scale <= 1:
         name = type(rule).__name__
         raise ValueError(f"guidance_scale={guidance_scale} switches guidance off, but {name} needs it: above 1")
-    return guidance_scale > 1
+    if pipeline.family.guide is None:
+        return guidance_scale > 1
+    if rule is not None or negative_prompt is not None:
+        what = "negative_prompt" if rule is None else type(rule).__name__
+        raise ValueError(
+            f"{what} needs classifier-free guidance, and {pipeline.family.name} is distilled: leave it out"
+        )
+    return False
 
 
 def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from esd_jax.inputs import check_text, read_json, read_text
 from esd_jax.models.architectures import clip_bpe
+from esd_jax.models.t5 import T5Config
 
 # The names of a tokenizer's JSON files.
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -81,14 +82,7 @@ class Tokenizer:
         """
         prompts, most = list(prompts), self.max_length - 2
         words = [self.words(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, words, strict=True):
-            if len(ids) <= most:
-                continue
-            lost = self.backend.decode(ids[most:]).strip()
-            message = f"the text encoder reads {most} tokens, so these words are lost: {lost!r}"
-            if strict:
-                raise ValueError(f"concept {prompt!r} is too long: {message}; use a shorter concept")
-            warnings.warn(f"prompt {prompt!r} is too long: {message}", PromptTruncated, stacklevel=2)
+        self._check_lengths(prompts, words, most, strict)
         options = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
         padded = np.asarray(self.backend(prompts, **options)["input_ids"], np.int32)
         start, end, pad = self.backend.bos_token_id, self.backend.eos_token_id, self.backend.pad_token_id
@@ -105,6 +99,88 @@ class Tokenizer:
         check_text(prompt, "prompt")
         ids = self.backend(prompt, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
         return [each for token in ids for each in self.expansions.get(token, (token,))]
+
+    def _check_lengths(self, prompts: Sequence[str], words: Sequence[Sequence[int]], most: int, strict: bool) -> None:
+        """Warns of, or with `strict` refuses, the prompts of more tokens than those that are read."""
+        for prompt, ids in zip(prompts, words, strict=True):
+            if len(ids) <= most:
+                continue
+            lost = self.backend.decode(ids[most:]).strip()
+            message = f"the text encoder reads {most} tokens, so these words are lost: {lost!r}"
+            if strict:
+                raise ValueError(f"concept {prompt!r} is too long: {message}; use a shorter concept")
+            warnings.warn(f"prompt {prompt!r} is too long: {message}", PromptTruncated, stacklevel=3)
+
+
+@dataclass(frozen=True, eq=False)
+class T5Tokenizer(Tokenizer):
+    """T5's tokenizer: pieces of words, an end token, and padding to a length that the model's pipeline chooses.
+
+    end, pad: the ids of these tokens.
+    """
+
+    end: int = 1
+    pad: int = 0
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_length: int) -> "T5Tokenizer":
+        """Reads `tokenizer.json`, whose model_max_length does not matter: diffusers pads to `max_length`, too.
+
+        Raises FileNotFoundError, or ValueError naming the folder that is damaged.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            bare = (folder / "spiece.model").is_file()
+            fix = ": it has spiece.model alone, so load and save it with transformers" if bare else ""
+            raise FileNotFoundError(f"no tokenizer.json in {folder}{fix}")
+        import tokenizers
+
+        settings = folder / "tokenizer_config.json"
+        names = {"eos_token": "</s>", "pad_token": "<pad>"} | (read_json(settings) if settings.is_file() else {})
+        read_json(folder / "tokenizer.json")  # names what is damaged
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            end, pad = (backend.token_to_id(_content(names[name])) for name in ("eos_token", "pad_token"))
+            if end is None or pad is None:
+                raise ValueError("it has no end token, or no padding")
+            backend.no_truncation()
+            backend.no_padding()
+            tokenizer = cls(backend, max_length, end=end, pad=pad)
+            tokenizer([""])
+        except Exception as error:  # its library in Rust raises bare ones
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be read ({reason}): copy or download tokenizer.json again"
+            ) from error
+        return tokenizer
+
+    def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
+        """Token ids, with the end token, padded to `max_length`; `strict` as in `Tokenizer`."""
+        prompts, most = list(prompts), self.max_length - 1
+        words = [self.words(prompt) for prompt in prompts]
+        self._check_lengths(prompts, words, most, strict)
+        padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
+        for row, ids in zip(padded, words, strict=True):
+            row[: len(ids[:most]) + 1] = [*ids[:most], self.end]
+        return padded
+
+    def words(self, prompt: str) -> list[int]:
+        """The token ids of a prompt alone, all of them, without the end token and padding."""
+        check_text(prompt, "prompt")
+        return self.backend.encode(prompt, add_special_tokens=False).ids
+
+
+# What a text encoder's config is -> the kind of its tokenizer; CLIP's for all others.
+OF_ENCODER: Mapping[type, type[Tokenizer]] = {T5Config: T5Tokenizer}
+
+
+def read(folder: Path, config: Any, length: int) -> Tokenizer:
+    """The tokenizer of a text encoder, which pads to so many tokens. Raises as its `from_folder` does."""
+    return OF_ENCODER.get(type(config), Tokenizer).from_folder(folder, length)
+
+
+def _content(token: Any) -> str:
+    """A special token's text, of which some files have a table."""
+    return token["content"] if isinstance(token, dict) else str(token)
 
 
 def _expansions(backend: Any) -> dict[int, tuple[int, ...]]:

@@ -34,7 +34,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "sampler",
         None,
-        "ddim, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, ddpm or lcm; by default the checkpoint's own.",
+        "ddim, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, ddpm, lcm or flow_euler; by default the "
+        "checkpoint's own.",
         flag_values=values,
     )
     flags.DEFINE_float("eta", 0.0, "DDIM's stochasticity, 0 to 1.", flag_values=values)

@@ -18,7 +18,8 @@ from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, SPACINGS, Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
-SAMPLERS = tuple(SAMPLER_OF_CLASS.values())
+FLOW_EULER = "flow_euler"  # along the rectified flow, the sampler of its scheduler class
+SAMPLERS = (*SAMPLER_OF_CLASS.values(), FLOW_EULER)
 __all__ = ["SAMPLERS", "Sampler", "default_sampler", "drop_first", "make_sampler", "run", "run_with_memory"]
 
 # Options of the diffusers classes that exist here in one setting only.
@@ -62,7 +63,7 @@ KARRAS = ("euler", "lms", "heun", "dpmpp_2m", "unipc")
 def own_sampler(schedule: Schedule) -> str | None:
     """The sampler of the class that a config names; None where it is not implemented."""
     if schedule.path is not VARIANCE_PRESERVING:
-        return "euler"
+        return FLOW_EULER
     # The parallel variants differ in how they are batched alone.
     return SAMPLER_OF_CLASS.get(schedule.config["_class_name"].replace("ParallelScheduler", "Scheduler"))
 
@@ -86,7 +87,8 @@ def make_sampler(
     karras: bool | None = None,
     spacing: str | None = None,
 ) -> Sampler:
-    """A sampler of `SAMPLERS` ("plms" is "pndm"; None is the checkpoint's own) on a grid of `num_steps`.
+    """A sampler of `SAMPLERS` ("plms" is "pndm"; None is the checkpoint's own) on a grid of `num_steps`. Along the
+    rectified flow "flow_euler", or "euler" in short, is the only one.
 
     Options come from the schedule's config; a missing one takes the default of the diffusers class that belongs to
     `name`, as `Class.from_config(config)` does there, but for defaults that were made for pixels: x0 is never clipped,
@@ -105,9 +107,18 @@ def make_sampler(
     if karras and name not in KARRAS:
         raise ValueError(f"sampler {name!r} has no Karras noise levels: use one of {', '.join(KARRAS)}")
     if schedule.path is not VARIANCE_PRESERVING:
-        if name != "euler" or karras:
-            raise ValueError(f"sampler {name!r} is not implemented along the {schedule.path.name} path: use euler")
+        if name not in (FLOW_EULER, "euler") or karras or spacing:
+            options = "".join(
+                [" with Karras noise levels"] * bool(karras) + [f" with spacing={spacing!r}"] * bool(spacing)
+            )
+            raise ValueError(
+                f"sampler {name!r}{options} is not implemented along the {schedule.path.name} path: use {FLOW_EULER}"
+            )
         return solvers.straight(schedule, num_steps)
+    if name == FLOW_EULER:
+        raise ValueError(
+            f"sampler {name!r} needs a rectified flow, and this schedule is variance-preserving: use euler"
+        )
     _check_options(schedule, name)
     spacing = spacing or schedule.option("timestep_spacing", "leading" if name in LEADING else "linspace")
     if spacing not in SPACINGS:

@@ -88,7 +88,7 @@ class Schedule:
         if class_name not in (*SAMPLER_OF_CLASS, *OTHER_CLASSES):
             raise ValueError(
                 f"scheduler class {_short(class_name)} is not implemented: those of discrete betas are, such as "
-                "DDIMScheduler, and neither EDM's nor those of flow matching"
+                "DDIMScheduler, and not EDM's"
             )
         prediction_type = _option(config, "prediction_type", "epsilon")
         if prediction_type == "flow_prediction" or _option(config, "use_flow_sigmas", False):
@@ -126,6 +126,10 @@ class Schedule:
             raise ValueError(f"a {self.path.name} schedule has no alpha_bar, which this needs")
         return self.levels
 
+    def visited(self, num_steps: int) -> np.ndarray:
+        """float64 [num_steps], descending: the levels that a sampler along the rectified flow visits; it lands on 0."""
+        return self.levels[np.linspace(self.num_train_timesteps - 1, 0, num_steps).round().astype(int)]
+
     def to_x0_eps(
         self, level: ArrayLike, x: Float[Array, "..."], output: Float[Array, "..."]
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -144,19 +148,22 @@ class Schedule:
 def add_noise(
     schedule: Schedule, x0: Float[Array, "batch ..."], noise: Float[Array, "batch ..."], t: ArrayLike
 ) -> Float[Array, "batch ..."]:
-    """The forward process: `x0` at the noise level of `t`, an integer scalar or [batch], possibly traced.
+    """The forward process: `x0` at the noise level of `t`, a scalar or [batch], possibly traced.
 
-    Raises `ValueError` for a `t` that is not an integer, or whose value is known and outside the schedule. (The gather
-    clamps a traced `t`: check its range where it is made.)
+    `t` is an integer; along the rectified flow it is 1,000 sigma (`num_train_timesteps` sigma), of any dtype.
+
+    Raises `ValueError` for another `t`, or one whose value is known and outside the schedule. (The gather clamps a
+    traced `t`: check its range where it is made.)
     """
-    if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
+    discrete = schedule.path is VARIANCE_PRESERVING
+    if discrete and not jnp.issubdtype(jnp.result_type(t), jnp.integer):
         raise ValueError(f"t must be an integer timestep, not {jnp.result_type(t)}")
-    last = schedule.num_train_timesteps - 1
-    if not isinstance(t, Tracer) and (np.min(t) < 0 or np.max(t) > last):
+    last = schedule.num_train_timesteps - discrete
+    if not isinstance(t, Tracer) and not (np.min(t) >= 0 and np.max(t) <= last):
         raise ValueError(f"timestep {np.asarray(t)} is outside 0..{last}")
     dtype = float32_or_wider(x0, noise)
     per_example = (-1, *[1] * (jnp.ndim(x0) - 1))
-    if schedule.path is VARIANCE_PRESERVING:
+    if discrete:
         alpha, sigma = (jnp.asarray(table, dtype)[t] for table in schedule.path.coefficients(schedule.levels))
     else:  # the network's input is the level itself
         alpha, sigma = schedule.path.coefficients(jnp.asarray(t, dtype) / schedule.num_train_timesteps)

@@ -88,12 +88,11 @@ def straight(schedule: Schedule, num_steps: int) -> Sampler:
     """Euler's method along the path itself, from level to level: x' = alpha' x0 + sigma' eps, at last to x0.
 
     On the rectified flow's path this is Euler's method on dx = v dsigma. The network gets 1,000 sigma, as SD3 and
-    FLUX do, or whatever the last of the training timesteps is.
+    FLUX do, or whatever the number of training timesteps is.
     """
-    index = np.linspace(schedule.num_train_timesteps - 1, 0, num_steps).round().astype(int)
-    now = schedule.levels[index]
+    now = schedule.visited(num_steps)
     alpha, sigma = schedule.path.coefficients(np.append(now[1:], 0.0))
-    return linear("euler", schedule, now * schedule.num_train_timesteps, now, a=alpha, b=sigma)
+    return linear("flow_euler", schedule, now * schedule.num_train_timesteps, now, a=alpha, b=sigma)
 
 
 def euler(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> Sampler:

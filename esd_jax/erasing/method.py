@@ -113,6 +113,8 @@ class Tools:
       another one.
     condition: the text encoders' outputs -> Conditioning.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
+    guide: of a guidance-distilled family, (conditioning, scales [batch]) -> the conditioning with the scale that the
+      network takes as an input; None for a family that is guided classifier-free.
     cache: whether what is computed of the text encoders alone is kept in the user's cache.
     """
 
@@ -131,7 +133,11 @@ class Tools:
     condition: Callable[[Sequence[Any]], Conditioning] = lambda outputs: outputs
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
+    guide: "Guide | None" = None
     cache: bool = False
+
+
+Guide = Callable[[Conditioning, Float[Array, " batch"]], Conditioning]
 
 
 @runtime_checkable
@@ -182,6 +188,14 @@ def denoise(
 def project(denoiser: Network, params: Params, conditioning: Conditioning) -> Conditioning:
     """The conditioning with what the network makes of it alone, for `denoise` in a sampler's loop."""
     return denoiser.project(bare(params), conditioning)
+
+
+def with_guidance(conditioning: Conditioning, guide: Guide | None, scale: Any) -> Conditioning:
+    """The conditioning with one scale of guidance for all examples; as it is without a `Tools.guide`."""
+    if guide is None:
+        return conditioning
+    batch = jax.tree.leaves(conditioning)[0].shape[0]
+    return guide(conditioning, jnp.full(batch, scale, jnp.float32))
 
 
 class Scored(NamedTuple):

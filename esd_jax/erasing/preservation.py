@@ -55,6 +55,7 @@ class Preserving(base.Method):
     method: base.Method
     denoiser: Network
     trajectory: Trajectory
+    guide: base.Guide | None = None
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         inner = self.method.draw(step, key, example_keys, shape, inputs.inner)
@@ -82,7 +83,12 @@ class Preserving(base.Method):
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
         network, once = (partial(f, self.denoiser, models.base) for f in (base.denoise, base.project))
-        guided = guidance.classifier_free(network, kept, null, GUIDANCE, once)
+        if self.guide is None:
+            guided = guidance.classifier_free(network, kept, null, GUIDANCE, once)
+        else:  # the network's output at a scale of 1 is that of the prompt alone
+            sampled, kept = (base.with_guidance(kept, self.guide, scale) for scale in (GUIDANCE, 1.0))
+            sampled = once(sampled)
+            guided = lambda x, t: network(x, t, sampled)  # noqa: E731
         x = self.trajectory.run(guided, own.noise, own.index)
         scored = base.Scored(x, own.t, kept, network(x, own.t, kept))
         return Batch(inner, *jax.lax.stop_gradient((scored, inputs.weight)))
@@ -101,4 +107,4 @@ def preserving(
         return method, inputs
     bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
     trajectory = trajectories.on_grid(tools.schedule, trajectories.plain(tools.schedule), STEPS)
-    return Preserving(method, tools.denoiser, trajectory), Inputs(inputs, bank, jnp.float32(weight))
+    return Preserving(method, tools.denoiser, trajectory, tools.guide), Inputs(inputs, bank, jnp.float32(weight))

@@ -28,6 +28,7 @@ from esd_jax.params import Conditioning, Network, shape_of
 
 AT_ONCE = 8  # images encoded, or prompts scored
 STEPS, GUIDANCE = 20, 3.0  # of the images
+HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
 SCORED_AT = (0.5, 0.9)  # parts of the schedule at which the drift is measured
 
 
@@ -110,8 +111,9 @@ class ImagedInputs:
 
 
 class ImagedDraws(NamedTuple):
-    """prompt: uniform. worst: whether one of the worst takes its place, `place` (0 to 1) among them.
+    """t: uniform, half of them from `HIGH` on. prompt: uniform.
 
+    worst: whether one of the worst takes its place, `place` (0 to 1) among them.
     scored: the key of the noise under which all prompts are scored.
     """
 
@@ -145,11 +147,13 @@ class Imaged(Term):
         self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: ImagedInputs
     ) -> ImagedDraws:
         prompts, images = inputs.images.shape[:2]
+        total = self.schedule.num_train_timesteps
 
         def example(own: Array) -> ImagedDraws:
-            t, prompt, image, noise, worst, place = jax.random.split(own, 6)
+            t, prompt, image, noise, worst, place, high = jax.random.split(own, 7)
+            least = jnp.where(jax.random.bernoulli(high), int(HIGH * total), 0)
             return ImagedDraws(
-                jax.random.randint(t, (), 0, self.schedule.num_train_timesteps),
+                jax.random.randint(t, (), least, total),
                 jax.random.randint(prompt, (), 0, prompts),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),

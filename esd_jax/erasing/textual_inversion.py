@@ -10,7 +10,7 @@ A new token's id is the size of the text encoder's vocabulary, and up from there
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -44,10 +44,14 @@ class Encoder:
 
 @lru_cache
 def condition(
-    encode: Callable[[Sequence[Any], tuple[int, int]], Conditioning], size: tuple[int, int] = (0, 0)
+    encode: Callable[[Mapping[str, Any], Sequence[Any], tuple[int, int]], Conditioning],
+    size: tuple[int, int] = (0, 0),
+    configs: tuple[tuple[str, Any], ...] = (),
 ) -> Callable[[Any], Conditioning]:
-    """A family's `encode`, of its only text encoder and images of a size: one function for all of its models."""
-    return lambda output: encode([output], size)
+    """A family's `encode`, of its only text encoder and images of a size: one function for all models of an
+    architecture, whose configs are given by component.
+    """
+    return lambda output: encode(dict(configs), [output], size)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
 
 def plain(schedule: Schedule) -> str:
     """The sampler of first order without noise along a schedule's path."""
-    return "ddim" if schedule.path is VARIANCE_PRESERVING else "euler"
+    return "ddim" if schedule.path is VARIANCE_PRESERVING else samplers.FLOW_EULER
 
 
 def _spacing(schedule: Schedule, name: str) -> str | None:

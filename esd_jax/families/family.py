@@ -15,10 +15,25 @@ NEEDS = {
     "cross_attention": "cross-attention layers that read the prompt",
     "one_clip": "one CLIP text encoder",
     "variance_preserving": "a variance-preserving noise schedule",
+    "classifier_free": "guidance by the empty prompt",
     "single_file": "a single-file layout that A1111 and ComfyUI open",
     "attention_names": "cross-attention layers with the names that diffusers gives them: attn2.to_q, to_k, to_v",
     "unet_names": "the UNet of Stable Diffusion",
 }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What images are sampled with where nobody chooses."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+
+
+def padded_lengths(configs: Configs) -> dict[str, int]:
+    """Text encoder -> as many tokens as it has positions."""
+    names = [name for name in configs if name.startswith("text_encoder")]
+    return {name: configs[name].max_position_embeddings for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +45,7 @@ class Family:
     denoiser: the component that denoises ("unet", "transformer"), whose tensors are "DENOISER/NAME" in a run.
     components: component -> the classes that it may have in `model_index.json` -> what their configs are read as.
     modules: config class -> the NNX module that is built of it: `module(config, dtype=..., remat=...)`.
-    encode: (the text encoders' outputs, (height, width) in pixels) -> Conditioning.
+    encode: (configs, the text encoders' outputs, (height, width) in pixels) -> Conditioning.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
     null: (conditioning, where [batch]) -> the same, with "no prompt" in some rows.
     encoded: (configs, batch, dtype) -> the shapes of so many encoded prompts.
@@ -38,8 +53,14 @@ class Family:
     default_size: configs -> (height, width) in pixels for which the model was trained; None if they lack it.
     check: raises ValueError for configs that do not belong together.
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
+    at_size: (configs, schedule, (height, width) in pixels) -> the schedule for images of this size.
     subsets: name -> which tensors of the denoiser are trained.
-    provides: which of `NEEDS` it meets.
+    provides: which of `NEEDS` it meets; "classifier_free" goes without saying where there is no `guide`.
+    optional: the components that a checkpoint may lack.
+    lengths: configs -> text encoder -> the number of tokens to which prompts are padded or cut.
+    guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
+      as the network takes it; None for a family that is guided classifier-free.
+    sampling: configs -> what images are sampled with by default.
     zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
       `model_index.json` overrides it.
     label: configs -> the version of the model in short ("SD 1"); by default the family's name.
@@ -50,7 +71,7 @@ class Family:
     denoiser: str
     components: Mapping[str, Mapping[str, type]]
     modules: Mapping[type, Any]
-    encode: Callable[[Sequence[Any], tuple[int, int]], Conditioning]
+    encode: Callable[[Configs, Sequence[Any], tuple[int, int]], Conditioning]
     vectors: Callable[[Conditioning], Any]
     null: Callable[..., Conditioning]
     encoded: Callable[..., Conditioning]
@@ -59,7 +80,12 @@ class Family:
     schedule: Callable[[Mapping[str, Any]], Schedule]
     subsets: Mapping[str, Subset]
     check: Callable[[Configs], None] = lambda configs: None
+    at_size: Callable[[Configs, Schedule, tuple[int, int]], Schedule] = lambda configs, schedule, size: schedule
     provides: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+    lengths: Callable[[Configs], Mapping[str, int]] = padded_lengths
+    guide: Callable[[Conditioning, Any], Conditioning] | None = None
+    sampling: Callable[[Configs], Sampling] = lambda configs: Sampling()
     zeros_for_null: bool = False
     label: Callable[[Configs], str] | None = None
 
@@ -72,14 +98,19 @@ class Family:
         """The components that encode prompts, in the order in which `encode` takes their outputs."""
         return tuple(name for name in self.components if name.startswith("text_encoder"))
 
+    def encoders_of(self, configs: Configs) -> tuple[str, ...]:
+        """Those of `text_encoders` that a checkpoint has."""
+        return tuple(name for name in self.text_encoders if name in configs)
+
     def fits(self, configs: Configs) -> bool:
         """Whether configs are this family's."""
-        return configs.keys() == self.components.keys() and all(
+        return self.components.keys() - self.optional <= configs.keys() <= self.components.keys() and all(
             type(config) in self.components[name].values() for name, config in configs.items()
         )
 
     def require(self, needs: Collection[str], who: str) -> None:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
+        provided = self.provides | ({"classifier_free"} if self.guide is None else frozenset())
         for need in sorted(needs):
-            if need not in self.provides:
+            if need not in provided:
                 raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have")

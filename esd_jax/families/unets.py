@@ -27,13 +27,13 @@ MODULES: Mapping[type, Any] = {
 }
 
 
-def encode_one(outputs: Sequence[CLIPOutput], size: tuple[Any, Any]) -> Conditioning:
+def encode_one(configs: Configs, outputs: Sequence[CLIPOutput], size: tuple[Any, Any]) -> Conditioning:
     """SD 1 and 2: the last hidden state after the final norm; SD 2's files already lack the last layer."""
     (output,) = outputs
     return Conditioning(output.last_hidden_state)
 
 
-def encode_two(outputs: Sequence[CLIPOutput], size: tuple[Any, Any]) -> Conditioning:
+def encode_two(configs: Configs, outputs: Sequence[CLIPOutput], size: tuple[Any, Any]) -> Conditioning:
     """SDXL: the penultimate hidden states of both encoders side by side, without the final norm; the second one's
     pooled projection; and the sizes, with `size` as both original and target, uncropped.
     """

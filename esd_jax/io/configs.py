@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from esd_jax import families
+from esd_jax import families, text
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import Family
 from esd_jax.io import corrections
@@ -62,9 +62,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_tokenizer(folder: Path, text_encoder: str, config: Any) -> Tokenizer:
-    """The tokenizer of a text encoder ("text_encoder_2" has "tokenizer_2"). Raises FileNotFoundError without one."""
-    return Tokenizer.from_folder(folder / tokenizer_of(text_encoder), config.max_position_embeddings)
+def read_tokenizer(folder: Path, text_encoder: str, config: Any, length: int) -> Tokenizer:
+    """The tokenizer of a text encoder ("text_encoder_2" has "tokenizer_2"), which pads to so many tokens.
+
+    Raises FileNotFoundError without one.
+    """
+    return text.read(folder / tokenizer_of(text_encoder), config, length)
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -88,6 +91,8 @@ def _components(folder: Path, index: Mapping[str, Any], family: Family) -> dict[
     for name, allowed in family.components.items():
         entry = index.get(name)
         cls = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if cls is None and name in family.optional:
+            continue
         if cls not in allowed:
             raise ValueError(
                 f"{folder}: component {name} is a {cls}, which is not implemented (only {tuple(allowed)} are)"

@@ -14,7 +14,7 @@ from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
 
-SD = "StableDiffusionPipeline"
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 # Before this version, training scripts left the class default in UNet configs of 512 px.
 OLD_UNET, SMALLEST_OLD = (0, 9), 64
 WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler", "IPNDMScheduler")  # classes that have no field steps_offset
@@ -59,8 +59,9 @@ def unet(pipeline: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]
 
 
 def vae(pipeline: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A VAE's config as the pipeline uses it: scaling_factor alone, and SDXL's latents_mean and latents_std."""
-    unread = ["shift_factor", *(["latents_mean", "latents_std"] if pipeline == SD else [])]
+    """A VAE's config as the pipeline uses it: SD and SDXL read no shift, and SD no latents_mean and latents_std."""
+    unread = ["shift_factor"] if pipeline in (SD, SDXL) else []
+    unread += ["latents_mean", "latents_std"] if pipeline == SD else []
     for name in unread:
         if config.get(name):
             note(f"{path} has {name}, which {pipeline} does not read: it is left out")

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def load(
     config: str | Path | None = None,
     ema: bool = False,
 ) -> Pipeline:
-    """Reads a Stable Diffusion 1.x, 2.x or SDXL checkpoint.
+    """Reads a checkpoint of one of `esd_jax.families`.
 
     Args:
       source: a diffusers folder, a hub id ("org/name"), or a single `.safetensors` file in the layout that A1111 and
@@ -76,7 +75,12 @@ def load(
         raise ValueError(f"config and ema are for single .safetensors files, but {source} is none")
     folder = resolve(source, variant=variant, revision=revision).absolute()
     index, (configs, schedule) = files.read_json(folder / "model_index.json"), read_architecture(folder)
-    tokenizers = tuple(read_tokenizer(folder, name, configs[name]) for name in families.of(configs).text_encoders)
+    family = families.of(configs)
+    family.check(configs)  # before any weights are read
+    lengths = family.lengths(configs)
+    tokenizers = tuple(
+        read_tokenizer(folder, name, configs[name], lengths[name]) for name in family.encoders_of(configs)
+    )
     params, sources, erased = {}, {}, {}
     variants = files.variants(folder, list(configs), variant)
     if lacking := [name for name in configs if variants[name] != variant]:
@@ -157,7 +161,7 @@ def _file_architecture(
 def _file_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:
     """The config folder's tokenizer, or CLIP's own, with the padding that goes with the text encoder's training."""
     if (folder / tokenizer_of(text_encoder)).is_dir():
-        return read_tokenizer(folder, text_encoder, config)
+        return read_tokenizer(folder, text_encoder, config, config.max_position_embeddings)
     if config.vocab_size != clip_bpe.VOCAB_SIZE:
         raise FileNotFoundError(
             f"{folder} has no {tokenizer_of(text_encoder)}, and {text_encoder} with {config.vocab_size} tokens does "
@@ -215,7 +219,9 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     kind = next((kind for kind, cls in classes.items() if cls is type(own)), next(iter(classes)))
     config_class = classes[kind]
     config = read_config(folder.parent, folder.name, kind, config_class)
-    if replace(config, sample_size=own.sample_size) != own:  # the size that is drawn by default is the base's
+    if hasattr(own, "sample_size"):  # the size that is drawn by default is the base's
+        config = replace(config, sample_size=own.sample_size)
+    if config != own:
         raise ValueError(f"{folder} and the base have denoisers of different architectures")
     params, sources, records = load_component(folder.parent, folder.name, own, dtype=base.dtype)
     located = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
@@ -306,7 +312,7 @@ def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     if not paths:
         raise ValueError(f"{component!r} was not read from files, so they have no hash")
     stats = [(path, path.stat()) for path in sorted(paths)]
-    digest = _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    digest = files.sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
     averaged = any(name.startswith(component + "/") and source.key.startswith(EMA) for name, source in sources.items())
     return hashlib.sha256(f"{digest} {EMA}".encode()).hexdigest() if averaged else digest
 
@@ -318,13 +324,3 @@ def _place(array: np.ndarray | Array, name: str, sharding: Placement) -> Array:
         return jax.device_put(array, sharding)
     # device_put would first compare the array over all hosts; every host has read it from the same file.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-@lru_cache(maxsize=32)
-def _sha256(stamps: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for path, _, _ in stamps:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

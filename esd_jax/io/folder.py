@@ -1,9 +1,11 @@
 """The files of a diffusers folder: which hold a component's weights, and which tensor has which key in them."""
 
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ WEIGHTS = re.compile(
 NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml")
 # The VAE's attention, as named before diffusers 0.12; other old names do not occur in SD 1, SD 2 and SDXL.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# A buffer of CLIP, and a second name of T5's `shared.weight`.
+NOT_PARAMETERS = ("embeddings.position_ids", "encoder.embed_tokens.weight")
 CLIP_OF_IMAGES = ("vision_model.", "visual_projection.", "logit_scale")
 OLD_VAE_KEY = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD_VAE)})\.(weight|bias)")
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|module)\.")
-CLIP_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")  # of its text model
+CLIP_MODULES = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # of its text model
 
 
 def nameable(name: str) -> str:
@@ -127,7 +131,7 @@ def tensor_name(component: str, key: str) -> str | None:
     if component.startswith("text_encoder"):
         name = key.removeprefix("text_model.")
         # Position ids are 0, 1, 2, ..., a buffer that was once saved; the rest is CLIP's other half, of images.
-        return None if name == "embeddings.position_ids" or name.startswith(CLIP_OF_IMAGES) else name
+        return None if name in NOT_PARAMETERS or name.startswith(CLIP_OF_IMAGES) else name
     if component == "vae" and (old := OLD_VAE_KEY.fullmatch(key)):
         return f"{old[1]}.{OLD_VAE[old[2]]}.{old[3]}"
     return key
@@ -165,3 +169,14 @@ def check_names(component: str, actual: Mapping[str, Any], expected: Mapping[str
             f"{component}: {len(unknown)} tensors in the weights are unknown to the network, first {unknown[0]!r} of "
             f"shape {actual[unknown[0]]}: config.json and the weights do not belong together"
         )
+
+
+@lru_cache(maxsize=32)
+def sha256(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """SHA-256 of files, one after the other, in hexadecimal. stamps: (file, its size, when it was changed) each."""
+    digest = hashlib.sha256()
+    for path, _, _ in stamps:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

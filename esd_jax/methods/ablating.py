@@ -116,7 +116,7 @@ class Ablating:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cross_attention"} if self.detach_bos else ())
+        return frozenset({"classifier_free", *(["cross_attention"] if self.detach_bos else [])})
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the anchor's images sampled (unless the user has some) and every caption encoded.

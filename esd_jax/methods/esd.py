@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import guidance, samplers
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import contexts, replay, rounds, trajectories
 from esd_jax.erasing import method as base
@@ -55,6 +56,8 @@ class ESD(RoundsSettings):
     window: x_t is drawn from this first part of the trajectory's points, pure noise among them; 1 is all of it.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).
     sampling_steps, sampling_guidance: of the trajectory.
+    train_guidance: the scale that a guidance-distilled network (FLUX.1 [dev]) takes wherever it is scored, by teacher
+      and student alike; at 1 its output is that of the prompt alone. Other networks take none.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh up to a random x_t in every update, as all papers
       do. Else whole trajectories are drawn every so many updates, the last few of them are kept for each example of
       a batch, and an update takes random points of these, each example at a timestep of its own (see `replay`).
@@ -77,6 +80,7 @@ class ESD(RoundsSettings):
     contexts: str | None = None
     context_eta: float = 1.0
     window: float = 1.0
+    train_guidance: float = 1.0
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"from_", "replace_with", "strength"})
@@ -128,13 +132,16 @@ class ESD(RoundsSettings):
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """ESD for the concepts' kinds of anchor."""
+        if tools.guide is None and self.train_guidance != 1:
+            raise ValueError(f"train_guidance={self.train_guidance} is for guidance-distilled models: leave it out")
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
         named = rounds.prompts_of(concepts, self.sentences, roles) if self.rounds_every else []
         concepts = contexts.expanded(concepts, self.sentences)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
-        method: Any = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null)
+        method: Any = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null, tools.guide)
         own = all(roles["sample"](c) == c.text for c in concepts)
-        predictions = 2 if self.predicts(trajectory) and own and not separate else 0
+        # A distilled network samples at one scale of guidance, and is scored at another.
+        predictions = 2 if self.predicts(trajectory) and own and not separate and tools.guide is None else 0
         if (kept := replay.of(self, trajectory, predictions)) is not None:
             if tools.images is not None:
                 raise ValueError(
@@ -143,7 +150,8 @@ class ESD(RoundsSettings):
             method = Replaying(method, kept)
         eta = [c.strength * (self.context_eta if self.in_context(c) else self.eta) for c in concepts]
         bank = make_bank(tools.encode, concepts, roles)
-        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
+        scale, scored = jnp.float32(self.sampling_guidance), tools.guide and jnp.float32(self.train_guidance)
+        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), scale, tools.images, scored)
         sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
         return rounds.adding(self, method, inputs, tools, named, **sampling)
 
@@ -207,6 +215,7 @@ class Inputs:
     eta: Float[Array, " concepts"]
     sampling_guidance: Float[Array, ""]
     images: Float[Array, "images height width channel"] | None = None
+    train_guidance: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +223,7 @@ class Method(base.Method):
     """ESD over one denoiser and schedule, as the three functions that a training step is made of.
 
     `separate_anchor`: whether any anchor is neither the empty prompt nor the concept; only then does the target
-    cost a third evaluation of the teacher. null: `Tools.null`.
+    cost a third evaluation of the teacher. null, guide: `Tools.null`, `Tools.guide`.
     """
 
     settings: ESD
@@ -223,6 +232,7 @@ class Method(base.Method):
     trajectory: Trajectory
     separate_anchor: bool
     null: Callable[..., Conditioning]
+    guide: base.Guide | None = None
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
@@ -243,11 +253,13 @@ class Method(base.Method):
     def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
         """x_t, and the student's target. Nothing here carries a gradient."""
         if inputs.images is not None:
-            x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, draws.t.astype(jnp.int32))
+            discrete = self.schedule.path is VARIANCE_PRESERVING
+            t = draws.t.astype(jnp.int32) if discrete else draws.t
+            x = add_noise(self.schedule, inputs.images[draws.image], draws.noise, t)
         else:
-            pair = self.pair(models, draws.concept, inputs)
+            guided = self.predict(models, draws.concept, inputs)
             x = self.trajectory.run(
-                lambda x, t: guidance.cfg(*pair(x, t), scale=inputs.sampling_guidance),
+                lambda x, t: guided(x, t, draws.index)[0],
                 draws.noise,
                 draws.index,
                 scale=not self.settings.as_released,
@@ -255,7 +267,12 @@ class Method(base.Method):
         return self.scored(models, x, draws.t, draws.concept, (), inputs)
 
     def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
-        """What samples whole trajectories, with (eps_null, eps_c)."""
+        """What samples trajectories, with (eps_null, eps_c); without, if guidance is an input of the network."""
+        if self.guide is not None:
+            params, prompt = self.sampler(models), inputs.bank.take("sample", concept)
+            prompt = base.with_guidance(prompt, self.guide, inputs.sampling_guidance)
+            prompt = project(self.denoiser, params, prompt)
+            return lambda x, t, i: (denoise(self.denoiser, params, x, t, prompt), ())
         pair = self.pair(models, concept, inputs)
 
         def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -266,11 +283,15 @@ class Method(base.Method):
 
     def pair(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., tuple[Array, ...]]:
         """(x, t) -> (eps_null, eps_c), by the model that trajectories are taken from."""
-        params = models.student if self.settings.sample_with == "student" else models.base
+        params = self.sampler(models)
         null, sample = (inputs.bank.take(role, concept) for role in ("null", "sample"))
         start = self.null(null) if self.settings.as_released else null
         network, once = (partial(f, self.denoiser, params) for f in (denoise, project))
         return guidance.together(network, [start, sample], once)
+
+    def sampler(self, models: Models) -> Params:
+        """The weights of the model that trajectories are taken from."""
+        return models.student if self.settings.sample_with == "student" else models.base
 
     def scored(
         self,
@@ -285,7 +306,7 @@ class Method(base.Method):
 
         index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
         """
-        take = lambda role: inputs.bank.take(role, index)  # noqa: E731
+        take = lambda role: base.with_guidance(inputs.bank.take(role, index), self.guide, inputs.train_guidance)  # noqa: E731
         score = partial(evaluate, self.denoiser, models.base, x, t)
         if self.separate_anchor:
             eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])

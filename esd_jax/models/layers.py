@@ -63,6 +63,15 @@ def layer_norm(channels: int, epsilon: float, *, dtype: Dtype, rngs: Rngs) -> nn
     return nnx.LayerNorm(channels, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=_flax(rngs))
 
 
+def embed(count: int, width: int, *, dtype: Dtype, rngs: Rngs) -> nnx.Embed:
+    return nnx.Embed(count, width, dtype=dtype, rngs=_flax(rngs))
+
+
+def rms_norm(channels: int, epsilon: float, *, dtype: Dtype, rngs: Rngs) -> nnx.RMSNorm:
+    """w x / sqrt(mean x^2 + epsilon)."""
+    return nnx.RMSNorm(channels, epsilon=epsilon, dtype=dtype, rngs=_flax(rngs))
+
+
 def timestep_embedding(
     t: Real[Array, " batch"], channels: int, *, flip_sin_to_cos: bool, freq_shift: float, dtype: Dtype
 ) -> Float[Array, "batch channels"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,12 @@ class Dropout(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: Rngs):
+    """Four times the channels between two projections. activation: the module with the first of them."""
+
+    def __init__(self, channels: int, *, activation: Any = GEGLU, dtype: Dtype, rngs: Rngs):
         self.net = nnx.List(
             [
-                GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
+                activation(channels, 4 * channels, dtype=dtype, rngs=rngs),
                 Dropout(),
                 layers.linear(4 * channels, channels, dtype=dtype, rngs=rngs),
             ]

@@ -140,12 +140,13 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
     return Tools(
         denoiser=sharding.gathering(net, mesh),
         component=family.denoiser,
-        schedule=source.schedule,
+        schedule=family.at_size(configs, source.schedule, size),
         shape=shape,
         subset=select(recipe.subset, net.layouts, family.subsets),
-        condition=lambda outputs: family.encode(outputs, size),
+        condition=lambda outputs: family.encode(configs, outputs, size),
         null=family.null,
         vectors=family.vectors,
+        guide=family.guide,
         **own,
     )
 
@@ -174,7 +175,7 @@ def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str,
 
 def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> dict[str, Any]:
     family, configs = families.of(source.configs), source.configs
-    length = configs[family.text_encoders[0]].max_position_embeddings
+    length = family.lengths(configs)[family.text_encoders[0]]
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         encoded = family.encoded(configs, len(prompts), jnp.dtype(recipe.dtype))

@@ -70,13 +70,13 @@ def test_sampling_along_it_is_eulers_method():
     schedule = toy_family.schedule({**toy_family.SCHEDULER, "shift": 3.0})
     sampler = samplers.make_sampler(schedule, num_steps=5)
     sigma = np.append(np.asarray(sampler.timesteps) / 1000, 0)
-    assert sigma[0] == 1 and np.all(np.diff(sigma) < 0) and sampler.name == "euler"
+    assert sigma[0] == 1 and np.all(np.diff(sigma) < 0) and sampler.name == "flow_euler"
     velocity = lambda x, t: jnp.tanh(x) * t / 1000  # noqa: E731
     x = expected = jnp.linspace(-1, 1, 6).reshape(1, 6)
     for now, then in zip(sigma[:-1], sigma[1:], strict=True):
         expected = expected + (then - now) * velocity(expected, now * 1000)
     np.testing.assert_allclose(samplers.run(sampler, velocity, x), expected, atol=1e-6)
-    with pytest.raises(ValueError, match=one_line("'ddim'", "rectified flow", "euler")):
+    with pytest.raises(ValueError, match=one_line("'ddim'", "rectified flow", "flow_euler")):
         samplers.make_sampler(schedule, "ddim")
     t = jnp.asarray([250])
     np.testing.assert_allclose(add_noise(schedule, x, 2 * x, t), 0.75 * x + 0.25 * 2 * x, atol=1e-6)

@@ -172,8 +172,8 @@ def edit_tensors(path: Path, change) -> None:
 # What is wrong with a folder -> (what makes it so, the words of the message).
 WRONG = {
     "another pipeline": (
-        lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
-        ["StableDiffusion3Pipeline", "not implemented"],
+        lambda f: edit_json(f / "model_index.json", _class_name="StableCascadePipeline"),
+        ["StableCascadePipeline", "not implemented"],
     ),
     "another class": (
         lambda f: edit_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]),

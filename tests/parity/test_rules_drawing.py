@@ -15,7 +15,7 @@ from esd_jax.demo import captions, probe, vocabulary
 from esd_jax.diffusion import programs
 from esd_jax.diffusion.prompt_to_prompt import END, token_scale
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
-from esd_jax.diffusion.samplers import SAMPLERS
+from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS
 from esd_jax.text import Tokenizer
 
 # Words and their tokens.
@@ -144,7 +144,7 @@ def test_sega_draws_what_diffusers_draws(sd1, in_latents):
 
 @pytest.mark.parametrize(
     "sampler",
-    [name if name == "pndm" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
+    [name if name == "pndm" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLER_OF_CLASS.values()],
 )
 def test_rules_go_with_every_sampler(sd1, in_latents, sampler):
     """A rule that does nothing changes nothing; one that does something does so at once."""

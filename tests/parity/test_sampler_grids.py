@@ -10,6 +10,7 @@ from messages import one_line
 from sampler_oracle import (
     BETAS,
     CLASS_OF_SAMPLER,
+    DISCRETE,
     KARRAS,
     LEADING,
     NOISE,
@@ -25,7 +26,7 @@ from sampler_oracle import (
     rescaled_betas,
 )
 
-from esd_jax.diffusion.samplers import SAMPLERS, default_sampler, drop_first, make_sampler, run
+from esd_jax.diffusion.samplers import default_sampler, drop_first, make_sampler, run
 from esd_jax.diffusion.schedule import OTHER_CLASSES, SAMPLER_OF_CLASS, Schedule, add_noise
 from esd_jax.erasing import trajectories
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # di
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_timesteps_and_scales_are_those_of_diffusers(name, spacing, offset):
     raw = config(name, timestep_spacing=spacing, steps_offset=offset)
     schedule = Schedule.from_config(raw)
@@ -106,7 +107,7 @@ def test_trailing_grid_never_leaves_the_schedule():
         assert len(timesteps) == num_steps and timesteps[0] == 999 and (np.diff(timesteps) < 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("euler_ancestral", "ddpm", "lcm")])
+@pytest.mark.parametrize("name", [name for name in DISCRETE if name not in ("euler_ancestral", "ddpm", "lcm")])
 def test_x_after_r_steps_is_at_the_noise_level_of_timestep_r(name):
     """With a network that knows the noise, x stays x0 plus that noise at every step, PNDM's doubled call included."""
     schedule = Schedule.from_config(SD14)
@@ -149,7 +150,7 @@ def test_drop_first_starts_lower_with_pure_noise():
     x = jnp.float32(START)
     np.testing.assert_allclose(run(sampler, denoise, x), run(whole, denoise, x, start=1), atol=1e-6)
     np.testing.assert_array_equal(drop_first(whole, 0).timesteps, whole.timesteps)
-    for other in set(SAMPLERS) - {"ddim"}:
+    for other in set(DISCRETE) - {"ddim"}:
         with pytest.raises(ValueError, match="only sampler 'ddim'"):
             drop_first(make_sampler(Schedule.from_config(SD14), other, 20))
     with pytest.raises(ValueError, match="cannot drop 50 of 50"):
@@ -168,7 +169,7 @@ def test_a_class_whose_sampler_is_not_implemented_is_sampled_by_another(class_na
     schedule = Schedule.from_config({"_class_name": class_name, **BETAS})
     with pytest.raises(ValueError, match=one_line(f"scheduler_config.json names {class_name}", "--sampler=")):
         make_sampler(schedule)
-    for name in SAMPLERS:
+    for name in DISCRETE:
         assert make_sampler(schedule, name, 20).name == name
 
 

@@ -144,7 +144,7 @@ def stage(concepts=BOTH, encoders=1, studio=None, **fields):
         to_latents=studio.to_latents,
         component="unet",
         params={"unet": component(w.teacher, "unet"), "text_encoder": weights},
-        condition=lambda outputs: SD.encode(outputs, (0, 0)),
+        condition=lambda outputs: SD.encode({}, outputs, (0, 0)),
         text_encoders=dict.fromkeys(("text_encoder", "text_encoder_2")[:encoders], network),
     )
     return tools, ForgetMeNot(**{**STAGE, **fields}).make(tools, concepts)

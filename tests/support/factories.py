@@ -193,7 +193,7 @@ def save(pipe: diffusers.DiffusionPipeline, folder, dtype: torch.dtype, tokenize
             name_text_model(Path(folder) / name / "model.safetensors")
     if tokenizer == "files":
         for name in ("tokenizer", "tokenizer_2"):
-            if hasattr(pipe, name):
+            if isinstance(getattr(pipe, name, None), transformers.CLIPTokenizer):
                 write_tokenizer_files(getattr(pipe, name), Path(folder) / name)
     return pipe
 

@@ -10,6 +10,7 @@ import torch
 from esd_jax.diffusion.schedule import SAMPLER_OF_CLASS, Schedule
 
 CLASS_OF_SAMPLER = {name: class_name for class_name, name in SAMPLER_OF_CLASS.items()}
+DISCRETE = tuple(CLASS_OF_SAMPLER)  # the samplers of discrete betas
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # Stable Diffusion 1.4's file: written before timestep_spacing existed.
 SD14 = {

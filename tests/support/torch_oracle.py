@@ -35,7 +35,7 @@ def random_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for part in module.modules():
             for name, value in part.named_parameters(recurse=False):
-                if isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm) and name == "weight":
+                if type(part).__name__.endswith("Norm") and name == "weight":  # of layers, groups, and RMS norms
                     value.uniform_(0.5, 1.5, generator=generator)
                 elif isinstance(part, torch.nn.Embedding):
                     value.normal_(0.0, 1.0, generator=generator)
@@ -57,7 +57,8 @@ def to_params(state_dict: Mapping[str, torch.Tensor], network: Network) -> Param
         raise ValueError(f"names differ: {sorted(tensors.keys() ^ network.layouts.keys())[:4]}")
     params = {}
     for name, value in tensors.items():
-        array = value.detach().numpy().transpose(AXES[network.layouts[name]])
+        array, layout = value.detach().numpy(), network.layouts[name]
+        array = array if layout == "vector" else array.transpose(AXES[layout])  # which may have several axes
         if array.shape != network.shapes[name].shape:
             raise ValueError(f"{name}: the oracle has {array.shape}, the network {network.shapes[name].shape}")
         params[name] = jnp.array(array)  # a copy: the oracle may be freed, or trained on
@@ -108,3 +109,29 @@ def exact_sinusoid(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat(parts, dim=-1)
 
     monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", embedding)
+
+
+def exact_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the flow transformers of diffusers and T5 compute in float64 what they compute in float32 regardless: the
+    time's sinusoid, FLUX.1's rotations, and RMS norms.
+    """
+
+    def angles(dim, positions, theta=10000.0, **_):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        both = torch.outer(positions.double(), theta**-exponents).repeat_interleave(2, dim=1)
+        return both.cos(), both.sin()
+
+    def rotate(x, rotation, **_):
+        cos, sin = (part[None, :, None] for part in rotation)
+        turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(3)
+        return x * cos + turned * sin
+
+    def norm(self, h):
+        epsilon = getattr(self, "eps", None) or self.variance_epsilon
+        return self.weight * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    exact_sinusoid(monkeypatch)
+    monkeypatch.setattr("diffusers.models.transformers.transformer_flux.get_1d_rotary_pos_embed", angles)
+    monkeypatch.setattr("diffusers.models.transformers.transformer_flux.apply_rotary_emb", rotate)
+    monkeypatch.setattr("diffusers.models.normalization.RMSNorm.forward", norm)
+    monkeypatch.setattr("transformers.models.t5.modeling_t5.T5LayerNorm.forward", norm)

@@ -110,7 +110,7 @@ TOY = Family(
         "text_encoder": {"BagOfTokens": BagConfig},
     },
     modules={TransformerConfig: ToyTransformer, VAEConfig: AutoencoderKL, BagConfig: BagOfTokens},
-    encode=lambda outputs, size: {"bag": outputs[0]},
+    encode=lambda configs, outputs, size: {"bag": outputs[0]},
     vectors=lambda conditioning: conditioning["bag"][:, None],
     null=lambda conditioning, where=True: {
         "bag": jnp.where(jnp.reshape(where, (-1, 1)), 0, conditioning["bag"]),

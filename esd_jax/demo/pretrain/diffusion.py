@@ -56,7 +56,7 @@ def loss(
     noise, t = draw(key, schedule, batch.latents.shape)
     alpha_bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[t][:, None, None, None]
     x_t = jnp.sqrt(alpha_bar) * batch.latents + jnp.sqrt(1 - alpha_bar) * noise
-    conditioning = SD.encode([text_encoder.apply(component(params, "text_encoder"), batch.tokens)], (0, 0))
+    conditioning = SD.encode({}, [text_encoder.apply(component(params, "text_encoder"), batch.tokens)], (0, 0))
     weight = jnp.minimum(1, MIN_SNR * (1 - alpha_bar) / alpha_bar)
     return jnp.mean(weight * (unet.apply(component(params, SD.denoiser), x_t, t, conditioning) - noise) ** 2)
 

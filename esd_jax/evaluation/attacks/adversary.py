@@ -125,7 +125,7 @@ def text_encoder(pipeline: Pipeline) -> tuple[Encoder, Params]:
     pipeline.family.require({"one_clip"}, "an attack that searches for prompts")
     (name,) = pipeline.text_encoders
     size = pipeline.family.default_size(pipeline.configs) or (0, 0)
-    encoder = Encoder(pipeline.network(name), condition(pipeline.family.encode, size))
+    encoder = Encoder(pipeline.network(name), condition(pipeline.family.encode, size, tuple(pipeline.configs.items())))
     return encoder, _in_place(pipeline.params[name])
 
 

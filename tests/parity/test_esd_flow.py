@@ -1,0 +1,188 @@
+"""ESD on FLUX.1 and SD3: one update against its transcription in torch (`flow_oracle.py`), and whole runs."""
+
+import copy
+
+import diffusers
+import flow_factories
+import flow_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from messages import one_line
+from torch_oracle import AXES, error, random_, to_nchw, to_nhwc, to_params
+
+import esd_jax
+from esd_jax import exports, recipe
+from esd_jax.erasing.method import Models
+from esd_jax.methods import esd
+from esd_jax.params import prefixed
+from esd_jax.runs import setup
+from esd_jax.selection import select
+
+SIZE, STEPS = (16, 24), 4
+CONCEPTS = ("cat", "two photos")
+FLOW = {
+    "sampler": "flow_euler", "timestep_mode": "grid", "sampling_steps": STEPS, "sample_with": "teacher",
+    "subset": "flow-text", "height": SIZE[0], "width": SIZE[1],
+}  # fmt: skip
+MAKE = {
+    "dev": lambda folder: flow_factories.make_flux(folder),
+    "schnell": lambda folder: flow_factories.make_flux(folder, dev=False),
+    "sd3": lambda folder: flow_factories.make_sd3(folder),
+}
+SUBSETS = {  # of the tiny transformers: two double and two single blocks; three blocks, the first with attn2
+    "dev": {
+        "esd-x": 2 * 16 + 2 * 6, "flow-text": 2 * 8, "flow-kv-text": 2 * 4, "flow-kv": 2 * 8 + 2 * 4, "qk-dual": 2 * 8,
+        "flow-double": 2 * 16, "flow-context": 2 * (8 + 4 + 2), "esd-u-flow": 2 * (8 + 4) + 2 * 10,
+        "eraseanything": 2 * 4,
+    },
+    "sd3": {
+        "esd-x": 2 * 16 + 14 + 8, "flow-text": 2 * 8 + 6, "flow-kv-text": 3 * 4, "flow-kv": 3 * 8, "qk-dual": 3 * 8,
+        "flow-double": 2 * 16 + 14, "flow-context": 2 * (8 + 4 + 2) + 6 + 2, "esd-u-flow": 3 * (8 + 4) + 8,
+        "eraseanything": 3 * 4,
+    },
+}  # fmt: skip
+
+IDLE = "transformer_blocks.2.attn.add_q_proj."  # the last block of SD3 drops the text, whatever its queries are
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """kind -> (folder, the torch pipeline that wrote it, ours), each made when it is first used."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("flow") / "model"
+            made[kind] = folder, MAKE[kind](folder), esd_jax.load(folder)
+        return made[kind]
+
+    return of
+
+
+def scheduler_of(pipe):
+    """The scheduler as the pipeline sets it for `SIZE`."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    config, options = scheduler.config, {}
+    if isinstance(pipe, diffusers.FluxPipeline):
+        options["sigmas"] = np.linspace(1, 1 / STEPS, STEPS)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        options["mu"] = calculate_shift(SIZE[0] * SIZE[1] // 16, *(config[name] for name in names))
+    scheduler.set_timesteps(STEPS, **options)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("dev", {"sampling_guidance": 3.5}),
+        ("dev", {"sampling_guidance": 3.5, "train_guidance": 2.5, "eta": 0.7}),
+        ("schnell", {}),
+        ("sd3", {"sampling_guidance": 5.0}),
+    ],
+)
+def test_an_update_equals_its_transcription(kind, fields, folders):
+    _, pipe, base = folders(kind)
+    tokens = {"dev": 512, "schnell": 256}
+    velocity = flow_oracle.sd3(pipe) if kind == "sd3" else flow_oracle.flux(pipe, tokens[kind])
+    student = random_(copy.deepcopy(pipe.transformer), seed=5)
+    plan = recipe.make(**recipe.preset("esd", **FLOW | fields).to_dict() | {"concept": list(CONCEPTS)})
+    tools = setup.make_tools(base, plan, jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.local_devices()[:1]))
+    assert tuple(concept.text for concept in plan.concepts) == CONCEPTS
+    method, inputs = plan.settings.make(tools, plan.concepts)
+    net = base.network("transformer")
+    ours = prefixed(to_params(student.state_dict(), net), "transformer")
+    models = Models(ours, prefixed(base.params["transformer"], "transformer"))
+    noise = np.random.default_rng(1).normal(size=(2, *tools.shape)).astype(np.float32)
+    prepare, gradient_of = jax.jit(method.prepare), jax.jit(jax.value_and_grad(method.loss))
+    for k in (0, 2, STEPS - 1):
+        with torch.enable_grad():
+            expected = flow_oracle.update(
+                velocity, student.requires_grad_(True), pipe.transformer, scheduler_of(pipe), to_nchw(noise), k,
+                CONCEPTS, **{"sampling_guidance": 3.0, "distilled": kind != "sd3"} | fields,
+            )  # fmt: skip
+            names, values = zip(*student.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(expected.loss, values, allow_unused=True)
+        t = method.trajectory.t_low[k]
+        draws = esd.Draws(jnp.int32(k), jnp.float32(t), jnp.arange(2), jnp.asarray(noise), jnp.zeros(2, jnp.int32))
+        batch = prepare(models, draws, inputs)
+        assert float(batch.t) == pytest.approx(expected.t, rel=1e-6)
+        assert error(batch.x, to_nhwc(expected.x)) <= 1e-4
+        assert error(batch.target, to_nhwc(expected.target)) <= 1e-4
+        loss, grads = gradient_of(ours, batch)
+        assert error(loss, expected.loss) <= 1e-4
+        for name in select(plan.subset, net.layouts, base.family.subsets):
+            theirs = dict(zip(names, gradients, strict=True))[name].numpy().transpose(AXES[net.layouts[name]])
+            if name.startswith(IDLE):
+                assert not theirs.any() and not grads[f"transformer/{name}"].any()
+            else:
+                assert error(grads[f"transformer/{name}"], theirs) <= 1e-3, name
+    assert prepare._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", SUBSETS)
+def test_subsets(kind, folders):
+    base = folders(kind)[2]
+    layouts, subsets = base.network("transformer").layouts, base.family.subsets
+    assert {name: len(select(name, layouts, subsets)) for name in subsets} == SUBSETS[kind]
+    for name in ("esd-x-strict", "xattn", "noxattn", "full"):
+        with pytest.raises(ValueError, match=one_line(f"unknown subset '{name}'")):
+            select(name, layouts, subsets)
+
+
+RUN = FLOW | {"steps": 30, "learning_rate": 2e-3, "batch_size": 2, "optimizer": "adam", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [pytest.param("dev", {}, marks=pytest.mark.slow), ("sd3", {"rank": 2, "learning_rate": 1e-2})],
+)
+def test_a_run_erases_and_its_folder_is_what_diffusers_opens(kind, fields, folders, tmp_path):
+    """The student's output for the concept moves to the target; diffusers' pipeline of the export says the same."""
+    folder, pipe, base = folders(kind)
+    erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **RUN | fields)
+    assert {name.split("/")[0] for name in erased.edits} == {"transformer"}
+    schedule = base.family.at_size(base.configs, base.schedule, SIZE)
+    x = jax.random.normal(jax.random.key(0), (4, *base.family.latents(base.configs, SIZE)))
+    t, null, cat = jnp.float32(1000 * schedule.visited(STEPS)[1]), *(base.encode_prompts([p] * 4) for p in ("", "cat"))
+    v_null, v_cat, after = base.denoise(x, t, null), base.denoise(x, t, cat), erased.denoise(x, t, cat)
+    target = 2 * v_null - v_cat
+    assert jnp.mean((after - target) ** 2) < 0.8 * jnp.mean((v_cat - target) ** 2)
+    again = esd_jax.load(tmp_path / "run", base=base)
+    np.testing.assert_array_equal(again.denoise(x, t, cat), after)
+
+    exports.export(erased, tmp_path / "out", "folder", verify=True)
+    opened = type(pipe).from_pretrained(tmp_path / "out")
+    weights = opened.transformer.state_dict()
+    changed = {
+        f"transformer/{name}" for name, value in pipe.transformer.state_dict().items() if not value.equal(weights[name])
+    }
+    assert changed == {name for name in erased.edits if not name.startswith(f"transformer/{IDLE}")}
+    np.testing.assert_array_equal(esd_jax.load(tmp_path / "out").denoise(x, t, cat), after)
+    for name in ("text_encoder_2", "tokenizer_2", "vae", "scheduler"):
+        for path in (folder / name).iterdir():
+            assert (tmp_path / "out" / name / path.name).read_bytes() == path.read_bytes() or name == "text_encoder_2"
+
+
+def test_kept_trajectories_and_preserved_prompts_serve_a_distilled_model(folders, tmp_path):
+    base = folders("dev")[2]
+    fields = {"updates_per_trajectory": 4, "trajectory_buffer": 2, "preserve": "two photos", "steps": 4}
+    erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **RUN | fields)
+    assert all(np.isfinite(value).all() for value in erased.edits.values()) and len(erased.edits) == 16
+
+
+def test_what_does_not_go_with_a_flow_is_refused_by_name(folders):
+    base, guided = folders("dev")[2], folders("sd3")[2]
+    for options, named in (
+        ({"method": "uce"}, "cross-attention"),
+        ({"method": "sdd", "subset": "flow-text"}, "variance-preserving"),
+        ({"method": "ablating", "subset": "flow-text", "replace_with": "photo"}, "guidance by the empty prompt"),
+        ({"timestep_mode": "compvis", "subset": "flow-text"}, "timestep_mode='grid'"),
+    ):
+        with pytest.raises(ValueError, match=one_line(named)):
+            esd_jax.erase(base, "cat", **{"sampler": "flow_euler"} | options if "method" not in options else options)
+    with pytest.raises(ValueError, match=one_line("train_guidance=2.0", "distilled")):
+        esd_jax.erase(guided, "cat", **RUN | {"train_guidance": 2.0})
