@@ -48,7 +48,7 @@ class Words:
             tokens=tokens,
             to_latents=Studio(dtype).to_latents,
             params={"unet": component(self.world.teacher, "unet"), "text_encoder": self.params},
-            condition=lambda outputs: SD.encode(outputs, (0, 0)),
+            condition=lambda outputs: SD.encode({}, outputs, (0, 0)),
             text_encoders={"text_encoder": network},
         )
 
