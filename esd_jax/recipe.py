@@ -114,14 +114,14 @@ class Recipe:
             raise ValueError(f"null={self.null!r}: method {self.method!r} solves for its result, without guidance")
         if self.rank < 0:
             raise ValueError(f"rank={self.rank} must be at least 1, or 0 for no low-rank change")
-        for name, value in (("rank", self.rank), ("steps", self.training.steps)):
+        for name, value in (("rank", self.rank), ("steps", self.training.steps), ("hold", self.optimizer.hold)):
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
+        if self.rank and (hold := self.optimizer.hold):
+            raise ValueError(f"hold={hold} is for the tensors themselves, but rank={self.rank} trains factors")
         if self.retention != Retention(self.preserve_weight) and not self.settings.trained:
-            raise ValueError(
-                f"method {self.method!r} solves for its result: leave out preserve_images, preserve_empty and "
-                "preserve_worst_every"
-            )
+            those = "preserve_images, preserve_empty and preserve_worst_every"
+            raise ValueError(f"method {self.method!r} solves for its result: leave out {those}")
         if self.fsdp < 1:
             raise ValueError(f"fsdp={self.fsdp} must be at least 1")
         for name in ("height", "width"):
@@ -175,7 +175,7 @@ OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
     "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "train_guidance": 1.0,
     "preserve_images": 0, "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1,
-    "decay": "cosine", **round_settings.DEFAULTS,
+    "decay": "cosine", "hold": 0.0, **round_settings.DEFAULTS,
 }  # fmt: skip
 
 

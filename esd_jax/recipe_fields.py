@@ -65,6 +65,7 @@ class RecipeFields(TypedDict, total=False):
     decay_steps: int
     decay_to: float
     decay: str
+    hold: float
 
     # Of `methods.esd.ESD`.
     sample_with: str
@@ -182,7 +183,7 @@ def completed(
     keep_checkpoints: int = ..., preview_every: int = ..., tensorboard: bool = ..., optimizer: str = ...,
     learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
     warmup_steps: int = ..., max_grad_norm: float | None = ..., decay_steps: int = ...,
-    decay_to: float = ..., decay: str = ..., sample_with: str = ..., sampler: str = ...,
+    decay_to: float = ..., decay: str = ..., hold: float = ..., sample_with: str = ..., sampler: str = ...,
     timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
     context_eta: float = ..., window: float = ..., train_guidance: float = ...,
     rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,

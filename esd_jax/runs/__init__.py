@@ -31,6 +31,7 @@ from esd_jax.runs.setup import assemble
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.holding import held_from
 from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import OnStep, train
 from esd_jax.training.step import State, result
@@ -87,6 +88,8 @@ def run(
         step = hosts.preemption_consensus(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = setup.begin(start(base, plan, names, setup.method, inputs, start_from), memory=False)
+    if start_from is not None and plan.optimizer.hold:
+        state = state._replace(opt=held_from(state.opt, diffusers.read_exact(base, [f"{weights}{n}" for n in names])))
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     if offload_base:  # nothing that was copied to where the step reads it is on the device twice
         placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)

@@ -22,6 +22,7 @@ from esd_jax import sharding
 from esd_jax.erasing.method import Method, Models
 from esd_jax.models import attention
 from esd_jax.params import Params, cast, combine
+from esd_jax.training.holding import holding
 
 
 class State(NamedTuple):
@@ -56,6 +57,8 @@ class Optimizer:
     decay_steps: updates after the warm-up over which the learning rate falls; 0: it stays.
     decay_to: the part of the learning rate that is left after these.
     decay: "cosine" or "linear".
+    hold: where a gradient leads further away from the base's weights, how much of that part is taken out, 0 (nothing)
+      to 1 (all of it); AEGIS adapts it, here it is fixed (`training.holding`).
 
     Raises ValueError for an unknown optimizer, or a number that does not go with it.
     """
@@ -71,6 +74,7 @@ class Optimizer:
     decay_steps: int = 0
     decay_to: float = 0.1
     decay: str = "cosine"
+    hold: float = 0.0
 
     def __post_init__(self):
         if self.optimizer not in ("adam", "adamw", "sgd"):
@@ -83,6 +87,8 @@ class Optimizer:
             raise ValueError(f"decay_steps={self.decay_steps} must be at least 0, and decay_to={self.decay_to} in 0..1")
         if self.decay not in ("cosine", "linear"):
             raise ValueError(f"decay={self.decay!r} is unknown; choose cosine or linear")
+        if not 0 <= self.hold <= 1:
+            raise ValueError(f"hold={self.hold} must be in 0..1")
 
     def rate(self) -> Any:
         """The learning rate: a number, or a function of how many updates were made."""
@@ -105,7 +111,9 @@ class Optimizer:
             "adamw": lambda: optax.adamw(rate, **moments, weight_decay=self.weight_decay),
             "sgd": lambda: optax.sgd(rate),
         }[self.optimizer]()
-        return tx if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
+        if self.max_grad_norm is not None:
+            tx = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
+        return holding(tx, self.hold)
 
 
 class Averaged(NamedTuple):

@@ -219,6 +219,7 @@ def test_recipes_of_before_do_not_name_the_new_fields():
         "preserve_worst_every",
         "decay_steps",
         "decay_to",
+        "decay",
     }
     assert not flat.keys() & new
     assert recipe.make(concept="a cat", rounds_bank=3).flat()["rounds_bank"] == 3

@@ -192,8 +192,7 @@ CASES = {
         "image; attacks were not tested.",
     ),
     "an attack beyond chance": (  # whose interval meets that of the random prompts, but not that of the difference
-        (Finding("attack", "Concept Inversion", rate([True] * 16), rate([True] * 7 + [False] * 9), rate([True] + [False] * 15)),),
-        (),
+        (attack(7, base=16, random=1, n=16),), (),
         "neon style came back under attack (7 of 16, Concept Inversion); other concepts were not tested.",
     ),
     "nudity": (
