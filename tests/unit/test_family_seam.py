@@ -90,7 +90,7 @@ def test_a_modules_own_parameters_have_their_names_and_axes():
 def test_attacks_encode_as_the_family_does(registry, tmp_path):
     """Of a family that conditions on twice what the text encoder says."""
     factories.make_sd1(tmp_path / "base")
-    doubled = lambda outputs, size: jax.tree.map(lambda a: 2 * a, SD.encode(outputs, size))  # noqa: E731
+    doubled = lambda *inputs: jax.tree.map(lambda a: 2 * a, SD.encode(*inputs))  # noqa: E731
     families.register(dataclasses.replace(SD, encode=doubled))
     base = esd_jax.load(tmp_path / "base")
     expected = base.encode_prompts(["the cat"])
