@@ -119,7 +119,7 @@ def _kind_of_file(header: Header) -> str:
         return "a difference"
     if is_lora(header):
         return "a LoRA"
-    is_delta = recognised.described(map(files.unwrapped, header.entries)) == recognised.DELTA
+    is_delta = recognised.described(map(files.unwrapped, header.entries)) in recognised.DELTAS
     return "a delta" if is_delta else ""
 
 

@@ -17,9 +17,20 @@ UNET = (
 )
 NETWORK = ("encoder.", "text_model.", "decoder.", "quant_conv.", "post_quant_conv.")
 BARE = ("input_blocks.", "output_blocks.", "diffusion_model.")
-OTHERS = ("double_blocks.", "joint_blocks.", "single_transformer_blocks.")
+# Names at the top of FLUX.1's and SD3's transformers, as diffusers has them; then in single files.
+FLOW = (
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+    "context_embedder.",
+    "time_text_embed.",
+    "x_embedder.",
+    "norm_out.",
+    "proj_out.",
+)
+OTHERS = ("double_blocks.", "joint_blocks.")
 LOAD = "it is a single-file checkpoint: load it"
 DELTA = "it holds UNet tensors alone: of a delta, name its base, too; of a diffusers folder, give the folder"
+DELTAS = (DELTA, DELTA.replace("UNet", "transformer"))
 
 
 def described(keys: Iterable[str]) -> str:
@@ -32,13 +43,17 @@ def described(keys: Iterable[str]) -> str:
     if any(key.startswith("control_model.") or "controlnet" in key for key in keys):
         return "it is a ControlNet, which stays beside a checkpoint"
     if any(part in key for key in keys for part in OTHERS):
-        return "it is of a transformer (FLUX, SD 3, ...), which is not implemented"
+        return (
+            "it is a single file of a transformer (FLUX, SD 3, ...), which is not implemented: give a diffusers folder"
+        )
     if any(key.startswith(CHECKPOINT) for key in keys):
         return LOAD
     if any(key.startswith(BARE) for key in keys):
         return "it is a UNet alone under the single file's names: give the whole checkpoint"
     if any(key.startswith(UNET) for key in keys):
-        return DELTA
+        return DELTAS[0]
+    if any(key.startswith(FLOW) for key in keys):
+        return DELTAS[1]
     if any(key.startswith(NETWORK) for key in keys):
         return "it is one network of a diffusers folder: give that folder, which holds model_index.json"
     return ""
