@@ -7,6 +7,7 @@ A task within another one is a part of it: a bar of its own that goes when it en
 """
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -95,8 +96,9 @@ def left(seconds: float) -> str:
 
 
 def _default() -> View:
-    notebook = "ipykernel" in sys.modules
-    return _Bars() if notebook or (sys.stderr is not None and sys.stderr.isatty()) else _Lines()
+    if "ipykernel" in sys.modules:  # rich draws bars there with ipywidgets alone
+        return _Bars() if importlib.util.find_spec("ipywidgets") else _Lines()
+    return _Bars() if sys.stderr is not None and sys.stderr.isatty() else _Lines()
 
 
 class _Silent:

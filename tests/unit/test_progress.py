@@ -119,3 +119,11 @@ def test_an_error_ends_the_bar(monkeypatch):
 )
 def test_times(seconds, text):
     assert progress.left(seconds) == text
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_bars_only_where_it_can_draw_them(widgets, monkeypatch):
+    """Without ipywidgets rich warns, and leaves an empty output for each bar."""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: sys if widgets else None)
+    assert isinstance(progress._default(), progress._Bars if widgets else progress._Lines)
