@@ -27,7 +27,7 @@ from esd_jax.names import ATTACK_NAMES
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
-EVIDENCE = "evidence"  # the folder of the parts, in a run's
+EVIDENCE = runs.EVIDENCE
 BASE, ERASED, PLACEBO = "base", "erased", "sham"
 Progress = Callable[[str], None]
 

@@ -14,6 +14,7 @@ from absl import flags
 from esd_jax import config_files, names, selection
 from esd_jax.cli import common, words
 from esd_jax.cli.export import chosen
+from esd_jax.evaluation import bounds
 from esd_jax.evaluation.judges import detectors
 from esd_jax.inputs import expanded
 from esd_jax.io import hub
@@ -71,8 +72,21 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
     if "start_from" in values and values.start_from:
         check_source(values.start_from)
     prefix = "stop_" if "stop_detector" in values else ""
-    if not prefix or values.stop_below is not None:
+    measured = check_until(values) if prefix else True
+    if measured or values.stop_below is not None:
         check_detector(str(values[f"{prefix}detector"].value))
+
+
+def check_until(values: flags.FlagValues) -> tuple[bounds.Bound, ...]:
+    """The bounds of --until; () without it. Raises ValueError for what is none, or does not go with it."""
+    if values.until is None:
+        return ()
+    parsed = bounds.parse(values.until)
+    if values.stop_below is not None:
+        raise ValueError("--until extends a run that --stop_below ends: give one of them")
+    if values.multihost:
+        raise ValueError("--until measures in one process: leave --multihost out")
+    return parsed
 
 
 def check_models(values: flags.FlagValues) -> None:

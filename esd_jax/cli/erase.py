@@ -19,7 +19,8 @@ USAGE = """\
   esd-jax erase   [BASE] "CONCEPT"|@FILE [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
                   [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
-                  [--stop_below=0.05 [--stop_detector=nudenet --stop_prompts="A;B"]]"""
+                  [--stop_below=0.05 | --until="detection<=0.02, inversion<=0.2, drop<=3"]
+                  [--stop_detector=nudenet --stop_prompts="A;B"]"""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -58,6 +59,14 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("stop_every", 50, "Evaluate every so many steps.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("stop_images", 40, "Images of each evaluation.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string(
+        "until",
+        None,
+        "Train the recipe's steps, measure, and go on by half as many while a bound is missed: detection (rate of the "
+        "concept) and inversion (success of Concept Inversion), 0 to 1; drop (of others), in percentage points.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("until_rounds", 3, "With --until: extensions at most.", lower_bound=0, flag_values=values)
     common.define_question(values, "stop_")
 
 
@@ -136,6 +145,7 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--compile describes a run without weights: it needs --dry_run")
     if "chosen" in values and hosts.is_primary():
         common.say(values.chosen)
+    bounds = early.check_until(values)
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
         return
@@ -158,7 +168,6 @@ def run(values: flags.FlagValues) -> None:
             common.question(values.stop_detector, values.stop_prompts, base, concepts, values.stop_images),
             values.stop_below,
         )
-    options = common.options(values, "resume overwrite stop_every")
     start_from = api.opened(base, values.start_from) if values.start_from else None
     folder = expanded(str(plan.output_dir))
 
@@ -182,7 +191,33 @@ def run(values: flags.FlagValues) -> None:
                 common.say(f"  warning: the images before and after failed: {error}")
         common.say(f"next: esd-jax evaluate {shlex.quote(str(folder))}")
 
-    runs.run(base, plan, start_from=start_from, stop_when=stop, offload_base=stop is None, then=then, **options)
+    options: dict[str, Any] = {**common.options(values, "resume overwrite stop_every"), "start_from": start_from}
+    if bounds:
+        _until(base, plan, bounds, values, options, then)
+    else:
+        runs.run(base, plan, stop_when=stop, offload_base=stop is None, then=then, **options)
+
+
+def _until(base: Any, plan: Any, bounds: Any, values: flags.FlagValues, options: Any, then: Any) -> None:
+    """Trains until the bounds are met, and prints what became of each."""
+    from esd_jax import runs, until
+
+    concepts = [concept.text for concept in plan.concepts]
+    asked = (values.stop_detector, values.stop_prompts, base, concepts, values.stop_images)
+    measure = until.measuring(base, concepts, bounds, common.metric(*asked))
+
+    def train(steps: int, goes_on: bool, finished: Any) -> None:
+        longer = dataclasses.replace(plan, training=dataclasses.replace(plan.training, steps=steps))
+        begun = goes_on and not values.resume  # by this process
+        how = options | ({"resume": True, "overwrite": False, "start_from": None} if begun else {})
+        runs.run(base, longer, then=finished, **how)
+
+    stages = until.train_until(
+        train, measure, bounds, plan.training.steps, folder=expanded(str(plan.output_dir)),
+        settings=common.options(values, "stop_detector stop_prompts stop_images"), extensions=values.until_rounds,
+        resume=values.resume, progress=common.say, then=then,
+    )  # fmt: skip
+    common.say("\n".join([f"after {stages[-1].steps} steps", *(f"  {line}" for line in stages[-1].lines(bounds))]))
 
 
 def _planned(plan: Any) -> Any:

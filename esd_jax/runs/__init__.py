@@ -38,6 +38,7 @@ from esd_jax.training.step import State, result
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
 EXPORTS = "exports"  # and that of its other formats
+EVIDENCE = "evidence"  # and that of its evaluation results, in parts
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {

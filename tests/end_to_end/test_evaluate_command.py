@@ -108,3 +108,29 @@ def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_p
     assert len(looked) == 1 and len(looked[0]) == 3
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
     assert esd(*run, *options, "--overwrite", "--stop_below=2") == 2 and "0..1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_extended_from_the_command_line(models, monkeypatch, capsys, tmp_path):
+    """The concept is detected in all images after two steps, and in none after three."""
+    _, _, folder = models
+    fields = {"base": folder / "base", "concept": "cat", "steps": 2, "subset": "esd-x-strict", "sampling_steps": 4,
+              "timestep_mode": "grid", "output_dir": tmp_path / "run"}  # fmt: skip
+    run = ("erase", "--config=esd_x", "--nopictures", *(f"--config.{name}={value}" for name, value in fields.items()))
+    options = ("--stop_images=3", "--stop_detector=nudenet", "--stop_prompts=a cat; one cat")
+    assert esd(*run, *options, "--until=inversion<=0.2") == 2 and "needs a goal" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+    rates = iter((True, True, False))  # of the base, whose detection rate no bound needs, and of either length
+    monkeypatch.setattr(seen, "detector", lambda *_: (lambda images: np.full(len(images), next(rates)), "all or none"))
+    assert esd(*run, *options, "--until=detection<=0.1, drop<=100", "--export=delta") == 0
+    shown = capsys.readouterr().out
+    assert "after 2 steps: detection 100.0%, at most 10.0%: missed by 90.0 points; going on to 3" in shown
+    assert "after 3 steps\n  detection 0.0%, at most 10.0%: met\n  drop " in shown
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and shown.count("erased 'cat'") == 1
+    (table,) = json.loads((tmp_path / "run" / "evidence" / "until.json").read_text())["tables"]
+    assert [label for label, _ in table["rows"]] == ["at most", "2 steps", "3 steps"]
+    assert list((tmp_path / "run" / "exports").iterdir())
+    assert esd("report", tmp_path / "run") == 0
+    assert "drop of other concepts" in (tmp_path / "run" / "report.html").read_text()

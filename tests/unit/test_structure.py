@@ -29,7 +29,7 @@ FLOORS = [
     {"examples", "kinds", "loading", "planning"},
     {"run_facts"},
     {"api", "recipe_docs", "repeat", "report_files"},
-    {"dossier", "interop", "search"},
+    {"dossier", "interop", "search", "until"},
     {"attacks", "formats", "guidance"},
     {"studio"},
     {"cli", "__init__"},
