@@ -18,6 +18,8 @@ from esd_jax.erasing.closed_form import last_tokens
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasure import Concept
 from esd_jax.evaluation import testbed
+from esd_jax.evaluation.attacks import adversary
+from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.sampling import example_keys, initial_noise
@@ -26,7 +28,8 @@ AUTO = ("auto",)
 NEIGHBOURS = 8  # of each concept
 SHORTLIST = 32  # whose predictions are compared
 NOISES, LEVEL = 4, 0.8  # x_t that they are compared at, pure noise taken for t of this part of the schedule
-AT_ONCE = 32
+AT_ONCE = 32  # prompts encoded
+TOGETHER = 8  # and predicted for, in one shape
 
 
 def resolved(base: Pipeline, plan: Recipe) -> Recipe:
@@ -76,11 +79,13 @@ def predicted_apart(base: Pipeline, concept: str, texts: Sequence[str]) -> Float
     height, width = base.family.default_size(base.configs) or (64, 64)
     noise = initial_noise(base, example_keys(0, NOISES), (height, width))
     t = jnp.float32(LEVEL * base.schedule.num_train_timesteps)
-    denoise = jax.jit(base.denoise)
+    network, weights = adversary.denoiser(base)
+    denoise = jax.jit(network.apply)  # whose weights are an input: as constants they would be in the program once more
 
-    def predicted(some: Sequence[str]) -> jax.Array:
-        conditioning = base.encode_prompts(some)
-        return jnp.stack([denoise(jnp.repeat(x[None], len(some), axis=0), t, conditioning) for x in noise], axis=1)
+    def predicted(conditioning: Conditioning) -> jax.Array:
+        count = len(jax.tree.leaves(conditioning)[0])
+        return jnp.stack([denoise(weights, jnp.repeat(x[None], count, axis=0), t, conditioning) for x in noise], axis=1)
 
-    own, *others = np.asarray(in_batches(predicted, [concept, *texts], AT_ONCE), np.float64)
+    encoded = in_batches(base.encode_prompts, [concept, *texts], AT_ONCE)
+    own, *others = np.asarray(adversary.in_turn(predicted, (encoded,), TOGETHER), np.float64)
     return np.array([np.mean((other - own) ** 2) for other in others])
