@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from esd_jax.erasing import contexts
 from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.contexts import Context
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.method import Tools
 from esd_jax.params import Params
@@ -131,6 +133,12 @@ def edit(pairs: Sequence[tuple[Array, Array, float]], lam: float, free: Array | 
 def guide(concept: Concept) -> str:
     """What a concept becomes."""
     return concept.replace_with[0] if concept.replace_with else ""
+
+
+def prompts(concept: Concept, sentences: Sequence[Context] = (), phrases: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The prompts that a concept is erased from, and what each becomes: alone, in phrases ("art by {}"), contexts."""
+    alone = [(phrase.format(concept.text), guide(concept)) for phrase in ("{}", *phrases)]
+    return [*alone, *contexts.pairs(sentences, concept.text, guide(concept))]
 
 
 def preserved(concepts: Sequence[Concept]) -> list[str]:

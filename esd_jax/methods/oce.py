@@ -74,7 +74,8 @@ class OCE:
         concepts that it cannot erase.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
-        phrases = [phrase.format(c.text) for c in concepts for phrase in ("{}", *EXPANSIONS[self.expand])]
+        expanded = EXPANSIONS[self.expand]
+        phrases = [text for c in concepts for text, _ in closed_form.prompts(c, phrases=expanded)]
         kept = closed_form.preserved(concepts)
         encoded = closed_form.encode(tools, concepts, [*phrases, *kept])
         last = lambda texts: jnp.stack([encoded[text].vectors[encoded[text].last] for text in texts])  # noqa: E731

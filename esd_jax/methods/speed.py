@@ -77,13 +77,8 @@ class SPEED:
         concepts that it cannot erase.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
-        known = contexts.parse(self.contexts, guided=True)
-        erased = [
-            (pair, concept.strength)
-            for concept in concepts
-            for guide in [closed_form.guide(concept)]
-            for pair in [(concept.text, guide), *contexts.pairs(known, concept.text, guide)]
-        ]
+        sentences = contexts.parse(self.contexts, guided=True)
+        erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
         kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
         encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
         edit = closed_form.edit(

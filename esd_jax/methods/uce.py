@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from esd_jax.erasing import contexts, corpora
+from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.closed_form import (
     SUBSET,
     Edit,
@@ -26,7 +26,6 @@ from esd_jax.erasing.closed_form import (
     check_positive,
     edit,
     encode,
-    guide,
     preserved,
 )
 from esd_jax.erasing.concepts import Concept
@@ -99,7 +98,12 @@ class UCE:
         """
         check(tools, concepts)
         kept = ["", *preserved(concepts)] if self.tokens != "last" else preserved(concepts)
-        erased = [(pair, concept.strength) for concept in concepts for pair in self._prompts(concept)]
+        sentences = contexts.parse(self.contexts, guided=True)
+        erased = [
+            (pair, concept.strength)
+            for concept in concepts
+            for pair in closed_form.prompts(concept, sentences, EXPANSIONS[self.expand])
+        ]
         encoded = encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
         erase_scale, preserve_scale = self.erase_scale, self.preserve_scale
         if self.retain is not None:
@@ -119,11 +123,6 @@ class UCE:
         else:
             pairs += [(encoded[text].vectors, encoded[text].vectors, preserve_scale) for text in kept]
         return Solver(), edit(pairs, self.lam, free)
-
-    def _prompts(self, concept: Concept) -> list[tuple[str, str]]:
-        """The prompts that a concept is erased from, and what each becomes."""
-        phrases = [(phrase.format(concept.text), guide(concept)) for phrase in ("{}", *EXPANSIONS[self.expand])]
-        return [*phrases, *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide(concept))]
 
 
 @dataclass(frozen=True, eq=False)
