@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.embedding_search import Search, State
 from esd_jax.erasing.method import Models, denoise
-from esd_jax.erasing.textual_inversion import TABLE, Encoder
+from esd_jax.erasing.textual_inversion import TABLE, Encoder, vocabulary
 from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # examples of a gauge in one call
@@ -57,10 +57,6 @@ class Gallery:
     text_encoder: Params
     radius: Float[Array, " concepts"]
 
-    @property
-    def vocabulary(self) -> int:
-        return self.text_encoder[TABLE].shape[0]
-
 
 class Place(NamedTuple):
     """Where a prediction is asked for: which prompt, which of its images, and how it is noised."""
@@ -87,7 +83,7 @@ def encode(
     text_encoder: Encoder, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "batch new width"]
 ) -> Conditioning:
     """`textual_inversion.encode`, of prompts that each have new tokens of their own."""
-    known = params[TABLE].shape[0]
+    known = vocabulary(params)
     own = ids >= known
     theirs = jnp.take_along_axis(new, jnp.where(own, ids - known, 0)[:, :, None], axis=1)
     embeddings = jnp.where(own[:, :, None], theirs, params[TABLE][jnp.where(own, 0, ids)].astype(new.dtype))

@@ -105,7 +105,7 @@ def make_gallery(
     sampling: Mapping[str, Any],
 ) -> Gallery:
     """What the searches and updates know of the concepts."""
-    known, count = params[TABLE].shape[0], settings.rounds_images
+    known, count = textual_inversion.vocabulary(params), settings.rounds_images
     rows = len(prompts[0].named)
 
     def ids(template: str, length: int) -> np.ndarray:

@@ -112,15 +112,15 @@ def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "wid
 
     Of many prompts it is computed once, and kept in a file under a hash of the text encoders and the prompts.
     """
-    return _moment(tools, weights, "")
+    return _moment(tools, weights, words=False)
 
 
 def word_moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "width width"]:
     """The mean of c c^T over the token vectors c of the prompts' words, start and end tokens too; kept likewise."""
-    return _moment(tools, weights, "words-")
+    return _moment(tools, weights, words=True)
 
 
-def _moment(tools: Tools, weights: Mapping[str, float], kind: str) -> Float[np.ndarray, "width width"]:
+def _moment(tools: Tools, weights: Mapping[str, float], words: bool) -> Float[np.ndarray, "width width"]:
     texts = list(weights)
 
     def compute() -> dict[str, np.ndarray]:
@@ -129,16 +129,16 @@ def _moment(tools: Tools, weights: Mapping[str, float], kind: str) -> Float[np.n
             some = texts[start : start + ENCODED_AT_ONCE]
             vectors = np.asarray(tools.vectors(tools.encode(some)), np.float64)
             squares = np.array([weights[text] for text in some])[:, None]
-            if kind:
+            if words:
                 squares = squares * (np.arange(vectors.shape[1]) <= last_tokens(tools.tokens, some)[:, None] + 1)
                 tokens += squares.sum()
             flat = (np.sqrt(squares)[:, :, None] * vectors).reshape(-1, vectors.shape[-1])
             total = total + flat.T @ flat
-        return {"moment": total / (tokens if kind else sum(weights.values()))}
+        return {"moment": total / (tokens if words else sum(weights.values()))}
 
     if len(texts) < WORTH_A_FILE or not tools.cache:
         return compute()["moment"]
-    file = inputs.cache("moments") / f"{kind}{_fingerprint(tools, weights)}.npz"
+    file = inputs.cache("moments") / f"{'words-' if words else ''}{_fingerprint(tools, weights)}.npz"
     if (stored := results.read(file)) is not None:
         return stored["moment"]
     fields = compute()

@@ -55,8 +55,7 @@ class StoredWeights:
 
     def __post_init__(self):
         for name in self.formats:
-            if name not in FORMATS:
-                raise ValueError(f"format {name!r} is unknown; choose of {', '.join(FORMATS)}")
+            _format(name)
 
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
@@ -75,7 +74,12 @@ class StoredWeights:
 
 def rounded(pipeline: Pipeline, name: str) -> Pipeline:
     """A pipeline whose denoiser's tensors hold what a format keeps of them. Raises ValueError for an unknown one."""
+    keep = _format(name)
+    tensors = {key: keep(value) for key, value in pipeline.params[pipeline.denoiser].items()}
+    return replace(pipeline, params={**pipeline.params, pipeline.denoiser: tensors}, edits={})
+
+
+def _format(name: str) -> Callable[[Array], Array]:
     if name not in FORMATS:
         raise ValueError(f"format {name!r} is unknown; choose of {', '.join(FORMATS)}")
-    tensors = {key: FORMATS[name](value) for key, value in pipeline.params[pipeline.denoiser].items()}
-    return replace(pipeline, params={**pipeline.params, pipeline.denoiser: tensors}, edits={})
+    return FORMATS[name]
