@@ -15,15 +15,15 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from esd_jax.families.family import NEEDS, Configs, Family
-from esd_jax.families.flux import FLUX
+from esd_jax.families.flux import FLUX, FLUX_UNDISTILLED
 from esd_jax.families.sd import SD
 from esd_jax.families.sd3 import SD3
 from esd_jax.families.sdxl import SDXL
 from esd_jax.suggest import did_you_mean
 
-__all__ = ["FLUX", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "by_pipeline", "module", "of", "register"]
+__all__ = ["FLUX", "FLUX_UNDISTILLED", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "by_pipeline", "module", "of", "register"]
 
-_FAMILIES = [SD, SDXL, FLUX, SD3]
+_FAMILIES = [SD, SDXL, FLUX, FLUX_UNDISTILLED, SD3]
 
 
 def register(family: Family) -> Family:
