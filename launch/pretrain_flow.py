@@ -2,11 +2,12 @@
 
     python -m launch.pretrain_flow --config=configs/pretrain/emoji_flow.py --config.output_dir=out/emoji-flow
 
-Resumes. Writes to output_dir: latents.npy, t5.safetensors, checkpoints/, snapshots/, log.jsonl, and model/, the parts
-of the diffusers folder that are not the embedded emoji model's.
+Resumes, also with more `steps`. Writes to output_dir: latents.npy, t5.safetensors, checkpoints/, snapshots/, log.jsonl,
+and model/, the diffusers folder.
 """
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from safetensors.numpy import load_file
 
 from esd_jax import api
-from esd_jax.demo import captions, vocabulary
+from esd_jax.demo import MODEL, captions, vocabulary
 from esd_jax.demo.pretrain import autoencoder, flow, flow_architecture
 from esd_jax.demo.pretrain.architecture import TOKENS
 from esd_jax.families import FLUX_UNDISTILLED
@@ -36,6 +37,7 @@ from launch.pretrain_demo import Configs, log, random_pictures, random_weights, 
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain/emoji_flow.py", flag_values=FLAGS)
+CONTINUED = ("steps", "decay_steps")  # may be raised where a run goes on
 TRAINED = (FLUX_UNDISTILLED.denoiser, flow.T5)
 
 
@@ -73,9 +75,7 @@ def encoded(
     return np.concatenate([last[:, 1:], last[:, -1:]], axis=1), np.concatenate([np.asarray(o.pooled) for o in outputs])
 
 
-def train_t5(
-    config: ConfigDict, configs: Configs, tokens: np.ndarray, states: np.ndarray, output: Path
-) -> Params:
+def train_t5(config: ConfigDict, configs: Configs, tokens: np.ndarray, states: np.ndarray, output: Path) -> Params:
     """A T5 whose states are about those of CLIP, so that the transformer's training starts from concepts told apart."""
     file = output / "t5.safetensors"
     if file.exists():
@@ -109,9 +109,7 @@ def train_flow(
     texts, tokens, pooled = encodings
     row = {text: i for i, text in enumerate(texts)}
 
-    rate = optax.warmup_cosine_decay_schedule(
-        0, config.learning_rate, config.warmup_steps, config.steps, end_value=0.01 * config.learning_rate
-    )
+    rate = learning_rate(config)
     tx = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=config.weight_decay),
@@ -122,7 +120,7 @@ def train_flow(
     theta = jax.tree.map(jnp.asarray, theta)
     average = jax.tree.map(jnp.copy, theta)  # its own buffers, since the step takes both
     state = State(theta, (tx.init(theta), average), jnp.int32(0), jax.random.key(config.seed))
-    meta = {name: value for name, value in config.to_dict().items() if name != "output_dir"}
+    meta = {name: value for name, value in config.to_dict().items() if name not in ("output_dir", *CONTINUED)}
     with Checkpoints(output / "checkpoints", meta, keep=1) as checkpoints:
         if checkpoints.latest is not None:
             state = checkpoints.resume(state)
@@ -144,6 +142,19 @@ def train_flow(
     return state.opt[1]
 
 
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Warmup, then constant, then linear to zero over the last `decay_steps`; so a run can go on with more `steps`."""
+    full, end = config.learning_rate, config.steps - config.decay_steps
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0, full, config.warmup_steps),
+            optax.constant_schedule(full),
+            optax.linear_schedule(full, 0, config.decay_steps),
+        ],
+        [config.warmup_steps, end],
+    )
+
+
 def artwork_latents(
     config: ConfigDict, shared: Pipeline, shown: list[tuple[str, str]], file: Path
 ) -> Float[np.ndarray, "pictures height width channels"]:
@@ -159,20 +170,22 @@ def artwork_latents(
 
 
 def write_model(folder: Path, configs: Configs, params: Params) -> None:
-    """What diffusers opens, in float16, but for what is shared; the tokenizer is there already."""
+    """What diffusers opens, in float16; T5's tokenizer is there already. `params` holds "COMPONENT/NAME"."""
     sources = {FLUX_UNDISTILLED.denoiser: flow_architecture.TRANSFORMER}
     sources[flow.T5] = flow_architecture.text_encoder_2(configs[flow.T5].vocab_size)
     for part, source in sources.items():
         layouts = network(configs[part], "float32").layouts
         tensors = {
-            name: safetensors.to_file(
-                safetensors.cast(f"{part}/{name}", np.asarray(value), "F16"), layouts[name]
-            )
+            name: safetensors.to_file(safetensors.cast(f"{part}/{name}", np.asarray(value), "F16"), layouts[name])
             for name, value in component(params, part).items()
         }
         write_json(folder / part / "config.json", source)
         stem = "model" if part == flow.T5 else "diffusion_pytorch_model"
         safetensors.save(folder / part / f"{stem}.safetensors", tensors)
+    write_json(folder / "vae" / "config.json", flow_architecture.VAE)
+    for name in flow_architecture.SHARED:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(MODEL / name, folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", flow_architecture.SCHEDULER)
     write_json(folder / "model_index.json", flow_architecture.MODEL_INDEX)
 

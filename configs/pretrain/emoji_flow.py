@@ -16,13 +16,14 @@ def get_config() -> ConfigDict:
     config.imitation_learning_rate = 3e-3
 
     config.placements = 28  # pictures of each (object, style), encoded once
-    config.steps = 5000
-    config.batch_size = 32
-    config.learning_rate = 2e-3
+    config.steps = 16000
+    config.decay_steps = 4000  # over which the learning rate falls to zero at the end
+    config.batch_size = 16
+    config.learning_rate = 1.5e-3
     config.warmup_steps = 200
     config.weight_decay = 0.01
     config.max_grad_norm = 1.0
     config.shift = 1.5  # of the noise levels
-    config.checkpoint_every = 250
-    config.snapshot_every = 500  # averaged weights to draw the learning curve from
+    config.checkpoint_every = 200
+    config.snapshot_every = 400  # averaged weights to draw the learning curve from
     return config

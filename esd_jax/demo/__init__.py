@@ -3,8 +3,8 @@
 `MODEL` is its diffusers folder (`esd_jax.load("emoji")` loads it), with a model card in its README.md. 44 objects in 8
 styles, 64 x 64 px, trained by `launch/pretrain_demo.py` on the artwork in `artwork.png`.
 
-`FLOW` is a folder of the layout of FLUX.1 (`esd_jax.load("emoji-flow")`), trained by `launch/pretrain_flow.py` on the same
-artwork, with the VAE and CLIP of the first.
+`FLOW` is a folder of the layout of FLUX.1 (`esd_jax.load("emoji-flow")`), trained by `launch/pretrain_flow.py` on the
+same artwork, with the VAE and CLIP of the first.
 """
 
 from pathlib import Path

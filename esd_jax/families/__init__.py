@@ -21,7 +21,20 @@ from esd_jax.families.sd3 import SD3
 from esd_jax.families.sdxl import SDXL
 from esd_jax.suggest import did_you_mean
 
-__all__ = ["FLUX", "FLUX_UNDISTILLED", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "by_pipeline", "module", "of", "register"]
+__all__ = [
+    "FLUX",
+    "FLUX_UNDISTILLED",
+    "NEEDS",
+    "SD",
+    "SD3",
+    "SDXL",
+    "Configs",
+    "Family",
+    "by_pipeline",
+    "module",
+    "of",
+    "register",
+]
 
 _FAMILIES = [SD, SDXL, FLUX, FLUX_UNDISTILLED, SD3]
 

@@ -20,7 +20,6 @@ from esd_jax.models.config import read_config
 from esd_jax.models.layers import Dtype, Rngs
 from esd_jax.models.mmdit import FlowConditioning, Rotation
 
-
 # In `transformer/config.json`. diffusers reads no field that starts with "_".
 UNDISTILLED = "_undistilled"
 
@@ -75,7 +74,9 @@ class UndistilledFluxConfig(FluxConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.guidance_embeds:
-            raise ValueError(f"Flux: config field guidance_embeds=True is of a distilled network, and {UNDISTILLED} of none")
+            raise ValueError(
+                f"Flux: config field guidance_embeds=True is of a distilled network, and {UNDISTILLED} of none"
+            )
 
 
 class DoubleBlock(nnx.Module):

@@ -42,7 +42,7 @@ def initial(params: Params) -> Params:
 
 
 def draw(key: Array, shape: tuple[int, ...], shift: float) -> tuple[Float[Array, "*shape"], Float[Array, " batch"]]:
-    """The noise, and each example's noise level: the shifted sigmoid of a normal number (Esser et al. 2024, Eq. 19, 23).
+    """The noise, and each example's level: the shifted sigmoid of a normal number (Esser et al. 2024, Eq. 19 and 23).
 
     Stratified: the batch covers the distribution evenly, which makes the loss's gradient less noisy.
     """
@@ -53,10 +53,8 @@ def draw(key: Array, shape: tuple[int, ...], shift: float) -> tuple[Float[Array,
     return jax.random.normal(noise_key, shape), shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def loss(
-    transformer: Network, t5: Network, params: Params, batch: Batch, key: Array, shift: float
-) -> Float[Array, ""]:
-    """Squared error of the predicted velocity eps - x0 (Esser et al. 2024, Eq. 14), each example at its own noise level.
+def loss(transformer: Network, t5: Network, params: Params, batch: Batch, key: Array, shift: float) -> Float[Array, ""]:
+    """Squared error of the velocity eps - x0 that is predicted (Esser et al. 2024, Sec. 2), each example at its own level.
 
     `params` holds "transformer/NAME" and "text_encoder_2/NAME".
     """

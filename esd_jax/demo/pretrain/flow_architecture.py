@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax.demo import captions
-from esd_jax.demo.pretrain.architecture import TOKENS, UNET
+from esd_jax.demo.pretrain import architecture
+from esd_jax.demo.pretrain.architecture import TOKENS
 from esd_jax.diffusion.flow import CLASS
 from esd_jax.families import FLUX_UNDISTILLED
 from esd_jax.models.flux import UNDISTILLED, FluxConfig
@@ -17,8 +18,17 @@ from esd_jax.models.t5 import T5Config
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # the first three ids, as in every T5
 BOUNDARY = "\N{LOWER ONE EIGHTH BLOCK}"  # in a piece, where a word starts
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"()-"
-WIDTH = UNET["cross_attention_dim"]
+WIDTH = architecture.UNET["cross_attention_dim"]
 
+# What the folder has of the embedded Stable Diffusion's, as it is.
+SHARED = (
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    *(f"tokenizer/{name}" for name in ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")),
+)
+# FluxPipeline adds the shift, and cannot add None.
+VAE: dict[str, Any] = {**architecture.VAE, "shift_factor": 0.0}
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "FluxTransformer2DModel",
     UNDISTILLED: True,
