@@ -54,7 +54,7 @@ def draw(key: Array, shape: tuple[int, ...], shift: float) -> tuple[Float[Array,
 
 
 def loss(transformer: Network, t5: Network, params: Params, batch: Batch, key: Array, shift: float) -> Float[Array, ""]:
-    """Squared error of the velocity eps - x0 that is predicted (Esser et al. 2024, Sec. 2), each example at its own level.
+    """Squared error of the velocity eps - x0 (Esser et al. 2024, Sec. 2), each example at its own noise level.
 
     `params` holds "transformer/NAME" and "text_encoder_2/NAME".
     """
