@@ -81,7 +81,8 @@ def train_t5(config: ConfigDict, configs: Configs, tokens: np.ndarray, states: n
     if file.exists():
         return load_file(file)
     rng, params = np.random.default_rng([config.seed, 4]), random_weights(config, configs[flow.T5])
-    rate = optax.warmup_cosine_decay_schedule(0, config.imitation_learning_rate, 100, config.imitation_steps)
+    warmup = min(100, config.imitation_steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0, config.imitation_learning_rate, warmup, config.imitation_steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     step, opt = flow.imitation_step(network(configs[flow.T5], "float32"), tx), tx.init(params)
     started = time.monotonic()
