@@ -210,9 +210,9 @@ def completed(
     sample_prompt: str = ..., timestep_mode: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
     erase_scale: float = ..., expand: str = ..., retain: str | None = ..., template: str = ...,
-    inversion_steps: int = ..., inversion_tokens: str = ..., inversion_learning_rate: float = ..., drawn_images: int = ...,
-    drawing_sampler: str | None = ..., drawing_steps: int = ..., drawing_guidance: float = ..., drawing_seed: int = ...,
-    lam: float = ..., preserve_scale: float = ...,
+    inversion_steps: int = ..., inversion_tokens: str = ..., inversion_learning_rate: float = ...,
+    drawn_images: int = ..., drawing_sampler: str | None = ..., drawing_steps: int = ...,
+    drawing_guidance: float = ..., drawing_seed: int = ..., lam: float = ..., preserve_scale: float = ...,
 ) -> Any:
     """The same names as plain keywords: Jedi, which completes in notebooks and many editors, reads no `Unpack`."""
     ...

@@ -56,11 +56,6 @@ class Method:
     One shape for all: a method that remembers nothing has the memory (), one in closed form has `solve` and no steps.
     """
 
-    @property
-    def discarded(self) -> int:
-        """Updates until the student restarts (`Interval.restart`): until then it is not yet what is erased."""
-        return 0
-
     def pace(self, step: Array) -> Array | None:
         """What an update is multiplied by, as if the learning rate were; None: nothing. step: updates before it."""
         return None
@@ -175,6 +170,11 @@ class Settings(Protocol):
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method, Any]:
         """The method, and its traced inputs."""
         ...
+
+
+def discarded(settings: Settings) -> int:
+    """Updates until the student restarts (`Interval.restart`), of methods that say so: what they train is no result."""
+    return getattr(settings, "discarded", 0)
 
 
 def choose(settings: Any, **choices: Sequence[str]) -> None:

@@ -63,10 +63,6 @@ class Preserving(base.Method):
         kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
         return Draws(inner, inner.t, kept)
 
-    @property
-    def discarded(self) -> int:
-        return self.method.discarded
-
     def pace(self, step: Array) -> Array | None:
         return self.method.pace(step)
 

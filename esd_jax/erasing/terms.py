@@ -93,10 +93,6 @@ class Terms(base.Method):
     denoiser: Network
     terms: tuple[Term, ...]
 
-    @property
-    def discarded(self) -> int:
-        return self.method.discarded
-
     def pace(self, step: Array) -> Array | None:
         return self.method.pace(step)
 

@@ -122,6 +122,11 @@ class STEREO:
         contexts.parse(self.contexts)
 
     @property
+    def discarded(self) -> int:
+        """Updates of the first stage."""
+        return self.search_rounds * self.search_updates
+
+    @property
     def templates(self) -> list[str]:
         """The prompts of the images."""
         return [template.strip() for template in self.template.split(";")]
@@ -195,6 +200,7 @@ class Recalled(NamedTuple):
     """
 
     draws: Draws
+    t: Float[Array, ""]
     texts: Conditioning
     which: Int[Array, " batch"]
     searching: Bool[Array, ""]
@@ -243,12 +249,8 @@ class Method(base.Method):
     row: Conditioning
     count: int
 
-    @property
-    def discarded(self) -> int:
-        return self.settings.search_rounds * self.settings.search_updates
-
     def pace(self, step: Array) -> Array:
-        return jnp.where(step < self.discarded, self.settings.search_pace, 1.0)
+        return jnp.where(step < self.settings.discarded, self.settings.search_pace, 1.0)
 
     def memory(self, shape: tuple[int, ...]) -> Memory:
         each = self.settings.search_rounds, self.count
@@ -278,7 +280,7 @@ class Method(base.Method):
         count, number = 1 + self.settings.search_rounds, jnp.asarray(step) // self.settings.search_updates
         searching = number < self.settings.search_rounds
         any_of_them = jnp.minimum((draws.text * count).astype(jnp.int32), count - 1)
-        return memory, Recalled(draws, texts, jnp.where(searching, number, any_of_them), searching)
+        return memory, Recalled(draws, draws.t, texts, jnp.where(searching, number, any_of_them), searching)
 
     def prepare(self, models: Models, recalled: Recalled, inputs: Inputs) -> Scored:
         """x_t, and the student's target. Nothing here carries a gradient."""
@@ -321,7 +323,7 @@ class Method(base.Method):
             ids = jnp.tile(prompts, (len(own), 1))
             new, values = self.invert(student, inputs.text_encoder, images, ids, inputs.start, key)
             learned.append(self._encode(inputs.text_encoder, inputs.ids[:1], new))
-            losses.append(float(np.asarray(values)[-(-len(values) // 10) :].mean()))
+            losses.append(float(np.asarray(values)[-(1 + len(values) // 10) :].mean()))
         record = {"round": number, "loss": float(np.mean(losses)), "seconds": round(time.monotonic() - began, 3)}
         texts = jax.tree.map(lambda *a: jnp.concatenate(a), *learned)
         last = number == self.settings.search_rounds

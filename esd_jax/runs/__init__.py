@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from esd_jax import hosts, lora, sharding
-from esd_jax.erasing.method import Method
+from esd_jax.erasing.method import Method, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
@@ -147,7 +147,7 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
-            stop_after=setup.method.discarded,
+            stop_after=discarded(plan.settings),
             on_step=on_step,
             between=between,
             on_record=records.add,

@@ -116,11 +116,6 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
         method, inputs = retaining(method, inputs, tools, concepts, recipe.retention)
-        if (first := method.discarded) and training.steps <= first:
-            raise ValueError(
-                f"steps={training.steps}: method {recipe.method!r} throws away what its first {first} updates train, "
-                f"so give steps={first + 1} or more, or search less"
-            )
     tx = transformation(recipe)
     view = {"compute_dtype": compute_dtype(source, recipe), "weights": lora.weights if recipe.rank else unchanged}
     batches = {"batch_size": training.batch_size, "accumulate": training.accumulate}

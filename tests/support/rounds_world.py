@@ -17,6 +17,7 @@ from torch_oracle import to_nchw
 from words import CLIP, text_encoders, tokens
 
 from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Tools
 from esd_jax.erasing.retention import Retention, retaining
 from esd_jax.erasing.textual_inversion import TABLE
 from esd_jax.families import SD
@@ -52,9 +53,13 @@ class Words:
             text_encoders={"text_encoder": network},
         )
 
+    def tools_with(self, sample: Any) -> Tools:
+        """The tools, with what draws images."""
+        return dataclasses.replace(self.tools, sample=sample)
+
     def make(self, concepts: Sequence[Concept] = (Concept("clay"),), kept: Any = None, **fields: Any) -> Any:
         """(method, inputs) of ESD, of `ROUNDS` and `GRID` with some fields changed; kept: fields of `Retention`."""
-        tools = dataclasses.replace(self.tools, sample=Studio().sample)  # the same images every time
+        tools = self.tools_with(Studio().sample)  # the same images every time
         method, inputs = ESD(**{**GRID, **ROUNDS, **fields}).make(tools, concepts)
         return retaining(method, inputs, tools, concepts, Retention(**kept)) if kept else (method, inputs)
 
