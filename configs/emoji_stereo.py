@@ -3,7 +3,7 @@
     esd-jax erase --config=emoji_stereo --config.concept="neon style" --config.output_dir=out/neon_stereo
 
 The changes to stereo are:
-- three rounds of 60 updates with an inversion of 150 steps each, then 120 updates: the model is small. It has no word
+- three rounds of 100 updates with an inversion of 300 steps each, then 200 updates: the model is small. It has no word
   like "art", so that the new token starts from noise.
 - trajectories of 20 steps; learning rate 5e-4.
 Not tuned.
@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
         contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
         sampling_steps=20,
         search_rounds=3,
-        search_updates=60,
-        inversion_steps=150,
+        search_updates=100,
+        inversion_steps=300,
         inversion_learning_rate=2e-2,
         inversion_tokens="<rand-0.09>",
         template="; ".join(f"{name} in {{concept}}" for name in OBJECTS),
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         drawing_steps=20,
         drawing_guidance=3.0,
         learning_rate=5e-4,
-        steps=300,
+        steps=500,
         checkpoint_every=50,
         preview_prompts="{}; a cat in {}; a cat in ink style; a rocket in clay style",
         preview_guidance=3.0,

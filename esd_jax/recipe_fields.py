@@ -76,22 +76,6 @@ class RecipeFields(TypedDict, total=False):
     context_eta: float
     window: float
     train_guidance: float
-    rounds_every: int
-    rounds_search: int
-    rounds_warm: int
-    rounds_rate: float
-    rounds_batch: int
-    rounds_tokens: str
-    rounds_start: float
-    rounds_radius: float
-    rounds_from_t: int
-    rounds_bank: int
-    rounds_fresh: float
-    rounds_weight: float
-    rounds_images: int
-    rounds_seed: int
-    rounds_skip: float
-    rounds_stop: int
 
     # Of `methods.all_but_one.AllButOne`.
     delta: str
@@ -160,6 +144,22 @@ class RecipeFields(TypedDict, total=False):
     updates_per_trajectory: int
     trajectory_buffer: int
     contexts: str | None
+    rounds_every: int
+    rounds_search: int
+    rounds_warm: int
+    rounds_rate: float
+    rounds_batch: int
+    rounds_tokens: str
+    rounds_start: float
+    rounds_radius: float
+    rounds_from_t: int
+    rounds_bank: int
+    rounds_fresh: float
+    rounds_weight: float
+    rounds_images: int
+    rounds_seed: int
+    rounds_skip: float
+    rounds_stop: int
     erase_scale: float
     expand: str
     retain: str | None
@@ -192,10 +192,6 @@ def completed(
     decay_to: float = ..., decay: str = ..., hold: float = ..., sample_with: str = ..., sampler: str = ...,
     anchor: str = ..., eta: float = ..., as_released: bool = ...,
     context_eta: float = ..., window: float = ..., train_guidance: float = ...,
-    rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
-    rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
-    rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
-    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
     delta: str = ..., instructions: str | None = ...,
     replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
@@ -209,6 +205,10 @@ def completed(
     centres: int = ..., corpus_scale: float = ...,
     sample_prompt: str = ..., timestep_mode: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
+    rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
+    rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
+    rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
+    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
     erase_scale: float = ..., expand: str = ..., retain: str | None = ..., template: str = ...,
     inversion_steps: int = ..., inversion_tokens: str = ..., inversion_learning_rate: float = ...,
     drawn_images: int = ..., drawing_sampler: str | None = ..., drawing_steps: int = ...,
