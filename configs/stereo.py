@@ -3,11 +3,8 @@
     esd-jax erase --config=stereo --config.concept="Van Gogh" --config.output_dir=runs/van_gogh_stereo
 
 The released code's values: four rounds of 200 updates and an inversion of 3,000 steps each; then the student restarts,
-and 200 updates erase the name and all four tokens. The anchors, which a language model wrote there, are ours. Not
-measured here.
-- an object: --config.subset=noxattn --config.inversion_tokens=object, a --config.template of photos, and
-  --config.contexts="a street with {}: a street | ...".
-- ReCARE: --config.search_rounds=2 --config.steps=600 with prompts in --config.preserve.
+and 200 updates erase the name and all four tokens. The anchors, which a language model wrote there, are ours. ReCARE
+is --config.search_rounds=2 --config.steps=600 with prompts in --config.preserve. Not measured here.
 """
 
 from ml_collections import ConfigDict

@@ -153,7 +153,7 @@ class AllButOne(RoundsSettings):
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
             method = Replaying(method, kept)
-        inputs, sampling = Inputs(bank, *numbers, token_scale), {"steps": self.sampling_steps}
+        inputs, sampling = Inputs(bank, *numbers, token_scale=token_scale), {"steps": self.sampling_steps}
         return rounds.adding(self, method, inputs, tools, named, guidance_scale=self.gamma_1, **sampling)
 
 

@@ -59,10 +59,11 @@ class STEREO:
     A concept's anchors are its `replace_with` and the prompts of `contexts` without the concept; without any of these,
     the empty prompt. `strength` multiplies s + 1.
 
-    search_rounds, search_updates: K, and the updates of each; what the run makes beyond these is the second stage's.
-      With 2 rounds and `preserve`, this is ReCARE, whose retained prompts are scored at the method's own x_t.
+    search_rounds: K. With 2 rounds and `preserve` this is ReCARE, whose retained prompts are scored at the method's own
+      x_t.
+    search_updates: of each of these; all updates after them are the second stage's.
     search_pace: the first stage's learning rate, as a part of `learning_rate`.
-    scale: s.
+    scale: s, which leads to the anchor by s - 1 and away from the texts by s + 1.
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, and the same without it, an
       anchor. Of the former nothing is used; in the released code a language model wrote the anchors.
     timestep_mode: which timestep x_t is scored at, as of ESD.
@@ -144,7 +145,7 @@ class STEREO:
         start = textual_inversion.initial(
             tools.tokens, params, self.inversion_tokens, jax.random.key(self.drawing_seed)
         )
-        new = range(known := textual_inversion.vocabulary(params), known + len(start))
+        new = range(first := textual_inversion.vocabulary(params), first + len(start))
         ids = jnp.stack([place(tools.tokens, template, new) for template in (NAME, *self.templates)])
         trajectory = trajectories.of_mode(tools.schedule, self.timestep_mode, "ddim", self.sampling_steps)
         encoder = Encoder(network, lambda output: tools.condition([output]))
@@ -154,7 +155,9 @@ class STEREO:
         method = Method(self, tools.denoiser, trajectory, encoder, invert, row, len(concepts))
         anchors, erase = zip(*[(len(self.anchors(c)), c.strength * (self.scale + 1)) for c in concepts], strict=True)
         numbers = map(jnp.float32, (self.scale - 1, erase, self.sampling_guidance))
-        return method, Inputs(bank, jnp.int32(anchors), *numbers, params, start, ids, self._gallery(tools, concepts))
+        gallery = self._gallery(tools, concepts)
+        known = {"text_encoder": params, "start": start, "ids": ids, "gallery": gallery}
+        return method, Inputs(bank, jnp.int32(anchors), *numbers, **known)
 
     def anchors(self, concept: Concept) -> list[str]:
         """What a concept's target starts from."""
