@@ -177,6 +177,12 @@ def discarded(settings: Settings) -> int:
     return getattr(settings, "discarded", 0)
 
 
+def check_steps(settings: Settings, steps: int) -> None:
+    """Raises ValueError for so few updates that nothing is trained after a restart."""
+    if (first := discarded(settings)) and steps <= first:
+        raise ValueError(f"steps={steps} must be at least {first + 1}: what the first {first} train is thrown away")
+
+
 def choose(settings: Any, **choices: Sequence[str]) -> None:
     """Raises ValueError, with the choices, for a field whose value is none of them."""
     for name, known in choices.items():

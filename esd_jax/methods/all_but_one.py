@@ -22,8 +22,6 @@ No code was released. Where the paper contradicts itself or is silent, this is c
 - Quantile: per channel, as in Semantic Guidance; the paper has no axis.
 - Guidance 1 is purely conditional, as in Algorithm 1 (0 is in Eq. 6). Its loop never ends for t = T: x_t is pure noise.
 - Implicit: scale 0 in all cross-attentions at all steps, the end token untouched; the paper does not mention it.
-
-Inversion rounds (`rounds`) are no part of the paper.
 """
 
 import math
@@ -67,9 +65,9 @@ class AllButOne(RoundsSettings):
     token_scale: of the concept's tokens in the maps of the implicit delta.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories are drawn
       every so many updates, and the last few are kept with what the teacher predicted on them (see `replay`).
-    contexts: of inversion rounds alone: "a dog in {}: a dog | a car in {}: a car", prompts with {} for the concept, in
-      whose place adversaries stand, and the same without it. The concept alone becomes its first `replace_with`, by
-      default the empty prompt.
+    contexts: of inversion rounds (no part of the paper): "a dog in {}: a dog | a car in {}: a car", prompts with {} for
+      the concept, in whose place adversaries stand, and the same without it. The concept alone becomes its first
+      `replace_with`, by default the empty prompt.
 
     A concept's strength multiplies the scales of its instructions below zero, and the suppression 1 - `token_scale`.
     """

@@ -36,13 +36,12 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.erasing import contexts, textual_inversion, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.images import drawn
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
 from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, place
 from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Conditioning, Network, Params, bare, shape_of
 
-AT_ONCE = 8  # images encoded
 SEARCH = 2**30  # apart from the keys of updates, which are numbered from 0
 STYLE = (
     "a painting in the style of {concept}; a rendering in the style of {concept}; a picture in the style of {concept}; "
@@ -142,9 +141,8 @@ class STEREO:
         params = {key: jnp.array(value) for key, value in tools.params[name].items()}  # the run may move its base away
         roles = {"concept": lambda c: c.text, "anchor": self.anchors}
         bank = make_bank(tools.encode, concepts, roles)
-        start = textual_inversion.initial(
-            tools.tokens, params, self.inversion_tokens, jax.random.key(self.drawing_seed)
-        )
+        key = jax.random.key(self.drawing_seed)
+        start = textual_inversion.initial(tools.tokens, params, self.inversion_tokens, key)
         new = range(first := textual_inversion.vocabulary(params), first + len(start))
         ids = jnp.stack([place(tools.tokens, template, new) for template in (NAME, *self.templates)])
         trajectory = trajectories.of_mode(tools.schedule, self.timestep_mode, "ddim", self.sampling_steps)
@@ -156,8 +154,9 @@ class STEREO:
         anchors, erase = zip(*[(len(self.anchors(c)), c.strength * (self.scale + 1)) for c in concepts], strict=True)
         numbers = map(jnp.float32, (self.scale - 1, erase, self.sampling_guidance))
         gallery = self._gallery(tools, concepts)
-        known = {"text_encoder": params, "start": start, "ids": ids, "gallery": gallery}
-        return method, Inputs(bank, jnp.int32(anchors), *numbers, **known)
+        return method, Inputs(
+            bank, jnp.int32(anchors), *numbers, text_encoder=params, start=start, ids=ids, gallery=gallery
+        )
 
     def anchors(self, concept: Concept) -> list[str]:
         """What a concept's target starts from."""
@@ -171,14 +170,8 @@ class STEREO:
         shape = (self.search_rounds, len(concepts), each)
         number = np.arange(np.prod(shape)) % len(self.templates)
         names = [c.text for _ in range(self.search_rounds) for c in concepts for _ in range(each)]
-        images = tools.sample(
-            [self.templates[i].replace(NAME, text) for i, text in zip(number, names, strict=True)],
-            seed=self.drawing_seed,
-            steps=self.drawing_steps,
-            guidance_scale=self.drawing_guidance,
-            sampler=self.drawing_sampler,
-        )
-        latents = in_batches(tools.to_latents, images, AT_ONCE)
+        prompts = [self.templates[i].replace(NAME, text) for i, text in zip(number, names, strict=True)]
+        latents = drawn(tools, prompts, self)
         return latents.reshape(*shape, *latents.shape[1:])
 
 
@@ -197,10 +190,7 @@ class Draws(NamedTuple):
 
 
 class Recalled(NamedTuple):
-    """The draws, with the texts v_0 ... v_K of each example's concept (leaves [batch, K + 1, ...]) and which one is v.
-
-    searching: whether it is the first stage.
-    """
+    """texts: v_0 ... v_K of each example's concept, leaves [batch, K + 1, ...]. which: v. searching: stage one."""
 
     draws: Draws
     t: Float[Array, ""]
@@ -213,7 +203,7 @@ class Memory(NamedTuple):
     """What the rounds learned, encoded, leaves [batch, rounds, concepts, ...]; and how many were made."""
 
     texts: Conditioning
-    made: Int[Array, "*batch"]
+    rounds: Int[Array, "*batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -239,10 +229,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Method(base.Method):
-    """STEREO over one denoiser and text encoder. invert: `textual_inversion.inverter`'s. row: a prompt's shapes.
-
-    count: of the concepts.
-    """
+    """STEREO over one denoiser. invert: `textual_inversion.inverter`'s. row: a prompt's shapes. count: of concepts."""
 
     settings: STEREO
     denoiser: Network
@@ -261,17 +248,8 @@ class Method(base.Method):
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
-
-        def example(key: Array) -> tuple[Array, ...]:
-            concept, noise, text, anchor = jax.random.split(key, 4)
-            return (
-                jax.random.randint(concept, (), 0, self.count),
-                jax.random.normal(noise, shape),
-                jax.random.uniform(text),
-                jax.random.uniform(anchor),
-            )
-
-        return Draws(*self.trajectory.draw(key), *jax.vmap(example)(example_keys))
+        text, anchor = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (2,)))(example_keys).T
+        return Draws(*self.trajectory.draw_batch(key, example_keys, shape, self.count), text, anchor)
 
     def recall(
         self, models: Models, draws: Draws, memory: Memory, step: Array, inputs: Inputs
@@ -315,8 +293,8 @@ class Method(base.Method):
     def between(self, session: base.Session, memory: Memory, inputs: Inputs) -> base.Interval | None:
         """A round's inversion, where it is time for one and it was not made yet."""
         number, rest = divmod(session.step, self.settings.search_updates)
-        made = int(np.ravel(np.asarray(memory.made.addressable_data(0)))[0])  # each example has a copy
-        if rest or not made < number <= self.settings.search_rounds:
+        rounds = int(np.ravel(np.asarray(memory.rounds.addressable_data(0)))[0])  # each example has a copy
+        if rest or not rounds < number <= self.settings.search_rounds:
             return None
         began, learned, losses = time.monotonic(), [], []
         student, prompts = bare(session.models().student), inputs.ids[1:]
@@ -343,6 +321,6 @@ class Method(base.Method):
 
         def keep(memory: Memory, texts: Conditioning, number: Array) -> Memory:
             put = lambda kept, new: kept.at[:, :, number].set(new.astype(kept.dtype))  # noqa: E731
-            return Memory(jax.tree.map(put, memory.texts, texts), memory.made + 1)
+            return Memory(jax.tree.map(put, memory.texts, texts), memory.rounds + 1)
 
         return jax.jit(keep)

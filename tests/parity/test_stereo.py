@@ -11,7 +11,7 @@ import torch
 from esd_world import SHAPE, as_ours
 from rounds_world import Words, noised
 from stereo_oracle import ANCHORS, CONCEPTS, erased, make, searched
-from torch_oracle import error, exactly, to_nchw
+from torch_oracle import exactly, to_nchw
 from words import VOCAB
 
 from esd_jax import sharding
@@ -56,7 +56,7 @@ def state_at(w, run, hidden, step):
     memory = blank_memory(method, SHAPE, BATCH)
     texts = np.stack([[hidden[f"v{k + 1} {i}"][0].detach().numpy() for i in range(2)] for k in range(2)])
     texts = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(texts), a.shape), memory.texts)
-    memory = memory._replace(texts=texts, made=jnp.full(memory.made.shape, min(step // 2, 2)))
+    memory = memory._replace(texts=texts, rounds=jnp.full(memory.rounds.shape, min(step // 2, 2)))
     return init_state(w.world.student, tx, 5, memory)._replace(step=jnp.int32(step))
 
 
@@ -96,14 +96,15 @@ def test_an_update_is_the_papers(w, run, step, seen):
         old = before[f"unet/{name}"]
         change = as_ours(w.world, name, value) - old
         assert np.abs(change).max() > 0.9 * rate
-        assert error(np.asarray(after.theta[f"unet/{name}"]) - old, change) <= 1e-4, name
+        difference = np.asarray(after.theta[f"unet/{name}"]) - old - change
+        assert np.linalg.norm(difference) <= 1e-4 * np.linalg.norm(change), name  # a gradient near 0 has any sign
     assert update._cache_size() == 1
 
 
 def test_an_inversion_is_adamw_of_one_token_on_images_of_its_round(w, run):
     method, inputs, tx, _ = run
     state = init_state(w.world.student, tx, 5, blank_memory(method, SHAPE, BATCH))
-    state = state._replace(memory=state.memory._replace(made=jnp.ones_like(state.memory.made)))
+    state = state._replace(memory=state.memory._replace(rounds=jnp.ones_like(state.memory.rounds)))
     session = Session(4, state.key, lambda: Models(w.world.student, w.world.teacher), lambda tree: tree)
     interval = method.between(session, state.memory, inputs)
     assert interval.restart == "student" and not interval.done and interval.record["round"] == 2
@@ -135,7 +136,7 @@ def test_an_inversion_is_adamw_of_one_token_on_images_of_its_round(w, run):
             assert change <= 1e-4 * float((wanted - start).abs().max())
             assert not ours[example, 0, 0].any()
     assert interval.record["loss"] == pytest.approx(np.mean(tails), rel=1e-6)
-    assert interval.memory.made.tolist() == [[2], [2]]
+    assert interval.memory.rounds.tolist() == [[2], [2]]
     assert method.between(session._replace(step=3), state.memory, inputs) is None
     assert method.between(session, interval.memory, inputs) is None
     assert method.between(session._replace(step=6), interval.memory, inputs) is None

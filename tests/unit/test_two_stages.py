@@ -84,7 +84,7 @@ def test_the_student_restarts_and_the_tokens_stay(w):
     assert [(n, r["round"]) for n, r in run.records.items()] == [(2, 1), (4, 2)]
     assert int(state.step) == 6 and int(state.opt[0].count) == 2
     assert RATE < furthest(state, w.world.teacher) < 2.01 * RATE  # two updates from the base's weights
-    assert state.memory.made.tolist() == [[2]] and all(np.any(text) for text in state.memory.texts.embeddings[0, 0])
+    assert state.memory.rounds.tolist() == [[2]] and all(np.any(text) for text in state.memory.texts.embeddings[0, 0])
     assert run.step._cache_size() == programs  # a restart compiles nothing
 
 
@@ -154,7 +154,7 @@ def test_settings_out_of_range_are_refused(fields, words):
 def test_what_does_not_fit_is_refused(w):
     with pytest.raises(ValueError, match=one_line("one token", "style cat")):
         make(w, inversion_tokens="style cat")
-    with pytest.raises(ValueError, match=one_line("steps=800", "at least 801", "'stereo'")):
+    with pytest.raises(ValueError, match=one_line("steps=800", "at least 801", "first 800")):
         recipe.make(method="stereo", concept="clay", steps=800)
     assert recipe.make(method="stereo", concept="clay", steps=801).settings.discarded == 800
     for change, word in (
