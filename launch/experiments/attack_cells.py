@@ -75,16 +75,16 @@ def stored(figures: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
 def shown(cells: Mapping[str, Cell], column: Column) -> Shown:
     """What a row shows in a column."""
     there = {key: cells[key] for key in column.keys if key in cells}
-    good = {key: figures_of(cell, column) for key, cell in there.items() if FAILED not in cell}
-    failed, wanted = len(there) - len(good), len(column.keys)
-    if not good:
+    measured = {key: figures_of(cell, column) for key, cell in there.items() if FAILED not in cell}
+    failed, wanted = len(there) - len(measured), len(column.keys)
+    if not measured:
         return Shown(note=FAILED if failed else NOTHING)
-    key = worst({key: next(iter(figures.values())) for key, figures in good.items() if figures} or {})
+    key = worst({key: next(iter(figures.values())) for key, figures in measured.items() if figures})
     if key is None:
         return Shown()  # the cell is measured, and has no such figure
     if failed:
-        return Shown(good[key], f"{failed} of {wanted} failed", key)
-    return Shown(good[key], "" if len(good) == wanted else f"{len(good)} of {wanted}", key)
+        return Shown(measured[key], f"{failed} of {wanted} failed", key)
+    return Shown(measured[key], "" if len(measured) == wanted else f"{len(measured)} of {wanted}", key)
 
 
 def figures_of(cell: Cell, column: Column) -> dict[str, Estimate]:
@@ -207,8 +207,8 @@ def counts(tables: Mapping[str, Table], columns: Sequence[Column]) -> str:
     """How many images each column's shares are of: "P4D 16, Ring-A-Bell 12 to 16"."""
     parts = []
     for i, column in enumerate(columns):
-        found = {place.first.n for t in tables.values() for places in t.values() if (place := places[i]).first}
-        if found and column.unit != "minutes":
-            low, high = min(found), max(found)
+        numbers = {place.first.n for t in tables.values() for places in t.values() if (place := places[i]).first}
+        if numbers and column.unit != "minutes":
+            low, high = min(numbers), max(numbers)
             parts.append(f"{column.heading} {low}" if low == high else f"{column.heading} {low} to {high}")
     return "; ".join(parts)

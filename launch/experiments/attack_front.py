@@ -41,14 +41,14 @@ def draw(tables: Mapping[str, Table], columns: Sequence[Column], inversions: Col
 
 def points(table: Table, columns: Sequence[Column], inversions: Collection[str]) -> dict[str, Point]:
     """Row -> (success of the worst inversion, drop on other concepts), of rows that have both."""
-    found: dict[str, Point] = {}
+    by_row: dict[str, Point] = {}
     for row, places in table.items():
         by = list(zip(columns, places, strict=True))
         recovered = [place.first for column, place in by if column.name.partition(":")[0] in inversions and place.first]
         drops = [place.first for column, place in by if column.figures == ("others",) and place.first]
         if recovered and drops:
-            found[row] = max(recovered, key=lambda one: one.value), drops[0]
-    return found
+            by_row[row] = max(recovered, key=lambda one: one.value), drops[0]
+    return by_row
 
 
 def _error(one: Estimate, scale: float) -> list[list[float]]:

@@ -105,13 +105,13 @@ def listed(text: str) -> list[str]:
 
 def entries(text: str) -> dict[str, Entry]:
     """ "NAME:FIELD=VALUE,...; ..." -> (name, changes), by each one's text. Raises ValueError for another form."""
-    found = {}
-    for part in listed(text):
-        name, separator, changes = (p.strip() for p in part.partition(":"))
-        found[part] = (name, parsed(changes) if separator else {})
-    if not found:
+    parts = {}
+    for one in listed(text):
+        name, separator, changes = (p.strip() for p in one.partition(":"))
+        parts[one] = (name, parsed(changes) if separator else {})
+    if not parts:
         raise ValueError(f"{text!r} names nothing")
-    return found
+    return parts
 
 
 def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Search]]:
@@ -147,7 +147,7 @@ def rows_of(base: Pipeline, target: Target, named: Mapping[str, Entry], output: 
     common = {"base_sha256": source_hash(base), "concepts": target.concepts}
 
     def row(name: str, config: str | None = None, changes: Mapping[str, Any] | None = None) -> Row:
-        settings = {**common, "recipe": recipe_of(target, config, changes or {}) if config else name}
+        settings = {**common, "recipe": attack_work.recipe_of(target, config, changes or {}) if config else name}
         digest = zlib.crc32(f"{target.concept} {name}".encode())
         file = output / "rows" / f"{slug(target.concept)[:40]}-{slug(name)[:40]}-{digest:08x}.json"
         return Row(name, target, Cells(file, settings), config, changes)
@@ -156,12 +156,6 @@ def rows_of(base: Pipeline, target: Target, named: Mapping[str, Entry], output: 
         row(text, ROWS[name][target.kind] if name in ROWS else name, changes) for text, (name, changes) in named.items()
     ]
     return [row(BASE), *recipes, row(RANDOM)]
-
-
-def recipe_of(target: Target, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an erasure's result depends on beside its base and concepts."""
-    fields = api.planned("emoji", target.concepts, config=config, **changes).flat()
-    return {name: value for name, value in fields.items() if name not in ("base", "concept", "output_dir")}
 
 
 def columns_of(searches: Mapping[str, Mapping[str, Search]]) -> list[Column]:

@@ -137,6 +137,12 @@ def wanted(row: Row, work: Sequence[Work], only: Callable[[str, str], bool]) -> 
     return [one for one in missing if one in some or (some and one.key == ERASURE)]
 
 
+def recipe_of(target: Target, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an erasure's result depends on beside its base and concepts."""
+    fields = api.planned("emoji", target.concepts, config=config, **changes).flat()
+    return {name: value for name, value in fields.items() if name not in ("base", "concept", "output_dir")}
+
+
 def fill(
     base: Pipeline,
     row: Row,
@@ -163,8 +169,8 @@ def fill(
         if row.lost and one.key != ERASURE:
             continue
         cell = row.cells.measure(one.key, one.settings, functools.partial(compute, one))
-        found = cell.get("failed") or "  ".join(f"{name} {v['value']:.3g}" for name, v in cell["figures"].items())
-        say(f"{row.target.concept}: {row.name}, {one.key}: {found}  {cell['seconds']:.0f} s ({after} left)")
+        result = cell.get("failed") or "  ".join(f"{name} {v['value']:.3g}" for name, v in cell["figures"].items())
+        say(f"{row.target.concept}: {row.name}, {one.key}: {result}  {cell['seconds']:.0f} s ({after} left)")
 
 
 def model_of(base: Pipeline, row: Row, seed: int) -> Pipeline:
