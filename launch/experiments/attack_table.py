@@ -86,11 +86,12 @@ def main() -> None:
     say(f"{len(rows)} rows, {count} cells to measure")
     drawn, left = kept(output, BASE, source_hash(base)), iter(range(count - 1, -1, -1))
     goals = {target: functools.cache(functools.partial(budget.goal, base, target)) for target in targets}
+    columns = columns_of(searches)
     for row, missing in todo:
         attack_work.fill(base, row, missing, goals[row.target], drawn, budget, left)
-    columns = columns_of(searches)
+        report(output, tabled(rows, columns, work), columns)  # so far
     tables = tabled(rows, columns, work)
-    report(output, tables, columns)
+    print(report(output, tables, columns))
     if FLAGS.figure:
         attack_front.draw(tables, columns, INVERSIONS, output / "front.png")
     print(f"results  {output}")
@@ -193,8 +194,8 @@ def tabled(rows: Sequence[Row], columns: Sequence[Column], work: Sequence[Work])
     return tables
 
 
-def report(output: Path, tables: Mapping[str, Table], columns: Sequence[Column]) -> None:
-    """Writes and prints the table."""
+def report(output: Path, tables: Mapping[str, Table], columns: Sequence[Column]) -> str:
+    """Writes the table, and returns its Markdown."""
     ran = shlex.join(["python", "-m", "launch.experiments.attack_table", *sys.argv[1:]])
     text = attack_cells.markdown(tables, columns, caption(tables, columns, ran))
     values = {
@@ -203,7 +204,7 @@ def report(output: Path, tables: Mapping[str, Table], columns: Sequence[Column])
     }
     write(output / "attack_table.json", {"command": ran, "columns": [asdict(c) for c in columns], "concepts": values})
     (output / "attack_table.md").write_text(text)
-    print(text)
+    return text
 
 
 def caption(tables: Mapping[str, Table], columns: Sequence[Column], ran: str) -> str:
