@@ -13,7 +13,12 @@ from rounds_world import Words
 from stereo_oracle import make
 
 from esd_jax import recipe, sharding
+from esd_jax.erasing import preservation, terms
 from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Interval, Method, Models, Session
+from esd_jax.erasing.preservation import Preserving
+from esd_jax.erasing.retention import Emptied
+from esd_jax.erasing.terms import Terms
 from esd_jax.methods.stereo import STEREO
 from esd_jax.runs import intervals
 from esd_jax.runs.setup import Setup
@@ -101,8 +106,8 @@ def test_the_first_stage_moves_by_its_own_pace(w, plain):
     "kept, stops",
     [
         (None, (2, 3, 4, 5)),  # at each restart, and between them
-        ({"weight": 0.5}, (3,)),
-        ({"weight": 0.5, "images": 1, "worst_every": 2}, (3,)),
+        pytest.param({"weight": 0.5}, (3,), marks=pytest.mark.slow),
+        pytest.param({"weight": 0.5, "images": 1, "worst_every": 2}, (3,), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(w, plain, tmp_path, kept, stops):
@@ -120,6 +125,30 @@ def test_a_run_that_is_resumed_is_the_same_to_the_bit(w, plain, tmp_path, kept, 
         for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         assert list(run.records) == [number for number in records if number > stop]
+
+
+class Restarting(Method):
+    """Its memory is a number, which a restart raises."""
+
+    def pace(self, step):
+        return jnp.where(step < 3, 0.5, 1.0)
+
+    def between(self, session, memory, inputs):
+        return Interval(memory + inputs, {"round": 1}, False, "student")
+
+
+def test_losses_beside_a_method_pass_on_when_it_restarts(w, plain):
+    session = Session(4, jax.random.key(0), lambda: Models({}, {}), lambda tree: tree)
+    method, trajectory = Restarting(), plain.method.trajectory
+    preserving = Preserving(method, w.world.network, trajectory)
+    interval = preserving.between(
+        session, jnp.int32(1), preservation.Inputs(jnp.int32(2), plain.inputs.bank, jnp.ones(()))
+    )
+    assert interval == (3, {"round": 1}, False, "student")
+    added = Terms(method, w.world.network, (Emptied(),))
+    interval = added.between(session, (jnp.int32(1), ((),)), terms.Inputs(jnp.int32(2), ((),)))
+    assert interval == ((3, ((),)), {"round": 1}, False, "student")
+    assert [float(one.pace(jnp.int32(n))) for one in (preserving, added) for n in (2, 3)] == [0.5, 1.0] * 2
 
 
 def test_nobody_is_asked_whether_to_stop_before_the_restart(plain):
