@@ -95,7 +95,7 @@ def run(
         base = offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
     state = state._replace(memory=sharding.spread(setup.memory(), mesh))
     record = describe(base, plan, start_from)
-    first = lambda: sharding.place(begin(setup, base, inputs, start_from), mesh)  # noqa: E731
+    first = lambda: sharding.place(begin(setup, base, inputs), mesh)  # noqa: E731
     between = intervals.between(setup, theta_0, frozen, inputs, first)
 
     with contextlib.ExitStack() as stack:
@@ -237,6 +237,8 @@ def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from:
     if plan.rank or not plan.settings.trained:
         why = f"rank={plan.rank} trains a change of the base" if plan.rank else f"method {plan.method!r} does not train"
         raise ValueError(f"{why}, so it cannot start from other weights: leave start_from out")
+    if discarded(plan.settings):  # a run that is resumed would restart at the base's
+        raise ValueError(f"method {plan.method!r} restarts at the base's weights: leave start_from out")
     component = base.denoiser
     if start_from.configs.get(component) != base.configs[component]:
         raise ValueError("start_from and the base have denoisers of different architectures")
