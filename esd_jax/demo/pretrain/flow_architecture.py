@@ -101,10 +101,10 @@ def configs(vocab_size: int) -> dict[str, FluxConfig | T5Config]:
 def write_tokenizer(folder: Path) -> int:
     """Writes a T5 tokenizer for which every word of the captions is one token. The same one every time.
 
-    Other words fall to single characters. Returns the number of tokens.
+    Other words fall to single characters, and capitals to the unknown token. Returns the number of tokens.
     """
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, models, pre_tokenizers, processors
 
     words = sorted({word for text in captions.every_caption() for word in text.lower().replace(",", " ").split()})
     # A Unigram model takes the split of the highest sum: a whole word before its letters. A comma is one of these.
@@ -114,8 +114,9 @@ def write_tokenizer(folder: Path) -> int:
     vocabulary = [(PAD, 0.0), (END, 0.0), (UNKNOWN, -100.0), *pieces]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
     tokenizer.add_special_tokens([PAD, END, UNKNOWN])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=BOUNDARY, prepend_scheme="always")
+    # As transformers splits, whatever the file says; like T5 it distinguishes capitals, which no caption has.
+    metaspace = pre_tokenizers.Metaspace(replacement=BOUNDARY, prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
     tokenizer.decoder = decoders.Metaspace(replacement=BOUNDARY, prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     folder.mkdir(parents=True, exist_ok=True)
