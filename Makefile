@@ -1,4 +1,5 @@
 # make demo        erase "neon style" from the embedded model, export it, measure, attack and draw it (CPU, about six minutes)
+#                  make demo BASE=emoji-flow erases it from the embedded rectified flow
 #                  make demo CONCEPT="a cat" erases another style or object, CONFIG=emoji by another recipe
 # make evidence    the same with more images, four attacks, and what parts of the change do (a quarter of an hour)
 # make test        the default tests          make test-slow   the long ones          make lint   ruff, pyright
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JAX ?= jax
 OUT ?= out/demo
+BASE ?= emoji
 CONCEPT ?= neon style
 CONFIG ?=
-RECIPE = $(if $(CONFIG),--config=$(CONFIG))
+RECIPE = --base=$(BASE) $(if $(CONFIG),--config=$(CONFIG))
 EVIDENCE ?= out/evidence
 IMAGES ?= 60
 ATTACKS ?= concept_inversion,unlearn_diff_atk,p4d,ring_a_bell

@@ -219,6 +219,7 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     """(base, erased, the texts of what was erased, the folder of the results) that the flags name."""
     from esd_jax import dossier, loading
     from esd_jax.demo import groups
+    from esd_jax.evaluation import testbed
 
     if len(values.model) not in (1, 2):
         raise ValueError("give a run's folder, or the base and what was erased from it")
@@ -228,7 +229,7 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
-    if concepts and before.provenance.source == "emoji":  # whose concepts have no commas
+    if concepts and testbed.of(before.provenance.source):  # whose concepts have no commas
         concepts = groups.parse_target(concepts).concepts
     return before, after, dossier.concepts_of(after, concepts), output
 

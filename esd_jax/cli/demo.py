@@ -21,6 +21,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 def define(values: flags.FlagValues) -> None:
     at_least_1 = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_enum("base", "emoji", words.CARRIED, "The embedded model.", flag_values=values)
     flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=values)
     flags.DEFINE_string("config", None, "The recipe; by default the one for the concept.", flag_values=values)
     flags.DEFINE_integer("images", 20, "Images of each group and model.", **at_least_1)
@@ -47,15 +48,17 @@ def take_concept(values: flags.FlagValues, argv: list[str]) -> list[str]:
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, kinds, recipe, runs
     from esd_jax.demo import groups
-    from esd_jax.demo.testbed import EMOJI
+    from esd_jax.evaluation import testbed
     from esd_jax.evaluation.report import text
 
     started = time.monotonic()
-    target = groups.parse_target(values.concept)
+    target, bed = groups.parse_target(values.concept), testbed.of(values.base)
+    if bed is None:
+        raise ValueError(f"this package carries no {values.base!r}")
     output = expanded(required(values, "output"))
-    config = values.config or kinds.config(EMOJI.source, target.concepts, lambda: {})
+    config = values.config or kinds.config(values.base, target.concepts, lambda: {})
     settings = recipe.read(config).to_dict()
-    base = api.load("emoji")
+    base = api.load(values.base)
     say(f"erasing {target.concept!r} from the embedded model, by the recipe {config} ...")
     shown = {
         "preview_prompts": "; ".join(prompts[0] for _, prompts in groups.examples(target)),
@@ -90,7 +93,7 @@ def run(values: flags.FlagValues) -> None:
         say(f"\n{text.summary(attacked)}\n")
     if values.front:
         say("measuring parts of the change ...")
-        dossier.front(erased, EMOJI.metric(target.concepts, values.images), STRENGTHS, output_dir=evidence)
+        dossier.front(erased, bed.metric(target.concepts, values.images), STRENGTHS, output_dir=evidence)
     files = {
         "report": dossier.report(output),
         "card": output / "ERASURE.md",

@@ -13,6 +13,7 @@ from esd_jax.inputs import expanded
 from esd_jax.training import run_folder
 
 EMBEDDED = "emoji"
+CARRIED = (EMBEDDED, "emoji-flow")  # all models that the package carries
 
 
 @dataclass
@@ -144,11 +145,11 @@ def check_type(name: str, text: str, kind: type) -> None:
 def _is_base(word: str) -> bool:
     path = expanded(word)
     files = path.suffix == ".safetensors" or any((path / name).is_file() for name in ("model_index.json", "run.json"))
-    return word == EMBEDDED or files or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
+    return word in CARRIED or files or re.fullmatch(r"[\w.-]+/[\w.-]+", word) is not None
 
 
 def _may_be_base(word: str) -> bool:
-    return word == EMBEDDED or "/" in word or expanded(word).exists()
+    return word in CARRIED or "/" in word or expanded(word).exists()
 
 
 def _next(words: list[str], flag: str) -> str:

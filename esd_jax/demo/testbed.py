@@ -1,14 +1,15 @@
-"""The embedded model as a testbed: its captions, its probe, and budgets that its size allows."""
+"""The embedded models as testbeds: their captions, their probe, and budgets that their size allows."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from esd_jax.demo import MODEL, captions, groups, probe, protocol, vocabulary
+from esd_jax.demo import FLOW, MODEL, captions, groups, probe, protocol, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.evaluation.attacks import goals
@@ -22,17 +23,24 @@ from esd_jax.pipeline import Pipeline
 SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
 
 
+@dataclass(frozen=True, eq=False)
 class Emoji:
-    """See `evaluation.testbed.Testbed`."""
+    """See `evaluation.testbed.Testbed`.
 
-    source = "emoji"
-    folder = MODEL
-    images: Mapping[str, int] = MappingProxyType({"smoke": 8, "quick": 24, "emoji": 200})
-    budget = "emoji"
-    sampling: Mapping[str, Any] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
-    commands: Mapping[str, str] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
-    detector_name = "probe"
-    corpus = "emoji"
+    configs: (method, kind) -> the name of the recipe, where it does not follow the rule of `config`.
+    """
+
+    source: str = "emoji"
+    folder: Path = MODEL
+    configs: Mapping[tuple[str, str], str] = field(
+        default_factory=lambda: {("esd", "style"): "emoji_contexts", ("esd", "object"): "emoji_object"}
+    )
+    images: ClassVar[Mapping[str, int]] = MappingProxyType({"smoke": 8, "quick": 24, "emoji": 200})
+    budget: ClassVar[str] = "emoji"
+    sampling: ClassVar[Mapping[str, Any]] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
+    commands: ClassVar[Mapping[str, str]] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
+    detector_name: ClassVar[str] = "probe"
+    corpus: ClassVar[str] = "emoji"
 
     def kind(self, concepts: Sequence[str]) -> str:
         try:
@@ -41,9 +49,9 @@ class Emoji:
             return "object"
 
     def config(self, method: str, kind: str) -> str:
-        if method == "esd":
-            return "emoji_contexts" if kind == "style" else "emoji_object"
-        return f"emoji_{method}" if kind == "style" else f"emoji_{method}_object"
+        prefix = self.source.replace("-", "_")
+        rule = f"{prefix}_{method}" if kind == "style" else f"{prefix}_{method}_object"
+        return self.configs.get((method, kind), rule)
 
     def examples(self, concepts: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]] | None:
         try:
@@ -84,6 +92,9 @@ class Emoji:
 
 
 EMOJI = register(Emoji())
+EMOJI_FLOW = Emoji("emoji-flow", FLOW, {("esd", "style"): "emoji_flow", ("esd", "object"): "emoji_flow_object"})
+if (FLOW / "model_index.json").is_file():
+    register(EMOJI_FLOW)
 
 
 def probed(target: Target) -> Detect:

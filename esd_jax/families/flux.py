@@ -1,6 +1,6 @@
 """FLUX.1 [dev] and [schnell] (Black Forest Labs, 2024): a rectified flow, guided by a network input or not at all.
 
-And the same layout without distillation, guided classifier-free, which `launch/pretrain_flow.py` trains.
+And the same layout without distillation, guided classifier-free, which the embedded "emoji-flow" has.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 import esd_jax
 from configs.pretrain import emoji_flow as recipe
 from esd_jax import families
-from esd_jax.demo import captions
+from esd_jax.config_files import config_names
+from esd_jax.demo import captions, testbed
 from esd_jax.demo.pretrain import flow, flow_architecture
 from esd_jax.demo.pretrain.architecture import TOKENS
 from esd_jax.io.safetensors import to_file
@@ -264,3 +265,11 @@ def test_a_run_resumes_bit_identically_and_diffusers_opens_its_folder(tiny, tmp_
         max_sequence_length=TOKENS, latents=packed, output_type="np",
     ).images  # fmt: skip
     assert np.abs(ours / 255 - theirs).max() <= 2 / 255
+
+
+def test_the_testbed_names_recipes_that_exist():
+    bed = testbed.EMOJI_FLOW
+    assert {bed.config("esd", kind) for kind in ("style", "object")} <= set(config_names())
+    assert bed.config("speed", "object") == "emoji_flow_speed_object" and bed.kind(["a cat"]) == "object"
+    assert testbed.EMOJI.config("esd", "style") == "emoji_contexts"
+    assert testbed.EMOJI.config("speed", "style") == "emoji_speed"
