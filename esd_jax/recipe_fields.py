@@ -148,6 +148,10 @@ class RecipeFields(TypedDict, total=False):
     threshold: float
     centres: int
 
+    # Of `methods.redirect.Redirect`.
+    redirect_from: float
+    redirect_spread: float
+
     # Of `methods.oce.OCE`.
     corpus_scale: float
 
@@ -200,7 +204,7 @@ def completed(
     no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,
     inversion_learning_rate: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
     r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
-    centres: int = ..., corpus_scale: float = ...,
+    centres: int = ..., corpus_scale: float = ..., redirect_from: float = ..., redirect_spread: float = ...,
     sample_prompt: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
     erase_scale: float = ..., expand: str = ..., retain: str | None = ..., drawn_images: int = ...,

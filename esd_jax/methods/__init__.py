@@ -7,6 +7,7 @@ from esd_jax.methods.esd import ESD
 from esd_jax.methods.forget_me_not import ForgetMeNot
 from esd_jax.methods.oce import OCE
 from esd_jax.methods.rece import RECE
+from esd_jax.methods.redirect import Redirect
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.speed import SPEED
 from esd_jax.methods.uce import UCE
@@ -22,4 +23,5 @@ METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "rece": RECE,
     "speed": SPEED,
     "oce": OCE,
+    "redirect": Redirect,
 }
