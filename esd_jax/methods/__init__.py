@@ -10,6 +10,7 @@ from esd_jax.methods.rece import RECE
 from esd_jax.methods.redirect import Redirect
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.speed import SPEED
+from esd_jax.methods.stereo import STEREO
 from esd_jax.methods.uce import UCE
 
 # `needs` and `ema` are attributes of some of these classes, fields or properties of others.
@@ -19,9 +20,10 @@ METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "sdd": SDD,
     "ablating": Ablating,
     "forget_me_not": ForgetMeNot,
+    "stereo": STEREO,
+    "redirect": Redirect,
     "uce": UCE,
     "rece": RECE,
     "speed": SPEED,
     "oce": OCE,
-    "redirect": Redirect,
 }
