@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from esd_jax import recipe
 
-SUBJECTS = ("a house", "a man", "a woman", "a landscape", "a still life", "a city street", "a boat", "a field", "a tree",
-            "a dog", "a horse", "a bridge")  # fmt: skip
+SUBJECTS = ("a house", "a man", "a woman", "a landscape", "a still life", "a city street", "a boat", "a field",
+            "a tree", "a dog", "a horse", "a bridge")  # fmt: skip
 ARTISTS = ("Claude Monet", "Pablo Picasso", "Rembrandt", "Paul Cezanne", "Edvard Munch", "Paul Gauguin")
 
 

@@ -199,8 +199,8 @@ class Method(base.Method):
         )
         as_base = draws.kind == OTHER
         seen = jnp.where(as_base[:, None, None, None], x, seen)
-        told = chosen(as_base.astype(jnp.int32), anchor, other)
-        output = denoise(self.denoiser, models.base, seen, draws.t, told)
+        shown = chosen(as_base.astype(jnp.int32), anchor, other)
+        output = denoise(self.denoiser, models.base, seen, draws.t, shown)
         target = jnp.where(as_base[:, None, None, None], output, self.carried(seen, output, x, draws.t))
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
 
