@@ -1,6 +1,7 @@
 """The public verbs, over everything else: load, erase, sample, invert, purify, export."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -86,6 +87,9 @@ def erase(
     if not isinstance(base, Pipeline) and loading.is_run(base):
         base = load(base)
     plan = planned(base, concept, kind=kind, config=config, **recipe_fields)
+    known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller\'s, or the config\'s
+    if few := several.shared_steps(plan.training.steps, len(plan.concepts), known):
+        warnings.warn(few, stacklevel=2)
     owned = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
@@ -126,6 +130,7 @@ def planned(
         raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = _settings(base, source, config, kind, fields)
+    several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
     plan.check_concepts()
     return plan

@@ -87,6 +87,13 @@ class Method:
         """(x_t, t) of a batch that `prepare` made: t is one for all, or one for each example."""
         return batch.x, batch.t
 
+    def led(self, inputs: Any) -> tuple[Int[Array, " concepts"], Int[Array, " concepts"]]:
+        """Of each concept that an update may draw, the bank's rows of its prompt and of what that is led to.
+
+        Raises NotImplementedError where updates do not draw their concepts alike.
+        """
+        raise NotImplementedError("this method has an order of its concepts of its own; leave it out")
+
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         """What is done on the host before the first update and after each; None: nothing.
 

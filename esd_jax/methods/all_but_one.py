@@ -319,6 +319,15 @@ class Method(base.Method):
         # Outside the window the instructions' predictions would be multiplied by zero.
         return jax.lax.cond(active, lambda: with_others(others), lambda: with_others([]))
 
+    def led(self, inputs: Inputs) -> tuple[Array, Array]:
+        """To the first instruction that is followed, not avoided, if one is; else to the empty prompt."""
+        concept, texts = inputs.bank.roles["concept"], inputs.bank.roles["instruction"]
+        if inputs.scales.shape[1] < 2:
+            return concept, jnp.zeros_like(concept)
+        followed = inputs.scales[:, 1:] > 0
+        first = jnp.take_along_axis(texts, jnp.argmax(followed, axis=1)[:, None], axis=1)[:, 0]
+        return concept, jnp.where(followed.any(axis=1), first, 0)
+
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         """The concept's term and the penalty, each a mean over all elements, in float32 at least."""
         if batch.student_null is not None:

@@ -317,5 +317,10 @@ class Method(base.Method):
         target = eps_anchor - inputs.eta[index][:, None, None, None] * (eps_c - eps_null)
         return Scored(*jax.lax.stop_gradient((x, t, take("student"), target)))
 
+    def led(self, inputs: Inputs) -> tuple[Array, Array]:
+        """An anchor that is the concept itself says nothing of what remains of it: then it is the empty prompt."""
+        asked, anchor = inputs.bank.roles["student"], inputs.bank.roles["anchor"]
+        return asked, jnp.where(anchor == asked, 0, anchor)
+
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)

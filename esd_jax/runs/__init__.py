@@ -42,7 +42,7 @@ EVIDENCE = "evidence"  # and that of its evaluation results, in parts
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
-    "base", "images", "fsdp", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "base", "images", "fsdp", "steps", "steps_each", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
 }  # fmt: skip
 

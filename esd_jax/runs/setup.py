@@ -22,6 +22,7 @@ from esd_jax.diffusion import programs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept, check_concepts
 from esd_jax.erasing.method import Method, Tools
+from esd_jax.erasing.remaining import by_remainder
 from esd_jax.erasing.retention import retaining
 from esd_jax.families import Configs
 from esd_jax.io.images import read_images
@@ -115,6 +116,8 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
             raise
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
+        if recipe.remaining_every:
+            method = by_remainder(method, inputs, tools, recipe.remaining_every)
         method, inputs = retaining(method, inputs, tools, concepts, recipe.retention)
     tx = transformation(recipe)
     view = {"compute_dtype": compute_dtype(source, recipe), "weights": lora.weights if recipe.rank else unchanged}

@@ -26,7 +26,7 @@ FLOORS = [
     {"training", "io"},
     {"recipe", "evaluation"},
     {"demo", "exports", "runs"},
-    {"examples", "kinds", "loading", "planning"},
+    {"examples", "fusion", "kinds", "loading", "planning"},
     {"run_facts"},
     {"api", "recipe_docs", "repeat", "report_files"},
     {"dossier", "interop", "search", "until"},
