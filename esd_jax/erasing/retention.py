@@ -129,9 +129,9 @@ class Emptied(Term):
     salt = 2
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: EmptyInputs) -> Any:
-        if inputs.images is None:
+        if (images := inputs.images) is None:
             return ()
-        return jax.vmap(lambda key: noised(key, inputs.images, self.schedule))(example_keys)
+        return jax.vmap(lambda key: noised(key, images, self.schedule))(example_keys)
 
     def point(self, models: Models, draws: Any, inputs: EmptyInputs, own: tuple[Array, Array]) -> Point:
         x, t = own if inputs.images is None else (draws.of(self.schedule, inputs.images), draws.t)

@@ -98,10 +98,11 @@ class Redirect:
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
         kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve)) or list(anchors)
-        conditionings = [stacked(tools, prompts) for prompts in (named, anchors, kept)]
-        spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), conditionings[2])
-        images = (self._drawn(tools, prompts) for prompts in (named, anchors))
-        return Method(self, tools.denoiser, tools.schedule), Inputs(*conditionings, spread, *images)
+        encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
+        spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
+        images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
+        inputs = Inputs(encoded, replaced, others, spread, images, without)
+        return Method(self, tools.denoiser, tools.schedule), inputs
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
