@@ -1,6 +1,7 @@
 """The conditionings of each generated image: of the null prompt, the prompt, and a rule's prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +66,14 @@ def make_conditioning(
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
             prompt = pipeline.encode_prompts([prompts[int(i)] for i in index], size=size)
-        if guide := pipeline.family.guide:
-            prompt = guide(prompt, jnp.full(rows, guidance_scale, jnp.float32))
         conditionings = (*null, *own, prompt, *others)
-        if scale is None:
-            return tuple((one, None) for one in conditionings)
-        ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
-        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in conditionings)
+        scales: list[Any] = [None] * len(conditionings)
+        if scale is not None:
+            scales = [jnp.ones((rows, scale.shape[1]), jnp.float32)] * len(conditionings)
+            scales[len(null) + len(own)] = jnp.asarray(scale[index])
+        if guide := pipeline.family.guide:
+            conditionings = tuple(guide(one, jnp.full(rows, guidance_scale, jnp.float32)) for one in conditionings)
+        return tuple(zip(conditionings, scales, strict=True))
 
     return condition
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
@@ -117,7 +117,7 @@ class ImagedDraws(NamedTuple):
     scored: the key of the noise under which all prompts are scored.
     """
 
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     prompt: Int[Array, " batch"]
     image: Int[Array, " batch"]
     noise: Float[Array, "batch height width channel"]
@@ -153,7 +153,7 @@ class Imaged(Term):
             t, prompt, image, noise, worst, place, high = jax.random.split(own, 7)
             least = jnp.where(jax.random.bernoulli(high), int(HIGH * total), 0)
             return ImagedDraws(
-                jax.random.randint(t, (), least, total),
+                self.schedule.timestep(jax.random.randint(t, (), least, total)),
                 jax.random.randint(prompt, (), 0, prompts),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
@@ -182,7 +182,8 @@ class Imaged(Term):
 
     def drift(self, models: Models, key: Array, inputs: ImagedInputs) -> Float[Array, " prompts"]:
         """d of each prompt: of its first image at the times of `SCORED_AT`, under noise that is the same for all."""
-        times = jnp.asarray([int(part * self.schedule.num_train_timesteps) for part in SCORED_AT])
+        total = self.schedule.num_train_timesteps
+        times = self.schedule.timestep(jnp.asarray([int(part * total) for part in SCORED_AT]))
         noise = jax.random.normal(key, (len(times), *inputs.images.shape[2:]))
         rows = inputs.bank.take("kept", jnp.arange(self.count))
 

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from esd_jax.diffusion import samplers
 from esd_jax.diffusion.rules import largest
 from esd_jax.erasing import method as base
 from esd_jax.erasing import replay, trajectories
@@ -56,7 +57,7 @@ class AllButOne:
     erase_scale, replace_scale: of the instructions that a concept brings itself.
     gamma_1, gamma_2: guidance of the teacher, and the guidance at which the student is to draw the same.
     penalty: lambda. At 0 no gradient reaches the student's prediction for the empty prompt.
-    sampling_steps: T, of the teacher's DDIM trajectory.
+    sampling_steps: T, of the teacher's trajectory, by DDIM; along a rectified flow by Euler's method.
     delta_index: what the window counts: "step", or "tau" = T - step.
     window_start, window_end: of delta, as parts of T, both included. delta_warmup: no delta below this count.
     kappa: of |D|, what lies below this quantile is left out.
@@ -99,7 +100,11 @@ class AllButOne:
         "table1": {"subset": "to_out", **ADAMW},
         "supp": {"penalty": 1.0, "subset": "xattn", **ADAMW},
         "purify": {"penalty": 0.0, "subset": "xattn", **ADAMW},
-    }
+        "sd3": {
+            "gamma_1": 4.5, "gamma_2": 4.5, "sampling_steps": 28,
+            "subset": "flow-text", "rank": 16, **ADAMW, "learning_rate": 1e-4,
+        },
+    }  # fmt: skip
 
     def __post_init__(self):
         choose(self, **self.CHOICES)
@@ -121,7 +126,7 @@ class AllButOne:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"variance_preserving", *(["cross_attention"] if self.delta == "implicit" else [])})
+        return frozenset({"classifier_free", *(["cross_attention"] if self.delta == "implicit" else [])})
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
@@ -136,7 +141,7 @@ class AllButOne:
         if self.delta == "implicit":
             kept = jnp.asarray([[1 - c.strength * (1 - self.token_scale)] for c in concepts])
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
-        trajectory = trajectories.on_grid(tools.schedule, "ddim", self.sampling_steps)
+        trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
