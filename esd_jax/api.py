@@ -200,8 +200,8 @@ def sample(
         cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
         image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
         "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
-      true_cfg: of FLUX.1 [dev], the scale of classifier-free guidance beside its own (diffusers: true_cfg_scale). Above 1
-        a negative_prompt and a rule act, and every step evaluates the network for each of their prompts, too.
+      true_cfg: of FLUX.1 [dev], the scale of classifier-free guidance beside its own (diffusers: true_cfg_scale). Above
+        1 a negative_prompt and a rule act, and every step evaluates the network for each of their prompts, too.
 
     Returns:
       uint8 [n, height, width, 3], one image too; `esd_jax.grid` puts them side by side.
