@@ -152,7 +152,9 @@ def invert(
     schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
     down = programs.inverter(schedule, steps, timestep)
     run = programs.steps(pipeline.network(pipeline.denoiser), down)
-    condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
+    condition = conditionings.make_conditioning(
+        pipeline, prompts, size, min(batch_size, n), guided, guidance_scale=guidance_scale
+    )
     noise = []
     with _task("inverting", n) as task:
         for index in _batches(n, batch_size):
@@ -300,25 +302,7 @@ def _check(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} must be finite")
-    family, configs = pipeline.family, pipeline.configs
-    model, rules = family.called(configs), "" if rule is None else type(rule).__name__
-    if family.guide is None:
-        if true_cfg is not None:
-            raise ValueError(f"true_cfg={true_cfg} is for guidance-distilled models: {model} takes a guidance_scale")
-        if rules and guidance_scale <= 1:
-            raise ValueError(f"guidance_scale={guidance_scale} switches guidance off, but {rules} needs it: above 1")
-        return guidance_scale > 1
-    if true_cfg is not None and not math.isfinite(true_cfg):
-        raise ValueError(f"true_cfg={true_cfg} must be finite")
-    what = rules or ("negative_prompt" if negative_prompt is not None else "")
-    if family.sampling(configs).guidance_scale <= 1:
-        if what or true_cfg is not None:
-            what = what or f"true_cfg={true_cfg}"
-            raise ValueError(f"{what} needs classifier-free guidance, which {model} does not have: leave it out")
-        return False
-    if what and (true_cfg is None or true_cfg <= 1):
-        raise ValueError(f"{what} needs classifier-free guidance, and {model} is distilled: give true_cfg, above 1")
-    return true_cfg is not None and true_cfg > 1
+    return conditionings.classifier_free(pipeline, guidance_scale, rule, negative_prompt, true_cfg)
 
 
 def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

@@ -152,7 +152,8 @@ def _parts(
         return ({text: Encoded(v[:1], row, 0) for text, v, row in zip(texts, vectors, ids, strict=True)},)
     parts, first = [], 0
     for tokens in tokenizers:
-        ids, last, start = np.asarray(tokens(texts)), last_tokens(tokens, texts), _starts(tokens)
+        ids, last = np.asarray(tokens(texts)), last_tokens(tokens, texts)
+        start = _starts(ids, np.asarray(tokens([""]))[0])
         own = vectors[:, first : first + ids.shape[1]]
         first += ids.shape[1]
         encoded = {text: Encoded(v, row, int(i)) for text, v, row, i in zip(texts, own, ids, last, strict=True)}
@@ -164,10 +165,9 @@ def _parts(
     return tuple(parts)
 
 
-def _starts(tokens: Callable[[Sequence[str]], Any]) -> bool:
+def _starts(ids: Int[np.ndarray, "prompts tokens"], empty: Int[np.ndarray, " tokens"]) -> bool:
     """Whether a token stands before those of every prompt, as CLIP has one and T5 has none."""
-    empty, other = np.asarray(tokens(["", "a"]))
-    return bool(empty[0] == other[0])
+    return bool((ids[:, 0] == empty[0]).all())
 
 
 def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) -> Int[np.ndarray, " prompts"]:
@@ -179,7 +179,7 @@ def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) 
     """
     ids = np.asarray(tokens(prompts))
     empty = np.asarray(tokens([""]))[0]
-    end, pad = empty[int(_starts(tokens))], empty[-1]
+    end, pad = empty[int(_starts(ids, empty))], empty[-1]
     last = np.max(np.where(ids != pad, np.arange(ids.shape[1]), 0), axis=1)
     return last if pad == end else np.maximum(last - 1, 0)
 

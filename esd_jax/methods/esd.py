@@ -94,10 +94,12 @@ class ESD(RoundsSettings):
         "anchor": ("null", "from", "auto"),
         "sample_prompt": ("concept", "from"),
     }
+    # "flux2026" is the released code for FLUX.1 [dev]; the three after it are this package's, untuned.
     FLOW: ClassVar[Mapping[str, Any]] = {
         "sample_with": "teacher", "sampler": "flow_euler", "timestep_mode": "grid", "sampling_steps": 28,
+        "subset": "flow-text", "rank": 16, "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400,
+        "sampling_guidance": 3.5, "height": 512, "width": 512,
     }  # fmt: skip
-    # "flux2026" is the released code on FLUX.1 [dev]; the three after it are this package's, and untuned.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000},
         "esd2025": {
@@ -119,22 +121,10 @@ class ESD(RoundsSettings):
             "updates_per_trajectory": 10, "trajectory_buffer": 4,
             "subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000,
         },
-        "flux2026": {
-            **FLOW, "sampling_guidance": 3.5, "anchor": "from", "sample_prompt": "from",
-            "subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400, "height": 512, "width": 512,
-        },
-        "flux": {
-            **FLOW, "sampling_guidance": 3.5, "subset": "flow-text", "rank": 16,
-            "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400, "height": 512, "width": 512,
-        },
-        "schnell": {
-            **FLOW, "sampling_steps": 4, "updates_per_trajectory": 4, "subset": "flow-text", "rank": 16,
-            "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400, "height": 512, "width": 512,
-        },
-        "sd3": {
-            **FLOW, "sampling_guidance": 4.5, "subset": "flow-text", "rank": 16,
-            "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400, "height": 512, "width": 512,
-        },
+        "flux2026": {**FLOW, "anchor": "from", "sample_prompt": "from", "subset": "esd-x", "rank": 0},
+        "flux": {**FLOW},
+        "schnell": {**FLOW, "sampling_steps": 4, "updates_per_trajectory": 4},
+        "sd3": {**FLOW, "sampling_guidance": 4.5},
     }  # fmt: skip
 
     def __post_init__(self):
@@ -171,8 +161,7 @@ class ESD(RoundsSettings):
             method = Replaying(method, kept)
         eta = [c.strength * (self.context_eta if self.in_context(c) else self.eta) for c in concepts]
         bank = make_bank(tools.encode, concepts, roles)
-        scale, scored = jnp.float32(self.sampling_guidance), tools.guide and jnp.float32(self.train_guidance)
-        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), scale, tools.images, scored)
+        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
         sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
         return rounds.adding(self, method, inputs, tools, named, **sampling)
 
@@ -236,7 +225,6 @@ class Inputs:
     eta: Float[Array, " concepts"]
     sampling_guidance: Float[Array, ""]
     images: Float[Array, "images height width channel"] | None = None
-    train_guidance: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,8 +279,8 @@ class Method(base.Method):
         """What samples trajectories, with (eps_null, eps_c); without, if guidance is an input of the network."""
         if self.guide is not None:
             null, prompt = (inputs.bank.take(role, concept) for role in ("null", "sample"))
-            own = (self.denoiser, self.sampler(models), prompt, null, inputs.sampling_guidance, self.guide)
-            network = base.sampling(*own)
+            own = (self.denoiser, self.sampler(models), prompt, null)
+            network = base.sampling(*own, inputs.sampling_guidance, self.guide)
             return lambda x, t, i: (network(x, t), ())
         pair = self.pair(models, concept, inputs)
 
@@ -327,7 +315,7 @@ class Method(base.Method):
 
         index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
         """
-        take = lambda role: base.with_guidance(inputs.bank.take(role, index), self.guide, inputs.train_guidance)  # noqa: E731
+        take = partial(inputs.bank.take, concept=index)
         score = partial(evaluate, self.denoiser, models.base, x, t)
         if self.separate_anchor:
             eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])

@@ -212,7 +212,7 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
     }
 
 
-def _ids(prompts: Sequence[str], length: int) -> np.ndarray:
+def _ids(prompts: Sequence[str], length: int, **_: Any) -> np.ndarray:
     """Ids in place of a tokenizer's, [prompts, length], the same for the same words; 0 starts, 1 ends and pads."""
     ids = np.ones((len(prompts), length), np.int32)
     ids[:, 0] = 0

@@ -49,9 +49,7 @@ def sampled(velocity: Velocity, noise: Tensor, k: int, steps: int) -> Tensor:
     return x
 
 
-def guided(
-    network: torch.nn.Module, models: esd_oracle.Models, texts: Sequence[str], scale: float
-) -> Velocity:
+def guided(network: torch.nn.Module, models: esd_oracle.Models, texts: Sequence[str], scale: float) -> Velocity:
     """Classifier-free, from the empty prompt."""
 
     def velocity(x: Tensor, t: Any) -> Tensor:
