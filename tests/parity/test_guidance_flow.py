@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from esd_world import SHAPE, world
-from flow_methods_oracle import grid, noised, says, told
+from flow_methods_oracle import grid, noised, precise, says, told
 from torch_oracle import error, exactly, to_nchw
 
 from esd_jax.diffusion import inversion, programs, samplers
@@ -105,7 +105,7 @@ def test_encoder_output_inversion_draws_noise_levels():
     with exactly("float64"):
         asked, start = (Conditioning(jnp.asarray(rng.standard_normal((1, 1, 7, 16)))) for _ in range(2))
         x0, keys = jnp.asarray(rng.standard_normal((1, 3, *SHAPE))), jax.random.split(jax.random.key(4), 1)
-        run = encoder_output.searcher(settings, w.network, SCHEDULE, jax.tree.structure(asked), (True,))
+        run = encoder_output.searcher(settings, precise(w.network), SCHEDULE, jax.tree.structure(asked), (True,))
         erased, base = (component(params, "unet") for params in (w.student, w.teacher))
         _, losses = run(erased, base, x0, asked, start, keys)
         models = w.models.__class__(w.models.student, w.models.teacher, lambda texts: texts)
@@ -128,7 +128,7 @@ def test_encoder_output_inversion_draws_noise_levels():
 def test_healing_learns_velocities():
     w = world("toy", "float64")
     with exactly("float64"):
-        run = hidden.healer(Resurgence(steps=1, batch_size=1), w.network, SCHEDULE, "float64")
+        run = hidden.healer(Resurgence(steps=1, batch_size=1), precise(w.network), SCHEDULE, "float64")
         rng, key = np.random.default_rng(5), jax.random.key(6)
         x0, text = jnp.asarray(rng.standard_normal((2, *SHAPE))), jnp.asarray(rng.standard_normal((2, 7, 16)))
         theta = component(w.student, "unet")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esd_jax.params import Network
+
 SHIFT = 3.0
 Velocity = Callable[[Tensor, Any], Tensor]
 
@@ -32,6 +34,15 @@ def grid(steps: int) -> np.ndarray:
 def told(sigma: Any) -> Any:
     """What the network gets, in float32 as everywhere."""
     return np.float32(1000 * sigma)
+
+
+def precise(network: Network) -> Network:
+    """The toy, whose timesteps are in the dtype of x: they have fractions along a flow."""
+
+    def apply(params: Any, x: Any, t: Any, *others: Any) -> Any:
+        return network.apply(params, x, t.astype(x.dtype), *others)
+
+    return Network(apply, network.shapes, network.layouts)
 
 
 def says(network: torch.nn.Module, models: esd_oracle.Models, x: Tensor, t: Any, texts: Sequence[str]) -> Tensor:
