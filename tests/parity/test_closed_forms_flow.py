@@ -1,7 +1,10 @@
 """UCE and RECE on SD3 and FLUX.1, against their least squares in NumPy, float64."""
 
+import dataclasses
+
 import flow_factories
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from messages import one_line
@@ -85,14 +88,19 @@ def setting(base, method, **fields):
     plan = recipe.make(**flat | {"concept": CONCEPT})
     tools = setup.make_tools(base, plan, jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.local_devices()[:1]))
     assert set(tools.subset) == {TOKENS, POOLED}
+
+    def encode(texts):  # one by one, as the reference does: in a batch float32 rounds otherwise
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *(tools.encode([text]) for text in texts))
+
+    own = dataclasses.replace(tools, encode=encode)
     theta = {name: np.asarray(base.params["transformer"][name], float) for name in tools.subset}
-    return *plan.settings.make(tools, plan.concepts), theta
+    return *plan.settings.make(own, plan.concepts), theta
 
 
 def solved(method, inputs, theta):
     with exactly("float64"):
         inputs = jax.tree.map(lambda a: a.astype("float64") if a.dtype == np.float32 else a, inputs)
-        ours = method.solve({f"transformer/{name}": jax.numpy.asarray(w) for name, w in theta.items()}, inputs)
+        ours = method.solve({f"transformer/{name}": jnp.asarray(w) for name, w in theta.items()}, inputs)
     return {name.removeprefix("transformer/"): np.asarray(w) for name, w in ours.items()}
 
 
@@ -111,7 +119,7 @@ def test_uce(kind, tokens, bases):
         else:
             kept = [(whole(base, layer, text), 0.25) for text in ("", KEPT)]
         expected = edited(theta[layer].T, erased, kept, 0.5)
-        assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-6  # E's vectors are float32
+        assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-7
 
 
 def test_uce_retains_prompts(bases, tmp_path):
@@ -121,12 +129,11 @@ def test_uce_retains_prompts(bases, tmp_path):
     fields = {"tokens": "positions", "retain": str(tmp_path / "prompts.txt"), "preserve_scale": 0.25}
     method, inputs, theta = setting(base, "uce", **fields)
     ours = solved(method, inputs, theta)
-    left = [text for text in texts if "two" not in text and "cats" not in text]  # the concept's rarest word
     for layer in (TOKENS, POOLED):
         erased = [(c, guide, 1.0) for c, guide in pairs(base, layer, CONCEPT, GUIDE, "positions")]
-        rows = [whole(base, layer, text) for text in ("", KEPT, *left)]
+        rows = [whole(base, layer, text) for text in ("", KEPT, *texts)]
         expected = edited(theta[layer].T, erased, [(row, 0.25 / len(rows)) for row in rows], 0.5)
-        assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-4  # the root is float32
+        assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-3  # the root is float32
 
 
 def test_rece(bases):

@@ -27,7 +27,7 @@ PROMPTS = [np.random.default_rng(i).standard_normal((2, 1, 4)) for i in range(3)
 
 
 def velocity(x, t, prompt, xp=np):
-    return 0.4 * xp.tanh(x * prompt[:, None] + prompt.sum(-1)[:, None, None, None] + t / 500)
+    return 0.4 * xp.tanh(x * prompt[:, None] + prompt.sum((1, 2))[:, None, None, None] + t / 500)
 
 
 def test_safe_latent_diffusion_compares_noise_with_its_threshold():
@@ -88,7 +88,7 @@ def test_inversion_is_eulers_method_upwards():
             for now, then in zip(sigma[:-1], sigma[1:], strict=True):
                 x = x + (then - now) * np.asarray(denoise(x, told(now if timestep == "level" else then)))
             plain = samplers.run(inversion.inverter(SCHEDULE, STEPS, timestep), denoise, jnp.asarray(X))
-            assert error(plain, x) <= 1e-10
+            assert error(plain, x) <= 1e-7  # the network's timesteps are float32
         down = samplers.make_sampler(SCHEDULE, "flow_euler", STEPS)
         errors, missed = [], []
         for iterations in (1, 60):

@@ -249,7 +249,7 @@ def test_preserved_prompts_and_images():
                 k, texts = int(draws.kept.index), [kept[int(i)] for i in draws.kept.concept]
                 x = flow.sampled(guided(w.models.teacher, w.models, texts, 3.0), to_nchw(draws.kept.noise), k, 20)
                 expected += 0.25 * distance(x, told(grid(20)[k]), texts)
-            assert float(actual) == pytest.approx(expected, rel=1e-9)
+            assert float(actual) == pytest.approx(expected, rel=1e-7)
 
 
 def test_training_timesteps_are_noise_levels():
