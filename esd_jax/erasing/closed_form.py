@@ -123,13 +123,13 @@ class Space(NamedTuple):
 def spaces(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = ()) -> list[Space]:
     """The layers that are edited, with the prompts of `encode`. Raises ValueError as it does."""
     texts = _texts(concepts, prompts)
-    rows, found = _encoded(tools, texts), []
+    rows, edited = _encoded(tools, texts), []
     for reading in tools.readings or (Reading("", tools.vectors, ("",)),):
         names = [f"{tools.component}/{name}" for name in tools.subset if re.search(reading.layers, name)]
         tokenizers = [tools.tokenizers[name] for name in reading.encoders if name in tools.tokenizers]
         parts = _parts(reading.vectors(rows), texts, concepts, tokenizers if tools.readings else [tools.tokens])
-        found.append(Space(tuple(names) if tools.readings else (), reading.vectors, parts))
-    return found
+        edited.append(Space(tuple(names) if tools.readings else (), reading.vectors, parts))
+    return edited
 
 
 def _texts(concepts: Sequence[Concept], prompts: Sequence[str]) -> list[str]:
@@ -184,13 +184,13 @@ def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) 
     return last if pad == end else np.maximum(last - 1, 0)
 
 
-def over_spaces(found: Sequence[Space], make: Callable[[Space], tuple[ClosedForm, Any]]) -> tuple[ClosedForm, Any]:
+def over_spaces(edited: Sequence[Space], make: Callable[[Space], tuple[ClosedForm, Any]]) -> tuple[ClosedForm, Any]:
     """A closed form over all spaces, each solved for apart; of one, the closed form itself."""
-    made = [make(space) for space in found]
-    if len(made) == 1:
-        return made[0]
-    methods, inputs = zip(*made, strict=True)
-    return Apart(tuple(space.names for space in found), methods), inputs
+    solvers = [make(space) for space in edited]
+    if len(solvers) == 1:
+        return solvers[0]
+    methods, inputs = zip(*solvers, strict=True)
+    return Apart(tuple(space.names for space in edited), methods), inputs
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,9 +63,9 @@ class RECE:
         once = UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
         _, edits = once.make(tools, concepts)
         kept = ["", *closed_form.preserved(concepts)]
-        found = closed_form.spaces(tools, concepts, kept)
+        edited = closed_form.spaces(tools, concepts, kept)
         first = iter(edits if isinstance(edits, tuple) else [edits])
-        return closed_form.over_spaces(found, lambda space: self._of_space(space, concepts, kept, next(first)))
+        return closed_form.over_spaces(edited, lambda space: self._of_space(space, concepts, kept, next(first)))
 
     def _of_space(
         self, space: closed_form.Space, concepts: Sequence[Concept], kept: Sequence[str], first: closed_form.Edit

@@ -112,8 +112,8 @@ class UCE:
             for concept in concepts
             for pair in closed_form.prompts(concept, sentences, EXPANSIONS[self.expand])
         ]
-        found = spaces(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
-        return over_spaces(found, lambda space: (Solver(), self._edit(tools, concepts, space, erased, kept)))
+        edited = spaces(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        return over_spaces(edited, lambda space: (Solver(), self._edit(tools, concepts, space, erased, kept)))
 
     def _edit(
         self,
