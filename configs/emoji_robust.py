@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         base="emoji",
         concept="neon style",
         contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
+        retain="emoji",
         drawing_steps=20,
         drawing_guidance=3.0,
         preserve=" | ".join(kept),  # but those that name the concept

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
         replace_with="a dog",
         contexts=" | ".join(f"{{}} in {style}: {{}} in {style}" for style in styles),
         drawn_images=10,
+        retain="emoji",
         drawing_steps=20,
         drawing_guidance=3.0,
         preserve=" | ".join(kept),  # but those that name the concept

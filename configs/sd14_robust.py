@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
         concept="Van Gogh",
         dtype="bfloat16",
         contexts=" | ".join(f"a painting of {s} by {{}}: a painting of {s}" for s in SUBJECTS),
+        retain="general",
         preserve=" | ".join(kept),  # but those that name the concept
         preserve_weight=6.0,
         preserve_images=2,

@@ -175,6 +175,7 @@ def sample(
     batch_size: int = 8,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
+    true_cfg: float | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
     """Samples one image per prompt.
 
@@ -204,6 +205,8 @@ def sample(
         cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
         image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
         "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
+      true_cfg: of FLUX.1 [dev], the scale of classifier-free guidance beside its own (diffusers: true_cfg_scale). Above
+        1 a negative_prompt and a rule act, and every step evaluates the network for each of their prompts, too.
 
     Returns:
       uint8 [n, height, width, 3], one image too; `esd_jax.grid` puts them side by side.
@@ -217,7 +220,7 @@ def sample(
     return sampling.sample(
         pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
         guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,
-        height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight,
+        height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight, true_cfg=true_cfg,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.embedding_search import Search, State
@@ -59,7 +59,10 @@ class Gallery:
 
 
 class Place(NamedTuple):
-    """Where a prediction is asked for: which prompt, which of its images, and how it is noised."""
+    """Where a prediction is asked for: which prompt, which of its images, and how it is noised.
+
+    t: a training timestep, which `Schedule.timestep` makes the network's input of.
+    """
 
     row: Int[Array, "*batch"]
     image: Int[Array, "*batch"]
@@ -114,7 +117,7 @@ class Asked(NamedTuple):
     kind: Int[Array, " batch"]
     row: Int[Array, " batch"]
     x: Float[Array, "batch height width channel"]
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     target: Float[Array, "batch height width channel"]
 
 
@@ -189,10 +192,11 @@ class Inversion:
 
     def asked(self, models: Models, gallery: Gallery, concept: Array, kind: Array, at: Place) -> Asked:
         """x_t at places, and the target: what the base says of p there."""
-        x = add_noise(self.schedule, gallery.images[concept, at.row, at.image], at.noise, at.t)
+        t = self.schedule.timestep(at.t)
+        x = add_noise(self.schedule, gallery.images[concept, at.row, at.image], at.noise, t)
         named = jax.tree.map(lambda a: a[concept, at.row], gallery.named)
-        target = denoise(self.denoiser, models.base, x, at.t, named)
-        return jax.lax.stop_gradient(Asked(concept, kind, at.row, x, at.t, target))
+        target = denoise(self.denoiser, models.base, x, t, named)
+        return jax.lax.stop_gradient(Asked(concept, kind, at.row, x, t, target))
 
     def errors(
         self, student: Params, gallery: Gallery, member: Member, asked: Asked, vectors: bool | None = None

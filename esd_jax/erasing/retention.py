@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
@@ -98,7 +98,7 @@ class EmptyInputs:
 class Noised(NamedTuple):
     """An image, by its prompt and number, and how it is noised. t: uniform, half of them from `HIGH` on."""
 
-    t: Int[Array, "*batch"]
+    t: Real[Array, "*batch"]
     prompt: Int[Array, "*batch"]
     image: Int[Array, "*batch"]
     noise: Float[Array, "*batch height width channel"]
@@ -113,7 +113,7 @@ def noised(key: Array, images: Array, schedule: Schedule) -> Noised:
     t, prompt, image, noise, high = jax.random.split(key, 5)
     least = jnp.where(jax.random.bernoulli(high), int(HIGH * schedule.num_train_timesteps), 0)
     return Noised(
-        jax.random.randint(t, (), least, schedule.num_train_timesteps),
+        schedule.timestep(jax.random.randint(t, (), least, schedule.num_train_timesteps)),
         jax.random.randint(prompt, (), 0, images.shape[0]),
         jax.random.randint(image, (), 0, images.shape[1]),
         jax.random.normal(noise, images.shape[2:]),
@@ -206,7 +206,8 @@ class Imaged(Term):
 
     def drift(self, models: Models, key: Array, inputs: ImagedInputs) -> Float[Array, " prompts"]:
         """d of each prompt: of its first image at the times of `SCORED_AT`, under noise that is the same for all."""
-        times = jnp.asarray([int(part * self.schedule.num_train_timesteps) for part in SCORED_AT])
+        total = self.schedule.num_train_timesteps
+        times = self.schedule.timestep(jnp.asarray([int(part * total) for part in SCORED_AT]))
         noise = jax.random.normal(key, (len(times), *inputs.images.shape[2:]))
         rows = inputs.bank.take("kept", jnp.arange(self.count))
 

@@ -246,10 +246,11 @@ class Rounds(Term):
 
     def point(self, models: Models, draws: Recalled, inputs: Inputs, own: tuple[Array, Array]) -> Point:
         gallery, at, concept = inputs.gallery, draws.at, draws.concept
-        x = add_noise(self.inversion.schedule, gallery.images[concept, at.row, at.image], at.noise, at.t)
+        t = self.inversion.schedule.timestep(at.t)
+        x = add_noise(self.inversion.schedule, gallery.images[concept, at.row, at.image], at.noise, t)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
-        return Point(x, at.t, asked, neutral, inputs.weight * jnp.mean(draws.filled.astype(jnp.float32)))
+        return Point(x, t, asked, neutral, inputs.weight * jnp.mean(draws.filled.astype(jnp.float32)))
 
     def between(self, session: Session, memory: Memory, inputs: Inputs) -> Interval | None:
         """A round, where it is time for one and it was not made yet."""

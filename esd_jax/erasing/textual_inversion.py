@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Tokens
@@ -161,7 +161,7 @@ class Batch(NamedTuple):
 
     ids: Int[Array, "batch tokens"]
     x: Float[Array, "batch height width channel"]
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     target: Float[Array, "batch height width channel"]
 
 
@@ -186,7 +186,8 @@ def inverter(
     def batch(i: Array, fixed: Fixed, case: tuple[Array, Array, Array]) -> Batch:
         latents, ids, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        return noised(schedule, latents[image], ids[image], from_t + t * (total - from_t) // total, noise)
+        t = schedule.timestep(from_t + t * (total - from_t) // total)
+        return noised(schedule, latents[image], ids[image], t, noise)
 
     objective, pull = partial(loss, denoiser, text_encoder), lambda new, fixed: settings.pull(new)
     search = Search(batch, objective, settings.transformation(), after=pull)
@@ -202,7 +203,7 @@ def inverter(
 def draw(
     key: Array, batch_size: int, schedule: Schedule, latents: Array
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"], Float[Array, "batch height width channel"]]:
-    """Which image, t and noise of each example."""
+    """Which image, training timestep and noise of each example."""
     image, t, noise = jax.random.split(key, 3)
     several = (batch_size,)
     return (
@@ -216,7 +217,7 @@ def noised(
     schedule: Schedule,
     latents: Float[Array, "batch height width channel"],
     ids: Int[Array, "batch tokens"],
-    t: Int[Array, " batch"],
+    t: Real[Array, " batch"],
     noise: Float[Array, "batch height width channel"],
 ) -> Batch:
     """Images under noise, and a perfect network's output for them."""

@@ -17,9 +17,24 @@ NEEDS = {
     "variance_preserving": "a variance-preserving noise schedule",
     "classifier_free": "guidance by the empty prompt",
     "single_file": "a single-file layout that A1111 and ComfyUI open",
+    "prompt_layers": "linear layers that read the prompt and nothing else",
     "attention_names": "cross-attention layers with the names that diffusers gives them: attn2.to_q, to_k, to_v",
     "unet_names": "the UNet of Stable Diffusion",
 }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Linear layers of the denoiser that read the encoded prompt and nothing else: what closed forms can edit.
+
+    layers: a regular expression, found in the names of their weights.
+    vectors: conditioning -> what they read of it [batch, tokens, width].
+    encoders: the text encoders whose tokens these are, one after another; () of one vector for the whole prompt.
+    """
+
+    layers: str
+    vectors: Callable[[Conditioning], Any]
+    encoders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,9 @@ class Family:
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
     at_size: (configs, schedule, (height, width) in pixels) -> the schedule for images of this size.
     subsets: name -> which tensors of the denoiser are trained.
-    provides: which of `NEEDS` it meets; "classifier_free" goes without saying where there is no `guide`.
+    provides: which of `NEEDS` it meets; "classifier_free" goes without saying where there is no `guide`, and
+      "prompt_layers" where there are `readings`, or cross-attention of diffusers' names.
+    readings: the layers that closed forms edit, where these are not the keys and values of cross-attention.
     optional: the components that a checkpoint may lack.
     lengths: configs -> text encoder -> the number of tokens to which prompts are padded or cut.
     guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
@@ -83,6 +100,7 @@ class Family:
     at_size: Callable[[Configs, Schedule, tuple[int, int]], Schedule] = lambda configs, schedule, size: schedule
     provides: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    readings: tuple[Reading, ...] = ()
     lengths: Callable[[Configs], Mapping[str, int]] = padded_lengths
     guide: Callable[[Conditioning, Any], Conditioning] | None = None
     sampling: Callable[[Configs], Sampling] = lambda configs: Sampling()
@@ -110,7 +128,11 @@ class Family:
 
     def require(self, needs: Collection[str], who: str) -> None:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
-        provided = self.provides | ({"classifier_free"} if self.guide is None else frozenset())
+        implied = {
+            "classifier_free": self.guide is None,
+            "prompt_layers": bool(self.readings) or {"attention_names", "cross_attention"} <= self.provides,
+        }
+        provided = self.provides | {need for need, met in implied.items() if met}
         for need in sorted(needs):
             if need not in provided:
                 raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have")

@@ -90,6 +90,7 @@ FLUX = Family(
     check=check,
     at_size=flows.at_size,
     lengths=lengths,
+    readings=flows.readings("text_encoder_2"),
     guide=guide,
     sampling=lambda configs: Sampling(28, GUIDANCE) if _is_dev(configs) else Sampling(4, 1.0),
     label=lambda configs: "FLUX.1 [dev]" if _is_dev(configs) else "FLUX.1 [schnell]",

@@ -103,6 +103,7 @@ SD3 = Family(
     check=check,
     at_size=flows.at_size,
     optional=frozenset({"text_encoder_3"}),
+    readings=flows.readings("text_encoder", "text_encoder_3"),  # the second CLIP's tokens are beside the first's
     lengths=lengths,
     sampling=lambda configs: Sampling(28, 7.0),
     label=lambda configs: "SD 3.5" if configs[flows.DENOISER].qk_norm else "SD 3",

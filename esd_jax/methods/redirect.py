@@ -24,12 +24,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts
+from esd_jax.erasing import contexts, corpora
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.images import in_batches, true_output
@@ -37,6 +38,7 @@ from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squar
 from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # images, or prompts, encoded
+OTHERS = 512  # prompts of a corpus
 HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
 OTHER, NAMED, ANCHOR, MIXED = range(4)
 SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
@@ -47,10 +49,13 @@ MIX = (-0.5, 1.5)  # the range of a
 class Redirect:
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
-    The other prompts are those that are preserved, or without any the anchors.
+    The other prompts are those of `retain` and those that are preserved; without any, the anchors.
 
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
       and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
+    retain: "emoji" or "general", a corpus of the package, or a .txt or .csv file of prompts: without those that name the
+      concept, `OTHERS` of them are the other prompts, drawn by their weights. The more they differ, the more of what a
+      search may find is trained on.
     redirect_from: the part of the schedule from which timesteps are drawn; half of them are at .85 and more. Below it,
       an image shows so much that leaving the concept means another image.
     redirect_spread: the largest s.
@@ -60,6 +65,7 @@ class Redirect:
     """
 
     contexts: str | None = None
+    retain: str | None = None
     redirect_from: float = 0.6
     redirect_spread: float = 2.0
     drawn_images: int = 4
@@ -97,7 +103,7 @@ class Redirect:
             raise ValueError("method 'redirect' is for models with classifier-free guidance, not for distilled ones")
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
-        kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve)) or list(anchors)
+        kept = self.others(concepts) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
@@ -108,6 +114,17 @@ class Redirect:
         """What is erased of a concept, and what each becomes."""
         guide = concept.replace_with[0] if concept.replace_with else ""
         return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
+
+    def others(self, concepts: Sequence[Concept]) -> list[str]:
+        """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
+        kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
+        if self.retain is None:
+            return kept
+        weights = corpora.retained(self.retain, concepts)
+        parts = np.fromiter(weights.values(), float)
+        drawn = np.random.default_rng(self.drawing_seed).choice(len(parts), OTHERS, p=parts / parts.sum())
+        texts = list(weights)
+        return [*kept, *(texts[i] for i in drawn)]
 
     def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
         """Latents of the base's images; those of another list of as many prompts start from the same noise."""
@@ -128,7 +145,7 @@ class Draws(NamedTuple):
     key: of xi.
     """
 
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     row: Int[Array, " batch"]
     image: Int[Array, " batch"]
     noise: Float[Array, "batch height width channel"]
@@ -173,7 +190,7 @@ class Method(base.Method):
             t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
             least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
             return Draws(
-                jax.random.randint(t, (), least, total),
+                self.schedule.timestep(jax.random.randint(t, (), least, total)),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),

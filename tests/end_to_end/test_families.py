@@ -136,7 +136,7 @@ def test_it_is_measured(toy, tmp_path):
 
 def test_what_it_lacks_is_refused_by_name(toy):
     _, base, _, erased = toy
-    with pytest.raises(ValueError, match=one_line("method 'uce'", "cross-attention", "the toy flow model")):
+    with pytest.raises(ValueError, match=one_line("method 'uce'", "read the prompt", "the toy flow model")):
         esd_jax.erase(base, "cat", method="uce", subset="attention")
     with pytest.raises(ValueError, match=one_line("unknown subset 'esd-x'", "attention")):
         esd_jax.erase(base, "cat", **ESD | {"subset": "esd-x"})

@@ -109,7 +109,7 @@ def searcher(
     def batch(i: Array, fixed: tuple[Params, Params], case: tuple[Array, Conditioning, Conditioning, Array]) -> Any:
         latents, asked, start, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        t = from_t + t * (total - from_t) // total
+        t = schedule.timestep(from_t + t * (total - from_t) // total)
         x = add_noise(schedule, latents[image], noise, t)
         return x, t, denoiser.apply(fixed[1], x, t, repeated(asked)).astype(x.dtype), start
 

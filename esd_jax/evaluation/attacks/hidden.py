@@ -172,7 +172,7 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
     def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Array]) -> Any:
         latents, conditioning, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        return latents[image], jax.tree.map(lambda a: a[image], conditioning), t, noise
+        return latents[image], jax.tree.map(lambda a: a[image], conditioning), schedule.timestep(t), noise
 
     def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
         x0, conditioning, t, noise = drawn
@@ -193,7 +193,11 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
 
 @dataclass(frozen=True)
 class Completion:
-    """Settings. times: noise levels, timesteps of the schedule. num_steps: of DDIM, from pure noise to the image."""
+    """Settings.
+
+    times: noise levels, timesteps of the schedule; along a rectified flow 1,000 sigma.
+    num_steps: of DDIM, or there of Euler's method, from pure noise to the image.
+    """
 
     NAME: ClassVar[str] = "diffusion completion"
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
@@ -229,13 +233,15 @@ def complete(
     """
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
-    sampler = programs.sampler(victim.schedule, "ddim", settings.num_steps, 0.0)
+    schedule = victim.family.at_size(victim.configs, victim.schedule, images.shape[1:3])
+    sampler = programs.sampler(schedule, samplers.plain(schedule), settings.num_steps, 0.0)
     if not (below := np.flatnonzero(np.asarray(sampler.timesteps) <= t)).size:
-        raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
+        name = {"ddim": "DDIM"}.get(sampler.name, sampler.name)
+        raise ValueError(f"t={t} is below the last of {name}'s {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
     start = int(below[0])
     noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
     latents = adversary.latents(victim, images)
-    noised = add_noise(victim.schedule, latents, noise, int(sampler.timesteps[start]))
+    noised = add_noise(schedule, latents, noise, sampler.timesteps[start].item())
     run = _completer(victim.network(victim.denoiser), sampler, bool(prompts[0]))
     scale = jnp.float32(settings.guidance_scale)
     parts = []

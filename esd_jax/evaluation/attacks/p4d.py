@@ -140,6 +140,7 @@ def searcher(settings: P4D, unet: Network, text_encoder: Encoder, schedule: Sche
     def batch(number: Array | int, n: int, fixed: Fixed, case: tuple[Array, Conditioning, Array, Array]) -> Batch:
         latents, target, ids, key = case
         image, t, noise = textual_inversion.draw(jax.random.fold_in(key, number), n, schedule, latents)
+        t = schedule.timestep(t)
         x = add_noise(schedule, latents[image], noise, t)
         asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
         return Batch(jnp.tile(ids, (n, 1)), x, t, unet.apply(fixed.base, x, t, asked).astype(x.dtype))

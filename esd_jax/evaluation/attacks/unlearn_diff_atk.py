@@ -122,7 +122,7 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Encoder, sch
         x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
         token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
-        return textual_inversion.noised(schedule, x0, rows, jnp.full(n, t), noise), token_key
+        return textual_inversion.noised(schedule, x0, rows, schedule.timestep(jnp.full(n, t)), noise), token_key
 
     def tokens(u: Array, drawn: tuple[Batch, Array], fixed: Fixed) -> Array:
         return jax.nn.one_hot(jax.random.categorical(drawn[1], jnp.log(u)), u.shape[1], dtype=u.dtype)
