@@ -53,9 +53,9 @@ class Redirect:
 
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
       and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
-    retain: "emoji" or "general", a corpus of the package, or a .txt or .csv file of prompts: without those that name the
-      concept, `OTHERS` of them are the other prompts, drawn by their weights. The more they differ, the more of what a
-      search may find is trained on.
+    retain: "emoji" or "general", a corpus of the package, or a .txt or .csv file of prompts: `OTHERS` of those that do
+      not name the concept are other prompts, drawn by their weights. The more they differ, the more of what a search
+      may find is trained on.
     redirect_from: the part of the schedule from which timesteps are drawn; half of them are at .85 and more. Below it,
       an image shows so much that leaving the concept means another image.
     redirect_spread: the largest s.
