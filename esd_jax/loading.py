@@ -12,7 +12,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
 from esd_jax.inputs import expanded
-from esd_jax.io import diffusers, recognised
+from esd_jax.io import diffusers, flow_file, recognised
 from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
@@ -27,7 +27,7 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
-RUN, UNET_FOLDER = "a run", "the folder of a denoiser alone"  # what a source may be
+RUN, UNET_FOLDER, ALONE = "a run", "the folder of a denoiser alone", "a transformer without its text encoders"  # what a source may be
 
 
 def load(
@@ -77,6 +77,8 @@ def load(
         if base is not None:
             raise ValueError(f"{source} is a whole checkpoint: load it without base")
         return _checkpoint(source, **reading)
+    if kind == ALONE and config is not None and base is None:  # whose folder has the rest
+        return _checkpoint(source, **reading)
     if base is None:
         which = "" if named else ", where base is the checkpoint that it was made from"
         call = f"load({str(source)!r}, base={repr(named) if named else '...'})"
@@ -115,6 +117,8 @@ def _kind(source: str | Path) -> tuple[str, str | None]:
 
 
 def _kind_of_file(header: Header) -> str:
+    if flow_file.is_alone(header):
+        return ALONE
     if is_difference(header):
         return "a difference"
     if is_lora(header):
@@ -156,7 +160,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     Args:
       base: what it was erased from.
       path: a run's folder, a diffusers folder (of a denoiser alone, or of all), or a .safetensors file: a delta, a
-        difference, a LoRA, or a single-file checkpoint.
+        difference, a LoRA, a single-file checkpoint, or the transformer of FLUX.1 or SD3 in such a file.
 
     Raises FileNotFoundError, ValueError as their readers do.
     """
@@ -173,6 +177,8 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
         return apply_difference(base, path)
     if is_lora(header):
         return merge_lora(base, path)
+    if flow_file.is_flow(header):
+        return diffusers.with_denoiser_file(base, path)
     if any(key.startswith(UNET) for key in header.entries):
         pipeline = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
         return dataclasses.replace(pipeline, schedule=base.schedule)  # which a base's file may determine by itself

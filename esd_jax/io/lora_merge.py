@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from esd_jax.erasure import Erasure
@@ -31,7 +30,6 @@ from esd_jax.io.safetensors import Header
 from esd_jax.pipeline import Pipeline
 
 INTEGERS = {"I64": np.int64, "I32": np.int32}  # of alphas: scripts that extract a LoRA write its rank as it is
-EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}  # unscaled, so exact in float32
 BUNDLED = "bundle_emb."  # A1111's: textual inversions that go with a LoRA, "bundle_emb.WORD.string_to_param.*"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves an adapter
 
@@ -128,7 +126,7 @@ def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, s
 def _read(header: Header, key: str, part: str) -> np.ndarray:
     """A tensor in float32. Raises ValueError for NaN and infinity."""
     entry = header.entries[key]
-    whole = EIGHT_BITS.get(entry.dtype) or (INTEGERS.get(entry.dtype) if part == "alpha" else None)
+    whole = INTEGERS.get(entry.dtype) if part == "alpha" else None
     if whole is None:
         array = safetensors.read(header, key)
     else:
