@@ -27,7 +27,8 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
-RUN, UNET_FOLDER, ALONE = "a run", "the folder of a denoiser alone", "a transformer without its text encoders"  # what a source may be
+# What a source may be.
+RUN, UNET_FOLDER, ALONE = "a run", "the folder of a denoiser alone", "a transformer without its text encoders"
 
 
 def load(
