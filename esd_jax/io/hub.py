@@ -71,9 +71,7 @@ def _plain_patterns(folder: Path) -> list[str]:
     return [f"{path.name}/{pattern.removeprefix('*/')}" for path in lacking for pattern in weight_patterns(None)]
 
 
-def _download(
-    repo: str, variant: str | None, revision: str | None, weights: bool, components: Sequence[str]
-) -> Path:
+def _download(repo: str, variant: str | None, revision: str | None, weights: bool, components: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -41,9 +41,7 @@ OPEN_CLIP_LAYER = {
 }
 
 
-def places(
-    configs: Mapping[str, NetworkConfig], dtype: str = "float32", prefix: str | None = None
-) -> dict[str, Place]:
+def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32", prefix: str | None = None) -> dict[str, Place]:
     """Where every tensor of the networks lies: "unet/NAME" -> its place.
 
     Args:

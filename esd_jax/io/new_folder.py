@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from esd_jax.io import folder as files
 from esd_jax.io import flow_file, safetensors, tensors
+from esd_jax.io import folder as files
 from esd_jax.io.configs import tokenizer_of
 from esd_jax.io.ldm import is_open_clip
 from esd_jax.io.safetensors import DTYPES, Entry

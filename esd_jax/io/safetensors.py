@@ -123,7 +123,9 @@ def read_bytes(header: Header, key: str, rows: tuple[int, int] | None = None) ->
     entry = header.entries[key]
     size, (start, stop) = entry.stop - entry.start, rows or (0, 1)
     row = size // entry.shape[0] if rows else size
-    return np.fromfile(header.path, np.uint8, count=(stop - start) * row, offset=header.data + entry.start + start * row)
+    return np.fromfile(
+        header.path, np.uint8, count=(stop - start) * row, offset=header.data + entry.start + start * row
+    )
 
 
 def read(header: Header, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:

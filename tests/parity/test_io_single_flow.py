@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from flow_factories import T5_WIDTH
+from diffusers.loaders import single_file_utils
 from flow_files import KINDS, UNET, converted, folder_and_file, foreign
 from messages import one_line
 from single_files import raw
@@ -35,9 +35,9 @@ MATRIX = {
     "dev": "transformer/transformer_blocks.1.attn.add_k_proj.weight",
     "schnell": "transformer/single_transformer_blocks.1.proj_mlp.weight",
     "sd3": "transformer/transformer_blocks.0.attn2.to_v.weight",
-    "sd3-medium": "transformer/transformer_blocks.2.attn.add_q_proj.weight",
+    "sd3-medium": "transformer/transformer_blocks.1.attn.add_q_proj.weight",
 }
-SWAPPED = {"dev": "norm_out", "schnell": "norm_out", "sd3": "transformer_blocks.2.norm1_context", "sd3-medium": "norm_out"}
+SWAPPED = {**dict.fromkeys(KINDS, "norm_out"), "sd3": "transformer_blocks.2.norm1_context"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -298,21 +298,21 @@ def latents(pipe):
 
 def test_diffusers_opens_a_transformer(kind, tmp_path, monkeypatch):
     """The edited file in the pipeline of the base, against the edited folder."""
-    name, folder, _, _ = kind
+    name, folder, pipe, _ = kind
     flow_files.diffusers_reads_tiny_flux(monkeypatch)
     base = io.load(folder)
     value = base.params["transformer"][MATRIX[name].partition("/")[2]]
     edited = base.with_edits({MATRIX[name]: value + 0.5})
     file = export_single(edited, tmp_path / "edited.safetensors", alone=True)
-    pipeline_class = diffusers.FluxPipeline if name in ("dev", "schnell") else diffusers.StableDiffusion3Pipeline
-    kind_of = diffusers.FluxTransformer2DModel if pipeline_class is diffusers.FluxPipeline else (
-        diffusers.SD3Transformer2DModel
-    )  # fmt: skip
-    transformer = kind_of.from_single_file(str(file), config=str(folder), subfolder="transformer")
-    ours = latents(pipeline_class.from_pretrained(folder, transformer=transformer))
-    expected = latents(pipeline_class.from_pretrained(io.export(edited, tmp_path / "out")))
-    np.testing.assert_array_equal(ours, expected)
-    assert error(ours, latents(pipeline_class.from_pretrained(folder))) > 1e-3  # so that the edit shows
+    before, transformer = latents(pipe), type(pipe.transformer)
+    of_file = transformer.from_single_file(str(file), config=str(folder), subfolder="transformer")
+    of_folder = transformer.from_pretrained(io.export(edited, tmp_path / "out"), subfolder="transformer")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "transformer", of_file)
+        ours = latents(pipe)
+        patch.setattr(pipe, "transformer", of_folder)
+        np.testing.assert_array_equal(ours, latents(pipe))
+    assert error(ours, before) > 1e-3  # so that the edit shows
 
 
 def test_diffusers_opens_a_whole_sd3(tmp_path):
@@ -322,16 +322,19 @@ def test_diffusers_opens_a_whole_sd3(tmp_path):
     tensors = safetensors.torch.load_file(path)
     safetensors.torch.save_file(tensors | {"text_projection.weight": torch.eye(32)}, path, {"format": "pt"})
     file = export_single(io.load(folder), tmp_path / "whole.safetensors")
-    # diffusers tells the text encoders by their width, which is one here.
-    encoder = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
-    pipe = diffusers.StableDiffusion3Pipeline.from_single_file(str(file), config=str(folder), text_encoder_2=encoder)
-    for component in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+    # diffusers tells the CLIPs by their width, which is one here, and leaves T5's embedding without values, which has
+    # a second name in transformers 5.
+    others = {
+        "text_encoder_2": transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
+        "text_encoder_3": transformers.T5EncoderModel.from_pretrained(folder / "text_encoder_3"),
+    }
+    pipe = diffusers.StableDiffusion3Pipeline.from_single_file(str(file), config=str(folder), **others)
+    t5 = single_file_utils.convert_sd3_t5_checkpoint_to_diffusers(safetensors.torch.load_file(file))
+    assert_same_bits(t5, weights(folder, "text_encoder_3"))
+    for component in ("transformer", "vae", "text_encoder"):
         theirs = {key.removeprefix("text_model."): v for key, v in getattr(pipe, component).state_dict().items()}
         assert_same_bits({key: theirs[key] for key in weights(folder, component)}, weights(folder, component))
-    assert theirs["shared.weight"].shape[1] == T5_WIDTH
-    np.testing.assert_array_equal(
-        latents(pipe), latents(diffusers.StableDiffusion3Pipeline.from_pretrained(folder))
-    )
+    np.testing.assert_array_equal(latents(pipe), latents(diffusers.StableDiffusion3Pipeline.from_pretrained(folder)))
 
 
 # Weights of eight bits.

@@ -51,9 +51,7 @@ def diffusers_reads_tiny_flux(monkeypatch, width=32):
     """Lets `from_single_file` and `load_lora_weights` read a FLUX.1 of another width."""
     known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
     monkeypatch.setitem(known, "checkpoint_mapping_fn", flux_converter(width))
-    monkeypatch.setattr(
-        "diffusers.loaders.lora_pipeline._convert_kohya_flux_lora_to_diffusers", kohya_converter(width)
-    )
+    monkeypatch.setattr("diffusers.loaders.lora_pipeline._convert_kohya_flux_lora_to_diffusers", kohya_converter(width))
 
 
 def converted(kind, checkpoint, width=32):
