@@ -88,7 +88,7 @@ FLUX = Family(
     schedule=partial(FlowSchedule.from_config, even=True),
     subsets=flows.SUBSETS,
     check=check,
-    provides=flows.PROVIDES,
+    provides=flows.PROVIDES | {"kohya_names"},
     at_size=flows.at_size,
     lengths=lengths,
     guide=guide,
