@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from esd_jax import lora
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import ldm, lora_kohya, safetensors, tensors
@@ -76,6 +77,7 @@ def export_lora(
     style: str = "diffusers",
     biases: bool = True,
     dtype: Any = "float16",
+    trained: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> LoraReport:
@@ -92,6 +94,7 @@ def export_lora(
       biases: carry them, which "diffusers" can ("lora_B.bias"), and "kohya" cannot. PEFT then cannot fuse the file into
         a model whose adapted layers do not all have one.
       dtype: of the factors.
+      trained: in place of `rank` and `energy`: the factors whose product the change is (`esd_jax.lora`), JAX layout.
       overwrite: lets a file at `path` be replaced.
       metadata: more metadata than the records of what was erased.
 
@@ -115,7 +118,7 @@ def export_lora(
     for module, name in matrices.items():
         change = _change(pipeline, base, name)
         flat = change.reshape(len(change), -1)
-        down, up = factors(flat, rank, energy)
+        down, up = factors(flat, rank, energy) if trained is None else _trained(trained, name, change.shape)
         down, up = (_rounded(name, part, code) for part in (down, up))
         missing = _energy(flat - _product(up, down))
         ranks[name], kept[name] = (len(down), min(flat.shape)), 1 - missing / (_energy(flat) or 1.0)
@@ -179,6 +182,16 @@ def factors(
     scale = np.sqrt(np.maximum(np.linalg.norm(inner, axis=1), np.finfo(float).tiny))
     basis, inner = basis * scale, inner / scale[:, None]
     return (inner, basis) if wide else (basis.T, inner.T)
+
+
+def _trained(
+    theta: Mapping[str, Any], name: str, shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "rank inputs"], Float[np.ndarray, "outputs rank"]]:
+    """(A, B) in torch layout, of a change of torch shape `shape`, of which training has a kernel's channels last."""
+    down, up = (np.asarray(theta[name + end], np.float64).T for end in (lora.A, lora.B))
+    if len(shape) == 4:
+        down = down.reshape(len(down), *shape[2:], shape[1]).transpose(0, 3, 1, 2).reshape(len(down), -1)
+    return down, up
 
 
 def _network(name: str) -> str:
