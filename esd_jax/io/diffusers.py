@@ -54,9 +54,9 @@ def load(
       revision: of a hub id: branch, tag or commit.
       sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
-        "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers. By
-        default the file's keys and shapes determine the architecture; see `io.ldm_file.scheduler_changes` for what the
-        network predicts.
+        "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers, and the
+        networks that a file of FLUX.1 or SD3 lacks. By default the file's keys and shapes determine the architecture;
+        see `io.ldm_file.scheduler_changes` for what the network predicts.
       ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
     Components that sampling does not need (safety checker, feature extractor, ...) are not read; `export` copies them.
