@@ -120,8 +120,8 @@ def _kind(source: str | Path) -> tuple[str, str | None]:
 
 
 def _kind_of_file(header: Header) -> str:
-    if flow_file.is_alone(header):
-        return ALONE
+    if flow_file.is_flow(header):
+        return ALONE if flow_file.is_alone(header) else ""
     if is_difference(header):
         return "a difference"
     if is_lora(header):
@@ -176,12 +176,12 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
             return diffusers.with_denoiser(base, path)
         return diffusers.load(path, dtype=base.dtype)
     header = read_header(path)
+    if flow_file.is_flow(header):
+        return diffusers.with_denoiser_file(base, path)
     if is_difference(header):
         return apply_difference(base, path)
     if is_lora(header):
         return merge_lora(base, path)
-    if flow_file.is_flow(header):
-        return diffusers.with_denoiser_file(base, path)
     if any(key.startswith(UNET) for key in header.entries):
         pipeline = diffusers.load(path, dtype=base.dtype, config=base.provenance.folder)
         return dataclasses.replace(pipeline, schedule=base.schedule)  # which a base's file may determine by itself

@@ -143,10 +143,14 @@ def test_all_formats_verify(kind, tmp_path):
     possible = exports.possible(erased)
     assert ("kohya" in possible) == (name == "dev") and {"single", "lora", "delta", "folder"} <= set(possible)
     formats = [kind for kind in possible if kind in ("single", "lora", "kohya", "delta")]
-    for written in exports.export_all(erased, tmp_path, formats, verify=True, dtype="float32", rank=32):
-        assert written.carried > 0.99 if written.format in ("lora", "kohya") else written.carried == 1
-        loaded = esd_jax.load(written.path, base=base)
-        assert loaded.provenance.erased or loaded.edits
+    verify = name == "sd3"  # whose default size is small
+    for written in exports.export_all(erased, tmp_path, formats, verify=verify, dtype="float32", rank=32):
+        if verify:
+            assert written.carried > 0.99 if written.format in ("lora", "kohya") else written.carried == 1
+        whole = written.format == "single" and name == "sd3"
+        opened = esd_jax.load(written.path, **({"config": base.provenance.folder} if whole else {"base": base}))
+        for edit, value in read_exact(opened, erased.edits).items():
+            np.testing.assert_allclose(value, erased.edits[edit], atol=1e-5)
 
 
 # Read.
@@ -191,7 +195,7 @@ def test_a_lora_of_a_fused_module_changes_each_of_its_parts(dev, named, tmp_path
     down, up = (draws.normal(size=shape).astype(np.float32) for shape in ((4, 32), (7 * 32, 4)))
     names = ("lora_down", "lora_up") if "unet" in named else ("lora_A", "lora_B")
     file = {f"{written}.{names[0]}.weight": down, f"{written}.{names[1]}.weight": up}
-    safetensors.numpy.save_file(file | {f"{written}.alpha": np.float32(2)}, tmp_path / "x.safetensors")
+    safetensors.numpy.save_file(file | {f"{written}.alpha": np.asarray(2, np.float32)}, tmp_path / "x.safetensors")
     merged = merge_lora(base, tmp_path / "x.safetensors", strength=0.5)
     change, start = 0.5 * (2 / 4) * up.astype(np.float64) @ down, 0
     for part, rows in (("attn.to_q", 32), ("attn.to_k", 32), ("attn.to_v", 32), ("proj_mlp", 128)):
