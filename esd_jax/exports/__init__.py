@@ -138,7 +138,7 @@ def export(
       verify: read it again and compare; see `verified`.
       overwrite: lets what is at `path` be replaced.
       metadata: more metadata than the records of what was erased.
-      **options: of the format: into, dtype, rank, energy, max_shard_size, variant; see its writer.
+      **options: of the format: into, dtype, alone, rank, energy, max_shard_size, variant; see its writer.
 
     Raises:
       ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which
