@@ -132,7 +132,7 @@ def bare(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def cast(params: Mapping[str, Any], dtype: Any) -> Params:
     """Every tensor in `dtype`."""
-    return {name: jnp.asarray(value, dtype) for name, value in params.items()}
+    return jax.tree.map(lambda value: jnp.asarray(value, dtype), dict(params))
 
 
 def num_scalars(shapes: Mapping[str, Any]) -> int:

@@ -27,14 +27,18 @@ class TensorFile:
     """Where a tensor lies.
 
     path, key: its safetensors file, and the name that the file gives it.
-    part: (i, n) if the file keeps n tensors of one shape below each other under that key, of which this is number i.
+    rows: (start, stop) if the file keeps several tensors below each other under that key, of which these are this one.
     transposed: whether the file keeps a matrix as its transpose.
+    swapped: whether it keeps the second half of the rows before the first.
+    identity: the file lacks the tensor, which is the identity in the dtype of what is under `key`.
     """
 
     path: Path
     key: str
-    part: tuple[int, int] = (0, 1)
+    rows: tuple[int, int] | None = None
     transposed: bool = False
+    swapped: bool = False
+    identity: bool = False
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,13 @@ def run(values: flags.FlagValues) -> None:
             return
         texts = ", ".join(repr(concept.text) for concept in plan.concepts)
         common.say(
-            f"erased {texts} from {plan.base}\n  model  {folder / runs.MODEL}\n"
-            f"  delta  {folder / runs.delta_name(plan)}\n  run    {folder}"
+            "\n".join(
+                [
+                    f"erased {texts} from {plan.base}",
+                    *(f"  {kind:5}  {folder / name}" for kind, name in runs.artefacts(base, plan).items()),
+                    f"  run    {folder}",
+                ]
+            )
         )
         if size and (used := _memory("peak_bytes_in_use")):
             common.say("  " + compared(size, used))

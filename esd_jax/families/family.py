@@ -16,10 +16,11 @@ NEEDS = {
     "one_clip": "one CLIP text encoder",
     "variance_preserving": "a variance-preserving noise schedule",
     "classifier_free": "guidance by the empty prompt",
-    "single_file": "a single-file layout that A1111 and ComfyUI open",
+    "single_file": "a single-file layout that ComfyUI opens",
     "prompt_layers": "linear layers that read the prompt and nothing else",
     "attention_names": "cross-attention layers with the names that diffusers gives them: attn2.to_q, to_k, to_v",
-    "unet_names": "the UNet of Stable Diffusion",
+    "lora_names": "a LoRA layout that diffusers opens",
+    "kohya_names": "a LoRA layout of kohya's trainer that diffusers and ComfyUI open",
 }
 
 

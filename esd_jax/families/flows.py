@@ -19,6 +19,7 @@ from esd_jax.selection import Subset
 DENOISER = "transformer"
 VAE: Mapping[str, type] = {"AutoencoderKL": VAEConfig}
 T5: Mapping[str, type] = {"T5EncoderModel": T5Config}
+PROVIDES = frozenset({"single_file", "lora_names"})
 MODULES: Mapping[type, Any] = {VAEConfig: AutoencoderKL, CLIPTextConfig: CLIPTextModel, T5Config: T5EncoderModel}
 
 

@@ -88,6 +88,7 @@ FLUX = Family(
     schedule=partial(FlowSchedule.from_config, even=True),
     subsets=flows.SUBSETS,
     check=check,
+    provides=flows.PROVIDES | {"kohya_names"},
     at_size=flows.at_size,
     lengths=lengths,
     readings=flows.readings("text_encoder_2"),

@@ -101,6 +101,7 @@ SD3 = Family(
     schedule=FlowSchedule.from_config,
     subsets=flows.SUBSETS,
     check=check,
+    provides=flows.PROVIDES,
     at_size=flows.at_size,
     optional=frozenset({"text_encoder_3"}),
     readings=flows.readings("text_encoder", "text_encoder_3"),  # the second CLIP's tokens are beside the first's

@@ -121,11 +121,12 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
             method = by_remainder(method, inputs, tools, recipe.remaining_every)
         method, inputs = retaining(method, inputs, tools, concepts, recipe.retention)
     tx = transformation(recipe)
-    view = {"compute_dtype": compute_dtype(source, recipe), "weights": lora.weights if recipe.rank else unchanged}
+    compute = compute_dtype(source, recipe)
     batches = {"batch_size": training.batch_size, "accumulate": training.accumulate}
-    step = make_step(method, tx, shape=tools.shape, mesh=mesh, **batches, **view)
+    weights = lora.factored if recipe.rank else unchanged
+    step = make_step(method, tx, shape=tools.shape, mesh=mesh, compute_dtype=compute, weights=weights, **batches)
     names = changed_names(recipe, source.configs)
-    whole = jax.jit(partial(student, **view))
+    whole = jax.jit(partial(student, compute_dtype=compute, weights=lora.weights if recipe.rank else unchanged))
     return Setup(recipe, family.denoiser, names, tools.shape, method, inputs, tx, step, mesh, whole)
 
 
