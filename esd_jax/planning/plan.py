@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esd_jax import families, sharding
+from esd_jax import families, sharding, streamed
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import Configs
 from esd_jax.models import attention
@@ -136,7 +136,7 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
         num_scalars(params),
         mesh.size,
         memory,
-        sum(num_bytes(shapes, dtype) for shapes in others),
+        sum(_before(shapes, dtype) for shapes in others),
         forward,
         count,
         whole,
@@ -181,6 +181,11 @@ def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> flo
         return [number if a is state.step else key if a is state.key else None for a in leaves]
 
     return flops.mean(program, values_of, max(1, recipe.training.steps))
+
+
+def _before(shapes: Mapping[str, Any], dtype: Any) -> int:
+    """Bytes of another network on a device as prompts are encoded: of a streamed one those of a layer."""
+    return streamed.num_resident(shapes) * dtype.itemsize if streamed.applies(shapes) else num_bytes(shapes, dtype)
 
 
 def _on_each(array: Any, placed: Any) -> int:
