@@ -110,7 +110,7 @@ def test_a_damaged_layer_is_named(folder, in_file, tmp_path):
     header = safetensors.read_header(path)
     name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
     with path.open("r+b") as file:
-        file.seek(header.data + header.entries[name].start)
+        file.seek(header.data + next(e for key, e in header.entries.items() if key.endswith(name)).start)
         file.write(np.float32("nan").tobytes())
     base = esd_jax.load(copy)
     with pytest.raises(ValueError, match=one_line(name, "NaN", "download")):
