@@ -70,7 +70,8 @@ class Recipe:
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
     remat: recompute activations in the backward pass (less memory, a few per cent slower); SDXL's UNet always does.
-    fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices.
+    fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices. Where
+      the batch is smaller, as many devices share each example.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
     preview_prompts: of the previews; by default the concepts alone. In one string, they are separated by ";". In each,

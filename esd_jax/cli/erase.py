@@ -18,7 +18,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   [BASE] "CONCEPT"|@FILE [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
-                  [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--multihost] [--dry_run [--compile] [--arch=sd14|sdxl|flux-dev|...]]
                   [--stop_below=0.05 | --until="detection<=0.02, inversion<=0.2, drop<=3"]
                   [--stop_detector=nudenet --stop_prompts="A;B"]"""
 

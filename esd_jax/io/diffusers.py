@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esd_jax import families, progress
+from esd_jax import families, progress, streamed
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, flow_file, ldm_file, safetensors, tensors
@@ -299,6 +299,8 @@ def _read_network(
     dtype: Any,
     sharding: Placement,
 ) -> Params:
+    if streamed.applies(net.shapes):
+        return {name: tensors.map_jax(*places[name], s.shape, net.layouts[name]) for name, s in net.shapes.items()}
     params = {}
     with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
         for name, shape in net.shapes.items():

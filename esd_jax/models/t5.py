@@ -143,16 +143,17 @@ class T5EncoderModel(nnx.Module):
 
     def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         x = self.shared(token_ids)
-        buckets = distance_buckets(
-            token_ids.shape[1],
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-        )
-        bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(jnp.asarray(buckets))
+        buckets = jnp.asarray(buckets_of(self.config, token_ids.shape[1]))
+        bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         bias = jnp.moveaxis(bias, -1, 0)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
+
+
+def buckets_of(config: T5Config, tokens: int) -> Int[np.ndarray, "tokens tokens"]:
+    """`distance_buckets` of an encoder."""
+    return distance_buckets(tokens, config.relative_attention_num_buckets, config.relative_attention_max_distance)
 
 
 def distance_buckets(tokens: int, buckets: int, most: int) -> Int[np.ndarray, "tokens tokens"]:

@@ -185,9 +185,12 @@ def offload_to_host(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool
 
 
 def restore_to_device(pipeline: Pipeline) -> Pipeline:
-    """All of it on the device again. The tensors keep their order, which jax.device_put of a dict does not."""
+    """All of it on the device again, but for what lies in a file. The tensors keep their order, which jax.device_put
+    of a dict does not."""
     params = {
-        component: {name: jax.device_put(value) for name, value in tensors.items()}
+        component: {
+            name: value if isinstance(value, np.memmap) else jax.device_put(value) for name, value in tensors.items()
+        }
         for component, tensors in pipeline.params.items()
     }
     return dataclasses.replace(pipeline, params=params)
