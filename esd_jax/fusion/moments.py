@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from esd_jax.diffusion import guidance
+from esd_jax.diffusion import guidance, samplers
 from esd_jax.erasing import trajectories
 from esd_jax.erasing.method import Tools, denoise, project
 from esd_jax.params import Conditioning, Network, Params, prefixed
@@ -84,7 +84,7 @@ def points(tools: Tools, params: Params, weights: Mapping[str, float], draws: in
 @lru_cache(maxsize=2)
 def _sampler(tools: Tools) -> Any:
     """(params, prompts, empty prompts, noise, sampler steps) -> (x_t, t)."""
-    trajectory = trajectories.on_grid(tools.schedule, trajectories.plain(tools.schedule), STEPS)
+    trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), STEPS)
 
     @jax.jit
     def sampled(params: Params, prompt: Conditioning, null: Conditioning, noise: Array, index: Array) -> Any:

@@ -142,7 +142,7 @@ def read(header: Header, key: str, rows: tuple[int, int] | None = None) -> np.nd
     return array
 
 
-def mapped(header: Header, key: str) -> np.memmap:
+def mapped(header: Header, key: str) -> np.ndarray:
     """A tensor as the file has it, left there until it is read. Raises ValueError as `read`, but for its values."""
     entry = header.entries[key]
     _check_dtype(header, key)
