@@ -142,7 +142,8 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`; "concept_inversion_family"; or "all".
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`; "concept_inversion_family"; or "all": then those that the model
+        family or the goal has not enough for are left out, with a line for each.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -152,16 +153,18 @@ def attack(
       progress: called with a line after each attack.
       **options: of `attacks.campaign`: seeds, seed, random, placebo, steps, guidance_scale, batch_size.
 
-    Raises ValueError for an unknown attack, a missing goal, or a folder with other settings.
+    Raises ValueError for an unknown attack, one that lacks something, a missing goal, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
     chosen = attacks.chosen(names, budget, settings)
+    chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base), progress)
     if goal is None:
         if bed is None:
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
+    chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
     if bed:
         options = {**bed.sampling, **options}
     evidence = attacks.campaign(

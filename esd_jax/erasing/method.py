@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.concepts import Concept, Tokens
+from esd_jax.families.family import TokenTable
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -115,6 +116,8 @@ class Tools:
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
     guide: of a guidance-distilled family, (conditioning, scales [batch]) -> the conditioning with the scale that the
       network takes as an input; None for a family that is guided classifier-free.
+    tokenizers: component -> tokenizer, one for each text encoder. tables: text encoder -> where new tokens enter it
+      (`Family.tables`); empty where they cannot.
     cache: whether what is computed of the text encoders alone is kept in the user's cache.
     """
 
@@ -134,6 +137,8 @@ class Tools:
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
     guide: "Guide | None" = None
+    tokenizers: Mapping[str, Tokens] = field(default_factory=dict)
+    tables: Mapping[str, TokenTable] = field(default_factory=dict)
     cache: bool = False
 
 

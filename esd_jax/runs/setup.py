@@ -147,6 +147,7 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
         null=family.null,
         vectors=family.vectors,
         guide=family.guide,
+        tables=family.tables,
         **own,
     )
 
@@ -169,6 +170,7 @@ def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str,
         "images": None if recipe.images is None else base.encode(read_images(recipe.images, size)),
         "params": base.params,
         "text_encoders": {name: base.network(name) for name in base.text_encoders},
+        "tokenizers": dict(zip(base.text_encoders, base.tokenizers, strict=True)),
         "cache": True,
     }
 
@@ -199,6 +201,7 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
         "images": None if recipe.images is None else jnp.zeros((len(recipe.images), *shape)),
         "params": Absent(),
         "text_encoders": Absent(),
+        "tokenizers": Absent(),
     }
 
 

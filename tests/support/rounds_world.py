@@ -50,6 +50,8 @@ class Words:
             params={"unet": component(self.world.teacher, "unet"), "text_encoder": self.params},
             condition=lambda outputs: SD.encode({}, outputs, (0, 0)),
             text_encoders={"text_encoder": network},
+            tokenizers={"text_encoder": tokens},
+            tables=SD.tables,
         )
 
     def make(self, concepts: Sequence[Concept] = (Concept("clay"),), kept: Any = None, **fields: Any) -> Any:

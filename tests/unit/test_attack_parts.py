@@ -11,7 +11,7 @@ from messages import one_line
 from words import tokens
 
 from esd_jax import names
-from esd_jax.erasing.textual_inversion import TABLE
+from esd_jax.erasing.textual_inversion import framed, usable
 from esd_jax.evaluation.attacks import (
     ATTACKS,
     FAMILY,
@@ -26,7 +26,6 @@ from esd_jax.evaluation.attacks import (
     unlearn_diff_atk,
 )
 from esd_jax.evaluation.attacks import adversary as adversaries
-from esd_jax.evaluation.attacks.adversary import padded, usable
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
@@ -71,10 +70,10 @@ def test_where_tokens_are_put():
     assert p4d.arrange([1, 2, 3, 4, 5, 6], [91, 92, 93], 3) == [91, 1, 2, 3, 92, 4, 5, 6, 93]
     assert p4d.arrange([1, 2, 3, 4], [91, 92], 3) == [91, 1, 2, 3, 92, 4]
     assert p4d.arrange([1, 2], [91, 92], None) == [91, 92]
-    assert padded(tokens, [5, 6]).tolist() == [0, 5, 6, 1, 1, 1, 1]
+    assert framed(tokens, [5, 6]).tolist() == [0, 5, 6, 1, 1, 1, 1]
     with pytest.raises(ValueError, match=one_line("6 tokens", "5", "length")):
-        padded(tokens, range(6))
-    assert usable(tokens, {TABLE: np.zeros((5, 2))}).tolist() == [False, False, True, True, True]
+        framed(tokens, range(6))
+    assert usable(tokens, 5).tolist() == [False, False, True, True, True]
 
 
 def test_the_timesteps_of_unlearn_diff_atk():

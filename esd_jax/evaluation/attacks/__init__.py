@@ -7,24 +7,25 @@
 A new attack, or probe of what remains beyond prompts, is one file and one line here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from esd_jax import names
 from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Trial
-from esd_jax.evaluation.attacks.campaigns import campaign
+from esd_jax.evaluation.attacks.campaigns import campaign, label
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion, family
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence, ResurgenceLoRA
 from esd_jax.evaluation.attacks.null_inversion import NullInversion
 from esd_jax.evaluation.attacks.p4d import P4D
-from esd_jax.evaluation.attacks.probe import Probe
+from esd_jax.evaluation.attacks.probe import Particular, Probe
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.attacks.stored import StoredWeights
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
+from esd_jax.evaluation.report.terms import term
 from esd_jax.pipeline import Pipeline
 from esd_jax.suggest import did_you_mean
 
@@ -61,10 +62,12 @@ __all__ = [
     "attack",
     "campaign",
     "chosen",
+    "lacking",
     "preset",
     "random_weights",
     "score",
     "table",
+    "within",
 ]
 
 
@@ -110,6 +113,44 @@ def chosen(
     return settings
 
 
+def within(
+    settings: Sequence[Attack | Probe],
+    texts: Sequence[str],
+    lacks: Callable[[Attack | Probe], str],
+    say: Callable[[str], None],
+) -> list[Attack | Probe]:
+    """The attacks and probes that can be made, of those that `chosen` gave for `texts`.
+
+    lacks: an attack -> a sentence on what it lacks, or "" (`lacking`).
+    say: is called with a line for each that is left out, which are those of "all" alone.
+
+    Raises ValueError for one that is named and cannot be made.
+    """
+    known = {**ATTACKS, **PROBES, FAMILY: ConceptInversion}
+    named = {known[text] for text in texts if text in known}
+    possible = []
+    for one in settings:
+        if not (reason := lacks(one)):
+            possible.append(one)
+        elif type(one) in named:
+            raise ValueError(reason)
+        else:
+            say(f"left out: {reason}")
+    return possible
+
+
+def lacking(settings: Attack | Probe, base: Pipeline, goal: Goal | None = None) -> str:
+    """What a base, or a goal, lacks for an attack, as a sentence; empty if nothing."""
+    if reason := base.family.lacks(settings.needs, term(label(settings))):
+        return reason
+    return settings.lacks(base, goal) if isinstance(settings, Particular) else ""
+
+
 def attack(base: Pipeline, victim: Pipeline, goal: Goal, settings: Attack, seed: int = 0) -> Adversary:
-    """What an attack finds against `victim`. Its draws depend on the seed alone: all models are attacked alike."""
+    """What an attack finds against `victim`. Its draws depend on the seed alone: all models are attacked alike.
+
+    Raises ValueError for a base or a goal that lacks what the attack needs.
+    """
+    if reason := lacking(settings, base, goal):
+        raise ValueError(reason)
     return settings.run(base, victim, goal, seed)

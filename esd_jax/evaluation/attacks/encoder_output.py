@@ -41,6 +41,7 @@ class EncoderOutput:
     """
 
     NAME: ClassVar[str] = "encoder-output inversion"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"steps": 300, "learning_rate": 2e-2, "from_t": 600, "prompts": 4, "together": 4},

@@ -43,7 +43,7 @@ from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
 from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
-from esd_jax.selection import select
+from esd_jax.selection import REGEX, select
 
 BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
 
@@ -57,6 +57,7 @@ class Resurgence:
     """
 
     NAME: ClassVar[str] = "benign fine-tuning"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"steps": 200, "learning_rate": 3e-4},
@@ -70,6 +71,15 @@ class Resurgence:
     subset: str | None = None
     rank: int = 0
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A subset that the base's family has, and neutral prompts of the goal."""
+        own = base.family.subsets
+        if self.subset is not None and not self.subset.startswith(REGEX) and self.subset not in own:
+            return f"{self.NAME} trains the subset {self.subset!r}, but {base.family.name} has {', '.join(own)}"
+        if goal is None or any(goal.neutral):
+            return ""
+        return f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
+
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:
@@ -77,10 +87,9 @@ class Resurgence:
 
         Raises ValueError for a goal without neutral prompts, and for a victim that was not erased, without a subset.
         """
-        if not (texts := [prompt for prompt in goal.neutral if prompt]):
-            raise ValueError(
-                f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
-            )
+        if reason := self.lacks(base, goal):
+            raise ValueError(reason)
+        texts = [prompt for prompt in goal.neutral if prompt]
         texts = texts * max(1, BENIGN // len(texts))
         images = sampling.sample(base, texts, seed=[BENIGN_SEED + i for i in range(len(texts))], **drawing)
         healed = resurge(victim, images, texts, self, seed).pipeline
@@ -196,6 +205,7 @@ class Completion:
     """Settings. times: noise levels, timesteps of the schedule. num_steps: of DDIM, from pure noise to the image."""
 
     NAME: ClassVar[str] = "diffusion completion"
+    needs: ClassVar[frozenset[str]] = frozenset({"variance_preserving", "classifier_free"})
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
