@@ -25,7 +25,8 @@ from esd_jax.evaluation.attacks import (
     score,
     stored,
 )
-from esd_jax.evaluation.attacks.adversary import Adversary
+from esd_jax.evaluation.attacks.adversary import Adversary, Trial
+from esd_jax.evaluation.attacks.gauge import gauge
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence
 from esd_jax.sampling import example_keys, initial_noise, sample
 
@@ -91,6 +92,7 @@ def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, v
         assert np.isfinite(runs[0].losses).all() and len(runs[0].losses) == (1 if name == "concept_inversion" else 2)
     if name in ("concept_inversion", "unlearn_diff_atk", "p4d", "encoder_output"):
         assert (runs[0].losses != runs[1].losses).all()  # these ask the victim
+    assert (runs[0].gauge is not None) == (name in ("concept_inversion", "encoder_output"))
     if name == "ring_a_bell":
         np.testing.assert_array_equal(runs[0].losses, runs[1].losses)  # this does not
     changed = attack(base, base, tiny_goal(), settings, 1)
@@ -161,6 +163,38 @@ def test_random_weights_keep_nothing_but_their_spread(victims):
     edited = random_weights(base.with_edits({one: base.params["unet"]["conv_in.bias"]}), trained_only=True)
     assert (edited.params["unet"]["conv_in.bias"] != base.params["unet"]["conv_in.bias"]).all() and not edited.edits
     assert edited.params["unet"]["conv_in.weight"] is base.params["unet"]["conv_in.weight"]
+
+
+# Without an image
+
+
+def test_the_gauge_is_0_at_the_concept_and_1_at_the_prompt_without_it(victims):
+    base, other = victims
+    target, drawn = tiny_goal(), tiny_goal().images
+    named, neutral = (
+        tuple(Trial(text, base.encode_prompts([text]), case) for case, text in enumerate(texts))
+        for texts in (target.prompts, target.neutral)
+    )
+    assert gauge(base, base, target, named) <= 1e-6
+    assert gauge(base, base, target, neutral) == pytest.approx(1, rel=1e-5)
+    errors = []
+    for case, key in enumerate(adversaries.case_keys(5, 2)):
+        image, t, noise = jax.random.split(key, 3)
+        image, t = jax.random.randint(image, (16,), 0, 2), jax.random.randint(t, (16,), 900, 1000)
+        x0 = np.asarray(base.encode(drawn[case::2] / 127.5 - 1))[image]
+        level = base.schedule.alpha_bar[np.asarray(t)][:, None, None, None]
+        x = np.sqrt(level) * x0 + np.sqrt(1 - level) * np.asarray(jax.random.normal(noise, x0.shape))
+
+        def says(model, text, x=x, t=t):
+            return np.asarray(model.denoise(x.astype(np.float32), t, base.encode_prompts([text] * 16)), np.float64)
+
+        asked = says(base, target.prompts[case])
+        own = says(other, target.neutral[case]), says(base, target.neutral[case])
+        errors.append([np.mean((one - asked) ** 2) for one in own])
+    found, without = np.sum(errors, axis=0)
+    assert gauge(base, other, target, neutral, 5) == pytest.approx(found / without, rel=1e-3)
+    with pytest.raises(ValueError, match=one_line("no trial")):
+        gauge(base, base, target, ())
 
 
 # Destroyed or only hidden

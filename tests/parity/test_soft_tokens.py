@@ -129,6 +129,44 @@ def test_new_tokens_of_clip_and_t5_are_encoded_as_torch_encodes_them(make, tmp_p
     assert np.abs(plain[0].embeddings - rows[0].embeddings).max() > 1e-2
 
 
+def test_prompts_with_tokens_of_their_own_are_encoded_as_each_alone(sdxl):
+    """As the updates of inversion rounds ask: each example has an adversary of its own."""
+    _, base = sdxl
+    text = adversary.text_of(base)
+    ids = jax.tree.map(jnp.asarray, adversary.stacked([text.place(t, NEW) for t in TEMPLATES]))
+    members = [text.initial(STARTS, jax.random.key(seed)) for seed in (3, 4)]
+    encode = jax.jit(partial(textual_inversion.encode, text.encoder))
+    both = encode(text.params, ids, jax.tree.map(lambda *rows: jnp.stack(rows), *members))
+    for i, own in enumerate(members):
+        alone = encode(text.params, ids, own)
+        for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b[i], atol=1e-6)
+    assert np.abs(both.pooled[0] - encode(text.params, ids, members[1]).pooled[0]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_inversion_rounds_of_sdxl(tmp_path):
+    factories.make_sdxl(tmp_path / "base")
+    base = esd_jax.load(tmp_path / "base")
+    fields = {
+        "anchor": "auto",
+        "steps": 2,
+        "sampling_steps": 4,
+        "learning_rate": 1e-3,
+        "sampler": "ddim",
+        "contexts": "photo of {}: photo",
+    }
+    rounds = {"rounds_every": 2, "rounds_search": 2, "rounds_tokens": "2", "rounds_bank": 2, "rounds_batch": 1,
+              "rounds_images": 1, "rounds_warm": 1, "rounds_skip": 1e9}  # fmt: skip
+    erased = [
+        esd_jax.erase(base, "cat", config="esd2025_sdxl", **fields, **own)
+        for own in (rounds, rounds | {"rounds_every": 0})
+    ]
+    assert erased[0].edits.keys() == erased[1].edits.keys()
+    assert any(np.abs(erased[0].edits[n] - erased[1].edits[n]).max() > 1e-6 for n in erased[0].edits)
+    assert all(np.isfinite(value).all() for value in erased[0].edits.values())
+
+
 TINY = {
     "concept_inversion": {"steps": 2, "tokens": 2},
     "unlearn_diff_atk": {"num_times": 1, "iterations": 2, "tokens": 2, "together": 2},

@@ -1,5 +1,7 @@
 """Parts of attacks by hand: projections, goals, prompts, presets and rates."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,3 +212,11 @@ def test_the_table_gives_random_prompts_the_budget_of_the_attack():
         "big, any of 9": [None, 1, None],
     }
     assert table({"base": base}).columns == ("base",)
+
+
+def test_the_table_has_the_gauge_of_the_erased_model():
+    base, erased = scored("found", [[1], [1]], (0, 0)), scored("found", [[0], [1]], (0, 0))
+    gauged = table({"base": [replace(base, gauge=0.1)], "erased": [replace(erased, gauge=0.7)]}, note="A note.")
+    assert gauged.columns == ("base", "erased", "gauge") and gauged.percent == ("base", "erased")
+    assert [cells[-1] for _, cells in gauged.rows] == [0.7, None] and gauged.note.startswith("A note. Gauge: ")
+    assert "gauge" not in table({"base": [replace(base, gauge=0.1)], "erased": [erased]}).columns

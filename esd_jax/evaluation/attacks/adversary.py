@@ -94,12 +94,14 @@ class Adversary:
     """What an attack has found against one model.
 
     seconds: of the search, compilation and all. losses: of each search, by its steps; empty where nothing is searched.
+    gauge: how far what was found is from the concept, of attacks that find embeddings (`attacks.gauge`).
     """
 
     name: str
     trials: tuple[Trial, ...]
     seconds: float
     losses: Float[np.ndarray, "searches steps"]
+    gauge: float | None = None
 
     def __repr__(self) -> str:
         return display.line("Adversary", self.name, [f"{len(self.trials)} trials", f"{self.seconds:.0f} s"])

@@ -87,12 +87,15 @@ def campaign(
         def compute() -> dict[str, Any]:
             adversary = settings.run(base, models[model], goal, seed)
             scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
-            say(scored, model, f"; searched for {adversary.seconds:.0f} s")
-            return vars(scored)
+            gauged = "" if scored.gauge is None else f"; gauge {scored.gauge:.2f}"
+            say(scored, model, f"; searched for {adversary.seconds:.0f} s{gauged}")
+            return {name: value for name, value in vars(scored).items() if value is not None}
 
         file, stored = kept(settings, model, compute)
         with results.intact(file):
-            scored = Scored(str(stored["name"]), stored["hits"], stored["images"], tuple(map(int, stored["cases"])))
+            gauge = float(stored["gauge"]) if "gauge" in stored else None  # results of earlier versions have none
+            cases = tuple(map(int, stored["cases"]))
+            scored = Scored(str(stored["name"]), stored["hits"], stored["images"], cases, gauge)
         return _shown(scored, model)
 
     def probed(settings: Probe, model: str) -> list[Scored]:

@@ -36,6 +36,7 @@ from esd_jax.erasing.soft_tokens import Text
 from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.evaluation.attacks.gauge import gauge
 from esd_jax.params import Network
 from esd_jax.pipeline import Pipeline
 
@@ -96,7 +97,8 @@ class ConceptInversion:
         rows = adversary.conditionings(victim, ids, new)
         trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
         losses = np.asarray(losses)[None]  # waits for the search
-        return Adversary(self.label, trials, time.monotonic() - started, losses)
+        seconds = time.monotonic() - started
+        return Adversary(self.label, trials, seconds, losses, gauge(base, victim, goal, trials, seed))
 
     def _initial(self, text: Text, key: Array) -> PyTree[Float[Array, "new _"]]:
         if self.start is None:
