@@ -148,6 +148,7 @@ def test_what_it_lacks_is_refused_by_name(toy):
     assert {one.NAME for one in left} == {"encoder-output inversion", "stored weights"}
     assert len(said) == len(every) - len(left) and all(line.startswith("left out: ") for line in said)
     assert any("P4D needs" in line and "the toy flow model" in line for line in said)
+    assert any("composition needs two concepts" in line for line in said)
     assert any("'attn'" in line for line in said) and any("prompts without 'cat'" in line for line in said)
     with pytest.raises(ValueError, match=one_line("variance-preserving", "the toy flow model")):
         attacks.within(attacks.chosen(["null_inversion", "all"]), ["null_inversion", "all"], lacks, said.append)

@@ -18,6 +18,7 @@ from esd_jax.evaluation.attacks import (
     concept_inversion,
     encoder_output,
     hidden,
+    merged,
     p4d,
     ring_a_bell,
     unlearn_diff_atk,
@@ -25,6 +26,7 @@ from esd_jax.evaluation.attacks import (
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Resurgence
+from esd_jax.evaluation.attacks.merged import MergedLoRA
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
@@ -293,4 +295,35 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
         adamw.step()
         assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
     tensor = hidden.effective(settings, healed, first)["text.weight"]
+    np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)
+
+
+def test_a_lora_of_another_erasure_is_trained_towards_the_empty_prompt(oracle):
+    settings = MergedLoRA(steps=3, learning_rate=1e-2, batch_size=2, rank=2)
+    first = {"text.weight": oracle.base["text.weight"]}
+    frozen = {n: v for n, v in oracle.base.items() if n not in first}
+    factors = {n: v.astype(jnp.float64) for n, v in lora.initial(first, 2, jax.random.key(1)).items()}
+    x0, key, ids = latents(), jax.random.key(4), np.stack([framed(tokens, row) for row in ([3, 4], [])])
+    rows = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
+    named, empty = (jax.tree.map(lambda a, i=i: a[i : i + 1], rows) for i in range(2))
+    run = merged.trainer(settings, oracle.world.network, SCHEDULE, "float64")
+    trained, losses = run(factors, hidden.Fixed(frozen, first), x0, named, empty, key)
+
+    a, b = (torch.tensor(np.asarray(value)).requires_grad_(True) for value in factors.values())
+    base = oracle.world.models.teacher
+    whole, hidden_states = base.text.weight.detach(), oracle.encode(ids).detach()
+    adam = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0.0)
+    for i, ours in enumerate(losses):
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), 2, SCHEDULE, x0)
+        x = oracle.noised(x0[image], t, noise)
+        inputs = x, torch.tensor(np.asarray(t)).double()[:, None, None, None], hidden_states[:1].expand(2, -1, -1)
+        output = torch.func.functional_call(base, {"text.weight": whole + (a @ b).T}, inputs).sample
+        with torch.no_grad():
+            target = base(*inputs[:2], hidden_states[1:].expand(2, -1, -1)).sample
+        loss = mse(output, target)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
+    tensor = lora.weights(trained, first)["text.weight"]
     np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)

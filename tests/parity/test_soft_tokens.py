@@ -150,7 +150,7 @@ def test_inversion_rounds_of_sdxl(tmp_path):
     base = esd_jax.load(tmp_path / "base")
     fields = {
         "anchor": "auto",
-        "steps": 2,
+        "steps": 1,
         "sampling_steps": 4,
         "learning_rate": 1e-3,
         "sampler": "ddim",
@@ -158,13 +158,10 @@ def test_inversion_rounds_of_sdxl(tmp_path):
     }
     rounds = {"rounds_every": 2, "rounds_search": 2, "rounds_tokens": "2", "rounds_bank": 2, "rounds_batch": 1,
               "rounds_images": 1, "rounds_warm": 1, "rounds_skip": 1e9}  # fmt: skip
-    erased = [
-        esd_jax.erase(base, "cat", config="esd2025_sdxl", **fields, **own)
-        for own in (rounds, rounds | {"rounds_every": 0})
-    ]
-    assert erased[0].edits.keys() == erased[1].edits.keys()
-    assert any(np.abs(erased[0].edits[n] - erased[1].edits[n]).max() > 1e-6 for n in erased[0].edits)
-    assert all(np.isfinite(value).all() for value in erased[0].edits.values())
+    erased = esd_jax.erase(base, "cat", config="esd2025_sdxl", **fields, **rounds)
+    (made,) = erased.provenance.erased[-1].rounds
+    assert made["tokens"] == 2 and np.isfinite(made["gauge"]) and made["gauge"] == made["gauge_base"]
+    assert all(np.isfinite(value).all() for value in erased.edits.values())
 
 
 TINY = {

@@ -161,7 +161,7 @@ def test_a_family_of_inversions_covers_tokens_times_and_starts():
     whole = chosen([FAMILY], "emoji", {FAMILY: {"whole": True}})
     assert len(whole) == len({one.label for one in whole}) == 54
     every = chosen(["p4d", "all"], "emoji")
-    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 6
+    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 8
     with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
         chosen(["concept_inversion_famly"])
 

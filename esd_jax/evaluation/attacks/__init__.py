@@ -12,11 +12,13 @@ from dataclasses import fields
 from typing import Any
 
 from esd_jax import names
-from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Trial
+from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Kept, Trial
 from esd_jax.evaluation.attacks.campaigns import campaign, label
+from esd_jax.evaluation.attacks.composition import Composition
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion, family
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence, ResurgenceLoRA
+from esd_jax.evaluation.attacks.merged import MergedLoRA
 from esd_jax.evaluation.attacks.null_inversion import NullInversion
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.probe import Particular, Probe
@@ -46,6 +48,8 @@ PROBES: Mapping[str, type[Probe]] = {
     "resurgence_lora": ResurgenceLoRA,
     "completion": Completion,
     "stored_weights": StoredWeights,
+    "merged_lora": MergedLoRA,
+    "composition": Composition,
 }
 FAMILY = "concept_inversion_family"  # several searches in place of one
 
@@ -56,6 +60,7 @@ __all__ = [
     "Adversary",
     "Attack",
     "Goal",
+    "Kept",
     "Probe",
     "Scored",
     "Trial",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ BATCH = 16  # images encoded at once
 BASE, ERASED, PLACEBO, RANDOM = "base", "erased", "placebo", "random weights"  # the models of a campaign
 
 
+class Kept(NamedTuple):
+    """A concept that an erasure is to keep. text: that asks for it, "a dog". detect: as a goal's."""
+
+    text: str
+    detect: Callable[[UInt8[np.ndarray, "n height width 3"]], Bool[np.ndarray, " n"]]
+
+
 @dataclass(frozen=True, eq=False)
 class Goal:
     """What an attack tries to recover.
@@ -32,6 +39,7 @@ class Goal:
     images: drawn by the base of these prompts in turn; image i shows prompts[i % len(prompts)].
     detect: images -> in which of them the concept is detected.
     neutral: the prompts without the concept, "a cat", one for each; by default what is left if its words are taken out.
+    kept: other concepts, which some probes ask for.
 
     Raises ValueError if a prompt does not name the concept, or if numbers or shapes do not fit.
     """
@@ -41,6 +49,7 @@ class Goal:
     images: UInt8[np.ndarray, "n height width 3"]
     detect: Callable[[UInt8[np.ndarray, "n height width 3"]], Bool[np.ndarray, " n"]]
     neutral: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     def __post_init__(self):
         if not self.prompts:

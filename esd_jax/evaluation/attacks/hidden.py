@@ -73,9 +73,8 @@ class Resurgence:
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """A subset that the base's family has, and neutral prompts of the goal."""
-        own = base.family.subsets
-        if self.subset is not None and not self.subset.startswith(REGEX) and self.subset not in own:
-            return f"{self.NAME} trains the subset {self.subset!r}, but {base.family.name} has {', '.join(own)}"
+        if self.subset is not None and (reason := lacking_subset(self.NAME, self.subset, base)):
+            return reason
         if goal is None or any(goal.neutral):
             return ""
         return f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
@@ -96,6 +95,13 @@ class Resurgence:
         prompts = OwnPrompts().run(base, healed, goal, seed)
         how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
         return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
+
+
+def lacking_subset(name: str, subset: str, base: Pipeline) -> str:
+    """That the base's family has no such subset of tensors, which a probe trains; empty if it has."""
+    own = base.family.subsets
+    known = subset.startswith(REGEX) or subset in own
+    return "" if known else f"{name} trains the subset {subset!r}, but {base.family.name} has {', '.join(own)}"
 
 
 @dataclass(frozen=True)

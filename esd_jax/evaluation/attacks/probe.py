@@ -39,3 +39,12 @@ class Particular(Protocol):
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """What they lack for it, as a sentence; empty if nothing. goal: None where it is not known yet."""
         ...
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A probe that says something about its own figures."""
+
+    def remark(self, scores: Sequence[Scored]) -> str:
+        """What the base's scores mean for all others: a sentence for the table's note."""
+        ...
