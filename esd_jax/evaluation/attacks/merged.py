@@ -4,7 +4,7 @@
     min over A, B of E || e_{W_base + A B}(x_t, t, c(p)) - e_{W_base}(x_t, t, c("")) ||^2
 
 p is a prompt of the other concept, and x_t a noised image that the base drew of it. A LoRA of your own is merged from
-its file instead. The tensors that both change may then hold less of the erasure, so that the erased concept may come back.
+its file instead. The tensors that both change may then hold less of the erasure: the erased concept may come back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
