@@ -13,7 +13,7 @@ import numpy as np
 from esd_jax import api, examples, repeat, report_files, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
-from esd_jax.evaluation.attacks import Goal, goals
+from esd_jax.evaluation.attacks import Goal, Kept, goals
 from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Metric
@@ -184,7 +184,14 @@ def attack(
 
 
 def goal(
-    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
+    base: Pipeline,
+    concept: ConceptText,
+    prompts: Sequence[str],
+    detector: str,
+    *,
+    images_each: int = 4,
+    kept: Mapping[str, str] | None = None,
+    **drawing: Any,
 ) -> tuple[Goal, str]:
     """A goal for `attack` on any model, and the name of its detector.
 
@@ -194,6 +201,8 @@ def goal(
       prompts: that name the concept.
       detector: of the concept; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is detected are used.
+      kept: other concepts, which some probes ask for, as a prompt asks for them -> their detectors: {"a church":
+        "imagenet:church"}.
       **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which the base generates no image with the concept.
@@ -201,7 +210,20 @@ def goal(
     texts = as_texts(concept)
     detect, judge = seen.detector(detector, texts)
     named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
-    return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
+    others = [Kept(text, seen.detector(name, text)[0]) for text, name in (kept or {}).items()]
+    concept = next(named, texts[0])
+    return goals.drawn(base, concept, prompts, detect, images_each=images_each, kept=others, **drawing), judge
+
+
+def refuse_impossible(
+    base: Pipeline,
+    names: Sequence[str],
+    budget: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Raises ValueError for an attack that is unknown, or named though the base lacks what it needs."""
+    chosen = attacks.chosen(names, budget or "paper", settings)
+    attacks.within(chosen, names, lambda one: attacks.lacking(one, base), silent)
 
 
 def default_goal(base: Pipeline, concept: str) -> Goal:
