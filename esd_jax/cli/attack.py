@@ -44,7 +44,7 @@ def run(values: flags.FlagValues) -> None:
         texts = listed(values.prompts, "--prompts")
         dossier.refuse_impossible(base, values.attacks, values.budget, _settings(values.set))  # before images are drawn
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
-        goal, metric_model = dossier.goal(base, concepts, texts, values.detector, kept=_kept(values.kept), **how)
+        goal, metric_model = dossier.goal(base, concepts, texts, values.detector, kept=kept_of(values.kept), **how)
     evidence = dossier.attack(
         base, erased, values.attacks, output_dir=output, concept=concepts, budget=values.budget, goal=goal,
         judge=metric_model, settings=_settings(values.set), progress=common.say, **options,
@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> None:
     print(f"results {output}")
 
 
-def _kept(text: str | None) -> dict[str, str]:
+def kept_of(text: str | None) -> dict[str, str]:
     """ "a church=imagenet:church;a dog=..." -> by prompt."""
     kept = {}
     for part in filter(None, map(str.strip, (text or "").split(";"))):

@@ -13,6 +13,7 @@ from messages import one_line
 from words import tokens
 
 from esd_jax import names
+from esd_jax.cli import attack as cli_attack
 from esd_jax.erasing.textual_inversion import framed, usable
 from esd_jax.evaluation.attacks import (
     ATTACKS,
@@ -164,6 +165,14 @@ def test_a_family_of_inversions_covers_tokens_times_and_starts():
     assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 8
     with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
         chosen(["concept_inversion_famly"])
+
+
+def test_concepts_that_are_kept_are_named_with_their_detectors():
+    parsed = cli_attack.kept_of("a church=imagenet:church; a dog = probe;")
+    assert parsed == {"a church": "imagenet:church", "a dog": "probe"} and cli_attack.kept_of(None) == {}
+    for text in ("a church", "=probe", "a dog="):
+        with pytest.raises(ValueError, match=one_line("--kept", repr(text), "PROMPT=DETECTOR")):
+            cli_attack.kept_of(text)
 
 
 # Cases
