@@ -44,8 +44,8 @@ def gauge(base: Pipeline, victim: Pipeline, goal: Goal, trials: Sequence[Trial],
         run(weights, known, latents[t.case], row(named, t.case), row(neutral, t.case), t.conditioning, key)
         for t, key in zip(trials, keys, strict=True)
     ]
-    found, without = jnp.sum(jnp.asarray(errors), axis=0)
-    return float(found / without)
+    under_attack, without = jnp.sum(jnp.asarray(errors), axis=0)
+    return float(under_attack / without)
 
 
 @lru_cache(maxsize=8)
@@ -58,7 +58,7 @@ def _gauger(network: Network, schedule: Schedule, places: int) -> Callable[..., 
         latents: Float[Array, "images height width channel"],
         named: Conditioning,
         neutral: Conditioning,
-        found: Conditioning,
+        attacked: Conditioning,
         key: Array,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         image, t, noise = jax.random.split(key, 3)
@@ -73,6 +73,6 @@ def _gauger(network: Network, schedule: Schedule, places: int) -> Callable[..., 
 
         asked = predicted(known, named)
         error = lambda own: jnp.mean((own - asked) ** 2)  # noqa: E731
-        return error(predicted(weights, found)), error(predicted(known, neutral))
+        return error(predicted(weights, attacked)), error(predicted(known, neutral))
 
     return jax.jit(run)
