@@ -105,7 +105,7 @@ def parsed(text: str) -> dict[str, Any]:
     for part in text.split(","):
         name, separator, value = (p.strip() for p in part.partition("="))
         if not separator:
-            raise ValueError(f"also={text!r}: each is FIELD=VALUE, and several are separated by ','")
+            raise ValueError(f"{text!r}: each is FIELD=VALUE, and several are separated by ','")
         try:
             changes[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):

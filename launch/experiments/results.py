@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import time
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import GroupRows, measure
 from esd_jax.pipeline import Pipeline
+from esd_jax.training.loop import Stopped
 from launch.command import say
 
 
@@ -76,3 +79,41 @@ def measured(
 def write(file: Path, content: Any) -> None:
     """Writes JSON, whole or not at all."""
     results.write(file, content)
+
+
+class Cells:
+    """A row of a table, in one file: each cell is kept as soon as it is measured, with its settings and seconds.
+
+    A cell that failed is kept as {"failed": what was raised, ...}, and is not `measured`.
+    """
+
+    def __init__(self, file: Path, settings: Any):
+        """Reads what the file has. Raises ValueError for one of other settings."""
+        self.file, self.settings = file, settings
+        report = read(file, settings) or {"cells": {}}
+        with results.intact(file):
+            self.cells: dict[str, Mapping[str, Any]] = dict(report["cells"])
+
+    def measured(self, key: str, settings: Any) -> bool:
+        """Whether a cell is there. Raises ValueError for one of other settings, if it did not fail."""
+        cell = self.cells.get(key)
+        if cell is None or "failed" in cell:
+            return False
+        if cell["settings"] != json.loads(json.dumps(settings)):
+            raise ValueError(f"{key!r} in {self.file} was measured with other settings: {results.FIX}")
+        return True
+
+    def measure(self, key: str, settings: Any, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Measures a cell and writes the file; whatever `compute` raises is kept in the cell, but for a stop."""
+        started = time.monotonic()
+        try:
+            values = dict(compute())
+        except Stopped:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            values = {"failed": f"{type(error).__name__}: {text}", "traceback": traceback.format_exc().splitlines()}
+        seconds = round(time.monotonic() - started, 3)
+        self.cells[key] = json.loads(json.dumps({"settings": settings, "seconds": seconds, **values}))
+        write(self.file, {"settings": self.settings, "cells": self.cells})
+        return self.cells[key]
