@@ -142,8 +142,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`; "concept_inversion_family"; or "all": then those that the model
-        family or the goal has not enough for are left out, with a line for each.
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all" of them leaves some out.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -158,8 +157,7 @@ def attack(
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
-    chosen = attacks.chosen(names, budget, settings)
-    chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base), progress)
+    chosen = attacks.possible(base, names, budget, settings, progress)
     if goal is None:
         if bed is None:
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
@@ -184,15 +182,9 @@ def attack(
 
 
 def goal(
-    base: Pipeline,
-    concept: ConceptText,
-    prompts: Sequence[str],
-    detector: str,
-    *,
-    images_each: int = 4,
-    kept: Mapping[str, str] | None = None,
-    **drawing: Any,
-) -> tuple[Goal, str]:
+    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *,
+    images_each: int = 4, kept: Mapping[str, str] | None = None, **drawing: Any,
+) -> tuple[Goal, str]:  # fmt: skip
     """A goal for `attack` on any model, and the name of its detector.
 
     Args:
@@ -201,8 +193,7 @@ def goal(
       prompts: that name the concept.
       detector: of the concept; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is detected are used.
-      kept: other concepts, which some probes ask for, as a prompt asks for them -> their detectors: {"a church":
-        "imagenet:church"}.
+      kept: other concepts, for some probes, as prompts -> their detectors: {"a church": "imagenet:church"}.
       **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which the base generates no image with the concept.
@@ -210,20 +201,8 @@ def goal(
     texts = as_texts(concept)
     detect, judge = seen.detector(detector, texts)
     named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
-    others = [Kept(text, seen.detector(name, text)[0]) for text, name in (kept or {}).items()]
-    concept = next(named, texts[0])
-    return goals.drawn(base, concept, prompts, detect, images_each=images_each, kept=others, **drawing), judge
-
-
-def refuse_impossible(
-    base: Pipeline,
-    names: Sequence[str],
-    budget: str | None = None,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Raises ValueError for an attack that is unknown, or named though the base lacks what it needs."""
-    chosen = attacks.chosen(names, budget or "paper", settings)
-    attacks.within(chosen, names, lambda one: attacks.lacking(one, base), silent)
+    drawing["kept"] = [Kept(text, seen.detector(name, text)[0]) for text, name in (kept or {}).items()]
+    return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
 
 
 def default_goal(base: Pipeline, concept: str) -> Goal:

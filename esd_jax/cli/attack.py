@@ -32,6 +32,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
+    from esd_jax.evaluation import attacks
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
@@ -42,7 +43,9 @@ def run(values: flags.FlagValues) -> None:
     goal, metric_model = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")
-        dossier.refuse_impossible(base, values.attacks, values.budget, _settings(values.set))  # before images are drawn
+        attacks.possible(
+            base, values.attacks, values.budget or "paper", _settings(values.set)
+        )  # before images are drawn
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
         goal, metric_model = dossier.goal(base, concepts, texts, values.detector, kept=kept_of(values.kept), **how)
     evidence = dossier.attack(

@@ -68,6 +68,7 @@ __all__ = [
     "campaign",
     "chosen",
     "lacking",
+    "possible",
     "preset",
     "random_weights",
     "score",
@@ -142,6 +143,17 @@ def within(
         else:
             say(f"left out: {reason}")
     return possible
+
+
+def possible(
+    base: Pipeline,
+    texts: Sequence[str],
+    variant: str = "paper",
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Attack | Probe]:
+    """What is `chosen`, `within` what the base has: the goal may lack something, too. Raises ValueError as both do."""
+    return within(chosen(texts, variant, changes), texts, lambda one: lacking(one, base), say)
 
 
 def lacking(settings: Attack | Probe, base: Pipeline, goal: Goal | None = None) -> str:
