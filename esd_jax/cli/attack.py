@@ -43,9 +43,8 @@ def run(values: flags.FlagValues) -> None:
     goal, metric_model = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")
-        attacks.possible(
-            base, values.attacks, values.budget or "paper", _settings(values.set)
-        )  # before images are drawn
+        # Refuses what the base lacks before images are drawn.
+        attacks.possible(base, values.attacks, values.budget or "paper", _settings(values.set))
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
         goal, metric_model = dossier.goal(base, concepts, texts, values.detector, kept=kept_of(values.kept), **how)
     evidence = dossier.attack(
