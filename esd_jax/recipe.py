@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_dict
 from esd_jax import prompt_files, several, suggest, wording
 from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing import round_settings
-from esd_jax.erasing.method import Settings, choose
+from esd_jax.erasing.method import Settings, check_steps, choose
 from esd_jax.erasing.retention import Retention
 from esd_jax.erasure import Concept
 from esd_jax.inputs import check_text
@@ -117,6 +117,7 @@ class Recipe:
         for name, value in (("rank", self.rank), ("steps", self.training.steps), ("hold", self.optimizer.hold)):
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
+        check_steps(self.settings, self.training.steps)
         if self.rank and (hold := self.optimizer.hold):
             raise ValueError(f"hold={hold} is for the tensors themselves, but rank={self.rank} trains factors")
         if self.retention != Retention(self.preserve_weight) and not self.settings.trained:
@@ -177,7 +178,6 @@ OMIT_AT_DEFAULT = {
     "preserve_images": 0, "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1,
     "decay": "cosine", "hold": 0.0, **round_settings.DEFAULTS,
 }  # fmt: skip
-
 
 # What other libraries and releases of ESD call a field.
 ELSEWHERE = {

@@ -70,29 +70,12 @@ class RecipeFields(TypedDict, total=False):
     # Of `methods.esd.ESD`.
     sample_with: str
     sampler: str
-    timestep_mode: str
     anchor: str
     eta: float
     as_released: bool
     context_eta: float
     window: float
     train_guidance: float
-    rounds_every: int
-    rounds_search: int
-    rounds_warm: int
-    rounds_rate: float
-    rounds_batch: int
-    rounds_tokens: str
-    rounds_start: float
-    rounds_radius: float
-    rounds_from_t: int
-    rounds_bank: int
-    rounds_fresh: float
-    rounds_weight: float
-    rounds_images: int
-    rounds_seed: int
-    rounds_skip: float
-    rounds_stop: int
 
     # Of `methods.all_but_one.AllButOne`.
     delta: str
@@ -126,12 +109,14 @@ class RecipeFields(TypedDict, total=False):
     anchor_prompts: str | None
 
     # Of `methods.forget_me_not.ForgetMeNot`.
-    template: str
     eos_positions: str
     no_images: bool
-    inversion_steps: int
-    inversion_tokens: str
-    inversion_learning_rate: float
+
+    # Of `methods.stereo.STEREO`.
+    search_rounds: int
+    search_updates: int
+    search_pace: float
+    scale: float
 
     # Of `methods.uce.UCE`.
     tokens: str
@@ -153,14 +138,35 @@ class RecipeFields(TypedDict, total=False):
 
     # Of several methods.
     sample_prompt: str
+    timestep_mode: str
     sampling_steps: int
     sampling_guidance: float
     updates_per_trajectory: int
     trajectory_buffer: int
     contexts: str | None
+    rounds_every: int
+    rounds_search: int
+    rounds_warm: int
+    rounds_rate: float
+    rounds_batch: int
+    rounds_tokens: str
+    rounds_start: float
+    rounds_radius: float
+    rounds_from_t: int
+    rounds_bank: int
+    rounds_fresh: float
+    rounds_weight: float
+    rounds_images: int
+    rounds_seed: int
+    rounds_skip: float
+    rounds_stop: int
     erase_scale: float
     expand: str
     retain: str | None
+    template: str
+    inversion_steps: int
+    inversion_tokens: str
+    inversion_learning_rate: float
     drawn_images: int
     drawing_sampler: str | None
     drawing_steps: int
@@ -184,28 +190,29 @@ def completed(
     learning_rate: float = ..., b1: float = ..., b2: float = ..., eps: float = ..., weight_decay: float = ...,
     warmup_steps: int = ..., max_grad_norm: float | None = ..., decay_steps: int = ...,
     decay_to: float = ..., decay: str = ..., hold: float = ..., sample_with: str = ..., sampler: str = ...,
-    timestep_mode: str = ..., anchor: str = ..., eta: float = ..., as_released: bool = ...,
+    anchor: str = ..., eta: float = ..., as_released: bool = ...,
     context_eta: float = ..., window: float = ..., train_guidance: float = ...,
-    rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
-    rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
-    rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
-    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
     delta: str = ..., instructions: str | None = ...,
     replace_scale: float = ..., gamma_1: float = ..., gamma_2: float = ..., penalty: float = ...,
     delta_index: str = ..., window_start: float = ..., window_end: float = ..., delta_warmup: int = ...,
     kappa: float = ..., quantile_of: str = ..., token_scale: float = ..., concept_order: str = ...,
     steps_per_concept: int | None = ..., fix_k0: bool = ..., ema: float = ..., objective: str = ...,
     target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
-    views: int = ..., anchor_prompts: str | None = ..., template: str = ..., eos_positions: str = ...,
-    no_images: bool = ..., inversion_steps: int = ..., inversion_tokens: str = ...,
-    inversion_learning_rate: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
+    views: int = ..., anchor_prompts: str | None = ..., eos_positions: str = ...,
+    no_images: bool = ..., search_rounds: int = ..., search_updates: int = ..., search_pace: float = ...,
+    scale: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
     r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
     centres: int = ..., corpus_scale: float = ...,
-    sample_prompt: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
+    sample_prompt: str = ..., timestep_mode: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
-    erase_scale: float = ..., expand: str = ..., retain: str | None = ..., drawn_images: int = ...,
-    drawing_sampler: str | None = ..., drawing_steps: int = ..., drawing_guidance: float = ..., drawing_seed: int = ...,
-    lam: float = ..., preserve_scale: float = ...,
+    rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
+    rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
+    rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
+    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
+    erase_scale: float = ..., expand: str = ..., retain: str | None = ..., template: str = ...,
+    inversion_steps: int = ..., inversion_tokens: str = ..., inversion_learning_rate: float = ...,
+    drawn_images: int = ..., drawing_sampler: str | None = ..., drawing_steps: int = ...,
+    drawing_guidance: float = ..., drawing_seed: int = ..., lam: float = ..., preserve_scale: float = ...,
 ) -> Any:
     """The same names as plain keywords: Jedi, which completes in notebooks and many editors, reads no `Unpack`."""
     ...

@@ -9,6 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.method import Tools
+
+AT_ONCE = 8  # images encoded
 
 
 def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray, size: int) -> Any:
@@ -18,6 +21,18 @@ def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray
     """
     parts = [function(items[start : start + size]) for start in range(0, len(items), size)]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
+def drawn(tools: Tools, prompts: Sequence[str], settings: Any) -> Float[Array, "prompts height width channel"]:
+    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say."""
+    images = tools.sample(
+        prompts,
+        seed=settings.drawing_seed,
+        steps=settings.drawing_steps,
+        guidance_scale=settings.drawing_guidance,
+        sampler=settings.drawing_sampler,
+    )
+    return in_batches(tools.to_latents, images, AT_ONCE)
 
 
 def true_output(

@@ -41,11 +41,14 @@ class Interval(NamedTuple):
 
     memory: as it is now. record: names -> numbers and texts, for the log; None if nothing was done.
     done: whether training may end here, by the memory alone: a run that is resumed ends at the same step.
+    restart: what goes on as before the first update: "" (nothing), the "optimizer", or the "student" with it. Updates
+      are counted on.
     """
 
     memory: Any
     record: Mapping[str, Any] | None
     done: bool
+    restart: str = ""
 
 
 class Method:
@@ -53,6 +56,10 @@ class Method:
 
     One shape for all: a method that remembers nothing has the memory (), one in closed form has `solve` and no steps.
     """
+
+    def pace(self, step: Array) -> Array | None:
+        """What an update is multiplied by, as if the learning rate were; None: nothing. step: updates before it."""
+        return None
 
     def memory(self, shape: tuple[int, ...]) -> Any:
         """The shapes of what is kept of one example from update to update, as a tree of `jax.ShapeDtypeStruct`."""
@@ -168,6 +175,17 @@ class Settings(Protocol):
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[Method, Any]:
         """The method, and its traced inputs."""
         ...
+
+
+def discarded(settings: Settings) -> int:
+    """Updates until the student restarts (`Interval.restart`), of methods that say so: what they train is no result."""
+    return getattr(settings, "discarded", 0)
+
+
+def check_steps(settings: Settings, steps: int) -> None:
+    """Raises ValueError for so few updates that nothing is trained after a restart."""
+    if (first := discarded(settings)) and steps <= first:
+        raise ValueError(f"steps={steps} must be at least {first + 1}: what the first {first} train is thrown away")
 
 
 def choose(settings: Any, **choices: Sequence[str]) -> None:

@@ -63,6 +63,9 @@ class Preserving(base.Method):
         kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
         return Draws(inner, inner.t, kept)
 
+    def pace(self, step: Array) -> Array | None:
+        return self.method.pace(step)
+
     def solve(self, theta: Params, inputs: Inputs) -> Params:
         return self.method.solve(theta, inputs.inner)
 

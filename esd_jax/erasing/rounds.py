@@ -278,7 +278,7 @@ class Rounds(Term):
         student, base = self.inversion.gauge(models, gallery, state.value, concept, kind, inputs.gauged)
         skipped, robust = base > settings.rounds_skip, student >= ROBUST
         memory = self._append(memory, state, jnp.int32(concept), jnp.int32(kind), not skipped, robust)
-        tail = np.asarray(losses)[-(-len(losses) // 10) :]
+        tail = np.asarray(losses)[-(1 + len(losses) // 10) :]
         record = {
             "gauge": student,
             "gauge_base": base,

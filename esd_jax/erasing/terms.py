@@ -93,6 +93,9 @@ class Terms(base.Method):
     denoiser: Network
     terms: tuple[Term, ...]
 
+    def pace(self, step: Array) -> Array | None:
+        return self.method.pace(step)
+
     def memory(self, shape: tuple[int, ...]) -> Any:
         return self._packed(self.method.memory(shape), [term.memory(shape) for term in self.terms])
 
@@ -135,6 +138,8 @@ class Terms(base.Method):
 
     def between(self, session: Session, memory: Any, inputs: Inputs) -> Interval | None:
         inner, parts = self._unpacked(memory)
+        if (interval := self.method.between(session, inner, inputs.inner)) is not None:
+            return interval._replace(memory=self._packed(interval.memory, parts))
         for i, (term, its) in enumerate(zip(self.terms, inputs.terms, strict=True)):
             if (interval := term.between(session, parts[i], its)) is not None:
                 parts[i] = interval.memory

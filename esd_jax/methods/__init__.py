@@ -9,6 +9,7 @@ from esd_jax.methods.oce import OCE
 from esd_jax.methods.rece import RECE
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.speed import SPEED
+from esd_jax.methods.stereo import STEREO
 from esd_jax.methods.uce import UCE
 
 # `needs` and `ema` are attributes of some of these classes, fields or properties of others.
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "sdd": SDD,
     "ablating": Ablating,
     "forget_me_not": ForgetMeNot,
+    "stereo": STEREO,
     "uce": UCE,
     "rece": RECE,
     "speed": SPEED,

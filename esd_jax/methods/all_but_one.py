@@ -36,18 +36,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.rules import largest
+from esd_jax.erasing import contexts, replay, rounds, trajectories
 from esd_jax.erasing import method as base
-from esd_jax.erasing import replay, trajectories
 from esd_jax.erasing.concepts import Bank, Concept, make_bank, reader
 from esd_jax.erasing.method import Models, Tools, choose, denoise, evaluate, project
 from esd_jax.erasing.replay import Replaying
+from esd_jax.erasing.round_settings import RoundsSettings
 from esd_jax.erasing.trajectories import Draws, Trajectory
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params
 
 
 @dataclass(frozen=True)
-class AllButOne:
+class AllButOne(RoundsSettings):
     """Settings; the defaults are the main text's (the `table1` preset).
 
     delta: "explicit" or "implicit".
@@ -64,6 +65,9 @@ class AllButOne:
     token_scale: of the concept's tokens in the maps of the implicit delta.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories are drawn
       every so many updates, and the last few are kept with what the teacher predicted on them (see `replay`).
+    contexts: of inversion rounds (no part of the paper): "a dog in {}: a dog | a car in {}: a car", prompts with {} for
+      the concept, in whose place adversaries stand, and the same without it. The concept alone becomes its first
+      `replace_with`, by default the empty prompt.
 
     A concept's strength multiplies the scales of its instructions below zero, and the suppression 1 - `token_scale`.
     """
@@ -85,6 +89,7 @@ class AllButOne:
     token_scale: float = 0.0
     updates_per_trajectory: int = 1
     trajectory_buffer: int = 1
+    contexts: str | None = None
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with", "strength"})
@@ -104,6 +109,9 @@ class AllButOne:
     def __post_init__(self):
         choose(self, **self.CHOICES)
         replay.check(self)
+        self.check_rounds()
+        if contexts.parse(self.contexts) and not self.rounds_every:
+            raise ValueError("contexts are what inversion rounds search in: give rounds_every, too")
         if not 0 <= self.kappa <= 1:
             raise ValueError(f"kappa={self.kappa} must be in 0..1")
         if self.penalty < 0:
@@ -123,7 +131,7 @@ class AllButOne:
     def needs(self) -> frozenset[str]:
         return frozenset({"variance_preserving", *(["cross_attention"] if self.delta == "implicit" else [])})
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method | Replaying", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
         if tools.images is not None:
             raise ValueError("method 'all_but_one' takes no images: it generates its own")
@@ -136,12 +144,15 @@ class AllButOne:
         if self.delta == "implicit":
             kept = jnp.asarray([[1 - c.strength * (1 - self.token_scale)] for c in concepts])
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
+        becomes = {"student": lambda c: c.from_ or c.text, "anchor": lambda c: next(iter(c.replace_with), "")}
+        named = rounds.prompts_of(concepts, contexts.parse(self.contexts), becomes) if self.rounds_every else []
         trajectory = trajectories.on_grid(tools.schedule, "ddim", self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
             method = Replaying(method, kept)
-        return method, Inputs(bank, *numbers, token_scale=token_scale)
+        inputs, sampling = Inputs(bank, *numbers, token_scale=token_scale), {"steps": self.sampling_steps}
+        return rounds.adding(self, method, inputs, tools, named, guidance_scale=self.gamma_1, **sampling)
 
 
 def active_steps(settings: AllButOne) -> Bool[np.ndarray, " step"]:

@@ -23,13 +23,12 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import method as base
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.images import drawn
 from esd_jax.erasing.method import Models, Tools, choose
 from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, Tokens, place, words
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
-AT_ONCE = 8  # images encoded
 QUERY = ".attn2.to_q.weight"  # what every cross-attention has
 
 
@@ -168,14 +167,7 @@ class ForgetMeNot:
             selected = selected[jnp.arange(max(least, len(selected))) % len(selected)]
             return jnp.broadcast_to(selected, (len(concepts), *selected.shape))
         number = max(least, self.drawn_images)
-        images = tools.sample(
-            [own[i % least] for own in prompts for i in range(number)],
-            seed=self.drawing_seed,
-            steps=self.drawing_steps,
-            guidance_scale=self.drawing_guidance,
-            sampler=self.drawing_sampler,
-        )
-        latents = in_batches(tools.to_latents, images, AT_ONCE)
+        latents = drawn(tools, [own[i % least] for own in prompts for i in range(number)], self)
         return latents.reshape(len(concepts), number, *latents.shape[1:])
 
     def _learned(self, tools: Tools, starts: list[Array], ids: np.ndarray, images: Array) -> Bank:

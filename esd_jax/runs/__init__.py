@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from esd_jax import hosts, lora, sharding
-from esd_jax.erasing.method import Method
+from esd_jax.erasing.method import Method, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
 from esd_jax.io import delta, diffusers, leftovers
@@ -27,7 +27,7 @@ from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import intervals, sessions
 from esd_jax.runs.record import describe, read
-from esd_jax.runs.setup import assemble
+from esd_jax.runs.setup import Setup, assemble
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
@@ -88,16 +88,15 @@ def run(
     if several := jax.process_count() > 1:
         step = hosts.preemption_consensus(step, mesh)
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
-    state = setup.begin(start(base, plan, names, setup.method, inputs, start_from), memory=False)
-    if start_from is not None and plan.optimizer.hold:
-        state = state._replace(opt=held_from(state.opt, diffusers.read_exact(base, [f"{weights}{n}" for n in names])))
+    state = begin(setup, base, inputs, start_from)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
     if offload_base:  # nothing that was copied to where the step reads it is on the device twice
         placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
         base = offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
     state = state._replace(memory=sharding.spread(setup.memory(), mesh))
     record = describe(base, plan, start_from)
-    between = intervals.between(setup, theta_0, frozen, inputs)
+    first = lambda: sharding.place(begin(setup, base, inputs), mesh)  # noqa: E731
+    between = intervals.between(setup, theta_0, frozen, inputs, first)
 
     with contextlib.ExitStack() as stack:
         opened = run_folder.opened(plan.output_dir, base.provenance.folder, resume, overwrite)
@@ -148,6 +147,7 @@ def run(
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
             stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
             stop_every=stop_every,
+            stop_after=discarded(plan.settings),
             on_step=on_step,
             between=between,
             on_record=records.add,
@@ -215,6 +215,16 @@ def start(
     return method.solve(exact, inputs)
 
 
+def begin(setup: Setup, base: Pipeline, inputs: Any, start_from: Pipeline | None = None) -> State:
+    """The state before the first update, on no particular device, without what the method keeps."""
+    plan = setup.recipe
+    state = setup.begin(start(base, plan, setup.names, setup.method, inputs, start_from), memory=False)
+    if start_from is not None and plan.optimizer.hold:
+        exact = diffusers.read_exact(base, [f"{base.denoiser}/{name}" for name in setup.names])
+        state = state._replace(opt=held_from(state.opt, exact))
+    return state
+
+
 def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Params:
     """The trained tensors at full precision, whatever was trained."""
     if not plan.rank:
@@ -227,6 +237,8 @@ def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from:
     if plan.rank or not plan.settings.trained:
         why = f"rank={plan.rank} trains a change of the base" if plan.rank else f"method {plan.method!r} does not train"
         raise ValueError(f"{why}, so it cannot start from other weights: leave start_from out")
+    if discarded(plan.settings):  # a run that is resumed would restart at the base's
+        raise ValueError(f"method {plan.method!r} restarts at the base's weights: leave start_from out")
     component = base.denoiser
     if start_from.configs.get(component) != base.configs[component]:
         raise ValueError("start_from and the base have denoisers of different architectures")

@@ -1,7 +1,7 @@
 """What a run's method does between updates, and its record: a line in `rounds.jsonl` for each time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ from esd_jax.training.step import Averaged, State
 FILE = "rounds.jsonl"
 
 
-def between(setup: Setup, theta_0: Params, frozen: Params, inputs: Any) -> Between:
-    """`train`'s argument of that name, for a run's method. The arrays are those that its step takes."""
+def between(
+    setup: Setup, theta_0: Params, frozen: Params, inputs: Any, first: Callable[[], State] | None = None
+) -> Between:
+    """`train`'s argument of that name, for a run's method. The arrays are those that its step takes.
+
+    first: the state before the first update, without memory, placed as the run's; for methods that restart.
+    """
     whole = NamedSharding(setup.mesh, PartitionSpec())
 
     def work(step: int, state: State) -> tuple[State, Mapping[str, Any] | None, bool] | None:
@@ -34,9 +39,23 @@ def between(setup: Setup, theta_0: Params, frozen: Params, inputs: Any) -> Betwe
         if (interval := setup.method.between(session, state.memory, inputs)) is None:
             return None
         memory = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), interval.memory, state.memory)
-        return state._replace(memory=memory), interval.record, interval.done
+        state = state._replace(memory=memory)
+        return restarted(state, interval.restart, first), interval.record, interval.done
 
     return work
+
+
+def restarted(state: State, what: str, first: Callable[[], State] | None) -> State:
+    """The state with what an `Interval.restart` names as it was before the first update. What it had is deleted."""
+    if not what:
+        return state
+    if first is None:
+        raise ValueError(f"the method restarts the {what}, but how it began is not known")
+    parts = ("opt", "theta") if what == "student" else ("opt",)
+    for array in jax.tree.leaves([getattr(state, part) for part in parts]):
+        array.delete()  # else there would be two of them for a moment
+    beginning = first()
+    return state._replace(**{part: getattr(beginning, part) for part in parts})
 
 
 class Records:

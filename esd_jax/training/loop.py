@@ -88,6 +88,7 @@ def train(
     preview: Callable[[int, Params], None] | None = None,
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
+    stop_after: int = 0,
     on_step: OnStep | None = None,
     between: Between | None = None,
     on_record: Callable[[int, Mapping[str, Any]], None] | None = None,
@@ -99,8 +100,8 @@ def train(
       step: see `make_step`; the arguments up to `inputs` are its own.
       checkpoints, log: where the run is kept; None keeps nothing.
       preview: called with (step, theta) before the first step, every `preview_every` steps and at the end.
-      stop_when: called with theta every `stop_every` steps; where it is true, training ends as if that step were the
-        last. It must depend on theta alone, so that a run that is resumed ends at the same step.
+      stop_when: called with theta every `stop_every` steps after `stop_after`; where it is true, training ends as if
+        that step were the last. It must depend on theta alone, so that a run that is resumed ends at the same step.
       on_step: called on the primary process with (step, metrics) of every update, once they have arrived: the device is
         then up to `AHEAD` updates further. metrics: "loss", "grad_norm", "t", and "seconds" since training began.
         Where it returns True, the run is stopped as by a signal.
@@ -175,7 +176,7 @@ def train(
 
     def ended(number: int) -> bool:
         over = worked(number)
-        asked = 0 < number < settings.steps and number % stop_every == 0
+        asked = stop_after < number < settings.steps and number % stop_every == 0
         if number >= settings.steps or over:
             return True
         return asked and stop_when is not None and bool(stop_when(result(state)))

@@ -250,6 +250,8 @@ def make_step(
         with traced_for():
             (loss, grads, t), memory = averaged(state, theta_0, frozen, inputs)
         updates, opt = tx.update(grads, state.opt, state.theta)
+        if (pace := method.pace(state.step)) is not None:
+            updates = jax.tree.map(lambda a: (pace * a).astype(a.dtype), updates)
         theta: Any = optax.apply_updates(state.theta, updates)
         new = sharding.constrained(State(theta, opt, state.step + 1, state.key), mesh)
         new = new._replace(memory=sharding.split_batch(memory, mesh))

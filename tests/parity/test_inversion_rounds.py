@@ -1,11 +1,14 @@
 """Inversion rounds and the losses that hold the rest: search, gauge and losses against torch in float64."""
 
+import esd_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch_oracle
+from all_but_one_oracle import Paper, all_but_one
+from all_but_one_oracle import loss as all_but_one_loss
 from esd_world import SHAPE, as_ours
 from rounds_world import TEXTS, Words, example_keys, noised
 from torch_oracle import error, exactly, to_nchw
@@ -14,6 +17,7 @@ from esd_jax.erasing import inversion
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.inversion import Case
 from esd_jax.erasing.method import Models
+from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.training.step import blank_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -223,3 +227,36 @@ def test_the_worst_prompts_are_those_that_have_drifted_most(w):
     np.testing.assert_allclose(shares, expected, atol=0.03)
     later, _ = jax.jit(method.recall)(models(w)._replace(student=w.world.teacher), draws, memory, jnp.int32(4), inputs)
     np.testing.assert_array_equal(later[1][0], memory[1][0])  # scored again only every five updates
+
+
+@pytest.mark.parametrize("w", ["toy"], indirect=True)
+def test_all_but_one_adds_what_an_adversary_loses_to_its_own(w):
+    concepts = (Concept("clay", replace_with=("cat",)),)
+    method, inputs = w.make(concepts, method=AllButOne, sampling_steps=35, rounds_warm=0)
+    term, own, batch = term_of(method), inputs.terms[0], 2
+    gallery, state = own.gallery, term.inversion.begin(own.gallery, 0, jax.random.key(0))
+    memory = jax.tree.map(lambda a: a[:, 0], blank_memory(method, SHAPE, batch))
+    members = jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, 2, *a.shape)), state)
+    bank = memory[1][0]._replace(members=members, added=jnp.ones(batch, jnp.int32))
+    keys = example_keys(1, batch)
+    draws = method.draw(keys.step, keys.shared, keys.own, SHAPE, inputs)
+    _, recalled = method.recall(models(w), draws, (memory[0], (bank,)), keys.step, inputs)
+    prepared = jax.jit(method.prepare)(models(w), recalled, inputs)
+    ours, grads = jax.jit(jax.value_and_grad(method.loss))(w.world.student, prepared)
+
+    student = w.world.models.student.requires_grad_(True)
+    theirs, paper = esd_oracle.Models(student, w.world.models.teacher, w.texts), Paper(high=0, warmup=0)
+    orders = [[("clay", -7.5), ("cat", 6.5)]] * batch
+    step = all_but_one(theirs, ["clay"] * batch, orders, to_nchw(draws.inner.noise), int(draws.inner.index), paper)
+    at, becomes = draws.terms[0].at, {"clay": "cat", "photo of clay": "photo"}
+    x = noised(np.asarray(gallery.images)[0, np.asarray(at.row), np.asarray(at.image)], at.t, at.noise)
+    asked = w.hidden(ids(gallery, 0, at), [torch.tensor(np.asarray(state.value.tokens))] * batch)
+    wanted = w.says("teacher", x, at.t, w.texts([becomes[TEXTS[int(row)][0]] for row in at.row]))
+    loss = all_but_one_loss(theirs, ["clay"] * batch, step, paper)
+    loss = loss + 0.7 * ((w.says("student", x, at.t, asked) - wanted) ** 2).mean()
+    names, values = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, values)
+    student.requires_grad_(False)
+    assert float(ours) == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in zip(names, gradients, strict=True):
+        assert error(grads[f"unet/{name}"], as_ours(w.world, name, value)) <= 1e-4, name

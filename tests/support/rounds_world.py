@@ -17,9 +17,11 @@ from torch_oracle import to_nchw
 from words import CLIP, text_encoders, tokens
 
 from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Tools
 from esd_jax.erasing.retention import Retention, retaining
 from esd_jax.erasing.textual_inversion import TABLE
 from esd_jax.families import SD
+from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from esd_jax.models.unet import Conditioning
@@ -28,7 +30,10 @@ from esd_jax.params import component, functional
 CONTEXTS = "photo of {}: photo"
 ROUNDS = {"rounds_every": 3, "rounds_search": 4, "rounds_tokens": "2", "rounds_bank": 2, "rounds_batch": 2,
           "rounds_images": 2, "rounds_warm": 2, "rounds_weight": 0.7, "rounds_skip": 1e9}  # fmt: skip
-GRID = {"timestep_mode": "grid", "sampling_steps": 4, "contexts": CONTEXTS}
+SHORT = {
+    ESD: {"timestep_mode": "grid", "sampling_steps": 4, "contexts": CONTEXTS},
+    AllButOne: {"sampling_steps": 4, "delta_warmup": 0, "window_start": 0.0, "contexts": CONTEXTS},
+}
 TEXTS = [("clay", ""), ("photo of clay", "photo")]  # p and n of each row
 
 
@@ -54,11 +59,17 @@ class Words:
             tables=SD.tables,
         )
 
-    def make(self, concepts: Sequence[Concept] = (Concept("clay"),), kept: Any = None, **fields: Any) -> Any:
-        """(method, inputs) of ESD, of `ROUNDS` and `GRID` with some fields changed; kept: fields of `Retention`."""
-        tools = dataclasses.replace(self.tools, sample=Studio().sample)  # the same images every time
-        method, inputs = ESD(**{**GRID, **ROUNDS, **fields}).make(tools, concepts)
-        return retaining(method, inputs, tools, concepts, Retention(**kept)) if kept else (method, inputs)
+    def tools_with(self, sample: Any) -> Tools:
+        """The tools, with what draws images."""
+        return dataclasses.replace(self.tools, sample=sample)
+
+    def make(
+        self, concepts: Sequence[Concept] = (Concept("clay"),), kept: Any = None, method: Any = ESD, **fields: Any
+    ) -> Any:
+        """(method, inputs) of a method, of `ROUNDS` and its `SHORT` with some fields changed; kept: of `Retention`."""
+        tools = self.tools_with(Studio().sample)  # the same images every time
+        made, inputs = method(**{**SHORT[method], **ROUNDS, **fields}).make(tools, concepts)
+        return retaining(made, inputs, tools, concepts, Retention(**kept)) if kept else (made, inputs)
 
     def hidden(self, ids: Any, new: torch.Tensor | None = None) -> torch.Tensor:
         """torch's encoding of ids [batch, tokens], those beyond the vocabulary from `new` [batch, new, width]."""

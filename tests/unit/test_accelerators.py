@@ -35,6 +35,7 @@ METHODS = {
         {"replace_with": "painting", "anchor_prompts": "a painting of a cat", "drawn_images": 2, "drawing_steps": 2},
     ),
     "forget_me_not": ("object", {"drawn_images": 2, "drawing_steps": 2}),
+    "stereo": ("style", {"drawn_images": 4, "drawing_steps": 2, "sampling_steps": 4, "inversion_tokens": "<rand-1>"}),
 }
 
 

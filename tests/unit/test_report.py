@@ -14,7 +14,7 @@ from esd_jax import recipe
 from esd_jax.cli import VERBS
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Finding, Heat, Table
-from esd_jax.evaluation.report import card
+from esd_jax.evaluation.report import card, rounds
 from esd_jax.evaluation.report.comparison import compare
 from esd_jax.evaluation.report.html import COMMANDS, report
 
@@ -141,6 +141,44 @@ def test_an_attack_is_a_headline_only_where_it_beats_chance(hits, control, alarm
     assert ("<li class=bad>" in found) == alarm
     assert ('class="headline calm"' in found) != alarm
     assert f"Inversion succeeds in {hits} of 20 images." in found
+
+
+ROUNDS = (
+    {"step": 0, "gauge": 0.012, "gauge_base": 0.011, "tokens": 16, "concept": "neon", "loss": 0.25, "skipped": False},
+    {"step": 1000, "gauge": 0.914, "gauge_base": 0.62, "tokens": "output", "concept": "neon", "skipped": True},
+)
+
+
+def test_the_gauges_of_a_runs_rounds_are_on_its_page_and_card():
+    found = evidence(record=dataclasses.replace(evidence().record, rounds=ROUNDS))
+    text = Read(report(found)).text
+    assert "Gauge of each round" in text["figcaption"] and "Searches in training" in text["h2"]
+    assert "step 1,000" in text["th"] and "0.91" in text["td"] and "0.62" in text["td"]
+    made = card.card(found)
+    assert "|  | gauge | gauge on the base | tokens | loss | added |" in made
+    assert "| step 0 | 0.01 | 0.01 | 16 | 0.25 | yes |" in made
+    assert "| step 1,000 | 0.91 | 0.62 | output | – | no |" in made
+    assert "0: it is fully there; 1: none of it." in made and "Not added" in made
+
+
+def test_rounds_without_a_gauge_have_a_table_alone():
+    record = Erasure.from_dict({"base": "emoji", "rounds": [{"step": 200, "round": 1, "loss": 0.125}]})
+    found = Evidence("neon style", record)
+    assert "| step 200 | 0.125 |" in card.card(found) and "Gauge" not in card.card(found)
+    text = Read(report(found)).text
+    assert "step 200" in text["th"] and "Gauge of each round" not in text.get("figcaption", "")
+    for kept in ((), ({"step": 1, "seconds": 2.0},)):
+        bare = Evidence("neon style", Erasure(base="emoji", rounds=kept or None))
+        assert "Searches in training" not in Read(report(bare)).text["h2"] and "Rounds" not in card.card(bare)
+
+
+def test_several_concepts_have_a_curve_each():
+    rows = [{"step": 100 * i, "gauge": i / 4, "concept": ("a cat", "a dog")[i % 2]} for i in range(4)]
+    plot = rounds.plot(Erasure(rounds=tuple(rows)))
+    assert [(curve.name, curve.x, curve.y) for curve in plot.curves] == [
+        ("a cat", (0.0, 200.0), (0.0, 0.5)), ("a dog", (100.0, 300.0), (0.25, 0.75)),
+    ]  # fmt: skip
+    assert rounds.table(Erasure(rounds=tuple(rows))).columns == ("gauge", "concept")
 
 
 def test_what_was_not_measured_is_said_with_what_measures_it(pages):

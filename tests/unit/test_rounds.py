@@ -17,6 +17,7 @@ from esd_jax.erasing import inversion, round_settings, rounds
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models, Session
 from esd_jax.erasing.retention import Retention
+from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
 from esd_jax.runs.intervals import FILE, Records
 from esd_jax.training.checkpoint import Checkpoints
@@ -134,6 +135,25 @@ def test_a_run_that_is_resumed_is_the_same_to_the_bit(w, tmp_path):
         assert list(again.records) == [number for number in records if number > stop]
         for number, record in again.records.items():
             assert {**record, "seconds": 0} == {**records[number], "seconds": 0}
+
+
+def test_all_but_one_with_rounds_resumes_to_the_bit(w, tmp_path):
+    run = Run(w, (Concept("clay"),), method=AllButOne, updates_per_trajectory=2, trajectory_buffer=2)
+    whole = run.train(5)
+    records = run.records
+    half = run.train(4)
+    with Checkpoints(tmp_path / "half", {}) as checkpoints:
+        checkpoints.save(half)
+        checkpoints.wait()
+        restored = checkpoints.restore(run.begin())
+    assert_same(run.train(5, restored), whole)
+    assert list(records) == [0, 3] and bank(whole).added == 2
+    assert records[0]["gauge"] == records[0]["gauge_base"] != records[3]["gauge"]
+
+
+def test_contexts_of_all_but_one_need_rounds():
+    with pytest.raises(ValueError, match=one_line("contexts", "rounds_every")):
+        AllButOne(contexts=CONTEXTS)
 
 
 def test_each_example_has_a_bank_of_its_own(w):

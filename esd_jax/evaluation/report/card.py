@@ -8,7 +8,7 @@ from typing import Any
 
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import ROLES, Cell, Evidence, Finding, Table, as_json
-from esd_jax.evaluation.report import snippets, terms, verdict
+from esd_jax.evaluation.report import rounds, snippets, terms, verdict
 from esd_jax.evaluation.report.about import About
 from esd_jax.evaluation.report.numbers import count, value, with_interval
 
@@ -115,6 +115,8 @@ def card(
     repeats = [f"```bash\n{line}\n```"] if line else []
     settings = {"base": record.base, "base sha256": record.base_sha256, **facts.facts, **(record.versions or {})}
     repeats.append(_list(settings))
+    if (searched := rounds.table(record)) is not None:
+        repeats.append(_table(searched))
     parts.append("## How it was made\n\n" + "\n\n".join(filter(None, repeats)))
     parts.append("## How it was measured\n\n" + (_list(evidence.measured_with) or NOT_MEASURED))
     parts.append("## Caveats\n\n" + ("\n".join(f"- {_md(text)}" for text in evidence.caveats) or "None were recorded."))

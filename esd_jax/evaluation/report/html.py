@@ -19,6 +19,7 @@ from esd_jax.evaluation.report import (
     outcome,
     page,
     pictures,
+    rounds,
     terms,
     tiles,
     timeline,
@@ -177,6 +178,9 @@ def _sections(evidence: Evidence, commands: Mapping[str, str], encoder: Encoder,
     )
     plot = charts.lines(evidence.training, x_end=evidence.record.step or 0) if evidence.training else ""
     yield Section("training", "Training loss", "", plot, commands["training"])
+    gauges, searched = rounds.plot(evidence.record), rounds.table(evidence.record)
+    drawn = (charts.lines(gauges) if gauges else "") + (page.table(searched) if searched else "")
+    yield Section("rounds", "Searches in training", "What still reached the concept, between updates.", drawn)
     yield Section("use", "Use it", "How other programs open what this run wrote.", about.uses(facts.uses))
     yield Section("files", "Files", "", about.files(facts.files))
     yield Section("settings", "Settings, and how to repeat it", "", _settings(evidence, facts))
