@@ -4,7 +4,8 @@ A batch is split over both axes. Weights are copied along "data" and split along
 ZeRO stage 3: Rajbhandari et al. 2020), where each device gathers a tensor when it needs it and forgets it again.
 
 Where a batch is too small for that, the mesh is (data, model): the devices along "model" share an example. Each
-computes with its part of the weights (Megatron-LM: Shoeybi et al. 2019, Sec. 3), so that activations may be sent in place of weights.
+computes with its part of the weights (Megatron-LM: Shoeybi et al. 2019, Sec. 3), so that activations may be sent in
+place of weights.
 """
 
 import math

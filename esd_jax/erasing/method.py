@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept, Tokens
-from esd_jax.families.family import Reading
+from esd_jax.families.family import Reading, TokenTable
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -131,10 +131,11 @@ class Tools:
       another one.
     condition: the text encoders' outputs -> Conditioning, with the same scale.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
-    tokenizers: component -> tokenizer, one for each text encoder.
     readings: the layers that read the prompt alone (`Family.readings`); () where cross-attention does.
     guide: of a guidance-distilled family, (conditioning, scales [batch]) -> the conditioning with the scale that the
       network takes as an input; None for a family that is guided classifier-free.
+    tokenizers: component -> tokenizer, one for each text encoder. tables: text encoder -> where new tokens enter it
+      (`Family.tables`); empty where they cannot.
     cache: whether what is computed of the text encoders alone is kept in the user's cache.
     """
 
@@ -156,6 +157,7 @@ class Tools:
     guide: "Guide | None" = None
     tokenizers: Mapping[str, Tokens] = field(default_factory=dict)
     readings: tuple[Reading, ...] = ()
+    tables: Mapping[str, TokenTable] = field(default_factory=dict)
     cache: bool = False
 
 

@@ -133,7 +133,10 @@ class Encoder(nnx.Module):
 
 
 class T5EncoderModel(nnx.Module):
-    """Token ids -> the hidden states after the last norm. Padding takes part, as in the pipelines of FLUX.1 and SD3."""
+    """Token ids (or their embeddings) -> the hidden states after the last norm.
+
+    Padding takes part, as in the pipelines of FLUX.1 and SD3.
+    """
 
     def __init__(self, config: T5Config, *, dtype: Dtype = jnp.float32, rngs: Rngs | None = None):
         rngs = rngs or layers.Keys(0)
@@ -141,8 +144,11 @@ class T5EncoderModel(nnx.Module):
         self.shared = layers.embed(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
-        x = self.shared(token_ids)
+    def __call__(
+        self, token_ids: Int[Array, "batch tokens"], embeddings: Float[Array, "batch tokens width"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """Encodes; `embeddings` are used in place of the tokens' own, so that gradients can reach them."""
+        x = self.shared(token_ids) if embeddings is None else embeddings.astype(self.dtype)
         buckets = jnp.asarray(buckets_of(self.config, token_ids.shape[1]))
         bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         bias = jnp.moveaxis(bias, -1, 0)

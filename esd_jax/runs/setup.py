@@ -157,6 +157,7 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
         vectors=family.vectors,
         guide=family.guide,
         readings=family.readings,
+        tables=family.tables,
         **own,
     )
 

@@ -42,6 +42,7 @@ class NullInversion:
     """
 
     NAME: ClassVar[str] = "null-text inversion"
+    needs: ClassVar[frozenset[str]] = frozenset()
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
