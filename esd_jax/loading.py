@@ -12,7 +12,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
 from esd_jax.inputs import expanded
-from esd_jax.io import diffusers, recognised
+from esd_jax.io import diffusers, flow_file, recognised
 from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
@@ -27,7 +27,8 @@ from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.step import State, result
 
-RUN, UNET_FOLDER = "a run", "the folder of a denoiser alone"  # what a source may be
+# What a source may be.
+RUN, UNET_FOLDER, ALONE = "a run", "the folder of a denoiser alone", "a transformer without its text encoders"
 
 
 def load(
@@ -51,12 +52,14 @@ def load(
     Args:
       source: what to open.
       base: what `source` was erased from, where that is no whole checkpoint: a delta, a difference, a LoRA, or the
-        folder of a denoiser alone. Of a run, where its base lies now, if it has moved. A loaded pipeline, or what
-        `load` takes; the arguments below then apply to it.
+        folder of a denoiser alone. Of a file with the transformer of FLUX.1 or SD3 alone, what has the rest. Of a run,
+        where its base lies now, if it has moved. A loaded pipeline, or what `load` takes; the arguments below then
+        apply to it.
       dtype: compute dtype, "float32" or "bfloat16"; the files may have any. By default float32, and of a run its own.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
-      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of
-        it), by default read off the file; and whether to read the denoiser's moving average. See `io.diffusers.load`.
+      config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of it,
+        which also supplies the networks that a file of FLUX.1 or SD3 lacks), by default read off the file; and whether
+        to read the denoiser's moving average. See `io.diffusers.load`.
 
     Returns:
       The pipeline. Of a run, a delta, a difference or a LoRA, it has the changed tensors in `edits`.
@@ -76,6 +79,8 @@ def load(
     if not kind:
         if base is not None:
             raise ValueError(f"{source} is a whole checkpoint: load it without base")
+        return _checkpoint(source, **reading)
+    if kind == ALONE and config is not None and base is None:  # whose folder has the rest
         return _checkpoint(source, **reading)
     if base is None:
         which = "" if named else ", where base is the checkpoint that it was made from"
@@ -115,6 +120,8 @@ def _kind(source: str | Path) -> tuple[str, str | None]:
 
 
 def _kind_of_file(header: Header) -> str:
+    if flow_file.is_flow(header):
+        return ALONE if flow_file.is_alone(header) else ""
     if is_difference(header):
         return "a difference"
     if is_lora(header):
@@ -156,7 +163,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     Args:
       base: what it was erased from.
       path: a run's folder, a diffusers folder (of a denoiser alone, or of all), or a .safetensors file: a delta, a
-        difference, a LoRA, or a single-file checkpoint.
+        difference, a LoRA, a single-file checkpoint, or the transformer of FLUX.1 or SD3 in such a file.
 
     Raises FileNotFoundError, ValueError as their readers do.
     """
@@ -169,6 +176,8 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
             return diffusers.with_denoiser(base, path)
         return diffusers.load(path, dtype=base.dtype)
     header = read_header(path)
+    if flow_file.is_flow(header):
+        return diffusers.with_denoiser_file(base, path)
     if is_difference(header):
         return apply_difference(base, path)
     if is_lora(header):

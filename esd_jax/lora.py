@@ -2,7 +2,8 @@
 
     W = W_0 + A B,    A [inputs, rank] random, B [rank, outputs] zero at first
 
-A convolution's kernel is taken as one matrix [height * width * inputs, outputs].
+A convolution's kernel is taken as one matrix [height * width * inputs, outputs]. Training computes x W_0 + (x A) B of
+linear layers, and never their sum.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from esd_jax.models.layers import Factored
 from esd_jax.params import Params
 
 A, B = ".lora_A", ".lora_B"
@@ -37,6 +39,16 @@ def initial(shapes: Mapping[str, Any], rank: int, key: Array) -> Params:
         theta[name + A] = jax.random.normal(jax.random.fold_in(key, i), (inputs, thin)) * inputs**-0.5
         theta[name + B] = jnp.zeros((thin, outputs))
     return theta
+
+
+def factored(theta: Params, theta_0: Mapping[str, Array]) -> Params:
+    """`weights`, of which matrices stay factored, as linear layers take them: W_0 is then not differentiated."""
+    kernels = {name: first for name, first in theta_0.items() if first.ndim != 2}
+    matrices = theta_0.keys() - kernels.keys()
+    return {
+        **weights(theta, kernels),
+        **{name: Factored(theta_0[name], theta[name + A], theta[name + B]) for name in sorted(matrices)},
+    }
 
 
 def weights(theta: Params, theta_0: Mapping[str, Array]) -> Params:

@@ -102,7 +102,8 @@ def _files(folder: Path, erased: Pipeline) -> Iterator[File]:
         what = exports.FORMATS["folder"].what
         yield File(f"{runs.MODEL}/", _size(model), f"the erased model, a {what}", "folder")
     for path in sorted(folder.glob("*.safetensors")):
-        yield File(path.name, path.stat().st_size, exports.FORMATS["delta"].what, "delta")
+        format = "lora" if path.name == runs.LORA else "delta"
+        yield File(path.name, path.stat().st_size, exports.FORMATS[format].what, format)
     for path in sorted((folder / runs.EXPORTS).glob("*")):
         if path.name.startswith(".") or (format := format_of(path)) is None:
             continue

@@ -43,6 +43,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "into", None, "single: the base's own single file, whose other keys are kept.", flag_values=values
     )
+    flags.DEFINE_bool(
+        "alone", None, "single: the transformer of FLUX.1 or SD3 alone, as FLUX.1's is by default.", flag_values=values
+    )
     flags.DEFINE_string(
         "dtype", None, "single, delta, difference, lora, kohya: float32, float16 or bfloat16.", flag_values=values
     )
@@ -96,7 +99,7 @@ def run(values: flags.FlagValues) -> None:
     pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)
     # What is known of a run is known of its newest checkpoint alone.
     known = values.run and values.step is None and not (values.delta or values.merge) and values.strength == 1
-    options = common.options(values, "into dtype rank energy max_shard_size variant")
+    options = common.options(values, "into dtype alone rank energy max_shard_size variant")
     options = {name: value for name, value in options.items() if value is not None}
     options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
     if values.strength != 1:  # the records tell of the whole change

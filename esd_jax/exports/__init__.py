@@ -63,7 +63,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "single": Format(
         "single file for A1111 and ComfyUI", single_file.export_single, _load_single, ".safetensors",
-        options=("into", "dtype"), whole=True, needs=frozenset({"single_file"}),
+        options=("into", "dtype", "alone"), whole=True, needs=frozenset({"single_file"}),
     ),
     "delta": Format(
         "ESD delta: the trained tensors", delta.export_delta, delta.load_delta, "-delta.safetensors",
@@ -74,13 +74,13 @@ FORMATS: Mapping[str, Format] = {
         "-difference.safetensors", options=("dtype",), exact=False, alone=True,
     ),
     "lora": Format(
-        "LoRA for diffusers (ComfyUI ignores its attention layers: give it kohya's)", _lora("diffusers"),
+        "LoRA for diffusers (of a UNet's, ComfyUI ignores its attention layers: give it kohya's)", _lora("diffusers"),
         lora_merge.merge_lora, "-lora.safetensors",
-        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"unet_names"}),
+        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"lora_names"}),
     ),
     "kohya": Format(
         "LoRA of kohya's keys, for A1111 and ComfyUI", _lora("kohya"), lora_merge.merge_lora, "-lora-kohya.safetensors",
-        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"unet_names"}),
+        options=("rank", "energy", "dtype"), exact=False, needs=frozenset({"kohya_names"}),
     ),
     "orbax": Format("Orbax tree of the denoiser", orbax.write, orbax.read, "-orbax", alone=True),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def export(
       verify: read it again and compare; see `verified`.
       overwrite: lets what is at `path` be replaced.
       metadata: more metadata than the records of what was erased.
-      **options: of the format: into, dtype, rank, energy, max_shard_size, variant; see its writer.
+      **options: of the format: into, dtype, alone, rank, energy, max_shard_size, variant; see its writer.
 
     Raises:
       ValueError: an unknown format or option; whatever its writer refuses; or it is not what memory holds, in which

@@ -12,6 +12,7 @@ from typing import Any
 from esd_jax import results
 from esd_jax.evaluation import testbed
 from esd_jax.exports import Written
+from esd_jax.io.ldm import is_flow
 from esd_jax.pipeline import Pipeline
 
 
@@ -60,8 +61,10 @@ def of_exports(pipeline: Pipeline, written: Sequence[Written], prompt: str) -> P
 
     A LoRA goes with the base's single file, whose name is the user's: the node says BASE.safetensors.
 
-    Raises ValueError without such a file.
+    Raises ValueError without such a file, and for FLUX.1 and SD3, whose graphs have other nodes.
     """
+    if is_flow(pipeline.configs):
+        raise ValueError(f"no ComfyUI workflow is written for {pipeline.family.name}: leave --workflow out")
     files = {one.format: one.path for one in written}
     if not (file := files.get("single") or files.get("kohya")):
         raise ValueError("a ComfyUI workflow needs a single file or a LoRA of kohya's names: --format=single, or kohya")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esd_jax import families, progress
+from esd_jax import families, progress, streamed
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import check_finite, expanded
-from esd_jax.io import corrections, ldm_file, safetensors, tensors
+from esd_jax.io import corrections, flow_file, ldm_file, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
 from esd_jax.io.ldm import EMA, is_open_clip
-from esd_jax.models.architectures import clip_bpe
+from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.params import Network, Params, prefixed
 from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network
@@ -54,9 +54,9 @@ def load(
       revision: of a hub id: branch, tag or commit.
       sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
-        "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers. By
-        default the file's keys and shapes determine the architecture; see `io.ldm_file.scheduler_changes` for what the
-        network predicts.
+        "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers, and the
+        networks that a file of FLUX.1 or SD3 lacks. By default the file's keys and shapes determine the architecture;
+        see `io.ldm_file.scheduler_changes` for what the network predicts.
       ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
     Components that sampling does not need (safety checker, feature extractor, ...) are not read; `export` copies them.
@@ -126,21 +126,35 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     configs, schedule = _file_architecture(header, folder, config)
     _check_file(header, configs)
     sources = ldm_file.locate(header, configs, ema=ema)
+    _note_eight_bits(header)
+    family = families.of(configs)
+    if lacking := [name for name in configs if not any(key.startswith(f"{name}/") for key in sources)]:
+        folder = _folder_of_the_rest(path, folder, config, lacking)
+        configs = {name: own for name, own in configs.items() if name not in lacking or _has_weights(folder / name)}
+        if not family.fits(configs):
+            lost = next(name for name in lacking if name not in configs)
+            where = flow_file.where_from(path, flow_file.name_of(header))
+            raise ValueError(f"{path} lacks the {lost}, and {folder / lost} has no weights: {where}")
     # What else the folder names (a safety checker, ...) is no part of the file.
     index = dict(files.read_json(folder / "model_index.json"))
-    texts = {name: config for name, config in configs.items() if isinstance(config, CLIPTextConfig)}
+    texts = {name: configs[name] for name in family.encoders_of(configs)}
     known = {*configs, "scheduler", *(tokenizer_of(name) for name in texts)}
     index |= {name: [None, None] for name, value in index.items() if isinstance(value, list) and name not in known}
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index["scheduler"] = ["diffusers", schedule.config["_class_name"]]  # which the file may have changed
-    tokenizers = tuple(_file_tokenizer(folder, name, config) for name, config in texts.items())
-    params = {}
+    lengths = family.lengths(configs)
+    tokenizers = tuple(_file_tokenizer(folder, name, own, lengths[name]) for name, own in texts.items())
+    params, records = {}, files.read_records(header)
     for name, network_config in configs.items():
+        if name in lacking:
+            params[name], located, more = load_component(folder, name, network_config, dtype=dtype, sharding=sharding)
+            sources |= prefixed(located, name)
+            records += tuple(more)
+            continue
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
         params[name] = _read_network(name, net, places, dtype, sharding)
-    records = files.read_records(header)
     provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=records)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
@@ -154,14 +168,36 @@ def _file_architecture(
     header: safetensors.Header, folder: Path, config: str | Path | None
 ) -> tuple[dict[str, NetworkConfig], Schedule]:
     configs, schedule = read_architecture(folder)
+    if flow_file.is_flow(header):
+        configs = flow_file.with_architecture(header, configs)
     changed = {**schedule.config, **ldm_file.scheduler_changes(header, config)}
     return configs, families.of(configs).schedule(changed)
 
 
-def _file_tokenizer(folder: Path, text_encoder: str, config: CLIPTextConfig) -> Tokenizer:
+def _folder_of_the_rest(path: Path, folder: Path, config: str | Path | None, lacking: Sequence[str]) -> Path:
+    """The config folder with the weights of the networks that a file lacks, downloaded if need be."""
+    if config is None or str(config) in ARCHITECTURES or expanded(config).is_dir():
+        return folder
+    return resolve(config, components=lacking).absolute()
+
+
+def _note_eight_bits(header: safetensors.Header) -> None:
+    """Warns of weights whose rounding is coarser than most edits."""
+    if codes := sorted({entry.dtype for entry in header.entries.values()} & safetensors.EIGHT_BITS.keys()):
+        corrections.note(
+            f"{header.path} has weights of eight bits ({codes[0]}), which are read as they are; what is erased is "
+            "written in bfloat16. Erase from the file in bfloat16 if you have it: a LoRA of that also fits this one"
+        )
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(files.variant_of(path.name) is not None for path in folder.iterdir())
+
+
+def _file_tokenizer(folder: Path, text_encoder: str, config: NetworkConfig, length: int) -> Tokenizer:
     """The config folder's tokenizer, or CLIP's own, with the padding that goes with the text encoder's training."""
-    if (folder / tokenizer_of(text_encoder)).is_dir():
-        return read_tokenizer(folder, text_encoder, config, config.max_position_embeddings)
+    if (folder / tokenizer_of(text_encoder)).is_dir() or not isinstance(config, CLIPTextConfig):
+        return read_tokenizer(folder, text_encoder, config, length)
     if config.vocab_size != clip_bpe.VOCAB_SIZE:
         raise FileNotFoundError(
             f"{folder} has no {tokenizer_of(text_encoder)}, and {text_encoder} with {config.vocab_size} tokens does "
@@ -230,6 +266,32 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     return replace(base, params={**base.params, name: params}, provenance=provenance, edits={})
 
 
+def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
+    """The base with the transformer of a single file of FLUX.1 or SD3 as its own; all else stays the base's.
+
+    Raises FileNotFoundError, ValueError as `load` does, or for a file of another family than the base.
+    """
+    path, name = expanded(path).absolute(), base.denoiser
+    header = safetensors.read_header(path)
+    flow_file.check(header)
+    safetensors.check_weights(header)
+    config = flow_file.with_architecture(header, base.configs)[name]
+    located = ldm_file.locate(header, {name: config})
+    _note_eight_bits(header)
+    net = network(config, jnp.dtype(base.dtype).name)
+    places = {tensor: (header, located[f"{name}/{tensor}"]) for tensor in net.shapes}
+    params = _read_network(name, net, places, base.dtype, None)
+    others = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
+    provenance = replace(
+        base.provenance, source=str(path), file=path, config=base.provenance.folder, tensors={**others, **located},
+        erased=files.read_records(header),
+    )  # fmt: skip
+    return replace(
+        base, params={**base.params, name: params}, configs={**base.configs, name: config}, provenance=provenance,
+        edits={},
+    )  # fmt: skip
+
+
 def _read_network(
     component: str,
     net: Network,
@@ -237,6 +299,8 @@ def _read_network(
     dtype: Any,
     sharding: Placement,
 ) -> Params:
+    if streamed.applies(net.shapes):
+        return {name: tensors.map_jax(*places[name], s.shape, net.layouts[name]) for name, s in net.shapes.items()}
     params = {}
     with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
         for name, shape in net.shapes.items():

@@ -12,7 +12,7 @@ import numpy as np
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import leftovers, new_folder, safetensors
-from esd_jax.io.safetensors import Header
+from esd_jax.io.safetensors import EIGHT_BITS, Header
 from esd_jax.io.tensors import check_edits, check_sources, export_value, headers_of
 from esd_jax.pipeline import Pipeline, TensorFile
 from esd_jax.results import writing
@@ -207,9 +207,13 @@ def _rewrite(
         key = keys[written]
         if key not in edits:
             return safetensors.read_bytes(header, key)
-        return export_value(pipeline, headers, edits[key], header.entries[key].dtype)
+        return export_value(pipeline, headers, edits[key], entries[written].dtype)
 
     entries = {written: header.entries[key] for written, key in keys.items()}
+    # An edit of eight bits would round away.
+    narrow = [written for written, key in keys.items() if key in edits and entries[written].dtype in EIGHT_BITS]
+    if narrow:
+        entries = safetensors.laid_out_anew(entries, dict.fromkeys(narrow, "BF16"))
     safetensors.write(target, entries, tensor, {**header.metadata, **metadata})
 
 

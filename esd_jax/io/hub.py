@@ -1,7 +1,7 @@
 """The Hugging Face hub: names of checkpoints -> local folders, and files that are pushed to a repository."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from esd_jax.inputs import expanded
@@ -13,7 +13,12 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def resolve(
-    source: str | Path, *, variant: str | None = None, revision: str | None = None, weights: bool = True
+    source: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+    components: Sequence[str] = ("*",),
 ) -> Path:
     """The local folder of a checkpoint, downloaded into the hub's cache if need be.
 
@@ -22,6 +27,7 @@ def resolve(
       variant: which weights to download ("fp16"); None, those whose file names carry no variant.
       revision: a branch, tag or commit of the hub's repository.
       weights: whether weights are needed, or the small files alone.
+      components: those whose weights are needed.
 
     With `HF_HUB_OFFLINE=1`, or without a network, only the hub's cache is searched.
 
@@ -34,6 +40,11 @@ def resolve(
         if revision:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {path} is a local folder")
         return path
+    if path.suffix.lower() == ".gguf":
+        raise ValueError(
+            f"{path} is quantised as GGUF, which is not implemented: erase from the file in bfloat16 from which it was "
+            "made; a LoRA of that also fits this file in ComfyUI"
+        )
     if path.suffix.lower() == ".safetensors":
         raise ValueError(f"{path} is a single .safetensors file; here a diffusers folder or a hub id is needed")
     if path.is_file():
@@ -41,7 +52,7 @@ def resolve(
         raise ValueError(f"{path} is a file; give the diffusers folder that holds model_index.json")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise FileNotFoundError(NO_FOLDER.format(source))
-    return _download(source, variant, revision, weights)
+    return _download(source, variant, revision, weights, components)
 
 
 def weight_patterns(variant: str | None) -> list[str]:
@@ -60,7 +71,7 @@ def _plain_patterns(folder: Path) -> list[str]:
     return [f"{path.name}/{pattern.removeprefix('*/')}" for path in lacking for pattern in weight_patterns(None)]
 
 
-def _download(repo: str, variant: str | None, revision: str | None, weights: bool) -> Path:
+def _download(repo: str, variant: str | None, revision: str | None, weights: bool, components: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -68,7 +79,8 @@ def _download(repo: str, variant: str | None, revision: str | None, weights: boo
     small = ["model_index.json", "*/config.json", "*/*_config.json", "*/tokenizer.json", "*/special_tokens_map.json"]
     small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "LICENSE*", "NOTICE*"]
     try:
-        patterns = [*small, *(weight_patterns(variant) if weights else [])]
+        files = [pattern.removeprefix("*/") for pattern in (weight_patterns(variant) if weights else [])]
+        patterns = [*small, *(f"{component}/{file}" for component in components for file in files)]
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
         if weights and variant and (more := _plain_patterns(Path(folder))):
             huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=more)

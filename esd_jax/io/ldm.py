@@ -3,18 +3,23 @@
 A single `.safetensors` file, as A1111 and ComfyUI open it, keeps the layout of the training codes: CompVis's
 latent-diffusion (SD 1), Stability's stablediffusion (SD 2, whose text encoder is open_clip's) and generative-models
 (SDXL). It numbers blocks along the forward pass, where diffusers numbers them by resolution; so the names follow from
-how many blocks a network has.
+how many blocks a network has. Those of FLUX.1 and SD3 are in `io.flow_names`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+from esd_jax.io import flow_names
+from esd_jax.io.tensors import Place
 from esd_jax.models.clip import CLIPTextConfig
+from esd_jax.models.flux import FluxConfig
+from esd_jax.models.sd3 import SD3Config
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
 from esd_jax.pipeline import NetworkConfig, network
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+FLUX_VAE = "vae."  # in ComfyUI's files of a whole FLUX.1
 TEXT, TEXT_XL = "cond_stage_model.", "conditioner.embedders.{}."
 # What holds weights; the rest (alphas_cumprod, global_step, ...) keeps its dtype whatever the weights' is.
 WEIGHTS = ("model.", EMA, VAE, TEXT, "conditioner.")
@@ -36,44 +41,61 @@ OPEN_CLIP_LAYER = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in a single file.
-
-    key: there; part, transposed: as in `TensorFile`; conv: whether a matrix is kept as a 1x1 convolution.
-    """
-
-    key: str
-    part: tuple[int, int] = (0, 1)
-    transposed: bool = False
-    conv: bool = False
-
-    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape under the key for a tensor of torch shape `shape`."""
-        if self.transposed:
-            shape = shape[::-1]
-        return (shape[0] * self.part[1], *shape[1:], *((1, 1) if self.conv else ()))
-
-
-def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32") -> dict[str, Place]:
+def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32", prefix: str | None = None) -> dict[str, Place]:
     """Where every tensor of the networks lies: "unet/NAME" -> its place.
 
     Args:
       configs: component -> config, as `Pipeline` has them. With a second text encoder, the names are SDXL's.
       dtype: in which the networks are built to learn their tensors' names; any gives the same.
+      prefix: of the keys of FLUX.1's and SD3's transformers; by default none where the transformer is alone.
     """
-    table = {}
+    table: dict[str, Place] = {}
+    if is_flow(configs):
+        prefix = ("" if len(configs) == 1 else UNET) if prefix is None else prefix
+        for component, config in configs.items():
+            own = _flow_places(component, config, network(config, dtype).shapes, prefix, vae=flow_vae(configs))
+            table |= {f"{component}/{name}": place for name, place in own.items()}
+        return table
     for component, config in configs.items():
         names = network(config, dtype).shapes
         if isinstance(config, CLIPTextConfig):
             prefix = TEXT_XL.format(int(component == "text_encoder_2")) if "text_encoder_2" in configs else TEXT
             table |= {f"{component}/{name}": _text_place(config, prefix, name) for name in names}
             continue
-        modules, prefix = (_unet(config), UNET) if isinstance(config, UNetConfig) else (_vae(config), VAE)
-        for name in names:
-            key = _rename(name, modules)
-            matrix = prefix == VAE and ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
-            table[f"{component}/{name}"] = Place(prefix + key, conv=matrix)
+        if isinstance(config, VAEConfig):
+            table |= {f"{component}/{name}": place for name, place in _vae_places(config, VAE, names).items()}
+        else:
+            modules = _unet(config)
+            table |= {f"{component}/{name}": Place(UNET + _rename(name, modules)) for name in names}
+    return table
+
+
+def is_flow(configs: Mapping[str, NetworkConfig]) -> bool:
+    """Whether checkpoints are FLUX.1's or SD3's."""
+    return any(isinstance(config, FluxConfig | SD3Config) for config in configs.values())
+
+
+def flow_vae(configs: Mapping[str, NetworkConfig]) -> str:
+    """The prefix of the VAE's keys in a file of FLUX.1 or SD3."""
+    return FLUX_VAE if any(isinstance(config, FluxConfig) for config in configs.values()) else VAE
+
+
+def _flow_places(
+    component: str, config: NetworkConfig, names: Iterable[str], prefix: str, vae: str
+) -> dict[str, Place]:
+    if isinstance(config, FluxConfig | SD3Config):
+        places = flow_names.of_transformer(config, names)
+        return {name: replace(place, key=prefix + place.key) for name, place in places.items()}
+    if isinstance(config, VAEConfig):
+        return _vae_places(config, vae, names)
+    return flow_names.of_text_encoder(component, config, names)
+
+
+def _vae_places(config: VAEConfig, prefix: str, names: Iterable[str]) -> dict[str, Place]:
+    modules, table = _vae(config), {}
+    for name in names:
+        matrix = ".attentions." in name and name.endswith(".weight") and "group_norm" not in name
+        table[name] = Place(prefix + _rename(name, modules), conv=matrix)
     return table
 
 
@@ -84,7 +106,7 @@ def unread(configs: Mapping[str, NetworkConfig]) -> dict[str, tuple[int, ...]]:
     last one is never run; the projection of SD 2 and the temperature belong to CLIP's own loss.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for component, config in configs.items():
+    for component, config in () if is_flow(configs) else configs.items():
         if not isinstance(config, CLIPTextConfig) or not is_open_clip(config):
             continue
         second = "text_encoder_2" in configs
@@ -180,8 +202,9 @@ def _text_place(config: CLIPTextConfig, prefix: str, name: str) -> Place:
     module, leaf = name.rsplit(".", 1)
     for i, projection in enumerate(("q_proj", "k_proj", "v_proj")):
         if module.endswith(f".self_attn.{projection}"):
-            layer = module.split(".")[2]
-            return Place(f"{prefix}model.transformer.resblocks.{layer}.attn.in_proj_{leaf}", part=(i, 3))
+            layer, width = module.split(".")[2], config.hidden_size
+            key = f"{prefix}model.transformer.resblocks.{layer}.attn.in_proj_{leaf}"
+            return Place(key, rows=(i * width, (i + 1) * width), of=3 * width)
     modules = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for i in range(config.num_hidden_layers):
         modules |= _layers(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)

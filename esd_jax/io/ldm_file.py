@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from esd_jax.inputs import expanded
-from esd_jax.io import corrections, ldm, safetensors, tensors
+from esd_jax.io import corrections, flow_file, ldm, safetensors, tensors
 from esd_jax.io.hub import resolve
 from esd_jax.io.recognised import LOAD, described
 from esd_jax.io.safetensors import Header
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.models.clip import CLIPTextConfig
+from esd_jax.models.flux import FluxConfig
+from esd_jax.models.sd3 import SD3Config
 from esd_jax.models.vae import VAEConfig
 from esd_jax.pipeline import NetworkConfig, TensorFile, network
 
@@ -40,17 +42,27 @@ def config_folder(header: Header, config: str | Path | None) -> Path:
 
     Args:
       header: of the file.
-      config: a published architecture ("sd14", "sd21", "sd21-base", "sdxl"), or a diffusers folder or hub id of the
-        same architecture; None determines it from the file's keys and shapes.
+      config: a published architecture ("sd14", "sd21", "sd21-base", "sdxl", ...), or a diffusers folder or hub id of
+        the same architecture; None determines it from the file's keys and shapes.
 
     Raises ValueError for a file that is no checkpoint, or of a family that is not implemented.
     """
-    if ldm.UNET + "input_blocks.0.0.weight" not in header.entries:
+    flow = flow_file.is_flow(header)
+    if flow:
+        flow_file.check(header)
+    elif ldm.UNET + "input_blocks.0.0.weight" not in header.entries:
         raise ValueError(f"{header.path} is no Stable Diffusion checkpoint: {_instead(header)}")
-    safetensors.check_weights(header, ldm.WEIGHTS)
-    name = _recognise(header) if config is None else str(config)
+    safetensors.check_weights(header, weights(header))
+    name = (flow_file.name_of(header) if flow else _recognise(header)) if config is None else str(config)
+    if flow and config is None and name not in ARCHITECTURES:
+        raise ValueError(f"{header.path} has no configs: {flow_file.where_from(header.path, name)}")
     folder = architectures.folder(name) if name in ARCHITECTURES else resolve(config or name, weights=False)
     return folder.absolute()
+
+
+def weights(header: Header) -> tuple[str, ...]:
+    """How the keys of a file's weights begin; a transformer's may have no prefix."""
+    return ("",) if flow_file.is_flow(header) else ldm.WEIGHTS
 
 
 def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, Any]:
@@ -62,6 +74,8 @@ def scheduler_changes(header: Header, config: str | Path | None) -> dict[str, An
     it. The key `ztsnr`, or kohya's `ss_zero_terminal_snr`, marks a network that was trained from pure noise. A warning
     reports an SD 2 without any, an unknown value, and two that contradict each other.
     """
+    if flow_file.is_flow(header):
+        return {}
     name = _recognise(header) if config is None else str(config)
     if name not in ARCHITECTURES or (config is not None and name.startswith("sd21")):
         return {}
@@ -115,6 +129,8 @@ def _switch(header: Header, key: str) -> bool | None:
 
 def with_channels(header: Header, configs: Mapping[str, NetworkConfig]) -> dict[str, NetworkConfig]:
     """The configs with as many channels of the UNet's input as the file has: 9 in an inpainting model."""
+    if flow_file.is_flow(header):
+        return dict(configs)
     shape = header.entries[ldm.UNET + "input_blocks.0.0.weight"].shape
     return {**configs, "unet": replace(configs["unet"], in_channels=shape[1])} if len(shape) == 4 else dict(configs)
 
@@ -122,7 +138,8 @@ def with_channels(header: Header, configs: Mapping[str, NetworkConfig]) -> dict[
 def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = False) -> dict[str, TensorFile]:
     """Where every tensor of the networks lies in a single file: "unet/NAME" -> its place.
 
-    Keys that no network needs (`model_ema.*`, `alphas_cumprod`, SD 2's last text layer, ...) are left alone.
+    Keys that no network needs (`model_ema.*`, `alphas_cumprod`, SD 2's last text layer, ...) are left alone. A file of
+    FLUX.1 or SD3 may lack any network but the transformer.
 
     Args:
       header: of the file.
@@ -131,28 +148,40 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
 
     Raises ValueError, in one line, if a network is missing or of another shape.
     """
-    path, entries, sources, all_places = header.path, header.entries, {}, ldm.places(configs)
+    path, entries, sources, prefix = header.path, header.entries, {}, flow_file.prefix_of(header)
+    all_places = ldm.places(configs, prefix=prefix)
     for component, config in configs.items():
         places = {name: place for name, place in all_places.items() if name.startswith(f"{component}/")}
         if component == "unet" and ema:
-            places = {name: ldm.Place(ldm.ema_key(place.key)) for name, place in places.items()}
+            places = {name: tensors.Place(ldm.ema_key(place.key)) for name, place in places.items()}
         shapes = tensors.torch_shapes(network(config, "float32"))
         for name, place in places.items():
-            key = next((key for key in (place.key, _old_key(place.key)) if key in entries), None)
+            key = next((key for key in _spellings(place.key) if key in entries), None)
             if key is not None:
-                sources[name] = TensorFile(path, key, place.part, place.transposed)
+                sources[name] = place.within(path, key)
         missing = [name for name in places if name not in sources]
         if len(missing) == len(places):
+            if prefix is not None and component != "transformer":
+                continue
             raise ValueError(f"{path} holds no {_what(config, ema)}: give a complete checkpoint")
+        for name in [name for name in missing if places[name].or_identity]:
+            like = next(source.key for other, source in sources.items() if other.startswith(f"{component}/"))
+            sources[name] = TensorFile(path, like, identity=True)
+            missing.remove(name)
         if missing:
             raise _mismatch(path, component, f"{len(missing)} tensors are missing, first {places[missing[0]].key!r}")
         for name, place in places.items():
+            if sources[name].identity:
+                continue
             shape, needed = entries[sources[name].key].shape, place.whole_shape(shapes[name.partition("/")[2]])
             if not tensors.fits(shape, needed):
                 raise _mismatch(path, component, f"{sources[name].key!r} has shape {shape}, not {needed}")
     used = {source.key for source in sources.values()}
-    if not ema and (unknown := next((k for k in entries if k.startswith(ldm.UNET) and k not in used), None)):
-        raise _mismatch(path, "unet", f"{unknown!r} is unknown")
+    start = ldm.UNET if prefix is None else prefix
+    others = flow_file.OTHERS if start == "" else ()
+    unknown = (k for k in entries if k.startswith(start) and not k.startswith(others) and k not in used)
+    if not ema and (first := next(unknown, None)):
+        raise _mismatch(path, "unet" if prefix is None else "transformer", f"{first!r} is unknown")
     return sources
 
 
@@ -179,14 +208,21 @@ def _instead(header: Header) -> str:
     return lacks if known in ("", LOAD) else known
 
 
-def _old_key(key: str) -> str:
-    """CLIP's key as transformers before 4.0 named it, which some files still have."""
-    return key.replace(".transformer.text_model.", ".transformer.")
+def _spellings(key: str) -> tuple[str, ...]:
+    """A key, and what files have in its place: CLIP's as transformers before 4.0 named it, and 5 does; FLUX.1's norms
+    and VAE as ComfyUI writes them, and others.
+    """
+    vae = {"vae.": "first_stage_model.", "first_stage_model.": "vae."}
+    other = next((new + key.removeprefix(old) for old, new in vae.items() if key.startswith(old)), key)
+    norm = f"{key.removesuffix('.scale')}.weight" if key.endswith("_norm.scale") else key
+    return (key, key.replace(".transformer.text_model.", ".transformer."), norm, other)
 
 
 def _what(config: NetworkConfig, ema: bool) -> str:
     if isinstance(config, VAEConfig):
         return f"VAE ({ldm.VAE}*)"
+    if isinstance(config, FluxConfig | SD3Config):
+        return "transformer"
     if isinstance(config, CLIPTextConfig):
         return f"text encoder of this kind ({ldm.TEXT}* in SD 1 and SD 2, conditioner.* in SDXL)"
     return f"moving average of its UNet ({ldm.EMA}*), so it cannot be loaded with ema=True" if ema else "UNet"

@@ -11,6 +11,9 @@ module's rank for every alpha until August 2026 (its pull request 14409), so PEF
 kohya's files it loses the alphas of attention layers, and 0.32 takes a module's rank for its alpha once ranks differ.
 So all factors in a kohya file have one rank, the greatest that any matrix needs: zeros fill the others up, and alpha is
 that rank, which makes the scale 1 however it is guessed.
+
+kohya names FLUX.1's modules after the single file, which keeps several under one key. Their factors are stacked, and B
+has them on its diagonal: the sum of the ranks is the rank, and nothing is lost. diffusers takes them apart again.
 """
 
 import json
@@ -23,9 +26,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from esd_jax import lora
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
-from esd_jax.io import ldm, safetensors, tensors
+from esd_jax.io import ldm, lora_kohya, safetensors, tensors
 from esd_jax.io.diffusers import read_exact, unmodified
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
@@ -73,6 +77,7 @@ def export_lora(
     style: str = "diffusers",
     biases: bool = True,
     dtype: Any = "float16",
+    trained: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> LoraReport:
@@ -85,10 +90,11 @@ def export_lora(
       energy: in place of `rank`: of each matrix the least rank that keeps such a share of its change (as a sum of
         squares), 0 to 1; 0.99 if neither is given.
       style: "diffusers" (PEFT's keys, for `load_lora_weights`), or "kohya" (for A1111 and ComfyUI; its modules are
-        named as kohya's trainer names them: by diffusers in SD 1 and SD 2, by the single file in SDXL).
+        named as kohya's trainer names them: by diffusers in SD 1 and SD 2, by the single file in SDXL and FLUX.1).
       biases: carry them, which "diffusers" can ("lora_B.bias"), and "kohya" cannot. PEFT then cannot fuse the file into
         a model whose adapted layers do not all have one.
       dtype: of the factors.
+      trained: in place of `rank` and `energy`: the factors whose product the change is (`esd_jax.lora`), JAX layout.
       overwrite: lets a file at `path` be replaced.
       metadata: more metadata than the records of what was erased.
 
@@ -112,12 +118,12 @@ def export_lora(
     for module, name in matrices.items():
         change = _change(pipeline, base, name)
         flat = change.reshape(len(change), -1)
-        down, up = factors(flat, rank, energy)
+        down, up = factors(flat, rank, energy) if trained is None else _trained(trained, name, change.shape)
         down, up = (_rounded(name, part, code) for part in (down, up))
         missing = _energy(flat - _product(up, down))
         ranks[name], kept[name] = (len(down), min(flat.shape)), 1 - missing / (_energy(flat) or 1.0)
         lost, total = lost + missing, total + _energy(flat)
-        pairs[modules[module]] = (
+        pairs[module] = (
             down.reshape(-1, *change.shape[1:]),
             up.reshape(*up.shape, *(1,) * (change.ndim - 2)),
         )
@@ -127,12 +133,18 @@ def export_lora(
             written[f"{modules[module]}.lora_B.bias"] = bias = _rounded(vector, exact, code)
             lost, total = lost + _energy(exact - bias.astype(np.float64)), total + _energy(exact)
     padded = max(rank for rank, _ in ranks.values()) if style == "kohya" else 0
-    pairs |= _output_projections(pairs, modules) if style == "kohya" else {}
+    pairs |= lora_kohya.output_projections(pairs) if style == "kohya" else {}
+    pairs = {
+        module: (lora_kohya.filled(down, 0, padded), lora_kohya.filled(up, 1, padded))
+        for module, (down, up) in pairs.items()
+    }
+    if style == "kohya" and ldm.is_flow(pipeline.configs):
+        pairs, modules = lora_kohya.stacked(pipeline, pairs, modules)
     for module, (down, up) in pairs.items():
-        down_key, up_key = _keys(module, style)
-        written[down_key], written[up_key] = _filled(down, 0, padded), _filled(up, 1, padded)
+        down_key, up_key = _keys(modules[module], style)
+        written[down_key], written[up_key] = down, up
         if style == "kohya":
-            written[f"{module}.alpha"] = np.asarray(padded, np.float32)
+            written[f"{modules[module]}.alpha"] = np.asarray(len(down), np.float32)
     left_out = tuple(sorted(pipeline.edits.keys() - set(matrices.values()) - vectors))
     for name in left_out:
         energy_of = _energy(_change(pipeline, base, name))
@@ -172,6 +184,16 @@ def factors(
     return (inner, basis) if wide else (basis.T, inner.T)
 
 
+def _trained(
+    theta: Mapping[str, Any], name: str, shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "rank inputs"], Float[np.ndarray, "outputs rank"]]:
+    """(A, B) in torch layout, of a change of torch shape `shape`, of which training has a kernel's channels last."""
+    down, up = (np.asarray(theta[name + end], np.float64).T for end in (lora.A, lora.B))
+    if len(shape) == 4:
+        down = down.reshape(len(down), *shape[2:], shape[1]).transpose(0, 3, 1, 2).reshape(len(down), -1)
+    return down, up
+
+
 def _network(name: str) -> str:
     return name.partition("/")[0]
 
@@ -196,53 +218,35 @@ def _rounded(name: str, array: np.ndarray, code: str) -> np.ndarray:
     return safetensors.cast(name, array.astype(np.float32), code)
 
 
-def _output_projections(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], modules: Mapping[str, str]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Zeros for an output projection of each text encoder whose attention is adapted without any.
-
-    diffusers recognises kohya's keys of attention layers by this one alone; without it, it leaves the others out.
-    """
-    factors, layers = {}, {written: name for name, written in modules.items() if ".self_attn." in name}
-    for network in sorted({_network(layers[written]) for written in pairs if written in layers}):
-        own = [name for written in pairs if (name := layers.get(written, "")).startswith(f"{network}/")]
-        if not any(name.endswith(".out_proj") for name in own):
-            down, _ = pairs[modules[own[0]]]  # square, as all of them
-            zeros = np.zeros((1, down.shape[1]), down.dtype)
-            factors[modules[own[0].rpartition(".")[0] + ".out_proj"]] = zeros, zeros.T
-    return factors
-
-
-def _filled(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
-    """A factor with zeros behind it along its rank's axis, where it has less than `rank`."""
-    widths = [(0, max(rank - factor.shape[axis], 0) if i == axis else 0) for i in range(factor.ndim)]
-    return np.pad(factor, widths)
-
-
 def _keys(module: str, style: str) -> tuple[str, str]:
     down, up = ("lora_A", "lora_B") if style == "diffusers" else ("lora_down", "lora_up")
     return f"{module}.{down}.weight", f"{module}.{up}.weight"
 
 
 def _module_names(pipeline: Pipeline, style: str) -> dict[str, str]:
-    """ "unet/MODULE" -> what a style calls it, of every module that it can carry."""
-    networks = {name: pipeline.network(name).layouts for name in ("unet", *pipeline.text_encoders)}
+    """ "unet/MODULE" -> what a style calls it, of every module that it can carry.
+
+    Of kohya's names of FLUX.1, `lora_kohya.stacked` gives the right ones.
+    """
+    denoiser = pipeline.denoiser
+    networks = {name: pipeline.network(name).layouts for name in (denoiser, *pipeline.text_encoders)}
     modules = {
         (network, name.rpartition(".")[0])
         for network, layouts in networks.items()
         for name, layout in layouts.items()
-        if layout in ("linear", "conv") and (network == "unet" or name.split(".")[-2] in TEXT_LAYERS)
+        if layout in ("linear", "conv") and (network == denoiser or name.split(".")[-2] in TEXT_LAYERS)
     }
-    full = {(n, module): module if n == "unet" else f"text_model.{module}" for n, module in modules}
+    full = {(n, module): module if n == denoiser else f"text_model.{module}" for n, module in modules}
     if style == "diffusers":
         return {f"{n}/{module}": f"{n}.{full[n, module]}" for n, module in modules}
-    two = len(pipeline.text_encoders) == 2
-    if two:
-        for name, place in ldm.places({"unet": pipeline.configs["unet"]}).items():
-            full["unet", name.removeprefix("unet/").rpartition(".")[0]] = place.key.removeprefix(ldm.UNET).rpartition(
-                "."
-            )[0]
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    two = len(pipeline.text_encoders) > 1
+    if two and not ldm.is_flow(pipeline.configs):
+        for name, place in ldm.places({denoiser: pipeline.configs[denoiser]}).items():
+            inner = place.key.removeprefix(ldm.UNET).rpartition(".")[0]
+            full[denoiser, name.partition("/")[2].rpartition(".")[0]] = inner
+    prefixes = {
+        denoiser: "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_",
+    }  # fmt: skip
     return {f"{n}/{module}": prefixes[n] + full[n, module].replace(".", "_") for n, module in modules}
 
 
@@ -265,6 +269,9 @@ def _described(pipeline: Pipeline, report: LoraReport) -> dict[str, str]:
     """The file's description, and the names of its base by which A1111 lists it among those that fit."""
     described = {"residual": report.residual, "left_out": list(report.left_out)}
     described |= {"ranks": {name: rank for name, (rank, _) in report.ranks.items()}}
+    if ldm.is_flow(pipeline.configs):
+        version = {"FluxPipeline": "flux1", "StableDiffusion3Pipeline": "sd3"}[pipeline.family.pipeline]
+        return {"esd_jax.lora": json.dumps(described), "ss_base_model_version": version}
     second = ldm.is_open_clip(pipeline.configs["text_encoder"])
     version = f"sd_v{1 + second}" + ("_v" if pipeline.schedule.prediction_type == "v_prediction" else "")
     if len(pipeline.text_encoders) == 2:
@@ -277,6 +284,8 @@ def _check(pipeline: Pipeline, path: Path, rank: int | None, energy: float | Non
     tensors.check_file(pipeline, path, "a LoRA", overwrite)
     if style not in STYLES:
         raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
+    if style == "kohya":
+        pipeline.family.require({"kohya_names"}, "style='kohya'")
     if rank is not None and energy is not None:
         raise ValueError("rank and energy both set how much is retained: set one of them")
     if rank is not None and rank < 1:

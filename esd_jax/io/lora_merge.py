@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import check_finite, expanded, parse_json
-from esd_jax.io import adapters, safetensors, tensors
+from esd_jax.io import adapters, lora_names, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.adapters import ENDINGS, OTHER_KINDS
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import PEFT
-from esd_jax.io.lora_names import module_names
+from esd_jax.io.lora_names import Parts
 from esd_jax.io.recognised import described
 from esd_jax.io.safetensors import Header
+from esd_jax.io.tensors import Place
 from esd_jax.pipeline import Pipeline
 
+DORA = ("magnitude", "dora_scale")
 INTEGERS = {"I64": np.int64, "I32": np.int32}  # of alphas: scripts that extract a LoRA write its rank as it is
-EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}  # unscaled, so exact in float32
 BUNDLED = "bundle_emb."  # A1111's: textual inversions that go with a LoRA, "bundle_emb.WORD.string_to_param.*"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT saves an adapter
 
@@ -65,12 +65,16 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
     check_finite(strength=strength)
     safetensors.refuse_pickle(path, safetensors.OF_TENSORS)
     header = safetensors.read_header(path)
-    changes = _changes(header, module_names(pipeline))
+    changes = _changes(header, lora_names.module_names(pipeline))
     configs, edits = _configs(header), {}
+    fused = {f"{pipeline.denoiser}/{key}": parts for key, parts in lora_names.fused(pipeline).items()}
     for module, change in changes.items():
         if adapters.lacking(change.parts):
             raise ValueError(f"{path}: {change.keys[0]!r} lacks its other factor")
-        edits |= _applied(pipeline, module, change, configs, strength, path)
+        for name, added in _applied(pipeline, module, change, configs, fused.get(module), path).items():
+            if name in edits:
+                raise ValueError(f"{path}: {change.keys[0]!r} gives a second change of {name}")
+            edits[name] = _sum(pipeline, name, added, strength)
     if words := sorted({key.split(".")[1] for key in header.entries if key.startswith(BUNDLED)}):
         warnings.warn(
             f"{path} brings the word {words[0]!r} along, which is not added: save its vectors ({BUNDLED}{words[0]}.*) "
@@ -128,7 +132,7 @@ def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, s
 def _read(header: Header, key: str, part: str) -> np.ndarray:
     """A tensor in float32. Raises ValueError for NaN and infinity."""
     entry = header.entries[key]
-    whole = EIGHT_BITS.get(entry.dtype) or (INTEGERS.get(entry.dtype) if part == "alpha" else None)
+    whole = INTEGERS.get(entry.dtype) if part == "alpha" else None
     if whole is None:
         array = safetensors.read(header, key)
     else:
@@ -164,7 +168,7 @@ def _scale(module: str, change: Change, rank: int, configs: Mapping[str, Mapping
         _require(change.parts["alpha"].size == 1, change.keys[0], path)
         alpha, root = change.parts["alpha"].reshape(-1)[0], 1.0
     else:
-        full = bare if network == "unet" else f"text_model.{bare}"
+        full = f"text_model.{bare}" if network.startswith("text_encoder") else bare
         try:
             patterns = (config.get("alpha_pattern") or {}).items()
             own = [value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", full)]
@@ -191,42 +195,68 @@ def _applied(
     module: str,
     change: Change,
     configs: Mapping[str, Mapping[str, Any]],
-    strength: float,
+    fused: Parts | None,
     path: Path,
-) -> dict[str, jnp.ndarray]:
-    """The edited tensors of one module."""
-    component, _, bare = module.partition("/")
-    net, parts = pipeline.network(component), change.parts
+) -> dict[str, np.ndarray]:
+    """What is added to the tensors of one module, in torch layout: "unet/NAME" -> change.
 
-    def fitting(leaf: str, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the tensor as it was, what is added to it), both in torch layout."""
-        name = f"{bare}.{leaf}"
-        _require(name in net.shapes and value.size == net.shapes[name].size, change.keys[0], path)
-        shape = safetensors.file_shape(net.shapes[name].shape, net.layouts[name])
-        _require(value.shape[:1] == shape[:1], change.keys[0], path)
-        first = np.asarray(read_exact(pipeline, [f"{component}/{name}"])[f"{component}/{name}"])
-        return safetensors.to_file(first, net.layouts[name]), value.reshape(shape)
-
-    scale, edits = 1.0, {}
+    fused: the modules that this one is, where the file names it after a single file that keeps them under one key.
+    """
+    parts, added = change.parts, {}
+    targets = fused or ((module, Place(module)),)
+    scale = 1.0
     if parts.keys() - {"alpha", "scale", "diff_bias"}:
         with _fitting_each_other(change.keys[0], path):
             value, rank = adapters.added(parts)
         scale = _scale(module, change, rank, configs, path)
-        first, value = fitting("weight", scale * value)
-        if {"magnitude", "dora_scale"} & parts.keys():
-            with _fitting_each_other(change.keys[0], path):
-                value = adapters.decomposed(first, value, parts)
-        if value.any():  # some writers fill a file up with layers that change nothing
-            edits["weight"] = first, value
+        for target, place in targets:
+            name = f"{target}.weight"
+            own = _fitting(pipeline, name, scale * _rows(value, place, change, path), change, path)
+            if set(DORA) & parts.keys():
+                with _fitting_each_other(change.keys[0], path):
+                    sizes = {key: _rows(size, place, change, path) for key, size in parts.items() if key in DORA}
+                    own = adapters.decomposed(_before(pipeline, name), own, sizes)
+            if own.any():  # some writers fill a file up with layers that change nothing
+                added[name] = own
     for part, factor in (("bias", scale), ("diff_bias", 1.0)):
         # PEFT gives every adapted layer a bias, if it gives one: where the layer has none, it changes nothing.
-        if part in parts and parts[part].any():
-            edits["bias"] = fitting("bias", factor * parts[part])
-    result = {}
-    for leaf, (first, value) in edits.items():
-        changed = tensors.plus(f"{module}.{leaf}", first, value, strength)
-        result[f"{module}.{leaf}"] = jnp.asarray(safetensors.from_file(changed, net.layouts[f"{bare}.{leaf}"]))
-    return result
+        for target, place in targets if part in parts and parts[part].any() else ():
+            value = factor * _rows(parts[part], place, change, path)
+            added[f"{target}.bias"] = _fitting(pipeline, f"{target}.bias", value, change, path)
+    return added
+
+
+def _rows(value: np.ndarray, place: Place, change: Change, path: Path) -> np.ndarray:
+    """Those rows of a fused module's change that are a module's own, in its order."""
+    if place.rows is not None:
+        _require(value.shape[:1] == (place.of,), change.keys[0], path)
+        value = value[slice(*place.rows)]
+    return np.roll(value, len(value) // 2, axis=0) if place.swapped else value
+
+
+def _fitting(pipeline: Pipeline, name: str, value: np.ndarray, change: Change, path: Path) -> np.ndarray:
+    """A change in the shape of its tensor, in torch layout."""
+    component, _, bare = name.partition("/")
+    net = pipeline.network(component)
+    _require(bare in net.shapes and value.size == net.shapes[bare].size, change.keys[0], path)
+    shape = safetensors.file_shape(net.shapes[bare].shape, net.layouts[bare])
+    _require(value.shape[:1] == shape[:1], change.keys[0], path)
+    return value.reshape(shape)
+
+
+def _before(pipeline: Pipeline, name: str) -> np.ndarray:
+    """A tensor as it is, float32 in torch layout."""
+    component, _, bare = name.partition("/")
+    return safetensors.to_file(
+        np.asarray(read_exact(pipeline, [name])[name]), pipeline.network(component).layouts[bare]
+    )
+
+
+def _sum(pipeline: Pipeline, name: str, added: np.ndarray, strength: float) -> jnp.ndarray:
+    """The edited tensor, in JAX layout."""
+    component, _, bare = name.partition("/")
+    changed = tensors.plus(name, _before(pipeline, name), added, strength)
+    return jnp.asarray(safetensors.from_file(changed, pipeline.network(component).layouts[bare]))
 
 
 def _require(fits: bool, key: str, path: Path) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from esd_jax.io import flow_file, safetensors, tensors
 from esd_jax.io import folder as files
-from esd_jax.io import safetensors, tensors
 from esd_jax.io.configs import tokenizer_of
 from esd_jax.io.ldm import is_open_clip
 from esd_jax.io.safetensors import DTYPES, Entry
 from esd_jax.models.architectures import clip_bpe
-from esd_jax.pipeline import Pipeline
+from esd_jax.models.flux import FluxConfig
+from esd_jax.models.sd3 import SD3Config
+from esd_jax.pipeline import NetworkConfig, Pipeline
 
 
 def build(
@@ -27,13 +29,13 @@ def build(
     _write_json(target / "scheduler" / "scheduler_config.json", pipeline.schedule.config)
     for component, config in pipeline.configs.items():
         (target / component).mkdir()
-        shutil.copyfile(source / component / "config.json", target / component / "config.json")
+        _write_config(source / component / "config.json", target / component / "config.json", config)
         text, net = component in pipeline.text_encoders, pipeline.network(component)
         specs, names = {}, {}
         for tensor, shape in tensors.torch_shapes(net).items():
             key = files.text_model_key(component, tensor)
             names[key] = f"{component}/{tensor}"
-            specs[key] = (tensors.dtype_of(pipeline, headers, names[key]), shape)
+            specs[key] = (safetensors.wide(tensors.dtype_of(pipeline, headers, names[key])), shape)
         edited = component == pipeline.denoiser or any(name in pipeline.edits for name in names.values())
         shards = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
         for file, entries in shards.items():
@@ -50,6 +52,15 @@ def build(
                 shutil.copytree(source / folder, target / folder)
             else:
                 clip_bpe.write_files(target / folder, "!" if is_open_clip(config) else clip_bpe.END)
+
+
+def _write_config(source: Path, target: Path, config: NetworkConfig) -> None:
+    """Copies a network's config, of which the file may have shown some of a transformer's fields to be others."""
+    if isinstance(config, FluxConfig | SD3Config):
+        written = files.read_json(source)
+        if (changed := flow_file.changed_json(written, config)) != written:
+            return _write_json(target, changed)
+    shutil.copyfile(source, target)
 
 
 def _shards(

@@ -6,6 +6,7 @@ untouched bytes as they are and holds one tensor at a time: a 3.4 GB UNet never 
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,9 +22,19 @@ from esd_jax.inputs import parse_json
 from esd_jax.io import leftovers
 from esd_jax.results import writing
 
+# A mark in a key -> how the weights are quantised, with scales beside them, which is not implemented.
+QUANTISED = {
+    "scaled_fp8": "scaled fp8", ".scale_weight": "scaled fp8", ".weight_scale": "scaled fp8",
+    ".scale_input": "scaled fp8", "comfy_quant": "ComfyUI's scaled fp8 or fp4",
+    ".quant_state.bitsandbytes__nf4": "NF4 of bitsandbytes", ".quant_state.bitsandbytes__fp4": "FP4 of bitsandbytes",
+    ".absmax": "NF4 of bitsandbytes", ".quant_map": "NF4 of bitsandbytes", ".SCB": "INT8 of bitsandbytes",
+    ".qweight": "SVDQuant or GPTQ", ".smooth_factor": "SVDQuant",
+}  # fmt: skip
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Read, and never written but as they are. Without a scale, as some FLUX.1 and T5 are passed on.
+EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+DTYPES = {code: np.dtype(dtype) for code, dtype in {**DTYPES, **EIGHT_BITS}.items()}
 # How a pickle becomes safetensors: a whole pipeline, or a file of tensors (a delta, a LoRA).
 OF_PIPELINE = "in diffusers: pipe.save_pretrained(folder, safe_serialization=True)"
 OF_TENSORS = "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
@@ -107,29 +118,46 @@ def read_header(path: Path) -> Header:
     return Header(path, 8 + length, entries, metadata)
 
 
-def read_bytes(header: Header, key: str, part: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """A tensor's bytes, uint8 [n], whatever its dtype; `part` = (i, n) reads the i-th of n equal pieces alone."""
-    entry, (i, n) = header.entries[key], part
-    size = (entry.stop - entry.start) // n
-    return np.fromfile(header.path, np.uint8, count=size, offset=header.data + entry.start + i * size)
+def read_bytes(header: Header, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """A tensor's bytes, uint8 [n], whatever its dtype; `rows` = (start, stop) reads these alone."""
+    entry = header.entries[key]
+    size, (start, stop) = entry.stop - entry.start, rows or (0, 1)
+    row = size // entry.shape[0] if rows else size
+    return np.fromfile(
+        header.path, np.uint8, count=(stop - start) * row, offset=header.data + entry.start + start * row
+    )
 
 
-def read(header: Header, key: str, part: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """A tensor, or the i-th of n equal pieces of its rows, as the file has it.
+def read(header: Header, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """A tensor, or its rows (start, stop) alone, as the file has it.
 
     Raises ValueError for a dtype that no weight here has, and for NaN or infinity: a network with one draws nothing.
     """
     entry = header.entries[key]
     _check_dtype(header, key)
-    array = read_bytes(header, key, part).view(DTYPES[entry.dtype]).reshape(rows(entry.shape, part))
+    shape = entry.shape if rows is None else (rows[1] - rows[0], *entry.shape[1:])
+    array = read_bytes(header, key, rows).view(DTYPES[entry.dtype]).reshape(shape)
     if not np.isfinite(array).all():
         raise ValueError(f"{header.path}: {key!r} holds NaN or infinity: copy or download the file again")
     return array
 
 
+def mapped(header: Header, key: str) -> np.ndarray:
+    """A tensor as the file has it, left there until it is read. Raises ValueError as `read`, but for its values."""
+    entry = header.entries[key]
+    _check_dtype(header, key)
+    place, size = header.data + entry.start, entry.stop - entry.start
+    return np.memmap(header.path, np.uint8, "r", place, (size,)).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
 def check_weights(header: Header, prefixes: tuple[str, ...] = ("",)) -> None:
-    """Raises ValueError, before any is read, for a weight of a dtype that `read` refuses: of 8 bits, say."""
+    """Raises ValueError, before any is read, for a weight of a dtype that `read` refuses, or that has a scale."""
     for key in header.entries:
+        if kind := next((kind for mark, kind in QUANTISED.items() if mark in key), None):
+            raise ValueError(
+                f"{header.path} is quantised as {kind} ({key!r}), which is not implemented: erase from the file in "
+                "bfloat16, float16 or float32 from which it was made; a LoRA of that also fits this file in ComfyUI"
+            )
         if key.startswith(prefixes) and key.endswith(".weight"):
             _check_dtype(header, key)
 
@@ -140,11 +168,6 @@ def _check_dtype(header: Header, key: str) -> None:
             f"{header.path}: {key!r} has dtype {dtype}, which is not implemented (only {', '.join(DTYPES)} are): give "
             "the file in float16, bfloat16 or float32 from which it was made"
         )
-
-
-def rows(shape: tuple[int, ...], part: tuple[int, int]) -> tuple[int, ...]:
-    """The shape of one of n equal pieces of a tensor's rows."""
-    return shape if part[1] == 1 else (shape[0] // part[1], *shape[1:])
 
 
 def write(
@@ -220,6 +243,31 @@ def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry
         entries[name] = Entry(dtype, tuple(shape), start, stop)
         start = stop
     return entries
+
+
+def laid_out_anew(entries: Mapping[str, Entry], codes: Mapping[str, str]) -> dict[str, Entry]:
+    """The same tensors without gaps, those in `codes` in these dtypes; the keys keep their order.
+
+    The bytes of wide dtypes come first, which aligns each: ComfyUI views a file in place, and torch views no float32
+    at an odd multiple of two bytes, where it would lie behind the three float16 of a VAE's last bias.
+    """
+    sizes: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
+    for key, entry in entries.items():
+        dtype, size = entry.dtype, entry.stop - entry.start
+        if code := codes.get(key):
+            dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
+        sizes[key] = size // max(math.prod(entry.shape), 1), size, dtype
+    moved, start = {}, 0
+    for key in sorted(entries, key=lambda key: (-sizes[key][0], entries[key].start)):
+        _, size, dtype = sizes[key]
+        moved[key] = Entry(dtype, entries[key].shape, start, start + size)
+        start += size
+    return {key: moved[key] for key in entries}
+
+
+def wide(code: str) -> str:
+    """The dtype in which a file's tensors are written to another: what has eight bits becomes bfloat16, exactly."""
+    return "BF16" if code in EIGHT_BITS else code
 
 
 def cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:

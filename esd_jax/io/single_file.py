@@ -4,8 +4,7 @@ Two ways lead there. With a file to start from, its edited tensors are substitut
 diffusers folder, the file is built: the same values under the names of `io.ldm`.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
-from esd_jax.pipeline import Pipeline, TensorFile
+from esd_jax.models.flux import FluxConfig
+from esd_jax.pipeline import NetworkConfig, Pipeline, TensorFile
 from esd_jax.results import writing
 
 
@@ -25,6 +25,7 @@ def export_single(
     *,
     into: str | Path | None = None,
     dtype: Any = None,
+    alone: bool | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
@@ -45,12 +46,15 @@ def export_single(
       into: the single file that a folder was made from. It must be the same model: all tensors that are not edited
         are compared with it, up to rounding where the dtypes differ, which reads both once.
       dtype: of all weights in the file; by default those that the source has.
+      alone: of FLUX.1 and SD3, to write the transformer alone, under keys without a prefix, as ComfyUI's "Load
+        Diffusion Model" opens it. By default that is done for FLUX.1, which is published so; SD3's file holds the VAE
+        and the text encoders, too. With a file to start from, it holds what that has.
       overwrite: lets a file at `path` be replaced.
       metadata: more metadata than the records of what was erased.
 
     Raises:
-      FileNotFoundError, ValueError: nothing to copy from, `path` is taken, `into` is another model, or a tensor is
-        NaN or beyond its dtype.
+      FileNotFoundError, ValueError: nothing to copy from, `path` is taken, `into` is another model, a tensor is
+        edited that the file does not hold, or one is NaN or beyond its dtype.
       OSError: one line: no permission, no space left, ... What was there is unchanged.
     """
     path = expanded(path)
@@ -63,8 +67,11 @@ def export_single(
     tensors.check_sources(pipeline)
     records = {**files.write_records(pipeline.provenance.erased), **(metadata or {})}
     headers = tensors.headers_of(pipeline)
+    if alone is not None and (base is not None or not ldm.is_flow(pipeline.configs)):
+        why = "the file that it is written into" if base else f"{pipeline.family.name}, whose file is always whole"
+        raise ValueError(f"alone={alone} is not for {why}: leave it out")
     if base is None:
-        _build(pipeline, headers, path, code, records)
+        _build(pipeline, headers, path, code, records, _held(pipeline, alone))
     else:
         _substitute(pipeline, headers, safetensors.read_header(base), path, code, records)
     return path
@@ -81,6 +88,7 @@ def _substitute(
     """Copies a single file, one tensor at a time, with what is edited, or was read from elsewhere, in its place."""
     places = ldm_file.locate(base, pipeline.configs)
     names, sources = set(pipeline.edits), pipeline.provenance.tensors
+    _check_held(names, places, base.path)
     if base.path == pipeline.provenance.file:  # what was not read from there (but from the moving average, ...)
         names |= {name for name in places if places[name] != sources[name]}
     else:
@@ -90,8 +98,14 @@ def _substitute(
         replaced.setdefault(places[name].key, []).append(name)
     stale = ldm.EMA if any(name.startswith("unet/") for name in names) else None
     entries = {key: entry for key, entry in base.entries.items() if not (stale and key.startswith(stale))}
-    if code or len(entries) != len(base.entries):
-        entries = _laid_out_anew(entries, code)
+    # An edit of eight bits would round away.
+    widened = {key for key in replaced if entries[key].dtype in safetensors.EIGHT_BITS}
+    if code or widened or len(entries) != len(base.entries):
+        codes = dict.fromkeys(widened, "BF16")
+        if code:
+            weights = ldm_file.weights(base)
+            codes = {key: code for key in entries if entries[key].dtype in DTYPES and key.startswith(weights)}
+        entries = safetensors.laid_out_anew(entries, codes)
 
     def tensor(key: str) -> np.ndarray:
         same = entries[key].dtype == base.entries[key].dtype
@@ -109,14 +123,17 @@ def _substitute(
 
 
 def _build(
-    pipeline: Pipeline, headers: Mapping[Path, Header], path: Path, code: str | None, records: dict[str, str]
+    pipeline: Pipeline,
+    headers: Mapping[Path, Header],
+    path: Path,
+    code: str | None,
+    records: dict[str, str],
+    configs: Mapping[str, NetworkConfig],
 ) -> None:
-    """Writes a file of the pipeline's tensors alone, wide dtypes first (which aligns each), then by key."""
-    says = {kind: word for word, kind in ldm_file.PREDICTIONS.items()}
-    if (kind := pipeline.schedule.prediction_type) not in says:
-        raise ValueError(f"the checkpoint predicts {kind!r}, which no reader of single files knows")
-    places, shapes = ldm.places(pipeline.configs), {}
-    for component in pipeline.configs:
+    """Writes a file of these networks' tensors alone, wide dtypes first (which aligns each), then by key."""
+    prediction = _prediction(pipeline)
+    places, shapes = ldm.places(configs), {}
+    for component in configs:
         named = tensors.torch_shapes(pipeline.network(component))
         shapes |= {f"{component}/{name}": shape for name, shape in named.items()}
     stacked: dict[str, list[str]] = {}
@@ -124,10 +141,10 @@ def _build(
         stacked.setdefault(place.key, []).append(name)
     specs = {}
     for key, names in stacked.items():
-        codes = {code or tensors.dtype_of(pipeline, headers, name) for name in names}
+        codes = {code or safetensors.wide(tensors.dtype_of(pipeline, headers, name)) for name in names}
         widest = max(codes, key=lambda code: (DTYPES[code].itemsize, code))
         specs[key] = (widest, places[names[0]].whole_shape(shapes[names[0]]))
-    for key, shape in ldm.unread(pipeline.configs).items():  # zeros, so that strict loaders open the file
+    for key, shape in ldm.unread(configs).items():  # zeros, so that strict loaders open the file
         like = key[: key.rindex("model.") + len("model.")] + "ln_final.weight"
         specs.setdefault(key, (specs[like][0], shape))
     specs |= {key: ("F32", (0,)) for key in _marks(pipeline)}
@@ -138,16 +155,40 @@ def _build(
         entry = entries[key]
         array = np.zeros(entry.shape, DTYPES[entry.dtype])
         for name in stacked.get(key, ()):
-            place = TensorFile(path, key, places[name].part, places[name].transposed)
-            tensors.put(array, place, tensors.export_value(pipeline, headers, name, entry.dtype))
+            tensors.put(array, places[name].within(path), tensors.export_value(pipeline, headers, name, entry.dtype))
         return array
 
-    _write(path, entries, tensor, {ldm_file.PREDICTION: says[kind], **records})
+    _write(path, entries, tensor, {**prediction, **records})
+
+
+def _held(pipeline: Pipeline, alone: bool | None) -> Mapping[str, NetworkConfig]:
+    """The networks that a new file holds. Raises ValueError for an edit of another."""
+    own = {pipeline.denoiser: pipeline.configs[pipeline.denoiser]}
+    if not (isinstance(own[pipeline.denoiser], FluxConfig) if alone is None else alone):
+        return pipeline.configs
+    _check_held(pipeline.edits, ldm.places(own), "a file of the transformer alone (alone=False writes all)")
+    return own
+
+
+def _check_held(names: Iterable[str], places: Mapping[str, Any], what: str | Path) -> None:
+    """Raises ValueError for an edited tensor that a file does not hold."""
+    if lost := next((name for name in sorted(names) if name not in places), None):
+        raise ValueError(f"{lost} is edited, and {what} does not hold it: export a folder")
+
+
+def _prediction(pipeline: Pipeline) -> dict[str, str]:
+    """The metadata of what the network predicts, which is one thing in FLUX.1 and SD3."""
+    if ldm.is_flow(pipeline.configs):
+        return {}
+    says = {kind: word for word, kind in ldm_file.PREDICTIONS.items()}
+    if (kind := pipeline.schedule.prediction_type) not in says:
+        raise ValueError(f"the checkpoint predicts {kind!r}, which no reader of single files knows")
+    return {ldm_file.PREDICTION: says[kind]}
 
 
 def _marks(pipeline: Pipeline) -> list[str]:
     """The empty tensors by which ComfyUI recognises an SDXL that predicts v, and one trained from pure noise."""
-    if len(pipeline.text_encoders) < 2 or pipeline.schedule.prediction_type != "v_prediction":
+    if len(pipeline.text_encoders) != 2 or pipeline.schedule.prediction_type != "v_prediction":
         return []
     return ["v_pred", *(["ztsnr"] if pipeline.schedule.option("rescale_betas_zero_snr", False) else [])]
 
@@ -167,26 +208,6 @@ def _check_same(
                     f"{base.path} is another model than {pipeline.provenance.source}: {name} differs (as "
                     f"{places[name].key}); give the file it was made from as into=, or leave that out"
                 )
-
-
-def _laid_out_anew(entries: Mapping[str, Entry], code: str | None) -> dict[str, Entry]:
-    """The same tensors without gaps, weights in the dtype `code`; the keys keep their order.
-
-    The bytes of wide dtypes come first, which aligns each: ComfyUI views a file in place, and torch views no float32
-    at an odd multiple of two bytes, where it would lie behind the three float16 of a VAE's last bias.
-    """
-    sizes: dict[str, tuple[int, int, str]] = {}  # bytes of a number, of the tensor, and the dtype
-    for key, entry in entries.items():
-        dtype, size = entry.dtype, entry.stop - entry.start
-        if code and dtype in DTYPES and key.startswith(ldm.WEIGHTS):
-            dtype, size = code, size // DTYPES[dtype].itemsize * DTYPES[code].itemsize
-        sizes[key] = size // max(math.prod(entry.shape), 1), size, dtype
-    moved, start = {}, 0
-    for key in sorted(entries, key=lambda key: (-sizes[key][0], entries[key].start)):
-        _, size, dtype = sizes[key]
-        moved[key] = Entry(dtype, entries[key].shape, start, start + size)
-        start += size
-    return {key: moved[key] for key in entries}
 
 
 def _write(path: Path, entries: Mapping[str, Entry], tensor: Any, metadata: Mapping[str, str]) -> None:

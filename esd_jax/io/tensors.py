@@ -1,6 +1,7 @@
 """One tensor out of its source file, and into another: which rows, which way up, in which dtype."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,33 @@ from esd_jax.io import safetensors
 from esd_jax.io.safetensors import Header
 from esd_jax.params import Network
 from esd_jax.pipeline import Pipeline, TensorFile
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a single file.
+
+    key: there. rows: (start, stop) of the `of` rows under the key. transposed, swapped: as in `TensorFile`.
+    conv: whether a matrix is kept as a 1x1 convolution. or_identity: whether it is the identity if the file lacks it.
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+    of: int = 0
+    transposed: bool = False
+    swapped: bool = False
+    conv: bool = False
+    or_identity: bool = False
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape under the key for a tensor of torch shape `shape`."""
+        if self.transposed:
+            shape = shape[::-1]
+        return (self.of if self.rows else shape[0], *shape[1:], *((1, 1) if self.conv else ()))
+
+    def within(self, path: Path, key: str | None = None) -> TensorFile:
+        """The place in a file, which may call the key otherwise."""
+        return TensorFile(path, key or self.key, self.rows, self.transposed, self.swapped)
 
 
 def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
@@ -26,8 +54,9 @@ def fits(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 def read_torch(header: Header, source: TensorFile, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor in torch layout, of torch shape `shape`, in the file's dtype."""
-    array = safetensors.read(header, source.key, source.part)
-    return (array.T if source.transposed else array).reshape(shape)
+    if source.identity:
+        return np.eye(shape[0], dtype=safetensors.DTYPES[header.entries[source.key].dtype])
+    return _oriented(safetensors.read(header, source.key, source.rows), source).reshape(shape)
 
 
 def read_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout: str, dtype: Any) -> np.ndarray:
@@ -37,12 +66,22 @@ def read_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout:
     return np.ascontiguousarray(safetensors.from_file(array, layout))
 
 
+def map_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout: str) -> np.ndarray:
+    """A tensor that is all that lies under its key, in JAX layout, of JAX shape `shape`: a view of its file."""
+    array = safetensors.mapped(header, source.key).reshape(safetensors.file_shape(shape, layout))
+    return safetensors.from_file(array, layout)
+
+
 def put(array: np.ndarray, source: TensorFile, values: np.ndarray) -> None:
     """Writes a tensor's values, in torch layout, to its place in `array`, which is all that lies under its key."""
-    i, n = source.part
-    rows = array.shape[0] // n
-    place = array[i * rows : (i + 1) * rows]
-    place[...] = (values.T if source.transposed else values).reshape(place.shape)
+    place = array if source.rows is None else array[slice(*source.rows)]
+    place[...] = _oriented(values, source).reshape(place.shape)
+
+
+def _oriented(array: np.ndarray, source: TensorFile) -> np.ndarray:
+    """A tensor in torch layout as its file keeps it, or the inverse, which is the same."""
+    array = array.T if source.transposed else array
+    return np.roll(array, len(array) // 2, axis=0) if source.swapped else array
 
 
 def headers_of(pipeline: Pipeline) -> dict[Path, Header]:

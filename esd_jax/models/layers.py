@@ -6,6 +6,7 @@ computed in float32 at least. Attribute names follow diffusers, so a parameter's
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -42,8 +43,52 @@ def _flax(rngs: Rngs) -> Any:
     return rngs  # as `nnx.Rngs`, of which it uses `params()` alone
 
 
-def linear(inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs, use_bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=_flax(rngs))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A matrix W + A B in place of a linear layer's kernel, which computes x W + (x A) B of it.
+
+    So W is neither copied nor differentiated, and in bfloat16 a change below W's rounding is not lost. What does not
+    know it reads its sum.
+    """
+
+    first: Float[Array, "inputs outputs"]
+    a: Float[Array, "inputs rank"]
+    b: Float[Array, "rank outputs"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.first.ndim
+
+    def dense(self) -> Float[Array, "inputs outputs"]:
+        change = self.a @ self.b
+        return self.first.astype(jnp.promote_types(self.first.dtype, change.dtype)) + change
+
+    __jax_array__ = dense
+
+    def __getitem__(self, key: Any) -> Array:
+        return self.dense()[key]
+
+
+class Linear(nnx.Linear):
+    """A linear layer whose kernel may be `Factored`."""
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        kernel: Any = self.kernel.get_value()
+        if not isinstance(kernel, Factored):
+            return super().__call__(inputs, out_sharding)
+        bias = None if self.bias is None else self.bias[...]
+        x, first, a, b, bias = self.promote_dtype((inputs, kernel.first, kernel.a, kernel.b, bias), dtype=self.dtype)
+        y = x @ first + (x @ a) @ b
+        return y if bias is None else y + bias
+
+
+def linear(inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs, use_bias: bool = True) -> Linear:
+    return Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=_flax(rngs))
 
 
 def conv(

@@ -21,8 +21,9 @@ from esd_jax.io import delta, diffusers, leftovers
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
 from esd_jax.io.images import read_images
+from esd_jax.io.lora import export_lora
 from esd_jax.io.tensors import check_sources
-from esd_jax.params import Params, prefixed
+from esd_jax.params import Params, num_scalars, prefixed
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import intervals, sessions
@@ -37,12 +38,15 @@ from esd_jax.training.loop import OnStep, train
 from esd_jax.training.step import State, result
 
 MODEL = "model"  # the erased checkpoint's folder in a run's
+LORA = "lora.safetensors"  # and its LoRA
+# Scalars of a denoiser beyond which a run writes its change alone: a folder of FLUX.1 would take 34 GB.
+LARGE = 5_000_000_000
 EXPORTS = "exports"  # and that of its other formats
 EVIDENCE = "evidence"  # and that of its evaluation results, in parts
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
-    "base", "images", "fsdp", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "base", "images", "fsdp", "steps", "steps_each", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
 }  # fmt: skip
 
@@ -156,8 +160,9 @@ def run(
         record = dataclasses.replace(record, step=int(state.step), rounds=tuple(records.rows) or None)
         final = erased(result(state), record)
         if folder and hosts.is_primary():
-            export(final, folder / MODEL, overwrite=True)
-            export_delta(final, folder / delta_name(plan), overwrite=True)
+            theta = sharding.fetched(result(state), mesh)
+            for kind, name in artefacts(base, plan).items():
+                _write(kind, final, folder / name, theta)
         final = restore_to_device(final) if offload_base else final
         if then:
             then(final)
@@ -180,12 +185,35 @@ def offload_to_host(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool
 
 
 def restore_to_device(pipeline: Pipeline) -> Pipeline:
-    """All of it on the device again. The tensors keep their order, which jax.device_put of a dict does not."""
+    """All of it on the device again, but for what lies in a file. The tensors keep their order, which jax.device_put
+    of a dict does not."""
     params = {
-        component: {name: jax.device_put(value) for name, value in tensors.items()}
+        component: {
+            name: value if isinstance(value, np.memmap) else jax.device_put(value) for name, value in tensors.items()
+        }
         for component, tensors in pipeline.params.items()
     }
     return dataclasses.replace(pipeline, params=params)
+
+
+def artefacts(base: Pipeline, plan: Recipe) -> dict[str, str]:
+    """What a run leaves of its erased checkpoint, by kind -> its name in the run's folder.
+
+    A folder and a delta; of a denoiser of more than 5e9 scalars the LoRA that was trained, or the delta, alone.
+    """
+    if num_scalars(base.network(base.denoiser).shapes) <= LARGE:
+        return {"model": MODEL, "delta": delta_name(plan)}
+    lora = plan.rank and "lora_names" in base.family.provides
+    return {"LoRA": LORA} if lora else {"delta": delta_name(plan)}
+
+
+def _write(kind: str, final: Pipeline, path: Path, theta: Params) -> None:
+    if kind == "model":
+        export(final, path, overwrite=True)
+    elif kind == "delta":
+        export_delta(final, path, overwrite=True)
+    else:
+        export_lora(final, path, trained=theta, dtype="float32", biases=False, overwrite=True)
 
 
 def delta_name(plan: Recipe) -> str:

@@ -10,7 +10,7 @@ from esd_jax import recipe
 from esd_jax.erasure import Erasure
 from esd_jax.io.images import read_image
 from esd_jax.recipe import Recipe
-from esd_jax.runs import MODEL
+from esd_jax.runs import LORA, MODEL, delta_name
 from esd_jax.runs.record import read as read_record
 
 
@@ -29,8 +29,10 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its erased model is written."""
-        return (self.folder / MODEL).is_dir()
+        """Whether its erased model is written, or its change alone."""
+        return (self.folder / MODEL).is_dir() or any(
+            (self.folder / name).is_file() for name in (LORA, delta_name(self.plan))
+        )
 
     @property
     def label(self) -> str:

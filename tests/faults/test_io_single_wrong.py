@@ -79,10 +79,6 @@ WRONG = {
         lambda f: rewrite(f, lambda t: t.update({IN: t[IN].char()})),
         ["input_blocks.0.0.weight", "I8", "not implemented", "float16"],
     ),
-    "weights of 8 bits": (
-        lambda f: rewrite(f, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()})),
-        ["has dtype F8_E4M3", "not implemented", "float16"],
-    ),
     "scaled weights of 8 bits": (
         lambda f: rewrite(
             f,
@@ -94,7 +90,7 @@ WRONG = {
                 }
             ),
         ),
-        ["input_blocks.0.0.weight", "has dtype F8_E4M3", "not implemented", "float16"],
+        ["scaled fp8", "not implemented", "float16"],
     ),
 }
 

@@ -9,10 +9,14 @@ from esd_world import EVERYWHERE, SHAPE, make, world
 
 import esd_jax
 from esd_jax import lora
-from esd_jax.params import partition
+from esd_jax.models.layers import Factored, Keys, TimestepEmbedding
+from esd_jax.params import cast, functional, partition
+from esd_jax.planning import liveness
 from esd_jax.training.step import Optimizer, init_state, make_step
 
 FIELDS = {"concept": "cat style", "sampling_steps": 4, "timestep_mode": "grid", "learning_rate": 1e-2, "rank": 2}
+
+VIEWS = (lora.factored, lora.weights)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,61 @@ def test_the_gradient_is_that_of_the_whole_tensor():
     expected = np.asarray(factors[name + lora.A]).T @ change
     np.testing.assert_allclose(-low.theta[name + lora.B], expected, rtol=1e-4, atol=1e-7)
     np.testing.assert_array_equal(low.theta[name + lora.A], factors[name + lora.A])
+
+
+def two_layers(rank=2):
+    """(A network of two linear layers, its first tensors, factors of their change)."""
+    net = functional(lambda: TimestepEmbedding(48, 64, dtype=jnp.float32, rngs=Keys(0)))
+    draw = np.random.default_rng(0).normal
+    first = {name: jnp.asarray(draw(size=s.shape), jnp.float32) for name, s in net.shapes.items()}
+    matrices = {name: net.shapes[name] for name in first if name.endswith("weight")}
+    theta = {name: draw(size=s.shape) for name, s in lora.initial(matrices, rank, jax.random.key(0)).items()}
+    return net, first, {name: jnp.asarray(value, jnp.float32) for name, value in theta.items()}
+
+
+def test_linear_layers_take_the_factors():
+    """The same outputs and gradients as with the sum, without memory for it and for its gradient."""
+    net, first, theta = two_layers()
+    theta_0 = {name: value for name, value in first.items() if name.endswith("weight")}
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 48)), jnp.float32)
+    assert all(isinstance(value, Factored) for value in lora.factored(theta, theta_0).values())
+
+    def loss(view):
+        return lambda theta: jnp.sum(net.apply({**first, **view(theta, theta_0)}, x) ** 2)
+
+    for mine, dense in zip(*(jax.tree.leaves(jax.value_and_grad(loss(view))(theta)) for view in VIEWS), strict=True):
+        np.testing.assert_allclose(mine, dense, rtol=1e-4, atol=1e-4 * float(jnp.abs(dense).max()))
+    factored, dense = (liveness.peak(jax.make_jaxpr(jax.grad(loss(view)))(theta)) for view in VIEWS)
+    assert dense - factored > 4 * (48 * 64 + 64 * 64)
+
+
+def test_what_does_not_know_factors_reads_their_sum():
+    _, first, theta = two_layers()
+    name = "linear_1.weight"
+    whole = lora.weights(theta, {name: first[name]})[name]
+    some = lora.factored(theta, {name: first[name]})[name]
+    assert (some.shape, some.ndim) == (whole.shape, 2)
+    np.testing.assert_array_equal(jnp.asarray(some), whole)
+    np.testing.assert_array_equal(some[...], whole)
+    kernel = jnp.ones((3, 3, 4, 8))
+    factors = {"k.lora_A": jnp.ones((36, 2)), "k.lora_B": jnp.ones((2, 8))}
+    np.testing.assert_array_equal(lora.factored(factors, {"k": kernel})["k"], lora.weights(factors, {"k": kernel})["k"])
+
+
+def test_a_change_below_the_rounding_of_bfloat16_counts():
+    net, first, theta = two_layers(rank=1)
+    name, x = "linear_1.weight", jnp.ones((1, 48), jnp.bfloat16)
+    theta = {key: jnp.full(value.shape, 2.0**-6) for key, value in theta.items()}  # beside 1, 2^-12 rounds away
+    first = {key: jnp.ones(value.shape) for key, value in first.items()}
+    layer = functional(lambda: TimestepEmbedding(48, 64, dtype=jnp.bfloat16, rngs=Keys(0)))
+    assert layer.shapes == net.shapes
+    base, factored, dense = (
+        cast({**first, **change}, jnp.bfloat16)[name]
+        for change in ({}, lora.factored(theta, {name: first[name]}), lora.weights(theta, {name: first[name]}))
+    )
+    np.testing.assert_array_equal(dense, base)
+    assert isinstance(factored, Factored) and factored.a.dtype == jnp.bfloat16
+    np.testing.assert_array_equal((x @ factored.a) @ factored.b, jnp.full((1, 64), 48 * 2.0**-12))
 
 
 @pytest.mark.slow
