@@ -13,9 +13,11 @@ from esd_jax import recipe
 
 STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
 # The style is erased with these, and the attacks of the embedded model invert images of eight others.
-OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a whale", "a fish", "a bee", "a butterfly",
-           "a tulip", "a sunflower", "an apple", "a banana", "a cake", "a hamburger", "a doughnut", "a bus", "a castle",
-           "a robot", "a star", "a skull")  # fmt: skip
+OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "a chick",
+           "a penguin", "a fish", "an octopus", "a crab", "a whale", "a butterfly", "a bee", "a ladybug",
+           "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a hamburger", "a doughnut",
+           "an ice cream", "a cake", "a bus", "a sailboat", "an airplane", "a castle", "a skull", "a ghost",
+           "a pumpkin", "a sun", "a star", "a robot")  # fmt: skip
 KEPT = ("a cat", "a lion", "an octopus", "a rose", "a pizza", "a rocket", "a house", "a guitar", "a skull", "a bee")
 
 
