@@ -270,20 +270,6 @@ def test_an_edit_that_the_file_does_not_hold_is_refused(dev, tmp_path):
         export_single(io.load(file, config=folder), tmp_path / "no.safetensors", alone=True)
 
 
-def test_a_file_without_clips_projection_has_none(sd3, tmp_path):
-    """As diffusers and Stability's code read SD3's first text encoder."""
-    folder, _, file = sd3
-    tensors = safetensors.torch.load_file(file)
-    del tensors["text_encoders.clip_l.transformer.text_projection.weight"]
-    bare = tmp_path / "bare.safetensors"
-    safetensors.torch.save_file(tensors, bare)
-    pipeline = esd_jax.load(bare, config=folder)
-    np.testing.assert_array_equal(pipeline.params["text_encoder"]["text_projection.weight"], np.eye(32))
-    assert raw(export_single(pipeline, tmp_path / "same.safetensors")) == raw(bare)
-    out = io.load(io.export(pipeline, tmp_path / "out"))
-    np.testing.assert_array_equal(out.params["text_encoder"]["text_projection.weight"], np.eye(32))
-
-
 # What diffusers draws.
 
 

@@ -131,3 +131,17 @@ def test_a_base_of_another_kind_is_refused(dev, sd3, tmp_path):
         esd_jax.load(file, base=sd3[0])
     with pytest.raises(ValueError, match=one_line("is SD3", "another family")):
         esd_jax.load(sd3[2], config=tmp_path / "schnell")
+
+
+def test_a_file_without_clips_projection_has_none(sd3, tmp_path):
+    """As diffusers and Stability's code read SD3's first text encoder."""
+    folder, _, file = sd3
+    tensors = safetensors.torch.load_file(file)
+    del tensors["text_encoders.clip_l.transformer.text_projection.weight"]
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(tensors, bare)
+    pipeline = esd_jax.load(bare, config=folder)
+    np.testing.assert_array_equal(pipeline.params["text_encoder"]["text_projection.weight"], np.eye(32))
+    assert raw(export_single(pipeline, tmp_path / "same.safetensors")) == raw(bare)
+    out = io.load(io.export(pipeline, tmp_path / "out"))
+    np.testing.assert_array_equal(out.params["text_encoder"]["text_projection.weight"], np.eye(32))
