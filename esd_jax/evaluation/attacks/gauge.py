@@ -64,7 +64,7 @@ def _gauger(network: Network, schedule: Schedule, places: int) -> Callable[..., 
         image, t, noise = jax.random.split(key, 3)
         total = schedule.num_train_timesteps
         image = jax.random.randint(image, (places,), 0, len(latents))
-        t = jax.random.randint(t, (places,), int(EARLY * total), total)
+        t = schedule.timestep(jax.random.randint(t, (places,), int(EARLY * total), total))
         x = add_noise(schedule, latents[image], jax.random.normal(noise, (places, *latents.shape[1:])), t)
 
         def predicted(params: Params, conditioning: Any) -> Array:

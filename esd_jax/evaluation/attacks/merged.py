@@ -142,6 +142,7 @@ def trainer(settings: MergedLoRA, network: Network, schedule: Schedule, dtype: s
     def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Conditioning, Array]) -> Any:
         latents, named, neutral, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+        t = schedule.timestep(t)
         x = add_noise(schedule, latents[image], noise, t)
         named, neutral = jax.tree.map(lambda a: jnp.repeat(a, settings.batch_size, axis=0), (named, neutral))
         known = {**fixed.frozen, **cast(fixed.first, dtype)}
