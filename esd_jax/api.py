@@ -1,6 +1,7 @@
 """The public verbs, over everything else: load, erase, sample, invert, purify, export."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -86,6 +87,9 @@ def erase(
     if not isinstance(base, Pipeline) and loading.is_run(base):
         base = load(base)
     plan = planned(base, concept, kind=kind, config=config, **recipe_fields)
+    known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller\'s, or the config\'s
+    if few := several.shared_steps(plan.training.steps, len(plan.concepts), known):
+        warnings.warn(few, stacklevel=2)
     owned = not isinstance(base, Pipeline) and stop_when is None
     if not isinstance(base, Pipeline):
         base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
@@ -126,6 +130,7 @@ def planned(
         raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
     settings = _settings(base, source, config, kind, fields)
+    several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
     plan.check_concepts()
     return plan
@@ -170,6 +175,7 @@ def sample(
     batch_size: int = 8,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
+    true_cfg: float | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
     """Samples one image per prompt.
 
@@ -199,6 +205,8 @@ def sample(
         cross-attention and step (Hertz et al. 2022, Prompt-to-Prompt, "attention re-weighting", without a source
         image); not renormalised, and for the prompt alone, not for the negative prompt or a rule's. The word
         "<|endoftext|>" is what follows a prompt, which also holds the whole of it: see `prompt_to_prompt.token_scale`.
+      true_cfg: of FLUX.1 [dev], the scale of classifier-free guidance beside its own (diffusers: true_cfg_scale). Above
+        1 a negative_prompt and a rule act, and every step evaluates the network for each of their prompts, too.
 
     Returns:
       uint8 [n, height, width, 3], one image too; `esd_jax.grid` puts them side by side.
@@ -212,7 +220,7 @@ def sample(
     return sampling.sample(
         pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
         guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,
-        height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight,
+        height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight, true_cfg=true_cfg,
     )  # fmt: skip
 
 

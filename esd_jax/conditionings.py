@@ -1,6 +1,8 @@
 """The conditionings of each generated image: of the null prompt, the prompt, and a rule's prompts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,35 @@ def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
     """Whether prompts are already encoded: conditionings in place of texts."""
     leaves = jax.tree.leaves(prompts)
     return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype.kind == "f" for leaf in leaves)
+
+
+def classifier_free(
+    pipeline: Pipeline,
+    guidance_scale: float,
+    rule: Rule | None,
+    negative_prompt: str | Sequence[str] | None,
+    true_cfg: float | None,
+) -> bool:
+    """Whether sampling is guided classifier-free. Raises ValueError for what a model's guidance does not take."""
+    family, configs = pipeline.family, pipeline.configs
+    model, rules = family.called(configs), "" if rule is None else type(rule).__name__
+    if family.guide is None:
+        if true_cfg is not None:
+            raise ValueError(f"true_cfg={true_cfg} is for guidance-distilled models: {model} takes a guidance_scale")
+        if rules and guidance_scale <= 1:
+            raise ValueError(f"guidance_scale={guidance_scale} switches guidance off, but {rules} needs it: above 1")
+        return guidance_scale > 1
+    if true_cfg is not None and not math.isfinite(true_cfg):
+        raise ValueError(f"true_cfg={true_cfg} must be finite")
+    what = rules or ("negative_prompt" if negative_prompt is not None else "")
+    if family.sampling(configs).guidance_scale <= 1:
+        if what or true_cfg is not None:
+            what = what or f"true_cfg={true_cfg}"
+            raise ValueError(f"{what} needs classifier-free guidance, which {model} does not have: leave it out")
+        return False
+    if what and (true_cfg is None or true_cfg <= 1):
+        raise ValueError(f"{what} needs classifier-free guidance, and {model} is distilled: give true_cfg, above 1")
+    return true_cfg is not None and true_cfg > 1
 
 
 def make_conditioning(
@@ -65,13 +96,14 @@ def make_conditioning(
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
             prompt = pipeline.encode_prompts([prompts[int(i)] for i in index], size=size)
-        if guide := pipeline.family.guide:
-            prompt = guide(prompt, jnp.full(rows, guidance_scale, jnp.float32))
         conditionings = (*null, *own, prompt, *others)
-        if scale is None:
-            return tuple((one, None) for one in conditionings)
-        ones = jnp.ones((rows, scale.shape[1]), jnp.float32)
-        return tuple((one, jnp.asarray(scale[index]) if one is prompt else ones) for one in conditionings)
+        scales: list[Any] = [None] * len(conditionings)
+        if scale is not None:
+            scales = [jnp.ones((rows, scale.shape[1]), jnp.float32)] * len(conditionings)
+            scales[len(null) + len(own)] = jnp.asarray(scale[index])
+        if guide := pipeline.family.guide:
+            conditionings = tuple(guide(one, jnp.full(rows, guidance_scale, jnp.float32)) for one in conditionings)
+        return tuple(zip(conditionings, scales, strict=True))
 
     return condition
 

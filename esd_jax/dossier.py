@@ -13,7 +13,7 @@ import numpy as np
 from esd_jax import api, examples, repeat, report_files, results, runs, several, wording
 from esd_jax.erasure import ConceptText, Erasure, as_texts, texts_of
 from esd_jax.evaluation import attacks, gather, protocols, seen, store, testbed
-from esd_jax.evaluation.attacks import Goal, goals
+from esd_jax.evaluation.attacks import Goal, Kept, goals
 from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Metric
@@ -142,7 +142,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`; "concept_inversion_family"; or "all".
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all" of them leaves some out.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -152,16 +152,17 @@ def attack(
       progress: called with a line after each attack.
       **options: of `attacks.campaign`: seeds, seed, random, placebo, steps, guidance_scale, batch_size.
 
-    Raises ValueError for an unknown attack, a missing goal, or a folder with other settings.
+    Raises ValueError for an unknown attack, one that lacks something, a missing goal, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
-    chosen = attacks.chosen(names, budget, settings)
+    chosen = attacks.possible(base, names, budget, settings, progress)
     if goal is None:
         if bed is None:
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
+    chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
     if bed:
         options = {**bed.sampling, **options}
     evidence = attacks.campaign(
@@ -181,8 +182,9 @@ def attack(
 
 
 def goal(
-    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *, images_each: int = 4, **drawing: Any
-) -> tuple[Goal, str]:
+    base: Pipeline, concept: ConceptText, prompts: Sequence[str], detector: str, *,
+    images_each: int = 4, kept: Mapping[str, str] | None = None, **drawing: Any,
+) -> tuple[Goal, str]:  # fmt: skip
     """A goal for `attack` on any model, and the name of its detector.
 
     Args:
@@ -191,6 +193,7 @@ def goal(
       prompts: that name the concept.
       detector: of the concept; see `seen.detector`.
       images_each: of each prompt. Only images in which the concept is detected are used.
+      kept: other concepts, for some probes, as prompts -> their detectors: {"a church": "imagenet:church"}.
       **drawing: steps, guidance_scale, batch_size of `sample`.
 
     Raises ValueError for a prompt of which the base generates no image with the concept.
@@ -198,6 +201,7 @@ def goal(
     texts = as_texts(concept)
     detect, judge = seen.detector(detector, texts)
     named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
+    drawing["kept"] = [Kept(text, seen.detector(name, text)[0]) for text, name in (kept or {}).items()]
     return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
 
 

@@ -19,6 +19,13 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
     "SD 1": {kind: f"sd14_{kind}" for kind in KINDS},
     "SD 2": {kind: "sd21_style" if kind == "attribute" else f"sd21_{kind}" for kind in KINDS},
     "SDXL": {kind: "sdxl_style" if kind == "attribute" else f"sdxl_{kind}" for kind in KINDS},
+    # Of flow transformers, the text's side of the joint attention where prompts name the concept, else the image's.
+    "FLUX.1 [dev]": {kind: "flux_style" if kind == "attribute" else f"flux_{kind}" for kind in KINDS},
+    "FLUX.1 [schnell]": {kind: "schnell_object" if kind in ("object", "nudity") else "schnell_style" for kind in KINDS},
+    **{
+        called: {kind: "sd35_style" if kind == "attribute" else f"sd35_{kind}" for kind in KINDS}
+        for called in ("SD 3", "SD 3.5")
+    },
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")

@@ -4,13 +4,25 @@ from esd_jax import suggest
 from esd_jax.config_files import config_names
 
 # Those of `methods.METHODS`.
-METHOD_NAMES = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not", "stereo", "uce", "rece", "speed", "oce")
+METHOD_NAMES = (
+    "esd",
+    "all_but_one",
+    "sdd",
+    "ablating",
+    "forget_me_not",
+    "stereo",
+    "redirect",
+    "uce",
+    "rece",
+    "speed",
+    "oce",
+)
 # Those of `evaluation.attacks`: what is tried by default, what else "all" stands for, and what takes a file or a budget
 # of its own.
 ATTACK_NAMES = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 MORE_ATTACKS = (
     "concept_inversion_family", "encoder_output", "null_inversion", "resurgence", "resurgence_lora", "completion",
-    "stored_weights",
+    "stored_weights", "merged_lora", "composition",
 )  # fmt: skip
 KINDS = {
     "style": "an artist's hand, or another style",

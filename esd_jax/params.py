@@ -35,12 +35,14 @@ class Network:
       the same axes in a file is a vector: biases, scales, and parameters of a module itself, under their own names.
     project: (params, conditioning) -> the conditioning with what the network makes of it alone, to be computed once for
       many calls of `apply`; by default nothing.
+    inputs: (params, names of linear kernels, *args) -> name -> what each is multiplied with in `apply(params, *args)`.
     """
 
     apply: Callable[..., Any]
     shapes: dict[str, jax.ShapeDtypeStruct]
     layouts: dict[str, str]
     project: Callable[[Params, Any], Any] = lambda params, conditioning: conditioning
+    inputs: "Callable[..., dict[str, Any]] | None" = None
 
 
 def functional(module: Callable[[], nnx.Module]) -> Network:
@@ -67,7 +69,25 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
         own = getattr(bound(params), "project", None)
         return own(conditioning) if own else conditioning
 
-    return Network(apply, shapes, layouts, project)
+    def inputs(params: Params, names: Iterable[str], *args: Any) -> dict[str, Any]:
+        model, read = bound(params), {}
+
+        def recording(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
+            def recorded(x: Any, *rest: Any, **options: Any) -> Any:
+                read[name] = x
+                return product(x, *rest, **options)
+
+            return recorded
+
+        for name in names:
+            layer: Any = model
+            for part in variables[name][0][:-1]:
+                layer = layer[part] if isinstance(part, int) else getattr(layer, str(part))
+            layer.dot_general = recording(name, layer.dot_general)
+        model(*args)
+        return read
+
+    return Network(apply, shapes, layouts, project, inputs)
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from esd_jax import display, families, text
+from esd_jax import display, families, streamed, text
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.families import Configs, Family
@@ -67,7 +67,8 @@ class Provenance:
 class Pipeline:
     """A checkpoint.
 
-    params: component (the denoiser, "vae", "text_encoder") -> Params in the compute dtype.
+    params: component (the denoiser, "vae", "text_encoder") -> Params in the compute dtype; those of a `streamed` text
+      encoder lie in their file, in the file's.
     configs: component -> its architecture.
     tokenizers: one per text encoder.
     schedule: the checkpoint's noise schedule.
@@ -177,10 +178,16 @@ class Pipeline:
                     f"the tokenizer gives {prompt!r} the token {rows.max()}, but {name} knows {known} tokens: copy or "
                     "download the tokenizer's files again"
                 )
-        encoders = tuple(self.network(name) for name in self.text_encoders)
-        params = tuple(self.params[name] for name in self.text_encoders)
-        encode = _encode_text(self.family, tuple(self.configs.items()), encoders)
-        encoded = encode(params, ids, size or image_size(self.configs))
+        networks, inputs = [], []
+        for name, rows in zip(self.text_encoders, ids, strict=True):
+            if streamed.lies_in_file(params := self.params[name]):
+                networks.append(None)
+                inputs.append(streamed.encode(self.configs[name], self.dtype, params, rows))
+            else:
+                networks.append(self.network(name))
+                inputs.append((params, rows))
+        encode = _encode_text(self.family, tuple(self.configs.items()), tuple(networks))
+        encoded = encode(tuple(inputs), size or image_size(self.configs))
         return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
 
     def denoise(
@@ -210,9 +217,13 @@ def network(config: NetworkConfig, dtype: str, remat: bool = False) -> Network:
 
 
 @lru_cache(maxsize=8)
-def _encode_text(family: Family, configs: tuple[tuple[str, NetworkConfig], ...], encoders: tuple[Network, ...]) -> Any:
-    def encode(params: Any, ids: Any, size: tuple[Any, Any]) -> Conditioning:
-        outputs = [encoder.apply(p, i) for encoder, p, i in zip(encoders, params, ids, strict=True)]
+def _encode_text(
+    family: Family, configs: tuple[tuple[str, NetworkConfig], ...], encoders: tuple[Network | None, ...]
+) -> Any:
+    """Of each encoder the tensors and token ids, or in the place of None its output -> the conditioning."""
+
+    def encode(inputs: Any, size: tuple[Any, Any]) -> Conditioning:
+        outputs = [encoder.apply(*x) if encoder else x for encoder, x in zip(encoders, inputs, strict=True)]
         return family.encode(dict(configs), outputs, size)
 
     return jax.jit(encode)

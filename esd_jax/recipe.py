@@ -23,6 +23,7 @@ from esd_jax.erasure import Concept
 from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
 from esd_jax.names import method_name, unknown_method
+from esd_jax.recipe_fields import ELSEWHERE
 from esd_jax.several import COLUMNS, FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
@@ -55,19 +56,22 @@ class Recipe:
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
     method: a name of `methods.METHODS`.
     subset: which tensors are trained, a name of the family's subsets (`esd_jax.selection.SUBSETS`) or "regex:PATTERN".
+    steps_each: updates for each concept, as many times as there are concepts; 0: they share those of `steps`.
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
     preserve_images: of each of these, drawn by the base and noised, in place of trajectories that every update samples.
     preserve_empty: weight of the loss that holds the empty prompt to the base at the update's x_t.
     preserve_worst_every: updates from one scoring of the prompts in `preserve` to the next, by how far the model has
       moved on them; half of the draws are then from the worst quarter. 0: all are drawn alike.
+    remaining_every: updates from one scoring of what remains of each concept, by which they are drawn, to the next.
     null: what a trained method takes for "no prompt", in its trajectories and losses: "empty", the encoded empty
       prompt, as the released codes do, or "zeros", from which diffusers guides SDXL without a negative prompt.
     images: the user's image files; what a method does with them, its file says. In one string, separated by ";".
     dtype: compute dtype, "float32" or "bfloat16"; trained tensors are float32 in any case.
     variant, revision: of the base's files, as diffusers means them.
     remat: recompute activations in the backward pass (less memory, a few per cent slower); SDXL's UNet always does.
-    fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices.
+    fsdp: over how many devices each large tensor is split, in place of a copy on each; it divides the devices. Where
+      the batch is smaller, as many devices share each example.
     height, width: of the images whose trajectories are learned from; None is the model's own size.
     output_dir: the run's folder: log, checkpoints, previews, the erased model; None keeps everything in memory.
     preview_prompts: of the previews; by default the concepts alone. In one string, they are separated by ";". In each,
@@ -81,11 +85,13 @@ class Recipe:
     concepts: tuple[Concept, ...] = ()
     method: str = "esd"
     subset: str = "esd-x"
+    steps_each: int = field(default=0, compare=False)
     rank: int = 0
     preserve_weight: float = 1.0
     preserve_images: int = 0
     preserve_empty: float = 0.0
     preserve_worst_every: int = 0
+    remaining_every: int = 0
     null: str = "empty"
     images: tuple[str, ...] | None = None
     dtype: str = "float32"
@@ -112,9 +118,10 @@ class Recipe:
         choose(self, null=("empty", "zeros"))
         if self.null != "empty" and not self.settings.trained:
             raise ValueError(f"null={self.null!r}: method {self.method!r} solves for its result, without guidance")
-        if self.rank < 0:
-            raise ValueError(f"rank={self.rank} must be at least 1, or 0 for no low-rank change")
-        for name, value in (("rank", self.rank), ("steps", self.training.steps), ("hold", self.optimizer.hold)):
+        own = {name: getattr(self, name) for name in ("rank", "steps_each", "remaining_every")}
+        for name, value in {**own, "steps": self.training.steps, "hold": self.optimizer.hold}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} must be at least 1, or 0 for none")
             if value and not self.settings.trained:
                 raise ValueError(f"{name}={value}: method {self.method!r} solves for its result; give {name}=0")
         check_steps(self.settings, self.training.steps)
@@ -165,6 +172,7 @@ class Recipe:
                 values |= several.format_concepts(value) if name == "concepts" else {name: value}
         for part in PARTS:
             values |= dataclasses.asdict(getattr(self, part))
+        values |= {"steps_each": 0} if self.concepts else {}  # `steps` says what it comes to
         return {name: v for name, v in values.items() if name not in OMIT_AT_DEFAULT or v != OMIT_AT_DEFAULT[name]}
 
 
@@ -176,16 +184,7 @@ OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
     "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "train_guidance": 1.0,
     "preserve_images": 0, "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1,
-    "decay": "cosine", "hold": 0.0, **round_settings.DEFAULTS,
-}  # fmt: skip
-
-# What other libraries and releases of ESD call a field.
-ELSEWHERE = {
-    "lr": "learning_rate", "iterations": "steps", "num_steps": "steps", "num_train_steps": "steps",
-    "max_train_steps": "steps", "train_method": "subset", "negative_guidance": "eta", "start_guidance":
-    "sampling_guidance", "num_inference_steps": "sampling_steps", "erase_from": "from_", "erase_concept": "concept",
-    "prompt": "concept", "train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
-    "mixed_precision": "dtype", "gradient_checkpointing": "remat", "save_path": "output_dir", "path": "output_dir",
+    "decay": "cosine", "hold": 0.0, "steps_each": 0, "remaining_every": 0, **round_settings.DEFAULTS,
 }  # fmt: skip
 
 
@@ -211,6 +210,8 @@ def make(**flat: Any) -> Recipe:
     for name in ("images", "preview_prompts"):
         value = flat.pop(name, None)
         spelling[name] = Spelling(several.parse_texts(name, value), {name: value})
+    if (each := flat.get("steps_each", 0)) > 0:
+        flat["steps"] = each * max(1, len(concepts))
     parts = {
         part: cls(**{f.name: flat.pop(f.name) for f in fields(cls) if f.name in flat})
         for part, cls in _parts(method).items()
@@ -255,6 +256,7 @@ def preset(method: str, variant: str | None = None, **changes: Any) -> ConfigDic
     flat = make(method=method, **presets[variant]).flat()
     config = ConfigDict({name: _placeholder(name, value, method) for name, value in flat.items()})
     complete(config, changes)
+    several.check_steps(changes)
     config.update(changes)
     return config
 

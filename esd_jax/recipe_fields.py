@@ -12,6 +12,15 @@ Texts = str | os.PathLike[str] | Sequence[str | Sequence[str] | None] | None
 Strengths = str | float | Sequence[str | float | None] | None
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
+# What other libraries and releases of ESD call a field.
+ELSEWHERE = {
+    "lr": "learning_rate", "iterations": "steps", "num_steps": "steps", "num_train_steps": "steps",
+    "max_train_steps": "steps", "train_method": "subset", "negative_guidance": "eta", "start_guidance":
+    "sampling_guidance", "num_inference_steps": "sampling_steps", "erase_from": "from_", "erase_concept": "concept",
+    "prompt": "concept", "train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
+    "mixed_precision": "dtype", "gradient_checkpointing": "remat", "save_path": "output_dir", "path": "output_dir",
+}  # fmt: skip
+
 
 class RecipeFields(TypedDict, total=False):
     """Keyword arguments of `erase`: any field of a recipe but the base and the concept."""
@@ -23,11 +32,13 @@ class RecipeFields(TypedDict, total=False):
     strength: Strengths
     method: str
     subset: str
+    steps_each: int
     rank: int
     preserve_weight: float
     preserve_images: int
     preserve_empty: float
     preserve_worst_every: int
+    remaining_every: int
     null: str
     images: Paths
     dtype: str
@@ -133,6 +144,10 @@ class RecipeFields(TypedDict, total=False):
     threshold: float
     centres: int
 
+    # Of `methods.redirect.Redirect`.
+    redirect_from: float
+    redirect_spread: float
+
     # Of `methods.oce.OCE`.
     corpus_scale: float
 
@@ -180,8 +195,9 @@ class RecipeFields(TypedDict, total=False):
 def completed(
     *,
     from_: Texts = ..., replace_with: Texts = ..., preserve: Texts = ..., strength: Strengths = ..., method: str = ...,
-    subset: str = ..., rank: int = ..., preserve_weight: float = ..., preserve_images: int = ...,
-    preserve_empty: float = ..., preserve_worst_every: int = ..., null: str = ..., images: Paths = ...,
+    subset: str = ..., steps_each: int = ..., rank: int = ..., preserve_weight: float = ..., preserve_images: int = ...,
+    preserve_empty: float = ..., preserve_worst_every: int = ...,
+    remaining_every: int = ..., null: str = ..., images: Paths = ...,
     dtype: str = ..., variant: str | None = ..., revision: str | None = ..., remat: bool = ..., fsdp: int = ...,
     height: int | None = ..., width: int | None = ..., output_dir: str | os.PathLike[str] | None = ...,
     preview_prompts: Texts = ..., preview_steps: int = ..., preview_guidance: float = ..., steps: int = ...,
@@ -202,7 +218,7 @@ def completed(
     no_images: bool = ..., search_rounds: int = ..., search_updates: int = ..., search_pace: float = ...,
     scale: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
     r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
-    centres: int = ..., corpus_scale: float = ...,
+    centres: int = ..., corpus_scale: float = ..., redirect_from: float = ..., redirect_spread: float = ...,
     sample_prompt: str = ..., timestep_mode: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
     rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,

@@ -56,8 +56,13 @@ def _line(name: str, wanted: Mapping[str, Any], usual: str | None) -> str | None
 
 @functools.cache
 def _configs() -> Mapping[str, Mapping[str, Any]]:
-    """The flat fields of each config that the package carries."""
-    return {name: recipe.make(**recipe.read(name).to_dict()).flat() for name in config_files.config_names()}
+    """The flat fields of each config that the package carries; without `steps` where they follow from the concepts."""
+    configs = {name: recipe.read(name).to_dict() for name in config_files.config_names()}
+    left_out = {name: ("steps",) if config.get("steps_each") else () for name, config in configs.items()}
+    return {
+        name: {field: value for field, value in recipe.make(**config).flat().items() if field not in left_out[name]}
+        for name, config in configs.items()
+    }
 
 
 def _computed(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
     "scale": "guidance_scale",
+    "true_cfg_scale": "true_cfg",
     "scheduler": "sampler",
     "output_type": "images are uint8 arrays; esd_jax.grid makes a PIL image of them",
 }
@@ -63,6 +64,7 @@ def sample(
     batch_size: int = 8,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
+    true_cfg: float | None = None,
 ) -> UInt8[np.ndarray, "batch height width 3"]:
     """Samples one image per prompt from a loaded pipeline: `esd_jax.sample`, which documents the arguments.
 
@@ -72,7 +74,10 @@ def sample(
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     steps, guidance_scale = _defaults(pipeline, steps, guidance_scale)
-    n, guided = conditionings.count(prompts), _check(pipeline, steps, batch_size, guidance_scale, rule, negative_prompt)
+    n = conditionings.count(prompts)
+    guided = _check(pipeline, steps, batch_size, guidance_scale, rule, negative_prompt, true_cfg)
+    # Of a guidance-distilled network its own scale is an input, and this one is classifier-free beside it.
+    scale = guidance_scale if true_cfg is None else true_cfg
     size = image_size(pipeline.configs, height, width)
     schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
     if not n:
@@ -102,7 +107,7 @@ def sample(
             noise, encoded, noise_keys = jnp.asarray(latents)[index], condition(index), keys[index]
             if mesh.size > 1:
                 noise, encoded, noise_keys = sharding.spread((noise, encoded, noise_keys), mesh)
-            drawn = run(params[pipeline.denoiser], noise, encoded, jnp.float32(guidance_scale), numbers, noise_keys)
+            drawn = run(params[pipeline.denoiser], noise, encoded, jnp.float32(scale), numbers, noise_keys)
             images.append(decoded(pipeline, params["vae"], drawn, index, prompts, guidance_scale))
             task.advance(min(batch_size, int(n - index[0])))
     return np.concatenate(images)[:n]
@@ -119,13 +124,14 @@ def invert(
     timestep: str = "level",
     batch_size: int = 8,
 ) -> Float32[np.ndarray, "batch h w channel"]:
-    """The noise from which `sample(sampler="ddim")`, with as many steps, draws about these images.
+    """The noise from which `sample(sampler="ddim")`, or "flow_euler" along a rectified flow, draws about these images,
+    with as many steps.
 
     Args:
       pipeline: the checkpoint that inverts.
       images: of a size that the checkpoint generates.
       prompts: what they show, or ""; one for all, or one per image.
-      steps: of DDIM, upwards.
+      steps: of DDIM, or along a rectified flow of Euler's method, upwards.
       guidance_scale: 1 or less inverts without guidance. Guidance spoils the inversion (Mokady et al. 2023).
       timestep: the network's input, "level" or "target": see `inversion.inverter`.
       batch_size: images per call of the network.
@@ -143,9 +149,12 @@ def invert(
     if not n:
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
-    down = programs.inverter(pipeline.schedule, steps, timestep)
+    schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
+    down = programs.inverter(schedule, steps, timestep)
     run = programs.steps(pipeline.network(pipeline.denoiser), down)
-    condition = conditionings.make_conditioning(pipeline, prompts, size, min(batch_size, n), guided)
+    condition = conditionings.make_conditioning(
+        pipeline, prompts, size, min(batch_size, n), guided, guidance_scale=guidance_scale
+    )
     noise = []
     with _task("inverting", n) as task:
         for index in _batches(n, batch_size):
@@ -196,7 +205,7 @@ def purify(
     prompts = [prompts] * len(latents) if isinstance(prompts, str) else prompts
     height, width = np.shape(images)[1:3]
     return sample(
-        pipeline, prompts, guidance_scale=guidance_scale, sampler="ddim", latents=latents,
+        pipeline, prompts, guidance_scale=guidance_scale, sampler=samplers.plain(pipeline.schedule), latents=latents,
         height=height, width=width, **options,
     )  # fmt: skip
 
@@ -281,9 +290,10 @@ def _check(
     guidance_scale: float,
     rule: Rule | None,
     negative_prompt: str | Sequence[str] | None = None,
+    true_cfg: float | None = None,
 ) -> bool:
-    """Whether sampling is guided classifier-free; raises ValueError for numbers out of range, and for what a
-    guidance-distilled family does not take.
+    """Whether sampling is guided classifier-free. Raises ValueError for numbers out of range, and for what a family
+    does not take.
     """
     most = pipeline.schedule.num_train_timesteps
     if not 1 <= steps <= most:
@@ -292,17 +302,7 @@ def _check(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} must be finite")
-    if rule is not None and guidance_scale <= 1:
-        name = type(rule).__name__
-        raise ValueError(f"guidance_scale={guidance_scale} switches guidance off, but {name} needs it: above 1")
-    if pipeline.family.guide is None:
-        return guidance_scale > 1
-    if rule is not None or negative_prompt is not None:
-        what = "negative_prompt" if rule is None else type(rule).__name__
-        raise ValueError(
-            f"{what} needs classifier-free guidance, and {pipeline.family.name} is distilled: leave it out"
-        )
-    return False
+    return conditionings.classifier_free(pipeline, guidance_scale, rule, negative_prompt, true_cfg)
 
 
 def _check_images(pipeline: Pipeline, images: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:

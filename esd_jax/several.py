@@ -6,7 +6,7 @@ second. The texts of a list are taken as they are.
 
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from esd_jax.erasure import Concept
@@ -16,6 +16,7 @@ FOR_EACH = ("from_", "replace_with", "preserve", "strength")  # fields of a conc
 LISTS = ("replace_with", "preserve")  # those of which it may have several
 COLUMNS = ("concept", *FOR_EACH)  # the flat fields of the concepts
 SEVERAL = (*COLUMNS, "images", "preview_prompts")
+LONG = 3  # concepts, from which on a list shares a recipe's updates noticeably
 Texts = tuple[Any, ...]  # separate texts; of `LISTS`, tuples of them
 
 
@@ -61,6 +62,33 @@ def format_concepts(concepts: Sequence[Concept]) -> dict[str, str | Texts | None
 def parse_texts(name: str, value: str | Texts | None) -> Texts | None:
     """The texts of the flat field `images` or `preview_prompts`; None if it is not set."""
     return None if value is None else parts(name, value)
+
+
+def check_steps(fields: Collection[str]) -> None:
+    """Raises ValueError where somebody gives both the updates of a run and those of each concept."""
+    if {"steps", "steps_each"} <= {*fields}:
+        raise ValueError("steps and steps_each both say how long to train: give one of them")
+
+
+def prefer_steps(settings: Any, fields: Collection[str]) -> None:
+    """Takes `steps_each` out of a config's settings where its user gives `steps`.
+
+    settings: a dict or ConfigDict. fields: the names of what the user gives. Raises ValueError for both.
+    """
+    check_steps(fields)
+    if "steps" in fields and settings.get("steps_each"):
+        settings["steps_each"] = 0
+
+
+def shared_steps(steps: int, concepts: int, fields: Collection[str]) -> str | None:
+    """What to say of a list whose user left it to a recipe for one concept how long to train; None of others."""
+    if concepts < LONG or not steps or {"steps", "steps_each"} & {*fields}:
+        return None
+    each = f"{steps / concepts:.3g}"
+    return (
+        f"{concepts} concepts share the {steps} updates of a recipe for one: about {each} for each. "
+        "steps_each=N trains N for each, steps=N as many in all"
+    )
 
 
 def filled(templates: Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]:

@@ -2,9 +2,14 @@
 
 A batch is split over both axes. Weights are copied along "data" and split along "fsdp" (fully sharded data parallelism,
 ZeRO stage 3: Rajbhandari et al. 2020), where each device gathers a tensor when it needs it and forgets it again.
+
+Where a batch is too small for that, the mesh is (data, model): the devices along "model" share an example. Each
+computes with its part of the weights (Megatron-LM: Shoeybi et al. 2019, Sec. 3), so that activations may be sent in
+place of weights.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +24,11 @@ from esd_jax.models import attention
 from esd_jax.params import Network
 
 AXES = ("data", "fsdp")
+MODEL = "model"  # in the place of "fsdp"
+# Of two products in a row, the first is split by its outputs, heads or hidden channels, and the second by its inputs:
+# between them no device needs anything of the others.
+BY_OUTPUT = re.compile(r"\.(to_[qkv]|add_[qkv]_proj|net\.0\.proj|proj_mlp)\.weight$")
+BY_INPUT = re.compile(r"\.(to_out\.0|to_add_out|net\.2)\.weight$|single_transformer_blocks\.\d+\.proj_out\.weight$")
 # Smaller tensors are copied: gathering them would take longer than they are worth. In scalars.
 SPLIT_FROM = 2**16
 # How cuDNN reads the kernel of a convolution in half precision: by output channels, and for each as an image lies. Of
@@ -30,13 +40,16 @@ KERNEL = Layout(major_to_minor=(3, 0, 1, 2))
 def make_mesh(batch_size: int, devices: Sequence[attention.JaxDevice] | None = None, *, fsdp: int = 1) -> Mesh:
     """A mesh ("data", "fsdp") over as many of the devices (default: all there are) as divide the batch evenly.
 
-    fsdp: over how many devices each tensor is split.
+    fsdp: over how many devices each tensor is split. If it does not divide those devices, as of a batch of one, but all
+      devices, then the mesh is ("data", "model"), where so many devices share each example.
 
     Raises ValueError if that does not divide them, or if a device of a job of several hosts would be left without work.
     """
     everywhere = devices is None
     devices = jax.devices() if devices is None else list(devices)
-    count = math.gcd(batch_size, len(devices))
+    count, axes = math.gcd(batch_size, len(devices)), AXES
+    if count % fsdp and len(devices) % fsdp == 0:
+        count, axes = fsdp * math.gcd(batch_size, len(devices) // fsdp), (AXES[0], MODEL)
     if everywhere and jax.process_count() > 1 and count < len(devices):
         raise ValueError(
             f"batch_size={batch_size} does not give each of the {len(devices)} devices of this job as many examples: "
@@ -48,7 +61,17 @@ def make_mesh(batch_size: int, devices: Sequence[attention.JaxDevice] | None = N
             f"(as many as divide batch_size={batch_size})"
         )
     shape = (count // fsdp, fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+
+
+def num_parts(mesh: Mesh) -> int:
+    """How many devices share a batch's examples, each with its own."""
+    return math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis in AXES)
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+    """Where arrays with a leading batch axis lie."""
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in AXES)))
 
 
 def on_cpu(mesh: Mesh) -> bool:
@@ -56,18 +79,27 @@ def on_cpu(mesh: Mesh) -> bool:
 
 
 def placement(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where a tensor lies: of a network's weights, the largest axis that the mesh's fsdp axis divides is split, unless
-    the tensor is small; norms, biases and whatever is no tensor of a network are copied.
+    """Where a tensor lies: of a network's weights, the largest axis that the mesh's last axis divides is split, unless
+    the tensor is small; norms, biases and whatever is no tensor of a network are copied. Where devices share an
+    example, attention is split by heads, and the feed-forward by its hidden channels.
 
     name: "unet/down_blocks.0.resnets.0.conv1.weight", say.
     """
-    parts = mesh.shape["fsdp"]
+    split_along = mesh.axis_names[-1]
+    parts = mesh.shape[split_along]
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
     is_matrix = name.endswith("weight") and len(shape) > 1
     if parts == 1 or not is_matrix or not divisible or math.prod(shape) < SPLIT_FROM:
         return NamedSharding(mesh, PartitionSpec())
     axis = max(divisible, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+    if split_along == MODEL and (named := _axis_of(name)) in divisible:
+        axis = named
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, split_along))
+
+
+def _axis_of(name: str) -> int | None:
+    """Which axis of a matrix [in, out] is split where devices share an example; None if its name does not tell."""
+    return 1 if BY_OUTPUT.search(name) else 0 if BY_INPUT.search(name) else None
 
 
 def placements(tree: Any, mesh: Mesh) -> Any:
@@ -126,7 +158,7 @@ def gathering(network: Network, mesh: Mesh) -> Network:
     backward pass keeps those that its forward pass gathered: to gather them once more saved no memory where it was
     measured.
     """
-    if mesh.shape["fsdp"] == 1:
+    if mesh.shape.get("fsdp", 1) == 1:
         return network
 
     def gathered(params: Any, x: Any) -> tuple[Any, Any]:
@@ -149,14 +181,14 @@ def gathering(network: Network, mesh: Mesh) -> Network:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays with a leading batch axis, each device with its part of it."""
-    return jax.tree.map(lambda a: _put(a, NamedSharding(mesh, PartitionSpec(AXES))), tree)
+    return jax.tree.map(lambda a: _put(a, by_example(mesh)), tree)
 
 
 def split_batch(tree: Any, mesh: Mesh | None) -> Any:
     """Inside jit: asks that arrays with a leading batch axis be spread over the mesh."""
     if mesh is None:
         return tree
-    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    sharding = by_example(mesh)
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, sharding) if a.ndim else a, tree)
 
 

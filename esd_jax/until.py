@@ -209,6 +209,7 @@ def erase(
 
     def train(steps: int, goes_on: bool, finished: Callable[[Pipeline], None]) -> None:
         settings: dict[str, Any] = {**fields, "steps": steps, "output_dir": str(output_dir)}
+        settings.pop("steps_each", None)
         settings |= {"resume": True} if goes_on else begin
         results.append(api.erase(base, concept, **settings))
         finished(results[-1])

@@ -19,6 +19,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("budget", None, "paper, or emoji, the embedded model's.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "A setting of an attack: ATTACK.FIELD=VALUE.", flag_values=values)
     common.define_question(values)
+    kept = "Concepts that must stay, for probes that ask for them: PROMPT=DETECTOR; several are separated by ';'."
+    flags.DEFINE_string("kept", None, kept, flag_values=values)
     at_least_1 = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_integer("seeds", 10, "Images of each trial.", **at_least_1)
     flags.DEFINE_integer("seed", 0, "Seed of all other random numbers.", lower_bound=0, flag_values=values)
@@ -30,6 +32,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
+    from esd_jax.evaluation import attacks
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
@@ -40,14 +43,27 @@ def run(values: flags.FlagValues) -> None:
     goal, metric_model = None, "the embedded probe"
     if values.prompts:
         texts = listed(values.prompts, "--prompts")
+        # Refuses what the base lacks before images are drawn.
+        attacks.possible(base, values.attacks, values.budget or "paper", _settings(values.set))
         how = {name: options[name] for name in ("num_steps", "guidance_scale", "batch_size") if name in options}
-        goal, metric_model = dossier.goal(base, concepts, texts, values.detector, **how)
+        goal, metric_model = dossier.goal(base, concepts, texts, values.detector, kept=kept_of(values.kept), **how)
     evidence = dossier.attack(
         base, erased, values.attacks, output_dir=output, concept=concepts, budget=values.budget, goal=goal,
         judge=metric_model, settings=_settings(values.set), progress=common.say, **options,
     )  # fmt: skip
     print(f"\n{text.summary(evidence)}\n")
     print(f"results {output}")
+
+
+def kept_of(text: str | None) -> dict[str, str]:
+    """ "a church=imagenet:church;a dog=..." -> by prompt."""
+    kept = {}
+    for part in filter(None, map(str.strip, (text or "").split(";"))):
+        prompt, equals, detector = part.partition("=")
+        if not equals or not prompt.strip() or not detector.strip():
+            raise ValueError(f"--kept: {part!r} is not PROMPT=DETECTOR")
+        kept[prompt.strip()] = detector.strip()
+    return kept
 
 
 def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:

@@ -18,7 +18,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   [BASE] "CONCEPT"|@FILE [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
-                  [--multihost] [--dry_run [--compile] [--arch=sd14|sd21|sd21-base|sdxl]]
+                  [--multihost] [--dry_run [--compile] [--arch=sd14|sdxl|flux-dev|...]]
                   [--stop_below=0.05 | --until="detection<=0.02, inversion<=0.2, drop<=3"]
                   [--stop_detector=nudenet --stop_prompts="A;B"]"""
 
@@ -90,6 +90,7 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         recipe.check_field(field, method)
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, parsed.fields)
+    several.prefer_steps(config, parsed.fields)
     if config.get("preserve") and "preserve" not in parsed.fields:
         concepts = several.texts_of(parsed.fields.get("concept") or config.get("concept"))
         config.preserve = kinds.fitted(config.to_dict(), concepts)["preserve"]
@@ -146,6 +147,8 @@ def run(values: flags.FlagValues) -> None:
     if "chosen" in values and hosts.is_primary():
         common.say(values.chosen)
     bounds = early.check_until(values)
+    if hosts.is_primary() and (few := _shared_steps(values, plan)):
+        common.say(f"warning: {few}")
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
         return
@@ -225,6 +228,16 @@ def _until(base: Any, plan: Any, bounds: Any, values: flags.FlagValues, options:
     common.say("\n".join([f"after {stages[-1].steps} steps", *(f"  {line}" for line in stages[-1].lines(bounds))]))
 
 
+def _shared_steps(values: flags.FlagValues, plan: Any) -> str | None:
+    """A warning for a list that shares the updates of a recipe for one concept."""
+    from esd_jax import several
+
+    fields = [word.lstrip("-").partition("=")[0] for word in values.typed]
+    if plan.steps_each:  # the config's
+        fields.append("steps_each")
+    return several.shared_steps(plan.training.steps, len(plan.concepts), fields)
+
+
 def _planned(plan: Any) -> Any:
     """The plan of a run, where the device says how much memory it has; checked before anything is loaded.
 
@@ -259,6 +272,8 @@ def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
         common.say(f"warning: {unknown}")
     size = make_plan(configs, schedule, plan)
     print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
+    if (count := len(plan.concepts)) > 1 and (steps := plan.training.steps):
+        print(f"updates   {steps}, about {steps / count:.3g} for each of {count} concepts")
     if time := duration.estimates(size, plan):
         print(time)
     if duration.UNFIT in time and not plan.rank and plan.settings.trained:

@@ -30,6 +30,8 @@ def define(values: flags.FlagValues) -> None:
     common.define_steps(values, None, text)
     text = "Of classifier-free guidance, 1: none; by default 7.5, or what the embedded model was tuned for, 3."
     flags.DEFINE_float("guidance_scale", None, text, flag_values=values)
+    text = "Of FLUX.1 [dev]: of classifier-free guidance beside its own, with which --negative_prompt and rules act."
+    flags.DEFINE_float("true_cfg", None, text, flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "In place of the empty prompt.", flag_values=values)
     flags.DEFINE_string(
         "sampler",
@@ -86,7 +88,7 @@ def run(values: flags.FlagValues) -> None:
     for path in values.delta:
         pipeline = delta.load_delta(pipeline, path)
     bed = testbed.of(pipeline.provenance.source)
-    asked = common.options(values, "steps guidance_scale negative_prompt sampler eta height width batch_size")
+    asked = common.options(values, "steps guidance_scale true_cfg negative_prompt sampler eta height width batch_size")
     options = sampled(bed.sampling) if bed else {}
     options |= {name: value for name, value in asked.items() if value is not None}
     drawn = api.sample(pipeline, prompts, seed=seed, rule=rule, reweight=reweight, **options)

@@ -40,7 +40,9 @@ def run(values: flags.FlagValues) -> None:
     aim = search.Aim(values.target, values.drop)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     concepts = [concept.text for concept in plan.concepts]
-    changed = {k: v for k, v in fields.items() if k not in ("base", "concept", "output_dir", "steps", *grid)}
+    changed = {
+        k: v for k, v in fields.items() if k not in ("base", "concept", "output_dir", "steps", "steps_each", *grid)
+    }
     trials = search.search(
         base,
         concepts,

@@ -212,6 +212,7 @@ def _style_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
         Group(
             "alone", f'target prompts, the name alone: "{captions.prompt(style=names[0])}"', _styles_alone(names), MINOR
         ),
+        *_tiers(_styles_alone(names), captions.STYLE[:2], names),
         Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
         Group(
             "nearest",
@@ -241,6 +242,7 @@ def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
     return (
         Group("own", f"target prompts, {_quoted(own)}", _pairs(own)),
         Group("alone", f'target prompts, the name alone: "{captions.prompt(names[0])}"', alone, MINOR),
+        *_tiers(alone, captions.OBJECT[:1], list(map(captions.with_article, names))),
         Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
         Group("implicit", f"implicit prompts: {implied}", sum(map(_implicit, categories), ())),
         Group(
@@ -252,6 +254,22 @@ def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
         Group("others", "other concepts, all other objects", _pairs([(o, s) for o in others for s in styles])),
         Group("unrelated", "unrelated concepts, styles without an object", _styles_alone(styles), MINOR),
     )
+
+
+def _tiers(alone: tuple[Ask, ...], bare: Sequence[str], names: Sequence[str]) -> tuple[Group, Group]:
+    """EMMA's first two tiers (arXiv 2512.17320) of the prompts of a name alone: itself, and after a prefix.
+
+    Its Short description is the group "implicit"; the vocabulary has no synonyms and no long descriptions.
+
+    bare: the templates without a prefix. names: what stands in them.
+    """
+    known = {template.format(object=name, style=name) for template in bare for name in names}
+    asks = {"Name": [a for a in alone if a.prompt in known], "Prefix": [a for a in alone if a.prompt not in known]}
+    name, prefix = (
+        Group(tier.lower(), f'target prompts, tier {tier}: "{own[0].prompt}"', tuple(own), MINOR)
+        for tier, own in asks.items()
+    )
+    return name, prefix
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[Ask, ...]:

@@ -12,7 +12,7 @@ from esd_jax.demo import MODEL, captions, groups, probe, protocol, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS, Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.evaluation.attacks import goals
-from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.attacks.adversary import Goal, Kept
 from esd_jax.evaluation.evidence import Evidence
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.seen import Detect, Question
@@ -113,5 +113,13 @@ def goal(base: Pipeline, target: Target, num_prompts: int = 8, images_each: int 
         neutral = [captions.prompt(style=style) for _, style in pairs]
     return goals.drawn(
         base, target.concepts[0], [captions.prompt(*pair) for pair in pairs], probed(target),
-        neutral=neutral, images_each=images_each, seed=seed, skip=True, batch_size=32, **EMOJI.sampling,
+        neutral=neutral, images_each=images_each, seed=seed, skip=True, batch_size=32, kept=kept(target),
+        **EMOJI.sampling,
     )  # fmt: skip
+
+
+def kept(target: Target) -> tuple[Kept, ...]:
+    """Objects that an erasure is to keep; of objects, none of the targets' categories."""
+    own = {vocabulary.category(name) for name in target.names} if target.kind == "object" else set()
+    names = [name for name in SUBJECTS if vocabulary.category(name) not in own]
+    return tuple(Kept(captions.prompt(name), probed(Target("object", (name,)))) for name in names)

@@ -75,6 +75,11 @@ class FlowSchedule(Schedule):
         """What distinguishes schedules."""
         return *super().identity, self.even, self.dynamic
 
+    @property
+    def trained(self) -> np.ndarray:
+        """`levels` under the shift of this image size, too, as far as there is one and it is known."""
+        return self.levels if self.dynamic is None else shifted(self.levels, self.dynamic)
+
     def at(self, tokens: int) -> "FlowSchedule":
         """The schedule for images of so many tokens: itself, unless its shift depends on them."""
         if not self.option("use_dynamic_shifting", False):

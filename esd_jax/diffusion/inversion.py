@@ -1,4 +1,6 @@
-"""DDIM inversion: the noise from which a deterministic sampler draws a given image."""
+"""DDIM inversion: the noise from which a deterministic sampler draws a given image; along a rectified flow by Euler's
+method.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion import samplers
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.diffusion.solvers import Carry, Sampler
 
@@ -16,9 +19,10 @@ TIMESTEPS = ("level", "target")
 
 
 class Levels(NamedTuple):
-    """DDIM's steps upwards. target: the noisier timestep of each. level: the cleaner one, below 0 at the clean end.
+    """The steps upwards.
 
-    low, high: the noise levels (alpha_bar) of both.
+    target: the noisier timestep of each. level: the cleaner one, with DDIM below 0 at the clean end.
+    low, high: the noise levels of both, in the path's terms (alpha_bar or sigma).
     """
 
     target: np.ndarray
@@ -28,7 +32,12 @@ class Levels(NamedTuple):
 
 
 def levels(schedule: Schedule, num_steps: int) -> Levels:
-    """The levels of sampler "ddim" with as many steps. Raises ValueError where `inverter` does."""
+    """The levels of sampler "ddim", or "flow_euler", with as many steps. Raises ValueError where `inverter` does."""
+    if schedule.path is not VARIANCE_PRESERVING:
+        high = schedule.visited(num_steps)[::-1]
+        low = np.append(0.0, high[:-1])
+        total = schedule.num_train_timesteps
+        return Levels(total * high, total * low, low, high)
     sampler = samplers.make_sampler(schedule, "ddim", num_steps)
     target = sampler.timesteps[::-1]
     level = target - schedule.num_train_timesteps // num_steps
@@ -41,7 +50,8 @@ def levels(schedule: Schedule, num_steps: int) -> Levels:
 
 
 def inverter(schedule: Schedule, num_steps: int, timestep: str = "level") -> Sampler:
-    """DDIM's steps (eta 0) in reverse, for `samplers.run`: from clean latents to x at the noisiest timestep.
+    """DDIM's steps (eta 0), or Euler's along a rectified flow, in reverse, for `samplers.run`: from clean latents to x
+    at the noisiest timestep.
 
     A step from the noise level a up to b is a DDIM step (Song et al. 2021, Eq. 13) with the network evaluated at x_a.
     The levels are those of sampler "ddim" with as many steps: where the network's eps depends on neither
@@ -62,15 +72,17 @@ def inverter(schedule: Schedule, num_steps: int, timestep: str = "level") -> Sam
     if timestep not in TIMESTEPS:
         raise ValueError(f"timestep={timestep!r} is unknown; choose one of {', '.join(TIMESTEPS)}")
     target, level, low, high = levels(schedule, num_steps)
+    tables = (low, *schedule.path.coefficients(high))
 
     def step(carry: Carry, i: Array, output: Array, noise: Array | None) -> Carry:
         (x,) = carry
-        alpha_bar, signal, spread = (jnp.asarray(a, x.dtype)[i] for a in (low, np.sqrt(high), np.sqrt(1 - high)))
-        x0, eps = schedule.to_x0_eps(alpha_bar, x, output.astype(x.dtype))
+        now, signal, spread = (jnp.asarray(a, x.dtype)[i] for a in tables)
+        x0, eps = schedule.to_x0_eps(now, x, output.astype(x.dtype))
         return (signal * x0 + spread * eps,)
 
     timesteps = np.maximum(level, 0) if timestep == "level" else target
-    return Sampler("ddim inversion", timesteps, 1.0, np.ones(len(timesteps)), False, lambda x: (x,), step)
+    name = f"{samplers.plain(schedule)} inversion"
+    return Sampler(name, timesteps, 1.0, np.ones(len(timesteps)), False, lambda x: (x,), step)
 
 
 def exact_inverter(schedule: Schedule, num_steps: int, iterations: int) -> Callable[..., tuple[Array, Array]]:
@@ -80,6 +92,7 @@ def exact_inverter(schedule: Schedule, num_steps: int, iterations: int) -> Calla
     fixed-point iteration (Pan et al., ICCV 2023):
 
         x_b <- alpha_b x0 + sigma_b eps,    x0 = (x_a - sigma_a eps) / alpha_a,    eps of the network at the last x_b
+        x_b <- x_a + (sigma_b - sigma_a) v    along a rectified flow: at pure noise eps is x_b, whatever v is
 
     It begins with `inverter(timestep="target")`, and keeps of each example the x_b whose step down comes closest.
 
@@ -102,20 +115,23 @@ def exact_inverter(schedule: Schedule, num_steps: int, iterations: int) -> Calla
             x_a, missed = carry
 
             def mixed(level: Array, x0: Array, eps: Array) -> Array:
-                return jnp.sqrt(level) * x0 + jnp.sqrt(1 - level) * eps
+                alpha, sigma = schedule.path.coefficients(level)
+                return alpha * x0 + sigma * eps
 
-            def higher(eps: Array) -> Array:
-                return mixed(high[i], (x_a - jnp.sqrt(1 - low[i]) * eps) / jnp.sqrt(low[i]), eps)
+            def higher(x0: Array, eps: Array) -> Array:
+                if schedule.path is not VARIANCE_PRESERVING:
+                    return x_a + (high[i] - low[i]) * (eps - x0)
+                alpha, sigma = schedule.path.coefficients(low[i])
+                return mixed(high[i], (x_a - sigma * eps) / alpha, eps)
 
             def iterate(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
                 x_b, best, least = state
-                x0, eps = schedule.to_x0_eps(high[i], x_b, denoise(x_b, t[i]).astype(x.dtype))
-                miss = error(mixed(low[i], x0, eps), x_a)
+                pair = schedule.to_x0_eps(high[i], x_b, denoise(x_b, t[i]).astype(x.dtype))
+                miss = error(mixed(low[i], *pair), x_a)
                 better = (miss < least)[:, None, None, None]
-                return higher(eps), jnp.where(better, x_b, best), jnp.minimum(miss, least)
+                return higher(*pair), jnp.where(better, x_b, best), jnp.minimum(miss, least)
 
-            _, eps = schedule.to_x0_eps(low[i], x_a, denoise(x_a, t[i]).astype(x.dtype))
-            start = higher(eps)
+            start = higher(*schedule.to_x0_eps(low[i], x_a, denoise(x_a, t[i]).astype(x.dtype)))
             never: Any = jnp.full(len(x), jnp.inf, x.dtype)
             _, best, least = jax.lax.fori_loop(0, iterations, iterate, (start, start, never))
             return best, missed + least

@@ -64,7 +64,9 @@ def steps(unet: Network, sampler: Sampler, rule: type[Rule] | None = None) -> Ca
 
         memory = None
         if rule is not None:
-            denoiser, memory = rules.ruled(denoise, rule, numbers, encoded, scale, project), rule.start(x)
+            per_output = sampler.eps_per_output
+            denoiser = rules.ruled(denoise, rule, numbers, encoded, scale, project, per_output)
+            memory = rule.start(x)
         elif len(encoded) == 2:
             null, condition = encoded
             denoiser = guidance.classifier_free(denoise, condition, null, scale, project)

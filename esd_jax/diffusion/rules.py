@@ -1,7 +1,8 @@
 """Guidance rules: what is denoised beside the prompt and the null prompt, and how all outputs become one.
 
 They act on raw network outputs e, like classifier-free guidance, which each contains: with any sampler and any weights.
-i counts the calls of the network, 0 = pure noise.
+i counts the calls of the network, 0 = pure noise. Along a rectified flow the outputs are velocities, whose differences
+are those of eps divided by 1 - sigma; thresholds on differences, which were chosen for eps, are applied to eps there.
 """
 
 import math
@@ -50,7 +51,10 @@ class Rule(Protocol):
     def combine(
         numbers: Mapping[str, Array], i: Array, outputs: Sequence[Output], scale: ArrayLike, memory: Any
     ) -> tuple[Output, Any]:
-        """The outputs for (null prompt, prompt, *prompts) at step i -> (output, memory). `scale`: of guidance."""
+        """The outputs for (null prompt, prompt, *prompts) at step i -> (output, memory). `scale`: of guidance.
+
+        numbers: with "eps_per_output" along a rectified flow: 1 - sigma of the step.
+        """
         ...
 
 
@@ -61,13 +65,20 @@ def ruled(
     prompts: Sequence[Any],
     scale: ArrayLike,
     project: Callable[[Any], Any] = lambda p: p,
+    eps_per_output: np.ndarray | None = None,
 ) -> Callable[[Array, Array, Array, Any], tuple[Output, Any]]:
     """`denoise(x, t, prompt) -> output` -> what `samplers.run` calls if it has a memory: `rule.start(x)`.
 
     prompts: (null prompt, prompt, *rule's prompts), as `guidance.together` takes them, and `project`.
+    eps_per_output: the sampler's.
     """
     outputs = guidance.together(denoise, prompts, project)
-    return lambda x, t, i, memory: rule.combine(numbers, i, outputs(x, t), scale, memory)
+
+    def combined(x: Array, t: Array, i: Array, memory: Any) -> tuple[Output, Any]:
+        of_step = {} if eps_per_output is None else {"eps_per_output": jnp.asarray(eps_per_output, float)[i]}
+        return rule.combine({**numbers, **of_step}, i, outputs(x, t), scale, memory)
+
+    return combined
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class SLD:
         numbers: Mapping[str, Array], i: Array, outputs: Sequence[Output], scale: ArrayLike, memory: Output
     ) -> tuple[Output, Output]:
         e, e_c, e_s = outputs
-        distance = e_c - e_s
+        distance = numbers.get("eps_per_output", 1) * (e_c - e_s)
         mu = jnp.where(distance >= numbers["threshold"], 0, jnp.minimum(1, numbers["scale"] * jnp.abs(distance)))
         gam = mu * (e_s - e) + numbers["momentum_scale"] * memory
         beta = numbers["momentum_beta"]

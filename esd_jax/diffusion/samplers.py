@@ -78,6 +78,11 @@ def default_sampler(schedule: Schedule) -> str:
     )
 
 
+def plain(schedule: Schedule) -> str:
+    """The sampler of first order without noise along a schedule's path."""
+    return "ddim" if schedule.path is VARIANCE_PRESERVING else FLOW_EULER
+
+
 def make_sampler(
     schedule: Schedule,
     name: str | None = None,

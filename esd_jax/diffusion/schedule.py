@@ -126,6 +126,21 @@ class Schedule:
             raise ValueError(f"a {self.path.name} schedule has no alpha_bar, which this needs")
         return self.levels
 
+    @property
+    def trained(self) -> np.ndarray:
+        """float64 [num_train_timesteps]: `levels`, as images of the schedule's size were trained at them."""
+        return self.levels
+
+    def timestep(self, index: Any) -> Any:
+        """What the network gets at training timesteps, whole numbers in 0 .. num_train_timesteps - 1, possibly traced:
+        the same numbers; along the rectified flow 1,000 sigma of them, float32.
+
+        Methods that noise images draw such numbers, uniformly, along either path.
+        """
+        if self.path is VARIANCE_PRESERVING:
+            return index
+        return jnp.asarray(self.num_train_timesteps * self.trained, jnp.float32)[index]
+
     def visited(self, num_steps: int) -> np.ndarray:
         """float64 [num_steps], descending: the levels that a sampler along the rectified flow visits; it lands on 0."""
         return self.levels[np.linspace(self.num_train_timesteps - 1, 0, num_steps).round().astype(int)]

@@ -10,7 +10,7 @@ are in `multistep`, UniPC in `unipc`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Sampler:
     stochastic: bool  # whether `step` uses its noise
     init: Callable[[Array], Carry]  # x -> carry, whose first element is x
     step: Callable[[Carry, Array, Array, Array | None], Carry]  # (carry, i, output, noise) -> carry
+    # [n]: how much the noise that an output implies changes with the output; None: as the raw output is taken.
+    eps_per_output: np.ndarray | None = None
 
 
 def ddim(schedule: Schedule, num_steps: int, spacing: str, eta: float) -> Sampler:
@@ -92,7 +94,8 @@ def straight(schedule: Schedule, num_steps: int) -> Sampler:
     """
     now = schedule.visited(num_steps)
     alpha, sigma = schedule.path.coefficients(np.append(now[1:], 0.0))
-    return linear("flow_euler", schedule, now * schedule.num_train_timesteps, now, a=alpha, b=sigma)
+    sampler = linear("flow_euler", schedule, now * schedule.num_train_timesteps, now, a=alpha, b=sigma)
+    return replace(sampler, eps_per_output=1 - now)  # eps = x + (1 - sigma) v
 
 
 def euler(schedule: Schedule, num_steps: int, spacing: str, karras: bool) -> Sampler:

@@ -1,6 +1,7 @@
-"""What the closed forms share: the vectors that cross-attention reads, and which of them should become which.
+"""What the closed forms share: the vectors that layers read of prompts, and which of them should become which.
 
-For the weight W0 [out, context] of a key or value of cross-attention, token vectors c_i with weights s_i and what they
+For the weight W0 [out, context] of a key or value of cross-attention, or of another layer that reads prompts and
+nothing else, token vectors c_i with weights s_i and what they
 should be read as, c*_i,
 
     W = argmin  sum_i s_i |W c_i - W0 c*_i|^2 + lam |W - W0|_F^2
@@ -12,9 +13,13 @@ has W0 on the right of its normal equations alone, so W = W0 (1 + E)^T with one 
 What is to be retained has c*_i = c_i; or the change reads no direction of it at all, E = U U^T E with U^T c = 0 (double
 projection, arXiv 2604.10032, for one vector; its least squares for several are not from there). Solving for the change
 E, not for W, leaves the weights as they are, bit for bit, where there is nothing to erase.
+
+Layers that read different vectors of a prompt (a flow transformer's `context_embedder` and `text_embedder`) are each
+solved for apart, as a `Space`.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,11 +33,13 @@ from esd_jax.erasing import contexts
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.contexts import Context
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasing.method import Tools
+from esd_jax.erasing.method import ClosedForm, Tools
+from esd_jax.families.family import Reading
 from esd_jax.params import Params
 from esd_jax.selection import SUBSETS, select
 
 SUBSET = "esd-x-strict"
+READ = "uce"  # of a family with `readings`
 ENCODED_AT_ONCE = 64
 
 
@@ -85,31 +92,119 @@ class Encoded(NamedTuple):
 
 
 def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = ()) -> Mapping[str, Encoded]:
-    """The empty prompt, the concepts, their guides, and other prompts.
+    """The empty prompt, the concepts, their guides, and other prompts, as cross-attention reads them.
 
     Raises ValueError for a concept whose text has no token: its vector would be that of every prompt's start.
     """
-    texts = list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
-    vectors = tools.vectors(in_batches(tools.encode, texts, ENCODED_AT_ONCE))
-    ids, last = np.asarray(tools.tokens(texts)), last_tokens(tools.tokens, texts)
-    encoded = {text: Encoded(v, row, int(i)) for text, v, row, i in zip(texts, vectors, ids, last, strict=True)}
-    for concept in concepts:
-        if encoded[concept.text].last == 0:
-            raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows")
-    return encoded
+    texts = _texts(concepts, prompts)
+    return _parts(tools.vectors(_encoded(tools, texts)), texts, concepts, [tools.tokens])[0]
+
+
+class Space(NamedTuple):
+    """Layers that read the same vectors of a prompt.
+
+    names: their weights, as a run calls them; () of all that is trained. vectors: as in `Reading`.
+    parts: the prompts, as each of the text encoders whose tokens the vectors are has them.
+    """
+
+    names: tuple[str, ...]
+    vectors: Callable[[Any], Array]
+    parts: tuple[Mapping[str, Encoded], ...]
+
+    def aligned(self, old: str, new: str, tokens: str) -> list[tuple[Array, Array]]:
+        """`aligned`, of each part."""
+        return [aligned(part[old], part[new], tokens) for part in self.parts]
+
+    def whole(self, text: str) -> list[Array]:
+        """All vectors of a prompt, of each part."""
+        return [part[text].vectors for part in self.parts]
+
+
+def spaces(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = ()) -> list[Space]:
+    """The layers that are edited, with the prompts of `encode`. Raises ValueError as it does."""
+    texts = _texts(concepts, prompts)
+    rows, edited = _encoded(tools, texts), []
+    for reading in tools.readings or (Reading("", tools.vectors, ("",)),):
+        names = [f"{tools.component}/{name}" for name in tools.subset if re.search(reading.layers, name)]
+        tokenizers = [tools.tokenizers[name] for name in reading.encoders if name in tools.tokenizers]
+        parts = _parts(reading.vectors(rows), texts, concepts, tokenizers if tools.readings else [tools.tokens])
+        edited.append(Space(tuple(names) if tools.readings else (), reading.vectors, parts))
+    return edited
+
+
+def _texts(concepts: Sequence[Concept], prompts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
+
+
+def _encoded(tools: Tools, texts: list[str]) -> Any:
+    return in_batches(tools.encode, texts, ENCODED_AT_ONCE)
+
+
+def _parts(
+    vectors: Float[Array, "texts tokens context"],
+    texts: Sequence[str],
+    concepts: Sequence[Concept],
+    tokenizers: Sequence[Callable[[Sequence[str]], Any]],
+) -> tuple[Mapping[str, Encoded], ...]:
+    """The texts' vectors by tokenizer, whose tokens follow one another; without one, a single vector for a text."""
+    if not tokenizers:
+        ids = np.arange(len(texts))[:, None]  # no two texts are alike
+        return ({text: Encoded(v[:1], row, 0) for text, v, row in zip(texts, vectors, ids, strict=True)},)
+    parts, first = [], 0
+    for tokens in tokenizers:
+        ids, last = np.asarray(tokens(texts)), last_tokens(tokens, texts)
+        start = _starts(ids, np.asarray(tokens([""]))[0])
+        own = vectors[:, first : first + ids.shape[1]]
+        first += ids.shape[1]
+        encoded = {text: Encoded(v, row, int(i)) for text, v, row, i in zip(texts, own, ids, last, strict=True)}
+        for concept in concepts:
+            one = encoded[concept.text]
+            if one.last == 0 if start else np.array_equal(one.ids, encoded[""].ids):
+                raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows")
+        parts.append(encoded)
+    return tuple(parts)
+
+
+def _starts(ids: Int[np.ndarray, "prompts tokens"], empty: Int[np.ndarray, " tokens"]) -> bool:
+    """Whether a token stands before those of every prompt, as CLIP has one and T5 has none."""
+    return bool((ids[:, 0] == empty[0]).all())
 
 
 def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) -> Int[np.ndarray, " prompts"]:
     """The index of the last token of each prompt's words: the one before the end token, 0 if there are no words.
 
     The end token is searched from the end, past the padding. SD 1 pads with the end token itself, SD 2 with "!"; and
-    the tokenizer of a small vocabulary puts the end token for characters that it does not know.
+    the tokenizer of a small vocabulary puts the end token for characters that it does not know. T5 has no start token,
+    so that its empty prompt's first vector is that of the end.
     """
     ids = np.asarray(tokens(prompts))
     empty = np.asarray(tokens([""]))[0]
-    end, pad = empty[1], empty[-1]
+    end, pad = empty[int(_starts(ids, empty))], empty[-1]
     last = np.max(np.where(ids != pad, np.arange(ids.shape[1]), 0), axis=1)
-    return last if pad == end else last - 1
+    return last if pad == end else np.maximum(last - 1, 0)
+
+
+def over_spaces(edited: Sequence[Space], make: Callable[[Space], tuple[ClosedForm, Any]]) -> tuple[ClosedForm, Any]:
+    """A closed form over all spaces, each solved for apart; of one, the closed form itself."""
+    solvers = [make(space) for space in edited]
+    if len(solvers) == 1:
+        return solvers[0]
+    methods, inputs = zip(*solvers, strict=True)
+    return Apart(tuple(space.names for space in edited), methods), inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Apart(ClosedForm):
+    """Closed forms of different tensors, with a tuple of their inputs."""
+
+    names: tuple[tuple[str, ...], ...]
+    methods: tuple[ClosedForm, ...]
+
+    def solve(self, theta: Params, inputs: tuple[Any, ...]) -> Params:
+        solved = dict(theta)
+        for names, method, own in zip(self.names, self.methods, inputs, strict=True):
+            solved |= method.solve({name: theta[name] for name in names}, own)
+        return solved
 
 
 def aligned(
@@ -149,11 +244,16 @@ def preserved(concepts: Sequence[Concept]) -> list[str]:
 def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (SUBSET,)) -> None:
     """Raises ValueError, in one line, for a run that no closed form can make.
 
-    subsets: those that the method edits, the first one its own.
+    subsets: those that the method edits, the first one its own; where the model has `readings`, `READ` in their place.
     """
-    apart = [set(select(name, tools.denoiser.layouts)).symmetric_difference(tools.subset) for name in subsets]
+    layouts, meaning = tools.denoiser.layouts, SUBSETS[subsets[0]].meaning
+    edited = [set(select(name, layouts)) for name in subsets] if not tools.readings else []
+    if tools.readings:
+        subsets, meaning = (READ,), "the linear layers that read the prompt alone"
+        edited = [{name for name in layouts if any(re.search(r.layers, name) for r in tools.readings)}]
+    apart = [names.symmetric_difference(tools.subset) for names in edited]
     if all(apart):
-        other, edits = sorted(apart[0]), SUBSETS[subsets[0]].meaning
+        other, edits = sorted(apart[0]), meaning
         raise ValueError(
             f"this closed form edits all of {edits}: give subset={subsets[0]!r} (yours differs by {len(other)} "
             f"tensors, {other[0]!r} among them)"

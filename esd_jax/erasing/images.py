@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.method import Tools
@@ -39,7 +39,7 @@ def true_output(
     schedule: Schedule,
     images: Float[Array, "batch ..."],
     noise: Float[Array, "batch ..."],
-    t: Int[Array, " batch"],
+    t: Real[Array, " batch"],
 ) -> Float[Array, "batch ..."]:
     """What the network should output for `add_noise(schedule, images, noise, t)`: eps, v, x0 or the flow's velocity."""
     if schedule.prediction_type == "v_prediction":

@@ -21,21 +21,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.embedding_search import Search, State
 from esd_jax.erasing.method import Models, denoise
-from esd_jax.erasing.textual_inversion import TABLE, Encoder, vocabulary
+from esd_jax.erasing.textual_inversion import Encoder, encode
 from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # examples of a gauge in one call
 
 
 class Member(NamedTuple):
-    """An adversary, of which one part is used and the other stays zero. offset: () where no adversary uses it."""
+    """An adversary, of which one part is used and the other stays zero.
 
-    tokens: Float[Array, "*batch new width"]
+    tokens: of several text encoders, a tuple. offset: () where no adversary uses it.
+    """
+
+    tokens: PyTree[Float[Array, "*batch new _"]]
     offset: Conditioning
 
 
@@ -46,20 +49,24 @@ class Gallery:
 
     images: latents that the base drew of each prompt. ids: of the prompts with so many new tokens in the concept's
       place as each kind of adversary has; of the last kind, vectors, without meaning.
-    named, neutral: c(p) and c(n), leaves [concepts, rows, ...]. text_encoder: its tensors.
+    named, neutral: c(p) and c(n), leaves [concepts, rows, ...]. text_encoder: its tensors. Of several text encoders,
+      ids and tensors are tuples (`textual_inversion.each`).
     radius: of the vectors, [concepts].
     """
 
     images: Float[Array, "concepts rows images height width channel"]
-    ids: Int[Array, "kinds concepts rows tokens"]
+    ids: PyTree[Int[Array, "kinds concepts rows _"]]
     named: Conditioning
     neutral: Conditioning
-    text_encoder: Params
+    text_encoder: Any
     radius: Float[Array, " concepts"]
 
 
 class Place(NamedTuple):
-    """Where a prediction is asked for: which prompt, which of its images, and how it is noised."""
+    """Where a prediction is asked for: which prompt, which of its images, and how it is noised.
+
+    t: a training timestep, which `Schedule.timestep` makes the network's input of.
+    """
 
     row: Int[Array, "*batch"]
     image: Int[Array, "*batch"]
@@ -77,18 +84,6 @@ def drawn(key: Array, gallery: Gallery, low: Array | int, high: int) -> Place:
         jax.random.randint(t, (), low, high),
         jax.random.normal(noise, shape),
     )
-
-
-def encode(
-    text_encoder: Encoder, params: Params, ids: Int[Array, "batch tokens"], new: Float[Array, "batch new width"]
-) -> Conditioning:
-    """`textual_inversion.encode`, of prompts that each have new tokens of their own."""
-    known = vocabulary(params)
-    own = ids >= known
-    theirs = jnp.take_along_axis(new, jnp.where(own, ids - known, 0)[:, :, None], axis=1)
-    embeddings = jnp.where(own[:, :, None], theirs, params[TABLE][jnp.where(own, 0, ids)].astype(new.dtype))
-    encoded = text_encoder.condition(text_encoder.network.apply(params, ids, embeddings))
-    return jax.tree.map(lambda a: a.astype(new.dtype), encoded)
 
 
 class Fixed(NamedTuple):
@@ -114,7 +109,7 @@ class Asked(NamedTuple):
     kind: Int[Array, " batch"]
     row: Int[Array, " batch"]
     x: Float[Array, "batch height width channel"]
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     target: Float[Array, "batch height width channel"]
 
 
@@ -122,7 +117,8 @@ class Asked(NamedTuple):
 class Inversion:
     """The search over one denoiser and text encoder, each step compiled once.
 
-    kinds: how many new tokens each kind of adversary has; 0: vectors. width: of a token's embedding.
+    kinds: how many new tokens each kind of adversary has; 0: vectors. width: of a token's embedding; of several text
+      encoders, a tuple.
     start: standard deviation of the noise that tokens start from. batch, from_t: of a step, see above.
     """
 
@@ -130,7 +126,7 @@ class Inversion:
     text_encoder: Encoder
     schedule: Schedule
     kinds: tuple[int, ...]
-    width: int
+    width: int | tuple[int, ...]
     learning_rate: float
     start: float
     batch: int
@@ -143,7 +139,7 @@ class Inversion:
 
     def blank(self, gallery: Gallery) -> Member:
         """A member of zeros."""
-        tokens = jnp.zeros((max(1, *self.kinds), self.width))
+        tokens = jax.tree.map(lambda width: jnp.zeros((max(1, *self.kinds), width)), self.width)
         return Member(
             tokens, jax.tree.map(lambda a: jnp.zeros(a.shape[2:]), gallery.neutral) if 0 in self.kinds else ()
         )
@@ -153,8 +149,14 @@ class Inversion:
         blank = self.blank(gallery)
         if not (count := self.kinds[kind]):
             return blank
-        noise = self.start * jax.random.normal(key, blank.tokens.shape)
-        return blank._replace(tokens=jnp.where(jnp.arange(len(noise))[:, None] < count, noise, 0))
+        several = isinstance(blank.tokens, tuple)
+        keys = tuple(jax.random.split(key, len(blank.tokens))) if several else key
+
+        def started(tokens: Array, key: Array) -> Array:
+            noise = self.start * jax.random.normal(key, tokens.shape)
+            return jnp.where(jnp.arange(len(noise))[:, None] < count, noise, 0)
+
+        return blank._replace(tokens=jax.tree.map(started, blank.tokens, keys))
 
     def begin(self, gallery: Gallery, kind: int, key: Array) -> State:
         """The state before the first step of a search."""
@@ -179,7 +181,7 @@ class Inversion:
         if vectors is not False:
             free = jax.tree.map(lambda n, d: n[concept, row].astype(d.dtype) + d, gallery.neutral, member.offset)
         if vectors is not True:
-            ids = gallery.ids[kind, concept, row]
+            ids = jax.tree.map(lambda a: a[kind, concept, row], gallery.ids)
             named = encode(self.text_encoder, gallery.text_encoder, ids, member.tokens)
         if free is None or named is None:
             return named if free is None else free
@@ -189,10 +191,11 @@ class Inversion:
 
     def asked(self, models: Models, gallery: Gallery, concept: Array, kind: Array, at: Place) -> Asked:
         """x_t at places, and the target: what the base says of p there."""
-        x = add_noise(self.schedule, gallery.images[concept, at.row, at.image], at.noise, at.t)
+        t = self.schedule.timestep(at.t)
+        x = add_noise(self.schedule, gallery.images[concept, at.row, at.image], at.noise, t)
         named = jax.tree.map(lambda a: a[concept, at.row], gallery.named)
-        target = denoise(self.denoiser, models.base, x, at.t, named)
-        return jax.lax.stop_gradient(Asked(concept, kind, at.row, x, at.t, target))
+        target = denoise(self.denoiser, models.base, x, t, named)
+        return jax.lax.stop_gradient(Asked(concept, kind, at.row, x, t, target))
 
     def errors(
         self, student: Params, gallery: Gallery, member: Member, asked: Asked, vectors: bool | None = None

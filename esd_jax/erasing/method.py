@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from esd_jax.diffusion import guidance
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.concepts import Concept, Tokens
+from esd_jax.families.family import Reading, TokenTable
 from esd_jax.models.attention import Attention
 from esd_jax.params import Conditioning, Network, Params, bare
 
@@ -87,6 +90,13 @@ class Method:
         """(x_t, t) of a batch that `prepare` made: t is one for all, or one for each example."""
         return batch.x, batch.t
 
+    def led(self, inputs: Any) -> tuple[Int[Array, " concepts"], Int[Array, " concepts"]]:
+        """Of each concept that an update may draw, the bank's rows of its prompt and of what that is led to.
+
+        Raises NotImplementedError where updates do not draw their concepts alike.
+        """
+        raise NotImplementedError("this method has an order of its concepts of its own; leave it out")
+
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         """What is done on the host before the first update and after each; None: nothing.
 
@@ -110,7 +120,8 @@ class Tools:
     denoiser, schedule: the network, and what its output means. component: its name.
     shape: of one example's latents (height, width, channel).
     subset: names of the denoiser's tensors that are to be trained.
-    encode: prompts -> Conditioning, refusing what is too long.
+    encode: prompts -> Conditioning, refusing what is too long; of a guidance-distilled network with the scale at which
+      methods score it.
     tokens: prompts -> ids of the (first) tokenizer, padded.
     sample: (prompts, seed, options of `sampling.sample`) -> the base's images.
     to_latents: images -> latents. images: latents of the user's own images.
@@ -118,10 +129,13 @@ class Tools:
     text_encoders: component -> network, one for each text encoder.
     null: (conditioning, where [batch]) -> the same with the family's "no prompt" in some rows; the encoded "" may be
       another one.
-    condition: the text encoders' outputs -> Conditioning.
+    condition: the text encoders' outputs -> Conditioning, with the same scale.
     vectors: conditioning -> what cross-attention reads of it [batch, tokens, width].
+    readings: the layers that read the prompt alone (`Family.readings`); () where cross-attention does.
     guide: of a guidance-distilled family, (conditioning, scales [batch]) -> the conditioning with the scale that the
       network takes as an input; None for a family that is guided classifier-free.
+    tokenizers: component -> tokenizer, one for each text encoder. tables: text encoder -> where new tokens enter it
+      (`Family.tables`); empty where they cannot.
     cache: whether what is computed of the text encoders alone is kept in the user's cache.
     """
 
@@ -141,6 +155,9 @@ class Tools:
     null: Callable[..., Conditioning] = lambda conditioning, where=True: conditioning
     vectors: Callable[[Conditioning], Float[Array, "batch tokens width"]] = lambda conditioning: conditioning
     guide: "Guide | None" = None
+    tokenizers: Mapping[str, Tokens] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
+    tables: Mapping[str, TokenTable] = field(default_factory=dict)
     cache: bool = False
 
 
@@ -214,6 +231,19 @@ def with_guidance(conditioning: Conditioning, guide: Guide | None, scale: Any) -
         return conditioning
     batch = jax.tree.leaves(conditioning)[0].shape[0]
     return guide(conditioning, jnp.full(batch, scale, jnp.float32))
+
+
+def sampling(
+    denoiser: Network, params: Params, prompt: Conditioning, null: Conditioning, scale: Any, guide: Guide | None
+) -> Callable[[Array, Array], Array]:
+    """(x, t) -> the guided output: classifier-free, from `null`; of a network with a `Tools.guide`, its own output with
+    the scale as its input.
+    """
+    network, once = (partial(f, denoiser, params) for f in (denoise, project))
+    if guide is None:
+        return guidance.classifier_free(network, prompt, null, scale, once)
+    prompt = once(with_guidance(prompt, guide, scale))
+    return lambda x, t: network(x, t, prompt)
 
 
 class Scored(NamedTuple):

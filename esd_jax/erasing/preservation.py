@@ -7,14 +7,13 @@ No paper's: ESD, SDD and All but One train on the erased concept alone, and thei
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from esd_jax.diffusion import guidance
+from esd_jax.diffusion import samplers
 from esd_jax.erasing import method as base
 from esd_jax.erasing import trajectories
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
@@ -85,15 +84,9 @@ class Preserving(base.Method):
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
         null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
-        network, once = (partial(f, self.denoiser, models.base) for f in (base.denoise, base.project))
-        if self.guide is None:
-            guided = guidance.classifier_free(network, kept, null, GUIDANCE, once)
-        else:  # the network's output at a scale of 1 is that of the prompt alone
-            sampled, kept = (base.with_guidance(kept, self.guide, scale) for scale in (GUIDANCE, 1.0))
-            sampled = once(sampled)
-            guided = lambda x, t: network(x, t, sampled)  # noqa: E731
+        guided = base.sampling(self.denoiser, models.base, kept, null, GUIDANCE, self.guide)
         x = self.trajectory.run(guided, own.noise, own.index)
-        scored = base.Scored(x, own.t, kept, network(x, own.t, kept))
+        scored = base.Scored(x, own.t, kept, base.denoise(self.denoiser, models.base, x, own.t, kept))
         return Batch(inner, *jax.lax.stop_gradient((scored, inputs.weight)))
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
@@ -109,5 +102,5 @@ def preserving(
     if not prompts:
         return method, inputs
     bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
-    trajectory = trajectories.on_grid(tools.schedule, trajectories.plain(tools.schedule), STEPS)
+    trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), STEPS)
     return Preserving(method, tools.denoiser, trajectory, tools.guide), Inputs(inputs, bank, jnp.float32(weight))

@@ -176,6 +176,9 @@ class Replaying(Method):
     def solve(self, theta: Params, inputs: Any) -> Params:
         return self.method.solve(theta, inputs)
 
+    def led(self, inputs: Any) -> tuple[Array, Array]:
+        return self.method.led(inputs)
+
     def memory(self, shape: tuple[int, ...]) -> Memory:
         """The shapes of what is kept for each example from update to update."""
         return self.replay.memory(shape)

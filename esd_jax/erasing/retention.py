@@ -1,7 +1,7 @@
 """Losses that hold the student to the base where nothing should change, beside any trained method; no paper's alone.
 
     weight mean (e_theta(x_t, r) - e*(x_t, r))^2,    x_t a noised image that the base drew of a preserved prompt r
-    empty  mean (e_theta(x_t, "") - e*(x_t, ""))^2,  x_t the method's own
+    empty  mean (e_theta(x_t, "") - e*(x_t, ""))^2,  x_t another such image; without images, the method's own
 
 `preservation` samples x_t of the first along trajectories instead, which costs more. The second is All but One's
 penalty (Hong et al. 2024), for any method. Prompts whose predictions have drifted most may be drawn more often, as AGE
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
@@ -67,35 +67,74 @@ def retaining(
     prompts = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.preserve))
     if settings.images and not prompts:
         raise ValueError(f"preserve_images={settings.images}: no prompt is preserved; name some, preserve='a | b'")
+    images = _images(tools, prompts, settings.images) if settings.images else None
     if settings.empty:
-        row, weight = tools.encode([""]), jnp.float32(settings.empty)
-        method, inputs = added(method, inputs, tools.denoiser, Emptied(), EmptyInputs(row, weight))
-    if not settings.images:
+        own = EmptyInputs(tools.encode([""]), jnp.float32(settings.empty), images)
+        method, inputs = added(method, inputs, tools.denoiser, Emptied(tools.schedule), own)
+    if images is None:
         return preserving(method, inputs, tools, concepts, settings.weight)
-    drawn = tools.sample(
-        [prompt for prompt in prompts for _ in range(settings.images)], steps=STEPS, guidance_scale=GUIDANCE
-    )
-    images = in_batches(tools.to_latents, drawn, AT_ONCE)
-    images = images.reshape(len(prompts), settings.images, *images.shape[1:])
     bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
     term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts))
     return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, images, jnp.float32(settings.weight)))
 
 
+def _images(tools: Tools, prompts: Sequence[str], count: int) -> Float[Array, "prompts images height width channel"]:
+    """Latents of so many images of each prompt."""
+    drawn = tools.sample([prompt for prompt in prompts for _ in range(count)], steps=STEPS, guidance_scale=GUIDANCE)
+    latents = in_batches(tools.to_latents, drawn, AT_ONCE)
+    return latents.reshape(len(prompts), count, *latents.shape[1:])
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EmptyInputs:
+    """images: latents, those of each preserved prompt; None: the method's own x_t are taken."""
+
     row: Conditioning
     weight: Float[Array, ""]
+    images: Float[Array, "prompts images height width channel"] | None = None
 
 
+class Noised(NamedTuple):
+    """An image, by its prompt and number, and how it is noised. t: uniform, half of them from `HIGH` on."""
+
+    t: Real[Array, "*batch"]
+    prompt: Int[Array, "*batch"]
+    image: Int[Array, "*batch"]
+    noise: Float[Array, "*batch height width channel"]
+
+    def of(self, schedule: Schedule, images: Float[Array, "prompts images height width channel"]) -> Array:
+        """x_t."""
+        return add_noise(schedule, images[self.prompt, self.image], self.noise, self.t)
+
+
+def noised(key: Array, images: Array, schedule: Schedule) -> Noised:
+    """The draw of one example."""
+    t, prompt, image, noise, high = jax.random.split(key, 5)
+    least = jnp.where(jax.random.bernoulli(high), int(HIGH * schedule.num_train_timesteps), 0)
+    return Noised(
+        schedule.timestep(jax.random.randint(t, (), least, schedule.num_train_timesteps)),
+        jax.random.randint(prompt, (), 0, images.shape[0]),
+        jax.random.randint(image, (), 0, images.shape[1]),
+        jax.random.normal(noise, images.shape[2:]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class Emptied(Term):
-    """The empty prompt, held to the base at the method's own x_t."""
+    """The empty prompt, held to the base on noised images of the preserved prompts, or at the method's own x_t."""
+
+    schedule: Schedule
 
     salt = 2
 
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: EmptyInputs) -> Any:
+        if (images := inputs.images) is None:
+            return ()
+        return jax.vmap(lambda key: noised(key, images, self.schedule))(example_keys)
+
     def point(self, models: Models, draws: Any, inputs: EmptyInputs, own: tuple[Array, Array]) -> Point:
-        x, t = own
+        x, t = own if inputs.images is None else (draws.of(self.schedule, inputs.images), draws.t)
         row = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), *a.shape[1:])), inputs.row)
         return Point(x, t, row, row, inputs.weight)
 
@@ -111,16 +150,12 @@ class ImagedInputs:
 
 
 class ImagedDraws(NamedTuple):
-    """t: uniform, half of them from `HIGH` on. prompt: uniform.
+    """worst: whether one of the worst prompts takes the place of at's, `place` (0 to 1) among them.
 
-    worst: whether one of the worst takes its place, `place` (0 to 1) among them.
     scored: the key of the noise under which all prompts are scored.
     """
 
-    t: Int[Array, " batch"]
-    prompt: Int[Array, " batch"]
-    image: Int[Array, " batch"]
-    noise: Float[Array, "batch height width channel"]
+    at: Noised
     worst: Bool[Array, " batch"]
     place: Float[Array, " batch"]
     scored: Array
@@ -146,21 +181,10 @@ class Imaged(Term):
     def draw(
         self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: ImagedInputs
     ) -> ImagedDraws:
-        prompts, images = inputs.images.shape[:2]
-        total = self.schedule.num_train_timesteps
-
         def example(own: Array) -> ImagedDraws:
-            t, prompt, image, noise, worst, place, high = jax.random.split(own, 7)
-            least = jnp.where(jax.random.bernoulli(high), int(HIGH * total), 0)
-            return ImagedDraws(
-                jax.random.randint(t, (), least, total),
-                jax.random.randint(prompt, (), 0, prompts),
-                jax.random.randint(image, (), 0, images),
-                jax.random.normal(noise, shape),
-                jax.random.bernoulli(worst),
-                jax.random.uniform(place),
-                key,
-            )
+            at, worst, place = jax.random.split(own, 3)
+            at = noised(at, inputs.images, self.schedule)
+            return ImagedDraws(at, jax.random.bernoulli(worst), jax.random.uniform(place), key)
 
         return jax.vmap(example)(example_keys)._replace(scored=key)  # the same for all
 
@@ -178,11 +202,12 @@ class Imaged(Term):
         quarter = -(-self.count // 4)
         place = jnp.minimum((draws.place * quarter).astype(jnp.int32), quarter - 1)
         worst = jnp.take_along_axis(memory, place[:, None], axis=1)[:, 0]
-        return memory, draws._replace(prompt=jnp.where(draws.worst, worst, draws.prompt))
+        return memory, draws._replace(at=draws.at._replace(prompt=jnp.where(draws.worst, worst, draws.at.prompt)))
 
     def drift(self, models: Models, key: Array, inputs: ImagedInputs) -> Float[Array, " prompts"]:
         """d of each prompt: of its first image at the times of `SCORED_AT`, under noise that is the same for all."""
-        times = jnp.asarray([int(part * self.schedule.num_train_timesteps) for part in SCORED_AT])
+        total = self.schedule.num_train_timesteps
+        times = self.schedule.timestep(jnp.asarray([int(part * total) for part in SCORED_AT]))
         noise = jax.random.normal(key, (len(times), *inputs.images.shape[2:]))
         rows = inputs.bank.take("kept", jnp.arange(self.count))
 
@@ -195,6 +220,5 @@ class Imaged(Term):
         return jax.lax.map(of, (inputs.images[:, 0], rows), batch_size=AT_ONCE)
 
     def point(self, models: Models, draws: ImagedDraws, inputs: ImagedInputs, own: tuple[Array, Array]) -> Point:
-        x = add_noise(self.schedule, inputs.images[draws.prompt, draws.image], draws.noise, draws.t)
-        row = inputs.bank.take("kept", draws.prompt)
-        return Point(x, draws.t, row, row, inputs.weight)
+        row = inputs.bank.take("kept", draws.at.prompt)
+        return Point(draws.at.of(self.schedule, inputs.images), draws.at.t, row, row, inputs.weight)

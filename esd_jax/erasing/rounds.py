@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import add_noise
-from esd_jax.erasing import contexts, inversion, textual_inversion
+from esd_jax.erasing import contexts, inversion
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.contexts import Context
 from esd_jax.erasing.embedding_search import State
@@ -32,8 +32,10 @@ from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.inversion import Case, Gallery, Inversion, Member, Place
 from esd_jax.erasing.method import Interval, Method, Models, Session, Tools
 from esd_jax.erasing.round_settings import RoundsSettings
+from esd_jax.erasing.soft_tokens import Text
 from esd_jax.erasing.terms import Point, Term, added
-from esd_jax.erasing.textual_inversion import NAME, TABLE, Encoder
+from esd_jax.erasing.textual_inversion import NAME, Encoder, together
+from esd_jax.families import NEEDS
 from esd_jax.params import shape_of
 
 AT_ONCE = 8  # images encoded
@@ -60,28 +62,27 @@ def adding(
       prompts: of each concept, as many of one as of another.
       sampling: options of `Tools.sample` for the images.
 
-    Raises ValueError for a checkpoint with several text encoders, images of the user's, a from_t that the schedule does
-    not have, or new tokens that do not fit into a prompt.
+    Raises ValueError for a family whose text encoders take no new tokens, images of the user's, a from_t that the
+    schedule does not have, or new tokens that do not fit into a prompt.
     """
     if not settings.rounds_every:
         return method, inputs
     what = f"rounds_every={settings.rounds_every}"
-    if (number := len(tools.text_encoders)) != 1:
-        raise ValueError(f"{what}: the search is for checkpoints with one text encoder, but this one has {number}")
+    if not tools.tables:
+        raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
     if tools.images is not None:
         raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
     if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
         raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
-    ((name, network),) = tools.text_encoders.items()
-    params = {key: jnp.array(value) for key, value in tools.params[name].items()}  # the run may move its base away
+    text = text_of(tools)
     kinds = inversion.lengths(settings.rounds_tokens)
-    gallery = make_gallery(settings, tools, params, kinds, prompts, sampling)
+    gallery = make_gallery(settings, tools, text, kinds, prompts, sampling)
     search = Inversion(
         tools.denoiser,
-        Encoder(network, lambda output: tools.condition([output])),
+        text.encoder,
         tools.schedule,
         kinds,
-        params[TABLE].shape[1],
+        jax.tree.map(lambda table: table.shape[1], text.encoder.table(text.params)),
         settings.rounds_rate,
         settings.rounds_start,
         settings.rounds_batch,
@@ -96,22 +97,30 @@ def adding(
     return added(method, inputs, tools.denoiser, term, Inputs(gallery, gauged, weight))
 
 
+def text_of(tools: Tools) -> Text:
+    """The text encoders of a checkpoint, with tensors of their own: a run may move its base away."""
+    names = tuple(tools.text_encoders)
+    tables = tuple(tools.tables[name] for name in names)
+    networks = together(tools.text_encoders[name] for name in names)
+    params = together({key: jnp.array(value) for key, value in tools.params[name].items()} for name in names)
+    encoder = Encoder(networks, tools.condition, tuple(table.tensor for table in tables))
+    return Text(encoder, params, tuple(tools.tokenizers[name] for name in names), tables)
+
+
 def make_gallery(
     settings: RoundsSettings,
     tools: Tools,
-    params: Any,
+    text: Text,
     kinds: Sequence[int],
     prompts: Sequence[Prompts],
     sampling: Mapping[str, Any],
 ) -> Gallery:
     """What the searches and updates know of the concepts."""
-    known, count = textual_inversion.vocabulary(params), settings.rounds_images
-    rows = len(prompts[0].named)
-
-    def ids(template: str, length: int) -> np.ndarray:
-        return textual_inversion.place(tools.tokens, template, range(known, known + length))
-
-    placed = [[[ids(template, length) for template in one.template] for one in prompts] for length in kinds]
+    count, rows = settings.rounds_images, len(prompts[0].named)
+    placed = [text.place(template, length) for length in kinds for one in prompts for template in one.template]
+    ids = jax.tree.map(
+        lambda *each: jnp.asarray(np.stack(each).reshape(len(kinds), len(prompts), rows, -1), jnp.int32), *placed
+    )
 
     def encoded(texts: list[str]) -> Any:
         return jax.tree.map(lambda a: a.reshape(len(prompts), rows, *a.shape[1:]), tools.encode(texts))
@@ -121,7 +130,7 @@ def make_gallery(
     images = in_batches(tools.to_latents, tools.sample(asked, seed=settings.rounds_seed, **sampling), AT_ONCE)
     images = images.reshape(len(prompts), rows, count, *images.shape[1:])
     radius = settings.rounds_radius * inversion.mean_distance(named, neutral)
-    return Gallery(images, jnp.asarray(np.asarray(placed, np.int32)), named, neutral, params, radius)
+    return Gallery(images, ids, named, neutral, text.params, radius)
 
 
 def prompts_of(
@@ -246,10 +255,11 @@ class Rounds(Term):
 
     def point(self, models: Models, draws: Recalled, inputs: Inputs, own: tuple[Array, Array]) -> Point:
         gallery, at, concept = inputs.gallery, draws.at, draws.concept
-        x = add_noise(self.inversion.schedule, gallery.images[concept, at.row, at.image], at.noise, at.t)
+        t = self.inversion.schedule.timestep(at.t)
+        x = add_noise(self.inversion.schedule, gallery.images[concept, at.row, at.image], at.noise, t)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
-        return Point(x, at.t, asked, neutral, inputs.weight * jnp.mean(draws.filled.astype(jnp.float32)))
+        return Point(x, t, asked, neutral, inputs.weight * jnp.mean(draws.filled.astype(jnp.float32)))
 
     def between(self, session: Session, memory: Memory, inputs: Inputs) -> Interval | None:
         """A round, where it is time for one and it was not made yet."""

@@ -146,6 +146,9 @@ class Terms(base.Method):
                 return interval._replace(memory=self._packed(inner, parts))
         return None
 
+    def led(self, inputs: Inputs) -> tuple[Array, Array]:
+        return self.method.led(inputs.inner)
+
     def solve(self, theta: Params, inputs: Inputs) -> Params:
         return self.method.solve(theta, inputs.inner)
 

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
-from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.samplers import Sampler
 from esd_jax.diffusion.schedule import Schedule
 
@@ -151,11 +150,6 @@ def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
             f"sampler {result.name!r} calls the network twice a step, which is not implemented; use 'ddim'"
         )
     return result
-
-
-def plain(schedule: Schedule) -> str:
-    """The sampler of first order without noise along a schedule's path."""
-    return "ddim" if schedule.path is VARIANCE_PRESERVING else samplers.FLOW_EULER
 
 
 def _spacing(schedule: Schedule, name: str) -> str | None:

@@ -14,14 +14,16 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from esd_jax.families.family import NEEDS, Configs, Family
+from esd_jax.families.family import NEEDS, Configs, Family, TokenTable
 from esd_jax.families.flux import FLUX
 from esd_jax.families.sd import SD
 from esd_jax.families.sd3 import SD3
 from esd_jax.families.sdxl import SDXL
 from esd_jax.suggest import did_you_mean
 
-__all__ = ["FLUX", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "by_pipeline", "module", "of", "register"]
+__all__ = [
+    "FLUX", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "TokenTable", "by_pipeline", "module", "of", "register",
+]  # fmt: skip
 
 _FAMILIES = [SD, SDXL, FLUX, SD3]
 
@@ -30,12 +32,14 @@ def register(family: Family) -> Family:
     """Makes a family known, in place of one of the same name.
 
     Raises ValueError for a pipeline class, or components of the same config classes, that another family has; for
-    components without a VAE or the denoiser; and for what is none of `NEEDS`.
+    components without a VAE or the denoiser; for `tables` of some text encoders alone; and for what is none of `NEEDS`.
     """
     if missing := sorted({"vae", family.denoiser} - family.components.keys()):
         raise ValueError(f"{family.name}: its components lack {missing[0]!r}")
     if unknown := sorted(family.provides - NEEDS.keys()):
         raise ValueError(f"{family.name} provides {unknown[0]!r}, which is unknown; {did_you_mean(unknown[0], NEEDS)}")
+    if family.tables and (others := sorted(set(family.text_encoders) ^ family.tables.keys())):
+        raise ValueError(f"{family.name}: tables are for all text encoders or for none, but see {others[0]!r}")
     others = [other for other in _FAMILIES if other.name != family.name]
     for other in others:
         if family.pipeline == other.pipeline or _configs(family) == _configs(other):

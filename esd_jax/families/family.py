@@ -1,7 +1,7 @@
 """What model families differ in, as one value: nothing else asks which model it is."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from esd_jax.diffusion.schedule import Schedule
@@ -13,14 +13,45 @@ Configs = Mapping[str, Any]  # component -> its architecture, of the class that 
 # What methods, attacks and formats may need of a family, and what it means.
 NEEDS = {
     "cross_attention": "cross-attention layers that read the prompt",
-    "one_clip": "one CLIP text encoder",
+    "soft_tokens": "text encoders that take the embeddings of new tokens",
+    "one_vocabulary": "text encoders that all read the same tokens",
     "variance_preserving": "a variance-preserving noise schedule",
     "classifier_free": "guidance by the empty prompt",
     "single_file": "a single-file layout that ComfyUI opens",
+    "prompt_layers": "linear layers that read the prompt and nothing else",
     "attention_names": "cross-attention layers with the names that diffusers gives them: attn2.to_q, to_k, to_v",
     "lora_names": "a LoRA layout that diffusers opens",
     "kohya_names": "a LoRA layout of kohya's trainer that diffusers and ComfyUI open",
 }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Linear layers of the denoiser that read the encoded prompt and nothing else: what closed forms can edit.
+
+    layers: a regular expression, found in the names of their weights.
+    vectors: conditioning -> what they read of it [batch, tokens, width].
+    encoders: the text encoders whose tokens these are, one after another; () of one vector for the whole prompt.
+    """
+
+    layers: str
+    vectors: Callable[[Conditioning], Any]
+    encoders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Where new tokens enter a text encoder: its network takes (ids, embeddings), and reads the embeddings.
+
+    tensor: its table of token embeddings [vocabulary, width]. start: whether a token stands before those of a prompt.
+    """
+
+    tensor: str
+    start: bool
+
+
+CLIP_TABLE = TokenTable("embeddings.token_embedding.weight", start=True)
+T5_TABLE = TokenTable("shared.weight", start=False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +87,8 @@ class Family:
     schedule: `scheduler_config.json` -> the noise schedule, along the family's path.
     at_size: (configs, schedule, (height, width) in pixels) -> the schedule for images of this size.
     subsets: name -> which tensors of the denoiser are trained.
-    provides: which of `NEEDS` it meets; "classifier_free" goes without saying where there is no `guide`.
+    provides: which of `NEEDS` it meets; some go without saying (`meets`).
+    readings: the layers that closed forms edit, where these are not the keys and values of cross-attention.
     optional: the components that a checkpoint may lack.
     lengths: configs -> text encoder -> the number of tokens to which prompts are padded or cut.
     guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
@@ -65,6 +97,8 @@ class Family:
     zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
       `model_index.json` overrides it.
     label: configs -> the version of the model in short ("SD 1"); by default the family's name.
+    tables: text encoder -> where new tokens enter it; of all text encoders, or of none. One soft token has an embedding
+      in each of them.
     """
 
     name: str
@@ -84,11 +118,13 @@ class Family:
     at_size: Callable[[Configs, Schedule, tuple[int, int]], Schedule] = lambda configs, schedule, size: schedule
     provides: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    readings: tuple[Reading, ...] = ()
     lengths: Callable[[Configs], Mapping[str, int]] = padded_lengths
     guide: Callable[[Conditioning, Any], Conditioning] | None = None
     sampling: Callable[[Configs], Sampling] = lambda configs: Sampling()
     zeros_for_null: bool = False
     label: Callable[[Configs], str] | None = None
+    tables: Mapping[str, TokenTable] = field(default_factory=dict)
 
     def called(self, configs: Configs) -> str:
         """What a checkpoint of the family is called in short."""
@@ -109,9 +145,23 @@ class Family:
             type(config) in self.components[name].values() for name, config in configs.items()
         )
 
+    @property
+    def meets(self) -> frozenset[str]:
+        """Which of `NEEDS` it meets: those that it provides, and those that go without saying."""
+        implied = {
+            "classifier_free": self.guide is None,
+            "soft_tokens": bool(self.tables),
+            "one_vocabulary": len(self.tables) == 1,
+            "prompt_layers": bool(self.readings) or {"attention_names", "cross_attention"} <= self.provides,
+        }
+        return self.provides | {need for need, met in implied.items() if met}
+
+    def lacks(self, needs: Collection[str], who: str) -> str:
+        """A sentence on the first need of a `who` that the family does not meet; empty if it meets all."""
+        missing = sorted(set(needs) - self.meets)
+        return f"{who} needs {NEEDS[missing[0]]}, which {self.name} does not have" if missing else ""
+
     def require(self, needs: Collection[str], who: str) -> None:
         """Raises ValueError, naming the first that is missing, unless the family meets all needs of a `who`."""
-        provided = self.provides | ({"classifier_free"} if self.guide is None else frozenset())
-        for need in sorted(needs):
-            if need not in provided:
-                raise ValueError(f"{who} needs {NEEDS[need]}, which {self.name} does not have")
+        if missing := self.lacks(needs, who):
+            raise ValueError(missing)

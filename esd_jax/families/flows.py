@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from esd_jax.diffusion.flow import FlowSchedule
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.families.family import Configs
+from esd_jax.families.family import Configs, Reading
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from esd_jax.models.mmdit import FlowConditioning
 from esd_jax.models.t5 import T5Config, T5EncoderModel
@@ -69,8 +69,21 @@ def _is_of_the_image(name: str, dense: bool) -> bool:
     return dense and "blocks." in name and not re.search(r"add_|context|\.norm", name)
 
 
+# What the text's stream begins with, and what of the pooled prompt is added to the time: all else sees the image, too.
+TOKENS_LAYER, POOLED_LAYER = r"^context_embedder\.weight$", r"^time_text_embed\.text_embedder\.linear_1\.weight$"
+
+
+def readings(*encoders: str) -> tuple[Reading, ...]:
+    """The two layers that read the prompt alone. encoders: whose tokens the text's stream consists of."""
+    return (
+        Reading(TOKENS_LAYER, lambda conditioning: conditioning.embeddings, encoders),
+        Reading(POOLED_LAYER, lambda conditioning: conditioning.pooled[:, None]),
+    )
+
+
 ESD = "Erasing Concepts from Diffusion Models, diffusers code of 2026"
 ERASE_ANYTHING = "EraseAnything: Enabling Concept Erasure in Rectified Flow Transformers (Gao et al., 2025)"
+UCE = "Unified Concept Editing in Diffusion Models (Gandikota et al., 2024), code for FLUX"
 OURS = "this package"
 
 # SD's names for cross-attention mean nothing here: attn2 of SD3.5 is the self-attention of the image.
@@ -95,5 +108,6 @@ SUBSETS: dict[str, Subset] = {
         "queries and keys of the blocks of two streams",
         OURS,
     ),
+    "uce": Subset(_of(f"{TOKENS_LAYER}|{POOLED_LAYER}"), "the linear layers that read the prompt alone", UCE),
     "eraseanything": Subset(_of(r"\.attn\.add_[qk]_proj\."), "the text's queries and keys", ERASE_ANYTHING),
 }

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from esd_jax.diffusion.flow import FlowSchedule
 from esd_jax.families import flows
-from esd_jax.families.family import Configs, Family, Sampling
+from esd_jax.families.family import CLIP_TABLE, T5_TABLE, Configs, Family, Sampling
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.flux import FluxConfig, FluxTransformer2DModel
 from esd_jax.models.mmdit import FlowConditioning
@@ -91,7 +91,9 @@ FLUX = Family(
     provides=flows.PROVIDES | {"kohya_names"},
     at_size=flows.at_size,
     lengths=lengths,
+    readings=flows.readings("text_encoder_2"),
     guide=guide,
     sampling=lambda configs: Sampling(28, GUIDANCE) if _is_dev(configs) else Sampling(4, 1.0),
     label=lambda configs: "FLUX.1 [dev]" if _is_dev(configs) else "FLUX.1 [schnell]",
+    tables={"text_encoder": CLIP_TABLE, "text_encoder_2": T5_TABLE},
 )

@@ -2,7 +2,7 @@
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import unets
-from esd_jax.families.family import NEEDS, Family
+from esd_jax.families.family import CLIP_TABLE, NEEDS, Family
 from esd_jax.selection import SUBSETS
 
 SD_2_WIDTH = 1024  # of its text encoder; SD 1 has 768
@@ -24,4 +24,5 @@ SD = Family(
     check=unets.check,
     provides=frozenset(NEEDS),
     label=lambda configs: "SD 2" if configs["text_encoder"].hidden_size == SD_2_WIDTH else "SD 1",
+    tables={"text_encoder": CLIP_TABLE},
 )

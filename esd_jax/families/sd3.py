@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from esd_jax.diffusion.flow import FlowSchedule
 from esd_jax.families import flows
-from esd_jax.families.family import Configs, Family, Sampling
+from esd_jax.families.family import CLIP_TABLE, T5_TABLE, Configs, Family, Sampling
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.mmdit import FlowConditioning
 from esd_jax.models.sd3 import PATCH, SD3Config, SD3Transformer2DModel
@@ -104,7 +104,9 @@ SD3 = Family(
     provides=flows.PROVIDES,
     at_size=flows.at_size,
     optional=frozenset({"text_encoder_3"}),
+    readings=flows.readings("text_encoder", "text_encoder_3"),  # the second CLIP's tokens are beside the first's
     lengths=lengths,
     sampling=lambda configs: Sampling(28, 7.0),
     label=lambda configs: "SD 3.5" if configs[flows.DENOISER].qk_norm else "SD 3",
+    tables={**dict.fromkeys(CLIPS, CLIP_TABLE), "text_encoder_3": T5_TABLE},
 )

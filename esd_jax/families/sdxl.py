@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from esd_jax.families import unets
-from esd_jax.families.family import NEEDS
+from esd_jax.families.family import CLIP_TABLE
 from esd_jax.families.sd import SD
 
 SDXL = replace(
@@ -12,7 +12,7 @@ SDXL = replace(
     pipeline="StableDiffusionXLPipeline",
     components={**unets.COMPONENTS, "text_encoder_2": unets.CLIP},
     encode=unets.encode_two,
-    provides=frozenset(NEEDS) - {"one_clip"},
     zeros_for_null=True,
     label=None,
+    tables={"text_encoder": CLIP_TABLE, "text_encoder_2": CLIP_TABLE},
 )

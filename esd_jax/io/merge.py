@@ -87,11 +87,11 @@ def merge(
     expected = source_hash(base)
     changes: list[dict[str, np.ndarray]] = []
     for part, strength in parts:
-        changes.append(_change(base, part, strength, expected, force))
-    names = sorted({name for change in changes for name in change})
+        changes.append(change(base, part, strength, expected, force))
+    names = sorted({name for own in changes for name in own})
     shared, dots, edits = [], np.zeros((len(parts), len(parts))), {}
     for name in names:
-        own = {i: np.asarray(change[name], np.float64).ravel() for i, change in enumerate(changes) if name in change}
+        own = {i: np.asarray(one[name], np.float64).ravel() for i, one in enumerate(changes) if name in one}
         total = sum(own.values(), np.zeros(1))
         first = np.asarray(_exact(base, name))
         value = first + total.reshape(first.shape)
@@ -115,8 +115,11 @@ def _exact(pipeline: Pipeline, name: str) -> Array:
     return read_exact(pipeline, [name])[name]
 
 
-def _change(base: Pipeline, part: Pipeline, strength: float, expected: str, force: bool) -> dict[str, np.ndarray]:
-    """What a part changed, times its strength."""
+def change(base: Pipeline, part: Pipeline, strength: float, expected: str, force: bool) -> dict[str, np.ndarray]:
+    """What a part changed, times its strength. expected: the base's hash; force: take parts of another base, too.
+
+    Raises ValueError for a part of another base or architecture, or one that changes nothing.
+    """
     names, records, networks = list(part.edits), part.provenance.erased, (base.denoiser, *base.text_encoders)
     if part.configs[base.denoiser] != base.configs[base.denoiser]:
         raise ValueError(f"{part.provenance.source} has a denoiser of another architecture than the base")

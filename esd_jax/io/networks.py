@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esd_jax import progress
+from esd_jax import progress, streamed
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
 from esd_jax.params import Network, Params
@@ -64,6 +64,8 @@ def read_network(
     dtype: Any,
     sharding: Placement,
 ) -> Params:
+    if streamed.applies(net.shapes):
+        return {name: tensors.map_jax(*places[name], s.shape, net.layouts[name]) for name, s in net.shapes.items()}
     params = {}
     with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
         for name, shape in net.shapes.items():

@@ -142,6 +142,14 @@ def read(header: Header, key: str, rows: tuple[int, int] | None = None) -> np.nd
     return array
 
 
+def mapped(header: Header, key: str) -> np.ndarray:
+    """A tensor as the file has it, left there until it is read. Raises ValueError as `read`, but for its values."""
+    entry = header.entries[key]
+    _check_dtype(header, key)
+    place, size = header.data + entry.start, entry.stop - entry.start
+    return np.memmap(header.path, np.uint8, "r", place, (size,)).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
 def check_weights(header: Header, prefixes: tuple[str, ...] = ("",)) -> None:
     """Raises ValueError, before any is read, for a weight of a dtype that `read` refuses, or that has a scale."""
     for key in header.entries:

@@ -66,6 +66,12 @@ def read_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout:
     return np.ascontiguousarray(safetensors.from_file(array, layout))
 
 
+def map_jax(header: Header, source: TensorFile, shape: tuple[int, ...], layout: str) -> np.ndarray:
+    """A tensor that is all that lies under its key, in JAX layout, of JAX shape `shape`: a view of its file."""
+    array = safetensors.mapped(header, source.key).reshape(safetensors.file_shape(shape, layout))
+    return safetensors.from_file(array, layout)
+
+
 def put(array: np.ndarray, source: TensorFile, values: np.ndarray) -> None:
     """Writes a tensor's values, in torch layout, to its place in `array`, which is all that lies under its key."""
     place = array if source.rows is None else array[slice(*source.rows)]

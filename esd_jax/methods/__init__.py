@@ -7,6 +7,7 @@ from esd_jax.methods.esd import ESD
 from esd_jax.methods.forget_me_not import ForgetMeNot
 from esd_jax.methods.oce import OCE
 from esd_jax.methods.rece import RECE
+from esd_jax.methods.redirect import Redirect
 from esd_jax.methods.sdd import SDD
 from esd_jax.methods.speed import SPEED
 from esd_jax.methods.stereo import STEREO
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Settings]] = {  # pyright: ignore[reportAssignmentType]
     "ablating": Ablating,
     "forget_me_not": ForgetMeNot,
     "stereo": STEREO,
+    "redirect": Redirect,
     "uce": UCE,
     "rece": RECE,
     "speed": SPEED,

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Real, UInt8
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
@@ -106,6 +106,11 @@ class Ablating:
             "subset": "attn", "optimizer": "adamw", "weight_decay": 1e-2, "max_grad_norm": 0.25,
             "learning_rate": 6.4e-5, "steps": 400, "batch_size": 8,
         },
+        "flow": {
+            "detach_bos": False, "drawing_sampler": "flow_euler", "drawing_steps": 28, "drawing_guidance": 3.5,
+            "subset": "flow-kv-text", "rank": 16, "optimizer": "adamw", "weight_decay": 1e-2,
+            "learning_rate": 1e-4, "steps": 100, "batch_size": 8,
+        },
     }  # fmt: skip
 
     def __post_init__(self):
@@ -116,7 +121,8 @@ class Ablating:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"classifier_free", *(["cross_attention"] if self.detach_bos else [])})
+        nudity, detached = self.kind == "nudity", self.detach_bos
+        return frozenset([*(["classifier_free"] if nudity else []), *(["cross_attention"] if detached else [])])
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
         """The method, with the anchor's images sampled (unless the user has some) and every caption encoded.
@@ -174,19 +180,19 @@ class Draws(NamedTuple):
     prior: (image, t, noise) of the examples on which the anchor is kept.
     """
 
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     concept: Int[Array, " batch"]
     image: Int[Array, " batch"]
     caption: Int[Array, " batch"]
     noise: Float[Array, "batch height width channel"]
-    prior: tuple[Int[Array, " batch"], Int[Array, " batch"], Float[Array, "batch height width channel"]] | None
+    prior: tuple[Int[Array, " batch"], Real[Array, " batch"], Float[Array, "batch height width channel"]] | None
 
 
 class Scored(NamedTuple):
     """What the student is scored on, and where."""
 
     x: Float[Array, "batch height width channel"]
-    t: Int[Array, " batch"]
+    t: Real[Array, " batch"]
     conditioning: Conditioning
     target: Float[Array, "batch height width channel"]
     mask: Float[Array, "batch height width 1"]
@@ -237,7 +243,7 @@ class Method(base.Method):
             image, t, noise = jax.random.split(key, 3)
             return (
                 jax.random.randint(image, (), 0, views),
-                jax.random.randint(t, (), 0, self.schedule.num_train_timesteps),
+                self.schedule.timestep(jax.random.randint(t, (), 0, self.schedule.num_train_timesteps)),
                 jax.random.normal(noise, shape),
             )
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from esd_jax.diffusion.rules import largest
+from esd_jax.diffusion import rules, samplers
 from esd_jax.erasing import contexts, replay, rounds, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank, reader
@@ -57,7 +57,7 @@ class AllButOne(RoundsSettings):
     erase_scale, replace_scale: of the instructions that a concept brings itself.
     gamma_1, gamma_2: guidance of the teacher, and the guidance at which the student is to draw the same.
     penalty: lambda. At 0 no gradient reaches the student's prediction for the empty prompt.
-    sampling_steps: T, of the teacher's DDIM trajectory.
+    sampling_steps: T, of the teacher's trajectory, by DDIM; along a rectified flow by Euler's method.
     delta_index: what the window counts: "step", or "tau" = T - step.
     window_start, window_end: of delta, as parts of T, both included. delta_warmup: no delta below this count.
     kappa: of |D|, what lies below this quantile is left out.
@@ -104,6 +104,7 @@ class AllButOne(RoundsSettings):
         "table1": {"subset": "to_out", **ADAMW},
         "supp": {"penalty": 1.0, "subset": "xattn", **ADAMW},
         "purify": {"penalty": 0.0, "subset": "xattn", **ADAMW},
+        "sd3": {**ADAMW, "sampling_steps": 28, "subset": "flow-text", "rank": 16, "learning_rate": 1e-4},
     }
 
     def __post_init__(self):
@@ -129,7 +130,7 @@ class AllButOne(RoundsSettings):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"variance_preserving", *(["cross_attention"] if self.delta == "implicit" else [])})
+        return frozenset({"classifier_free", *(["cross_attention"] if self.delta == "implicit" else [])})
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """All but One over the concepts. Raises ValueError for images, and for what contradicts the settings."""
@@ -146,7 +147,7 @@ class AllButOne(RoundsSettings):
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
         becomes = {"student": lambda c: c.from_ or c.text, "anchor": lambda c: next(iter(c.replace_with), "")}
         named = rounds.prompts_of(concepts, contexts.parse(self.contexts), becomes) if self.rounds_every else []
-        trajectory = trajectories.on_grid(tools.schedule, "ddim", self.sampling_steps)
+        trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
@@ -310,7 +311,7 @@ class Method(base.Method):
         def with_others(others: Sequence[Conditioning]) -> tuple[Array, Array]:
             eps_null, *eps = score([null, concept, *others])
             directions = [e - eps_null for e in eps]
-            kept = (largest(d, self.settings.kappa, self.settings.quantile_of) for d in directions)
+            kept = (rules.largest(d, self.settings.kappa, self.settings.quantile_of) for d in directions)
             delta = sum(scales[:, j] * d for j, d in enumerate(kept))
             return eps_null, inputs.gamma_1 * directions[0] + delta
 
@@ -318,6 +319,15 @@ class Method(base.Method):
             return with_others([])
         # Outside the window the instructions' predictions would be multiplied by zero.
         return jax.lax.cond(active, lambda: with_others(others), lambda: with_others([]))
+
+    def led(self, inputs: Inputs) -> tuple[Array, Array]:
+        """To the first instruction that is followed, not avoided, if one is; else to the empty prompt."""
+        concept, texts = inputs.bank.roles["concept"], inputs.bank.roles["instruction"]
+        if inputs.scales.shape[1] < 2:
+            return concept, jnp.zeros_like(concept)
+        followed = inputs.scales[:, 1:] > 0
+        first = jnp.take_along_axis(texts, jnp.argmax(followed, axis=1)[:, None], axis=1)[:, 0]
+        return concept, jnp.where(followed.any(axis=1), first, 0)
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         """The concept's term and the penalty, each a mean over all elements, in float32 at least."""

@@ -8,8 +8,9 @@ erased from, too (no paper's; `contexts`), with the rest of the prompt as anchor
 
     L      = mean (e_theta(x_t, p) - target)^2,    anchor = p without c,    x_t drawn from p
 
-Three published variants differ in how x_t, its timestep and the anchor are chosen; `ESD.PRESETS` reproduces each with
-its off-by-ones, as switches of one implementation.
+Published variants differ in how x_t, its timestep and the anchor are chosen; `ESD.PRESETS` reproduces each with its
+off-by-ones, as switches of one implementation. Along a rectified flow e is the velocity: at one x_t and t it is an
+affine function of the noise that it implies, so the equations are the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,12 @@ class ESD(RoundsSettings):
         "anchor": ("null", "from", "auto"),
         "sample_prompt": ("concept", "from"),
     }
+    # "flux2026" is the released code for FLUX.1 [dev]; the three after it are this package's, untuned.
+    FLOW: ClassVar[Mapping[str, Any]] = {
+        "sample_with": "teacher", "sampler": "flow_euler", "timestep_mode": "grid", "sampling_steps": 28,
+        "subset": "flow-text", "rank": 16, "optimizer": "adam", "learning_rate": 1e-4, "steps": 1400,
+        "sampling_guidance": 3.5, "height": 512, "width": 512,
+    }  # fmt: skip
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000},
         "esd2025": {
@@ -114,6 +121,10 @@ class ESD(RoundsSettings):
             "updates_per_trajectory": 10, "trajectory_buffer": 4,
             "subset": "esd-x", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000,
         },
+        "flux2026": {**FLOW, "anchor": "from", "sample_prompt": "from", "subset": "esd-x", "rank": 0},
+        "flux": {**FLOW},
+        "schnell": {**FLOW, "sampling_steps": 4, "updates_per_trajectory": 4},
+        "sd3": {**FLOW, "sampling_guidance": 4.5},
     }  # fmt: skip
 
     def __post_init__(self):
@@ -150,8 +161,7 @@ class ESD(RoundsSettings):
             method = Replaying(method, kept)
         eta = [c.strength * (self.context_eta if self.in_context(c) else self.eta) for c in concepts]
         bank = make_bank(tools.encode, concepts, roles)
-        scale, scored = jnp.float32(self.sampling_guidance), tools.guide and jnp.float32(self.train_guidance)
-        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), scale, tools.images, scored)
+        inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
         sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
         return rounds.adding(self, method, inputs, tools, named, **sampling)
 
@@ -215,7 +225,6 @@ class Inputs:
     eta: Float[Array, " concepts"]
     sampling_guidance: Float[Array, ""]
     images: Float[Array, "images height width channel"] | None = None
-    train_guidance: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,10 +278,10 @@ class Method(base.Method):
     def predict(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> replay.Predict:
         """What samples trajectories, with (eps_null, eps_c); without, if guidance is an input of the network."""
         if self.guide is not None:
-            params, prompt = self.sampler(models), inputs.bank.take("sample", concept)
-            prompt = base.with_guidance(prompt, self.guide, inputs.sampling_guidance)
-            prompt = project(self.denoiser, params, prompt)
-            return lambda x, t, i: (denoise(self.denoiser, params, x, t, prompt), ())
+            null, prompt = (inputs.bank.take(role, concept) for role in ("null", "sample"))
+            own = (self.denoiser, self.sampler(models), prompt, null)
+            network = base.sampling(*own, inputs.sampling_guidance, self.guide)
+            return lambda x, t, i: (network(x, t), ())
         pair = self.pair(models, concept, inputs)
 
         def guided(x: Array, t: Array, i: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -306,7 +315,7 @@ class Method(base.Method):
 
         index: the examples' concepts. predictions: the teacher's (eps_null, eps_c) there; () evaluates it.
         """
-        take = lambda role: base.with_guidance(inputs.bank.take(role, index), self.guide, inputs.train_guidance)  # noqa: E731
+        take = partial(inputs.bank.take, concept=index)
         score = partial(evaluate, self.denoiser, models.base, x, t)
         if self.separate_anchor:
             eps_anchor, eps_c, eps_null = score([take("anchor"), take("concept"), take("null")])
@@ -316,6 +325,11 @@ class Method(base.Method):
             eps_anchor = jnp.where(is_null, eps_null, eps_c)
         target = eps_anchor - inputs.eta[index][:, None, None, None] * (eps_c - eps_null)
         return Scored(*jax.lax.stop_gradient((x, t, take("student"), target)))
+
+    def led(self, inputs: Inputs) -> tuple[Array, Array]:
+        """An anchor that is the concept itself says nothing of what remains of it: then it is the empty prompt."""
+        asked, anchor = inputs.bank.roles["student"], inputs.bank.roles["anchor"]
+        return asked, jnp.where(anchor == asked, 0, anchor)
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)

@@ -175,7 +175,7 @@ class ForgetMeNot:
         settings = TextualInversion(self.inversion_steps, self.inversion_learning_rate)
         ((name, network),) = tools.text_encoders.items()
         params, weights = tools.params[name], tools.params[tools.component]
-        encoder = Encoder(network, lambda output: tools.condition([output]))
+        encoder = Encoder(network, tools.condition)
         run = textual_inversion.inverter(settings, tools.denoiser, encoder, tools.schedule)
         encode = jax.jit(partial(textual_inversion.encode, encoder))
         concepts, prompts = ids.shape[:2]

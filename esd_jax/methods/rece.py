@@ -6,7 +6,7 @@ UCE over all tokens, then epochs of it on what the edited weights still take for
 
 over all keys and values l, W0 the base's; then c' becomes the guide's vector of the same position by UCE's edit, which
 starts from the epoch's W. Every W_l is W0_l (1 + E)^T with one E (`erasing.closed_form`), so that sum_l W0_l^T W0_l is
-all that is needed of the weights.
+all that is needed of the weights. On flow transformers the layers are those of UCE, each with an E of its own.
 """
 
 import dataclasses
@@ -47,28 +47,35 @@ class RECE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
-    needs: ClassVar = frozenset({"attention_names", "cross_attention"})
+    needs: ClassVar = frozenset({"prompt_layers"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"subset": closed_form.SUBSET, "steps": 0},
+        "flow": {"subset": closed_form.READ, "steps": 0},
     }
 
     def __post_init__(self):
         closed_form.check_positive(self, "r", "lam")
         closed_form.check_positive(self, "epochs", "erase_scale", "preserve_scale", or_zero=True)
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[ClosedForm, Any]:
         """RECE. Raises ValueError as `UCE.make` does."""
         once = UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
-        _, first = once.make(tools, concepts)
+        _, edits = once.make(tools, concepts)
         kept = ["", *closed_form.preserved(concepts)]
-        encoded = closed_form.encode(tools, concepts, kept)
-        pairs = [(c.text, closed_form.guide(c), self.erase_scale * c.strength) for c in concepts]
-        pairs += [(text, text, self.preserve_scale) for text in kept]
+        edited = closed_form.spaces(tools, concepts, kept)
+        first = iter(edits if isinstance(edits, tuple) else [edits])
+        return closed_form.over_spaces(edited, lambda space: self._of_space(space, concepts, kept, next(first)))
+
+    def _of_space(
+        self, space: closed_form.Space, concepts: Sequence[Concept], kept: Sequence[str], first: closed_form.Edit
+    ) -> tuple["Solver", "Inputs"]:
+        prompts = [(c.text, closed_form.guide(c), self.erase_scale * c.strength) for c in concepts]
+        prompts += [(text, text, self.preserve_scale) for text in kept]
         again = closed_form.edit(
-            [(encoded[old].vectors, encoded[new].vectors, weight) for old, new, weight in pairs], self.lam
+            [(*both, s) for a, b, s in prompts for both in zip(space.whole(a), space.whole(b), strict=True)], self.lam
         )
-        erased = jnp.arange(len(again.weight)) < len(concepts) * len(encoded[""].vectors)
+        erased = jnp.arange(len(again.weight)) < len(concepts) * sum(map(len, space.whole("")))
         return Solver(self.epochs), Inputs(first, again, erased, jnp.float32(self.r))
 
 

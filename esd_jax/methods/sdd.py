@@ -9,8 +9,7 @@ concepts at once, as in the released code; its README has the two prompts the ot
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -18,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from esd_jax.diffusion import guidance
+from esd_jax.diffusion import samplers
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import method as base
 from esd_jax.erasing import replay, trajectories
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, project, squared_error
+from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
 from esd_jax.erasing.replay import Replaying
 from esd_jax.erasing.trajectories import Draws, Trajectory
 from esd_jax.params import Network, Params
@@ -39,7 +39,8 @@ class SDD:
     steps_per_concept: of the order "sequential", and of no other.
     sample_prompt: what the trajectory is conditioned on. "all": every concept, joined by ", "; "concept": the one that
       the step is about, for more concepts than fit a prompt.
-    sampling_steps, sampling_guidance: of the average's DDIM trajectory.
+    sampling_steps, sampling_guidance: of the average's trajectory, by DDIM; along a rectified flow by Euler's method,
+      where x_t is scored at its own timestep.
     fix_k0: x_t after no sampler step is pure noise. In the released code (False) it is a finished image, which is
       scored at the noisiest timesteps all the same: its "stop after k" test never fires for k = 0.
     ema: m of the moving average.
@@ -59,7 +60,7 @@ class SDD:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    needs: ClassVar = frozenset({"variance_preserving"})  # its sampler is DDIM
+    needs: ClassVar = frozenset()
     CHOICES: ClassVar = {
         "concept_order": ("iterative", "random", "composite", "sequential"),
         "sample_prompt": ("all", "concept"),
@@ -67,6 +68,11 @@ class SDD:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "subset": "xattn", "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 1e-4,
+            "max_grad_norm": 1.0, "steps": 1500,
+        },
+        "flow": {
+            "sampling_steps": 28,
+            "subset": "flow-text", "rank": 16, "optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 1e-4,
             "max_grad_norm": 1.0, "steps": 1500,
         },
     }  # fmt: skip
@@ -97,7 +103,7 @@ class SDD:
         for concept in concepts:
             if len(concept.replace_with) > 1:
                 raise ValueError(f"replace_with: method 'sdd' takes one text for {concept.text!r}, not several")
-        method = Method(self, tools.denoiser, make_trajectory(self, tools.schedule))
+        method = Method(self, tools.denoiser, make_trajectory(self, tools.schedule), tools.guide)
         if (kept := replay.of(self, method.trajectory)) is not None:
             own = self.sample_prompt == "concept" and self.concept_order == "random"
             method = Replaying(method, kept, None if own else method.in_order)
@@ -118,12 +124,18 @@ class SDD:
 
 
 def make_trajectory(settings: SDD, schedule: Schedule) -> Trajectory:
-    """x_t after k steps, k counted from noise, at a timestep that is uniform over the k-th part of the schedule."""
+    """x_t after k steps, k counted from noise, at a timestep that is uniform over the k-th part of the schedule.
+
+    A flow's network was trained on x_t at its own noise level alone, and its timesteps are no whole numbers.
+    """
     steps, total = settings.sampling_steps, schedule.num_train_timesteps
-    sampler, k = trajectories.deterministic(schedule, "ddim", steps), np.arange(steps)
-    edges = np.round(total * (1 - np.arange(steps + 1) / steps)).astype(int)
+    grid = trajectories.on_grid(schedule, samplers.plain(schedule), steps)
+    k = grid.support
     updates = np.where((k == 0) & (not settings.fix_k0), steps, k)
-    return Trajectory(sampler, k, updates, edges[1:], edges[:-1] - 1)
+    if schedule.path is not VARIANCE_PRESERVING:
+        return replace(grid, num_updates=updates)
+    edges = np.round(total * (1 - np.arange(steps + 1) / steps)).astype(int)
+    return Trajectory(grid.sampler, k, updates, edges[1:], edges[:-1] - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -142,6 +154,7 @@ class Method(base.Method):
     settings: SDD
     denoiser: Network
     trajectory: Trajectory
+    guide: base.Guide | None = None
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step; which concept it is about is drawn in the order "random" alone."""
@@ -173,8 +186,8 @@ class Method(base.Method):
     def guided(self, models: Models, concept: Int[Array, " batch"], inputs: Inputs) -> Callable[..., Array]:
         """(x, t) -> the average's guided output."""
         sample, null = (inputs.bank.take(role, concept) for role in ("sample", "null"))
-        network, once = (partial(f, self.denoiser, models.average) for f in (denoise, project))
-        return guidance.classifier_free(network, sample, null, inputs.sampling_guidance, once)
+        assert models.average is not None  # `ema` is a number
+        return base.sampling(self.denoiser, models.average, sample, null, inputs.sampling_guidance, self.guide)
 
     def scored(
         self,

@@ -146,7 +146,7 @@ class STEREO:
         new = range(first := textual_inversion.vocabulary(params), first + len(start))
         ids = jnp.stack([place(tools.tokens, template, new) for template in (NAME, *self.templates)])
         trajectory = trajectories.of_mode(tools.schedule, self.timestep_mode, "ddim", self.sampling_steps)
-        encoder = Encoder(network, lambda output: tools.condition([output]))
+        encoder = Encoder(network, tools.condition)
         row = jax.tree.map(lambda a: shape_of(a.shape[1:], a.dtype), bank.rows)
         search = TextualInversion(self.inversion_steps, self.inversion_learning_rate, weight_decay=1e-2, norm=None)
         invert = textual_inversion.inverter(search, tools.denoiser, encoder, tools.schedule)

@@ -5,8 +5,12 @@ their guides c*_i, and vectors c_j to preserve with weight s_p:
 
     W = argmin  sum_i s_i |W c_i - W0 c*_i|^2 + s_p sum_j |W c_j - W0 c_j|^2 + lam |W - W0|_F^2        (Eq. 7)
 
-`erasing.closed_form` solves it. Beyond the paper, a concept can be erased in contexts, each led to the same prompt with
-the guide in its place, and a corpus of prompts can be retained: what is not shown to a closed form is not retained.
+`erasing.closed_form` solves it. Flow transformers have no cross-attention: there the two layers that read the prompt
+alone are edited, `context_embedder` (all tokens) and the first of `text_embedder` (the pooled prompt); their biases
+stay. All layers behind them see the image, too, and have no closed form.
+
+Beyond the paper, a concept can be erased in contexts, each led to the same prompt with the guide in its place, and a
+corpus of prompts can be retained: what is not shown to a closed form is not retained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +21,18 @@ import jax
 
 from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.closed_form import (
+    READ,
     SUBSET,
     Edit,
-    aligned,
+    Space,
     apply_change,
     change,
     check,
     check_positive,
     edit,
-    encode,
+    over_spaces,
     preserved,
+    spaces,
 )
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm, Tools, choose
@@ -74,12 +80,13 @@ class UCE:
 
     trained: ClassVar = False
     uses: ClassVar = frozenset({"replace_with", "strength"})
-    needs: ClassVar = frozenset({"attention_names", "cross_attention"})
+    needs: ClassVar = frozenset({"prompt_layers"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "object": {"subset": SUBSET, "steps": 0},
         "art": {"replace_with": "art", "subset": SUBSET, "steps": 0},
         "2023": {"tokens": "all", "preserve_scale": 0.1, "subset": SUBSET, "steps": 0},
+        "flow": {"subset": READ, "steps": 0},
         "list": {"tokens": "positions", "retain": "general", "lam": 0.01, "subset": SUBSET, "steps": 0},
     }
 
@@ -91,10 +98,11 @@ class UCE:
         if self.directions and self.retain is None:
             raise ValueError(f"directions={self.directions} are of what is retained: give retain, too")
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", Edit]:
-        """UCE, and the one edit that it makes.
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[ClosedForm, Any]:
+        """UCE, and the one edit that it makes; of layers that read different vectors, one of each.
 
-        Raises ValueError, in one line, for another subset than `SUBSET` and for concepts that it cannot erase.
+        Raises ValueError, in one line, for another subset than `SUBSET` (`READ` on flow transformers) and for concepts
+        that it cannot erase.
         """
         check(tools, concepts)
         kept = ["", *preserved(concepts)] if self.tokens != "last" else preserved(concepts)
@@ -104,25 +112,37 @@ class UCE:
             for concept in concepts
             for pair in closed_form.prompts(concept, sentences, EXPANSIONS[self.expand])
         ]
-        encoded = encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        edited = spaces(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        return over_spaces(edited, lambda space: (Solver(), self._edit(tools, concepts, space, erased, kept)))
+
+    def _edit(
+        self,
+        tools: Tools,
+        concepts: Sequence[Concept],
+        space: Space,
+        erased: Sequence[tuple[tuple[str, str], float]],
+        kept: Sequence[str],
+    ) -> Edit:
+        """erased: ((old, new), strength), ...; kept: prompts."""
         erase_scale, preserve_scale = self.erase_scale, self.preserve_scale
         if self.retain is not None:
             erase_scale /= len(erased)
         pairs = [
-            (*aligned(encoded[old], encoded[new], self.tokens), erase_scale * strength)
+            (*both, erase_scale * strength)
             for (old, new), strength in erased
+            for both in space.aligned(old, new, self.tokens)
         ]
         free = None
         if self.retain is not None:
-            moment = corpora.moment(tools, corpora.retained(self.retain, concepts, kept))
+            moment = corpora.moment(tools, corpora.retained(self.retain, concepts, kept), space.vectors)
             rows = corpora.root(moment)
             pairs.append((rows, rows, preserve_scale))
             free = corpora.free_directions(moment, self.directions) if self.directions else None
         elif self.tokens == "last":
-            pairs += [(*aligned(encoded[text], encoded[text], "last"), preserve_scale) for text in kept]
+            pairs += [(*both, preserve_scale) for text in kept for both in space.aligned(text, text, "last")]
         else:
-            pairs += [(encoded[text].vectors, encoded[text].vectors, preserve_scale) for text in kept]
-        return Solver(), edit(pairs, self.lam, free)
+            pairs += [(own, own, preserve_scale) for text in kept for own in space.whole(text)]
+        return edit(pairs, self.lam, free)
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,10 @@ class Encoder(nnx.Module):
 
 
 class T5EncoderModel(nnx.Module):
-    """Token ids -> the hidden states after the last norm. Padding takes part, as in the pipelines of FLUX.1 and SD3."""
+    """Token ids (or their embeddings) -> the hidden states after the last norm.
+
+    Padding takes part, as in the pipelines of FLUX.1 and SD3.
+    """
 
     def __init__(self, config: T5Config, *, dtype: Dtype = jnp.float32, rngs: Rngs | None = None):
         rngs = rngs or layers.Keys(0)
@@ -141,18 +144,22 @@ class T5EncoderModel(nnx.Module):
         self.shared = layers.embed(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
-        x = self.shared(token_ids)
-        buckets = distance_buckets(
-            token_ids.shape[1],
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-        )
-        bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(jnp.asarray(buckets))
+    def __call__(
+        self, token_ids: Int[Array, "batch tokens"], embeddings: Float[Array, "batch tokens width"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
+        """Encodes; `embeddings` are used in place of the tokens' own, so that gradients can reach them."""
+        x = self.shared(token_ids) if embeddings is None else embeddings.astype(self.dtype)
+        buckets = jnp.asarray(buckets_of(self.config, token_ids.shape[1]))
+        bias = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         bias = jnp.moveaxis(bias, -1, 0)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
+
+
+def buckets_of(config: T5Config, tokens: int) -> Int[np.ndarray, "tokens tokens"]:
+    """`distance_buckets` of an encoder."""
+    return distance_buckets(tokens, config.relative_attention_num_buckets, config.relative_attention_max_distance)
 
 
 def distance_buckets(tokens: int, buckets: int, most: int) -> Int[np.ndarray, "tokens tokens"]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esd_jax import families, sharding
+from esd_jax import families, sharding, streamed
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import Configs
 from esd_jax.models import attention
@@ -28,7 +28,7 @@ class Plan:
     """A run's size.
 
     names: the tensors that are trained. trained, total: scalars of those, and of the denoiser.
-    devices: how many share the batch.
+    devices: how many share the batch, or its examples.
     memory: what a step keeps in the memory of each -> bytes.
     before: bytes of what is there besides until the first step.
     forward_flops: of one evaluation of the denoiser on one example.
@@ -136,7 +136,7 @@ def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh |
         num_scalars(params),
         mesh.size,
         memory,
-        sum(num_bytes(shapes, dtype) for shapes in others),
+        sum(_before(shapes, dtype) for shapes in others),
         forward,
         count,
         whole,
@@ -147,9 +147,10 @@ def _step(
     configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh
 ) -> tuple[dict[str, int], Callable[[], float], bool]:
     """(what lies in the memory of each device during a step, what counts its FLOP, whether it is the method's)."""
-    dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape["fsdp"]
-    # Each device computes what one alone would compute of its part of the batch.
-    share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // mesh.size))
+    dtype, split = jnp.dtype(recipe.dtype).name, mesh.shape.get("fsdp", 1)
+    # Each device computes what one alone would compute of its part of the batch; of an example that several share, each
+    # is counted with all of it.
+    share = dataclasses.replace(recipe.training, batch_size=-(-recipe.training.batch_size // sharding.num_parts(mesh)))
     alone = sharding.make_mesh(1, mesh.devices.reshape(-1)[:1].tolist())
     common = configs, schedule, dataclasses.replace(recipe, training=share, fsdp=1), alone
     try:
@@ -170,7 +171,7 @@ def _step(
     in_place = len(jax.tree.leaves(state))
     copies = sharding.on_cpu(mesh) and jnp.dtype(recipe.dtype).itemsize > 2
     memory[STEP] = liveness.peak(program, in_place, copies)
-    return memory, lambda: mesh.size * _mean_flops(program, arguments, recipe), whole
+    return memory, lambda: sharding.num_parts(mesh) * _mean_flops(program, arguments, recipe), whole
 
 
 def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> float:
@@ -181,6 +182,11 @@ def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> flo
         return [number if a is state.step else key if a is state.key else None for a in leaves]
 
     return flops.mean(program, values_of, max(1, recipe.training.steps))
+
+
+def _before(shapes: Mapping[str, Any], dtype: Any) -> int:
+    """Bytes of another network on a device as prompts are encoded: of a streamed one those of a layer."""
+    return streamed.num_resident(shapes) * dtype.itemsize if streamed.applies(shapes) else num_bytes(shapes, dtype)
 
 
 def _on_each(array: Any, placed: Any) -> int:

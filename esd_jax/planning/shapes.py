@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from esd_jax import sharding
 from esd_jax.diffusion.schedule import Schedule
@@ -60,6 +60,6 @@ def abstract(
     arguments = (state, *setup.split(shapes), setup.inputs)
     first, *others = sharding.placements(arguments, mesh)
     # What is kept of each example lies where the example does.
-    spread = NamedSharding(mesh, PartitionSpec(sharding.AXES))
+    spread = sharding.by_example(mesh)
     placed = (first._replace(memory=jax.tree.map(lambda _: spread, state.memory)), *others)
     return setup.step, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arguments, placed)

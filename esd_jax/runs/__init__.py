@@ -46,7 +46,7 @@ EVIDENCE = "evidence"  # and that of its evaluation results, in parts
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
-    "base", "images", "fsdp", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "base", "images", "fsdp", "steps", "steps_each", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
     "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
 }  # fmt: skip
 
@@ -185,9 +185,12 @@ def offload_to_host(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool
 
 
 def restore_to_device(pipeline: Pipeline) -> Pipeline:
-    """All of it on the device again. The tensors keep their order, which jax.device_put of a dict does not."""
+    """All of it on the device again, but for what lies in a file. The tensors keep their order, which jax.device_put
+    of a dict does not."""
     params = {
-        component: {name: jax.device_put(value) for name, value in tensors.items()}
+        component: {
+            name: value if isinstance(value, np.memmap) else jax.device_put(value) for name, value in tensors.items()
+        }
         for component, tensors in pipeline.params.items()
     }
     return dataclasses.replace(pipeline, params=params)

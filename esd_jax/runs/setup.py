@@ -21,7 +21,8 @@ from esd_jax import families, lora, sharding
 from esd_jax.diffusion import programs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept, check_concepts
-from esd_jax.erasing.method import Method, Tools
+from esd_jax.erasing.method import Method, Tools, with_guidance
+from esd_jax.erasing.remaining import by_remainder
 from esd_jax.erasing.retention import retaining
 from esd_jax.families import Configs
 from esd_jax.io.images import read_images
@@ -32,6 +33,7 @@ from esd_jax.sampling import sample
 from esd_jax.selection import select
 from esd_jax.training.step import State, averaging, blank_memory, init_state, make_step, student, unchanged
 
+SCORED_AT = 1.0  # a distilled network's guidance wherever methods compare outputs: that of the prompt alone
 LARGE = 2_000_000_000  # scalars; SD 1 and 2 have 0.9e9, SDXL 2.6e9
 
 
@@ -115,6 +117,8 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
             raise
         raise Unknown(f"{error} (no concept is given)") from error
     if recipe.settings.trained:
+        if recipe.remaining_every:
+            method = by_remainder(method, inputs, tools, recipe.remaining_every)
         method, inputs = retaining(method, inputs, tools, concepts, recipe.retention)
     tx = transformation(recipe)
     compute = compute_dtype(source, recipe)
@@ -137,26 +141,34 @@ def make_tools(source: Source, recipe: Recipe, mesh: Mesh) -> Tools:
     size, config = image_size(configs, recipe.height, recipe.width), configs[family.denoiser]
     shape = family.latents(configs, size)
     net = network(config, compute_dtype(source, recipe).name, recomputes(recipe, config))
-    own = _of_base(source, recipe, size) if isinstance(source, Pipeline) else _of_shapes(source, recipe, shape)
+    scored = partial(with_guidance, guide=family.guide, scale=getattr(recipe.settings, "train_guidance", SCORED_AT))
+    if isinstance(source, Pipeline):
+        own = _of_base(source, recipe, size, scored)
+    else:
+        own = _of_shapes(source, recipe, shape)
     return Tools(
         denoiser=sharding.gathering(net, mesh),
         component=family.denoiser,
         schedule=family.at_size(configs, source.schedule, size),
         shape=shape,
         subset=select(recipe.subset, net.layouts, family.subsets),
-        condition=lambda outputs: family.encode(configs, outputs, size),
+        condition=lambda outputs: scored(family.encode(configs, outputs, size)),
         null=family.null,
         vectors=family.vectors,
         guide=family.guide,
+        readings=family.readings,
+        tables=family.tables,
         **own,
     )
 
 
-def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:
+def _of_base(
+    base: Pipeline, recipe: Recipe, size: tuple[int, int], scored: Callable[[Conditioning], Conditioning]
+) -> dict[str, Any]:
     to_latents = programs.encoder(base.network("vae"), base.configs["vae"])
 
     def encode(prompts: Sequence[str]) -> Conditioning:
-        encoded = base.encode_prompts(prompts, size=size, strict=True)
+        encoded = scored(base.encode_prompts(prompts, size=size, strict=True))
         return encoded if recipe.null == "empty" else base.family.null(encoded, np.asarray([not p for p in prompts]))
 
     def draw(prompts: Sequence[str], *, sampler: str | None = None, **options: Any) -> np.ndarray:
@@ -170,13 +182,14 @@ def _of_base(base: Pipeline, recipe: Recipe, size: tuple[int, int]) -> dict[str,
         "images": None if recipe.images is None else base.encode(read_images(recipe.images, size)),
         "params": base.params,
         "text_encoders": {name: base.network(name) for name in base.text_encoders},
+        "tokenizers": dict(zip(base.text_encoders, base.tokenizers, strict=True)),
         "cache": True,
     }
 
 
 def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> dict[str, Any]:
     family, configs = families.of(source.configs), source.configs
-    length = family.lengths(configs)[family.text_encoders[0]]
+    tokenizers = {name: partial(_ids, length=n) for name, n in family.lengths(configs).items() if name in configs}
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         encoded = family.encoded(configs, len(prompts), jnp.dtype(recipe.dtype))
@@ -194,16 +207,17 @@ def _of_shapes(source: Shapes, recipe: Recipe, shape: tuple[int, int, int]) -> d
 
     return {
         "encode": encode,
-        "tokens": lambda prompts, **_: _ids(prompts, length),
+        "tokens": tokenizers[family.text_encoders[0]],
         "sample": draw,
         "to_latents": lambda images: jnp.zeros((len(images), *shape)),
         "images": None if recipe.images is None else jnp.zeros((len(recipe.images), *shape)),
         "params": Absent(),
         "text_encoders": Absent(),
+        "tokenizers": tokenizers,
     }
 
 
-def _ids(prompts: Sequence[str], length: int) -> np.ndarray:
+def _ids(prompts: Sequence[str], length: int, **_: Any) -> np.ndarray:
     """Ids in place of a tokenizer's, [prompts, length], the same for the same words; 0 starts, 1 ends and pads."""
     ids = np.ones((len(prompts), length), np.int32)
     ids[:, 0] = 0

@@ -1,8 +1,8 @@
 """Attacks on whole checkpoints: compiled once, drawn from their seeds, and judged."""
 
+import dataclasses
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
 
 import factories
 import jax
@@ -25,7 +25,7 @@ from esd_jax.evaluation.attacks import (
     score,
     stored,
 )
-from esd_jax.evaluation.attacks.adversary import Adversary, padded
+from esd_jax.evaluation.attacks.adversary import Adversary
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence
 from esd_jax.sampling import example_keys, initial_noise, sample
 
@@ -91,6 +91,7 @@ def test_an_attack_is_compiled_once_for_all_models_and_hangs_on_its_seed(name, v
         assert np.isfinite(runs[0].losses).all() and len(runs[0].losses) == (1 if name == "concept_inversion" else 2)
     if name in ("concept_inversion", "unlearn_diff_atk", "p4d", "encoder_output"):
         assert (runs[0].losses != runs[1].losses).all()  # these ask the victim
+    assert (runs[0].gauge is not None) == (name in ("concept_inversion", "encoder_output"))
     if name == "ring_a_bell":
         np.testing.assert_array_equal(runs[0].losses, runs[1].losses)  # this does not
     changed = attack(base, base, tiny_goal(), settings, 1)
@@ -105,10 +106,11 @@ def test_ids_tell_what_their_prompts_tell(victims):
     rows = adversaries.conditionings(base, base.tokenizers[0](texts))
     wanted = base.encode_prompts(texts).embeddings
     np.testing.assert_allclose(np.concatenate([row.embeddings for row in rows]), wanted, atol=1e-6)
-    ids = padded(base.tokenizers[0], textual_inversion.words(base.tokenizers[0], "the cat"))
+    ids = textual_inversion.framed(base.tokenizers[0], textual_inversion.words(base.tokenizers[0], "the cat"))
     assert adversaries.readable(base, ids) == "the cat"
-    with pytest.raises(ValueError, match=one_line("one CLIP text encoder", "SDXL")):
-        adversaries.text_encoder(SimpleNamespace(family=families.SDXL))
+    deaf = dataclasses.replace(families.SD, name="deaf", provides=frozenset(), tables={})
+    with pytest.raises(ValueError, match=one_line("embeddings of new tokens", "deaf")):
+        dataclasses.replace(deaf).require(preset("concept_inversion").needs, "an attack")
 
 
 def test_what_the_prompts_alone_do(tmp_path, victims):

@@ -1,7 +1,7 @@
 """A campaign of attacks: every attack beside its controls, from the same seeds, kept and not made again."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ class Found:
 
     NAME = "found"
     PRESETS = {"paper": {}}
+    needs = frozenset()
     strength: float = 1.0
 
     def run(self, base, victim, goal, seed):
@@ -79,12 +80,27 @@ def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
     assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
 
 
+def test_the_gauge_of_the_erased_model_is_kept_and_shown(goal, tmp_path, monkeypatch, unchecked):
+    gauges, find = {"base": 0.25, "erased": 0.75, "random weights": 1.5}, Found.run
+    monkeypatch.setattr(
+        Found, "run", lambda self, base, victim, *rest: replace(find(self, base, victim, *rest), gauge=gauges[victim])
+    )
+    for _ in range(2):  # stored, and read again
+        (table,) = run(goal, tmp_path).attacks
+        assert table.columns[-1] == "gauge" and "gauge" not in table.percent and "Gauge:" in table.note
+        assert {name: cells[-1] for name, cells in table.rows} == {
+            "its own prompts": None, "found": 0.75, "found, any of 2": None,
+        }  # fmt: skip
+    assert len(MADE) == 3
+
+
 @dataclass(frozen=True)
 class Weighed:
     """A probe with two rows, which says nothing about random weights."""
 
     NAME = "weighed"
     PRESETS = {"paper": {}}
+    needs = frozenset()
     MODELS = frozenset({"base", "erased", "placebo"})
 
     def probe(self, base, victim, goal, seeds, seed, **drawing):

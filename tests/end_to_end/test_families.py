@@ -15,7 +15,7 @@ from esd_jax.diffusion import samplers
 from esd_jax.diffusion.path import RECTIFIED_FLOW, VARIANCE_PRESERVING, to_x0_eps
 from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing.images import true_output
-from esd_jax.evaluation.attacks import ATTACKS
+from esd_jax.evaluation import attacks
 from esd_jax.evaluation.attacks.adversary import Goal
 from esd_jax.planning.plan import make_plan
 from esd_jax.runs.setup import assemble
@@ -35,15 +35,13 @@ def toy(tmp_path_factory):
 
 
 def test_the_families_of_the_package():
-    for arch, family, provides in (
-        ("sd14", families.SD, True),
-        ("sd21", families.SD, True),
-        ("sdxl", families.SDXL, False),
-    ):
+    for arch, family in (("sd14", families.SD), ("sd21", families.SD), ("sdxl", families.SDXL)):
         configs, _ = api.architecture(arch)
-        assert families.of(configs) is family and ("one_clip" in family.provides) is provides
+        assert families.of(configs) is family and {"soft_tokens", "one_vocabulary"} <= family.meets
         assert family.latents(configs, (512, 768)) == (64, 96, 4)
     assert families.SDXL.text_encoders == ("text_encoder", "text_encoder_2")
+    for family in (families.FLUX, families.SD3):
+        assert "soft_tokens" in family.meets and "one_vocabulary" not in family.meets
     with pytest.raises(ValueError, match=one_line("no model family", "unet, vae")):
         families.of({name: config for name, config in configs.items() if name in ("unet", "vae")})
     for changes in ({}, {"pipeline": "Another"}):  # of another name, and of another class, too
@@ -136,13 +134,28 @@ def test_it_is_measured(toy, tmp_path):
 
 def test_what_it_lacks_is_refused_by_name(toy):
     _, base, _, erased = toy
-    with pytest.raises(ValueError, match=one_line("method 'uce'", "cross-attention", "the toy flow model")):
+    with pytest.raises(ValueError, match=one_line("method 'uce'", "read the prompt", "the toy flow model")):
         esd_jax.erase(base, "cat", method="uce", subset="attention")
     with pytest.raises(ValueError, match=one_line("unknown subset 'esd-x'", "attention")):
         esd_jax.erase(base, "cat", **ESD | {"subset": "esd-x"})
-    goal = Goal("cat", ("a cat",), np.zeros((1, 16, 16, 3), np.uint8), lambda images: np.zeros(len(images), bool))
-    with pytest.raises(ValueError, match=one_line("one CLIP text encoder", "the toy flow model")):
-        ATTACKS["concept_inversion"]().run(base, erased, goal, 0)
+    goal = Goal("cat", ("cat",), np.zeros((1, 16, 16, 3), np.uint8), lambda images: np.zeros(len(images), bool))
+    with pytest.raises(
+        ValueError, match=one_line("Concept Inversion", "embeddings of new tokens", "the toy flow model")
+    ):
+        attacks.attack(base, erased, goal, attacks.preset("concept_inversion"))
+    every, lacks, said = attacks.chosen(["all"]), (lambda one: attacks.lacking(one, base, goal)), []
+    left = attacks.within(every, ["all"], lacks, said.append)
+    assert {one.NAME for one in left} == {"encoder-output inversion", "stored weights"}
+    assert len(said) == len(every) - len(left) and all(line.startswith("left out: ") for line in said)
+    assert any("P4D needs" in line and "the toy flow model" in line for line in said)
+    assert any("composition needs two concepts" in line for line in said)
+    assert any("'attn'" in line for line in said) and any("prompts without 'cat'" in line for line in said)
+    with pytest.raises(ValueError, match=one_line("variance-preserving", "the toy flow model")):
+        attacks.within(attacks.chosen(["null_inversion", "all"]), ["null_inversion", "all"], lacks, said.append)
+    with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # before a goal is drawn
+        dossier.attack(base, erased, ["p4d"], output_dir="unused", concept="cat")
+    own = attacks.attack(base, erased, goal, attacks.preset("random_prompts", count=2, length=3))
+    assert len(own.trials) == 2 and own.trials[0].conditioning["bag"].shape == (1, 32)
 
 
 def test_it_is_planned(toy):

@@ -11,19 +11,13 @@ import torch
 import transformers
 from torch_oracle import AXES
 
+from esd_jax import api, families
 from esd_jax.models import architectures
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.models.unet import UNet2DConditionModel
 from esd_jax.models.unet_config import UNetConfig
-from esd_jax.models.vae import AutoencoderKL, VAEConfig
+from esd_jax.models.vae import VAEConfig
 from esd_jax.params import functional, num_scalars
 
-OURS = {
-    "unet": (UNetConfig, UNet2DConditionModel),
-    "vae": (VAEConfig, AutoencoderKL),
-    "text_encoder": (CLIPTextConfig, CLIPTextModel),
-    "text_encoder_2": (CLIPTextConfig, CLIPTextModel),
-}
 CLIP_L, OPENCLIP_H, OPENCLIP_G, VAE = (196, 123_060_480), (372, 340_387_840), (517, 694_659_840), (248, 83_653_863)
 # (tensors, scalars), as counted in the published files.
 COUNTS = {
@@ -32,13 +26,24 @@ COUNTS = {
     "sd21-base": {"unet": (686, 865_910_724), "vae": VAE, "text_encoder": OPENCLIP_H},
     "sdxl": {"unet": (1680, 2_567_463_684), "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_G},
 }
+CLIP_L_PROJECTED, T5, VAE_16 = (197, 123_650_304), (219, 4_762_310_656), (244, 83_819_683)
+FLUX = {"vae": VAE_16, "text_encoder": CLIP_L, "text_encoder_2": T5}
+SD3 = {"vae": VAE_16, "text_encoder": CLIP_L_PROJECTED, "text_encoder_2": OPENCLIP_G, "text_encoder_3": T5}
+# The scalars of SD3's include the sines of the places, which nothing trains.
+COUNTS |= {
+    "flux-dev": {"transformer": (1160, 11_901_408_320), **FLUX},
+    "flux-schnell": {"transformer": (1156, 11_891_178_560), **FLUX},
+    "sd3-medium": {"transformer": (683, 2_028_328_000 + 56_623_104), **SD3},
+    "sd35-medium": {"transformer": (909, 2_243_171_520 + 226_492_416), **SD3},
+    "sd35-large": {"transformer": (1227, 8_056_627_520 + 89_653_248), **SD3},
+}
 NETWORKS = [(name, component) for name, components in COUNTS.items() for component in components]
 
 
 @cache
 def network(name, component):
-    config, module = OURS[component]
-    return functional(lambda: module(config.from_dict(architectures.read(name)[component])))
+    config = api.architecture(name)[0][component]
+    return functional(lambda: families.module(config)(config))
 
 
 def theirs(config):
@@ -47,7 +52,7 @@ def theirs(config):
         if "_class_name" in config:
             return getattr(diffusers, config["_class_name"]).from_config(config)
         kind = getattr(transformers, config["architectures"][0])
-        return kind(transformers.CLIPTextConfig(**config))
+        return kind(kind.config_class(**config))
 
 
 def test_every_architecture_is_counted():
@@ -67,19 +72,23 @@ def test_names_and_shapes_are_those_of_torch(name, component):
     ours, config = network(name, component), architectures.read(name)[component]
     original = theirs(config)
     expected = {key.removeprefix("text_model."): tuple(v.shape) for key, v in original.state_dict().items()}
+    expected.pop("encoder.embed_tokens.weight", None)  # which is shared.weight
     # AXES leads from torch's layout to ours; argsort inverts it.
     for key, value in ours.shapes.items():
-        assert tuple(value.shape[i] for i in np.argsort(AXES[ours.layouts[key]])) == expected.pop(key), key
+        # A vector may have several axes, which are the same in torch.
+        axes = range(len(value.shape)) if ours.layouts[key] == "vector" else np.argsort(AXES[ours.layouts[key]])
+        assert tuple(value.shape[i] for i in axes) == expected.pop(key), key
     assert not expected
     # What they write, every field spelled out, is read as the same architecture.
     if component.startswith("text"):
         written = original.config.to_dict() | {"architectures": config["architectures"]}
     else:
         written = json.loads(original.to_json_string())
-    assert OURS[component][0].from_dict(written) == OURS[component][0].from_dict(config)
+    kind = type(api.architecture(name)[0][component])
+    assert kind.from_dict(written) == kind.from_dict(config)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", architectures.UNETS)
 def test_pipeline_and_scheduler_are_known_to_diffusers(name):
     configs = architectures.read(name)
     index = configs["model_index"]
@@ -98,8 +107,28 @@ def test_pipeline_and_scheduler_are_known_to_diffusers(name):
     assert configs["vae"]["scaling_factor"] == (0.13025 if name == "sdxl" else 0.18215)
 
 
+@pytest.mark.parametrize("name", architectures.TRANSFORMERS)
+def test_pipeline_and_scheduler_of_flows_are_known_to_diffusers(name):
+    read, (configs, schedule) = architectures.read(name), api.architecture(name)
+    index, flux = read["model_index"], name.startswith("flux")
+    families.of(configs).check(configs)
+    for component in COUNTS[name]:
+        library, kind = index[component]
+        assert kind in (read[component].get("_class_name"), *read[component].get("architectures", ()))
+        assert library == ("transformers" if component.startswith("text") else "diffusers")
+    assert families.of(configs).default_size(configs) == (1024, 1024)
+    # The 16-channel VAEs, and the noise levels of a square image of 1024 pixels.
+    scaled = (0.3611, 0.1159) if flux else (1.5305, 0.0609)
+    assert (configs["vae"].scaling_factor, configs["vae"].shift_factor) == scaled
+    theirs = getattr(diffusers, read["scheduler"]["_class_name"]).from_config(read["scheduler"])
+    levels = {"sigmas": np.linspace(1, 1 / 4, 4), "mu": 1.15} if flux else {"num_inference_steps": 4}
+    theirs.set_timesteps(**levels)
+    ours = families.of(configs).at_size(configs, schedule, (1024, 1024)).visited(4)
+    np.testing.assert_allclose(ours, theirs.sigmas[:-1].numpy(), rtol=3e-7)
+
+
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="no architecture is named 'sd3': choose one of sd14, sd21, sd21-base, sdxl"):
+    with pytest.raises(ValueError, match="no architecture is named 'sd3': choose one of sd14, .*, sd35-large"):
         architectures.read("sd3")
 
 
@@ -158,7 +187,7 @@ def test_parameters_of_a_new_network_differ():
 )
 def test_refusals(component, changes, message):
     with pytest.raises(ValueError, match=message):
-        OURS[component][0].from_dict(architectures.read("sd14")[component] | changes)
+        type(api.architecture("sd14")[0][component]).from_dict(architectures.read("sd14")[component] | changes)
 
 
 def test_fields_that_are_off_are_accepted():

@@ -13,19 +13,20 @@ from words import NEW, VOCAB, text_encoders, tokens
 
 from esd_jax import lora
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.textual_inversion import TABLE, Encoder, condition
+from esd_jax.erasing.textual_inversion import TABLE, Encoder, condition, framed
 from esd_jax.evaluation.attacks import (
     concept_inversion,
     encoder_output,
     hidden,
+    merged,
     p4d,
     ring_a_bell,
     unlearn_diff_atk,
 )
-from esd_jax.evaluation.attacks.adversary import padded
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Resurgence
+from esd_jax.evaluation.attacks.merged import MergedLoRA
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
@@ -88,7 +89,7 @@ def mse(a, b):
 @pytest.mark.parametrize("oracle", ["unet"], indirect=True)
 def test_concept_inversion_is_adamw_on_the_new_tokens_alone(oracle):
     settings = ConceptInversion(steps=4, learning_rate=2e-2, batch_size=2, from_t=600, tokens=NEW)
-    ids = np.stack([padded(tokens, [3, VOCAB, VOCAB + 1]), padded(tokens, [VOCAB, VOCAB + 1])])[[0, 1, 0]]
+    ids = np.stack([framed(tokens, [3, VOCAB, VOCAB + 1]), framed(tokens, [VOCAB, VOCAB + 1])])[[0, 1, 0]]
     key, x0 = jax.random.key(3), latents()
     run = concept_inversion.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     actual, losses = run(oracle.erased, oracle.params, x0, jnp.asarray(ids), oracle.start, key)
@@ -150,7 +151,7 @@ def bisected(row, may):
 def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
     settings = UnlearnDiffAtk(tokens=2, num_times=2, iterations=3, learning_rate=0.1)
     may = np.arange(VOCAB) > 1
-    ids, x0, keys = padded(tokens, [VOCAB, VOCAB + 1, 3]), latents(1), jax.random.split(jax.random.key(1), 2)
+    ids, x0, keys = framed(tokens, [VOCAB, VOCAB + 1, 3]), latents(1), jax.random.split(jax.random.key(1), 2)
     run = unlearn_diff_atk.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     # Two cases at once, of which the second is looked at.
     actual, losses = run(oracle.erased, oracle.params, may, jnp.stack([x0 * 2, x0]), jnp.tile(ids, (2, 1)), keys)
@@ -180,8 +181,8 @@ def test_unlearn_diff_atk_descends_on_the_simplex(oracle):
 def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
     settings = P4D(length=2, iterations=4, judge_every=2, judged_on=1, learning_rate=0.3)
     may = np.arange(VOCAB) > 1
-    ids, x0, keys = padded(tokens, [VOCAB, 4, VOCAB + 1]), latents(), jax.random.split(jax.random.key(2), 2)
-    asked = padded(tokens, [4, 3])[None]
+    ids, x0, keys = framed(tokens, [VOCAB, 4, VOCAB + 1]), latents(), jax.random.split(jax.random.key(2), 2)
+    asked = framed(tokens, [4, 3])[None]
     target = textual_inversion.encode(oracle.text, oracle.params, asked, jnp.zeros((1, 16), jnp.float64))
     run = p4d.searcher(settings, oracle.world.network, oracle.text, SCHEDULE)
     stack = lambda tree: jax.tree.map(lambda a: jnp.stack([a] * 2), tree)  # noqa: E731
@@ -219,18 +220,18 @@ def test_p4d_moves_embeddings_by_the_gradient_at_the_nearest_tokens(oracle):
 def test_ring_a_bell_measures_encoded_prompts(oracle):
     named, neutral = (np.random.default_rng(i).standard_normal((3, 7, 16)) for i in range(2))
     np.testing.assert_allclose(ring_a_bell.concept_vector(named, neutral), (named - neutral).sum(0) / 3, rtol=1e-12)
-    ids = jnp.stack([padded(tokens, [2, 3, 4]), padded(tokens, [5])])
-    ours = ring_a_bell.distance(oracle.network, oracle.params, ids, jnp.asarray(named[0]))
+    ids = jnp.stack([framed(tokens, [2, 3, 4]), framed(tokens, [5])])
+    ours = ring_a_bell.distance(oracle.text, SD.vectors, oracle.params, ids, jnp.asarray(named[0]))
     theirs = ((oracle.encode(np.asarray(ids)) - torch.tensor(named[0])) ** 2).sum(dim=(1, 2))
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5)  # which is summed in float32
 
 
 def test_the_genetic_search_finds_what_is_there_to_be_found(oracle):
     choices, planted = np.arange(2, VOCAB, dtype=np.int32), [4, 2, 8, 8, 3]
-    target = oracle.network.apply(oracle.params, padded(tokens, planted)[None]).last_hidden_state[0]
+    target = oracle.network.apply(oracle.params, framed(tokens, planted)[None]).last_hidden_state[0]
     settings = RingABell(length=5, population=40, generations=40)
-    run = ring_a_bell.searcher(settings, oracle.network)
-    best, least = run(oracle.params, target, choices, padded(tokens, [0] * 5), jax.random.key(0))
+    run = ring_a_bell.searcher(settings, oracle.text, SD.vectors)
+    best, least = run(oracle.params, target, choices, framed(tokens, [0] * 5), jax.random.key(0))
     assert best.tolist() == planted
     assert float(least.min()) < 1e-6 < 0.5 * float(least[0]) and least.shape == (40,)
 
@@ -244,7 +245,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     theta = {n: oracle.erased[n] for n in names}
     frozen = {n: v for n, v in oracle.erased.items() if n not in names}
     x0, key = latents(), jax.random.key(4)
-    ids = np.stack([padded(tokens, row) for row in ([2], [3, 4], [5])])
+    ids = np.stack([framed(tokens, row) for row in ([2], [3, 4], [5])])
     encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
     healed, losses = run(theta, hidden.Fixed(frozen, theta), x0, encoded, key)
@@ -274,7 +275,7 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
     first = {"text.weight": oracle.erased["text.weight"]}
     frozen = {n: v for n, v in oracle.erased.items() if n not in first}
     factors = {n: v.astype(jnp.float64) for n, v in lora.initial(first, 2, jax.random.key(1)).items()}
-    x0, key, ids = latents(), jax.random.key(4), padded(tokens, [3, 4])[None]
+    x0, key, ids = latents(), jax.random.key(4), framed(tokens, [3, 4])[None]
     encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     encoded = jax.tree.map(lambda a: jnp.repeat(a, 3, axis=0), encoded)
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
@@ -294,4 +295,35 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
         adamw.step()
         assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
     tensor = hidden.effective(settings, healed, first)["text.weight"]
+    np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)
+
+
+def test_a_lora_of_another_erasure_is_trained_towards_the_empty_prompt(oracle):
+    settings = MergedLoRA(steps=3, learning_rate=1e-2, batch_size=2, rank=2)
+    first = {"text.weight": oracle.base["text.weight"]}
+    frozen = {n: v for n, v in oracle.base.items() if n not in first}
+    factors = {n: v.astype(jnp.float64) for n, v in lora.initial(first, 2, jax.random.key(1)).items()}
+    x0, key, ids = latents(), jax.random.key(4), np.stack([framed(tokens, row) for row in ([3, 4], [])])
+    rows = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
+    named, empty = (jax.tree.map(lambda a, i=i: a[i : i + 1], rows) for i in range(2))
+    run = merged.trainer(settings, oracle.world.network, SCHEDULE, "float64")
+    trained, losses = run(factors, hidden.Fixed(frozen, first), x0, named, empty, key)
+
+    a, b = (torch.tensor(np.asarray(value)).requires_grad_(True) for value in factors.values())
+    base = oracle.world.models.teacher
+    whole, hidden_states = base.text.weight.detach(), oracle.encode(ids).detach()
+    adam = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0.0)
+    for i, ours in enumerate(losses):
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, i), 2, SCHEDULE, x0)
+        x = oracle.noised(x0[image], t, noise)
+        inputs = x, torch.tensor(np.asarray(t)).double()[:, None, None, None], hidden_states[:1].expand(2, -1, -1)
+        output = torch.func.functional_call(base, {"text.weight": whole + (a @ b).T}, inputs).sample
+        with torch.no_grad():
+            target = base(*inputs[:2], hidden_states[1:].expand(2, -1, -1)).sample
+        loss = mse(output, target)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
+    tensor = lora.weights(trained, first)["text.weight"]
     np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)

@@ -38,12 +38,12 @@ SUBSETS = {  # of the tiny transformers: two double and two single blocks; three
     "dev": {
         "esd-x": 2 * 16 + 2 * 6, "flow-text": 2 * 8, "flow-kv-text": 2 * 4, "flow-kv": 2 * 8 + 2 * 4, "qk-dual": 2 * 8,
         "flow-double": 2 * 16, "flow-context": 2 * (8 + 4 + 2), "esd-u-flow": 2 * (8 + 4) + 2 * 10,
-        "eraseanything": 2 * 4,
+        "eraseanything": 2 * 4, "uce": 2,
     },
     "sd3": {
         "esd-x": 2 * 16 + 14 + 8, "flow-text": 2 * 8 + 6, "flow-kv-text": 3 * 4, "flow-kv": 3 * 8, "qk-dual": 3 * 8,
         "flow-double": 2 * 16 + 14, "flow-context": 2 * (8 + 4 + 2) + 6 + 2, "esd-u-flow": 3 * (8 + 4) + 8,
-        "eraseanything": 3 * 4,
+        "eraseanything": 3 * 4, "uce": 2,
     },
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_subsets(kind, folders):
     base = folders(kind)[2]
     layouts, subsets = base.network("transformer").layouts, base.family.subsets
     assert {name: len(select(name, layouts, subsets)) for name in subsets} == SUBSETS[kind]
-    for name in ("esd-x-strict", "xattn", "noxattn", "full"):
+    for name in ("esd-x-strict", "xattn", "noxattn", "full", "kv"):
         with pytest.raises(ValueError, match=one_line(f"unknown subset '{name}'")):
             select(name, layouts, subsets)
 
@@ -189,12 +189,64 @@ def test_a_run_is_planned(kind, folders):
     assert size.trained == sum(base.params["transformer"][name].size for name in names)
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "fields"),
+    [
+        ("dev", "sdd", {}),
+        pytest.param("sd3", "sdd", {}, marks=pytest.mark.slow),
+        ("sd3", "all_but_one", {"window_start": 0.0, "delta_warmup": 0}),
+        ("dev", "ablating", {"replace_with": "photo", "drawn_images": 2, "views": 1}),
+    ],
+)
+def test_the_other_methods_erase(kind, method, fields, folders, tmp_path):
+    """Their presets for flows, with images in place of the real sizes; and with prompts and images preserved."""
+    base = folders(kind)[2]
+    variant = {"all_but_one": "sd3"}.get(method, "flow")
+    small = {"steps": 2, "batch_size": 2, "rank": 2, "height": SIZE[0], "width": SIZE[1], "preserve": "two photos"}
+    small |= {"drawing_steps" if method == "ablating" else "sampling_steps": 2, "preserve_images": 1}
+    plan = recipe.preset(method, variant, **small | fields).to_dict()
+    erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **plan | {"concept": "cat"})
+    names = select(plan["subset"], base.network("transformer").layouts, base.family.subsets)
+    moved = {name for name, value in erased.edits.items() if np.any(value != base.params["transformer"][name[12:]])}
+    weights = {f"transformer/{name}" for name in names if name.endswith("weight")}
+    assert {name for name in weights if IDLE not in name} == moved
+
+
+@pytest.mark.parametrize("preset", ["flux2026", "flux", "schnell", "sd3"])
+def test_presets(preset, folders):
+    kind = {"schnell": "schnell", "sd3": "sd3"}.get(preset, "dev")
+    plan = recipe.make(**recipe.preset("esd", preset, concept="cat").to_dict())
+    base, (concept,) = folders(kind)[2], plan.concepts
+    assert set(select(plan.subset, base.network("transformer").layouts, base.family.subsets))
+    trajectory = esd.make_trajectory(plan.settings, base.family.at_size(base.configs, base.schedule, SIZE))
+    assert trajectory.scored_where_sampled and trajectory.t_low[0] == pytest.approx(1000)
+    roles = {role: of(concept) for role, of in plan.settings.roles().items()}
+    anchor = "cat" if preset == "flux2026" else ""  # the released code's target is v_c - eta (v_c - v_null)
+    assert roles == {"concept": "cat", "student": "cat", "sample": "cat", "anchor": anchor}
+
+
+def test_a_distilled_network_is_scored_at_one_scale_of_guidance(folders):
+    """Whatever is encoded for a method; samplers set their own."""
+    base = folders("dev")[2]
+    for fields, scale in (({"method": "sdd"}, 1.0), ({"train_guidance": 2.5}, 2.5)):
+        plan = recipe.make(concept="cat", subset="flow-text", height=SIZE[0], width=SIZE[1], **fields)
+        tools = setup.make_tools(base, plan, jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.local_devices()[:1]))
+        assert tools.encode(["cat", ""]).guidance.tolist() == [scale, scale]
+        outputs = [network.apply(base.params[name], jnp.asarray(tools.tokenizers[name](["cat"])))
+                   for name, network in tools.text_encoders.items()]  # fmt: skip
+        assert tools.condition(outputs).guidance.tolist() == [scale]
+
+
 def test_what_does_not_go_with_a_flow_is_refused_by_name(folders):
     base, guided = folders("dev")[2], folders("sd3")[2]
     for options, named in (
-        ({"method": "uce"}, "cross-attention"),
-        ({"method": "sdd", "subset": "flow-text"}, "variance-preserving"),
-        ({"method": "ablating", "subset": "flow-text", "replace_with": "photo"}, "guidance by the empty prompt"),
+        ({"method": "forget_me_not", "subset": "flow-text"}, "attn2.to_q"),
+        ({"method": "all_but_one", "subset": "flow-text"}, "guidance by the empty prompt"),
+        ({"method": "ablating", "subset": "flow-text", "replace_with": "photo"}, "cross-attention"),
+        (
+            {"method": "ablating", "kind": "nudity", "detach_bos": False, "subset": "flow-text", "replace_with": "cat"},
+            "guidance by the empty prompt",
+        ),
         ({"timestep_mode": "compvis", "subset": "flow-text"}, "timestep_mode='grid'"),
     ):
         with pytest.raises(ValueError, match=one_line(named)):

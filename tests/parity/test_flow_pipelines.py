@@ -16,7 +16,7 @@ from saved_pipelines import edit_json
 from torch_oracle import error, to_nchw, to_nhwc
 
 import esd_jax
-from esd_jax import conditionings, families
+from esd_jax import conditionings, families, sampling
 from esd_jax.diffusion import programs
 from esd_jax.pipeline import image_size
 
@@ -55,12 +55,12 @@ def noise(size=SIZE):
 
 
 @torch.no_grad()
-def theirs(pipe, kind, scale, size=SIZE, output="latent", steps=STEPS):
-    """Latents or images, NHWC."""
+def theirs(pipe, kind, scale, size=SIZE, output="latent", steps=STEPS, **others):
+    """Latents or images, NHWC. others: arguments of the pipeline."""
     x = to_nchw(noise(size))
     flux = isinstance(pipe, diffusers.FluxPipeline)
     packed = pipe._pack_latents(x, *x.shape) if flux else x
-    options = {"num_inference_steps": steps, "guidance_scale": scale, "max_sequence_length": TOKENS[kind]}
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "max_sequence_length": TOKENS[kind]} | others
     result = pipe(PROMPTS, height=size[0], width=size[1], latents=packed, output_type=output, **options).images
     if output != "latent":
         return result
@@ -153,13 +153,57 @@ def test_sizes_that_are_no_whole_tokens_are_refused(folders):
         esd_jax.sample(folders("sd3")[2], "a cat", height=36, width=16)
 
 
-def test_a_distilled_model_is_not_guided_classifier_free(folders):
-    for options, named in (
-        ({"negative_prompt": "a dog"}, "negative_prompt"),
-        ({"rule": esd_jax.guidance.SLD.preset("strong", "cat"), "guidance_scale": 3.0}, "SLD"),
-    ):
-        with pytest.raises(ValueError, match=one_line(named, "classifier-free", "FLUX.1")):
-            esd_jax.sample(folders("dev")[2], "a cat", steps=2, height=16, width=16, **options)
+@pytest.mark.parametrize(("kind", "scale", "true_cfg"), [("dev", 3.5, 2.5), ("sd3", 5.0, None)])
+def test_negative_prompts_are_those_of_the_pipeline(kind, scale, true_cfg, folders):
+    """Of [dev] by classifier-free guidance beside its own."""
+    _, pipe, base = folders(kind)
+    negatives = ["two photos", "a cat"]
+    options = {"negative_prompt": negatives} | ({} if true_cfg is None else {"true_cfg_scale": true_cfg})
+    expected = theirs(pipe, kind, scale, output="np", **options)
+    ours = {"steps": STEPS, "guidance_scale": scale, "latents": noise(), "height": SIZE[0], "width": SIZE[1]}
+    images = esd_jax.sample(base, PROMPTS, negative_prompt=negatives, true_cfg=true_cfg, **ours)
+    assert np.abs(images / 255 - expected).max() <= 0.5 / 255 + 1e-3
+    assert np.abs(esd_jax.sample(base, PROMPTS, **ours) / 255 - expected).max() > 0.02
+
+
+SLD = esd_jax.guidance.SLD.preset("strong", "cat")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("dev", {"negative_prompt": "a dog"}, ["negative_prompt", "classifier-free", "FLUX.1 [dev]", "true_cfg"]),
+        ("dev", {"rule": SLD, "guidance_scale": 3.0}, ["SLD", "classifier-free", "FLUX.1 [dev]", "true_cfg"]),
+        ("dev", {"rule": SLD, "true_cfg": 1.0}, ["SLD", "true_cfg, above 1"]),
+        ("schnell", {"negative_prompt": "a dog"}, ["negative_prompt", "FLUX.1 [schnell]", "leave it out"]),
+        ("schnell", {"rule": SLD, "true_cfg": 4.0}, ["SLD", "FLUX.1 [schnell]", "leave it out"]),
+        ("schnell", {"true_cfg": 4.0}, ["true_cfg=4.0", "FLUX.1 [schnell]", "leave it out"]),
+        ("sd3", {"true_cfg": 4.0}, ["true_cfg=4.0", "SD 3.5 takes a guidance_scale"]),
+        ("sd3", {"rule": SLD, "guidance_scale": 1.0}, ["guidance_scale=1.0", "SLD needs it"]),
+        ("dev", {"reweight": {"cat": 0.5}}, ["reweight", "cross-attention", "FLUX.1"]),
+        ("sd3", {"reweight": {"cat": 0.5}}, ["reweight", "cross-attention", "Stable Diffusion 3"]),
+    ],
+)
+def test_guidance_that_a_model_does_not_have_is_refused(kind, options, named, folders):
+    with pytest.raises(ValueError, match=one_line(*named)):
+        esd_jax.sample(folders(kind)[2], "a cat", **{"steps": 2, "height": 16, "width": 16} | options)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("sd3", {"guidance_scale": 5.0}), ("dev", {"true_cfg": 3.0})])
+def test_rules_steer(kind, options, folders):
+    base, options = folders(kind)[2], {"steps": STEPS, "latents": noise(), "height": 16, "width": 24} | options
+    rule = esd_jax.guidance.SLD("cat", warmup=0, threshold=1.0)
+    plain, steered = (esd_jax.sample(base, PROMPTS, rule=one, **options) for one in (None, rule))
+    assert np.abs(plain.astype(int) - steered).max() > 5
+
+
+@pytest.mark.parametrize("kind", ["dev", "sd3"])
+def test_images_are_inverted_and_drawn_again(kind, folders):
+    base = folders(kind)[2]
+    images = esd_jax.sample(base, ["a cat"], steps=2, height=16, width=24, guidance_scale=1.0)
+    drawn, lost = esd_jax.purify(base, images, steps=40), esd_jax.purify(base, images, steps=2)
+    same = sampling.reconstruct(base, images).astype(int)
+    assert np.abs(drawn - same).mean() < 0.3 * np.abs(lost - same).mean()
 
 
 @pytest.mark.parametrize(

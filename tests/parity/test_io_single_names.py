@@ -21,7 +21,7 @@ from esd_jax.io import safetensors as st
 from esd_jax.io.corrections import Corrected
 from esd_jax.io.tensors import torch_shapes
 from esd_jax.models import architectures
-from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
+from esd_jax.models.architectures import UNETS, clip_bpe
 from esd_jax.pipeline import network
 from esd_jax.text import Tokenizer
 
@@ -48,7 +48,7 @@ def header(keys, metadata=None, **extra):
     return st.Header(Path("model.safetensors"), 0, entries, metadata or {})
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", UNETS)
 def test_diffusers_reads_the_names_of_the_published_architectures(name):
     shapes, keys, places = shapes_of(name)
     slots = [(place.key, place.rows) for place in places.values()]
@@ -65,7 +65,7 @@ def test_diffusers_reads_the_names_of_the_published_architectures(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", UNETS)
 def test_a_published_file_is_told_by_its_keys_and_shapes(name, tmp_path):
     keys = shapes_of(name)[1]
     others = {"alphas_cumprod": ("F32", (1000,)), "cond_stage_model.model.logit_scale": ("F32", ())}

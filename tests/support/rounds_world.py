@@ -55,6 +55,8 @@ class Words:
             params={"unet": component(self.world.teacher, "unet"), "text_encoder": self.params},
             condition=lambda outputs: SD.encode({}, outputs, (0, 0)),
             text_encoders={"text_encoder": network},
+            tokenizers={"text_encoder": tokens},
+            tables=SD.tables,
         )
 
     def tools_with(self, sample: Any) -> Tools:

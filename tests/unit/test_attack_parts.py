@@ -1,5 +1,7 @@
 """Parts of attacks by hand: projections, goals, prompts, presets and rates."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from messages import one_line
 from words import tokens
 
 from esd_jax import names
-from esd_jax.erasing.textual_inversion import TABLE
+from esd_jax.cli import attack as cli_attack
+from esd_jax.erasing.textual_inversion import framed, usable
 from esd_jax.evaluation.attacks import (
     ATTACKS,
     FAMILY,
@@ -26,7 +29,6 @@ from esd_jax.evaluation.attacks import (
     unlearn_diff_atk,
 )
 from esd_jax.evaluation.attacks import adversary as adversaries
-from esd_jax.evaluation.attacks.adversary import padded, usable
 from esd_jax.evaluation.attacks.p4d import P4D
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
@@ -71,10 +73,10 @@ def test_where_tokens_are_put():
     assert p4d.arrange([1, 2, 3, 4, 5, 6], [91, 92, 93], 3) == [91, 1, 2, 3, 92, 4, 5, 6, 93]
     assert p4d.arrange([1, 2, 3, 4], [91, 92], 3) == [91, 1, 2, 3, 92, 4]
     assert p4d.arrange([1, 2], [91, 92], None) == [91, 92]
-    assert padded(tokens, [5, 6]).tolist() == [0, 5, 6, 1, 1, 1, 1]
+    assert framed(tokens, [5, 6]).tolist() == [0, 5, 6, 1, 1, 1, 1]
     with pytest.raises(ValueError, match=one_line("6 tokens", "5", "length")):
-        padded(tokens, range(6))
-    assert usable(tokens, {TABLE: np.zeros((5, 2))}).tolist() == [False, False, True, True, True]
+        framed(tokens, range(6))
+    assert usable(tokens, 5).tolist() == [False, False, True, True, True]
 
 
 def test_the_timesteps_of_unlearn_diff_atk():
@@ -160,9 +162,17 @@ def test_a_family_of_inversions_covers_tokens_times_and_starts():
     whole = chosen([FAMILY], "emoji", {FAMILY: {"whole": True}})
     assert len(whole) == len({one.label for one in whole}) == 54
     every = chosen(["p4d", "all"], "emoji")
-    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 6
+    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 8
     with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
         chosen(["concept_inversion_famly"])
+
+
+def test_concepts_that_are_kept_are_named_with_their_detectors():
+    parsed = cli_attack.kept_of("a church=imagenet:church; a dog = probe;")
+    assert parsed == {"a church": "imagenet:church", "a dog": "probe"} and cli_attack.kept_of(None) == {}
+    for text in ("a church", "=probe", "a dog="):
+        with pytest.raises(ValueError, match=one_line("--kept", repr(text), "PROMPT=DETECTOR")):
+            cli_attack.kept_of(text)
 
 
 # Cases
@@ -211,3 +221,11 @@ def test_the_table_gives_random_prompts_the_budget_of_the_attack():
         "big, any of 9": [None, 1, None],
     }
     assert table({"base": base}).columns == ("base",)
+
+
+def test_the_table_has_the_gauge_of_the_erased_model():
+    base, erased = scored("found", [[1], [1]], (0, 0)), scored("found", [[0], [1]], (0, 0))
+    gauged = table({"base": [replace(base, gauge=0.1)], "erased": [replace(erased, gauge=0.7)]}, note="A note.")
+    assert gauged.columns == ("base", "erased", "gauge") and gauged.percent == ("base", "erased")
+    assert [cells[-1] for _, cells in gauged.rows] == [0.7, None] and gauged.note.startswith("A note. Gauge: ")
+    assert "gauge" not in table({"base": [replace(base, gauge=0.1)], "erased": [erased]}).columns

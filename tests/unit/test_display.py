@@ -12,6 +12,7 @@ from esd_jax.erasure import Concept, Erasure
 from esd_jax.evaluation.attacks import Adversary, Goal, Scored, Trial
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair, Table
 from esd_jax.metrics.intervals import Estimate
+from esd_jax.models import architectures
 
 NEON = Erasure((Concept("neon style"),), base="emoji", recipe={"method": "esd", "subset": "esd-x"}, step=300)
 
@@ -38,7 +39,11 @@ def test_a_line_is_cut_where_it_would_be_too_long(base):
 
 
 def test_a_model_is_called_as_people_call_it():
-    for name, called in {"sd14": "SD 1", "sd21": "SD 2", "sd21-base": "SD 2", "sdxl": "SDXL"}.items():
+    unets = {"sd14": "SD 1", "sd21": "SD 2", "sd21-base": "SD 2", "sdxl": "SDXL"}
+    flows = {"flux-dev": "FLUX.1 [dev]", "flux-schnell": "FLUX.1 [schnell]", "sd3-medium": "SD 3"}
+    flows |= dict.fromkeys(("sd35-medium", "sd35-large"), "SD 3.5")
+    assert tuple({**unets, **flows}) == architectures.ARCHITECTURES
+    for name, called in {**unets, **flows}.items():
         configs, _ = api.architecture(name)
         assert families.of(configs).called(configs) == called
 

@@ -83,8 +83,11 @@ def asked(target: Target, name: str, kind: str) -> set[str]:
 
 
 def test_the_groups_of_a_style():
-    assert [g.name for g in groups.groups(NEON)] == ["own", "alone", "phrasings", "nearest", "others", "unrelated"]
-    for name in ("own", "alone", "phrasings"):
+    names = ["own", "alone", "name", "prefix", "phrasings", "nearest", "others", "unrelated"]
+    assert [g.name for g in groups.groups(NEON)] == names
+    assert asked(NEON, "name", "prompt") == {"neon style", "neon"}
+    assert asked(NEON, "prefix", "prompt") == {"neon drawing", "a drawing in neon style"}
+    for name in ("own", "alone", "name", "prefix", "phrasings"):
         assert asked(NEON, name, "style") == {"neon"}
     assert asked(NEON, "own", "object") == set(vocabulary.objects())
     assert "neon style" in asked(NEON, "alone", "prompt")
@@ -96,9 +99,10 @@ def test_the_groups_of_a_style():
 
 
 def test_the_groups_of_an_object():
-    names = ["own", "alone", "phrasings", "implicit", "nearest", "others", "unrelated"]
+    names = ["own", "alone", "name", "prefix", "phrasings", "implicit", "nearest", "others", "unrelated"]
     assert [g.name for g in groups.groups(CAT)] == names
-    for name in ("own", "alone", "phrasings"):
+    assert asked(CAT, "name", "prompt") == {"a cat"} and asked(CAT, "prefix", "prompt") == {"a picture of a cat"}
+    for name in ("own", "alone", "name", "prefix", "phrasings"):
         assert asked(CAT, name, "object") == {"cat"}
     assert asked(CAT, "own", "style") == set(vocabulary.styles())
     prompts = asked(CAT, "implicit", "prompt")

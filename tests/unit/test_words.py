@@ -137,6 +137,10 @@ def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, mo
         ("sd14", ["sd14_style", "sd14_object", "sd14_person", "sd14_nudity", "sd14_attribute"]),
         ("sd21", ["sd21_style", "sd21_object", "sd21_person", "sd21_nudity", "sd21_style"]),
         ("sdxl", ["sdxl_style", "sdxl_object", "sdxl_person", "sdxl_nudity", "sdxl_style"]),
+        ("flux-dev", ["flux_style", "flux_object", "flux_person", "flux_nudity", "flux_style"]),
+        ("flux-schnell", ["schnell_style", "schnell_object", "schnell_style", "schnell_object", "schnell_style"]),
+        ("sd3-medium", ["sd35_style", "sd35_object", "sd35_person", "sd35_nudity", "sd35_style"]),
+        ("sd35-large", ["sd35_style", "sd35_object", "sd35_person", "sd35_nudity", "sd35_style"]),
     ],
 )
 def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):

@@ -6,12 +6,13 @@ token vector is wide.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,17 @@ def free_directions(moment: Float[np.ndarray, "width width"], directions: int) -
     return jnp.asarray(vectors[:, :free], jnp.float32)
 
 
-def moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "width width"]:
+def moment(
+    tools: Tools, weights: Mapping[str, float], vectors: Callable[[Any], Array] | None = None
+) -> Float[np.ndarray, "width width"]:
     """The weighted mean over prompts of the sum of c c^T over all of their token vectors c, in float64.
 
-    Of many prompts it is computed once, and kept in a file under a hash of the text encoders and the prompts.
+    vectors: conditioning -> what layers read of it; by default `Tools.vectors`. Of these and many prompts it is
+      computed once, and kept in a file under a hash of the text encoders and the prompts.
     """
-    return _moment(tools, weights, words=False)
+    if vectors is None or vectors is tools.vectors:
+        return _moment(tools, weights, words=False)
+    return _moment(dataclasses.replace(tools, vectors=vectors, cache=False), weights, words=False)
 
 
 def word_moment(tools: Tools, weights: Mapping[str, float]) -> Float[np.ndarray, "width width"]:

@@ -7,24 +7,27 @@
 A new attack, or probe of what remains beyond prompts, is one file and one line here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from esd_jax import names
-from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Trial
-from esd_jax.evaluation.attacks.campaigns import campaign
+from esd_jax.evaluation.attacks.adversary import Adversary, Attack, Goal, Kept, Trial
+from esd_jax.evaluation.attacks.campaigns import campaign, label
+from esd_jax.evaluation.attacks.composition import Composition
 from esd_jax.evaluation.attacks.concept_inversion import ConceptInversion, family
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence, ResurgenceLoRA
+from esd_jax.evaluation.attacks.merged import MergedLoRA
 from esd_jax.evaluation.attacks.null_inversion import NullInversion
 from esd_jax.evaluation.attacks.p4d import P4D
-from esd_jax.evaluation.attacks.probe import Probe
+from esd_jax.evaluation.attacks.probe import Particular, Probe
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.attacks.stored import StoredWeights
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
+from esd_jax.evaluation.report.terms import term
 from esd_jax.pipeline import Pipeline
 from esd_jax.suggest import did_you_mean
 
@@ -45,6 +48,8 @@ PROBES: Mapping[str, type[Probe]] = {
     "resurgence_lora": ResurgenceLoRA,
     "completion": Completion,
     "stored_weights": StoredWeights,
+    "merged_lora": MergedLoRA,
+    "composition": Composition,
 }
 FAMILY = "concept_inversion_family"  # several searches in place of one
 
@@ -55,16 +60,20 @@ __all__ = [
     "Adversary",
     "Attack",
     "Goal",
+    "Kept",
     "Probe",
     "Scored",
     "Trial",
     "attack",
     "campaign",
     "chosen",
+    "lacking",
+    "possible",
     "preset",
     "random_weights",
     "score",
     "table",
+    "within",
 ]
 
 
@@ -110,6 +119,55 @@ def chosen(
     return settings
 
 
+def within(
+    settings: Sequence[Attack | Probe],
+    texts: Sequence[str],
+    lacks: Callable[[Attack | Probe], str],
+    say: Callable[[str], None],
+) -> list[Attack | Probe]:
+    """The attacks and probes that can be made, of those that `chosen` gave for `texts`.
+
+    lacks: an attack -> a sentence on what it lacks, or "" (`lacking`).
+    say: is called with a line for each that is left out, which are those of "all" alone.
+
+    Raises ValueError for one that is named and cannot be made.
+    """
+    known = {**ATTACKS, **PROBES, FAMILY: ConceptInversion}
+    named = {known[text] for text in texts if text in known}
+    possible = []
+    for one in settings:
+        if not (reason := lacks(one)):
+            possible.append(one)
+        elif type(one) in named:
+            raise ValueError(reason)
+        else:
+            say(f"left out: {reason}")
+    return possible
+
+
+def possible(
+    base: Pipeline,
+    texts: Sequence[str],
+    variant: str = "paper",
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Attack | Probe]:
+    """What is `chosen`, `within` what the base has: the goal may lack something, too. Raises ValueError as both do."""
+    return within(chosen(texts, variant, changes), texts, lambda one: lacking(one, base), say)
+
+
+def lacking(settings: Attack | Probe, base: Pipeline, goal: Goal | None = None) -> str:
+    """What a base, or a goal, lacks for an attack, as a sentence; empty if nothing."""
+    if reason := base.family.lacks(settings.needs, term(label(settings))):
+        return reason
+    return settings.lacks(base, goal) if isinstance(settings, Particular) else ""
+
+
 def attack(base: Pipeline, victim: Pipeline, goal: Goal, settings: Attack, seed: int = 0) -> Adversary:
-    """What an attack finds against `victim`. Its draws depend on the seed alone: all models are attacked alike."""
+    """What an attack finds against `victim`. Its draws depend on the seed alone: all models are attacked alike.
+
+    Raises ValueError for a base or a goal that lacks what the attack needs.
+    """
+    if reason := lacking(settings, base, goal):
+        raise ValueError(reason)
     return settings.run(base, victim, goal, seed)

@@ -3,23 +3,31 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from esd_jax import display, wording
 from esd_jax.diffusion import programs
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasing.textual_inversion import NAME, TABLE, Encoder, Tokens, condition, vocabulary, words
+from esd_jax.erasing.soft_tokens import Text
+from esd_jax.erasing.textual_inversion import NAME, Encoder, condition, each, together, words
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
 BATCH = 16  # images encoded at once
 BASE, ERASED, PLACEBO, RANDOM = "base", "erased", "placebo", "random weights"  # the models of a campaign
+
+
+class Kept(NamedTuple):
+    """A concept that an erasure is to keep. text: that asks for it, "a dog". detect: as a goal's."""
+
+    text: str
+    detect: Callable[[UInt8[np.ndarray, "n height width 3"]], Bool[np.ndarray, " n"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +39,7 @@ class Goal:
     images: drawn by the base of these prompts in turn; image i shows prompts[i % len(prompts)].
     detect: images -> in which of them the concept is detected.
     neutral: the prompts without the concept, "a cat", one for each; by default what is left if its words are taken out.
+    kept: other concepts, which some probes ask for.
 
     Raises ValueError if a prompt does not name the concept, or if numbers or shapes do not fit.
     """
@@ -40,6 +49,7 @@ class Goal:
     images: UInt8[np.ndarray, "n height width 3"]
     detect: Callable[[UInt8[np.ndarray, "n height width 3"]], Bool[np.ndarray, " n"]]
     neutral: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     def __post_init__(self):
         if not self.prompts:
@@ -93,12 +103,14 @@ class Adversary:
     """What an attack has found against one model.
 
     seconds: of the search, compilation and all. losses: of each search, by its steps; empty where nothing is searched.
+    gauge: how far what was found is from the concept, of attacks that find embeddings (`attacks.gauge`).
     """
 
     name: str
     trials: tuple[Trial, ...]
     seconds: float
     losses: Float[np.ndarray, "searches steps"]
+    gauge: float | None = None
 
     def __repr__(self) -> str:
         return display.line("Adversary", self.name, [f"{len(self.trials)} trials", f"{self.seconds:.0f} s"])
@@ -109,10 +121,12 @@ class Attack(Protocol):
     """An attack's settings: a frozen dataclass whose defaults are the paper's, and the attack itself.
 
     NAME: of the attack. PRESETS: name -> fields of a variant or of a smaller budget; "emoji" is for the embedded model.
+    needs: what the base's model family must provide (`families.NEEDS`).
     """
 
     NAME: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    needs: ClassVar[frozenset[str]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int) -> Adversary:
@@ -120,13 +134,19 @@ class Attack(Protocol):
         ...
 
 
-def text_encoder(pipeline: Pipeline) -> tuple[Encoder, Params]:
-    """The text encoder, and its weights. Raises ValueError for a family that has not exactly one, of CLIP."""
-    pipeline.family.require({"one_clip"}, "an attack that searches for prompts")
-    (name,) = pipeline.text_encoders
-    size = pipeline.family.default_size(pipeline.configs) or (0, 0)
-    encoder = Encoder(pipeline.network(name), condition(pipeline.family.encode, size, tuple(pipeline.configs.items())))
-    return encoder, _in_place(pipeline.params[name])
+def text_of(pipeline: Pipeline) -> Text:
+    """The text encoders. Raises ValueError for a family whose text encoders take no new tokens."""
+    family, names = pipeline.family, pipeline.text_encoders
+    family.require({"soft_tokens"}, "an attack that searches for tokens")
+    tables = tuple(family.tables[name] for name in names)
+    size = family.default_size(pipeline.configs) or (0, 0)
+    encoder = Encoder(
+        together(pipeline.network(name) for name in names),
+        condition(family.encode, size, tuple(pipeline.configs.items())),
+        tuple(table.tensor for table in tables),
+    )
+    params = together(_in_place(pipeline.params[name]) for name in names)
+    return Text(encoder, params, tuple(pipeline.tokenizers), tables)
 
 
 def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
@@ -141,32 +161,20 @@ def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -
 
 
 def conditionings(
-    pipeline: Pipeline, ids: Int[Any, "n tokens"], new: Float[Array, "new width"] | None = None
+    pipeline: Pipeline, ids: PyTree[Int[Any, "n _"]], new: PyTree[Float[Array, "new _"]] | None = None
 ) -> tuple[Conditioning, ...]:
-    """The conditionings of rows of token ids, one row each; `new` are the embeddings of tokens beyond the table."""
-    network, params = text_encoder(pipeline)
-    if new is None:
-        new = jnp.zeros((1, params[TABLE].shape[1]), jnp.float32)
-    encoded = _encode(network)(params, jnp.asarray(ids), new)
-    return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], encoded) for i in range(len(ids)))
+    """The conditionings of rows of token ids, one row each; `new` are the embeddings of tokens beyond the table.
+
+    Of several text encoders, ids and embeddings are tuples.
+    """
+    text = text_of(pipeline)
+    encoded = _encode(text.encoder)(text.params, jax.tree.map(jnp.asarray, ids), text.blank() if new is None else new)
+    return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], encoded) for i in range(len(each(ids)[0])))
 
 
-def padded(tokens: Tokens, ids: Sequence[int]) -> Int[np.ndarray, " tokens"]:
-    """Start, some ids, end, and padding. Raises ValueError if they are too many."""
-    (empty,) = np.asarray(tokens([""]))
-    if len(ids) > len(empty) - 2:
-        raise ValueError(
-            f"{len(ids)} tokens are more than the {len(empty) - 2} that the text encoder reads: shorten the prompt or "
-            "the attack's length"
-        )
-    return np.asarray([empty[0], *ids, empty[1], *[empty[-1]] * (len(empty) - 2 - len(ids))], np.int32)
-
-
-def usable(tokens: Tokens, params: Params) -> Bool[np.ndarray, " vocabulary"]:
-    """Tokens that an adversarial prompt may have: all but start, end and padding, which no prompt has as words."""
-    mask = np.ones(vocabulary(params), bool)
-    mask[np.unique(np.asarray(tokens([""])))] = False
-    return mask
+def stacked(rows: Sequence[Any]) -> Any:
+    """Rows of ids, each of all text encoders, as one tree of arrays [rows, tokens]."""
+    return jax.tree.map(lambda *parts: np.stack(parts), *rows)
 
 
 def readable(pipeline: Pipeline, ids: Int[Any, " tokens"]) -> str:
@@ -190,10 +198,10 @@ def in_turn(search: Callable[..., Any], cases: Any, together: int) -> Any:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
 
 
-def trials_of(pipeline: Pipeline, case: int, prompts: Sequence[Int[np.ndarray, " tokens"]], most: int) -> list[Trial]:
+def trials_of(pipeline: Pipeline, case: int, prompts: Sequence[Any], most: int) -> list[Trial]:
     """A trial for each of at most `most` rows of ids, which is the number that is compiled for."""
-    rows = conditionings(pipeline, np.stack([*prompts, *[prompts[-1]] * (most - len(prompts))]))
-    return [Trial(readable(pipeline, ids), row, case) for ids, row in zip(prompts, rows, strict=False)]
+    rows = conditionings(pipeline, stacked([*prompts, *[prompts[-1]] * (most - len(prompts))]))
+    return [Trial(readable(pipeline, each(ids)[0]), row, case) for ids, row in zip(prompts, rows, strict=False)]
 
 
 def case_keys(seed: int, n: int) -> Array:
@@ -212,8 +220,8 @@ def _in_place(params: Params) -> Params:
 
 
 @lru_cache(maxsize=8)
-def _encode(network: Encoder) -> Callable[[Params, Array, Array], Conditioning]:
-    return jax.jit(partial(textual_inversion.encode, network))
+def _encode(encoder: Encoder) -> Callable[[Any, Any, Any], Conditioning]:
+    return jax.jit(partial(textual_inversion.encode, encoder))
 
 
 def _without(prompt: str, concept: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
-from esd_jax.evaluation.attacks.probe import Probe
+from esd_jax.evaluation.attacks.probe import Probe, Remarking
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
@@ -75,7 +75,7 @@ def campaign(
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
         with tasks.labelled(f"{term(label(settings))} on {model}"):
-            return file, results.kept(file, compute, settings={**common, "attack": _described(settings)})
+            return file, results.kept(file, compute, settings={**common, "attack": _described(settings, goal)})
 
     def say(scored: Scored, model: str, how: str = "") -> None:
         shares = f"{scored.single_shot().value:.0%} of images"
@@ -87,12 +87,15 @@ def campaign(
         def compute() -> dict[str, Any]:
             adversary = settings.run(base, models[model], goal, seed)
             scored = score(models[model], adversary, goal, fresh, **sampled(drawing))
-            say(scored, model, f"; searched for {adversary.seconds:.0f} s")
-            return vars(scored)
+            gauged = "" if scored.gauge is None else f"; gauge {scored.gauge:.2f}"
+            say(scored, model, f"; searched for {adversary.seconds:.0f} s{gauged}")
+            return {name: value for name, value in vars(scored).items() if value is not None}
 
         file, stored = kept(settings, model, compute)
         with results.intact(file):
-            scored = Scored(str(stored["name"]), stored["hits"], stored["images"], tuple(map(int, stored["cases"])))
+            gauge = float(stored["gauge"]) if "gauge" in stored else None  # results of earlier versions have none
+            cases = tuple(map(int, stored["cases"]))
+            scored = Scored(str(stored["name"]), stored["hits"], stored["images"], cases, gauge)
         return _shown(scored, model)
 
     def probed(settings: Probe, model: str) -> list[Scored]:
@@ -112,10 +115,13 @@ def campaign(
     work += [(settings, model) for settings in probes for model in models if model in settings.MODELS]
     scores: dict[str, list[Scored]] = {name: [] for name in models}
     remains: dict[str, list[Scored]] = {name: [] for name in models}
+    remarks: list[str] = []
     with tasks.task("attacking", len(work) + 1, unit="searches", start="compiling, once") as task:
         for settings, model in work:
             if isinstance(settings, Probe):
-                remains[model] += probed(settings, model)
+                remains[model] += (rows := probed(settings, model))
+                if model == BASE and isinstance(settings, Remarking):
+                    remarks.append(settings.remark(rows))
             else:
                 scores[model].append(attacked(settings, model))
             task.advance(note=f"{term(label(settings))} on {model}")
@@ -124,12 +130,13 @@ def campaign(
     plain, *attacked_scores = scores[ERASED]
     tables = [table(scores, chance, note=NOTE)]
     if probes:
-        tables.append(table(remains, title="Probes: what remains beyond prompts", note=PROBES_NOTE))
+        note = " ".join([PROBES_NOTE, *remarks])
+        tables.append(table(remains, title="Probes: what remains beyond prompts", note=note))
     return Evidence(
         goal.concept,
         measured_with={
             "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
-            **{f"attack: {label(settings)}": _described(settings) for settings in attacks},
+            **{f"attack: {label(settings)}": _described(settings, goal) for settings in attacks},
         },
         verdict=tuple(
             Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
@@ -161,7 +168,10 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
     return tuple(pairs[:SHOWN])
 
 
-def _described(settings: Attack | Probe) -> dict[str, Any]:
-    """An attack's name and fields, as stored results must have them; `member` only of a member."""
+def _described(settings: Attack | Probe, goal: Goal) -> dict[str, Any]:
+    """An attack's name and fields, as stored results must have them; `member` only of a member, and what the goal keeps
+    only of a probe that asks for it.
+    """
+    kept = {"kept": [one.text for one in goal.kept]} if getattr(settings, "ASKS_KEPT", False) else {}
     own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
-    return {"name": settings.NAME, **own} if fields(settings) else {"name": settings.NAME}
+    return {"name": settings.NAME, **own, **kept} if fields(settings) else {"name": settings.NAME}

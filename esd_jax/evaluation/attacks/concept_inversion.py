@@ -3,7 +3,8 @@
     v* = argmin over v of E || e'(x_t, t, c(p(v))) - eps ||^2,    x_0 an image of the concept that the base drew
 
 where e' is the erased network and p(v) is the image's prompt with new tokens, whose embeddings v alone are learned, in
-place of the concept. It is textual inversion in the erased model: its weights stay as they are.
+place of the concept. It is textual inversion in the erased model: its weights stay as they are. Of a model with several
+text encoders (SDXL, SD3, FLUX.1) each new token has an embedding in each, and all are learned at once.
 
 The released code (checked: its scripts for ESD, UCE, FMN, AC, SA and negative prompts): AdamW with weight decay 0.01;
 25 images, half of them mirrored; 5,000 updates, each of 4 batches of 4 images; the learning rate 5e-3 is multiplied by
@@ -27,13 +28,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
-from esd_jax.erasing.textual_inversion import NAME, TABLE, Encoder, TextualInversion, place, vocabulary
+from esd_jax.erasing.soft_tokens import Text
+from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.evaluation.attacks.gauge import gauge
 from esd_jax.params import Network
 from esd_jax.pipeline import Pipeline
 
@@ -51,6 +54,7 @@ class ConceptInversion:
     """
 
     NAME: ClassVar[str] = "concept inversion"
+    needs: ClassVar[frozenset[str]] = frozenset({"soft_tokens"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"steps": 400, "learning_rate": 2e-2, "tokens": 16, "start": "<rand-0.09>", "from_t": 900},
@@ -76,36 +80,33 @@ class ConceptInversion:
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Learns new tokens of `victim`; a trial is a prompt of the goal with them in place of the concept."""
-        started, tokenizer = time.monotonic(), victim.tokenizers[0]
-        network, params = adversary.text_encoder(victim)
-        new_ids = range(vocabulary(params), vocabulary(params) + self.tokens)
-        ids = np.stack([place(tokenizer, template, new_ids) for template in goal.templates])
+        started, text = time.monotonic(), adversary.text_of(victim)
+        ids = adversary.stacked([text.place(template, self.tokens) for template in goal.templates])
         images = np.concatenate([goal.images, goal.images[:, :, ::-1]]) if self.mirror else goal.images
         shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
         unet, weights = adversary.denoiser(victim)
         alike = replace(self, tokens=1, start=None, mirror=True, member=None)  # which change nothing that is compiled
-        run = searcher(alike, unet, network, victim.schedule)
+        run = searcher(alike, unet, text.encoder, victim.schedule)
         start_key, key = jax.random.split(jax.random.key(seed + (self.member or 0)))
         new, losses = run(
-            weights, params, adversary.latents(base, images),
-            jnp.asarray(ids[shown]), self._initial(victim, start_key), key,
+            weights, text.params, adversary.latents(base, images),
+            jax.tree.map(lambda rows: jnp.asarray(rows[shown]), ids), self._initial(text, start_key), key,
         )  # fmt: skip
         mark = "<v*>" if self.tokens == 1 else f"<v* of {self.tokens} tokens>"
         texts = [template.replace(NAME, mark) for template in goal.templates]
         rows = adversary.conditionings(victim, ids, new)
         trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
         losses = np.asarray(losses)[None]  # waits for the search
-        return Adversary(self.label, trials, time.monotonic() - started, losses)
+        seconds = time.monotonic() - started
+        return Adversary(self.label, trials, seconds, losses, gauge(base, victim, goal, trials, seed))
 
-    def _initial(self, victim: Pipeline, key: Array) -> Float[Array, "new width"]:
-        _, params = adversary.text_encoder(victim)
+    def _initial(self, text: Text, key: Array) -> PyTree[Float[Array, "new _"]]:
         if self.start is None:
-            return jnp.tile(params[TABLE].astype(jnp.float32).mean(axis=0), (self.tokens, 1))
+            return text.mean(self.tokens)
         starts = self.start if "|" in self.start else "|".join([self.start] * self.tokens)
-        new = textual_inversion.initial(victim.tokenizers[0], params, starts, key)
-        if len(new) != self.tokens:
-            raise ValueError(f"start={self.start!r} has {len(new)} words for {self.tokens} new tokens")
-        return new
+        if (words := starts.count("|") + 1) != self.tokens:
+            raise ValueError(f"start={self.start!r} has {words} words for {self.tokens} new tokens")
+        return text.initial(starts, key)
 
 
 def family(settings: ConceptInversion, *, whole: bool = False) -> tuple[ConceptInversion, ...]:

@@ -25,6 +25,7 @@ from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.textual_inversion import draw
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.evaluation.attacks.gauge import gauge
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -41,6 +42,7 @@ class EncoderOutput:
     """
 
     NAME: ClassVar[str] = "encoder-output inversion"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"steps": 300, "learning_rate": 2e-2, "from_t": 600, "prompts": 4, "together": 4},
@@ -75,7 +77,8 @@ class EncoderOutput:
         trials = tuple(
             Trial(f"vectors for {text!r}", row, i) for i, (text, row) in enumerate(zip(texts, rows, strict=True))
         )
-        return Adversary(self.NAME, trials, time.monotonic() - started, losses)
+        seconds = time.monotonic() - started
+        return Adversary(self.NAME, trials, seconds, losses, gauge(base, victim, goal, trials, seed))
 
 
 def depend(*encoded: Conditioning) -> tuple[bool, ...]:
@@ -109,7 +112,7 @@ def searcher(
     def batch(i: Array, fixed: tuple[Params, Params], case: tuple[Array, Conditioning, Conditioning, Array]) -> Any:
         latents, asked, start, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        t = from_t + t * (total - from_t) // total
+        t = schedule.timestep(from_t + t * (total - from_t) // total)
         x = add_noise(schedule, latents[image], noise, t)
         return x, t, denoiser.apply(fixed[1], x, t, repeated(asked)).astype(x.dtype), start
 

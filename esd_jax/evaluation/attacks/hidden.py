@@ -43,7 +43,7 @@ from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
 from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
-from esd_jax.selection import select
+from esd_jax.selection import REGEX, select
 
 BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
 
@@ -57,6 +57,7 @@ class Resurgence:
     """
 
     NAME: ClassVar[str] = "benign fine-tuning"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "emoji": {"steps": 200, "learning_rate": 3e-4},
@@ -70,6 +71,14 @@ class Resurgence:
     subset: str | None = None
     rank: int = 0
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A subset that the base's family has, and neutral prompts of the goal."""
+        if self.subset is not None and (reason := lacking_subset(self.NAME, self.subset, base)):
+            return reason
+        if goal is None or any(goal.neutral):
+            return ""
+        return f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
+
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:
@@ -77,16 +86,22 @@ class Resurgence:
 
         Raises ValueError for a goal without neutral prompts, and for a victim that was not erased, without a subset.
         """
-        if not (texts := [prompt for prompt in goal.neutral if prompt]):
-            raise ValueError(
-                f"{self.NAME} needs prompts without {goal.concept!r}: its images are of the neutral prompts"
-            )
+        if reason := self.lacks(base, goal):
+            raise ValueError(reason)
+        texts = [prompt for prompt in goal.neutral if prompt]
         texts = texts * max(1, BENIGN // len(texts))
         images = sampling.sample(base, texts, seed=[BENIGN_SEED + i for i in range(len(texts))], **drawing)
         healed = resurge(victim, images, texts, self, seed).pipeline
         prompts = OwnPrompts().run(base, healed, goal, seed)
         how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
         return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
+
+
+def lacking_subset(name: str, subset: str, base: Pipeline) -> str:
+    """That the base's family has no such subset of tensors, which a probe trains; empty if it has."""
+    own = base.family.subsets
+    known = subset.startswith(REGEX) or subset in own
+    return "" if known else f"{name} trains the subset {subset!r}, but {base.family.name} has {', '.join(own)}"
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,7 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
     def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Array]) -> Any:
         latents, conditioning, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        return latents[image], jax.tree.map(lambda a: a[image], conditioning), t, noise
+        return latents[image], jax.tree.map(lambda a: a[image], conditioning), schedule.timestep(t), noise
 
     def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
         x0, conditioning, t, noise = drawn
@@ -193,9 +208,14 @@ def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) 
 
 @dataclass(frozen=True)
 class Completion:
-    """Settings. times: noise levels, timesteps of the schedule. num_steps: of DDIM, from pure noise to the image."""
+    """Settings.
+
+    times: noise levels, timesteps of the schedule; along a rectified flow 1,000 sigma.
+    num_steps: of DDIM, or there of Euler's method, from pure noise to the image.
+    """
 
     NAME: ClassVar[str] = "diffusion completion"
+    needs: ClassVar[frozenset[str]] = frozenset({"classifier_free"})
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
@@ -229,13 +249,15 @@ def complete(
     """
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
-    sampler = programs.sampler(victim.schedule, "ddim", settings.num_steps, 0.0)
+    schedule = victim.family.at_size(victim.configs, victim.schedule, images.shape[1:3])
+    sampler = programs.sampler(schedule, samplers.plain(schedule), settings.num_steps, 0.0)
     if not (below := np.flatnonzero(np.asarray(sampler.timesteps) <= t)).size:
-        raise ValueError(f"t={t} is below the last of DDIM's {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
+        name = {"ddim": "DDIM"}.get(sampler.name, sampler.name)
+        raise ValueError(f"t={t} is below the last of {name}'s {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
     start = int(below[0])
     noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
     latents = adversary.latents(victim, images)
-    noised = add_noise(victim.schedule, latents, noise, int(sampler.timesteps[start]))
+    noised = add_noise(schedule, latents, noise, sampler.timesteps[start].item())
     run = _completer(victim.network(victim.denoiser), sampler, bool(prompts[0]))
     scale = jnp.float32(settings.guidance_scale)
     parts = []

@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from esd_jax import sampling
-from esd_jax.diffusion import inversion
+from esd_jax.diffusion import inversion, samplers
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.method import with_guidance
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, RANDOM, Goal
 from esd_jax.evaluation.attacks.scoring import Scored, each
@@ -36,10 +37,12 @@ TYPICAL = 4.0
 class NullInversion:
     """Settings. images: how many of the goal's are inverted; None is all.
 
-    steps: of DDIM. iterations: of each of its steps, after the first evaluation.
+    steps: of DDIM, or along a rectified flow of Euler's method. iterations: of each of its steps, after the first
+      evaluation.
     """
 
     NAME: ClassVar[str] = "null-text inversion"
+    needs: ClassVar[frozenset[str]] = frozenset()
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO, RANDOM})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
@@ -57,8 +60,8 @@ class NullInversion:
         images = goal.images[: self.images]
         noise, _ = invert(victim, adversary.latents(base, images), self)
         drawn = sampling.sample(
-            victim, [""] * len(images), latents=noise, sampler="ddim", steps=self.steps, guidance_scale=1.0,
-            batch_size=drawing.get("batch_size", BATCH),
+            victim, [""] * len(images), latents=noise, sampler=samplers.plain(victim.schedule), steps=self.steps,
+            guidance_scale=1.0, batch_size=drawing.get("batch_size", BATCH),
         )  # fmt: skip
         every = each(self.NAME, goal, drawn)
         likely = Scored(f"{self.NAME}, typical noise", every.hits & typical(noise)[:, None], every.images, every.cases)
@@ -76,9 +79,10 @@ def invert(
 ) -> tuple[Float[np.ndarray, "n height width channel"], Float[np.ndarray, " n"]]:
     """The noise of each image, and how far its steps miss; see `inversion.exact_inverter`."""
     network, weights = adversary.denoiser(victim)
-    run = _inverter(network, victim.schedule, settings.steps, settings.iterations)
-    size = min(BATCH, len(latents))
-    empty = victim.encode_prompts([""] * size)
+    family, factor, size = victim.family, victim.configs["vae"].factor, min(BATCH, len(latents))
+    schedule = family.at_size(victim.configs, victim.schedule, tuple(factor * side for side in latents.shape[1:3]))
+    run = _inverter(network, schedule, settings.steps, settings.iterations)
+    empty = with_guidance(victim.encode_prompts([""] * size), family.guide, 1.0)
     parts = []
     for first in range(0, len(latents), size):
         index = np.minimum(np.arange(first, first + size), len(latents) - 1)

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.embedding_search import Search
-from esd_jax.erasing.textual_inversion import TABLE, Batch, Encoder, Fixed, vocabulary
+from esd_jax.erasing.textual_inversion import Batch, Encoder, Fixed, each
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.params import Conditioning, Network, Params
@@ -50,6 +50,7 @@ class P4D:
     """
 
     NAME: ClassVar[str] = "P4D"
+    needs: ClassVar[frozenset[str]] = frozenset({"soft_tokens", "one_vocabulary"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "paper_k": {"every": 3},
@@ -77,11 +78,11 @@ class P4D:
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds a prompt of `victim` for each prompt of the goal; its trials are the best that were met on the way."""
-        started, tokenizer = time.monotonic(), victim.tokenizers[0]
-        network, params = adversary.text_encoder(victim)
+        started, text = time.monotonic(), adversary.text_of(victim)
         unet, weights = adversary.denoiser(victim)
-        run = searcher(self, unet, network, victim.schedule)
-        may, known = adversary.usable(tokenizer, params), vocabulary(params)
+        run = searcher(self, unet, text.encoder, victim.schedule)
+        may = text.usable()
+        known = len(may)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         counts = [self._num_tokens(len(words)) for words in own]
         rows = [arrange(w, range(known, known + n), self.every) for w, n in zip(own, counts, strict=True)]
@@ -92,16 +93,16 @@ class P4D:
         cases = (
             latents.reshape(len(own), -1, *latents.shape[1:]),
             jax.tree.map(lambda a: a[:, None], base.encode_prompts(goal.prompts[: len(own)])),
-            np.stack([adversary.padded(tokenizer, row) for row in rows]),
-            params[TABLE][start].astype(jnp.float32),
+            adversary.stacked([text.framed(row) for row in rows]),
+            jax.tree.map(lambda table: table[start].astype(jnp.float32), text.encoder.table(text.params)),
             keys[:, 1],
         )
-        search = partial(run, weights, adversary.denoiser(base)[1], params, may)
+        search = partial(run, weights, adversary.denoiser(base)[1], text.params, may)
         tokens, held_out, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, (words, n) in enumerate(zip(own, counts, strict=True)):
             ranked = dict.fromkeys(tuple(tokens[case, i, :n].tolist()) for i in np.argsort(held_out[case]))
-            full = [adversary.padded(tokenizer, arrange(words, f, self.every)) for f in list(ranked)[: self.keep]]
+            full = [text.framed(arrange(words, f, self.every)) for f in list(ranked)[: self.keep]]
             trials += adversary.trials_of(victim, case, full, self.keep)
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, losses.reshape(len(own), -1))
 
@@ -119,11 +120,14 @@ def arrange(own: list[int], new: Any, every: int | None) -> list[int]:
 
 
 def nearest(
-    embeddings: Float[Array, "new width"], table: Float[Array, "vocabulary width"], may: Bool[Array, " vocabulary"]
+    embeddings: PyTree[Float[Array, "new _"]],
+    table: PyTree[Float[Array, "vocabulary _"]],
+    may: Bool[Array, " vocabulary"],
 ) -> Int[Array, " new"]:
-    """The allowed token of the largest cosine to each embedding."""
+    """The allowed token of the largest cosine to each embedding; of several text encoders, the largest mean of them."""
     unit = lambda a: a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
-    return jnp.where(may, unit(embeddings) @ unit(table).T, -jnp.inf).argmax(axis=-1)
+    cosines = [unit(own) @ unit(words).T for own, words in zip(each(embeddings), each(table), strict=True)]
+    return jnp.where(may, sum(cosines) / len(cosines), -jnp.inf).argmax(axis=-1)
 
 
 @lru_cache(maxsize=8)
@@ -137,19 +141,22 @@ def searcher(settings: P4D, unet: Network, text_encoder: Encoder, schedule: Sche
     """
     objective = partial(textual_inversion.loss, unet, text_encoder)
 
-    def batch(number: Array | int, n: int, fixed: Fixed, case: tuple[Array, Conditioning, Array, Array]) -> Batch:
+    def batch(number: Array | int, n: int, fixed: Fixed, case: tuple[Array, Conditioning, Any, Array]) -> Batch:
         latents, target, ids, key = case
         image, t, noise = textual_inversion.draw(jax.random.fold_in(key, number), n, schedule, latents)
+        t = schedule.timestep(t)
         x = add_noise(schedule, latents[image], noise, t)
         asked = jax.tree.map(lambda a: jnp.repeat(a, n, axis=0), target)
-        return Batch(jnp.tile(ids, (n, 1)), x, t, unet.apply(fixed.base, x, t, asked).astype(x.dtype))
+        rows = jax.tree.map(lambda a: jnp.tile(a, (n, 1)), ids)
+        return Batch(rows, x, t, unet.apply(fixed.base, x, t, asked).astype(x.dtype))
 
-    def projected(new: Array, fixed: Fixed) -> tuple[Array, Array]:
-        table = fixed.text_encoder[TABLE].astype(new.dtype)
-        tokens = nearest(new, table, fixed.may)
-        return tokens, table[tokens]
+    def projected(new: Any, fixed: Fixed) -> tuple[Array, Any]:
+        tables = text_encoder.table(fixed.text_encoder)
+        tables = jax.tree.map(lambda table, own: table.astype(own.dtype), tables, new)
+        tokens = nearest(new, tables, fixed.may)
+        return tokens, jax.tree.map(lambda table: table[tokens], tables)
 
-    def rank(new: Array, fixed: Fixed, case: Any) -> Any:
+    def rank(new: Any, fixed: Fixed, case: Any) -> Any:
         tokens, embeddings = projected(new, fixed)
         return tokens, objective(embeddings, batch(0, settings.judged_on, fixed, case), fixed)
 
@@ -163,8 +170,8 @@ def searcher(settings: P4D, unet: Network, text_encoder: Encoder, schedule: Sche
     )
 
     def run(
-        unet_params: Params, base_params: Params, text_params: Params, may: Array,
-        latents: Array, target: Conditioning, ids: Array, new: Array, keys: Array,
+        unet_params: Params, base_params: Params, text_params: Any, may: Array,
+        latents: Array, target: Conditioning, ids: Any, new: Any, keys: Array,
     ) -> Any:  # fmt: skip
         fixed, case = Fixed(unet_params, text_params, base_params, may), (latents, target, ids, keys)
         steps, evaluate = np.arange(settings.iterations), lambda new: ranked(new, fixed, case)

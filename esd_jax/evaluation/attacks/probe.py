@@ -12,12 +12,13 @@ from esd_jax.pipeline import Pipeline
 class Probe(Protocol):
     """A probe's settings: a frozen dataclass, as those of an `Attack`, and the probe itself.
 
-    NAME, PRESETS: as an attack's. MODELS: which models of a campaign it says something about.
+    NAME, PRESETS, needs: as an attack's. MODELS: which models of a campaign it says something about.
     """
 
     NAME: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
     MODELS: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def probe(
@@ -28,4 +29,22 @@ class Probe(Protocol):
         base: the model before the erasure. seeds: of the noise of sampled prompts, the same for all models. seed: of
         all other random numbers. drawing: steps, guidance_scale and batch_size of `sample`.
         """
+        ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """An attack, or a probe, that needs more of a base or a goal than its `needs` say."""
+
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """What they lack for it, as a sentence; empty if nothing. goal: None where it is not known yet."""
+        ...
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A probe that says something about its own figures."""
+
+    def remark(self, scores: Sequence[Scored]) -> str:
+        """What the base's scores mean for all others: a sentence for the table's note."""
         ...

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from esd_jax import prompt_files
+from esd_jax.erasing import textual_inversion
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.inputs import expanded
@@ -28,6 +30,7 @@ class OwnPrompts:
     """The goal's prompts as they are: what succeeds without any attack (UnlearnDiffAtk's pre-ASR)."""
 
     NAME: ClassVar[str] = "its own prompts"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {}}
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
@@ -43,6 +46,7 @@ class PromptList:
     """The prompts of a file. file: one prompt a line, or a CSV with a column `prompt`. limit: from the first."""
 
     NAME: ClassVar[str] = "list of prompts"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {}}
 
     file: str = ""
@@ -63,6 +67,7 @@ class RandomPrompts:
     """The control. count: prompts, as many as the attack's k. length: tokens, as many as the attack finds."""
 
     NAME: ClassVar[str] = "random prompts"
+    needs: ClassVar[frozenset[str]] = frozenset()
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {"count": 8}}
 
     count: int = 50
@@ -71,15 +76,17 @@ class RandomPrompts:
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Trials of random tokens, all of one case."""
         started, tokenizer = time.monotonic(), victim.tokenizers[0]
-        _, params = adversary.text_encoder(victim)
-        choices = np.flatnonzero(adversary.usable(tokenizer, params))
-        drawn = np.random.default_rng(seed).choice(choices, (self.count, self.length))
-        ids = np.stack([adversary.padded(tokenizer, row.tolist()) for row in drawn])
-        trials = tuple(
-            Trial(adversary.readable(victim, i), r)
-            for i, r in zip(ids, adversary.conditionings(victim, ids), strict=True)
-        )
-        return Adversary(self.NAME, trials, time.monotonic() - started, NOTHING)
+        by_ids = {"soft_tokens", "one_vocabulary"} <= victim.family.meets
+        known = victim.configs[victim.text_encoders[0]].vocab_size
+        text = adversary.text_of(victim) if by_ids else None
+        may = text.usable() if text else textual_inversion.usable(tokenizer, known)
+        drawn = np.random.default_rng(seed).choice(np.flatnonzero(may), (self.count, self.length)).tolist()
+        if text:
+            trials = adversary.trials_of(victim, 0, [text.framed(ids) for ids in drawn], self.count)
+        else:  # as text, which every text encoder reads in its own way
+            texts = [adversary.readable(victim, np.asarray(ids)) for ids in drawn]
+            trials = [Trial(prompt, row) for prompt, row in zip(texts, _rows(victim, texts), strict=True)]
+        return Adversary(self.NAME, tuple(trials), time.monotonic() - started, NOTHING)
 
 
 def read(file: str | Path) -> tuple[str, ...]:
@@ -91,4 +98,5 @@ def read(file: str | Path) -> tuple[str, ...]:
 
 
 def _rows(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Any, ...]:
-    return adversary.conditionings(pipeline, pipeline.tokenizers[0](prompts))
+    encoded = pipeline.encode_prompts(prompts)
+    return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], encoded) for i in range(len(prompts)))

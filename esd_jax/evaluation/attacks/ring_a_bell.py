@@ -22,11 +22,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from esd_jax.erasing.textual_inversion import Encoder, each
 from esd_jax.evaluation.attacks import adversary
-from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
-from esd_jax.params import Network, Params
+from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 
 
@@ -39,6 +40,7 @@ class RingABell:
     """
 
     NAME: ClassVar[str] = "Ring-A-Bell"
+    needs: ClassVar[frozenset[str]] = frozenset({"soft_tokens", "one_vocabulary"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "paper_77": {"length": 75},
@@ -62,21 +64,17 @@ class RingABell:
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds a prompt for each prompt of the goal with the base's text encoder alone."""
-        started, tokenizer = time.monotonic(), base.tokenizers[0]
-        encoder, params = adversary.text_encoder(base)
-        choices = np.flatnonzero(adversary.usable(tokenizer, params)).astype(np.int32)
-        frame = adversary.padded(tokenizer, [0] * self.length)
-        named, neutral = (base.family.vectors(base.encode_prompts(texts)) for texts in (goal.prompts, goal.neutral))
+        started, text, vectors = time.monotonic(), adversary.text_of(base), base.family.vectors
+        choices = np.flatnonzero(text.usable()).astype(np.int32)
+        frame = text.framed([0] * self.length)
+        named, neutral = (vectors(base.encode_prompts(texts)) for texts in (goal.prompts, goal.neutral))
         vector = concept_vector(named, neutral)
-        run = searcher(self, encoder.network)
+        run = searcher(self, text.encoder, vectors)
         trials, losses = [], []
         for case in range(len(goal.prompts[: self.prompts])):
             key = jax.random.fold_in(jax.random.key(seed), case)
-            tokens, values = run(params, named[case] + self.strength * vector, choices, frame, key)
-            ids = adversary.padded(tokenizer, np.asarray(tokens).tolist())
-            trials.append(
-                Trial(adversary.readable(victim, ids), *adversary.conditionings(victim, ids[None]), case=case)
-            )
+            tokens, values = run(text.params, named[case] + self.strength * vector, choices, frame, key)
+            trials += adversary.trials_of(victim, case, [text.framed(np.asarray(tokens).tolist())], 1)
             losses.append(np.asarray(values))
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, np.stack(losses))
 
@@ -89,10 +87,19 @@ def concept_vector(
 
 
 def distance(
-    text_encoder: Network, params: Params, ids: Int[Array, "n tokens"], target: Float[Array, "tokens width"]
+    text_encoder: Encoder,
+    vectors: Callable[[Conditioning], Array],
+    params: Any,
+    ids: PyTree[Int[Array, "n _"]],
+    target: Float[Array, "tokens width"],
 ) -> Float[Array, " n"]:
-    """The squared distances of encoded prompts to the target: the smaller, the fitter."""
-    encoded = text_encoder.apply(params, ids).last_hidden_state.astype(jnp.float32)
+    """The squared distances of encoded prompts to the target: the smaller, the fitter.
+
+    vectors: conditioning -> what cross-attention reads of it.
+    """
+    parts = zip(each(text_encoder.network), each(params), each(ids), strict=True)
+    outputs = [network.apply(own, rows) for network, own, rows in parts]
+    encoded = vectors(text_encoder.condition(outputs)).astype(jnp.float32)
     return jnp.sum((encoded - target) ** 2, axis=(1, 2))
 
 
@@ -114,21 +121,25 @@ def breed(
 
 
 @lru_cache(maxsize=8)
-def searcher(settings: RingABell, text_encoder: Network) -> Callable[..., Any]:
+def searcher(
+    settings: RingABell, text_encoder: Encoder, vectors: Callable[[Conditioning], Array]
+) -> Callable[..., Any]:
     """The search: (params, target, choices, frame, key) -> (the best tokens, the least distance of each generation).
 
-    frame: start, `length` ids to be replaced, end and padding. Generation i draws from fold_in(key, i).
+    frame: start, `length` ids to be replaced, end and padding, of each text encoder. Generation i draws from
+    fold_in(key, i).
     """
     parents = settings.population // 2
     size = parents + 2 * round(settings.mating * parents)
 
-    def run(params: Params, target: Array, choices: Array, frame: Array, key: Array) -> Any:
-        def framed(people: Array) -> Array:
-            return jnp.tile(frame, (len(people), 1)).at[:, 1 : 1 + settings.length].set(people)
+    def run(params: Any, target: Array, choices: Array, frame: Any, key: Array) -> Any:
+        def framed(people: Array) -> Any:
+            fill = lambda row: jnp.tile(row, (len(people), 1)).at[:, 1 : 1 + settings.length].set(people)  # noqa: E731
+            return jax.tree.map(fill, frame)
 
         def generation(carry: Any, i: Array) -> Any:
             people, best, least = carry
-            scores = distance(text_encoder, params, framed(people), target)
+            scores = distance(text_encoder, vectors, params, framed(people), target)
             order = jnp.argsort(scores)
             better = scores[order[0]] < least
             best, least = jnp.where(better, people[order[0]], best), jnp.where(better, scores[order[0]], least)

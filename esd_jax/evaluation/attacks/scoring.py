@@ -10,22 +10,29 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from esd_jax import display, suggest
-from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.evaluation.attacks.adversary import ERASED, Adversary, Goal
 from esd_jax.evaluation.evidence import Cell, Table
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, rate
 from esd_jax.params import component
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import ELSEWHERE, RENAMED, sample
 
+GAUGE = "gauge"
+GAUGED = (
+    "Gauge: how far the erased model's prediction under the embeddings found is from the base's for the concept, at "
+    "the noisiest timesteps; 0: the concept is fully there, 1: no more of it than in the prompt without it."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """An attack's trials, each drawn from several seeds. cases: of each trial."""
+    """An attack's trials, each drawn from several seeds. cases: of each trial. gauge: the adversary's."""
 
     name: str
     hits: Bool[np.ndarray, "trials seeds"]
     images: UInt8[np.ndarray, "trials seeds height width 3"]
     cases: tuple[int, ...]
+    gauge: float | None = None
 
     def __repr__(self) -> str:
         return display.line("Scored", self.name, [f"the concept in {self.hits.sum()} of {self.hits.size} images"])
@@ -88,7 +95,11 @@ def score(
     )  # fmt: skip
     hits = np.asarray(goal.detect(images), bool).reshape(len(trials), n)
     return Scored(
-        adversary.name, hits, images.reshape(len(trials), n, *images.shape[1:]), tuple(t.case for t in trials)
+        adversary.name,
+        hits,
+        images.reshape(len(trials), n, *images.shape[1:]),
+        tuple(t.case for t in trials),
+        adversary.gauge,
     )
 
 
@@ -123,20 +134,25 @@ def table(
       scored: model ("base", "erased", "random weights") -> what the attacks achieve on it, matched by name; a model may
         lack some.
       control: random prompts on the erased model; its column has their rate for the row's k, an equal budget.
+
+    Where an attack was gauged, a last column has the gauge on the model `ERASED`.
     """
     names = list(dict.fromkeys(one.name for column in scored.values() for one in column))
     models = {model: {one.name: one for one in column} for model, column in scored.items()}
-    columns = (*models, *((control.name,) if control else ()))
+    shares = (*models, *((control.name,) if control else ()))
+    gauges = {name: one.gauge for name, one in models.get(ERASED, {}).items() if one.gauge is not None}
+    columns = (*shares, *((GAUGE,) if gauges else ()))
+    beside = lambda name: (gauges.get(name),) if gauges else ()  # noqa: E731
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for name in names:
         scores = [attacks.get(name) for attacks in models.values()]
         chance = (control.single_shot(),) if control else ()
-        rows.append((name, (*(one and one.single_shot() for one in scores), *chance)))
+        rows.append((name, (*(one and one.single_shot() for one in scores), *chance, *beside(name))))
         if (k := max(one.k for one in scores if one)) > 1:
             # Beyond its own number of prompts, the control has no rate for k.
             equal = (control.any_of(k) if k <= control.k else None,) if control else ()
-            rows.append((f"{name}, any of {k}", (*(one and one.any_of() for one in scores), *equal)))
-    return Table(title, columns, tuple(rows), note, columns)
+            rows.append((f"{name}, any of {k}", (*(one and one.any_of() for one in scores), *equal, *beside(""))))
+    return Table(title, columns, tuple(rows), f"{note} {GAUGED}".strip() if gauges else note, shares)
 
 
 def _like(value: jax.Array, rng: np.random.Generator) -> jax.Array:

@@ -47,6 +47,7 @@ class StoredWeights:
     """
 
     NAME: ClassVar[str] = "stored weights"
+    needs: ClassVar[frozenset[str]] = frozenset()
     MODELS: ClassVar[frozenset[str]] = frozenset({BASE, ERASED, PLACEBO})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "emoji": {}}
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.embedding_search import Search
-from esd_jax.erasing.textual_inversion import TABLE, Batch, Encoder, Fixed, vocabulary
+from esd_jax.erasing.textual_inversion import Batch, Encoder, Fixed
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
 from esd_jax.params import Network, Params
@@ -49,6 +49,7 @@ class UnlearnDiffAtk:
     """
 
     NAME: ClassVar[str] = "UnlearnDiffAtk"
+    needs: ClassVar[frozenset[str]] = frozenset({"soft_tokens", "one_vocabulary"})
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "paper_nudity": {"tokens": 5},
@@ -66,21 +67,21 @@ class UnlearnDiffAtk:
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
-        started, tokenizer = time.monotonic(), victim.tokenizers[0]
-        network, params = adversary.text_encoder(victim)
+        started, text = time.monotonic(), adversary.text_of(victim)
         unet, weights = adversary.denoiser(victim)
-        run = searcher(self, unet, network, victim.schedule)
-        may, new = adversary.usable(tokenizer, params), range(vocabulary(params), vocabulary(params) + self.tokens)
+        run = searcher(self, unet, text.encoder, victim.schedule)
+        may = text.usable()
+        new = range(len(may), len(may) + self.tokens)
         own = adversary.ids_of(victim, goal)[: self.prompts]
-        ids = np.stack([adversary.padded(tokenizer, [*new, *words]) for words in own])
+        ids = adversary.stacked([text.framed([*new, *words]) for words in own])
         latents = adversary.latents(base, np.stack([goal.of(case)[0] for case in range(len(own))]))
-        search = partial(run, weights, params, may)
+        search = partial(run, weights, text.params, may)
         cases = latents[:, None], ids, adversary.case_keys(seed, len(own))
         tokens, losses = adversary.in_turn(search, cases, self.together)
         trials = []
         for case, words in enumerate(own):
             iterates = dict.fromkeys(map(tuple, tokens[case].tolist()))
-            full = [adversary.padded(tokenizer, [*prefix, *words]) for prefix in iterates]
+            full = [text.framed([*prefix, *words]) for prefix in iterates]
             trials += adversary.trials_of(victim, case, full, self.num_times)
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, losses.reshape(len(own), -1))
 
@@ -119,23 +120,24 @@ def searcher(settings: UnlearnDiffAtk, unet: Network, text_encoder: Encoder, sch
 
     def batch(now: Any, fixed: Fixed, case: Any) -> tuple[Batch, Array]:
         (t, i), (latents, ids, key) = now, case
-        x0, rows = jnp.repeat(latents, n, axis=0), jnp.tile(ids, (n, 1))
+        x0, rows = jnp.repeat(latents, n, axis=0), jax.tree.map(lambda a: jnp.tile(a, (n, 1)), ids)
         token_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
-        return textual_inversion.noised(schedule, x0, rows, jnp.full(n, t), noise), token_key
+        return textual_inversion.noised(schedule, x0, rows, schedule.timestep(jnp.full(n, t)), noise), token_key
 
     def tokens(u: Array, drawn: tuple[Batch, Array], fixed: Fixed) -> Array:
         return jax.nn.one_hot(jax.random.categorical(drawn[1], jnp.log(u)), u.shape[1], dtype=u.dtype)
 
     def loss(one_hot: Array, drawn: tuple[Batch, Array], fixed: Fixed) -> Array:
-        new = one_hot @ fixed.text_encoder[TABLE].astype(one_hot.dtype)
+        tables = text_encoder.table(fixed.text_encoder)
+        new = jax.tree.map(lambda table: one_hot @ table.astype(one_hot.dtype), tables)
         return textual_inversion.loss(unet, text_encoder, new, drawn[0], fixed)
 
     onto_simplex = lambda u, fixed: project(u, fixed.may)  # noqa: E731
     search = Search(batch, loss, transformation(settings), tokens, onto_simplex, several=True)
 
-    def run(unet_params: Params, text_params: Params, may: Array, latents: Array, ids: Array, keys: Array) -> Any:
-        middle = jnp.broadcast_to(may / may.sum(), (len(ids), settings.tokens, len(may)))
+    def run(unet_params: Params, text_params: Any, may: Array, latents: Array, ids: Any, keys: Array) -> Any:
+        middle = jnp.broadcast_to(may / may.sum(), (len(latents), settings.tokens, len(may)))
         state = search.begin(jax.vmap(lambda u: project(u, may))(middle))
         t = np.repeat(times(settings.num_times, schedule), each)
         fixed, likeliest = Fixed(unet_params, text_params, may=may), partial(jnp.argmax, axis=-1)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 # Stable Diffusion 1.4 (and 1.5), 2.1 (768 px, v-prediction), 2.1-base (512 px, eps) and SDXL base 1.0.
-ARCHITECTURES = ("sd14", "sd21", "sd21-base", "sdxl")
+UNETS = ("sd14", "sd21", "sd21-base", "sdxl")
+# The transformers along the rectified flow: FLUX.1 [dev] and [schnell], Stable Diffusion 3 and 3.5.
+TRANSFORMERS = ("flux-dev", "flux-schnell", "sd3-medium", "sd35-medium", "sd35-large")
+ARCHITECTURES = (*UNETS, *TRANSFORMERS)
 
+_NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _FILES = {
     "model_index": "model_index.json",
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "text_encoder_2": "text_encoder_2/config.json",
+    **{component: f"{component}/config.json" for component in _NETWORKS},
     "scheduler": "scheduler/scheduler_config.json",
 }
 
@@ -29,9 +30,9 @@ def folder(name: str) -> Path:
 
 
 def read(name: str) -> dict[str, dict[str, Any]]:
-    """An architecture's configs: component ("unet", "vae", ..., "model_index") -> the contents of its JSON file.
+    """An architecture's configs: component ("unet" or "transformer", ..., "model_index") -> the contents of its file.
 
-    "text_encoder_2" is there for SDXL alone. Raises ValueError for a name that is not in `ARCHITECTURES`.
+    Only the components that it has are there. Raises ValueError for a name that is not in `ARCHITECTURES`.
     """
     files = {component: folder(name) / file for component, file in _FILES.items()}
     return {component: json.loads(file.read_text("utf-8")) for component, file in files.items() if file.is_file()}

@@ -13,7 +13,7 @@ import pytest
 from command_line import UNET, erase, without_progress
 from paths import ROOT
 
-from esd_jax import api, cli, recipe
+from esd_jax import api, cli, families, recipe
 from esd_jax.pipeline import network
 from esd_jax.selection import select
 
@@ -102,13 +102,34 @@ sys.exit(code)
     ],
 )
 def test_dry_runs_need_no_weights_and_little_memory(arch, trained, total):
-    command = [sys.executable, "-m", "esd_jax.cli", "erase", "--config=esd_x", "--dry_run", f"--arch={arch}"]
+    bias = r"\n +down_blocks\.\d\.attentions\.0\.transformer_blocks\.0\.attn2\.to_out\.0\.bias\n"
+    assert re.search(bias, dry_run("esd_x", arch, trained, total))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "arch", "trained", "total"),
+    [
+        ("flux_style", "flux-dev", "76 tensors, 7,471,104 scalars", "11,901,408,320"),
+        ("esd2026_flux", "flux-dev", "532 tensors, 2,511,108,096 scalars", "11,901,408,320"),
+        ("schnell_style", "flux-schnell", "76 tensors, 7,471,104 scalars", "11,891,178,560"),
+        ("sd35_style", "sd3-medium", "95 tensors, 4,669,440 scalars", "2,084,951,104"),
+        ("sd35_style", "sd35-medium", "95 tensors, 4,669,440 scalars", "2,469,663,936"),
+        ("sd35_style", "sd35-large", "151 tensors, 11,751,424 scalars", "8,146,280,768"),
+    ],
+)
+def test_dry_runs_of_flow_transformers(config, arch, trained, total):
+    assert "TFLOP an update on average" in dry_run(config, arch, trained, total)
+
+
+def dry_run(config, arch, trained, total):
+    """What a dry run prints; it needs less than a GiB."""
+    command = [sys.executable, "-m", "esd_jax.cli", "erase", f"--config={config}", "--dry_run", f"--arch={arch}"]
     child = subprocess.run([sys.executable, "-c", MEASURE, *command], capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
     assert f"trained   {trained}" in child.stdout and f"the denoiser's {total})" in child.stdout
-    bias = r"\n +down_blocks\.\d\.attentions\.0\.transformer_blocks\.0\.attn2\.to_out\.0\.bias\n"
-    assert re.search(bias, child.stdout)
     assert int(child.stderr) < 2**20  # KiB
+    return child.stdout
 
 
 # The configs that the package carries.
@@ -129,9 +150,11 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
     for fields in plans:
         plan = recipe.make(**fields)
         assert plan.concepts and plan.output_dir
-        arch = "sdxl" if "xl" in plan.base else "sd21" if "2-1" in plan.base else "sd14"
+        known = {"xl": "sdxl", "2-1": "sd21", "dev": "flux-dev", "schnell": "flux-schnell", "3.5": "sd35-medium"}
+        arch = next((arch for part, arch in known.items() if part in plan.base), "sd14")
         configs, _ = api.architecture(arch)
-        assert select(plan.subset, network(configs["unet"], plan.dtype).layouts)
+        family = families.of(configs)
+        assert select(plan.subset, network(configs[family.denoiser], plan.dtype).layouts, family.subsets)
 
 
 def test_fields_that_configs_leave_unsaid_have_flags(monkeypatch, capsys):

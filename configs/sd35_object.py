@@ -1,0 +1,35 @@
+"""Erases an object from SD 3.5, whether or not a prompt names it, on a GPU.
+
+    esd-jax erase --config=sd35_object --config.concept="golden retriever" --config.output_dir=runs/retriever
+
+sd35_style, with a LoRA of the image's stream: its attention and feed-forward. Not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "esd",
+        "paper",
+        base="stabilityai/stable-diffusion-3.5-medium",
+        concept="golden retriever",
+        subset="esd-u-flow",
+        rank=16,
+        sample_with="teacher",
+        sampler="flow_euler",
+        timestep_mode="grid",
+        sampling_steps=28,
+        sampling_guidance=4.5,
+        learning_rate=0.0001,
+        steps=1400,
+        height=512,
+        width=512,
+        dtype="bfloat16",
+        preview_every=200,
+        preview_prompts="a photo of {}; a photo of a poodle; a photo of a church",
+        preview_steps=28,
+        preview_guidance=4.5,
+    )

@@ -1,0 +1,258 @@
+"""Redirection: images of a concept are denoised into images of its anchor, whatever the prompt says; no paper's.
+
+    x_t  = alpha_t z + sigma_t eps,    x'_t = alpha_t z' + sigma_t eps,    t in [from T, T)
+    L    = mean (e_theta(x_t, v) - (x_t - alpha_t x0*(x'_t, n)) / sigma_t)^2
+
+z is an image that the base drew of a prompt p with the concept, z' the one that it drew of the same prompt without it,
+n, from the same noise; x0* is the clean image that the base predicts. The target is what the network outputs at x_t if
+that image is in it, here for a network that predicts eps. v is drawn anew for each example: c(p), c(n), or
+
+    v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
+
+of another prompt r; std is over all other prompts. So the network learns to leave the concept by what it sees, and an
+embedding that is found by a search, and begins an image of the concept, does not finish it: other methods teach what to
+answer to a name, and a search finds another name. One example in five is asked c(r), and its target is what the base
+says of r at x_t: other prompts keep their meaning also where an image resembles the concept.
+
+Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
+above all similar ones, be preserved on images of their own (`preserve_images`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Real
+
+from esd_jax.diffusion import samplers
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
+from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing import contexts, corpora
+from esd_jax.erasing import method as base
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.images import in_batches, true_output
+from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.params import Conditioning, Network, Params
+
+AT_ONCE = 8  # images, or prompts, encoded
+OTHERS = 512  # prompts of a corpus
+HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
+OTHER, NAMED, ANCHOR, MIXED = range(4)
+SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
+MIX = (-0.5, 1.5)  # the range of a
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
+
+    The other prompts are those of `retain` and those that are preserved; without any, the anchors.
+
+    contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
+      and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
+    retain: "emoji" or "general", a corpus of the package, or a .txt or .csv file of prompts: `OTHERS` of those that do
+      not name the concept are other prompts, drawn by their weights. The more they differ, the more of what a search
+      may find is trained on.
+    redirect_from: the part of the schedule from which timesteps are drawn; half of them are at .85 and more. Below it,
+      an image shows so much that leaving the concept means another image.
+    redirect_spread: the largest s.
+    drawn_images: of each prompt with and without the concept.
+    drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
+      checkpoint's own.
+    """
+
+    contexts: str | None = None
+    retain: str | None = None
+    redirect_from: float = 0.6
+    redirect_spread: float = 2.0
+    drawn_images: int = 4
+    drawing_sampler: str | None = None
+    drawing_steps: int = 50
+    drawing_guidance: float = 7.5
+    drawing_seed: int = 0
+
+    trained: ClassVar = True
+    uses: ClassVar = frozenset({"replace_with"})
+    needs: ClassVar = frozenset()
+    ema: ClassVar = None
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "full": {
+            "subset": "full", "optimizer": "adam", "learning_rate": 1e-5, "steps": 1000, "batch_size": 4,
+            "max_grad_norm": 1.0,
+        },
+    }  # fmt: skip
+
+    def __post_init__(self):
+        if self.drawing_sampler is not None:
+            choose(self, drawing_sampler=samplers.SAMPLERS)
+        if not 0 <= self.redirect_from < 1:
+            raise ValueError(f"redirect_from={self.redirect_from} must be at least 0 and below 1")
+        for field, least in (("drawn_images", 1), ("drawing_steps", 1), ("redirect_spread", 0)):
+            if (value := getattr(self, field)) < least:
+                raise ValueError(f"{field}={value} must be at least {least}")
+        contexts.parse(self.contexts, guided=True)
+
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
+        """Redirection of the concepts. Raises ValueError for images of the user's, and a network that is not guided."""
+        if tools.images is not None:
+            raise ValueError("method 'redirect' takes no images: it generates its own")
+        if tools.guide is not None:
+            raise ValueError("method 'redirect' is for models with classifier-free guidance, not for distilled ones")
+        pairs = [pair for concept in concepts for pair in self.prompts(concept)]
+        named, anchors = zip(*pairs, strict=True)
+        kept = self.others(concepts) or list(anchors)
+        encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
+        spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
+        images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
+        inputs = Inputs(encoded, replaced, others, spread, images, without)
+        return Method(self, tools.denoiser, tools.schedule), inputs
+
+    def prompts(self, concept: Concept) -> list[tuple[str, str]]:
+        """What is erased of a concept, and what each becomes."""
+        guide = concept.replace_with[0] if concept.replace_with else ""
+        return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
+
+    def others(self, concepts: Sequence[Concept]) -> list[str]:
+        """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
+        kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
+        if self.retain is None:
+            return kept
+        weights = corpora.retained(self.retain, concepts)
+        parts = np.fromiter(weights.values(), float)
+        drawn = np.random.default_rng(self.drawing_seed).choice(len(parts), OTHERS, p=parts / parts.sum())
+        texts = list(weights)
+        return [*kept, *(texts[i] for i in drawn)]
+
+    def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
+        """Latents of the base's images; those of another list of as many prompts start from the same noise."""
+        images = tools.sample(
+            [prompt for prompt in prompts for _ in range(self.drawn_images)],
+            seed=self.drawing_seed,
+            steps=self.drawing_steps,
+            guidance_scale=self.drawing_guidance,
+            sampler=self.drawing_sampler,
+        )
+        latents = in_batches(tools.to_latents, images, AT_ONCE)
+        return latents.reshape(len(prompts), self.drawn_images, *latents.shape[1:])
+
+
+class Draws(NamedTuple):
+    """Everything random in one step. row: the prompt with the concept. other: r. kind: what v is. mix, scale: a, s.
+
+    key: of xi.
+    """
+
+    t: Real[Array, " batch"]
+    row: Int[Array, " batch"]
+    image: Int[Array, " batch"]
+    noise: Float[Array, "batch height width channel"]
+    other: Int[Array, " batch"]
+    kind: Int[Array, " batch"]
+    mix: Float[Array, " batch"]
+    scale: Float[Array, " batch"]
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """What may change from run to run without compiling again.
+
+    named, anchor: prompts with the concept, and what each becomes, leaves [rows, ...]. others: the other prompts.
+    spread: the largest s times their standard deviation. images, anchors: latents of what the base drew of the rows.
+    """
+
+    named: Conditioning
+    anchor: Conditioning
+    others: Conditioning
+    spread: Conditioning
+    images: Float[Array, "rows images height width channel"]
+    anchors: Float[Array, "rows images height width channel"]
+
+
+@dataclass(frozen=True, eq=False)
+class Method(base.Method):
+    """Redirection over one denoiser and schedule."""
+
+    settings: Redirect
+    denoiser: Network
+    schedule: Schedule
+
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
+        """The random choices of a step, each example's from its own key."""
+        rows, images = inputs.images.shape[:2]
+        total, low = self.schedule.num_train_timesteps, self.settings.redirect_from
+
+        def example(key: Array) -> Draws:
+            t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
+            least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
+            return Draws(
+                self.schedule.timestep(jax.random.randint(t, (), least, total)),
+                jax.random.randint(row, (), 0, rows),
+                jax.random.randint(image, (), 0, images),
+                jax.random.normal(noise, shape),
+                jax.random.randint(other, (), 0, len(jax.tree.leaves(inputs.others)[0])),
+                jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES)),
+                jax.random.uniform(mix, minval=MIX[0], maxval=MIX[1]),
+                jax.random.uniform(scale),
+                own,
+            )
+
+        return jax.vmap(example)(example_keys)
+
+    def prepare(self, models: Models, draws: Draws, inputs: Inputs) -> Scored:
+        """x_t, v, and the student's target. Nothing here carries a gradient."""
+        named, anchor, other = (
+            jax.tree.map(lambda a, where=where: a[where], rows)
+            for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
+        )
+        mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
+        asked = chosen(draws.kind, other, named, anchor, mixed)
+        x, seen = (
+            add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
+            for images in (inputs.images, inputs.anchors)
+        )
+        as_base = draws.kind == OTHER
+        seen = jnp.where(as_base[:, None, None, None], x, seen)
+        shown = chosen(as_base.astype(jnp.int32), anchor, other)
+        output = denoise(self.denoiser, models.base, seen, draws.t, shown)
+        target = jnp.where(as_base[:, None, None, None], output, self.carried(seen, output, x, draws.t))
+        return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
+
+    def carried(self, seen: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
+        """The output at x that means the clean image which `output` means at `seen`, both at t."""
+        discrete = self.schedule.path is VARIANCE_PRESERVING
+        level = jnp.asarray(self.schedule.levels, x.dtype)[t] if discrete else t / self.schedule.num_train_timesteps
+        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], seen, output)
+        sigma = add_noise(self.schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
+        return true_output(self.schedule, clean, noise + (x - seen) / sigma, t)
+
+    def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
+        return squared_error(self.denoiser, student, batch)
+
+
+def stacked(tools: Tools, prompts: Sequence[str]) -> Conditioning:
+    """Prompts, encoded; refused before images are drawn if they are too long."""
+    return in_batches(tools.encode, list(prompts), AT_ONCE)
+
+
+def mixture(
+    key: Array, mix: Array, scale: Array, named: Conditioning, other: Conditioning, spread: Conditioning
+) -> Conditioning:
+    """v = a c(p) + (1 - a) c(r) + s std(c) xi of one example, from a and s as a part of the largest."""
+    leaves, tree = jax.tree.flatten(named)
+    keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
+
+    def mixed(key: Array, named: Array, other: Array, spread: Array) -> Array:
+        noise = scale * spread * jax.random.normal(key, named.shape)
+        return (mix * named + (1 - mix) * other + noise).astype(named.dtype)
+
+    return jax.tree.map(mixed, keys, named, other, spread)
+
+
+def chosen(kind: Int[Array, " batch"], *choices: Conditioning) -> Conditioning:
+    """Each example's of several conditionings."""
+    return jax.tree.map(lambda *a: jnp.stack(a)[kind, jnp.arange(len(kind))], *choices)

@@ -1,0 +1,117 @@
+"""Redirection: an update's x_t, conditioning, target and loss against torch in float64, for each prediction type."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from ablating_world import Studio
+from esd_world import SHAPE, tools, world
+from rounds_world import noised
+from torch_oracle import exactly, to_nchw
+
+from esd_jax import sharding
+from esd_jax.erasing.concepts import Concept
+from esd_jax.erasing.method import Models
+from esd_jax.methods import redirect
+from esd_jax.methods.redirect import ANCHOR, MIXED, NAMED, OTHER, Redirect
+
+BATCH = 12
+CONCEPT = Concept("a cat", replace_with=("a dog",), preserve=("a horse", "a photo"))
+NAMES = ["a cat", "a cat in a photo"]  # of the rows
+ANCHORS = ["a dog", "a dog in a photo"]
+
+
+def made(prediction: str) -> Any:
+    w = world("toy", "float64")
+    studio = Studio("float64")
+    ours = tools(w, sample=studio.sample, to_latents=studio.to_latents)
+    ours = dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, prediction_type=prediction))
+    settings = Redirect(drawn_images=2, contexts="{} in a photo: {} in a photo", redirect_from=0.3)
+    return w, studio, settings.make(ours, [CONCEPT])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_update_equals_its_equation(prediction):
+    with exactly("float64"):
+        w, studio, (method, inputs) = made(prediction)
+        assert [prompts for prompts, _ in studio.asked] == [
+            [n for n in NAMES for _ in "ab"],
+            [a for a in ANCHORS for _ in "ab"],
+        ]
+        assert len({options["seed"] for _, options in studio.asked}) == 1  # of the same noise
+        keys = sharding.per_example_keys(jax.random.key(3), jnp.arange(BATCH))
+        draws = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs)
+        prepared = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
+        loss = float(method.loss(w.student, prepared))
+        drawn = jax.tree.map(np.asarray, draws._replace(key=jax.random.key_data(draws.key)))
+    assert {OTHER, NAMED, ANCHOR, MIXED} == set(drawn.kind.tolist())
+    assert (drawn.t >= 0.3 * method.schedule.num_train_timesteps).all()
+
+    alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
+    x, seen = (
+        noised(np.asarray(z)[drawn.row, drawn.image], drawn.t, drawn.noise) for z in (inputs.images, inputs.anchors)
+    )
+    kept = drawn.kind == OTHER
+    told = [CONCEPT.preserve[o] if k else ANCHORS[r] for k, o, r in zip(kept, drawn.other, drawn.row, strict=True)]
+    where = torch.where(torch.tensor(kept)[:, None, None, None], x, seen)
+    output = says(w.models.teacher, where, drawn.t, w.models.encode(told))
+    a, s = (torch.tensor(np.asarray(part)) for part in (alpha, sigma))
+    if prediction == "epsilon":
+        clean = (seen - s * output) / a
+        target = (x - a * clean) / s
+    else:
+        clean = a * seen - s * output
+        target = a * (x - a * clean) / s - s * clean
+    target = torch.where(torch.tensor(kept)[:, None, None, None], output, target)
+    np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
+    np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
+
+    rows = {NAMED: NAMES, ANCHOR: ANCHORS}
+    encoded = np.asarray(prepared.conditioning.embeddings)
+    for i, kind in enumerate(drawn.kind):
+        if kind != MIXED:
+            text = CONCEPT.preserve[drawn.other[i]] if kind == OTHER else rows[kind][drawn.row[i]]
+            np.testing.assert_allclose(encoded[i], np.asarray(w.encode([text]).embeddings[0]), atol=1e-12)
+    error = says(w.models.student, x, drawn.t, torch.tensor(encoded)) - target
+    assert loss == pytest.approx(float((error**2).mean()), rel=1e-6)
+
+
+def both(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return alpha_bar, 1 - alpha_bar
+
+
+def says(network: Any, x: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(x, torch.tensor(t).double()[:, None, None, None], states).sample
+
+
+def test_a_mixture_is_what_its_equation_says():
+    """Over many draws: the mean is a c(p) + (1 - a) c(r), the deviation s std."""
+    _, _, (_, inputs) = made("epsilon")
+    named, other = (jax.tree.map(lambda a: a[0], rows) for rows in (inputs.named, inputs.others))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    mixed = jax.vmap(lambda key: redirect.mixture(key, jnp.float32(0.3), jnp.float32(0.5), named, other, inputs.spread))
+    drawn = np.asarray(mixed(keys).embeddings)
+    spread = np.asarray(inputs.spread.embeddings)
+    np.testing.assert_allclose(spread, 2 * np.std(np.asarray(inputs.others.embeddings), axis=0), rtol=1e-4)
+    mean = 0.3 * np.asarray(named.embeddings) + 0.7 * np.asarray(other.embeddings)
+    error = 0.5 * spread / np.sqrt(len(keys))
+    assert (np.abs(drawn.mean(axis=0) - mean) <= 6 * error + 1e-6).all()
+    np.testing.assert_allclose(drawn.std(axis=0), 0.5 * spread, rtol=0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"redirect_from": 1.0}, "redirect_from=1.0"),
+        ({"drawn_images": 0}, "drawn_images=0"),
+        ({"contexts": "a"}, "contexts"),
+    ],
+)
+def test_settings_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Redirect(**fields)
