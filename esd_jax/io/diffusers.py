@@ -1,7 +1,8 @@
-"""Checkpoints on disk -> `Pipeline`."""
+"""Checkpoints on disk -> `Pipeline`, and its tensors as the source files have them."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,29 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from esd_jax import families, progress, streamed
+from esd_jax import families
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.inputs import expanded
+from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, flow_file, ldm_file, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
-from esd_jax.io.exact import Placement, placed, read_exact, source_hash, unmodified, with_strength
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
-from esd_jax.io.ldm import is_open_clip
+from esd_jax.io.ldm import EMA, is_open_clip
+from esd_jax.io.networks import Placement, load_component, place, read_network
 from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.params import Network, Params, prefixed
-from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network
+from esd_jax.params import prefixed
+from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, network
 from esd_jax.text import Tokenizer
 
-__all__ = [
-    "describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash", "unmodified",
-    "with_denoiser", "with_denoiser_file", "with_strength",
-]  # fmt: skip
-
-UNPROJECTED = "text_projection.weight"  # a whole CLIP has it, whose text encoder may be used without
+__all__ = ["describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash"]
 
 
 def load(
@@ -155,7 +152,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
             continue
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
-        params[name] = _read_network(name, net, places, dtype, sharding)
+        params[name] = read_network(name, net, places, dtype, sharding)
     provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=records)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
@@ -207,44 +204,6 @@ def _file_tokenizer(folder: Path, text_encoder: str, config: NetworkConfig, leng
     return Tokenizer.clip("!" if is_open_clip(config) else clip_bpe.END, config.max_position_embeddings)
 
 
-def load_component(
-    folder: Path,
-    component: str,
-    config: NetworkConfig,
-    *,
-    dtype: Any = jnp.float32,
-    variant: str | None = None,
-    sharding: Placement = None,
-) -> tuple[Params, dict[str, TensorFile], list[Any]]:
-    """Reads one network's weights, one tensor at a time: never more than one of them in the file's dtype.
-
-    Returns:
-      its Params; where each of them lies; and the records of erasures in its files.
-    """
-    net = network(config, jnp.dtype(dtype).name)
-    expected = tensors.torch_shapes(net)
-    headers = [safetensors.read_header(path) for path in files.weight_files(folder / component, variant)]
-    places: dict[str, tuple[safetensors.Header, TensorFile]] = {}
-    for header in headers:
-        for key in header.entries:
-            name = files.tensor_name(component, key)
-            if name in places:
-                raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
-            if name is not None and (name in expected or name != UNPROJECTED):
-                places[name] = (header, TensorFile(header.path, key))
-    shapes = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
-    files.check_names(component, shapes, expected)
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ValueError(
-                f"{component}: tensor {name!r} has shape {shapes[name]} in {places[name][0].path}, but config.json "
-                f"needs {shape}"
-            )
-    params = _read_network(component, net, places, dtype, sharding)
-    records = [record for header in headers for record in files.read_records(header)]
-    return params, {name: source for name, (_, source) in places.items()}, records
-
-
 def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     """The base with the denoiser of a folder that holds one alone (`unet.save_pretrained` of diffusers) as its own.
 
@@ -281,7 +240,7 @@ def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
     _note_eight_bits(header)
     net = network(config, jnp.dtype(base.dtype).name)
     places = {tensor: (header, located[f"{name}/{tensor}"]) for tensor in net.shapes}
-    params = _read_network(name, net, places, base.dtype, None)
+    params = read_network(name, net, places, base.dtype, None)
     others = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
     provenance = replace(
         base.provenance, source=str(path), file=path, config=base.provenance.folder, tensors={**others, **located},
@@ -293,19 +252,72 @@ def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
     )  # fmt: skip
 
 
-def _read_network(
-    component: str,
-    net: Network,
-    places: Mapping[str, tuple[safetensors.Header, TensorFile]],
-    dtype: Any,
-    sharding: Placement,
-) -> Params:
-    if streamed.applies(net.shapes):
-        return {name: tensors.map_jax(*places[name], s.shape, net.layouts[name]) for name, s in net.shapes.items()}
-    params = {}
-    with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
-        for name, shape in net.shapes.items():
-            array = tensors.read_jax(*places[name], shape.shape, net.layouts[name], dtype)
-            params[name] = placed(array, f"{component}/{name}", sharding)
-            task.advance()
-    return params
+def unmodified(pipeline: Pipeline) -> Pipeline:
+    """The checkpoint as its files have it; it shares all tensors that were not trained.
+
+    Raises ValueError if it was not read from files.
+    """
+    if gone := next((name for name in pipeline.edits if name not in pipeline.provenance.tensors), None):
+        raise ValueError(f"{gone} was trained, and no file has it as it was")
+    return pipeline.with_edits(read_exact(replace(pipeline, edits={}), pipeline.edits))
+
+
+def with_strength(erased: Pipeline, strength: float) -> Pipeline:
+    """The checkpoint with so much of the change that its erasure made: 0 is the base, 1 the erased one.
+
+    Raises ValueError for a strength that is not finite, or leads out of float32's range.
+    """
+    check_finite(strength=strength)
+    before = read_exact(unmodified(erased), erased.edits)
+    parts = {name: before[name] + strength * (after - before[name]) for name, after in erased.edits.items()}
+    if lost := next((name for name, value in parts.items() if not jnp.isfinite(value).all()), None):
+        raise ValueError(f"strength={strength} takes {lost} beyond the range of float32: give a number such as 1")
+    return erased.with_edits(parts)
+
+
+def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> dict[str, Array]:
+    """Tensors at full precision: what training starts from.
+
+    Args:
+      pipeline: its `edits` come first, then its source files, then (if it was not read from files) its `params`.
+      names: "DENOISER/NAME", ...
+      sharding: as in `load`.
+
+    Returns:
+      name -> float32, JAX layout.
+    """
+    exact: dict[str, Array] = {}
+    headers: dict[Path, safetensors.Header] = {}
+    for name in names:
+        component, _, tensor = name.partition("/")
+        if tensor not in pipeline.params.get(component, {}):
+            raise ValueError(f"the checkpoint has no tensor {name!r}")
+        if name in pipeline.edits:
+            array = jnp.asarray(pipeline.edits[name], jnp.float32)
+        elif source := pipeline.provenance.tensors.get(name):
+            if source.path not in headers:
+                headers[source.path] = safetensors.read_header(source.path)
+            net = pipeline.network(component)
+            shape, layout = net.shapes[tensor].shape, net.layouts[tensor]
+            array = tensors.read_jax(headers[source.path], source, shape, layout, np.float32)
+        else:
+            array = pipeline.params[component][tensor].astype(jnp.float32)
+        exact[name] = place(array, name, sharding)
+    return exact
+
+
+def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
+    """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
+
+    component: by default the denoiser.
+
+    A moving average, which lies in the same file as what it averages, has another one.
+    """
+    component, sources = component or pipeline.denoiser, pipeline.provenance.tensors
+    paths = {source.path for name, source in sources.items() if name.startswith(component + "/")}
+    if not paths:
+        raise ValueError(f"{component!r} was not read from files, so they have no hash")
+    stats = [(path, path.stat()) for path in sorted(paths)]
+    digest = files.sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    averaged = any(name.startswith(component + "/") and source.key.startswith(EMA) for name, source in sources.items())
+    return hashlib.sha256(f"{digest} {EMA}".encode()).hexdigest() if averaged else digest

@@ -53,8 +53,8 @@ def check(header: Header) -> None:
     width = shapes.get(f"{prefix}img_in.weight", ())
     if not what and len(width) == 2 and width[1] in OF_IMAGES:
         what = f"{OF_IMAGES[width[1]]}, which takes an image"
-    told = [header.path.name, *(header.metadata.get(key, "") for key in KONTEXT)]
-    if not what and prefix is not None and any("kontext" in text.lower() for text in told):
+    names = [header.path.name, *(header.metadata.get(key, "") for key in KONTEXT)]
+    if not what and prefix is not None and any("kontext" in text.lower() for text in names):
         what = "FLUX.1 Kontext, which takes an image"
     if what:
         raise ValueError(f"{header.path} is {what}: that is not implemented (FLUX.1 [dev] and [schnell], SD3 are)")
