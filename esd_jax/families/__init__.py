@@ -15,17 +15,18 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from esd_jax.families.family import NEEDS, Configs, Family, TokenTable
-from esd_jax.families.flux import FLUX
+from esd_jax.families.flux import FLUX, FLUX_UNDISTILLED
 from esd_jax.families.sd import SD
 from esd_jax.families.sd3 import SD3
 from esd_jax.families.sdxl import SDXL
 from esd_jax.suggest import did_you_mean
 
 __all__ = [
-    "FLUX", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "TokenTable", "by_pipeline", "module", "of", "register",
+    "FLUX", "FLUX_UNDISTILLED", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "TokenTable", "by_pipeline",
+    "module", "of", "register",
 ]  # fmt: skip
 
-_FAMILIES = [SD, SDXL, FLUX, SD3]
+_FAMILIES = [SD, SDXL, FLUX, FLUX_UNDISTILLED, SD3]
 
 
 def register(family: Family) -> Family:
@@ -79,7 +80,7 @@ def by_pipeline(index: Mapping[str, Any]) -> Family | None:
 
 def known() -> str:
     """The pipeline classes that are implemented, for a message."""
-    return ", ".join(family.pipeline for family in _known())
+    return ", ".join(dict.fromkeys(family.pipeline for family in _known()))
 
 
 def module(config: Any) -> Any:

@@ -1,4 +1,7 @@
-"""FLUX.1 [dev] and [schnell] (Black Forest Labs, 2024): a rectified flow, guided by a network input or not at all."""
+"""FLUX.1 [dev] and [schnell] (Black Forest Labs, 2024): a rectified flow, guided by a network input or not at all.
+
+And the same layout without distillation, guided classifier-free, which `launch/pretrain_flow.py` trains.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +15,7 @@ from esd_jax.diffusion.flow import FlowSchedule
 from esd_jax.families import flows
 from esd_jax.families.family import CLIP_TABLE, T5_TABLE, Configs, Family, Sampling
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.models.flux import FluxConfig, FluxTransformer2DModel
+from esd_jax.models.flux import FluxConfig, FluxTransformer2DModel, UndistilledFluxConfig
 from esd_jax.models.mmdit import FlowConditioning
 from esd_jax.params import shape_of
 
@@ -96,4 +99,31 @@ FLUX = Family(
     sampling=lambda configs: Sampling(28, GUIDANCE) if _is_dev(configs) else Sampling(4, 1.0),
     label=lambda configs: "FLUX.1 [dev]" if _is_dev(configs) else "FLUX.1 [schnell]",
     tables={"text_encoder": CLIP_TABLE, "text_encoder_2": T5_TABLE},
+)
+
+
+def undistilled_lengths(configs: Configs) -> dict[str, int]:
+    """CLIP's and T5's positions."""
+    return {"text_encoder": configs["text_encoder"].max_position_embeddings, "text_encoder_2": t5_tokens(configs)}
+
+
+def t5_tokens(configs: Configs) -> int:
+    return min(DEV_TOKENS, configs["text_encoder_2"].n_positions)
+
+
+# diffusers samples it with `true_cfg_scale`, `max_sequence_length`, `height` and `width`: its pipeline knows no others.
+FLUX_UNDISTILLED = replace(
+    FLUX,
+    name="FLUX (undistilled)",
+    components={**FLUX.components, flows.DENOISER: {"FluxTransformer2DModel": UndistilledFluxConfig}},
+    modules={**flows.MODULES, UndistilledFluxConfig: FluxTransformer2DModel},
+    encoded=lambda configs, batch, dtype=jnp.float32: FlowConditioning(
+        shape_of((batch, t5_tokens(configs), configs[flows.DENOISER].joint_attention_dim), dtype),
+        shape_of((batch, configs[flows.DENOISER].pooled_projection_dim), dtype),
+    ),
+    default_size=lambda configs: (configs["vae"].sample_size,) * 2,
+    lengths=undistilled_lengths,
+    guide=None,
+    sampling=lambda configs: Sampling(20, 3.0),
+    label=lambda configs: "FLUX, undistilled",
 )

@@ -20,6 +20,9 @@ from esd_jax.models.config import read_config
 from esd_jax.models.layers import Dtype, Rngs
 from esd_jax.models.mmdit import FlowConditioning, Rotation
 
+# In `transformer/config.json`. diffusers reads no field that starts with "_".
+UNDISTILLED = "_undistilled"
+
 
 @dataclass(frozen=True)
 class FluxConfig:
@@ -52,12 +55,28 @@ class FluxConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "FluxConfig":
-        """Reads diffusers' `config.json`; raises ValueError naming a field or value that is not implemented."""
-        return read_config(cls, config, {"patch_size": (1,)})
+        """Reads diffusers' `config.json`; raises ValueError naming a field or value that is not implemented.
+
+        `UNDISTILLED` makes an `UndistilledFluxConfig` of it: no other field tells such a network from [schnell].
+        """
+        kind = UndistilledFluxConfig if config.get(UNDISTILLED) else cls
+        return read_config(kind, config, {"patch_size": (1,)})
 
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class UndistilledFluxConfig(FluxConfig):
+    """The same network, trained with captions dropped, and so guided classifier-free."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_embeds:
+            raise ValueError(
+                f"Flux: config field guidance_embeds=True is of a distilled network, and {UNDISTILLED} of none"
+            )
 
 
 class DoubleBlock(nnx.Module):

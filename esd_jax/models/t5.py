@@ -25,7 +25,10 @@ GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 @dataclass(frozen=True)
 class T5Config:
-    """The fields of `config.json` that shape the encoder, with transformers' defaults."""
+    """The fields of `config.json` that shape the encoder, with transformers' defaults.
+
+    n_positions: the most tokens of its training, which a family may pad to; the encoder takes any number.
+    """
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -36,6 +39,7 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    n_positions: int = 512
 
     def __post_init__(self):
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance

@@ -2,8 +2,8 @@
 
     pip install 'esd-jax[artwork]' && python -m launch.experiments.learning_curve --run=out/emoji --images=352
 
-reads the snapshots that launch/pretrain_demo.py leaves, and writes curve.json and curve.png to the run's folder. What
-is measured already is not measured again.
+reads the snapshots that launch/pretrain_demo.py or launch/pretrain_flow.py leaves, and writes curve.json and curve.png
+to the run's folder. What is measured already is not measured again.
 """
 
 import shutil
@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 from esd_jax import api
 from esd_jax.demo.groups import base_groups
 from esd_jax.demo.measure import BASE, measure
-from esd_jax.demo.pretrain import architecture
+from esd_jax.demo.pretrain import architecture, flow, flow_architecture
 from esd_jax.params import prefixed
-from launch import command
+from launch import command, pretrain_flow
 from launch.experiments import plots
 from launch.experiments.results import read, write
 from launch.pretrain_demo import vocabulary_size, write_model
@@ -63,15 +63,23 @@ def main() -> None:
 def measured(run: Path, snapshot: Path) -> dict[str, float]:
     """The shares of `LINES` for one snapshot."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = run / "model" / "tokenizer"
-        shutil.copytree(tokenizer, Path(folder) / "tokenizer")
-        params = {**prefixed(load_file(run / "vae.safetensors"), "vae"), **load_file(snapshot)}
-        write_model(Path(folder), architecture.configs(vocabulary_size(tokenizer)), params)
+        shutil.copytree(run / "model", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        write_snapshot(Path(folder), run, snapshot)
         model = api.load(folder)
     wanted = {group for group, _ in LINES.values()}
     groups = [group for group in base_groups() if group.name in wanted]
     rows = {g.name: g.rows[0] for g in measure({BASE: model}, groups, None, num_images=FLAGS.images, other_seed=False)}
     return {name: getattr(rows[group], part).value for name, (group, part) in LINES.items()}
+
+
+def write_snapshot(folder: Path, run: Path, snapshot: Path) -> None:
+    """A snapshot's model, of whichever training it is, into a folder that has its own tokenizer already."""
+    params = load_file(snapshot)
+    if any(name.startswith(flow.T5) for name in params):
+        size = pretrain_flow.vocabulary_size(folder / "tokenizer_2")
+        return pretrain_flow.write_model(folder, flow_architecture.configs(size), params)
+    params |= prefixed(load_file(run / "vae.safetensors"), "vae")
+    write_model(folder, architecture.configs(vocabulary_size(folder / "tokenizer")), params)
 
 
 def plot(curve: dict[str, dict[str, float]], file: Path) -> None:

@@ -23,15 +23,26 @@ from esd_jax.pipeline import image_size
 PROMPTS = ["a photo of a cat", "two cats, and a photo"]
 SIZE = (16, 24)  # pixels: latents of 8 x 12, 4 x 6 tokens
 STEPS = 3
+
+
+def make_undistilled(folder):
+    """[schnell]'s layout, which this package's mark says is guided classifier-free; T5 is padded to its positions."""
+    pipe = flow_factories.make_flux(folder, dev=False)
+    edit_json(folder / "transformer/config.json", _undistilled=True)
+    edit_json(folder / "text_encoder_2/config.json", n_positions=TOKENS["undistilled"])
+    return pipe
+
+
 MAKE = {
     "dev": lambda folder: flow_factories.make_flux(folder),
     "schnell": lambda folder: flow_factories.make_flux(folder, dev=False),
+    "undistilled": make_undistilled,
     "sd3": lambda folder: flow_factories.make_sd3(folder),
     "sd3, no T5": lambda folder: flow_factories.make_sd3(folder, t5=False),
 }
 # Tokens of T5 by which diffusers' pipelines are called.
-TOKENS = {"dev": 512, "schnell": 256, "sd3": 256, "sd3, no T5": 256}
-SCALES = {"dev": (3.5, 1.25), "schnell": (1.0,), "sd3": (7.0, 1.0), "sd3, no T5": (7.0,)}
+TOKENS = {"dev": 512, "schnell": 256, "undistilled": 12, "sd3": 256, "sd3, no T5": 256}
+SCALES = {"dev": (3.5, 1.25), "schnell": (1.0,), "undistilled": (3.0, 1.0), "sd3": (7.0, 1.0), "sd3, no T5": (7.0,)}
 CASES = [(kind, scale) for kind, scales in SCALES.items() for scale in scales]
 
 
@@ -61,6 +72,8 @@ def theirs(pipe, kind, scale, size=SIZE, output="latent", steps=STEPS, **others)
     flux = isinstance(pipe, diffusers.FluxPipeline)
     packed = pipe._pack_latents(x, *x.shape) if flux else x
     options = {"num_inference_steps": steps, "guidance_scale": scale, "max_sequence_length": TOKENS[kind]} | others
+    if kind == "undistilled":  # "" in place of no negative prompt, or it is not guided
+        options |= {"true_cfg_scale": scale, "negative_prompt": [""] * len(PROMPTS)}
     result = pipe(PROMPTS, height=size[0], width=size[1], latents=packed, output_type=output, **options).images
     if output != "latent":
         return result
