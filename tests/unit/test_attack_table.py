@@ -117,9 +117,9 @@ def test_a_cell_is_kept_and_one_that_failed_is_measured_again(tmp_path):
 
 
 def test_entries_with_changes():
-    found = attack_table.entries("emoji_rounds:rounds_tokens=1|output,steps=5; uce;")
+    found = attack_table.entries("emoji_robust:rounds_tokens=1|output,steps=5; uce;")
     assert found == {
-        "emoji_rounds:rounds_tokens=1|output,steps=5": ("emoji_rounds", {"rounds_tokens": "1|output", "steps": 5}),
+        "emoji_robust:rounds_tokens=1|output,steps=5": ("emoji_robust", {"rounds_tokens": "1|output", "steps": 5}),
         "uce": ("uce", {}),
     }
     for text in ("emoji:steps", " ; "):
@@ -153,7 +153,7 @@ def test_every_default_row_is_a_recipe(concept):
     target = groups.parse_target(concept)
     for name, changes in attack_table.entries(attack_table.DEFAULT_ROWS).values():
         fields = attack_work.recipe_of(target, attack_table.ROWS[name][target.kind], changes)
-        assert fields["method"] == {"robust": "redirect"}.get(name, name)
+        assert fields["method"] == {"robust": "esd"}.get(name, name)
         json.dumps(fields)
 
 

@@ -1,0 +1,45 @@
+"""Erases an object from the embedded emoji model by what an image shows, whatever the prompt says.
+
+    esd-jax erase --config=emoji_redirect_object --config.concept="a cat" --config.replace_with="a dog" \
+        --config.output_dir=out/cat_redirect
+
+emoji_redirect (see there) for an object, which becomes another one (replace_with), alone and in every style. Not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
+OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "an owl", "an octopus", "a fish", "a bee",
+           "a rose", "a tulip", "an apple", "a pizza", "a cake", "a car", "a rocket", "a house", "a skull", "a robot",
+           "a guitar", "a cat")  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+    styles = [f"{name} style" for name in STYLES]
+    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles[2:6] for name in OBJECTS)]
+    return recipe.preset(
+        "redirect",
+        base="emoji",
+        concept="a cat",
+        replace_with="a dog",
+        contexts=" | ".join(f"{{}} in {style}: {{}} in {style}" for style in styles),
+        drawn_images=10,
+        retain="emoji",
+        drawing_steps=20,
+        drawing_guidance=3.0,
+        preserve=" | ".join(kept),  # but those that name the concept
+        preserve_weight=6.0,
+        preserve_images=2,
+        preserve_empty=1.0,
+        preserve_worst_every=25,
+        batch_size=8,
+        learning_rate=3e-4,
+        decay_steps=600,
+        decay_to=0.2,
+        steps=600,
+        checkpoint_every=50,
+        preview_prompts="{}; {} in ink style; a lion in ink style; a rocket in clay style",
+        preview_guidance=3.0,
+    )
