@@ -3,7 +3,8 @@
     esd-jax erase --config=emoji_redirect_object --config.concept="a cat" --config.replace_with="a dog" \
         --config.output_dir=out/cat_redirect
 
-emoji_redirect (see there) for an object, which becomes another one (replace_with), alone and in every style. Not measured.
+emoji_redirect (see there) for an object, which becomes another one (replace_with), alone and in every style. Not
+measured.
 """
 
 from ml_collections import ConfigDict
