@@ -41,7 +41,8 @@ def says(w: Any, which: str, x: torch.Tensor, t: Any, texts: list[str]) -> torch
         return network(x, t, w.models.encode(texts)).sample
 
 
-TRAINED = [name for name, settings in METHODS.items() if settings.trained]
+# STEREO learns tokens of a text encoder, which these worlds do not have: `test_stereo`.
+TRAINED = [name for name, settings in METHODS.items() if settings.trained and name != "stereo"]
 # Its loss is of attention maps, which the toy does not have.
 SLOW = {"forget_me_not": pytest.mark.slow}
 
