@@ -9,10 +9,9 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
 
     v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
 
-of another prompt r; std is over all other prompts. So the network learns to leave the concept by what it sees, and an
-embedding that is found by a search, and begins an image of the concept, does not finish it: other methods teach what to
-answer to a name, and a search finds another name. One example in five is asked c(r), and its target is what the base
-says of r at x_t: other prompts keep their meaning also where an image resembles the concept.
+of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other methods
+teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at x_t:
+other prompts keep their meaning also where an image resembles the concept.
 
 Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
 above all similar ones, be preserved on images of their own (`preserve_images`).
@@ -211,24 +210,24 @@ class Method(base.Method):
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
         asked = chosen(draws.kind, other, named, anchor, mixed)
-        x, seen = (
+        x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
         as_base = draws.kind == OTHER
-        seen = jnp.where(as_base[:, None, None, None], x, seen)
-        shown = chosen(as_base.astype(jnp.int32), anchor, other)
-        output = denoise(self.denoiser, models.base, seen, draws.t, shown)
-        target = jnp.where(as_base[:, None, None, None], output, self.carried(seen, output, x, draws.t))
+        anchored = jnp.where(as_base[:, None, None, None], x, anchored)
+        prompt = chosen(as_base.astype(jnp.int32), anchor, other)
+        output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)
+        target = jnp.where(as_base[:, None, None, None], output, self.carried(anchored, output, x, draws.t))
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
 
-    def carried(self, seen: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
-        """The output at x that means the clean image which `output` means at `seen`, both at t."""
+    def carried(self, anchored: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
+        """The output at x that means the clean image which `output` means at `anchored`, both at t."""
         discrete = self.schedule.path is VARIANCE_PRESERVING
         level = jnp.asarray(self.schedule.levels, x.dtype)[t] if discrete else t / self.schedule.num_train_timesteps
-        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], seen, output)
+        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], anchored, output)
         sigma = add_noise(self.schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
-        return true_output(self.schedule, clean, noise + (x - seen) / sigma, t)
+        return true_output(self.schedule, clean, noise + (x - anchored) / sigma, t)
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)
