@@ -10,8 +10,8 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
     v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
 
 of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
-methods teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at x_t:
-other prompts keep their meaning also where an image resembles the concept.
+methods teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at
+x_t: other prompts keep their meaning also where an image resembles the concept.
 
 Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
 above all similar ones, be preserved on images of their own (`preserve_images`).
