@@ -83,8 +83,8 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
             f"{'FLUX.1' if flux else 'SD3'} as config=, or base="
         )
     keys = _Keys(header, prefix or "")
-    found = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
-    return {**configs, component: found}
+    own = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
+    return {**configs, component: own}
 
 
 def changed_json(written: Mapping[str, Any], config: FluxConfig | SD3Config) -> dict[str, Any]:
