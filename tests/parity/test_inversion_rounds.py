@@ -165,7 +165,7 @@ def test_an_update_searches_on_and_loses_what_the_equations_say(w):
     memory, recalled = jax.jit(method.recall)(models(w), draws, (memory[0], (bank, *memory[1][1:])), keys.step, inputs)
     prepared = jax.jit(method.prepare)(models(w), recalled, inputs)
 
-    at, kept = draws.terms[0].at, draws.terms[2]
+    at, nothing, kept = draws.terms[0].at, draws.terms[1], draws.terms[2].at
     assert all((300 <= t < 1000) for t in at.t.tolist())
     searched = [
         warmed(w, gallery, states[slot], jax.tree.map(lambda a, i=i: a[i], draws.terms[0].warm))
@@ -181,13 +181,15 @@ def test_an_update_searches_on_and_loses_what_the_equations_say(w):
     hidden = w.hidden(ids(gallery, 0, at), searched)
     wanted = w.says("teacher", x, at.t, w.texts([TEXTS[int(row)][1] for row in at.row]))
     prompts = [KEPT[0].preserve[int(i)] for i in kept.prompt]
-    images = np.asarray(inputs.terms[2].images)[np.asarray(kept.prompt), np.asarray(kept.image)]
-    x_kept, texts = noised(images, kept.t, kept.noise), w.texts(prompts)
-    x_own, t_own = to_nchw(prepared.inner.x), prepared.inner.t
+    images, texts = np.asarray(inputs.terms[2].images), w.texts(prompts)
+    x_empty, x_kept = (noised(images[np.asarray(a.prompt), np.asarray(a.image)], a.t, a.noise) for a in (nothing, kept))
     empty = w.texts(["", ""])
     student = w.world.models.student.requires_grad_(True)
     loss = 0.7 * ((w.says("student", x, at.t, hidden) - wanted) ** 2).mean()
-    loss += 1.7 * ((w.says("student", x_own, t_own, empty) - w.says("teacher", x_own, t_own, empty)) ** 2).mean()
+    loss += (
+        1.7
+        * ((w.says("student", x_empty, nothing.t, empty) - w.says("teacher", x_empty, nothing.t, empty)) ** 2).mean()
+    )
     loss += 0.3 * ((w.says("student", x_kept, kept.t, texts) - w.says("teacher", x_kept, kept.t, texts)) ** 2).mean()
     names, values = zip(*student.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, values)
@@ -221,7 +223,7 @@ def test_the_worst_prompts_are_those_that_have_drifted_most(w):
     memory, recalled = jax.jit(method.recall)(models(w), draws, blank, keys.step, inputs)
     order = np.argsort(-np.asarray(jax.jit(term.drift)(models(w), draws.terms[0].scored, own)))
     np.testing.assert_array_equal(memory[1][0], np.tile(order, (batch, 1)))
-    shares = np.bincount(recalled.terms[0].prompt, minlength=5) / batch
+    shares = np.bincount(recalled.terms[0].at.prompt, minlength=5) / batch
     expected = np.full(5, 0.1)
     expected[order[:2]] += 0.25  # a quarter of five, rounded up
     np.testing.assert_allclose(shares, expected, atol=0.03)

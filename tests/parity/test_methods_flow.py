@@ -239,12 +239,13 @@ def test_preserved_prompts_and_images():
                 return float(torch.mean((student - teacher) ** 2))
 
             if settings.images:
-                drawn, latents = draws.terms[1], np.asarray(inputs.terms[1].images)
-                assert np.isin(np.asarray(drawn.t), told(flow.TRAINED)).all()
-                prompt, image = np.asarray(drawn.prompt), np.asarray(drawn.image)
-                x = noised(to_nchw(latents[prompt, image]), to_nchw(drawn.noise), np.asarray(drawn.t))
-                expected += 0.25 * distance(x, drawn.t, [kept[i] for i in prompt])
-                expected += 0.5 * distance(to_nchw(own.x), own.t, NOTHING)
+                latents = np.asarray(inputs.terms[1].images)
+                for weight, drawn in ((0.5, draws.terms[0]), (0.25, draws.terms[1].at)):
+                    assert np.isin(np.asarray(drawn.t), told(flow.TRAINED)).all()
+                    prompt, image = np.asarray(drawn.prompt), np.asarray(drawn.image)
+                    x = noised(to_nchw(latents[prompt, image]), to_nchw(drawn.noise), np.asarray(drawn.t))
+                    texts = NOTHING if drawn is draws.terms[0] else [kept[i] for i in prompt]
+                    expected += weight * distance(x, drawn.t, texts)
             else:
                 k, texts = int(draws.kept.index), [kept[int(i)] for i in draws.kept.concept]
                 x = flow.sampled(guided(w.models.teacher, w.models, texts, 3.0), to_nchw(draws.kept.noise), k, 20)
