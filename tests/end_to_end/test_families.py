@@ -118,7 +118,7 @@ def test_it_is_restored_and_exported(toy, tmp_path):
         written = exports.export(erased, tmp_path / name, format, verify=True, **options)
         assert written.changed == 8 and written.carried == pytest.approx(1, abs=1e-6) and written.levels == 0
     assert exports.possible(erased) == ("folder", "delta", "difference", "orbax")
-    for format, need in (("lora", "UNet"), ("single", "single-file layout")):
+    for format, need in (("lora", "LoRA layout"), ("single", "single-file layout")):
         with pytest.raises(ValueError, match=one_line(f"format '{format}'", need, "the toy flow model")):
             esd_jax.export(erased, tmp_path / "x.safetensors", format=format)
 
