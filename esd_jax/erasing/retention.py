@@ -108,12 +108,18 @@ class Noised(NamedTuple):
         return add_noise(schedule, images[self.prompt, self.image], self.noise, self.t)
 
 
+def mostly_early(schedule: Schedule, key: Array, high: Array, low: float = 0.0) -> Real[Array, ""]:
+    """A timestep, uniform from a part of the schedule on; half of them from `HIGH` on. high: the key of which half."""
+    total = schedule.num_train_timesteps
+    least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
+    return schedule.timestep(jax.random.randint(key, (), least, total))
+
+
 def noised(key: Array, images: Array, schedule: Schedule) -> Noised:
     """The draw of one example."""
     t, prompt, image, noise, high = jax.random.split(key, 5)
-    least = jnp.where(jax.random.bernoulli(high), int(HIGH * schedule.num_train_timesteps), 0)
     return Noised(
-        schedule.timestep(jax.random.randint(t, (), least, schedule.num_train_timesteps)),
+        mostly_early(schedule, t, high),
         jax.random.randint(prompt, (), 0, images.shape[0]),
         jax.random.randint(image, (), 0, images.shape[1]),
         jax.random.normal(noise, images.shape[2:]),

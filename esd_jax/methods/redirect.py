@@ -32,13 +32,13 @@ from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import contexts, corpora
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.images import in_batches, true_output
+from esd_jax.erasing.images import drawn, in_batches, true_output
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.erasing.retention import mostly_early
 from esd_jax.params import Conditioning, Network, Params
 
-AT_ONCE = 8  # images, or prompts, encoded
+AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
 OTHER, NAMED, ANCHOR, MIXED = range(4)
 SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
 MIX = (-0.5, 1.5)  # the range of a
@@ -75,7 +75,7 @@ class Redirect:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    needs: ClassVar = frozenset()
+    needs: ClassVar = frozenset({"classifier_free"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "full": {
@@ -95,11 +95,9 @@ class Redirect:
         contexts.parse(self.contexts, guided=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """Redirection of the concepts. Raises ValueError for images of the user's, and a network that is not guided."""
+        """Redirection of the concepts. Raises ValueError for images of the user's."""
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
-        if tools.guide is not None:
-            raise ValueError("method 'redirect' is for models with classifier-free guidance, not for distilled ones")
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
         kept = self.others(concepts) or list(anchors)
@@ -119,22 +117,12 @@ class Redirect:
         kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
         if self.retain is None:
             return kept
-        weights = corpora.retained(self.retain, concepts)
-        parts = np.fromiter(weights.values(), float)
-        drawn = np.random.default_rng(self.drawing_seed).choice(len(parts), OTHERS, p=parts / parts.sum())
-        texts = list(weights)
-        return [*kept, *(texts[i] for i in drawn)]
+        rng = np.random.default_rng(self.drawing_seed)
+        return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
     def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
         """Latents of the base's images; those of another list of as many prompts start from the same noise."""
-        images = tools.sample(
-            [prompt for prompt in prompts for _ in range(self.drawn_images)],
-            seed=self.drawing_seed,
-            steps=self.drawing_steps,
-            guidance_scale=self.drawing_guidance,
-            sampler=self.drawing_sampler,
-        )
-        latents = in_batches(tools.to_latents, images, AT_ONCE)
+        latents = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self)
         return latents.reshape(len(prompts), self.drawn_images, *latents.shape[1:])
 
 
@@ -183,13 +171,11 @@ class Method(base.Method):
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step, each example's from its own key."""
         rows, images = inputs.images.shape[:2]
-        total, low = self.schedule.num_train_timesteps, self.settings.redirect_from
 
         def example(key: Array) -> Draws:
             t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
-            least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
             return Draws(
-                self.schedule.timestep(jax.random.randint(t, (), least, total)),
+                mostly_early(self.schedule, t, high, self.settings.redirect_from),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
