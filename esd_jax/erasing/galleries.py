@@ -85,7 +85,7 @@ def make_gallery(
     named, neutral = (encoded([t for one in prompts for t in getattr(one, name)]) for name in ("named", "neutral"))
     if images is None:
         asked = [text for one in prompts for text in one.named for _ in range(count)]
-        images = in_batches(tools.to_latents, tools.sample(asked, seed=settings.rounds_seed, **sampling), AT_ONCE)
-        images = images.reshape(len(prompts), rows, count, *images.shape[1:])
+        drawn: Array = in_batches(tools.to_latents, tools.sample(asked, seed=settings.rounds_seed, **sampling), AT_ONCE)
+        images = drawn.reshape(len(prompts), rows, count, *drawn.shape[1:])
     radius = settings.rounds_radius * inversion.mean_distance(named, neutral)
     return Gallery(images, ids, named, neutral, text.params, radius)

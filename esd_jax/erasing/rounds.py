@@ -14,7 +14,7 @@ the concept in place of a multiple of negative guidance, and how far a round's a
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -48,19 +48,20 @@ def adding(
     inputs: Any,
     tools: Tools,
     prompts: Sequence[Prompts],
+    sampling: Mapping[str, Any] | None = None,
     images: Array | None = None,
     anchors: Array | None = None,
-    low: float | None = None,
-    **sampling: Any,
+    low: float = WIDE,
 ) -> tuple[Method, Any]:
     """The method and its inputs with inversion rounds; unchanged if there are none.
 
     Args:
       prompts: of each concept, as many of one as of another.
-      images: latents of the prompts with the concept, if the method has drawn them: [concepts, rows, images, ...].
+      sampling: options of `Tools.sample` for images of the prompts with the concept.
+      images: latents of the prompts with the concept, if the method has drawn them, in place of `sampling`.
+        [concepts, rows, images, ...]
       anchors: of those without it, from the same noise, if adversaries are led to what the base sees in them.
-      low: the part of the schedule from which an update's timesteps are drawn; by default `WIDE`.
-      sampling: options of `Tools.sample` for the images, if they are yet to be drawn.
+      low: the part of the schedule from which an update's timesteps are drawn; half of them at `HIGH` and more.
 
     Raises ValueError for a family whose text encoders take no new tokens, images of the user's, a from_t that the
     schedule does not have, or new tokens that do not fit into a prompt.
@@ -76,7 +77,7 @@ def adding(
         raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
     text = text_of(tools)
     kinds = inversion.lengths(settings.rounds_tokens)
-    gallery = make_gallery(settings, tools, text, kinds, prompts, images, sampling)
+    gallery = make_gallery(settings, tools, text, kinds, prompts, images, sampling or {})
     search = Inversion(
         tools.denoiser,
         text.encoder,
@@ -91,7 +92,7 @@ def adding(
     key = jax.random.fold_in(jax.random.key(settings.rounds_seed), 1)
     gauged = inversion.places(gallery, GAUGED, key, int(0.9 * total), total)
     names, blank = tuple(one.named[0] for one in prompts), jax.eval_shape(lambda: search.blank(gallery))
-    term = Rounds(settings, search, names, blank, WIDE if low is None else low)
+    term = Rounds(settings, search, names, blank, low)
     own = Inputs(gallery, gauged, jnp.float32(settings.rounds_weight), anchors)
     return added(method, inputs, tools.denoiser, term, own)
 

@@ -135,7 +135,7 @@ class Terms(base.Method):
         t = jnp.concatenate([jnp.broadcast_to(jnp.asarray(p.t, jnp.float32), p.x.shape[:1]) for p in points])
         seen = jnp.concatenate([p.x if p.seen is None else p.seen for p in points])
         outputs = jnp.split(denoise(self.denoiser, models.base, seen, t, target), len(points))
-        answers = [term.answer(*one) for term, *one in zip(self.terms, points, outputs, strict=True)]
+        answers = [term.answer(p, output) for term, p, output in zip(self.terms, points, outputs, strict=True)]
         batch = (x, t, asked, jnp.concatenate(answers), jnp.stack([p.weight for p in points]))
         return Batch(inner, *jax.lax.stop_gradient(batch))
 

@@ -153,7 +153,7 @@ class AllButOne(RoundsSettings):
         if kept is not None:
             method = Replaying(method, kept)
         inputs, sampling = Inputs(bank, *numbers, token_scale=token_scale), {"steps": self.sampling_steps}
-        return rounds.adding(self, method, inputs, tools, named, guidance_scale=self.gamma_1, **sampling)
+        return rounds.adding(self, method, inputs, tools, named, {**sampling, "guidance_scale": self.gamma_1})
 
 
 def active_steps(settings: AllButOne) -> Bool[np.ndarray, " step"]:

@@ -163,7 +163,7 @@ class ESD(RoundsSettings):
         bank = make_bank(tools.encode, concepts, roles)
         inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
         sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
-        return rounds.adding(self, method, inputs, tools, named, **sampling)
+        return rounds.adding(self, method, inputs, tools, named, sampling)
 
     def predicts(self, trajectory: Trajectory) -> bool:
         """Whether the sampler evaluates the teacher just where the loss does."""

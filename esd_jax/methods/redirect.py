@@ -10,8 +10,9 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
     v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
 
 of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
-methods teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at
-x_t: other prompts keep their meaning also where an image resembles the concept.
+methods teach what to answer to a name. Some examples are asked c(r), and their target is what the base says of r at
+x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) at x'_t, t in
+[0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
 
 At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
 adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
@@ -45,8 +46,8 @@ from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-OTHER, NAMED, ANCHOR, MIXED = range(4)
-SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
+OTHER, NAMED, ANCHOR, MIXED, FOLLOWED = range(5)  # what an example's v is; FOLLOWED: c(p), at x'_t
+SHARES = (0.15, 0.2, 0.1, 0.3, 0.25)  # of the examples
 MIX = (-0.5, 1.5)  # the range of a
 
 
@@ -118,8 +119,9 @@ class Redirect(RoundsSettings):
         inputs = Inputs(encoded, replaced, others, spread, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
         searched = [self.searched(concept) for concept in concepts]
-        per_concept = [a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without)]
-        return rounds.adding(self, method, inputs, tools, searched, *per_concept, low=self.redirect_from)
+        shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
+        low = self.redirect_from
+        return rounds.adding(self, method, inputs, tools, searched, images=shown, anchors=anchored, low=low)
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
@@ -193,13 +195,15 @@ class Method(base.Method):
 
         def example(key: Array) -> Draws:
             t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
+            kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
+            early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
-                mostly_early(self.schedule, t, high, self.settings.redirect_from),
+                jnp.where(kind == FOLLOWED, any_t, early),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
                 jax.random.randint(other, (), 0, len(jax.tree.leaves(inputs.others)[0])),
-                jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES)),
+                kind,
                 jax.random.uniform(mix, minval=MIX[0], maxval=MIX[1]),
                 jax.random.uniform(scale),
                 own,
@@ -214,12 +218,13 @@ class Method(base.Method):
             for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
-        asked = chosen(draws.kind, other, named, anchor, mixed)
+        asked = chosen(draws.kind, other, named, anchor, mixed, named)
         x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
-        as_base = draws.kind == OTHER
+        as_base, followed = draws.kind == OTHER, draws.kind == FOLLOWED
+        x = jnp.where(followed[:, None, None, None], anchored, x)
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)
         output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)

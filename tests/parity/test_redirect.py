@@ -18,10 +18,10 @@ from esd_jax import sharding
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.methods import redirect
-from esd_jax.methods.redirect import ANCHOR, MIXED, NAMED, OTHER, Redirect
+from esd_jax.methods.redirect import ANCHOR, FOLLOWED, MIXED, NAMED, OTHER, Redirect
 from esd_jax.training.step import blank_memory
 
-BATCH = 12
+BATCH = 24
 CONCEPT = Concept("a cat", replace_with=("a dog",), preserve=("a horse", "a photo"))
 NAMES = ["a cat", "a cat in a photo"]  # of the rows
 ANCHORS = ["a dog", "a dog in a photo"]
@@ -50,13 +50,15 @@ def test_an_update_equals_its_equation(prediction):
         prepared = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
         loss = float(method.loss(w.student, prepared))
         drawn = jax.tree.map(np.asarray, draws._replace(key=jax.random.key_data(draws.key)))
-    assert {OTHER, NAMED, ANCHOR, MIXED} == set(drawn.kind.tolist())
-    assert (drawn.t >= 0.3 * method.schedule.num_train_timesteps).all()
+    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED} == set(drawn.kind.tolist())
+    total, followed = method.schedule.num_train_timesteps, drawn.kind == FOLLOWED
+    assert (drawn.t[~followed] >= 0.3 * total).all() and drawn.t[followed].min() < 0.3 * total
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
     x, seen = (
         noised(np.asarray(z)[drawn.row, drawn.image], drawn.t, drawn.noise) for z in (inputs.images, inputs.anchors)
     )
+    x = torch.where(torch.tensor(followed)[:, None, None, None], seen, x)
     kept = drawn.kind == OTHER
     told = [CONCEPT.preserve[o] if k else ANCHORS[r] for k, o, r in zip(kept, drawn.other, drawn.row, strict=True)]
     where = torch.where(torch.tensor(kept)[:, None, None, None], x, seen)
@@ -72,7 +74,7 @@ def test_an_update_equals_its_equation(prediction):
     np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
     np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
 
-    rows = {NAMED: NAMES, ANCHOR: ANCHORS}
+    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS}
     encoded = np.asarray(prepared.conditioning.embeddings)
     for i, kind in enumerate(drawn.kind):
         if kind != MIXED:
