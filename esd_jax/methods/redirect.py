@@ -13,12 +13,16 @@ of another prompt r; std is over all other prompts. So the network leaves the co
 methods teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at
 x_t: other prompts keep their meaning also where an image resembles the concept.
 
+At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
+adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
+has the same x_t and target.
+
 Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
 above all similar ones, be preserved on images of their own (`preserve_images`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,14 +31,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
-from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts, corpora
+from esd_jax.erasing import contexts, corpora, rounds
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.images import drawn, in_batches, true_output
+from esd_jax.erasing.galleries import Prompts
+from esd_jax.erasing.images import carried, drawn, in_batches
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
 from esd_jax.erasing.retention import mostly_early
+from esd_jax.erasing.round_settings import DEFAULTS, RoundsSettings
+from esd_jax.erasing.textual_inversion import NAME
 from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # prompts encoded
@@ -45,7 +51,7 @@ MIX = (-0.5, 1.5)  # the range of a
 
 
 @dataclass(frozen=True)
-class Redirect:
+class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
     The other prompts are those of `retain` and those that are preserved; without any, the anchors.
@@ -61,6 +67,7 @@ class Redirect:
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
+    rounds_*: of inversion rounds, whose images are these.
     """
 
     contexts: str | None = None
@@ -85,6 +92,10 @@ class Redirect:
     }  # fmt: skip
 
     def __post_init__(self):
+        self.check_rounds()
+        for field in ("rounds_images", "rounds_seed"):
+            if getattr(self, field) != DEFAULTS[field]:
+                raise ValueError(f"{field} is not read: rounds use the images of drawn_images and drawing_seed")
         if self.drawing_sampler is not None:
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
@@ -94,8 +105,8 @@ class Redirect:
                 raise ValueError(f"{field}={value} must be at least {least}")
         contexts.parse(self.contexts, guided=True)
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """Redirection of the concepts. Raises ValueError for images of the user's."""
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
+        """Redirection of the concepts. Raises ValueError for images of the user's, and as `rounds.adding` does."""
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
@@ -105,12 +116,20 @@ class Redirect:
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
-        return Method(self, tools.denoiser, tools.schedule), inputs
+        method = Method(self, tools.denoiser, tools.schedule)
+        searched = [self.searched(concept) for concept in concepts]
+        per_concept = [a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without)]
+        return rounds.adding(self, method, inputs, tools, searched, *per_concept, low=self.redirect_from)
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
         guide = concept.replace_with[0] if concept.replace_with else ""
         return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
+
+    def searched(self, concept: Concept) -> Prompts:
+        """`prompts` for inversion rounds."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        return Prompts([template for template, _ in self.prompts(replace(concept, text=NAME))], named, anchors)
 
     def others(self, concepts: Sequence[Concept]) -> list[str]:
         """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
@@ -204,16 +223,9 @@ class Method(base.Method):
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)
         output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)
-        target = jnp.where(as_base[:, None, None, None], output, self.carried(anchored, output, x, draws.t))
+        redirected = carried(self.schedule, output, anchored, x, draws.t)
+        target = jnp.where(as_base[:, None, None, None], output, redirected)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
-
-    def carried(self, anchored: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
-        """The output at x that means the clean image which `output` means at `anchored`, both at t."""
-        discrete = self.schedule.path is VARIANCE_PRESERVING
-        level = jnp.asarray(self.schedule.levels, x.dtype)[t] if discrete else t / self.schedule.num_train_timesteps
-        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], anchored, output)
-        sigma = add_noise(self.schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
-        return true_output(self.schedule, clean, noise + (x - anchored) / sigma, t)
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)
