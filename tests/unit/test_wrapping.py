@@ -17,6 +17,7 @@ OVER = {
     Replaying: lambda method: Replaying(method, None),
     ByRemainder: lambda method: ByRemainder(method, None, 1, 2, (4, 4, 4), None),
     Preserving: lambda method: Preserving(method, None, None),
+    Terms: lambda method: Terms(method, None, ()),
 }
 
 
@@ -34,12 +35,12 @@ def test_what_a_wrapping_method_does_not_do_itself_the_other_does(kind, unchecke
     for name in FUNCTIONS if kind is Wrapping else FUNCTIONS.keys() - vars(kind):
         inner = {parameter: f"the other's {parameter}" for parameter in FUNCTIONS[name]}
         given = dict(inner)
-        if kind is Preserving:  # whose inputs and batches hold the other's
+        if kind in (Preserving, Terms):  # whose inputs and batches hold the other's
             given |= {part: SimpleNamespace(inner=inner[part]) for part in ("inputs", "batch") if part in inner}
         assert getattr(wrapping, name)(*given.values()) == (name, tuple(inner.values()))
 
 
-@pytest.mark.parametrize("kind", [*OVER, Terms], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", OVER, ids=lambda kind: kind.__name__)
 def test_no_wrapping_method_falls_back_on_the_defaults(kind):
     assert FUNCTIONS.keys() >= {"pace", "loss", "between"}
     assert [name for name in FUNCTIONS if getattr(kind, name) is getattr(Method, name)] == []
