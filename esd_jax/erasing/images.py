@@ -24,14 +24,20 @@ def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def drawn(tools: Tools, prompts: Sequence[str], settings: Any) -> Float[Array, "prompts height width channel"]:
-    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say."""
+def drawn(
+    tools: Tools, prompts: Sequence[str], settings: Any, negative: str | None = None
+) -> Float[Array, "prompts height width channel"]:
+    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say.
+
+    negative: a negative prompt for all.
+    """
     images = tools.sample(
         prompts,
         seed=settings.drawing_seed,
         steps=settings.drawing_steps,
         guidance_scale=settings.drawing_guidance,
         sampler=settings.drawing_sampler,
+        **({} if negative is None else {"negative_prompt": negative}),
     )
     return in_batches(tools.to_latents, images, AT_ONCE)
 
