@@ -4,6 +4,7 @@ import diffusers
 import torch
 import transformers
 from factories import randomize, save
+from tokenizers import AddedToken
 
 MERGES = ("c a", "ca t", "Ġ o", "Ġo f", "u s", "e r", "us er", "Ċ Ċ", "p h", "Ġ a")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -73,9 +74,7 @@ def make_qwen3_tokenizer() -> transformers.Qwen2Tokenizer:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     words = [*alphabet, *("".join(pair) for pair in pairs), *SPECIAL]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=pairs, additional_special_tokens=list(SPECIAL[1:3])
-    )
-    tokenizer.add_tokens([transformers.AddedToken(token, special=False) for token in SPECIAL[3:]])
+    tokenizer = transformers.Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=pairs)
+    tokenizer.add_tokens([AddedToken(token, special=token in SPECIAL[:3]) for token in SPECIAL])
     tokenizer.chat_template = TEMPLATE
     return tokenizer
