@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,16 @@ class Qwen3Tokenizer(Tokenizer):
 
     pad: int = 0
 
+    @cached_property
+    def before(self) -> int:
+        """How many of the chat's tokens stand before those of the prompt."""
+        return len(self.words(BEFORE))
+
+    @cached_property
+    def behind(self) -> int:
+        """How many stand behind them."""
+        return len(self.words(BEHIND))
+
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> "Qwen3Tokenizer":
         """Reads `tokenizer.json`, whose model_max_length does not matter: diffusers pads to `max_length`, too.
@@ -194,7 +205,7 @@ class Qwen3Tokenizer(Tokenizer):
 
         Of a prompt that is too long the end of the chat is cut off first, as diffusers cuts it.
         """
-        prompts, most = list(prompts), self.max_length - len(self.words(BEFORE))
+        prompts, most = list(prompts), self.max_length - self.before
         self._check_lengths(prompts, [self.words(prompt) for prompt in prompts], most, strict)
         padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
         for row, prompt in zip(padded, prompts, strict=True):

@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from esd_jax.diffusion.flow import SHIFTS, FlowSchedule
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import flows
-from esd_jax.families.family import Configs, Family, Sampling
+from esd_jax.families.family import Configs, Family, Reading, Sampling
 from esd_jax.models.flux2 import Flux2Config, Flux2Transformer2DModel, TextConditioning
 from esd_jax.models.flux2_vae import AutoencoderKLFlux2, Flux2VAEConfig
 from esd_jax.models.qwen3 import OUT_LAYERS, Qwen3Config, Qwen3ForCausalLM
@@ -135,6 +135,7 @@ SUBSETS: dict[str, Subset] = {
         "the blocks of one stream: queries, keys and values, fused with the feed-forward",
         flows.OURS,
     ),
+    "uce": Subset(flows.matching(flows.TOKENS_LAYER), "the linear layer that reads the prompt alone", flows.UCE),
     "flow-text-single": Subset(
         flows.matching(f"{TEXT}|{FUSED}"),
         "the text's projections of the blocks of two streams, and flow-single",
@@ -166,6 +167,7 @@ KLEIN = Family(
     provides=flows.PROVIDES,
     at_size=at_size,
     lengths=lambda configs: {"text_encoder": TOKENS},
+    readings=(Reading(flows.TOKENS_LAYER, lambda conditioning: conditioning.embeddings, ("text_encoder",)),),
     sampling=lambda configs: Sampling(STEPS, GUIDANCE),
     only={"is_distilled": False},
 )  # fmt: skip

@@ -36,7 +36,7 @@ FLOW = {
 SUBSETS = {
     "esd-x": 2 * 8, "flow-text": 2 * 4, "flow-kv-text": 2 * 2, "flow-double": 2 * 8, "qk-dual": 2 * 4,
     "flow-context": 2 * (4 + 2), "esd-u-flow": 2 * (4 + 2) + 2 * 2, "eraseanything": 2 * 2, "flow-single": 2,
-    "flow-text-single": 2 * 4 + 2,
+    "flow-text-single": 2 * 4 + 2, "uce": 1,
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_subsets(klein):
     base = klein[2]
     layouts, subsets = base.network("transformer").layouts, base.family.subsets
     assert {name: len(select(name, layouts, subsets)) for name in subsets} == SUBSETS
-    for name in ("esd-x-strict", "xattn", "flow-kv", "uce"):
+    for name in ("esd-x-strict", "xattn", "flow-kv", "full"):
         with pytest.raises(ValueError, match=one_line(f"unknown subset '{name}'")):
             select(name, layouts, subsets)
 
@@ -187,7 +187,7 @@ def test_what_does_not_go_with_it_is_refused_by_name(klein):
     base = klein[2]
     for options, named in (
         ({"method": "forget_me_not", "subset": "flow-text"}, "attn2.to_q"),
-        ({"method": "uce", "subset": "flow-text"}, "linear layers that read the prompt"),
+        ({"method": "speed", "subset": "flow-text"}, "cross-attention"),
         (RUN | {"train_guidance": 2.0}, "train_guidance=2.0"),
         (RUN | {"timestep_mode": "compvis"}, "timestep_mode='grid'"),
     ):
