@@ -1,15 +1,12 @@
-"""Erases a style from the embedded emoji model, and in rounds what a search over embeddings brings back.
+"""Erases a style from the embedded emoji model so that a search over embeddings does not bring it back.
 
     esd-jax erase --config=emoji_robust --config.concept="neon style" --config.output_dir=out/neon_robust
 
-emoji_contexts with inversion rounds, on a laptop's CPU in about fifteen minutes. It does not reach its aim: on
-blueprint, on which it was tuned, Concept Inversion still succeeds in 88% of the images, and the nearest styles lose
-half of their accuracy (docs/results/robust.md). The changes to emoji_contexts:
-- before the first update and every 100 updates, a round searches 16 soft tokens that bring the style back; updates also
-  erase what the last 12 rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of it.
-- the whole UNet is trained, at 3e-4 that falls to 1e-4: of cross-attention alone, a search finds the style again.
-- prompts of other styles and objects, and the empty prompt, are held to the base; half of the former are those that
-  have changed most.
+Redirection with inversion rounds: noised images in the style are denoised into images without it, whatever the prompt,
+and whatever the searches of the rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of
+it. The whole UNet is trained, and other styles and objects are held to the base on images of their own; half of these
+are the ones that have changed most. Without rounds (`--config.rounds_every=0`) it takes a third less, and a search at
+early timesteps succeeds. Tuned on blueprint alone; what it reaches is in docs/results/robust.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,36 +14,43 @@ from ml_collections import ConfigDict
 from esd_jax import recipe
 
 STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
-OBJECTS = ("a cat", "a lion", "a rose", "a pizza", "a rocket", "a skull")
+# The style is erased with these, and the attacks of the embedded model invert images of eight others.
+OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "a chick",
+           "a penguin", "a fish", "an octopus", "a crab", "a whale", "a butterfly", "a bee", "a ladybug",
+           "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a hamburger", "a doughnut",
+           "an ice cream", "a cake", "a bus", "a sailboat", "an airplane", "a castle", "a skull", "a ghost",
+           "a pumpkin", "a sun", "a star", "a robot")  # fmt: skip
+KEPT = ("a cat", "a lion", "an octopus", "a rose", "a pizza", "a rocket", "a house", "a guitar", "a skull", "a bee")
 
 
 def get_config() -> ConfigDict:
     styles = [f"{name} style" for name in STYLES]
-    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles for name in OBJECTS)]
+    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles for name in KEPT)]
     return recipe.preset(
-        "esd",
-        "paper",
+        "redirect",
         base="emoji",
         concept="neon style",
-        subset="full",
-        sample_with="teacher",
-        timestep_mode="grid",
-        sampling_steps=20,
-        contexts="a dog in {}: a dog | a car in {}: a car | a castle in {}: a castle | a banana in {}: a banana",
-        window=0.5,
-        eta=0.5,
-        context_eta=0.5,
+        contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
+        retain="emoji",
+        drawing_steps=20,
+        drawing_guidance=3.0,
+        rounds_every=50,
+        rounds_search=150,
+        rounds_warm=0,
+        rounds_bank=16,
+        rounds_fresh=0.5,
+        rounds_skip=100.0,
+        rounds_weight=1.0,
         preserve=" | ".join(kept),  # but those that name the concept
-        preserve_weight=3.0,
-        preserve_images=1,
-        preserve_empty=1.0,
+        preserve_weight=10.0,
+        preserve_images=2,
+        preserve_empty=2.0,
         preserve_worst_every=25,
-        rounds_every=100,
-        rounds_weight=6.0,
+        batch_size=6,
         learning_rate=3e-4,
-        decay_steps=1000,
-        decay_to=1 / 3,
-        steps=1000,
+        decay_steps=600,
+        decay_to=0.2,
+        steps=600,
         checkpoint_every=50,
         preview_prompts="{}; a cat in {}; a cat in ink style; a rocket in clay style",
         preview_guidance=3.0,

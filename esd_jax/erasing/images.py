@@ -1,4 +1,4 @@
-"""Images that a method learns from: applied in batches, noised, and a perfect network's output for them."""
+"""Images that a method learns from: applied in batches, noised, and what a network should output for them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.method import Tools
 
@@ -47,3 +48,18 @@ def true_output(
     if schedule.prediction_type == "flow_prediction":
         return noise - images
     return noise if schedule.prediction_type == "epsilon" else images
+
+
+def carried(
+    schedule: Schedule,
+    output: Float[Array, "batch ..."],
+    seen: Float[Array, "batch ..."],
+    x: Float[Array, "batch ..."],
+    t: Real[Array, " batch"],
+) -> Float[Array, "batch ..."]:
+    """The output at x that means the clean image which `output` means at `seen`, both at t."""
+    discrete = schedule.path is VARIANCE_PRESERVING
+    level = jnp.asarray(schedule.levels, x.dtype)[t] if discrete else t / schedule.num_train_timesteps
+    clean, noise = schedule.to_x0_eps(level[:, None, None, None], seen, output)
+    sigma = add_noise(schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
+    return true_output(schedule, clean, noise + (x - seen) / sigma, t)

@@ -20,13 +20,17 @@ from esd_jax.params import Conditioning, Network, Params
 
 
 class Point(NamedTuple):
-    """Where the student is asked `asked`, and should say what the base says of `target`. t: one, or one for each."""
+    """Where the student is asked `asked`, and should say what the base says of `target`. t: one, or one for each.
+
+    seen: where the base is asked, if it is not x; see `Term.answer`.
+    """
 
     x: Float[Array, "batch height width channel"]
     t: Array
     asked: Conditioning
     target: Conditioning
     weight: Float[Array, ""]
+    seen: Float[Array, "batch height width channel"] | None = None
 
 
 class Term:
@@ -49,6 +53,10 @@ class Term:
     def point(self, models: Models, draws: Any, inputs: Any, own: tuple[Array, Array]) -> Point:
         """own: the method's (x_t, t)."""
         raise NotImplementedError
+
+    def answer(self, point: Point, output: Array) -> Float[Array, "batch height width channel"]:
+        """What the student should say, from what the base said; nothing here carries a gradient."""
+        return output
 
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         return None
@@ -125,7 +133,10 @@ class Terms(base.Method):
         ]
         x, asked, target = (_joined([getattr(point, name) for point in points]) for name in ("x", "asked", "target"))
         t = jnp.concatenate([jnp.broadcast_to(jnp.asarray(p.t, jnp.float32), p.x.shape[:1]) for p in points])
-        batch = (x, t, asked, denoise(self.denoiser, models.base, x, t, target), jnp.stack([p.weight for p in points]))
+        seen = jnp.concatenate([p.x if p.seen is None else p.seen for p in points])
+        outputs = jnp.split(denoise(self.denoiser, models.base, seen, t, target), len(points))
+        answers = [term.answer(p, output) for term, p, output in zip(self.terms, points, outputs, strict=True)]
+        batch = (x, t, asked, jnp.concatenate(answers), jnp.stack([p.weight for p in points]))
         return Batch(inner, *jax.lax.stop_gradient(batch))
 
     def points(self, batch: Batch) -> tuple[Array, Array]:

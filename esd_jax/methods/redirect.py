@@ -10,15 +10,20 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
     v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
 
 of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
-methods teach what to answer to a name. One example in five is asked c(r), and its target is what the base says of r at
-x_t: other prompts keep their meaning also where an image resembles the concept.
+methods teach what to answer to a name. Some examples are asked c(r), and their target is what the base says of r at
+x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) at x'_t, t in
+[0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
+
+At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
+adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
+has the same x_t and target.
 
 Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
 above all similar ones, be preserved on images of their own (`preserve_images`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,25 +32,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
-from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts, corpora
+from esd_jax.erasing import contexts, corpora, rounds
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.images import drawn, in_batches, true_output
+from esd_jax.erasing.galleries import Prompts
+from esd_jax.erasing.images import carried, drawn, in_batches
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
 from esd_jax.erasing.retention import mostly_early
+from esd_jax.erasing.round_settings import DEFAULTS, RoundsSettings
+from esd_jax.erasing.textual_inversion import NAME
 from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-OTHER, NAMED, ANCHOR, MIXED = range(4)
-SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
+OTHER, NAMED, ANCHOR, MIXED, FOLLOWED = range(5)  # what an example's v is; FOLLOWED: c(p), at x'_t
+SHARES = (0.15, 0.2, 0.1, 0.3, 0.25)  # of the examples
 MIX = (-0.5, 1.5)  # the range of a
 
 
 @dataclass(frozen=True)
-class Redirect:
+class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
     The other prompts are those of `retain` and those that are preserved; without any, the anchors.
@@ -61,6 +68,7 @@ class Redirect:
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
+    rounds_*: of inversion rounds, whose images are these.
     """
 
     contexts: str | None = None
@@ -85,6 +93,10 @@ class Redirect:
     }  # fmt: skip
 
     def __post_init__(self):
+        self.check_rounds()
+        for field in ("rounds_images", "rounds_seed"):
+            if getattr(self, field) != DEFAULTS[field]:
+                raise ValueError(f"{field} is not read: rounds use the images of drawn_images and drawing_seed")
         if self.drawing_sampler is not None:
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
@@ -94,8 +106,8 @@ class Redirect:
                 raise ValueError(f"{field}={value} must be at least {least}")
         contexts.parse(self.contexts, guided=True)
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """Redirection of the concepts. Raises ValueError for images of the user's."""
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
+        """Redirection of the concepts. Raises ValueError for images of the user's, and as `rounds.adding` does."""
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
@@ -105,12 +117,21 @@ class Redirect:
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
-        return Method(self, tools.denoiser, tools.schedule), inputs
+        method = Method(self, tools.denoiser, tools.schedule)
+        searched = [self.searched(concept) for concept in concepts]
+        shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
+        low = self.redirect_from
+        return rounds.adding(self, method, inputs, tools, searched, images=shown, anchors=anchored, low=low)
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
         guide = concept.replace_with[0] if concept.replace_with else ""
         return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
+
+    def searched(self, concept: Concept) -> Prompts:
+        """`prompts` for inversion rounds."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        return Prompts([template for template, _ in self.prompts(replace(concept, text=NAME))], named, anchors)
 
     def others(self, concepts: Sequence[Concept]) -> list[str]:
         """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
@@ -174,13 +195,15 @@ class Method(base.Method):
 
         def example(key: Array) -> Draws:
             t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
+            kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
+            early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
-                mostly_early(self.schedule, t, high, self.settings.redirect_from),
+                jnp.where(kind == FOLLOWED, any_t, early),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
                 jax.random.randint(other, (), 0, len(jax.tree.leaves(inputs.others)[0])),
-                jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES)),
+                kind,
                 jax.random.uniform(mix, minval=MIX[0], maxval=MIX[1]),
                 jax.random.uniform(scale),
                 own,
@@ -195,25 +218,19 @@ class Method(base.Method):
             for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
-        asked = chosen(draws.kind, other, named, anchor, mixed)
+        asked = chosen(draws.kind, other, named, anchor, mixed, named)
         x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
-        as_base = draws.kind == OTHER
+        as_base, followed = draws.kind == OTHER, draws.kind == FOLLOWED
+        x = jnp.where(followed[:, None, None, None], anchored, x)
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)
         output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)
-        target = jnp.where(as_base[:, None, None, None], output, self.carried(anchored, output, x, draws.t))
+        redirected = carried(self.schedule, output, anchored, x, draws.t)
+        target = jnp.where(as_base[:, None, None, None], output, redirected)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
-
-    def carried(self, anchored: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
-        """The output at x that means the clean image which `output` means at `anchored`, both at t."""
-        discrete = self.schedule.path is VARIANCE_PRESERVING
-        level = jnp.asarray(self.schedule.levels, x.dtype)[t] if discrete else t / self.schedule.num_train_timesteps
-        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], anchored, output)
-        sigma = add_noise(self.schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
-        return true_output(self.schedule, clean, noise + (x - anchored) / sigma, t)
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)

@@ -4,7 +4,7 @@
     python -m launch.experiments.attack_table --output=out/attacks --concepts="neon style; a cat" \\
         --rows="esd; robust; emoji_robust:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
 
-A row is a recipe: a method's for the embedded model ("uce"; "robust" is ESD with inversion rounds), or a config's by
+A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a config's by
 its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a model of random
 weights, are attacked once for all rows.
 
@@ -38,11 +38,11 @@ from launch.command import say
 from launch.experiments import attack_cells, attack_front, attack_work, plots
 from launch.experiments.attack_cells import Column, Shown, Table
 from launch.experiments.attack_work import ERASURE, EVALUATION, IMAGES_EACH, MINUTES, Budget, Row, Search, Work
-from launch.experiments.compare_methods import ENTRIES, both
+from launch.experiments.compare_methods import ENTRIES
 from launch.experiments.levers import parsed
 from launch.experiments.results import Cells, kept, slug, write
 
-ROBUST = both("emoji_robust", "emoji_robust_object")
+ROBUST = ENTRIES["redirect"]
 ROWS = {name: entry.recipes for name, entry in {**ENTRIES, "robust": ROBUST}.items() if entry.recipes}
 DEFAULT_ROWS = "esd; all_but_one; sdd; ablating; forget_me_not; uce; rece; speed; robust"
 DEFAULT_ATTACKS = (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from esd_world import SCHEDULE, SHAPE
+from esd_world import SHAPE
 from messages import one_line
 from rounds_world import Words
 from stereo_oracle import make
@@ -145,7 +145,7 @@ def test_losses_beside_a_method_pass_on_when_it_restarts(w, plain):
         session, jnp.int32(1), preservation.Inputs(jnp.int32(2), plain.inputs.bank, jnp.ones(()))
     )
     assert interval == (3, {"round": 1}, False, "student")
-    added = Terms(method, w.world.network, (Emptied(SCHEDULE),))
+    added = Terms(method, w.world.network, (Emptied(),))
     interval = added.between(session, (jnp.int32(1), ((),)), terms.Inputs(jnp.int32(2), ((),)))
     assert interval == ((3, ((),)), {"round": 1}, False, "student")
     assert [float(one.pace(jnp.int32(n))) for one in (preserving, added) for n in (2, 3)] == [0.5, 1.0] * 2
