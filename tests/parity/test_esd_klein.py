@@ -99,7 +99,13 @@ def test_subsets(klein):
 RUN = FLOW | {"steps": 30, "learning_rate": 2e-3, "batch_size": 2, "optimizer": "adam", "seed": 1}
 
 
-@pytest.mark.parametrize("fields", [{"rank": 2, "learning_rate": 1e-2}, {"subset": "flow-text"}], ids=["LoRA", "full"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"rank": 2, "learning_rate": 1e-2}, id="LoRA"),
+        pytest.param({"subset": "flow-text"}, id="full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_erases_and_its_folder_is_what_diffusers_opens(fields, klein, tmp_path):
     folder, pipe, base = klein
     erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **RUN | fields)
