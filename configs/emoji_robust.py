@@ -20,21 +20,24 @@ OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow",
            "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a hamburger", "a doughnut",
            "an ice cream", "a cake", "a bus", "a sailboat", "an airplane", "a castle", "a skull", "a ghost",
            "a pumpkin", "a sun", "a star", "a robot")  # fmt: skip
-KEPT = ("a cat", "a lion", "an octopus", "a rose", "a pizza", "a rocket", "a house", "a guitar", "a skull", "a bee")
+KEPT = ("a cat", "a rabbit", "a lion", "a frog", "a pig", "an owl", "a fish", "an octopus", "a bee", "a rose",
+        "a tulip", "a pizza", "a banana", "a cake", "a car", "a rocket", "a house", "a guitar", "a skull",
+        "a star")  # fmt: skip
 
 
 def get_config() -> ConfigDict:
     styles = [f"{name} style" for name in STYLES]
-    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles for name in KEPT)]
+    kept = [*styles, *(f"{name} in {style}" for style in styles for name in KEPT)]
     return recipe.preset(
         "redirect",
         base="emoji",
         concept="neon style",
         contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
         retain="emoji",
+        drawn_images=3,
         drawing_steps=20,
         drawing_guidance=3.0,
-        rounds_every=50,
+        rounds_every=75,
         rounds_search=150,
         rounds_warm=0,
         rounds_bank=16,
@@ -42,9 +45,9 @@ def get_config() -> ConfigDict:
         rounds_skip=100.0,
         rounds_weight=1.0,
         preserve=" | ".join(kept),  # but those that name the concept
-        preserve_weight=10.0,
-        preserve_images=2,
-        preserve_empty=2.0,
+        preserve_weight=14.0,
+        preserve_images=1,
+        preserve_empty=1.0,
         preserve_worst_every=25,
         batch_size=6,
         learning_rate=3e-4,

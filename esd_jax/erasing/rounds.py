@@ -207,16 +207,16 @@ class Rounds(Term):
         def noised(images: Array) -> Array:
             return add_noise(self.inversion.schedule, images[concept, at.row, at.image], at.noise, t)
 
-        x, seen = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
+        x, source = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
         weight = inputs.weight * jnp.mean(draws.filled.astype(jnp.float32))
-        return Point(x, t, asked, neutral, weight, seen)
+        return Point(x, t, asked, neutral, weight, source)
 
     def answer(self, point: Point, output: Array) -> Array:
-        if point.seen is None:
+        if point.source is None:
             return output
-        return carried(self.inversion.schedule, output, point.seen, point.x, point.t)
+        return carried(self.inversion.schedule, output, point.source, point.x, point.t)
 
     def between(self, session: Session, memory: Memory, inputs: Inputs) -> Interval | None:
         """A round, where it is time for one and it was not made yet."""

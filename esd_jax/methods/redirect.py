@@ -11,8 +11,8 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
 
 of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
 methods teach what to answer to a name. Some examples are asked c(r), and their target is what the base says of r at
-x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) at x'_t, t in
-[0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
+x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) or c(n) at x'_t, t
+in [0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
 
 At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
 adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
@@ -46,14 +46,18 @@ from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-OTHER, NAMED, ANCHOR, MIXED, FOLLOWED = range(5)  # what an example's v is; FOLLOWED: c(p), at x'_t
-SHARES = (0.15, 0.2, 0.1, 0.3, 0.25)  # of the examples
+# What an example's v is. FOLLOWED, LEFT: c(p) and c(n), at x'_t.
+OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT = range(6)
+SHARES = (0.15, 0.25, 0.05, 0.25, 0.2, 0.1)  # of the examples
 MIX = (-0.5, 1.5)  # the range of a
 
 
 @dataclass(frozen=True)
 class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
+
+    Without `replace_with`, an anchor may show the concept ("a dog" has no style of its own), so its images are drawn
+    with the concept as negative prompt.
 
     The other prompts are those of `retain` and those that are preserved; without any, the anchors.
 
@@ -115,7 +119,7 @@ class Redirect(RoundsSettings):
         kept = self.others(concepts) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
-        images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
+        images, without = map(jnp.concatenate, zip(*(self._drawn(tools, concept) for concept in concepts), strict=True))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
         searched = [self.searched(concept) for concept in concepts]
@@ -141,10 +145,14 @@ class Redirect(RoundsSettings):
         rng = np.random.default_rng(self.drawing_seed)
         return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
-    def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
-        """Latents of the base's images; those of another list of as many prompts start from the same noise."""
-        latents = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self)
-        return latents.reshape(len(prompts), self.drawn_images, *latents.shape[1:])
+    def _drawn(self, tools: Tools, concept: Concept) -> list[Float[Array, "prompts images height width channel"]]:
+        """Latents of a concept's images, and of its anchors', from the same noise."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        latents = []
+        for prompts, negative in ((named, None), (anchors, None if concept.replace_with else concept.text)):
+            drew = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self, negative)
+            latents.append(drew.reshape(len(prompts), self.drawn_images, *drew.shape[1:]))
+        return latents
 
 
 class Draws(NamedTuple):
@@ -198,7 +206,7 @@ class Method(base.Method):
             kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
             early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
-                jnp.where(kind == FOLLOWED, any_t, early),
+                jnp.where(kind >= FOLLOWED, any_t, early),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
@@ -218,12 +226,12 @@ class Method(base.Method):
             for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
-        asked = chosen(draws.kind, other, named, anchor, mixed, named)
+        asked = chosen(draws.kind, other, named, anchor, mixed, named, anchor)
         x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
-        as_base, followed = draws.kind == OTHER, draws.kind == FOLLOWED
+        as_base, followed = draws.kind == OTHER, draws.kind >= FOLLOWED
         x = jnp.where(followed[:, None, None, None], anchored, x)
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)

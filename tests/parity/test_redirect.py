@@ -18,7 +18,7 @@ from esd_jax import sharding
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.methods import redirect
-from esd_jax.methods.redirect import ANCHOR, FOLLOWED, MIXED, NAMED, OTHER, Redirect
+from esd_jax.methods.redirect import ANCHOR, FOLLOWED, LEFT, MIXED, NAMED, OTHER, Redirect
 from esd_jax.training.step import blank_memory
 
 BATCH = 24
@@ -45,13 +45,14 @@ def test_an_update_equals_its_equation(prediction):
             [a for a in ANCHORS for _ in "ab"],
         ]
         assert len({options["seed"] for _, options in studio.asked}) == 1  # of the same noise
+        assert not any("negative_prompt" in options for _, options in studio.asked)
         keys = sharding.per_example_keys(jax.random.key(3), jnp.arange(BATCH))
         draws = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs)
         prepared = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
         loss = float(method.loss(w.student, prepared))
         drawn = jax.tree.map(np.asarray, draws._replace(key=jax.random.key_data(draws.key)))
-    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED} == set(drawn.kind.tolist())
-    total, followed = method.schedule.num_train_timesteps, drawn.kind == FOLLOWED
+    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT} == set(drawn.kind.tolist())
+    total, followed = method.schedule.num_train_timesteps, drawn.kind >= FOLLOWED
     assert (drawn.t[~followed] >= 0.3 * total).all() and drawn.t[followed].min() < 0.3 * total
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
@@ -74,7 +75,7 @@ def test_an_update_equals_its_equation(prediction):
     np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
     np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
 
-    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS}
+    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS, LEFT: ANCHORS}
     encoded = np.asarray(prepared.conditioning.embeddings)
     for i, kind in enumerate(drawn.kind):
         if kind != MIXED:
@@ -130,6 +131,16 @@ def both(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def says(network: Any, x: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(x, torch.tensor(t).double()[:, None, None, None], states).sample
+
+
+def test_what_replaces_nothing_is_drawn_away_from_the_concept():
+    studio = Studio("float64")
+    ours = tools(world("toy", "float64"), sample=studio.sample, to_latents=studio.to_latents)
+    concepts = [Concept("a cat"), Concept("a dog", replace_with=("a horse",)), Concept("a horse")]
+    Redirect(drawn_images=1, contexts="{} in a photo: a photo").make(ours, concepts)
+    assert [(prompts[0], options.get("negative_prompt")) for prompts, options in studio.asked] == [
+        ("a cat", None), ("", "a cat"), ("a dog", None), ("a horse", None), ("a horse", None), ("", "a horse"),
+    ]  # fmt: skip
 
 
 def test_a_mixture_is_what_its_equation_says():
