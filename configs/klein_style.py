@@ -5,7 +5,8 @@
 ESD at 512 pixels, as a LoRA of the text's projections in the five blocks of two streams, and of the projections into
 the 20 blocks of one stream: there queries, keys, values and the feed-forward are one matrix, and all of it changes.
 x_t is the base's own sample, guided by 4. Expect prompts that name the style to lose it, and other prompts to change
-little. Not measured: subset, rank, learning rate and steps are a starting point.
+little. Not measured: subset, rank, learning rate and steps are a starting point. Planned for a GPU: about 9 GiB, and
+0.3 PFLOP an update.
 --config.subset=flow-text leaves out the blocks of one stream; --config.subset=esd-x trains what the released code does.
 """
 

@@ -253,9 +253,11 @@ def _backend(folder: Path, tokens: Sequence[str]) -> tuple[Any, list[int]]:
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = [backend.token_to_id(token) for token in tokens]
-    if None in ids:
-        raise ValueError(f"it has no token {tokens[ids.index(None)]!r}")
+    ids: list[int] = []
+    for token in tokens:
+        if (number := backend.token_to_id(token)) is None:
+            raise ValueError(f"it has no token {token!r}")
+        ids.append(number)
     backend.no_truncation()
     backend.no_padding()
     return backend, ids
