@@ -57,9 +57,10 @@ class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
     Without `replace_with`, an anchor may show the concept ("a dog" has no style of its own), so its images are drawn
-    with the concept as negative prompt.
+    with all concepts that have none as negative prompt.
 
-    The other prompts are those of `retain` and those that are preserved; without any, the anchors.
+    The other prompts are those of `retain` and those that are preserved; without any, the anchors. Inversion rounds
+    take the same images, so `rounds_images` is refused.
 
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
       and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
@@ -72,7 +73,8 @@ class Redirect(RoundsSettings):
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
-    rounds_*: of inversion rounds, whose images are these.
+    rounds_skip: an adversary whose gauge in the base is above this is not added. By default none is left out: it counts
+      what the student makes of it, whatever it means to the base.
     """
 
     contexts: str | None = None
@@ -84,6 +86,7 @@ class Redirect(RoundsSettings):
     drawing_steps: int = 50
     drawing_guidance: float = 7.5
     drawing_seed: int = 0
+    rounds_skip: float = 100.0
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
@@ -98,9 +101,8 @@ class Redirect(RoundsSettings):
 
     def __post_init__(self):
         self.check_rounds()
-        for field in ("rounds_images", "rounds_seed"):
-            if getattr(self, field) != DEFAULTS[field]:
-                raise ValueError(f"{field} is not read: rounds use the images of drawn_images and drawing_seed")
+        if self.rounds_images != DEFAULTS["rounds_images"]:
+            raise ValueError(f"rounds_images={self.rounds_images}: rounds take redirection's own, see drawn_images")
         if self.drawing_sampler is not None:
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
@@ -111,18 +113,33 @@ class Redirect(RoundsSettings):
         contexts.parse(self.contexts, guided=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
-        """Redirection of the concepts. Raises ValueError for images of the user's, and as `rounds.adding` does."""
+        """Redirection of the concepts.
+
+        Raises ValueError for images of the user's, several replacements of a concept, unguided images of a concept
+        without one, and as `rounds.check` does.
+        """
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
+        for concept in concepts:
+            if len(concept.replace_with) > 1:
+                raise ValueError(f"method 'redirect' takes one replacement of {concept.text!r}, not several")
+        away = ", ".join(concept.text for concept in concepts if not concept.replace_with) or None
+        if away and self.drawing_guidance <= 1:
+            what = f"drawing_guidance={self.drawing_guidance}"
+            raise ValueError(
+                f"{what}: without replace_with, images are drawn away from {away!r}, which takes more than 1"
+            )
+        searched = [self.searched(concept) for concept in concepts]
+        rounds.check(self, tools, searched)
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
         kept = self.others(concepts) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
-        images, without = map(jnp.concatenate, zip(*(self._drawn(tools, concept) for concept in concepts), strict=True))
+        each = [self._drawn(tools, concept, away) for concept in concepts]
+        images, without = map(jnp.concatenate, zip(*each, strict=True))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
-        searched = [self.searched(concept) for concept in concepts]
         shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
         low = self.redirect_from
         return rounds.adding(self, method, inputs, tools, searched, images=shown, anchors=anchored, low=low)
@@ -145,11 +162,13 @@ class Redirect(RoundsSettings):
         rng = np.random.default_rng(self.drawing_seed)
         return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
-    def _drawn(self, tools: Tools, concept: Concept) -> list[Float[Array, "prompts images height width channel"]]:
-        """Latents of a concept's images, and of its anchors', from the same noise."""
+    def _drawn(
+        self, tools: Tools, concept: Concept, away: str | None
+    ) -> list[Float[Array, "prompts images height width channel"]]:
+        """Latents of a concept's images, and of its anchors', from the same noise. away: these' negative prompt."""
         named, anchors = zip(*self.prompts(concept), strict=True)
         latents = []
-        for prompts, negative in ((named, None), (anchors, None if concept.replace_with else concept.text)):
+        for prompts, negative in ((named, None), (anchors, None if concept.replace_with else away)):
             drew = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self, negative)
             latents.append(drew.reshape(len(prompts), self.drawn_images, *drew.shape[1:]))
         return latents

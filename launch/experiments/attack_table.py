@@ -38,11 +38,11 @@ from launch.command import say
 from launch.experiments import attack_cells, attack_front, attack_work, plots
 from launch.experiments.attack_cells import Column, Shown, Table
 from launch.experiments.attack_work import ERASURE, EVALUATION, IMAGES_EACH, MINUTES, Budget, Row, Search, Work
-from launch.experiments.compare_methods import ENTRIES
+from launch.experiments.compare_methods import ENTRIES, both
 from launch.experiments.levers import parsed
 from launch.experiments.results import Cells, kept, slug, write
 
-ROBUST = ENTRIES["redirect"]
+ROBUST = both("emoji_robust", "emoji_robust_object")
 ROWS = {name: entry.recipes for name, entry in {**ENTRIES, "robust": ROBUST}.items() if entry.recipes}
 DEFAULT_ROWS = "esd; all_but_one; sdd; ablating; forget_me_not; uce; rece; speed; robust"
 DEFAULT_ATTACKS = (

@@ -133,13 +133,48 @@ def says(network: Any, x: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> 
         return network(x, torch.tensor(t).double()[:, None, None, None], states).sample
 
 
+def test_each_concept_has_rows_of_its_own_in_the_gallery_of_rounds():
+    w = Words("toy", "float32")
+    concepts = [Concept("clay", replace_with=("cat",)), Concept("cat", replace_with=("clay",))]
+    _, inputs = w.make(concepts, method=Redirect)
+    inner, own = inputs.inner, inputs.terms[0]
+    for images, flat in ((own.gallery.images, inner.images), (own.anchors, inner.anchors)):
+        assert images.shape[:2] == (2, 2)  # concepts, and each alone and in the context
+        for concept in range(2):
+            np.testing.assert_array_equal(images[concept], flat[2 * concept : 2 * concept + 2])
+    named = np.asarray(own.gallery.named.embeddings)
+    np.testing.assert_allclose(named.reshape(4, *named.shape[2:]), inner.named.embeddings, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"rounds_from_t": 1000}, {"rounds_tokens": "70"}])
+def test_rounds_that_do_not_fit_are_refused_before_anything_is_drawn(fields):
+    w, asked = Words("toy", "float32"), []
+    ours = w.tools_with(lambda *a, **k: asked.append(a))
+    with pytest.raises(ValueError):
+        Redirect(rounds_every=3, **fields).make(ours, [Concept("clay")])
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("concept", "fields", "message"),
+    [
+        (Concept("a cat", replace_with=("a dog", "a horse")), {}, "one replacement"),
+        (Concept("a cat"), {"drawing_guidance": 1.0}, "drawing_guidance=1.0"),
+    ],
+)
+def test_what_redirection_cannot_do_is_refused(concept, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Redirect(**fields).make(tools(world("toy", "float32")), [concept])
+
+
 def test_what_replaces_nothing_is_drawn_away_from_the_concept():
     studio = Studio("float64")
     ours = tools(world("toy", "float64"), sample=studio.sample, to_latents=studio.to_latents)
     concepts = [Concept("a cat"), Concept("a dog", replace_with=("a horse",)), Concept("a horse")]
     Redirect(drawn_images=1, contexts="{} in a photo: a photo").make(ours, concepts)
     assert [(prompts[0], options.get("negative_prompt")) for prompts, options in studio.asked] == [
-        ("a cat", None), ("", "a cat"), ("a dog", None), ("a horse", None), ("a horse", None), ("", "a horse"),
+        ("a cat", None), ("", "a cat, a horse"), ("a dog", None), ("a horse", None), ("a horse", None),
+        ("", "a cat, a horse"),
     ]  # fmt: skip
 
 
