@@ -35,6 +35,7 @@ def load_component(
     """
     net = network(config, jnp.dtype(dtype).name)
     expected = tensors.torch_shapes(net)
+    ignores: Callable[[str], bool] = getattr(config, "ignores", lambda name: False)
     headers = [safetensors.read_header(path) for path in files.weight_files(folder / component, variant)]
     places: dict[str, tuple[safetensors.Header, TensorFile]] = {}
     for header in headers:
@@ -42,7 +43,7 @@ def load_component(
             name = files.tensor_name(component, key)
             if name in places:
                 raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
-            if name is not None and (name in expected or name != UNPROJECTED):
+            if name is not None and not ignores(name) and (name in expected or name != UNPROJECTED):
                 places[name] = (header, TensorFile(header.path, key))
     shapes = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
     files.check_names(component, shapes, expected)

@@ -10,11 +10,10 @@ import numpy as np
 from esd_jax.io import flow_file, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import tokenizer_of
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.io.ldm import is_open_clip
 from esd_jax.io.safetensors import DTYPES, Entry
 from esd_jax.models.architectures import clip_bpe
-from esd_jax.models.flux import FluxConfig
-from esd_jax.models.sd3 import SD3Config
 from esd_jax.pipeline import NetworkConfig, Pipeline
 
 
@@ -56,7 +55,7 @@ def build(
 
 def _write_config(source: Path, target: Path, config: NetworkConfig) -> None:
     """Copies a network's config, of which the file may have shown some of a transformer's fields to be others."""
-    if isinstance(config, FluxConfig | SD3Config):
+    if isinstance(config, TransformerConfig):
         written = files.read_json(source)
         if (changed := flow_file.changed_json(written, config)) != written:
             return _write_json(target, changed)

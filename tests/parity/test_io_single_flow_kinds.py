@@ -78,7 +78,7 @@ QUANTISED = {
 }
 RELATIVES = {
     "Chroma": {"distilled_guidance_layer.in_proj.weight": (4, 4)},
-    "FLUX.2": {"double_stream_modulation_img.lin.weight": (4, 4)},
+    "FLUX.2 [dev]": {"single_stream_modulation.lin.weight": (4, 4)},
     "FLUX.1 Fill": {"img_in.weight": (32, 384)},
     "FLUX.1 Depth or Canny": {"img_in.weight": (32, 128)},
 }
