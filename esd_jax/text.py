@@ -161,7 +161,7 @@ class T5Tokenizer(Tokenizer):
 # What Qwen3's chat template makes of a prompt: a user's turn, and the beginning of an answer without thoughts.
 CHAT = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 BEFORE, BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-# What occurs in the source of this template.
+# What occurs in the source of this template, though others may have it, too.
 TEMPLATE = ("<|im_start|>", "<|im_end|>", "enable_thinking", r"<think>\n\n</think>\n\n")
 
 
@@ -188,11 +188,13 @@ class Qwen3Tokenizer(Tokenizer):
     def from_folder(cls, folder: Path, max_length: int) -> "Qwen3Tokenizer":
         """Reads `tokenizer.json`, whose model_max_length does not matter: diffusers pads to `max_length`, too.
 
-        Raises FileNotFoundError, or ValueError naming the folder that is damaged, or has another chat template.
+        Raises FileNotFoundError, or ValueError naming the folder that is damaged, has another chat template, or pads or
+        truncates on the left.
         """
         if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}: load and save it with transformers")
         _check_template(folder)
+        _check_sides(folder)
         special = _special(folder, {"pad_token": "<|endoftext|>"})
         with _readable(folder):
             backend, (pad, *_) = _backend(folder, [*special, *CHAT])
@@ -203,9 +205,11 @@ class Qwen3Tokenizer(Tokenizer):
     def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
         """Token ids, the chat's among them, padded to `max_length`; `strict` as in `Tokenizer`.
 
-        Of a prompt that is too long the end of the chat is cut off first, as diffusers cuts it.
+        Of a prompt that is too long the end of the chat is cut off first, as diffusers cuts it; with `strict`, a prompt
+        that leaves no room for all of it is refused.
         """
-        prompts, most = list(prompts), self.max_length - self.before
+        prompts = list(prompts)
+        most = max(self.max_length - self.before - (self.behind if strict else 0), 0)
         self._check_lengths(prompts, [self.words(prompt) for prompt in prompts], most, strict)
         padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
@@ -276,13 +280,25 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _check_template(folder: Path) -> None:
-    """Raises ValueError for a chat template that makes something else of a prompt than `BEFORE` and `BEHIND` do."""
+    """Raises ValueError for a chat template that lacks one of the marks of Qwen3's, `TEMPLATE`.
+
+    It is not rendered: one that has all of them, and makes something else of a prompt, is not recognised.
+    """
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     template = read_text(file) if file.is_file() else None
     if template is None and settings.is_file():
         template = read_json(settings).get("chat_template")
     if isinstance(template, str) and (lost := next((mark for mark in TEMPLATE if mark not in template), None)):
         raise ValueError(f"{folder} has another chat template than Qwen3's, without {lost!r}: that is not implemented")
+
+
+def _check_sides(folder: Path) -> None:
+    """Raises ValueError for a tokenizer that pads, or truncates, on the left."""
+    settings = folder / "tokenizer_config.json"
+    written = read_json(settings) if settings.is_file() else {}
+    for name in ("padding_side", "truncation_side"):
+        if (side := written.get(name) or "right") != "right":
+            raise ValueError(f"{settings}: {name}={side!r} is not implemented (only 'right' is)")
 
 
 def _content(token: Any) -> str:

@@ -5,7 +5,8 @@ towards noise (Esser et al. 2024, *Scaling Rectified Flow Transformers*, Eq. 23)
 
     sigma' = s sigma / (1 + (s - 1) sigma)
 
-s is a constant of the checkpoint, or, "dynamic", e^mu with mu linear in the number of image tokens (FLUX.1).
+s is a constant of the checkpoint, or, "dynamic", e^mu with mu linear in the number of image tokens (FLUX.1; FLUX.2:
+`families/klein.py`).
 """
 
 import math

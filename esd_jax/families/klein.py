@@ -18,7 +18,7 @@ from esd_jax.families import flows
 from esd_jax.families.family import Configs, Family, Reading, Sampling
 from esd_jax.models.flux2 import Flux2Config, Flux2Transformer2DModel, TextConditioning
 from esd_jax.models.flux2_vae import AutoencoderKLFlux2, Flux2VAEConfig
-from esd_jax.models.qwen3 import OUT_LAYERS, Qwen3Config, Qwen3ForCausalLM
+from esd_jax.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from esd_jax.params import shape_of
 from esd_jax.selection import Subset
 
@@ -109,7 +109,7 @@ def check(configs: Configs) -> None:
         raise ValueError(
             f"the transformer takes {transformer.in_channels} channels a token, and 2 x 2 latents have {channels}"
         )
-    width = len(OUT_LAYERS) * configs["text_encoder"].hidden_size
+    width = len(configs["text_encoder"].out_layers) * configs["text_encoder"].hidden_size
     flows.require_width("text_encoder", width, "joint_attention_dim", transformer.joint_attention_dim)
 
 
@@ -127,7 +127,7 @@ SUBSETS: dict[str, Subset] = {
     **{name: flows.SUBSETS[name] for name in NAMES},
     "flow-context": Subset(
         flows.matching(r"^transformer_blocks\.\d+\.(attn\.(add_|to_add_out)|ff_context)"),
-        "the whole stream of the text",
+        "the text's projections and feed-forwards in the blocks of two streams",
         flows.OURS,
     ),
     "flow-single": Subset(

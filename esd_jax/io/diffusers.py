@@ -53,7 +53,7 @@ def load(
       sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
         "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers, and the
-        networks that a file of FLUX.1 or SD3 lacks. By default the file's keys and shapes determine the architecture;
+        networks that a file of FLUX or SD3 lacks. By default the file's keys and shapes determine the architecture;
         see `io.ldm_file.scheduler_changes` for what the network predicts.
       ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
@@ -227,7 +227,7 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
 
 
 def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
-    """The base with the transformer of a single file of FLUX.1 or SD3 as its own; all else stays the base's.
+    """The base with the transformer of a single file of FLUX or SD3 as its own; all else stays the base's.
 
     Raises FileNotFoundError, ValueError as `load` does, or for a file of another family than the base.
     """

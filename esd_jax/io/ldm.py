@@ -82,7 +82,7 @@ def is_flow(configs: Mapping[str, NetworkConfig]) -> bool:
 
 
 def flow_vae(configs: Mapping[str, NetworkConfig]) -> str:
-    """The prefix of the VAE's keys in a file of FLUX.1 or SD3."""
+    """The prefix of the VAE's keys in a file of FLUX or SD3."""
     return FLUX_VAE if any(isinstance(config, FluxConfig) for config in configs.values()) else VAE
 
 

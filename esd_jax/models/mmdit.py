@@ -1,5 +1,5 @@
 """What the multimodal diffusion transformers FLUX.1, FLUX.2 and SD3 share: two streams of tokens, image and text, that
-attend to each other, and are scaled and shifted by the time and the pooled prompt.
+attend to each other, and are scaled and shifted by the time and, but for FLUX.2, the pooled prompt.
 
 *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis* (Esser et al., 2024).
 """

@@ -7,6 +7,7 @@ FLUX.2 [klein] reads prompts with those after 9, 18 and 27 layers of 36, side by
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from esd_jax.models.config import require, typed
 from esd_jax.models.layers import Dtype, Rngs
 from esd_jax.models.mmdit import Rotation
 
-OUT_LAYERS = (9, 18, 27)
 PADDING = 151_643  # `<|endoftext|>` of every published vocabulary
 
 
@@ -32,6 +32,7 @@ class Qwen3Config:
     num_key_value_heads: each serves as many heads of queries as there are of them to one. head_dim: their size, which
       need not be hidden_size / num_attention_heads. rope_theta: the base of the rotations' angles.
     pad_token_id: the token that follows a prompt, from which no other token reads.
+    out_layers: after how many layers hidden states are taken. FLUX.2's pipeline says so, and no published `config.json`.
     """
 
     vocab_size: int = 151_936
@@ -45,6 +46,7 @@ class Qwen3Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     pad_token_id: int = PADDING
+    out_layers: tuple[int, ...] = (9, 18, 27)
 
     def __post_init__(self):
         heads, shared = self.num_attention_heads, self.num_key_value_heads
@@ -52,8 +54,13 @@ class Qwen3Config:
             raise ValueError(f"Qwen3: num_attention_heads={heads} must be a multiple of num_key_value_heads={shared}")
         if self.head_dim % 2:
             raise ValueError(f"Qwen3: head_dim={self.head_dim} must be even")
-        if self.num_hidden_layers < len(OUT_LAYERS):
-            raise ValueError(f"Qwen3: num_hidden_layers={self.num_hidden_layers} must be at least {len(OUT_LAYERS)}")
+        if not self.out_layers or any(n <= before for before, n in pairwise((0, *self.out_layers))):
+            raise ValueError(f"Qwen3: out_layers={self.out_layers} must be numbers above 0, in order")
+        if self.num_hidden_layers < (last := self.out_layers[-1]):
+            raise ValueError(
+                f"Qwen3: num_hidden_layers={self.num_hidden_layers} must be at least {last}, after which hidden states "
+                "are taken"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Qwen3Config":
@@ -65,20 +72,13 @@ class Qwen3Config:
         require("Qwen3", "hidden_act", config.get("hidden_act", "silu"), ("silu",))
         require("Qwen3", "attention_bias", config.get("attention_bias", False), (False,))
         require("Qwen3", "use_sliding_window", config.get("use_sliding_window", False), (False,))
-        require("Qwen3", "rope_scaling", config.get("rope_scaling"), (None,))
+        unscaled = (None, {"rope_type": "default"}, {"type": "default"})
+        require("Qwen3", "rope_scaling", config.get("rope_scaling"), unscaled)
         rope = config.get("rope_parameters") or {}  # of transformers 5
         require("Qwen3", "rope_type", rope.get("rope_type", "default"), ("default",))
         written = {**config, **{name: value for name, value in rope.items() if name == "rope_theta"}}
         types = {f.name: f.type for f in fields(cls)}
         return cls(**{k: typed("Qwen3", k, v, types[k]) for k, v in written.items() if k in types and v is not None})
-
-    @property
-    def out_layers(self) -> tuple[int, ...]:
-        """After how many layers hidden states are taken; of a model of fewer layers, after the same fractions."""
-        if self.num_hidden_layers >= OUT_LAYERS[-1]:
-            return OUT_LAYERS
-        quarters = range(1, len(OUT_LAYERS) + 1)
-        return tuple(max(n * self.num_hidden_layers // (len(OUT_LAYERS) + 1), n) for n in quarters)
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor of the file belongs to the part of the language model that is not built."""

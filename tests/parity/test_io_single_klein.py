@@ -1,5 +1,6 @@
 """Single files of FLUX.2 [klein]'s transformer: what diffusers' converter makes of ours, and what is read of them."""
 
+import diffusers
 import jax.numpy as jnp
 import klein_factory
 import numpy as np
@@ -72,6 +73,36 @@ def test_edits_go_into_a_file_and_into_a_folder(klein, tmp_path):
     )
     with pytest.raises(ValueError, match=one_line("alone=False", "FLUX.2")):
         export_single(esd_jax.load(folder), tmp_path / "whole.safetensors", alone=False)
+
+
+@pytest.mark.parametrize("limit", [None, 20_000], ids=["one file", "shards"])
+def test_a_new_folder_holds_what_is_not_read_too(klein, limit, tmp_path):
+    """The text encoder's other layers, last norm and readout, and how many batches the VAE's statistics are of."""
+    folder, pipe, file = klein
+    base = esd_jax.load(file, config=folder)
+    edit = {MATRIX: jnp.asarray(io.read_exact(base, [MATRIX])[MATRIX] + 1)}
+    erased = base.with_edits(edit, {"concepts": [{"text": "cat"}], "base_sha256": "x"})
+    out = io.export(erased, tmp_path / "out", max_shard_size=limit)
+    assert (len([*(out / "text_encoder").glob("*.safetensors")]) > 1) == (limit is not None)
+    assert "bn.num_batches_tracked" in weights(out / "vae") and "model.norm.weight" in weights(out / "text_encoder")
+    for component in ("text_encoder", "vae", "transformer"):
+        expected, written = weights(folder / component), weights(out / component)
+        assert written.keys() == expected.keys()
+        changed = {f"{component}/{name}" for name, value in expected.items() if not torch.equal(value, written[name])}
+        assert changed == {*edit} & {f"{component}/{name}" for name in expected}
+    opened = diffusers.Flux2KleinPipeline.from_pretrained(out)
+    read, encoder = opened.text_encoder.state_dict(), pipe.text_encoder.state_dict()
+    assert read.keys() == encoder.keys() and all(torch.equal(read[name], value) for name, value in encoder.items())
+    assert opened.vae.bn.num_batches_tracked == pipe.vae.bn.num_batches_tracked
+
+
+def weights(component):
+    """All tensors of a component's folder."""
+    return {
+        name: value
+        for path in component.glob("*.safetensors")
+        for name, value in safetensors.torch.load_file(path).items()
+    }
 
 
 def test_the_depth_and_widths_follow_from_the_file(klein, tmp_path):

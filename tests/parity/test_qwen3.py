@@ -14,6 +14,7 @@ import torch_oracle
 import transformers
 from klein_factory import LAYERS, PADDING, VOCAB_SIZE
 from messages import one_line
+from saved_pipelines import edit_json
 from torch_oracle import error, exactly, to_params
 
 from esd_jax import text
@@ -90,6 +91,12 @@ def test_both_spellings_of_its_config():
     spelled = [{"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}]
     assert len({Qwen3Config.from_dict(plain | more) for more in spelled}) == 1
     assert Qwen3Config.from_dict(plain | {"pad_token_id": None}).pad_token_id == 151_643
+    scaling = [
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "default"}},
+    ]
+    assert {Qwen3Config.from_dict(plain | more) for more in scaling} == {Qwen3Config.from_dict(plain)}
 
 
 @pytest.mark.parametrize(
@@ -100,10 +107,15 @@ def test_both_spellings_of_its_config():
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling="),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling="),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
         ({"num_attention_heads": 5, "num_key_value_heads": 2}, "num_attention_heads=5"),
         ({"head_dim": 7}, "head_dim=7"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers=2"),
+        ({"num_hidden_layers": 26}, "num_hidden_layers=26 must be at least 27"),
+        ({"num_hidden_layers": 4, "out_layers": [1, 2, 5]}, "num_hidden_layers=4 must be at least 5"),
+        ({"out_layers": [2, 1, 3]}, "out_layers=(2, 1, 3)"),
+        ({"out_layers": [0, 1]}, "out_layers=(0, 1)"),
+        ({"out_layers": []}, "out_layers=()"),
         ({"hidden_size": "64"}, "hidden_size='64'"),
     ],
     ids=str,
@@ -146,6 +158,28 @@ def test_a_long_prompt_is_named(folder):
         ours(["a cat of a cat of a cat"])
     with pytest.raises(ValueError, match=one_line("too long", "of a cat")):
         ours(["a cat of a cat of a cat"], strict=True)
+
+
+def test_a_concept_must_leave_room_for_the_end_of_the_chat(folder):
+    """Of a concept that is as long, the end of the chat would be cut off; of a prompt it is, as diffusers cuts it."""
+    concept = "a cat of a cat of a cat"
+    ours = text.read(folder, TINY, 80)
+    words = len(ours.words(concept))
+    fits, short = (text.read(folder, TINY, ours.before + words + ours.behind - less) for less in (0, 1))
+    np.testing.assert_array_equal(fits([concept], strict=True)[0, -ours.behind :], ours.words(text.BEHIND))
+    with pytest.raises(ValueError, match=one_line("too long", f"reads {words - 1} tokens")):
+        short([concept], strict=True)
+    np.testing.assert_array_equal(short([concept])[0], fits([concept])[0, :-1])
+
+
+@pytest.mark.parametrize("field", ["padding_side", "truncation_side"])
+def test_tokenizers_of_the_other_side_are_refused(field, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_json(copy / "tokenizer_config.json", **{field: "right"})
+    np.testing.assert_array_equal(text.read(copy, TINY, 20)(["a cat"]), text.read(folder, TINY, 20)(["a cat"]))
+    edit_json(copy / "tokenizer_config.json", **{field: "left"})
+    with pytest.raises(ValueError, match=one_line(copy, f"{field}='left'")):
+        text.read(copy, TINY, 20)
 
 
 def test_damaged_tokenizers_are_named(folder, tmp_path):

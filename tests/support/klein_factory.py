@@ -60,7 +60,7 @@ def make_qwen3(**config) -> transformers.Qwen3ForCausalLM:
         "vocab_size": VOCAB_SIZE, "hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 5,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "pad_token_id": PADDING,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 512, "out_layers": LAYERS,
     }  # fmt: skip
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**tiny, **config}))
     with torch.no_grad():
