@@ -32,7 +32,7 @@ class Qwen3Config:
     num_key_value_heads: each serves as many heads of queries as there are of them to one. head_dim: their size, which
       need not be hidden_size / num_attention_heads. rope_theta: the base of the rotations' angles.
     pad_token_id: the token that follows a prompt, from which no other token reads.
-    out_layers: after how many layers hidden states are taken, as FLUX.2's pipeline has it; no config.json says so.
+    out_layers: after how many layers hidden states are taken; in FLUX.2 the pipeline's choice, not `config.json`'s.
     """
 
     vocab_size: int = 151_936

@@ -149,12 +149,13 @@ def test_uce_retains_prompts(bases, tmp_path):
         assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-3  # the root is float32
 
 
-def test_rece(bases):
+@pytest.mark.parametrize("kind", ["sd3", "klein"])
+def test_rece(kind, bases):
     """An epoch of it: what UCE's weights still take for the concept becomes the guide."""
-    base, r, lam = bases("sd3"), 0.25, 0.5
+    base, r, lam = bases(kind), 0.25, 0.5
     method, inputs, theta = setting(base, "rece", epochs=1, r=r, lam=lam, preserve_scale=0.25)
     ours = solved(method, inputs, theta)
-    for layer in (TOKENS, POOLED):
+    for layer in layers_of(base):
         w0 = theta[layer].T
         kept = [(whole(base, layer, text), 0.25) for text in ("", KEPT)]
         first = edited(w0, [(*both, 1.0) for both in pairs(base, layer, CONCEPT, GUIDE, "all")], kept, lam)

@@ -18,6 +18,7 @@ from torch_oracle import AXES, error, random_, to_nchw, to_nhwc, to_params
 import esd_jax
 from esd_jax import exports, recipe
 from esd_jax.erasing.method import Models
+from esd_jax.evaluation import attacks
 from esd_jax.io.lora import export_lora
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.methods import esd
@@ -194,8 +195,16 @@ def test_what_does_not_go_with_it_is_refused_by_name(klein):
     for options, named in (
         ({"method": "forget_me_not", "subset": "flow-text"}, "attn2.to_q"),
         ({"method": "speed", "subset": "flow-text"}, "cross-attention"),
+        ({"method": "stereo", "subset": "flow-text"}, "method 'stereo'"),
+        (RUN | {"rounds_every": 2}, "rounds_every=2 needs text encoders that take the embeddings of new tokens"),
         (RUN | {"train_guidance": 2.0}, "train_guidance=2.0"),
         (RUN | {"timestep_mode": "compvis"}, "timestep_mode='grid'"),
     ):
         with pytest.raises(ValueError, match=one_line(named)):
             esd_jax.erase(base, "cat", **options)
+
+
+@pytest.mark.parametrize("name", ["concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell"])
+def test_attacks_by_token_are_refused(name, klein):
+    reason = attacks.lacking(attacks.ATTACKS[name](), klein[2])
+    assert "needs text encoders that" in reason and "FLUX.2 [klein] does not have" in reason

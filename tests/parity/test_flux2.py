@@ -1,4 +1,4 @@
-"""FLUX.2's transformer and VAE against diffusers', on random weights."""
+"""FLUX.2's transformer against diffusers', on random weights."""
 
 import copy
 from functools import cache
@@ -13,6 +13,7 @@ import torch_oracle
 from messages import one_line
 from torch_oracle import error, exactly, to_nchw, to_params
 
+from esd_jax import sharding
 from esd_jax.models.flux2 import Flux2Config, Flux2Transformer2DModel, TextConditioning
 from esd_jax.params import functional, num_scalars
 
@@ -90,11 +91,13 @@ def test_recomputed_blocks_have_the_same_gradient():
 
 
 def test_bfloat16_embeds_the_time_exactly_unless_it_is_to_round():
-    """diffusers rounds sigma to the compute dtype first: 0.96339 is embedded as 964, not as 963.39."""
-    x, t, conditioning = inputs("float32")
+    """diffusers rounds sigma to the compute dtype first: 0.9621 is embedded as 960, not as 962.1."""
+    x, _, conditioning = inputs("float32")
+    t = np.array([962.1, 966.1], "float32")
     original, _, params = network("float32")
     half = {name: value.astype(jnp.bfloat16) for name, value in params.items()}
     exact, rounded = (theirs(one, x, t, conditioning) for one in (original, copy.deepcopy(original).bfloat16()))
+    assert error(rounded.float(), exact) >= 0.1
     for rounding, expected in ((False, exact), (True, rounded)):
         options = {"dtype": jnp.bfloat16, "embedding_rounding": rounding}
         net = functional(lambda: Flux2Transformer2DModel(Flux2Config.from_dict(TINY), **options))  # noqa: B023
@@ -111,6 +114,18 @@ def test_names_and_shapes_of_the_published_one():
     assert (num_scalars(net.shapes), len(net.shapes)) == (3_875_544_576, 169)
     transposed = {name: s.shape[::-1] if net.layouts[name] == "linear" else s.shape for name, s in net.shapes.items()}
     assert transposed == expected
+
+
+def test_where_devices_share_an_example_every_matrix_of_a_block_is_split():
+    """By its outputs if it is the first of two in a row, by its inputs if it is the second."""
+    net = functional(lambda: Flux2Transformer2DModel(Flux2Config.from_dict(TINY)))
+    first, second = ("to_q", "to_k", "to_v", "proj", "linear_in"), ("to_out", "0", "to_add_out", "linear_out")
+    matrices = [name for name, layout in net.layouts.items() if "_blocks." in name and layout == "linear"]
+    assert len(matrices) == 2 * 12 + 2 * 2
+    for name in matrices:
+        by_output, by_input = (bool(kind.search(name)) for kind in (sharding.BY_OUTPUT, sharding.BY_INPUT))
+        part = name.split(".")[-2]
+        assert by_output == part.endswith(first) and by_input == (part in second) and by_output != by_input, name
 
 
 @pytest.mark.parametrize(
