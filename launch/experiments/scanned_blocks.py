@@ -3,9 +3,9 @@
     python -m launch.experiments.scanned_blocks --topology=v5e:2x2 --double=4 --single=8
 
 Compiles the gradient of a chain of blocks at true width, 512 tokens of text and 1,024 of an image, with respect to a
-LoRA of the text's projections, for one TPU that is not there: once with each block written out, as the package has them,
-and once with a `lax.scan` over blocks of a kind, whose weights lie stacked. Each is a process of its own. A block is
-recomputed in the backward pass, as it is in training. Needs `esd-jax[tpu]`.
+LoRA of the text's projections, for one TPU that is not there: once with each block written out, as the package has
+them, and once with a `lax.scan` over blocks of a kind, whose weights lie stacked. Each is a process of its own. A block
+is recomputed in the backward pass, as it is in training. Needs `esd-jax[tpu]`.
 """
 
 import json
@@ -71,11 +71,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def measured(kind: str) -> dict[str, Any]:
     """Seconds and bytes of one of `KINDS`."""
     config = FluxConfig(num_attention_heads=FLAGS.width // HEAD)
-    double, single = (
-        functional(partial(block, config, dtype=jnp.bfloat16, rngs=layers.Keys(0))) for block in (DoubleBlock, SingleBlock)
-    )
-    chain = scanned if kind == "scan" else unrolled
+    make = {"dtype": jnp.bfloat16, "rngs": layers.Keys(0)}
+    double, single = (functional(partial(block, config, **make)) for block in (DoubleBlock, SingleBlock))
     stacked = kind == "scan"
+    chain = scanned if stacked else unrolled
     doubles, singles = of_blocks(double, FLAGS.double, stacked), of_blocks(single, FLAGS.single, stacked)
     factors = jax.tree.map(partial(of_factors, rank=FLAGS.rank, stacked=stacked), trained(doubles), is_leaf=is_trained)
 
