@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.erasing import method as base
-from esd_jax.erasing.method import Interval, Method, Models, Session, Tools, denoise
-from esd_jax.params import Network, Params, shape_of
+from esd_jax.erasing.method import Interval, Method, Models, Session, Tools, Wrapping, denoise
+from esd_jax.params import Network, shape_of
 
 UNIFORM = 0.2  # u
 NOISES = 2  # x_t at each timestep
@@ -37,13 +36,12 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ByRemainder(base.Method):
+class ByRemainder(Wrapping):
     """A method that draws its concepts by what remains of them. Its memory is (r of each, the method's own).
 
     count: of the concepts, of which each in a context is one. shape: of one example's latents.
     """
 
-    method: Method
     denoiser: Network
     every: int
     count: int
@@ -88,16 +86,6 @@ class ByRemainder(base.Method):
             return jnp.maximum(jnp.sum((student - start) * direction), 0) / jnp.where(length > 0, length, 1)
 
         return jax.lax.map(of, (asked, led), batch_size=AT_ONCE)
-
-    def prepare(self, models: Models, draws: Any, inputs: Any) -> Any:
-        """draws: what `recall` gives."""
-        return self.method.prepare(models, draws, inputs)
-
-    def points(self, batch: Any) -> tuple[Array, Array]:
-        return self.method.points(batch)
-
-    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
-        return self.method.loss(student, batch)
 
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         remainders, own = memory

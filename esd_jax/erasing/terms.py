@@ -94,15 +94,17 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Terms(base.Method):
+class Terms(base.Wrapping):
     """A method with terms added. Its memory is (the method's, each term's), or () if nothing is kept."""
 
-    method: Method
     denoiser: Network
     terms: tuple[Term, ...]
 
-    def pace(self, step: Array) -> Array | None:
-        return self.method.pace(step)
+    def own_inputs(self, inputs: Inputs) -> Any:
+        return inputs.inner
+
+    def own_batch(self, batch: Batch) -> Any:
+        return batch.inner
 
     def memory(self, shape: tuple[int, ...]) -> Any:
         return self._packed(self.method.memory(shape), [term.memory(shape) for term in self.terms])
@@ -139,9 +141,6 @@ class Terms(base.Method):
         batch = (x, t, asked, jnp.concatenate(answers), jnp.stack([p.weight for p in points]))
         return Batch(inner, *jax.lax.stop_gradient(batch))
 
-    def points(self, batch: Batch) -> tuple[Array, Array]:
-        return self.method.points(batch.inner)
-
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         squares = (denoise(self.denoiser, student, batch.x, batch.t, batch.asked) - batch.target) ** 2
         means = jnp.mean(squares.reshape(len(self.terms), -1), axis=1)
@@ -156,12 +155,6 @@ class Terms(base.Method):
                 parts[i] = interval.memory
                 return interval._replace(memory=self._packed(inner, parts))
         return None
-
-    def led(self, inputs: Inputs) -> tuple[Array, Array]:
-        return self.method.led(inputs.inner)
-
-    def solve(self, theta: Params, inputs: Inputs) -> Params:
-        return self.method.solve(theta, inputs.inner)
 
     def _packed(self, inner: Any, parts: Sequence[Any]) -> Any:
         # A checkpoint without arrays in its memory has none, whatever its structure.

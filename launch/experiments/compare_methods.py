@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import api, recipe
+from esd_jax import api, recipe, wording
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
@@ -171,7 +171,7 @@ def carried_out(config: str, target: Target) -> dict[str, Any]:
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name not in ("base", "concept")}
     if plan["preserve"]:
         prompts = [prompt.strip() for prompt in plan["preserve"].split("|")]
-        plan["preserve"] = " | ".join(p for p in prompts if not set(target.names) & set(p.split()))
+        plan["preserve"] = " | ".join(p for p in prompts if not any(wording.names(n, p) for n in target.names))
     return plan
 
 
