@@ -89,14 +89,34 @@ def unet_config(arch: str) -> dict[str, Any]:
 
 
 def architecture(arch: str) -> tuple[Mapping[str, NetworkConfig], Any]:
-    """(component -> config, schedule) of a published architecture, or of one of `TINY`."""
-    published, kind, changes = TINY.get(arch, (arch, None, {}))
+    """(component -> config, schedule) of a published architecture, or of one of `TINY`.
+
+    "flux-dev:4+8" is FLUX.1 [dev] with 4 blocks of two streams and 8 of one, "sd35-medium:6" SD 3.5 with its first 6:
+    they compile sooner, and each block needs what it needs in the whole network.
+
+    Raises ValueError for numbers of blocks that the architecture does not have.
+    """
+    name, _, blocks = arch.partition(":")
+    published, kind, changes = TINY.get(name, (name, None, {}))
     configs, schedule = api.architecture(published)
-    if kind is None:
-        return configs, schedule
     component = families.of(configs).denoiser
-    own = kind.from_dict({**architectures.read(published)[component], **changes})
-    return {**configs, component: own}, schedule
+    if kind is not None:
+        configs = {**configs, component: kind.from_dict({**architectures.read(published)[component], **changes})}
+    return ({**configs, component: _cut(configs[component], blocks)} if blocks else configs), schedule
+
+
+def _cut(config: NetworkConfig, blocks: str) -> NetworkConfig:
+    """A flow's network with so many blocks: "4+8" of FLUX.1's two kinds, or "6"."""
+    counts = [int(count) if count.isdigit() else 0 for count in blocks.split("+")]
+    match config, counts:
+        case FluxConfig(), [double, single] if (
+            0 < double <= config.num_layers and 0 < single <= config.num_single_layers
+        ):
+            return dataclasses.replace(config, num_layers=double, num_single_layers=single)
+        case SD3Config(), [count] if 0 < count <= config.num_layers:
+            dual = tuple(layer for layer in config.dual_attention_layers if layer < count)
+            return dataclasses.replace(config, num_layers=count, dual_attention_layers=dual)
+    raise ValueError(f"{blocks!r} are no blocks of this architecture: give flux-dev:4+8 or sd35-medium:6, say")
 
 
 def plan(
@@ -109,9 +129,11 @@ def plan(
     preset: of ESD; then updates are as long as it draws them. changes: fields of the recipe; without `rank` the tensors
       themselves are trained.
     """
+    arch, _, blocks = arch.partition(":")
     subset = ESD_U.get(arch, "noxattn") if method == "esd-u" else method
     config = recipe.preset("esd", preset or PRESETS[arch], concept="Van Gogh", subset=subset).to_dict()
-    plan = recipe.make(**{**config, "dtype": dtype, "batch_size": batch_size, "rank": 0, **changes})
+    own = {"rank": 0, "remat": bool(blocks)}  # every whole one of `FLOWS` is so large that it recomputes
+    plan = recipe.make(**{**config, "dtype": dtype, "batch_size": batch_size, **own, **changes})
     if preset:
         return plan
     return dataclasses.replace(plan, settings=Average(**dataclasses.asdict(plan.settings)))
