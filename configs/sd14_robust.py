@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
         rounds_warm=0,
         rounds_bank=16,
         rounds_fresh=0.5,
-        rounds_skip=100.0,
         rounds_weight=1.0,
         preserve=" | ".join(kept),  # but those that name the concept
         preserve_weight=10.0,

@@ -19,7 +19,7 @@ from esd_jax.erasing.round_settings import RoundsSettings
 from esd_jax.erasing.soft_tokens import Text
 from esd_jax.erasing.textual_inversion import NAME, Encoder, together
 
-AT_ONCE = 8  # images encoded
+AT_ONCE = 8  # images or prompts encoded
 
 
 class Prompts(NamedTuple):
@@ -59,6 +59,11 @@ def text_of(tools: Tools) -> Text:
     return Text(encoder, params, tuple(tools.tokenizers[name] for name in names), tables)
 
 
+def placed(text: Text, kinds: Sequence[int], prompts: Sequence[Prompts]) -> list[Any]:
+    """The ids of each kind of adversary in each template of each concept. Raises ValueError for too many tokens."""
+    return [text.place(template, length) for length in kinds for one in prompts for template in one.template]
+
+
 def make_gallery(
     settings: RoundsSettings,
     tools: Tools,
@@ -74,13 +79,15 @@ def make_gallery(
       `Tools.sample`.
     """
     count, rows = settings.rounds_images, len(prompts[0].named)
-    placed = [text.place(template, length) for length in kinds for one in prompts for template in one.template]
     ids = jax.tree.map(
-        lambda *each: jnp.asarray(np.stack(each).reshape(len(kinds), len(prompts), rows, -1), jnp.int32), *placed
+        lambda *each: jnp.asarray(np.stack(each).reshape(len(kinds), len(prompts), rows, -1), jnp.int32),
+        *placed(text, kinds, prompts),
     )
 
     def encoded(texts: list[str]) -> Any:
-        return jax.tree.map(lambda a: a.reshape(len(prompts), rows, *a.shape[1:]), tools.encode(texts))
+        return jax.tree.map(
+            lambda a: a.reshape(len(prompts), rows, *a.shape[1:]), in_batches(tools.encode, texts, AT_ONCE)
+        )
 
     named, neutral = (encoded([t for one in prompts for t in getattr(one, name)]) for name in ("named", "neutral"))
     if images is None:

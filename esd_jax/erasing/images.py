@@ -24,14 +24,20 @@ def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def drawn(tools: Tools, prompts: Sequence[str], settings: Any) -> Float[Array, "prompts height width channel"]:
-    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say."""
+def drawn(
+    tools: Tools, prompts: Sequence[str], settings: Any, negative: str | None = None
+) -> Float[Array, "prompts height width channel"]:
+    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say.
+
+    negative: a negative prompt for all.
+    """
     images = tools.sample(
         prompts,
         seed=settings.drawing_seed,
         steps=settings.drawing_steps,
         guidance_scale=settings.drawing_guidance,
         sampler=settings.drawing_sampler,
+        **({} if negative is None else {"negative_prompt": negative}),
     )
     return in_batches(tools.to_latents, images, AT_ONCE)
 
@@ -53,13 +59,13 @@ def true_output(
 def carried(
     schedule: Schedule,
     output: Float[Array, "batch ..."],
-    seen: Float[Array, "batch ..."],
+    source: Float[Array, "batch ..."],
     x: Float[Array, "batch ..."],
     t: Real[Array, " batch"],
 ) -> Float[Array, "batch ..."]:
-    """The output at x that means the clean image which `output` means at `seen`, both at t."""
+    """The output at x that means the clean image which `output` means at `source`, both at t."""
     discrete = schedule.path is VARIANCE_PRESERVING
     level = jnp.asarray(schedule.levels, x.dtype)[t] if discrete else t / schedule.num_train_timesteps
-    clean, noise = schedule.to_x0_eps(level[:, None, None, None], seen, output)
+    clean, noise = schedule.to_x0_eps(level[:, None, None, None], source, output)
     sigma = add_noise(schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
-    return true_output(schedule, clean, noise + (x - seen) / sigma, t)
+    return true_output(schedule, clean, noise + (x - source) / sigma, t)

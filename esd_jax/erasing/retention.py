@@ -4,7 +4,7 @@
     empty  mean (e_theta(x_t, "") - e*(x_t, ""))^2,  x_t such an image; without images, the method's own
 
 With images the sum of both is taken at one image for each example, which is asked "" with probability
-empty / (weight + empty): the expectation is the same, at half the cost. `preservation` samples x_t of the first along
+empty / (weight + empty), at half the cost. `preservation` samples x_t of the first along
 trajectories instead, which costs more. The second is All but One's penalty (Hong et al. 2024), for any method. Prompts
 whose predictions have drifted most may be drawn more often, as AGE (Bui et al. 2025, arXiv 2501.18950) chooses what to
 preserve, here without a gradient:
@@ -69,14 +69,14 @@ def retaining(
     prompts = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.preserve))
     if settings.images and not prompts:
         raise ValueError(f"preserve_images={settings.images}: no prompt is preserved; name some, preserve='a | b'")
-    empty, weights = tools.encode([""]), (jnp.float32(settings.weight), jnp.float32(settings.empty))
+    weights = jnp.float32(settings.weight), jnp.float32(settings.empty)
     if settings.images:
         images = _images(tools, prompts, settings.images)
         bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
         term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts), bool(settings.empty))
-        return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, empty, images, *weights))
+        return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, tools.encode([""]), images, *weights))
     if settings.empty:
-        method, inputs = added(method, inputs, tools.denoiser, Emptied(), EmptyInputs(empty, weights[1]))
+        method, inputs = added(method, inputs, tools.denoiser, Emptied(), EmptyInputs(tools.encode([""]), weights[1]))
     return preserving(method, inputs, tools, concepts, settings.weight)
 
 

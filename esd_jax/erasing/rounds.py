@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing import inversion
 from esd_jax.erasing.embedding_search import State
-from esd_jax.erasing.galleries import Prompts, make_gallery, text_of
+from esd_jax.erasing.galleries import Prompts, make_gallery, placed, text_of
 from esd_jax.erasing.images import carried
 from esd_jax.erasing.inversion import Case, Gallery, Inversion, Member, Place
 from esd_jax.erasing.method import Interval, Method, Models, Session, Tools
@@ -63,19 +63,12 @@ def adding(
       anchors: of those without it, from the same noise, if adversaries are led to what the base sees in them.
       low: the part of the schedule from which an update's timesteps are drawn; half of them at `HIGH` and more.
 
-    Raises ValueError for a family whose text encoders take no new tokens, images of the user's, a from_t that the
-    schedule does not have, or new tokens that do not fit into a prompt.
+    Raises ValueError as `check` does.
     """
     if not settings.rounds_every:
         return method, inputs
-    what = f"rounds_every={settings.rounds_every}"
-    if not tools.tables:
-        raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
-    if tools.images is not None:
-        raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
-    if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
-        raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
-    text = text_of(tools)
+    check(settings, tools, prompts)
+    total, text = tools.schedule.num_train_timesteps, text_of(tools)
     kinds = inversion.lengths(settings.rounds_tokens)
     gallery = make_gallery(settings, tools, text, kinds, prompts, images, sampling or {})
     search = Inversion(
@@ -95,6 +88,24 @@ def adding(
     term = Rounds(settings, search, names, blank, low)
     own = Inputs(gallery, gauged, jnp.float32(settings.rounds_weight), anchors)
     return added(method, inputs, tools.denoiser, term, own)
+
+
+def check(settings: RoundsSettings, tools: Tools, prompts: Sequence[Prompts]) -> None:
+    """Raises ValueError for what inversion rounds, if there are any, do not go with, before anything is sampled.
+
+    A family whose text encoders take no new tokens, images of the user's, a from_t that the schedule does not have, and
+    new tokens that do not fit into a prompt.
+    """
+    if not settings.rounds_every:
+        return
+    what = f"rounds_every={settings.rounds_every}"
+    if not tools.tables:
+        raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
+    if tools.images is not None:
+        raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
+    if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
+        raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
+    placed(text_of(tools), inversion.lengths(settings.rounds_tokens), prompts)
 
 
 @jax.tree_util.register_dataclass
@@ -207,16 +218,16 @@ class Rounds(Term):
         def noised(images: Array) -> Array:
             return add_noise(self.inversion.schedule, images[concept, at.row, at.image], at.noise, t)
 
-        x, seen = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
+        x, source = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
         weight = inputs.weight * jnp.mean(draws.filled.astype(jnp.float32))
-        return Point(x, t, asked, neutral, weight, seen)
+        return Point(x, t, asked, neutral, weight, source)
 
     def answer(self, point: Point, output: Array) -> Array:
-        if point.seen is None:
+        if point.source is None:
             return output
-        return carried(self.inversion.schedule, output, point.seen, point.x, point.t)
+        return carried(self.inversion.schedule, output, point.source, point.x, point.t)
 
     def between(self, session: Session, memory: Memory, inputs: Inputs) -> Interval | None:
         """A round, where it is time for one and it was not made yet."""

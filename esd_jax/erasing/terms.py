@@ -22,7 +22,7 @@ from esd_jax.params import Conditioning, Network, Params
 class Point(NamedTuple):
     """Where the student is asked `asked`, and should say what the base says of `target`. t: one, or one for each.
 
-    seen: where the base is asked, if it is not x; see `Term.answer`.
+    source: where the base is asked, if it is not x; see `Term.answer`.
     """
 
     x: Float[Array, "batch height width channel"]
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     asked: Conditioning
     target: Conditioning
     weight: Float[Array, ""]
-    seen: Float[Array, "batch height width channel"] | None = None
+    source: Float[Array, "batch height width channel"] | None = None
 
 
 class Term:
@@ -135,8 +135,8 @@ class Terms(base.Wrapping):
         ]
         x, asked, target = (_joined([getattr(point, name) for point in points]) for name in ("x", "asked", "target"))
         t = jnp.concatenate([jnp.broadcast_to(jnp.asarray(p.t, jnp.float32), p.x.shape[:1]) for p in points])
-        seen = jnp.concatenate([p.x if p.seen is None else p.seen for p in points])
-        outputs = jnp.split(denoise(self.denoiser, models.base, seen, t, target), len(points))
+        source = jnp.concatenate([p.x if p.source is None else p.source for p in points])
+        outputs = jnp.split(denoise(self.denoiser, models.base, source, t, target), len(points))
         answers = [term.answer(p, output) for term, p, output in zip(self.terms, points, outputs, strict=True)]
         batch = (x, t, asked, jnp.concatenate(answers), jnp.stack([p.weight for p in points]))
         return Batch(inner, *jax.lax.stop_gradient(batch))

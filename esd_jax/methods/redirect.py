@@ -11,8 +11,8 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
 
 of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
 methods teach what to answer to a name. Some examples are asked c(r), and their target is what the base says of r at
-x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) at x'_t, t in
-[0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
+x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) or c(n) at x'_t, t
+in [0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
 
 At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
 adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
@@ -46,8 +46,9 @@ from esd_jax.params import Conditioning, Network, Params
 
 AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-OTHER, NAMED, ANCHOR, MIXED, FOLLOWED = range(5)  # what an example's v is; FOLLOWED: c(p), at x'_t
-SHARES = (0.15, 0.2, 0.1, 0.3, 0.25)  # of the examples
+# What an example's v is. FOLLOWED, LEFT: c(p) and c(n), at x'_t.
+OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT = range(6)
+SHARES = (0.15, 0.25, 0.05, 0.25, 0.2, 0.1)  # of the examples
 MIX = (-0.5, 1.5)  # the range of a
 
 
@@ -55,7 +56,11 @@ MIX = (-0.5, 1.5)  # the range of a
 class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
-    The other prompts are those of `retain` and those that are preserved; without any, the anchors.
+    Without `replace_with`, an anchor may show the concept ("a dog" has no style of its own), so its images are drawn
+    with all concepts that have none as negative prompt.
+
+    The other prompts are those of `retain` and those that are preserved; without any, the anchors. Inversion rounds
+    take the same images, so `rounds_images` is refused.
 
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
       and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
@@ -68,7 +73,8 @@ class Redirect(RoundsSettings):
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
-    rounds_*: of inversion rounds, whose images are these.
+    rounds_skip: an adversary whose gauge in the base is above this is not added. By default none is left out: it counts
+      what the student makes of it, whatever it means to the base.
     """
 
     contexts: str | None = None
@@ -80,6 +86,7 @@ class Redirect(RoundsSettings):
     drawing_steps: int = 50
     drawing_guidance: float = 7.5
     drawing_seed: int = 0
+    rounds_skip: float = 100.0
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
@@ -94,9 +101,8 @@ class Redirect(RoundsSettings):
 
     def __post_init__(self):
         self.check_rounds()
-        for field in ("rounds_images", "rounds_seed"):
-            if getattr(self, field) != DEFAULTS[field]:
-                raise ValueError(f"{field} is not read: rounds use the images of drawn_images and drawing_seed")
+        if self.rounds_images != DEFAULTS["rounds_images"]:
+            raise ValueError(f"rounds_images={self.rounds_images}: rounds take redirection's own, see drawn_images")
         if self.drawing_sampler is not None:
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
@@ -107,18 +113,33 @@ class Redirect(RoundsSettings):
         contexts.parse(self.contexts, guided=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
-        """Redirection of the concepts. Raises ValueError for images of the user's, and as `rounds.adding` does."""
+        """Redirection of the concepts.
+
+        Raises ValueError for images of the user's, several replacements of a concept, unguided images of a concept
+        without one, and as `rounds.check` does.
+        """
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
+        for concept in concepts:
+            if len(concept.replace_with) > 1:
+                raise ValueError(f"method 'redirect' takes one replacement of {concept.text!r}, not several")
+        away = ", ".join(concept.text for concept in concepts if not concept.replace_with) or None
+        if away and self.drawing_guidance <= 1:
+            what = f"drawing_guidance={self.drawing_guidance}"
+            raise ValueError(
+                f"{what}: without replace_with, images are drawn away from {away!r}, which takes more than 1"
+            )
+        searched = [self.searched(concept) for concept in concepts]
+        rounds.check(self, tools, searched)
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
         kept = self.others(concepts) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
-        images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
+        each = [self._drawn(tools, concept, away) for concept in concepts]
+        images, without = map(jnp.concatenate, zip(*each, strict=True))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
-        searched = [self.searched(concept) for concept in concepts]
         shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
         low = self.redirect_from
         return rounds.adding(self, method, inputs, tools, searched, images=shown, anchors=anchored, low=low)
@@ -141,10 +162,16 @@ class Redirect(RoundsSettings):
         rng = np.random.default_rng(self.drawing_seed)
         return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
-    def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
-        """Latents of the base's images; those of another list of as many prompts start from the same noise."""
-        latents = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self)
-        return latents.reshape(len(prompts), self.drawn_images, *latents.shape[1:])
+    def _drawn(
+        self, tools: Tools, concept: Concept, away: str | None
+    ) -> list[Float[Array, "prompts images height width channel"]]:
+        """Latents of a concept's images, and of its anchors', from the same noise. away: these' negative prompt."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        latents = []
+        for prompts, negative in ((named, None), (anchors, None if concept.replace_with else away)):
+            drew = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self, negative)
+            latents.append(drew.reshape(len(prompts), self.drawn_images, *drew.shape[1:]))
+        return latents
 
 
 class Draws(NamedTuple):
@@ -198,7 +225,7 @@ class Method(base.Method):
             kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
             early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
-                jnp.where(kind == FOLLOWED, any_t, early),
+                jnp.where(kind >= FOLLOWED, any_t, early),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
@@ -218,12 +245,12 @@ class Method(base.Method):
             for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
-        asked = chosen(draws.kind, other, named, anchor, mixed, named)
+        asked = chosen(draws.kind, other, named, anchor, mixed, named, anchor)
         x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
-        as_base, followed = draws.kind == OTHER, draws.kind == FOLLOWED
+        as_base, followed = draws.kind == OTHER, draws.kind >= FOLLOWED
         x = jnp.where(followed[:, None, None, None], anchored, x)
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)

@@ -232,11 +232,13 @@ def _without_remains() -> Iterator[None]:
         except Exception as error:
             cause, log = error, logging.getLogger("asyncio")
             log.disabled, before = True, log.disabled  # it reports unfinished tasks
-            while cause is not None:
-                traceback.clear_frames(cause.__traceback__)
-                cause = cause.__cause__ or cause.__context__
-            gc.collect()
-            log.disabled = before
+            try:
+                while cause is not None:
+                    traceback.clear_frames(cause.__traceback__)
+                    cause = cause.__cause__ or cause.__context__
+                gc.collect()
+            finally:
+                log.disabled = before
             raise
 
 

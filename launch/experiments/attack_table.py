@@ -4,9 +4,9 @@
     python -m launch.experiments.attack_table --output=out/attacks --concepts="neon style; a cat" \\
         --rows="esd; robust; emoji_robust:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
 
-A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a config's by
-its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a model of random
-weights, are attacked once for all rows.
+A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a
+config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a
+model of random weights, are attacked once for all rows.
 
 Each cell is kept as soon as it is measured, an erasure as a run. The same command goes on where it was stopped, also
 within an erasure, and tries again what failed. The result is attack_table.md, and attack_table.json with intervals.
@@ -38,11 +38,11 @@ from launch.command import say
 from launch.experiments import attack_cells, attack_front, attack_work, plots
 from launch.experiments.attack_cells import Column, Shown, Table
 from launch.experiments.attack_work import ERASURE, EVALUATION, IMAGES_EACH, MINUTES, Budget, Row, Search, Work
-from launch.experiments.compare_methods import ENTRIES
+from launch.experiments.compare_methods import ENTRIES, both
 from launch.experiments.levers import parsed
 from launch.experiments.results import Cells, kept, slug, write
 
-ROBUST = ENTRIES["redirect"]
+ROBUST = both("emoji_robust", "emoji_robust_object")
 ROWS = {name: entry.recipes for name, entry in {**ENTRIES, "robust": ROBUST}.items() if entry.recipes}
 DEFAULT_ROWS = "esd; all_but_one; sdd; ablating; forget_me_not; uce; rece; speed; robust"
 DEFAULT_ATTACKS = (

@@ -61,7 +61,7 @@ ENTRIES = {
     "ablating": both("emoji_ablating", "emoji_ablating_object"),
     "forget_me_not": both("emoji_forget_me_not", "emoji_forget_me_not_object"),
     "stereo": both("emoji_stereo", "emoji_stereo_object"),
-    "redirect": both("emoji_robust", "emoji_robust_object"),
+    "redirect": both("emoji_redirect", "emoji_redirect_object"),
     "uce": both("emoji_uce", "emoji_uce_object"),
     "rece": both("emoji_rece", "emoji_rece_object"),
     "speed": both("emoji_speed", "emoji_speed_object"),

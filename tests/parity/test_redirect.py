@@ -18,7 +18,7 @@ from esd_jax import sharding
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.methods import redirect
-from esd_jax.methods.redirect import ANCHOR, FOLLOWED, MIXED, NAMED, OTHER, Redirect
+from esd_jax.methods.redirect import ANCHOR, FOLLOWED, LEFT, MIXED, NAMED, OTHER, Redirect
 from esd_jax.training.step import blank_memory
 
 BATCH = 24
@@ -45,13 +45,14 @@ def test_an_update_equals_its_equation(prediction):
             [a for a in ANCHORS for _ in "ab"],
         ]
         assert len({options["seed"] for _, options in studio.asked}) == 1  # of the same noise
+        assert not any("negative_prompt" in options for _, options in studio.asked)
         keys = sharding.per_example_keys(jax.random.key(3), jnp.arange(BATCH))
         draws = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs)
         prepared = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
         loss = float(method.loss(w.student, prepared))
         drawn = jax.tree.map(np.asarray, draws._replace(key=jax.random.key_data(draws.key)))
-    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED} == set(drawn.kind.tolist())
-    total, followed = method.schedule.num_train_timesteps, drawn.kind == FOLLOWED
+    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT} == set(drawn.kind.tolist())
+    total, followed = method.schedule.num_train_timesteps, drawn.kind >= FOLLOWED
     assert (drawn.t[~followed] >= 0.3 * total).all() and drawn.t[followed].min() < 0.3 * total
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
@@ -74,7 +75,7 @@ def test_an_update_equals_its_equation(prediction):
     np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
     np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
 
-    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS}
+    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS, LEFT: ANCHORS}
     encoded = np.asarray(prepared.conditioning.embeddings)
     for i, kind in enumerate(drawn.kind):
         if kind != MIXED:
@@ -130,6 +131,51 @@ def both(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def says(network: Any, x: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(x, torch.tensor(t).double()[:, None, None, None], states).sample
+
+
+def test_each_concept_has_rows_of_its_own_in_the_gallery_of_rounds():
+    w = Words("toy", "float32")
+    concepts = [Concept("clay", replace_with=("cat",)), Concept("cat", replace_with=("clay",))]
+    _, inputs = w.make(concepts, method=Redirect)
+    inner, own = inputs.inner, inputs.terms[0]
+    for images, flat in ((own.gallery.images, inner.images), (own.anchors, inner.anchors)):
+        assert images.shape[:2] == (2, 2)  # concepts, and each alone and in the context
+        for concept in range(2):
+            np.testing.assert_array_equal(images[concept], flat[2 * concept : 2 * concept + 2])
+    named = np.asarray(own.gallery.named.embeddings)
+    np.testing.assert_allclose(named.reshape(4, *named.shape[2:]), inner.named.embeddings, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"rounds_from_t": 1000}, {"rounds_tokens": "70"}])
+def test_rounds_that_do_not_fit_are_refused_before_anything_is_drawn(fields):
+    w, asked = Words("toy", "float32"), []
+    ours = w.tools_with(lambda *a, **k: asked.append(a))
+    with pytest.raises(ValueError):
+        Redirect(rounds_every=3, **fields).make(ours, [Concept("clay")])
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("concept", "fields", "message"),
+    [
+        (Concept("a cat", replace_with=("a dog", "a horse")), {}, "one replacement"),
+        (Concept("a cat"), {"drawing_guidance": 1.0}, "drawing_guidance=1.0"),
+    ],
+)
+def test_what_redirection_cannot_do_is_refused(concept, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Redirect(**fields).make(tools(world("toy", "float32")), [concept])
+
+
+def test_what_replaces_nothing_is_drawn_away_from_the_concept():
+    studio = Studio("float64")
+    ours = tools(world("toy", "float64"), sample=studio.sample, to_latents=studio.to_latents)
+    concepts = [Concept("a cat"), Concept("a dog", replace_with=("a horse",)), Concept("a horse")]
+    Redirect(drawn_images=1, contexts="{} in a photo: a photo").make(ours, concepts)
+    assert [(prompts[0], options.get("negative_prompt")) for prompts, options in studio.asked] == [
+        ("a cat", None), ("", "a cat, a horse"), ("a dog", None), ("a horse", None), ("a horse", None),
+        ("", "a cat, a horse"),
+    ]  # fmt: skip
 
 
 def test_a_mixture_is_what_its_equation_says():

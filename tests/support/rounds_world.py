@@ -1,4 +1,4 @@
-"""ESD with inversion rounds over a tiny network and a text encoder of nine words, here and in torch."""
+"""Methods with inversion rounds over a tiny network and a text encoder of nine words, here and in torch."""
 
 import dataclasses
 from collections.abc import Sequence

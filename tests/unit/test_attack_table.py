@@ -153,7 +153,7 @@ def test_every_default_row_is_a_recipe(concept):
     target = groups.parse_target(concept)
     for name, changes in attack_table.entries(attack_table.DEFAULT_ROWS).values():
         fields = attack_work.recipe_of(target, attack_table.ROWS[name][target.kind], changes)
-        assert fields["method"] == {"robust": "esd"}.get(name, name)
+        assert fields["method"] == {"robust": "redirect"}.get(name, name)
         json.dumps(fields)
 
 

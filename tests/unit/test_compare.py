@@ -9,7 +9,9 @@ import pytest
 
 import esd_jax
 from esd_jax import api, recipe
+from esd_jax.config_files import config_names
 from esd_jax.demo import groups
+from esd_jax.demo.testbed import EMOJI
 from esd_jax.io.diffusers import read_exact, with_strength
 from esd_jax.methods import METHODS
 from launch.experiments import compare_methods, method_curves
@@ -42,6 +44,8 @@ def test_every_method_and_kind_has_a_recipe_that_can_be_read():
         for kind, config in entry.recipes.items():
             plan = compare_methods.carried_out(config, groups.parse_target({"style": "neon", "object": "cat"}[kind]))
             assert plan["method"] == name and not {"base", "concept"} & set(plan)
+            if name != "esd":  # what --method takes, of the embedded model and of Stable Diffusion
+                assert {EMOJI.config(name, kind), name} <= set(config_names())
     assert set(method_curves.TRAINED) == {name for name in METHODS if METHODS[name].trained}
 
 
