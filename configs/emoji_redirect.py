@@ -12,5 +12,4 @@ from esd_jax import config_files
 
 def get_config() -> ConfigDict:
     config = config_files.read("emoji_robust")
-    config.rounds_every = 0
-    return config
+    return ConfigDict({name: value for name, value in config.items() if name != "rounds_every"})

@@ -14,5 +14,4 @@ from esd_jax import config_files
 
 def get_config() -> ConfigDict:
     config = config_files.read("emoji_robust_object")
-    config.rounds_every = 0
-    return config
+    return ConfigDict({name: value for name, value in config.items() if name != "rounds_every"})

@@ -4,11 +4,9 @@ The only place that imports orbax.
 """
 
 import contextlib
-import gc
 import json
 import logging
 import shutil
-import traceback
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -192,8 +190,7 @@ class Checkpoints:
     def _reading(self) -> Iterator[None]:
         """Distinguishes damage from a machine that cannot read just now."""
         try:
-            with _without_remains():
-                yield
+            yield
         except _Damaged:
             raise
         except Exception as error:  # orbax passes on what its threads raise, of any type
@@ -216,30 +213,6 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """Why a checkpoint cannot be used."""
-
-
-@contextlib.contextmanager
-def _without_remains() -> Iterator[None]:
-    """Frees at once, and silently, what orbax leaves behind where it cannot read a checkpoint.
-
-    Its event loop ends at the first error. What waits by then, which depends on how busy the machine is, is never read,
-    and Python warns of each such coroutine when it happens to be collected: in the middle of something else.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        try:
-            yield
-        except Exception as error:
-            cause, log = error, logging.getLogger("asyncio")
-            log.disabled, before = True, log.disabled  # it reports unfinished tasks
-            try:
-                while cause is not None:
-                    traceback.clear_frames(cause.__traceback__)
-                    cause = cause.__cause__ or cause.__context__
-                gc.collect()
-            finally:
-                log.disabled = before
-            raise
 
 
 def _crc(meta: Mapping[str, Any]) -> int:
@@ -307,8 +280,7 @@ def load_tree(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with _checkpointer() as (ocp, checkpointer):
         parts = {"params": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
         try:
-            with _without_remains():
-                restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**parts))
+            restored = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**parts))
         except Exception as error:
             raise ValueError(f"the checkpoint in {folder} is damaged or incomplete ({type(error).__name__})") from error
     return dict(restored["params"]), dict(restored["meta"])
