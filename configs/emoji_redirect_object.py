@@ -14,4 +14,6 @@ from esd_jax import config_files
 
 def get_config() -> ConfigDict:
     config = config_files.read("emoji_robust_object")
-    return ConfigDict({name: value for name, value in config.items() if name != "rounds_every"})
+    with config.unlocked():
+        del config["rounds_every"]
+    return config
