@@ -1,4 +1,4 @@
-"""Erases a style from the embedded emoji model so that a search over embeddings does not bring it back.
+"""Erases a style from the embedded emoji model against searches over embeddings, too.
 
     esd-jax erase --config=emoji_robust --config.concept="neon style" --config.output_dir=out/neon_robust
 

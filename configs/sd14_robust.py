@@ -1,4 +1,4 @@
-"""Erases an artist's style from SD 1.4, on a GPU, so that a search over embeddings does not bring it back.
+"""Erases an artist's style from SD 1.4, on a GPU, against searches over embeddings, too.
 
     esd-jax erase --config=sd14_robust --config.concept="Van Gogh" --config.output_dir=runs/van_gogh_robust
 
