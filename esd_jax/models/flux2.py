@@ -242,13 +242,8 @@ class Flux2Transformer2DModel(nnx.Module):
 
     def _time(self, t: Real[Array, " batch"]) -> Float[Array, "batch width"]:
         if self.embedding_rounding:
-            t = self._rounded(TIMESTEPS * self._rounded(t / TIMESTEPS))
+            t = mmdit.rounded_times(t / TIMESTEPS, self.dtype)
         return self.time_guidance_embed(t)
-
-    def _rounded(self, value: Array) -> Array:
-        """Rounded to the compute dtype; XLA may leave out a conversion there and back."""
-        info = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(value.astype(layers.statistics_dtype(self.dtype)), info.nexp, info.nmant)
 
     def _rotation(self, text: int, rows: int, columns: int) -> Rotation:
         """The angles of all tokens, the text's first: of those by its place alone, of the image's by row and column."""

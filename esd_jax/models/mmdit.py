@@ -40,6 +40,19 @@ class FlowConditioning:
     guidance: Float[Array, " batch"] | None = None
 
 
+def rounded_times(value: Real[Array, " batch"], dtype: Dtype) -> Float[Array, " batch"]:
+    """`TIMESTEPS` times sigma, or the scale of guidance, rounded before and after to a compute dtype.
+
+    XLA may leave out a conversion there and back.
+    """
+    info = jnp.finfo(dtype)
+
+    def rounded(value: Array) -> Array:
+        return jax.lax.reduce_precision(value.astype(layers.statistics_dtype(dtype)), info.nexp, info.nmant)
+
+    return rounded(TIMESTEPS * rounded(value))
+
+
 class GELU(nnx.Module):
     """A projection and the gelu by tanh."""
 
