@@ -139,40 +139,30 @@ def _flux(keys: _Keys, config: FluxConfig) -> FluxConfig:
             f"{keys.path} is FLUX.1 {kinds[GUIDANCE in keys.shapes]}, and its config is {kinds[config.guidance_embeds]}"
             "'s, whose noise levels are others: give a folder of its own kind as config=, or base="
         )
-    width, inputs = keys.size("img_in.weight", 0), keys.size("img_in.weight", 1)
-    norm = "double_blocks.0.img_attn.norm.query_norm."
-    head = keys.size(norm + ("scale" if f"{norm}scale" in keys.shapes else "weight"), 0, of=1)
-    outputs = keys.size("final_layer.linear.weight", 0)
-    return replace(
-        config,
-        in_channels=inputs,
-        out_channels=config.out_channels if outputs == (config.out_channels or inputs) else outputs,
-        num_layers=keys.blocks("double_blocks"),
-        num_single_layers=keys.blocks("single_blocks"),
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=keys.size("txt_in.weight", 1),
-        pooled_projection_dim=keys.size("vector_in.in_layer.weight", 1),
-    )
+    return replace(config, **_shared(keys, config), pooled_projection_dim=keys.size("vector_in.in_layer.weight", 1))
 
 
 def _flux2(keys: _Keys, config: Flux2Config) -> Flux2Config:
+    width, inner = keys.size("img_in.weight", 0), keys.size("double_blocks.0.img_mlp.2.weight", 1)
+    ratio = config.mlp_ratio if inner == config.inner else inner / width
+    return replace(config, **_shared(keys, config), mlp_ratio=ratio)
+
+
+def _shared(keys: _Keys, config: FluxConfig | Flux2Config) -> dict[str, Any]:
+    """What a file shows of the fields that FLUX.1 and FLUX.2 share."""
     width, inputs = keys.size("img_in.weight", 0), keys.size("img_in.weight", 1)
     norm = "double_blocks.0.img_attn.norm.query_norm."
     head = keys.size(norm + ("scale" if f"{norm}scale" in keys.shapes else "weight"), 0, of=1)
     outputs = keys.size("final_layer.linear.weight", 0)
-    inner = keys.size("double_blocks.0.img_mlp.2.weight", 1)
-    return replace(
-        config,
-        in_channels=inputs,
-        out_channels=config.out_channels if outputs == (config.out_channels or inputs) else outputs,
-        num_layers=keys.blocks("double_blocks"),
-        num_single_layers=keys.blocks("single_blocks"),
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=keys.size("txt_in.weight", 1),
-        mlp_ratio=config.mlp_ratio if inner == config.inner else inner / width,
-    )
+    return {
+        "in_channels": inputs,
+        "out_channels": config.out_channels if outputs == (config.out_channels or inputs) else outputs,
+        "num_layers": keys.blocks("double_blocks"),
+        "num_single_layers": keys.blocks("single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": keys.size("txt_in.weight", 1),
+    }
 
 
 def _sd3(keys: _Keys, config: SD3Config) -> SD3Config:
