@@ -12,14 +12,14 @@ from jaxtyping import Array
 from esd_jax.erasing import contexts, inversion
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.contexts import Context
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.images import in_batches, sampled
 from esd_jax.erasing.inversion import Gallery
 from esd_jax.erasing.method import Tools
 from esd_jax.erasing.round_settings import RoundsSettings
 from esd_jax.erasing.soft_tokens import Text
 from esd_jax.erasing.textual_inversion import NAME, Encoder, together
 
-AT_ONCE = 8  # images or prompts encoded
+AT_ONCE = 8  # prompts encoded
 
 
 class Prompts(NamedTuple):
@@ -50,11 +50,11 @@ def prompts_of(
 
 
 def text_of(tools: Tools) -> Text:
-    """The text encoders of a checkpoint, with tensors of their own: a run may move its base away."""
+    """The text encoders of a checkpoint."""
     names = tuple(tools.text_encoders)
     tables = tuple(tools.tables[name] for name in names)
     networks = together(tools.text_encoders[name] for name in names)
-    params = together({key: jnp.array(value) for key, value in tools.params[name].items()} for name in names)
+    params = together(dict(tools.params[name]) for name in names)
     encoder = Encoder(networks, tools.condition, tuple(table.tensor for table in tables))
     return Text(encoder, params, tuple(tools.tokenizers[name] for name in names), tables)
 
@@ -73,7 +73,7 @@ def make_gallery(
     images: Array | None,
     sampling: Mapping[str, Any],
 ) -> Gallery:
-    """The gallery of the concepts.
+    """The gallery of the concepts, with the text encoders' tensors as its own: a run may move its base away.
 
     images: latents [concepts, rows, images, ...]; None: they are drawn here, `sampling` being options of
       `Tools.sample`.
@@ -91,8 +91,8 @@ def make_gallery(
 
     named, neutral = (encoded([t for one in prompts for t in getattr(one, name)]) for name in ("named", "neutral"))
     if images is None:
-        asked = [text for one in prompts for text in one.named for _ in range(count)]
-        drawn: Array = in_batches(tools.to_latents, tools.sample(asked, seed=settings.rounds_seed, **sampling), AT_ONCE)
-        images = drawn.reshape(len(prompts), rows, count, *drawn.shape[1:])
+        asked = [text for one in prompts for text in one.named]
+        drawn = sampled(tools, asked, count, seed=settings.rounds_seed, **sampling)
+        images = drawn.reshape(len(prompts), rows, *drawn.shape[1:])
     radius = settings.rounds_radius * inversion.mean_distance(named, neutral)
-    return Gallery(images, ids, named, neutral, text.params, radius)
+    return Gallery(images, ids, named, neutral, jax.tree.map(jnp.array, text.params), radius)

@@ -24,22 +24,29 @@ def in_batches(function: Callable[[Any], Any], items: Sequence[Any] | np.ndarray
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def drawn(
-    tools: Tools, prompts: Sequence[str], settings: Any, negative: str | None = None
-) -> Float[Array, "prompts height width channel"]:
-    """Latents of what the base draws of each prompt, as the fields drawing_* of a method's settings say.
+def sampled(
+    tools: Tools, prompts: Sequence[str], count: int, **options: Any
+) -> Float[Array, "prompts images height width channel"]:
+    """Latents of so many images of the base of each prompt. options: of `Tools.sample`."""
+    images = tools.sample([prompt for prompt in prompts for _ in range(count)], **options)
+    latents = in_batches(tools.to_latents, images, AT_ONCE)
+    return latents.reshape(len(prompts), count, *latents.shape[1:])
 
-    negative: a negative prompt for all.
-    """
-    images = tools.sample(
+
+def drawn(
+    tools: Tools, prompts: Sequence[str], settings: Any, count: int = 1, negative: str | None = None
+) -> Float[Array, "prompts images height width channel"]:
+    """`sampled`, as the fields drawing_* of a method's settings say. negative: a negative prompt for all."""
+    return sampled(
+        tools,
         prompts,
+        count,
         seed=settings.drawing_seed,
         steps=settings.drawing_steps,
         guidance_scale=settings.drawing_guidance,
         sampler=settings.drawing_sampler,
         **({} if negative is None else {"negative_prompt": negative}),
     )
-    return in_batches(tools.to_latents, images, AT_ONCE)
 
 
 def true_output(

@@ -22,13 +22,13 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.images import sampled
 from esd_jax.erasing.method import Method, Models, Tools, denoise
 from esd_jax.erasing.preservation import preserving
 from esd_jax.erasing.terms import Point, Term, added
 from esd_jax.params import Conditioning, Network, shape_of
 
-AT_ONCE = 8  # images encoded, or prompts scored
+AT_ONCE = 8  # prompts scored
 STEPS, GUIDANCE = 20, 3.0  # of the images
 HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
 SCORED_AT = (0.5, 0.9)  # parts of the schedule at which the drift is measured
@@ -71,20 +71,13 @@ def retaining(
         raise ValueError(f"preserve_images={settings.images}: no prompt is preserved; name some, preserve='a | b'")
     weights = jnp.float32(settings.weight), jnp.float32(settings.empty)
     if settings.images:
-        images = _images(tools, prompts, settings.images)
+        images = sampled(tools, prompts, settings.images, steps=STEPS, guidance_scale=GUIDANCE)
         bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
         term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts), bool(settings.empty))
         return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, tools.encode([""]), images, *weights))
     if settings.empty:
         method, inputs = added(method, inputs, tools.denoiser, Emptied(), EmptyInputs(tools.encode([""]), weights[1]))
     return preserving(method, inputs, tools, concepts, settings.weight)
-
-
-def _images(tools: Tools, prompts: Sequence[str], count: int) -> Float[Array, "prompts images height width channel"]:
-    """Latents of so many images of each prompt."""
-    drawn = tools.sample([prompt for prompt in prompts for _ in range(count)], steps=STEPS, guidance_scale=GUIDANCE)
-    latents = in_batches(tools.to_latents, drawn, AT_ONCE)
-    return latents.reshape(len(prompts), count, *latents.shape[1:])
 
 
 @jax.tree_util.register_dataclass
@@ -110,8 +103,12 @@ class Noised(NamedTuple):
 def mostly_early(schedule: Schedule, key: Array, high: Array, low: float = 0.0) -> Real[Array, ""]:
     """A timestep, uniform from a part of the schedule on; half of them from `HIGH` on. high: the key of which half."""
     total = schedule.num_train_timesteps
-    least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
-    return schedule.timestep(jax.random.randint(key, (), least, total))
+    return schedule.timestep(jax.random.randint(key, (), least_of(total, high, low), total))
+
+
+def least_of(total: int, high: Array, low: float) -> Int[Array, ""]:
+    """The first of the timesteps from which `mostly_early` draws one."""
+    return jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
 
 
 def noised(key: Array, images: Array, schedule: Schedule) -> Noised:

@@ -31,6 +31,7 @@ from esd_jax.erasing.galleries import Prompts, make_gallery, placed, text_of
 from esd_jax.erasing.images import carried
 from esd_jax.erasing.inversion import Case, Gallery, Inversion, Member, Place
 from esd_jax.erasing.method import Interval, Method, Models, Session, Tools
+from esd_jax.erasing.retention import least_of
 from esd_jax.erasing.round_settings import RoundsSettings
 from esd_jax.erasing.terms import Point, Term, added
 from esd_jax.families import NEEDS
@@ -38,7 +39,7 @@ from esd_jax.params import shape_of
 
 GAUGED = 32  # places at which an adversary is measured, all at t >= .9 T
 ROBUST = 0.9  # a gauge from which on a round counts for `rounds_stop`
-HIGH, WIDE = 0.85, 0.3  # parts of the schedule from which t is drawn in an update, half of the time each
+WIDE = 0.3  # part of the schedule from which t is drawn in an update; half of the time from `retention.HIGH` on
 SEARCH = 2**30  # apart from the keys of updates, which are numbered from 0
 
 
@@ -61,7 +62,7 @@ def adding(
       images: latents of the prompts with the concept, if the method has drawn them, in place of `sampling`.
         [concepts, rows, images, ...]
       anchors: of those without it, from the same noise, if adversaries are led to what the base sees in them.
-      low: the part of the schedule from which an update's timesteps are drawn; half of them at `HIGH` and more.
+      low: the part of the schedule from which an update draws its timesteps, half of them from `retention.HIGH` on.
 
     Raises ValueError as `check` does.
     """
@@ -181,11 +182,10 @@ class Rounds(Term):
 
         def example(key: Array) -> Draws:
             fresh, pick, high, at, warm = jax.random.split(key, 5)
-            low = jnp.where(jax.random.bernoulli(high), int(max(HIGH, self.low) * total), int(self.low * total))
             return Draws(
                 jax.random.bernoulli(fresh, self.settings.rounds_fresh),
                 jax.random.uniform(pick),
-                place(at, low=low),
+                place(at, low=least_of(total, high, self.low)),
                 jax.vmap(lambda key: place(key, low=self.settings.rounds_from_t))(
                     jax.random.split(warm, self.settings.rounds_warm)
                 ),

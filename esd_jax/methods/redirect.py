@@ -167,11 +167,11 @@ class Redirect(RoundsSettings):
     ) -> list[Float[Array, "prompts images height width channel"]]:
         """Latents of a concept's images, and of its anchors', from the same noise. away: these' negative prompt."""
         named, anchors = zip(*self.prompts(concept), strict=True)
-        latents = []
-        for prompts, negative in ((named, None), (anchors, None if concept.replace_with else away)):
-            drew = drawn(tools, [prompt for prompt in prompts for _ in range(self.drawn_images)], self, negative)
-            latents.append(drew.reshape(len(prompts), self.drawn_images, *drew.shape[1:]))
-        return latents
+        negative = None if concept.replace_with else away
+        return [
+            drawn(tools, named, self, self.drawn_images),
+            drawn(tools, anchors, self, self.drawn_images, negative),
+        ]
 
 
 class Draws(NamedTuple):
