@@ -1,4 +1,4 @@
-"""Erases a style from the embedded emoji model against searches over embeddings, too.
+"""Erases a style from the embedded emoji model, and trains against searches over embeddings.
 
     esd-jax erase --config=emoji_robust --config.concept="neon style" --config.output_dir=out/neon_robust
 

@@ -1,4 +1,4 @@
-"""Erases an object from the embedded emoji model against searches over embeddings, too.
+"""Erases an object from the embedded emoji model, and trains against searches over embeddings.
 
     esd-jax erase --config=emoji_robust_object --config.concept="a cat" --config.replace_with="a dog" \
         --config.output_dir=out/cat_robust

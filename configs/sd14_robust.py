@@ -1,4 +1,4 @@
-"""Erases an artist's style from SD 1.4, on a GPU, against searches over embeddings, too.
+"""Erases an artist's style from SD 1.4, on a GPU, and trains against searches over embeddings.
 
     esd-jax erase --config=sd14_robust --config.concept="Van Gogh" --config.output_dir=runs/van_gogh_robust
 
