@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 
-from esd_jax.diffusion.flow import SHIFTS, FlowSchedule
+from esd_jax.diffusion.flow import FlowSchedule
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.families import flows
 from esd_jax.families.family import Configs, Family, Reading, Sampling
@@ -52,10 +52,7 @@ class KleinSchedule(FlowSchedule):
 
     def shift_at(self, tokens: int, num_steps: int = STEPS) -> float:
         """The dynamic shift for so many image tokens and steps. Raises ValueError for an unknown `time_shift_type`."""
-        kind = self.option("time_shift_type", SHIFTS[0])
-        if kind not in SHIFTS:
-            raise ValueError(f"unknown time_shift_type {kind!r}: known are {', '.join(SHIFTS)}")
-        mu = empirical_mu(tokens, num_steps)
+        kind, mu = self.time_shift, empirical_mu(tokens, num_steps)
         if kind == "linear" and mu <= 0:
             raise ValueError(f"the shift of {tokens} image tokens and {num_steps} steps is {mu:g}: take fewer steps")
         return math.exp(mu) if kind == "exponential" else mu
