@@ -1,4 +1,4 @@
-"""Erases an object from the embedded emoji model so that a search over embeddings does not bring it back.
+"""Erases an object from the embedded emoji model, and trains against searches over embeddings.
 
     esd-jax erase --config=emoji_robust_object --config.concept="a cat" --config.replace_with="a dog" \
         --config.output_dir=out/cat_robust
@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 from esd_jax import recipe
 
 STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
-OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "an owl", "an octopus", "a fish", "a bee",
-           "a rose", "a tulip", "an apple", "a pizza", "a cake", "a car", "a rocket", "a house", "a skull", "a robot",
-           "a guitar", "a cat")  # fmt: skip
+OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "an owl", "a penguin",
+           "a fish", "an octopus", "a crab", "a bee", "a butterfly", "a rose", "a tulip", "an apple", "a strawberry",
+           "a pizza", "a hamburger", "a cake", "a car", "a bus", "a rocket", "an airplane", "a house", "a castle",
+           "a skull", "a robot", "a guitar", "a cat")  # fmt: skip
 
 
 def get_config() -> ConfigDict:
     styles = [f"{name} style" for name in STYLES]
-    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles[2:6] for name in OBJECTS)]
+    kept = [*styles, *OBJECTS, *(f"{name} in {style}" for style in styles[::2] for name in OBJECTS)]
     return recipe.preset(
         "redirect",
         base="emoji",
@@ -29,16 +30,22 @@ def get_config() -> ConfigDict:
         retain="emoji",
         drawing_steps=20,
         drawing_guidance=3.0,
+        rounds_every=75,
+        rounds_search=150,
+        rounds_warm=0,
+        rounds_bank=16,
+        rounds_fresh=0.5,
+        rounds_weight=1.0,
         preserve=" | ".join(kept),  # but those that name the concept
-        preserve_weight=6.0,
-        preserve_images=2,
+        preserve_weight=14.0,
+        preserve_images=1,
         preserve_empty=1.0,
         preserve_worst_every=25,
-        batch_size=8,
+        batch_size=6,
         learning_rate=3e-4,
-        decay_steps=800,
+        decay_steps=600,
         decay_to=0.2,
-        steps=800,
+        steps=600,
         checkpoint_every=50,
         preview_prompts="{}; {} in ink style; a lion in ink style; a rocket in clay style",
         preview_guidance=3.0,

@@ -26,6 +26,7 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
         called: {kind: "sd35_style" if kind == "attribute" else f"sd35_{kind}" for kind in KINDS}
         for called in ("SD 3", "SD 3.5")
     },
+    "FLUX.2 [klein]": {kind: "klein_object" if kind in ("object", "nudity") else "klein_style" for kind in KINDS},
 }
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")

@@ -52,13 +52,13 @@ def load(
     Args:
       source: what to open.
       base: what `source` was erased from, where that is no whole checkpoint: a delta, a difference, a LoRA, or the
-        folder of a denoiser alone. Of a file with the transformer of FLUX.1 or SD3 alone, what has the rest. Of a run,
+        folder of a denoiser alone. Of a file with the transformer of FLUX or SD3 alone, what has the rest. Of a run,
         where its base lies now, if it has moved. A loaded pipeline, or what `load` takes; the arguments below then
         apply to it.
       dtype: compute dtype, "float32" or "bfloat16"; the files may have any. By default float32, and of a run its own.
       variant, revision: of the files, as diffusers means them ("fp16"; a branch, tag or commit).
       config, ema: of a single file: the architecture ("sd14", "sd21", "sd21-base", "sdxl", or a diffusers folder of it,
-        which also supplies the networks that a file of FLUX.1 or SD3 lacks), by default read off the file; and whether
+        which also supplies the networks that a file of FLUX or SD3 lacks), by default read off the file; and whether
         to read the denoiser's moving average. See `io.diffusers.load`.
 
     Returns:
@@ -163,7 +163,7 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     Args:
       base: what it was erased from.
       path: a run's folder, a diffusers folder (of a denoiser alone, or of all), or a .safetensors file: a delta, a
-        difference, a LoRA, a single-file checkpoint, or the transformer of FLUX.1 or SD3 in such a file.
+        difference, a LoRA, a single-file checkpoint, or the transformer of FLUX or SD3 in such a file.
 
     Raises FileNotFoundError, ValueError as their readers do.
     """

@@ -60,7 +60,7 @@ class Recipe:
     rank: train a low-rank change of these tensors (LoRA); 0 trains the tensors themselves.
     preserve_weight: of the loss on the prompts in `preserve`.
     preserve_images: of each of these, drawn by the base and noised, in place of trajectories that every update samples.
-    preserve_empty: weight of the loss that holds the empty prompt to the base at the update's x_t.
+    preserve_empty: weight of the loss that holds the empty prompt to the base, on those images or the update's own x_t.
     preserve_worst_every: updates from one scoring of the prompts in `preserve` to the next, by how far the model has
       moved on them; half of the draws are then from the worst quarter. 0: all are drawn alike.
     remaining_every: updates from one scoring of what remains of each concept, by which they are drawn, to the next.

@@ -26,9 +26,13 @@ from esd_jax.params import Network
 AXES = ("data", "fsdp")
 MODEL = "model"  # in the place of "fsdp"
 # Of two products in a row, the first is split by its outputs, heads or hidden channels, and the second by its inputs:
-# between them no device needs anything of the others.
-BY_OUTPUT = re.compile(r"\.(to_[qkv]|add_[qkv]_proj|net\.0\.proj|proj_mlp)\.weight$")
-BY_INPUT = re.compile(r"\.(to_out\.0|to_add_out|net\.2)\.weight$|single_transformer_blocks\.\d+\.proj_out\.weight$")
+# between them no device needs anything of the others. But one matrix may make several things: both halves of a gated
+# feed-forward, and in FLUX.2's blocks of one stream queries, keys and values, too. Its outputs are split as they lie,
+# so that a device has parts of one thing, and needs those of another from the others.
+BY_OUTPUT = re.compile(r"\.(to_[qkv]|add_[qkv]_proj|net\.0\.proj|proj_mlp|to_qkv_mlp_proj|linear_in)\.weight$")
+BY_INPUT = re.compile(
+    r"\.(to_out\.0|to_add_out|net\.2|linear_out)\.weight$|single_transformer_blocks\.\d+\.(proj_out|attn\.to_out)\.weight$"
+)
 # Smaller tensors are copied: gathering them would take longer than they are worth. In scalars.
 SPLIT_FROM = 2**16
 # How cuDNN reads the kernel of a convolution in half precision: by output channels, and for each as an image lies. Of
@@ -81,7 +85,8 @@ def on_cpu(mesh: Mesh) -> bool:
 def placement(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where a tensor lies: of a network's weights, the largest axis that the mesh's last axis divides is split, unless
     the tensor is small; norms, biases and whatever is no tensor of a network are copied. Where devices share an
-    example, attention is split by heads, and the feed-forward by its hidden channels.
+    example, attention is split by heads, and the feed-forward by its hidden channels; where one matrix makes several
+    such things, by its outputs as they lie (`BY_OUTPUT`).
 
     name: "unet/down_blocks.0.resnets.0.conv1.weight", say.
     """

@@ -4,8 +4,10 @@ import itertools
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Int
 
 from esd_jax.inputs import check_text, read_json, read_text
 from esd_jax.models.architectures import clip_bpe
+from esd_jax.models.qwen3 import Qwen3Config
 from esd_jax.models.t5 import T5Config
 
 # The names of a tokenizer's JSON files.
@@ -132,25 +135,11 @@ class T5Tokenizer(Tokenizer):
             bare = (folder / "spiece.model").is_file()
             fix = ": it has spiece.model alone, so load and save it with transformers" if bare else ""
             raise FileNotFoundError(f"no tokenizer.json in {folder}{fix}")
-        import tokenizers
-
-        settings = folder / "tokenizer_config.json"
-        names = {"eos_token": "</s>", "pad_token": "<pad>"} | (read_json(settings) if settings.is_file() else {})
-        read_json(folder / "tokenizer.json")  # names what is damaged
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            end, pad = (backend.token_to_id(_content(names[name])) for name in ("eos_token", "pad_token"))
-            if end is None or pad is None:
-                raise ValueError("it has no end token, or no padding")
-            backend.no_truncation()
-            backend.no_padding()
+        special = _special(folder, {"eos_token": "</s>", "pad_token": "<pad>"})
+        with _readable(folder):
+            backend, (end, pad) = _backend(folder, special)
             tokenizer = cls(backend, max_length, end=end, pad=pad)
             tokenizer([""])
-        except Exception as error:  # its library in Rust raises bare ones
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"the tokenizer in {folder} cannot be read ({reason}): copy or download tokenizer.json again"
-            ) from error
         return tokenizer
 
     def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
@@ -169,13 +158,147 @@ class T5Tokenizer(Tokenizer):
         return self.backend.encode(prompt, add_special_tokens=False).ids
 
 
+# What Qwen3's chat template makes of a prompt: a user's turn, and the beginning of an answer without thoughts.
+CHAT = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+BEFORE, BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+# What occurs in the source of this template, though others may have it, too.
+TEMPLATE = ("<|im_start|>", "<|im_end|>", "enable_thinking", r"<think>\n\n</think>\n\n")
+
+
+@dataclass(frozen=True, eq=False)
+class Qwen3Tokenizer(Tokenizer):
+    """Qwen3's tokenizer: a prompt is a user's turn of a chat; and padding to a length that the pipeline chooses.
+
+    pad: the id of this token.
+    """
+
+    pad: int = 0
+
+    @cached_property
+    def before(self) -> int:
+        """How many of the chat's tokens stand before those of the prompt."""
+        return len(self.words(BEFORE))
+
+    @cached_property
+    def behind(self) -> int:
+        """How many stand behind them."""
+        return len(self.words(BEHIND))
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_length: int) -> "Qwen3Tokenizer":
+        """Reads `tokenizer.json`, whose model_max_length does not matter: diffusers pads to `max_length`, too.
+
+        Raises FileNotFoundError, or ValueError naming the folder that is damaged, has another chat template, or pads or
+        truncates on the left.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: load and save it with transformers")
+        _check_template(folder)
+        _check_sides(folder)
+        special = _special(folder, {"pad_token": "<|endoftext|>"})
+        with _readable(folder):
+            backend, (pad, *_) = _backend(folder, [*special, *CHAT])
+            tokenizer = cls(backend, max_length, pad=pad)
+            tokenizer([""])
+        return tokenizer
+
+    def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
+        """Token ids, the chat's among them, padded to `max_length`; `strict` as in `Tokenizer`.
+
+        Of a prompt that is too long the end of the chat is cut off first, as diffusers cuts it; with `strict`, a prompt
+        that leaves no room for all of it is refused.
+        """
+        prompts = list(prompts)
+        most = max(self.max_length - self.before - (self.behind if strict else 0), 0)
+        self._check_lengths(prompts, [self.words(prompt) for prompt in prompts], most, strict)
+        padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            ids = self.words(f"{BEFORE}{prompt}{BEHIND}")[: self.max_length]
+            row[: len(ids)] = ids
+        return padded
+
+    def words(self, prompt: str) -> list[int]:
+        """The token ids of a prompt alone, all of them, without the chat and padding."""
+        check_text(prompt, "prompt")
+        return self.backend.encode(prompt, add_special_tokens=False).ids
+
+
 # What a text encoder's config is -> the kind of its tokenizer; CLIP's for all others.
-OF_ENCODER: Mapping[type, type[Tokenizer]] = {T5Config: T5Tokenizer}
+OF_ENCODER: Mapping[type, type[Tokenizer]] = {T5Config: T5Tokenizer, Qwen3Config: Qwen3Tokenizer}
 
 
 def read(folder: Path, config: Any, length: int) -> Tokenizer:
-    """The tokenizer of a text encoder, which pads to so many tokens. Raises as its `from_folder` does."""
-    return OF_ENCODER.get(type(config), Tokenizer).from_folder(folder, length)
+    """The tokenizer of a text encoder, which pads to so many tokens.
+
+    Raises as its `from_folder` does, and ValueError where it pads with another token than the text encoder passes over.
+    """
+    tokenizer = OF_ENCODER.get(type(config), Tokenizer).from_folder(folder, length)
+    if isinstance(tokenizer, Qwen3Tokenizer) and tokenizer.pad != config.pad_token_id:
+        raise ValueError(
+            f"{folder} pads with token {tokenizer.pad}, but the text encoder passes over token {config.pad_token_id}: "
+            "correct pad_token_id of its config.json"
+        )
+    return tokenizer
+
+
+def _special(folder: Path, names: Mapping[str, str]) -> list[str]:
+    """Special tokens by what `tokenizer_config.json` calls them: those that it names, else by default the values."""
+    settings = folder / "tokenizer_config.json"
+    written = read_json(settings) if settings.is_file() else {}
+    read_json(folder / "tokenizer.json")  # names what is damaged
+    return [_content(written.get(name) or default) for name, default in names.items()]
+
+
+def _backend(folder: Path, tokens: Sequence[str]) -> tuple[Any, list[int]]:
+    """The tokenizer of `tokenizer.json`, and the ids of some tokens.
+
+    Raises ValueError for one that it lacks, and what its library in Rust raises.
+    """
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids: list[int] = []
+    for token in tokens:
+        if (number := backend.token_to_id(token)) is None:
+            raise ValueError(f"it has no token {token!r}")
+        ids.append(number)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, ids
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Names the folder of a tokenizer, whatever is wrong with its `tokenizer.json`."""
+    try:
+        yield
+    except Exception as error:  # its library in Rust raises bare ones
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({reason}): copy or download tokenizer.json again"
+        ) from error
+
+
+def _check_template(folder: Path) -> None:
+    """Raises ValueError for a chat template that lacks one of the marks of Qwen3's, `TEMPLATE`.
+
+    It is not rendered: one that has all of them, and makes something else of a prompt, is not recognised.
+    """
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = read_text(file) if file.is_file() else None
+    if template is None and settings.is_file():
+        template = read_json(settings).get("chat_template")
+    if isinstance(template, str) and (lost := next((mark for mark in TEMPLATE if mark not in template), None)):
+        raise ValueError(f"{folder} has another chat template than Qwen3's, without {lost!r}: that is not implemented")
+
+
+def _check_sides(folder: Path) -> None:
+    """Raises ValueError for a tokenizer that pads, or truncates, on the left."""
+    settings = folder / "tokenizer_config.json"
+    written = read_json(settings) if settings.is_file() else {}
+    for name in ("padding_side", "truncation_side"):
+        if (side := written.get(name) or "right") != "right":
+            raise ValueError(f"{settings}: {name}={side!r} is not implemented (only 'right' is)")
 
 
 def _content(token: Any) -> str:

@@ -19,11 +19,11 @@ from absl import flags
 
 from launch import command
 from launch.benchmarks import cards, child, compiling, tables
-from launch.benchmarks.work import METHODS, PRESETS
+from launch.benchmarks.work import FLOWS, METHODS, OF_FLOWS, PRESETS
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("arch", ["sd14"], f"Of {', '.join(PRESETS)}.", flag_values=FLAGS)
-flags.DEFINE_list("method", list(METHODS), "esd-x, esd-u, or both.", flag_values=FLAGS)
+flags.DEFINE_list("arch", ["sd14"], f"Of {', '.join(PRESETS)}; flux-dev:4+8 has fewer blocks.", flag_values=FLAGS)
+flags.DEFINE_list("method", list(METHODS), "esd-x, esd-u, or both; of a flow also flow-text.", flag_values=FLAGS)
 flags.DEFINE_list("batch_size", None, "Examples of a step; by default 1, or one for each device.", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the networks.", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 20, "Steps that are timed; their median counts.", lower_bound=1, flag_values=FLAGS)
@@ -56,9 +56,13 @@ def main() -> None:
     if FLAGS.child:
         print(json.dumps(measured(FLAGS.child, json.loads(FLAGS.options))))
         return
-    for names, known, what in ((FLAGS.arch, PRESETS, "arch"), (FLAGS.method, METHODS, "method")):
+    archs = [arch.partition(":")[0] for arch in FLAGS.arch]  # without a number of blocks
+    methods = METHODS if any(arch not in FLOWS for arch in archs) else (*METHODS, *OF_FLOWS)
+    for names, known, what in ((archs, PRESETS, "arch"), (FLAGS.method, methods, "method")):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"--{what}={unknown[0]} is unknown: choose of {', '.join(known)}")
+    if (flows := [arch for arch in archs if arch in FLOWS]) and not (FLAGS.compile_only or FLAGS.devices):
+        raise ValueError(f"--arch={flows[0]} is compiled and not timed: give --compile_only")
     if FLAGS.emoji:
         emoji()
     elif FLAGS.compile_only or FLAGS.devices:

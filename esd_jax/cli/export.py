@@ -44,7 +44,7 @@ def define(values: flags.FlagValues) -> None:
         "into", None, "single: the base's own single file, whose other keys are kept.", flag_values=values
     )
     flags.DEFINE_bool(
-        "alone", None, "single: the transformer of FLUX.1 or SD3 alone, as FLUX.1's is by default.", flag_values=values
+        "alone", None, "single: the transformer of FLUX or SD3 alone, as FLUX's is by default.", flag_values=values
     )
     flags.DEFINE_string(
         "dtype", None, "single, delta, difference, lora, kohya: float32, float16 or bfloat16.", flag_values=values

@@ -131,6 +131,9 @@ def groups(target: Target) -> tuple[Group, ...]:
     styles (`NEAREST`), the other styles, objects without a style. No prompt implies a style without naming it.
     Of an object: the target prompts in all styles, the object alone, held-out phrasings, the prompts
     that imply its category without naming it, the other objects of its category, all other objects, styles alone.
+
+    The name alone holds the first two tiers of EMMA (arXiv 2512.17320), Name and Prefix; the implicit prompts are its
+    Short description. No group holds the prompts of another, so that nothing is counted twice.
     """
     near = _style_groups(target.names) if target.kind == "style" else _object_groups(target.names)
     return tuple(group for group in near if group.asks)  # a long list may leave nothing near it
@@ -212,7 +215,6 @@ def _style_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
         Group(
             "alone", f'target prompts, the name alone: "{captions.prompt(style=names[0])}"', _styles_alone(names), MINOR
         ),
-        *_tiers(_styles_alone(names), captions.STYLE[:2], names),
         Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
         Group(
             "nearest",
@@ -242,7 +244,6 @@ def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
     return (
         Group("own", f"target prompts, {_quoted(own)}", _pairs(own)),
         Group("alone", f'target prompts, the name alone: "{captions.prompt(names[0])}"', alone, MINOR),
-        *_tiers(alone, captions.OBJECT[:1], list(map(captions.with_article, names))),
         Group("phrasings", "target prompts, held-out phrasings", _phrasings(own), MINOR),
         Group("implicit", f"implicit prompts: {implied}", sum(map(_implicit, categories), ())),
         Group(
@@ -254,22 +255,6 @@ def _object_groups(names: tuple[str, ...]) -> tuple[Group, ...]:
         Group("others", "other concepts, all other objects", _pairs([(o, s) for o in others for s in styles])),
         Group("unrelated", "unrelated concepts, styles without an object", _styles_alone(styles), MINOR),
     )
-
-
-def _tiers(alone: tuple[Ask, ...], bare: Sequence[str], names: Sequence[str]) -> tuple[Group, Group]:
-    """EMMA's first two tiers (arXiv 2512.17320) of the prompts of a name alone: itself, and after a prefix.
-
-    Its Short description is the group "implicit"; the vocabulary has no synonyms and no long descriptions.
-
-    bare: the templates without a prefix. names: what stands in them.
-    """
-    known = {template.format(object=name, style=name) for template in bare for name in names}
-    asks = {"Name": [a for a in alone if a.prompt in known], "Prefix": [a for a in alone if a.prompt not in known]}
-    name, prefix = (
-        Group(tier.lower(), f'target prompts, tier {tier}: "{own[0].prompt}"', tuple(own), MINOR)
-        for tier, own in asks.items()
-    )
-    return name, prefix
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[Ask, ...]:

@@ -5,7 +5,8 @@ towards noise (Esser et al. 2024, *Scaling Rectified Flow Transformers*, Eq. 23)
 
     sigma' = s sigma / (1 + (s - 1) sigma)
 
-s is a constant of the checkpoint, or, "dynamic", e^mu with mu linear in the number of image tokens (FLUX.1).
+s is a constant of the checkpoint, or, "dynamic", e^mu with mu linear in the number of image tokens (FLUX.1; FLUX.2:
+`families/klein.py`).
 """
 
 import math
@@ -86,14 +87,20 @@ class FlowSchedule(Schedule):
             return self
         return replace(self, dynamic=self.shift_at(tokens))
 
+    @property
+    def time_shift(self) -> str:
+        """Of which kind the dynamic shift is, one of `SHIFTS`. Raises ValueError for another."""
+        kind = self.option("time_shift_type", SHIFTS[0])
+        if kind not in SHIFTS:
+            raise ValueError(f"unknown time_shift_type {kind!r}: known are {', '.join(SHIFTS)}")
+        return kind
+
     def shift_at(self, tokens: int) -> float:
         """The dynamic shift for so many image tokens: through (base_image_seq_len, base_shift) and (max_..., max_...).
 
         Raises ValueError for options that give none.
         """
-        kind = self.option("time_shift_type", SHIFTS[0])
-        if kind not in SHIFTS:
-            raise ValueError(f"unknown time_shift_type {kind!r}: known are {', '.join(SHIFTS)}")
+        kind = self.time_shift
         low, high = (self.option(f"{end}_shift", default) for end, default in (("base", 0.5), ("max", 1.15)))
         few, many = (self.option(f"{end}_image_seq_len", default) for end, default in (("base", 256), ("max", 4096)))
         if few == many:

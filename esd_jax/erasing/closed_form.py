@@ -153,13 +153,13 @@ def _parts(
     parts, first = [], 0
     for tokens in tokenizers:
         ids, last = np.asarray(tokens(texts)), last_tokens(tokens, texts)
-        start = _starts(ids, np.asarray(tokens([""]))[0])
+        before = getattr(tokens, "before", int(_starts(ids, np.asarray(tokens([""]))[0])))
         own = vectors[:, first : first + ids.shape[1]]
         first += ids.shape[1]
         encoded = {text: Encoded(v, row, int(i)) for text, v, row, i in zip(texts, own, ids, last, strict=True)}
         for concept in concepts:
             one = encoded[concept.text]
-            if one.last == 0 if start else np.array_equal(one.ids, encoded[""].ids):
+            if one.last < before if before else np.array_equal(one.ids, encoded[""].ids):
                 raise ValueError(f"concept {concept.text!r} has no token that the text encoder knows")
         parts.append(encoded)
     return tuple(parts)
@@ -175,13 +175,14 @@ def last_tokens(tokens: Callable[[Sequence[str]], Any], prompts: Sequence[str]) 
 
     The end token is searched from the end, past the padding. SD 1 pads with the end token itself, SD 2 with "!"; and
     the tokenizer of a small vocabulary puts the end token for characters that it does not know. T5 has no start token,
-    so that its empty prompt's first vector is that of the end.
+    so that its empty prompt's first vector is that of the end. A chat has several tokens before the words, and behind
+    them, and its tokenizer says how many.
     """
     ids = np.asarray(tokens(prompts))
     empty = np.asarray(tokens([""]))[0]
     end, pad = empty[int(_starts(ids, empty))], empty[-1]
     last = np.max(np.where(ids != pad, np.arange(ids.shape[1]), 0), axis=1)
-    return last if pad == end else np.maximum(last - 1, 0)
+    return last if pad == end else np.maximum(last - getattr(tokens, "behind", 1), 0)
 
 
 def over_spaces(edited: Sequence[Space], make: Callable[[Space], tuple[ClosedForm, Any]]) -> tuple[ClosedForm, Any]:

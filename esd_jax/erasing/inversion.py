@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.embedding_search import Search, State
+from esd_jax.erasing.gauge import error, relative
 from esd_jax.erasing.method import Models, denoise
 from esd_jax.erasing.textual_inversion import Encoder, encode
 from esd_jax.params import Conditioning, Network, Params
@@ -203,7 +204,7 @@ class Inversion:
         """Mean squared error of each example, whose member has the leading axis of the batch."""
         conditioning = self.conditioning(gallery, member, asked.kind, asked.concept, asked.row, vectors)
         e = denoise(self.denoiser, student, asked.x, asked.t, conditioning)
-        return jnp.mean((e - asked.target) ** 2, axis=(1, 2, 3))
+        return error(e, asked.target, axis=(1, 2, 3))
 
     def bounded(self, member: Member, radius: Float[Array, ""]) -> Member:
         """The member with its vectors no longer than the radius."""
@@ -271,21 +272,19 @@ class Inversion:
                 return (
                     jnp.mean(self.errors(models.student, gallery, many, asked)),
                     jnp.mean(self.errors(models.base, gallery, many, asked)),
-                    jnp.mean((known - asked.target) ** 2),
+                    error(known, asked.target),
                 )
 
             parts = jax.tree.map(lambda a: a.reshape(-1, AT_ONCE, *a.shape[1:]), at)
             student, base, neutral = (jnp.mean(sums) for sums in jax.lax.map(part, parts))
-            return student / neutral, base / neutral
+            return relative(student, neutral), relative(base, neutral)
 
         return jax.jit(gauge)
 
     def gauge(
         self, models: Models, gallery: Gallery, member: Member, concept: int, kind: int, at: Place
     ) -> tuple[float, float]:
-        """How far an adversary is from the concept, in the student and in the base:
-
-            g = E || e_theta(x_t, c) - e*(x_t, c(p)) ||^2 / E || e*(x_t, c(n)) - e*(x_t, c(p)) ||^2
+        """How far an adversary is from the concept, in the student and in the base: g of `erasing.gauge`.
 
         0: the concept is fully there; 1: no more of it than in the prompt without it. at: a multiple of `AT_ONCE`
         places.

@@ -114,6 +114,54 @@ class ClosedForm(Method):
 
 
 @dataclass(frozen=True, eq=False)
+class Wrapping(Method):
+    """A method over another one, to which all is left that a subclass does not do itself.
+
+    method: the other one.
+    """
+
+    method: Method
+
+    def own_inputs(self, inputs: Any) -> Any:
+        """The other method's inputs, among this one's."""
+        return inputs
+
+    def own_batch(self, batch: Any) -> Any:
+        """The other method's batch, within what `prepare` made."""
+        return batch
+
+    def pace(self, step: Array) -> Array | None:
+        return self.method.pace(step)
+
+    def memory(self, shape: tuple[int, ...]) -> Any:
+        return self.method.memory(shape)
+
+    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Any) -> Any:
+        return self.method.draw(step, key, example_keys, shape, self.own_inputs(inputs))
+
+    def recall(self, models: Models, draws: Any, memory: Any, step: Array, inputs: Any) -> tuple[Any, Any]:
+        return self.method.recall(models, draws, memory, step, self.own_inputs(inputs))
+
+    def prepare(self, models: Models, draws: Any, inputs: Any) -> Any:
+        return self.method.prepare(models, draws, self.own_inputs(inputs))
+
+    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
+        return self.method.loss(student, self.own_batch(batch))
+
+    def points(self, batch: Any) -> tuple[Array, Array]:
+        return self.method.points(self.own_batch(batch))
+
+    def led(self, inputs: Any) -> tuple[Array, Array]:
+        return self.method.led(self.own_inputs(inputs))
+
+    def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
+        return self.method.between(session, memory, self.own_inputs(inputs))
+
+    def solve(self, theta: Params, inputs: Any) -> Params:
+        return self.method.solve(theta, self.own_inputs(inputs))
+
+
+@dataclass(frozen=True, eq=False)
 class Tools:
     """What a method may use of a checkpoint before its first step.
 

@@ -40,50 +40,45 @@ class Batch(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """bank: of the prompts, as if each were a concept."""
+    """kept: of the prompts, as if each were a concept."""
 
     inner: Any
-    bank: Bank
+    kept: Bank
     weight: Float[Array, ""]
+
+    @property
+    def bank(self) -> Any:
+        """The method's own."""
+        return self.inner.bank
 
 
 @dataclass(frozen=True, eq=False)
-class Preserving(base.Method):
+class Preserving(base.Wrapping):
     """A method with the loss added. Every example preserves one prompt, drawn from all concepts' prompts alike."""
 
-    method: base.Method
     denoiser: Network
     trajectory: Trajectory
     guide: base.Guide | None = None
 
+    def own_inputs(self, inputs: Inputs) -> Any:
+        return inputs.inner
+
+    def own_batch(self, batch: Batch) -> Any:
+        return batch.inner
+
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         inner = self.method.draw(step, key, example_keys, shape, inputs.inner)
         key, example_keys = jax.random.fold_in(key, 1), jax.vmap(lambda key: jax.random.fold_in(key, 1))(example_keys)
-        kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.bank.num_concepts)
+        kept = self.trajectory.draw_batch(key, example_keys, shape, inputs.kept.num_concepts)
         return Draws(inner, inner.t, kept)
-
-    def pace(self, step: Array) -> Array | None:
-        return self.method.pace(step)
-
-    def solve(self, theta: Params, inputs: Inputs) -> Params:
-        return self.method.solve(theta, inputs.inner)
-
-    def memory(self, shape: tuple[int, ...]) -> Any:
-        return self.method.memory(shape)
 
     def recall(self, models: base.Models, draws: Draws, memory: Any, step: Array, inputs: Inputs) -> tuple[Any, Draws]:
         memory, inner = self.method.recall(models, draws.inner, memory, step, inputs.inner)
         return memory, draws._replace(inner=inner)
 
-    def points(self, batch: Batch) -> tuple[Array, Array]:
-        return self.method.points(batch.inner)
-
-    def between(self, session: base.Session, memory: Any, inputs: Inputs) -> base.Interval | None:
-        return self.method.between(session, memory, inputs.inner)
-
     def prepare(self, models: base.Models, draws: Draws, inputs: Inputs) -> Batch:
         inner, own = self.method.prepare(models, draws.inner, inputs.inner), draws.kept
-        null, kept = (inputs.bank.take(role, own.concept) for role in ("null", "kept"))
+        null, kept = (inputs.kept.take(role, own.concept) for role in ("null", "kept"))
         guided = base.sampling(self.denoiser, models.base, kept, null, GUIDANCE, self.guide)
         x = self.trajectory.run(guided, own.noise, own.index)
         scored = base.Scored(x, own.t, kept, base.denoise(self.denoiser, models.base, x, own.t, kept))

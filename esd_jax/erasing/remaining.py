@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esd_jax.erasing import method as base
-from esd_jax.erasing.method import Interval, Method, Models, Session, Tools, denoise
-from esd_jax.params import Network, Params, shape_of
+from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing.method import Interval, Method, Models, Session, Tools, Wrapping, denoise
+from esd_jax.params import Network, shape_of
 
 UNIFORM = 0.2  # u
 NOISES = 2  # x_t at each timestep
@@ -36,20 +36,17 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ByRemainder(base.Method):
+class ByRemainder(Wrapping):
     """A method that draws its concepts by what remains of them. Its memory is (r of each, the method's own).
 
     count: of the concepts, of which each in a context is one. shape: of one example's latents.
-    total: timesteps of the schedule. guide: `Tools.guide`.
     """
 
-    method: Method
     denoiser: Network
     every: int
     count: int
     shape: tuple[int, ...]
-    total: int
-    guide: base.Guide | None = None
+    schedule: Schedule
 
     def memory(self, shape: tuple[int, ...]) -> Any:
         return shape_of((self.count,), jnp.float32), self.method.memory(shape)
@@ -72,13 +69,15 @@ class ByRemainder(base.Method):
 
     def remainders(self, models: Models, key: Array, inputs: Any) -> Float[Array, " concepts"]:
         """r of each concept, under noise that is the same for all."""
-        times = jnp.repeat(jnp.asarray([int(part * self.total) for part in SCORED_AT]), NOISES)
+        steps = jnp.asarray([int(part * self.schedule.num_train_timesteps) for part in SCORED_AT])
+        times = jnp.repeat(self.schedule.timestep(steps), NOISES)
         x = jax.random.normal(key, (len(times), *self.shape))
         asked, led = self.method.led(inputs)
 
         def of(rows: tuple[Array, Array]) -> Float[Array, ""]:
-            prompts = [jax.tree.map(lambda a, i=i: jnp.stack([a[i]] * len(times)), inputs.bank.rows) for i in rows]
-            concept, instead = (base.with_guidance(prompt, self.guide, 1.0) for prompt in prompts)
+            concept, instead = (
+                jax.tree.map(lambda a, i=i: jnp.stack([a[i]] * len(times)), inputs.bank.rows) for i in rows
+            )
             student = denoise(self.denoiser, models.student, x, times, concept)
             teacher = denoise(self.denoiser, models.base, x, times, concept)
             start = denoise(self.denoiser, models.base, x, times, instead)
@@ -87,19 +86,6 @@ class ByRemainder(base.Method):
             return jnp.maximum(jnp.sum((student - start) * direction), 0) / jnp.where(length > 0, length, 1)
 
         return jax.lax.map(of, (asked, led), batch_size=AT_ONCE)
-
-    def prepare(self, models: Models, draws: Any, inputs: Any) -> Any:
-        """draws: what `recall` gives."""
-        return self.method.prepare(models, draws, inputs)
-
-    def points(self, batch: Any) -> tuple[Array, Array]:
-        return self.method.points(batch)
-
-    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
-        return self.method.loss(student, batch)
-
-    def led(self, inputs: Any) -> tuple[Array, Array]:
-        return self.method.led(inputs)
 
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         remainders, own = memory
@@ -118,8 +104,7 @@ def by_remainder(method: Method, inputs: Any, tools: Tools, every: int) -> Metho
         raise ValueError(f"remaining_every={every}: {error}") from None
     if count < 2:
         return method
-    total = tools.schedule.num_train_timesteps
-    return ByRemainder(method, tools.denoiser, every, count, tools.shape, total, tools.guide)
+    return ByRemainder(method, tools.denoiser, every, count, tools.shape, tools.schedule)
 
 
 def drawn(remainders: Float[Array, "batch concepts"], place: Float[Array, " batch"]) -> Int[Array, " batch"]:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from esd_jax.diffusion import samplers
-from esd_jax.erasing.method import Method, Models
+from esd_jax.erasing.method import Models, Wrapping
 from esd_jax.erasing.trajectories import Trajectory
-from esd_jax.params import Params, shape_of
+from esd_jax.params import shape_of
 
 # (x_t as the network takes it, t, sampler step) -> (the sampler's output, what is kept of the predictions)
 Predict = Callable[[Array, Array, Array], tuple[Array, tuple[Array, ...]]]
@@ -161,7 +161,7 @@ def of(settings: Any, trajectory: Trajectory, predictions: int = 0) -> Replay | 
 
 
 @dataclass(frozen=True, eq=False)
-class Replaying(Method):
+class Replaying(Wrapping):
     """A method over kept trajectories.
 
     method: has `scored(models, x, t, concepts, predictions, inputs)`, what an update is scored on at points x_t;
@@ -172,12 +172,6 @@ class Replaying(Method):
     method: Any
     replay: Replay
     order: Callable[[Array, Array, int], Array] | None = None
-
-    def solve(self, theta: Params, inputs: Any) -> Params:
-        return self.method.solve(theta, inputs)
-
-    def led(self, inputs: Any) -> tuple[Array, Array]:
-        return self.method.led(inputs)
 
     def memory(self, shape: tuple[int, ...]) -> Memory:
         """The shapes of what is kept for each example from update to update."""
@@ -199,6 +193,3 @@ class Replaying(Method):
     def prepare(self, models: Models, points: Points, inputs: Any) -> Any:
         """What the student is scored on at the points. Nothing here carries a gradient."""
         return self.method.scored(models, points.x, points.t, points.concept, points.predictions, inputs)
-
-    def loss(self, student: Params, batch: Any) -> Float[Array, ""]:
-        return self.method.loss(student, batch)

@@ -1,11 +1,13 @@
 """Losses that hold the student to the base where nothing should change, beside any trained method; no paper's alone.
 
     weight mean (e_theta(x_t, r) - e*(x_t, r))^2,    x_t a noised image that the base drew of a preserved prompt r
-    empty  mean (e_theta(x_t, "") - e*(x_t, ""))^2,  x_t another such image; without images, the method's own
+    empty  mean (e_theta(x_t, "") - e*(x_t, ""))^2,  x_t such an image; without images, the method's own
 
-`preservation` samples x_t of the first along trajectories instead, which costs more. The second is All but One's
-penalty (Hong et al. 2024), for any method. Prompts whose predictions have drifted most may be drawn more often, as AGE
-(Bui et al. 2025, arXiv 2501.18950) chooses what to preserve, here without a gradient:
+With images the sum of both is taken at one image for each example, which is asked "" with probability
+empty / (weight + empty), at half the cost. `preservation` samples x_t of the first along
+trajectories instead, which costs more. The second is All but One's penalty (Hong et al. 2024), for any method. Prompts
+whose predictions have drifted most may be drawn more often, as AGE (Bui et al. 2025, arXiv 2501.18950) chooses what to
+preserve, here without a gradient:
 
     d(r) = mean (e_theta(x_t, r) - e*(x_t, r))^2,    half of the draws from the quarter of the prompts with the most
 """
@@ -20,13 +22,13 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.images import sampled
 from esd_jax.erasing.method import Method, Models, Tools, denoise
 from esd_jax.erasing.preservation import preserving
 from esd_jax.erasing.terms import Point, Term, added
 from esd_jax.params import Conditioning, Network, shape_of
 
-AT_ONCE = 8  # images encoded, or prompts scored
+AT_ONCE = 8  # prompts scored
 STEPS, GUIDANCE = 20, 3.0  # of the images
 HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
 SCORED_AT = (0.5, 0.9)  # parts of the schedule at which the drift is measured
@@ -67,32 +69,22 @@ def retaining(
     prompts = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.preserve))
     if settings.images and not prompts:
         raise ValueError(f"preserve_images={settings.images}: no prompt is preserved; name some, preserve='a | b'")
-    images = _images(tools, prompts, settings.images) if settings.images else None
+    weights = jnp.float32(settings.weight), jnp.float32(settings.empty)
+    if settings.images:
+        images = sampled(tools, prompts, settings.images, steps=STEPS, guidance_scale=GUIDANCE)
+        bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
+        term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts), bool(settings.empty))
+        return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, tools.encode([""]), images, *weights))
     if settings.empty:
-        own = EmptyInputs(tools.encode([""]), jnp.float32(settings.empty), images)
-        method, inputs = added(method, inputs, tools.denoiser, Emptied(tools.schedule), own)
-    if images is None:
-        return preserving(method, inputs, tools, concepts, settings.weight)
-    bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
-    term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts))
-    return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, images, jnp.float32(settings.weight)))
-
-
-def _images(tools: Tools, prompts: Sequence[str], count: int) -> Float[Array, "prompts images height width channel"]:
-    """Latents of so many images of each prompt."""
-    drawn = tools.sample([prompt for prompt in prompts for _ in range(count)], steps=STEPS, guidance_scale=GUIDANCE)
-    latents = in_batches(tools.to_latents, drawn, AT_ONCE)
-    return latents.reshape(len(prompts), count, *latents.shape[1:])
+        method, inputs = added(method, inputs, tools.denoiser, Emptied(), EmptyInputs(tools.encode([""]), weights[1]))
+    return preserving(method, inputs, tools, concepts, settings.weight)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EmptyInputs:
-    """images: latents, those of each preserved prompt; None: the method's own x_t are taken."""
-
     row: Conditioning
     weight: Float[Array, ""]
-    images: Float[Array, "prompts images height width channel"] | None = None
 
 
 class Noised(NamedTuple):
@@ -108,12 +100,22 @@ class Noised(NamedTuple):
         return add_noise(schedule, images[self.prompt, self.image], self.noise, self.t)
 
 
+def mostly_early(schedule: Schedule, key: Array, high: Array, low: float = 0.0) -> Real[Array, ""]:
+    """A timestep, uniform from a part of the schedule on; half of them from `HIGH` on. high: the key of which half."""
+    total = schedule.num_train_timesteps
+    return schedule.timestep(jax.random.randint(key, (), least_of(total, high, low), total))
+
+
+def least_of(total: int, high: Array, low: float) -> Int[Array, ""]:
+    """The first of the timesteps from which `mostly_early` draws one."""
+    return jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
+
+
 def noised(key: Array, images: Array, schedule: Schedule) -> Noised:
     """The draw of one example."""
     t, prompt, image, noise, high = jax.random.split(key, 5)
-    least = jnp.where(jax.random.bernoulli(high), int(HIGH * schedule.num_train_timesteps), 0)
     return Noised(
-        schedule.timestep(jax.random.randint(t, (), least, schedule.num_train_timesteps)),
+        mostly_early(schedule, t, high),
         jax.random.randint(prompt, (), 0, images.shape[0]),
         jax.random.randint(image, (), 0, images.shape[1]),
         jax.random.normal(noise, images.shape[2:]),
@@ -122,48 +124,46 @@ def noised(key: Array, images: Array, schedule: Schedule) -> Noised:
 
 @dataclass(frozen=True, eq=False)
 class Emptied(Term):
-    """The empty prompt, held to the base on noised images of the preserved prompts, or at the method's own x_t."""
-
-    schedule: Schedule
+    """The empty prompt, held to the base at the method's own x_t."""
 
     salt = 2
 
-    def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: EmptyInputs) -> Any:
-        if (images := inputs.images) is None:
-            return ()
-        return jax.vmap(lambda key: noised(key, images, self.schedule))(example_keys)
-
     def point(self, models: Models, draws: Any, inputs: EmptyInputs, own: tuple[Array, Array]) -> Point:
-        x, t = own if inputs.images is None else (draws.of(self.schedule, inputs.images), draws.t)
-        row = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), *a.shape[1:])), inputs.row)
-        return Point(x, t, row, row, inputs.weight)
+        row = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(own[0]), *a.shape[1:])), inputs.row)
+        return Point(*own, row, row, inputs.weight)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ImagedInputs:
-    """bank: of the prompts, as if each were a concept. images: latents, those of each prompt."""
+    """bank: of the prompts, as if each were a concept. images: latents, those of each prompt.
+
+    empty: the empty prompt. weight, empty_weight: of the prompts, and of the empty one.
+    """
 
     bank: Bank
+    empty: Conditioning
     images: Float[Array, "prompts images height width channel"]
     weight: Float[Array, ""]
+    empty_weight: Float[Array, ""]
 
 
 class ImagedDraws(NamedTuple):
     """worst: whether one of the worst prompts takes the place of at's, `place` (0 to 1) among them.
 
-    scored: the key of the noise under which all prompts are scored.
+    scored: the key of the noise under which all prompts are scored. empty: whether "" is asked at that image.
     """
 
     at: Noised
     worst: Bool[Array, " batch"]
     place: Float[Array, " batch"]
     scored: Array
+    empty: Bool[Array, " batch"]
 
 
 @dataclass(frozen=True, eq=False)
 class Imaged(Term):
-    """Preserved prompts on noised images. count: of the prompts.
+    """Preserved prompts on noised images. count: of the prompts. emptied: whether the empty prompt is held, too.
 
     Its memory, where they are scored, is their order by drift, the largest first.
     """
@@ -172,6 +172,7 @@ class Imaged(Term):
     schedule: Schedule
     worst_every: int
     count: int
+    emptied: bool = False
 
     salt = 3
 
@@ -184,7 +185,9 @@ class Imaged(Term):
         def example(own: Array) -> ImagedDraws:
             at, worst, place = jax.random.split(own, 3)
             at = noised(at, inputs.images, self.schedule)
-            return ImagedDraws(at, jax.random.bernoulli(worst), jax.random.uniform(place), key)
+            part = inputs.empty_weight / (inputs.weight + inputs.empty_weight) if self.emptied else 0.0
+            empty = jax.random.bernoulli(jax.random.fold_in(own, 1), part)
+            return ImagedDraws(at, jax.random.bernoulli(worst), jax.random.uniform(place), key, empty)
 
         return jax.vmap(example)(example_keys)._replace(scored=key)  # the same for all
 
@@ -221,4 +224,11 @@ class Imaged(Term):
 
     def point(self, models: Models, draws: ImagedDraws, inputs: ImagedInputs, own: tuple[Array, Array]) -> Point:
         row = inputs.bank.take("kept", draws.at.prompt)
-        return Point(draws.at.of(self.schedule, inputs.images), draws.at.t, row, row, inputs.weight)
+        if self.emptied:
+            row = jax.tree.map(
+                lambda a, b: jnp.where(draws.empty.reshape(-1, *[1] * (a.ndim - 1)), b.astype(a.dtype), a),
+                row,
+                inputs.empty,
+            )
+        weight = inputs.weight + inputs.empty_weight
+        return Point(draws.at.of(self.schedule, inputs.images), draws.at.t, row, row, weight)

@@ -5,7 +5,8 @@
 Every few hundred updates a round searches a new adversary in the model as erased so far (`inversion`) and adds it to
 the bank, from which the oldest leaves. In between, an update draws one of the bank and lets it search on for a few
 steps, so that it follows the model. p and n are the method's prompts with the concept and without it, x_t noised images
-that the base drew of p; half of t in [.85 T, T), half in [.3 T, T).
+that the base drew of p; half of t in [.85 T, T), half in [.3 T, T). Redirection asks the base at x'_t in place of x_t,
+an image of n from the same noise, and carries its answer over (`images.carried`).
 
 After STEREO (Srivatsan et al. 2025, arXiv 2408.16807), whose rounds alternate erasure and inversion in a model that is
 thrown away, and which erases all that was learned in a second run. Here it is one run, the target is the prompt without
@@ -13,8 +14,8 @@ the concept in place of a multiple of negative guidance, and how far a round's a
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -24,59 +25,53 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion.schedule import add_noise
-from esd_jax.erasing import contexts, inversion
-from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.contexts import Context
+from esd_jax.erasing import inversion
 from esd_jax.erasing.embedding_search import State
-from esd_jax.erasing.images import in_batches
+from esd_jax.erasing.galleries import Prompts, make_gallery, placed, text_of
+from esd_jax.erasing.images import carried
 from esd_jax.erasing.inversion import Case, Gallery, Inversion, Member, Place
 from esd_jax.erasing.method import Interval, Method, Models, Session, Tools
+from esd_jax.erasing.retention import least_of
 from esd_jax.erasing.round_settings import RoundsSettings
-from esd_jax.erasing.soft_tokens import Text
 from esd_jax.erasing.terms import Point, Term, added
-from esd_jax.erasing.textual_inversion import NAME, Encoder, together
 from esd_jax.families import NEEDS
 from esd_jax.params import shape_of
 
-AT_ONCE = 8  # images encoded
 GAUGED = 32  # places at which an adversary is measured, all at t >= .9 T
 ROBUST = 0.9  # a gauge from which on a round counts for `rounds_stop`
-HIGH, WIDE = 0.85, 0.3  # parts of the schedule from which t is drawn in an update, half of the time each
+WIDE = 0.3  # part of the schedule from which t is drawn in an update; half of the time from `retention.HIGH` on
 SEARCH = 2**30  # apart from the keys of updates, which are numbered from 0
 
 
-class Prompts(NamedTuple):
-    """Of one concept, each a row. template: with "{concept}" in its place. named, neutral: with and without it."""
-
-    template: Sequence[str]
-    named: Sequence[str]
-    neutral: Sequence[str]
-
-
 def adding(
-    settings: RoundsSettings, method: Method, inputs: Any, tools: Tools, prompts: Sequence[Prompts], **sampling: Any
+    settings: RoundsSettings,
+    method: Method,
+    inputs: Any,
+    tools: Tools,
+    prompts: Sequence[Prompts],
+    sampling: Mapping[str, Any] | None = None,
+    images: Array | None = None,
+    anchors: Array | None = None,
+    low: float = WIDE,
 ) -> tuple[Method, Any]:
     """The method and its inputs with inversion rounds; unchanged if there are none.
 
     Args:
       prompts: of each concept, as many of one as of another.
-      sampling: options of `Tools.sample` for the images.
+      sampling: options of `Tools.sample` for images of the prompts with the concept.
+      images: latents of the prompts with the concept, if the method has drawn them, in place of `sampling`.
+        [concepts, rows, images, ...]
+      anchors: of those without it, from the same noise, if adversaries are led to what the base sees in them.
+      low: the part of the schedule from which an update draws its timesteps, half of them from `retention.HIGH` on.
 
-    Raises ValueError for a family whose text encoders take no new tokens, images of the user's, a from_t that the
-    schedule does not have, or new tokens that do not fit into a prompt.
+    Raises ValueError as `check` does.
     """
     if not settings.rounds_every:
         return method, inputs
-    what = f"rounds_every={settings.rounds_every}"
-    if not tools.tables:
-        raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
-    if tools.images is not None:
-        raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
-    if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
-        raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
-    text = text_of(tools)
+    check(settings, tools, prompts)
+    total, text = tools.schedule.num_train_timesteps, text_of(tools)
     kinds = inversion.lengths(settings.rounds_tokens)
-    gallery = make_gallery(settings, tools, text, kinds, prompts, sampling)
+    gallery = make_gallery(settings, tools, text, kinds, prompts, images, sampling or {})
     search = Inversion(
         tools.denoiser,
         text.encoder,
@@ -90,76 +85,39 @@ def adding(
     )
     key = jax.random.fold_in(jax.random.key(settings.rounds_seed), 1)
     gauged = inversion.places(gallery, GAUGED, key, int(0.9 * total), total)
-    term = Rounds(
-        settings, search, tuple(one.named[0] for one in prompts), jax.eval_shape(lambda: search.blank(gallery))
-    )
-    weight = jnp.float32(settings.rounds_weight)
-    return added(method, inputs, tools.denoiser, term, Inputs(gallery, gauged, weight))
+    names, blank = tuple(one.named[0] for one in prompts), jax.eval_shape(lambda: search.blank(gallery))
+    term = Rounds(settings, search, names, blank, low)
+    own = Inputs(gallery, gauged, jnp.float32(settings.rounds_weight), anchors)
+    return added(method, inputs, tools.denoiser, term, own)
 
 
-def text_of(tools: Tools) -> Text:
-    """The text encoders of a checkpoint, with tensors of their own: a run may move its base away."""
-    names = tuple(tools.text_encoders)
-    tables = tuple(tools.tables[name] for name in names)
-    networks = together(tools.text_encoders[name] for name in names)
-    params = together({key: jnp.array(value) for key, value in tools.params[name].items()} for name in names)
-    encoder = Encoder(networks, tools.condition, tuple(table.tensor for table in tables))
-    return Text(encoder, params, tuple(tools.tokenizers[name] for name in names), tables)
+def check(settings: RoundsSettings, tools: Tools, prompts: Sequence[Prompts]) -> None:
+    """Raises ValueError for what inversion rounds, if there are any, do not go with, before anything is sampled.
 
-
-def make_gallery(
-    settings: RoundsSettings,
-    tools: Tools,
-    text: Text,
-    kinds: Sequence[int],
-    prompts: Sequence[Prompts],
-    sampling: Mapping[str, Any],
-) -> Gallery:
-    """What the searches and updates know of the concepts."""
-    count, rows = settings.rounds_images, len(prompts[0].named)
-    placed = [text.place(template, length) for length in kinds for one in prompts for template in one.template]
-    ids = jax.tree.map(
-        lambda *each: jnp.asarray(np.stack(each).reshape(len(kinds), len(prompts), rows, -1), jnp.int32), *placed
-    )
-
-    def encoded(texts: list[str]) -> Any:
-        return jax.tree.map(lambda a: a.reshape(len(prompts), rows, *a.shape[1:]), tools.encode(texts))
-
-    named, neutral = (encoded([t for one in prompts for t in getattr(one, name)]) for name in ("named", "neutral"))
-    asked = [text for one in prompts for text in one.named for _ in range(count)]
-    images = in_batches(tools.to_latents, tools.sample(asked, seed=settings.rounds_seed, **sampling), AT_ONCE)
-    images = images.reshape(len(prompts), rows, count, *images.shape[1:])
-    radius = settings.rounds_radius * inversion.mean_distance(named, neutral)
-    return Gallery(images, ids, named, neutral, text.params, radius)
-
-
-def prompts_of(
-    concepts: Sequence[Concept], sentences: Sequence[Context], roles: Mapping[str, Callable[[Concept], str]]
-) -> list[Prompts]:
-    """Each concept alone and in every context, with what a method with these roles trains them towards.
-
-    Raises ValueError for a concept with `from_`.
+    A family whose text encoders take no new tokens, images of the user's, a from_t that the schedule does not have, and
+    new tokens that do not fit into a prompt.
     """
-    prompts = []
-    for concept in concepts:
-        if concept.from_ is not None:
-            raise ValueError(f"rounds_every is for concepts that are erased everywhere: {concept.text!r} has from_")
-        rows = contexts.expanded([concept], sentences)
-        named = [roles["student"](row) for row in rows]
-        neutral = [roles["anchor"](row) for row in rows]
-        template = [roles["student"](row) for row in contexts.expanded([replace(concept, text=NAME)], sentences)]
-        prompts.append(Prompts(template, named, ["" if n == p else n for p, n in zip(named, neutral, strict=True)]))
-    return prompts
+    if not settings.rounds_every:
+        return
+    what = f"rounds_every={settings.rounds_every}"
+    if not tools.tables:
+        raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
+    if tools.images is not None:
+        raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
+    if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
+        raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
+    placed(text_of(tools), inversion.lengths(settings.rounds_tokens), prompts)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """gauged: the places at which adversaries are measured, always the same."""
+    """gauged: the places at which adversaries are measured, always the same. anchors: see `adding`."""
 
     gallery: Gallery
     gauged: Place
     weight: Float[Array, ""]
+    anchors: Float[Array, "concepts rows images height width channel"] | None = None
 
 
 class Memory(NamedTuple):
@@ -201,12 +159,13 @@ class Recalled(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rounds(Term):
-    """concepts: their texts; adversaries of each are searched in turn. blank: a member's shapes."""
+    """concepts: their texts; adversaries of each are searched in turn. blank: a member's shapes. low: see `adding`."""
 
     settings: RoundsSettings
     inversion: Inversion
     concepts: tuple[str, ...]
     blank: Member
+    low: float = WIDE
 
     salt = 4
 
@@ -223,11 +182,10 @@ class Rounds(Term):
 
         def example(key: Array) -> Draws:
             fresh, pick, high, at, warm = jax.random.split(key, 5)
-            low = jnp.where(jax.random.bernoulli(high), int(HIGH * total), int(WIDE * total))
             return Draws(
                 jax.random.bernoulli(fresh, self.settings.rounds_fresh),
                 jax.random.uniform(pick),
-                place(at, low=low),
+                place(at, low=least_of(total, high, self.low)),
                 jax.vmap(lambda key: place(key, low=self.settings.rounds_from_t))(
                     jax.random.split(warm, self.settings.rounds_warm)
                 ),
@@ -256,10 +214,20 @@ class Rounds(Term):
     def point(self, models: Models, draws: Recalled, inputs: Inputs, own: tuple[Array, Array]) -> Point:
         gallery, at, concept = inputs.gallery, draws.at, draws.concept
         t = self.inversion.schedule.timestep(at.t)
-        x = add_noise(self.inversion.schedule, gallery.images[concept, at.row, at.image], at.noise, t)
+
+        def noised(images: Array) -> Array:
+            return add_noise(self.inversion.schedule, images[concept, at.row, at.image], at.noise, t)
+
+        x, source = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
-        return Point(x, t, asked, neutral, inputs.weight * jnp.mean(draws.filled.astype(jnp.float32)))
+        weight = inputs.weight * jnp.mean(draws.filled.astype(jnp.float32))
+        return Point(x, t, asked, neutral, weight, source)
+
+    def answer(self, point: Point, output: Array) -> Array:
+        if point.source is None:
+            return output
+        return carried(self.inversion.schedule, output, point.source, point.x, point.t)
 
     def between(self, session: Session, memory: Memory, inputs: Inputs) -> Interval | None:
         """A round, where it is time for one and it was not made yet."""

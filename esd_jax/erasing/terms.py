@@ -20,13 +20,17 @@ from esd_jax.params import Conditioning, Network, Params
 
 
 class Point(NamedTuple):
-    """Where the student is asked `asked`, and should say what the base says of `target`. t: one, or one for each."""
+    """Where the student is asked `asked`, and should say what the base says of `target`. t: one, or one for each.
+
+    source: where the base is asked, if it is not x; see `Term.answer`.
+    """
 
     x: Float[Array, "batch height width channel"]
     t: Array
     asked: Conditioning
     target: Conditioning
     weight: Float[Array, ""]
+    source: Float[Array, "batch height width channel"] | None = None
 
 
 class Term:
@@ -49,6 +53,10 @@ class Term:
     def point(self, models: Models, draws: Any, inputs: Any, own: tuple[Array, Array]) -> Point:
         """own: the method's (x_t, t)."""
         raise NotImplementedError
+
+    def answer(self, point: Point, output: Array) -> Float[Array, "batch height width channel"]:
+        """What the student should say, from what the base said; nothing here carries a gradient."""
+        return output
 
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         return None
@@ -86,15 +94,17 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Terms(base.Method):
+class Terms(base.Wrapping):
     """A method with terms added. Its memory is (the method's, each term's), or () if nothing is kept."""
 
-    method: Method
     denoiser: Network
     terms: tuple[Term, ...]
 
-    def pace(self, step: Array) -> Array | None:
-        return self.method.pace(step)
+    def own_inputs(self, inputs: Inputs) -> Any:
+        return inputs.inner
+
+    def own_batch(self, batch: Batch) -> Any:
+        return batch.inner
 
     def memory(self, shape: tuple[int, ...]) -> Any:
         return self._packed(self.method.memory(shape), [term.memory(shape) for term in self.terms])
@@ -125,11 +135,11 @@ class Terms(base.Method):
         ]
         x, asked, target = (_joined([getattr(point, name) for point in points]) for name in ("x", "asked", "target"))
         t = jnp.concatenate([jnp.broadcast_to(jnp.asarray(p.t, jnp.float32), p.x.shape[:1]) for p in points])
-        batch = (x, t, asked, denoise(self.denoiser, models.base, x, t, target), jnp.stack([p.weight for p in points]))
+        source = jnp.concatenate([p.x if p.source is None else p.source for p in points])
+        outputs = jnp.split(denoise(self.denoiser, models.base, source, t, target), len(points))
+        answers = [term.answer(p, output) for term, p, output in zip(self.terms, points, outputs, strict=True)]
+        batch = (x, t, asked, jnp.concatenate(answers), jnp.stack([p.weight for p in points]))
         return Batch(inner, *jax.lax.stop_gradient(batch))
-
-    def points(self, batch: Batch) -> tuple[Array, Array]:
-        return self.method.points(batch.inner)
 
     def loss(self, student: Params, batch: Batch) -> Float[Array, ""]:
         squares = (denoise(self.denoiser, student, batch.x, batch.t, batch.asked) - batch.target) ** 2
@@ -145,12 +155,6 @@ class Terms(base.Method):
                 parts[i] = interval.memory
                 return interval._replace(memory=self._packed(inner, parts))
         return None
-
-    def led(self, inputs: Inputs) -> tuple[Array, Array]:
-        return self.method.led(inputs.inner)
-
-    def solve(self, theta: Params, inputs: Inputs) -> Params:
-        return self.method.solve(theta, inputs.inner)
 
     def _packed(self, inner: Any, parts: Sequence[Any]) -> Any:
         # A checkpoint without arrays in its memory has none, whatever its structure.

@@ -16,17 +16,18 @@ from typing import Any
 
 from esd_jax.families.family import NEEDS, Configs, Family, TokenTable
 from esd_jax.families.flux import FLUX, FLUX_UNDISTILLED
+from esd_jax.families.klein import KLEIN
 from esd_jax.families.sd import SD
 from esd_jax.families.sd3 import SD3
 from esd_jax.families.sdxl import SDXL
 from esd_jax.suggest import did_you_mean
 
 __all__ = [
-    "FLUX", "FLUX_UNDISTILLED", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "TokenTable", "by_pipeline",
+    "FLUX", "FLUX_UNDISTILLED", "KLEIN", "NEEDS", "SD", "SD3", "SDXL", "Configs", "Family", "TokenTable", "by_pipeline",
     "module", "of", "register",
 ]  # fmt: skip
 
-_FAMILIES = [SD, SDXL, FLUX, FLUX_UNDISTILLED, SD3]
+_FAMILIES = [SD, SDXL, FLUX, FLUX_UNDISTILLED, SD3, KLEIN]
 
 
 def register(family: Family) -> Family:

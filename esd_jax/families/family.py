@@ -90,6 +90,7 @@ class Family:
     provides: which of `NEEDS` it meets; some go without saying (`meets`).
     readings: the layers that closed forms edit, where these are not the keys and values of cross-attention.
     optional: the components that a checkpoint may lack.
+    only: fields of `model_index.json` that have one value, where it has them: others are of another model.
     lengths: configs -> text encoder -> the number of tokens to which prompts are padded or cut.
     guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
       as the network takes it; None for a family that is guided classifier-free.
@@ -118,6 +119,7 @@ class Family:
     at_size: Callable[[Configs, Schedule, tuple[int, int]], Schedule] = lambda configs, schedule, size: schedule
     provides: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
+    only: Mapping[str, Any] = field(default_factory=dict)
     readings: tuple[Reading, ...] = ()
     lengths: Callable[[Configs], Mapping[str, int]] = padded_lengths
     guide: Callable[[Conditioning, Any], Conditioning] | None = None

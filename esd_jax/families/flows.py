@@ -52,15 +52,15 @@ def require_width(what: str, width: int, takes: str, expected: int) -> None:
         raise ValueError(f"{what} has a width of {width}, but transformer/config.json has {takes}={expected}")
 
 
-def _of(pattern: str) -> Callable[[str, bool], bool]:
+def matching(pattern: str) -> Callable[[str, bool], bool]:
     """Names in which a regular expression is found."""
     compiled = re.compile(pattern)
     return lambda name, dense: compiled.search(name) is not None
 
 
-def _dense_of(pattern: str) -> Callable[[str, bool], bool]:
+def dense_matching(pattern: str) -> Callable[[str, bool], bool]:
     """The same, of linear layers alone."""
-    matches = _of(pattern)
+    matches = matching(pattern)
     return lambda name, dense: dense and matches(name, dense)
 
 
@@ -88,26 +88,28 @@ OURS = "this package"
 
 # SD's names for cross-attention mean nothing here: attn2 of SD3.5 is the self-attention of the image.
 SUBSETS: dict[str, Subset] = {
-    "esd-x": Subset(_dense_of("attn"), "every projection of the attention, of image and text", ESD),
+    "esd-x": Subset(dense_matching("attn"), "every projection of the attention, of image and text", ESD),
     "flow-text": Subset(
-        _of(r"\.attn\.(add_[qkv]_proj|to_add_out)\."), "the text's projections of the joint attention", OURS
+        matching(r"\.attn\.(add_[qkv]_proj|to_add_out)\."), "the text's projections of the joint attention", OURS
     ),
-    "flow-kv-text": Subset(_of(r"\.attn\.add_[kv]_proj\."), "the keys and values of the text's tokens", OURS),
-    "flow-kv": Subset(_of(r"\.attn\.(to_[kv]|add_[kv]_proj)\."), "keys and values of image and text", OURS),
+    "flow-kv-text": Subset(matching(r"\.attn\.add_[kv]_proj\."), "the keys and values of the text's tokens", OURS),
+    "flow-kv": Subset(matching(r"\.attn\.(to_[kv]|add_[kv]_proj)\."), "keys and values of image and text", OURS),
     "flow-double": Subset(
-        _dense_of(r"^transformer_blocks\.\d+\.attn\.(to_|add_)"), "the attention of the blocks of two streams", OURS
+        dense_matching(r"^transformer_blocks\.\d+\.attn\.(to_|add_)"),
+        "the attention of the blocks of two streams",
+        OURS,
     ),
     "flow-context": Subset(
-        _of(r"^transformer_blocks\.\d+\.(attn\.(add_|to_add_out)|ff_context|norm1_context)"),
+        matching(r"^transformer_blocks\.\d+\.(attn\.(add_|to_add_out)|ff_context|norm1_context)"),
         "the whole stream of the text",
         OURS,
     ),
     "esd-u-flow": Subset(_is_of_the_image, "the image's stream, and blocks of one stream, without modulations", OURS),
     "qk-dual": Subset(
-        _of(r"^transformer_blocks\.\d+\.attn\.(to_q|to_k|add_q_proj|add_k_proj)\."),
+        matching(r"^transformer_blocks\.\d+\.attn\.(to_q|to_k|add_q_proj|add_k_proj)\."),
         "queries and keys of the blocks of two streams",
         OURS,
     ),
-    "uce": Subset(_of(f"{TOKENS_LAYER}|{POOLED_LAYER}"), "the linear layers that read the prompt alone", UCE),
-    "eraseanything": Subset(_of(r"\.attn\.add_[qk]_proj\."), "the text's queries and keys", ERASE_ANYTHING),
+    "uce": Subset(matching(f"{TOKENS_LAYER}|{POOLED_LAYER}"), "the linear layers that read the prompt alone", UCE),
+    "eraseanything": Subset(matching(r"\.attn\.add_[qk]_proj\."), "the text's queries and keys", ERASE_ANYTHING),
 }

@@ -189,9 +189,7 @@ def _changed(base: Pipeline, part: Pipeline) -> dict[str, np.ndarray]:
     """What a part changed. Raises ValueError if it is more than linear layers of the denoiser."""
     layouts, changed = base.network(base.denoiser).layouts, merge.change(base, part, 1.0, source_hash(base), False)
     for name in sorted(changed):
-        kernel = name.removeprefix(f"{base.denoiser}/")
-        kernel = kernel.removesuffix("bias") + "weight" if kernel.endswith(".bias") else kernel
-        if layouts.get(kernel) != "linear":
+        if layouts.get(moments.kernel_of(name).removeprefix(f"{base.denoiser}/")) != "linear":
             raise ValueError(
                 f"{part.provenance.source} changes {name!r}, which is no linear layer of the denoiser: what is to "
                 f"be fused is trained with a subset of these, such as {closed_form.SUBSET!r} or 'to_out'"

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion import guidance, samplers
-from esd_jax.erasing import trajectories
+from esd_jax.erasing import corpora, trajectories
 from esd_jax.erasing.method import Tools, denoise, project
 from esd_jax.params import Conditioning, Network, Params, prefixed
 
@@ -72,10 +72,9 @@ def points(tools: Tools, params: Params, weights: Mapping[str, float], draws: in
 
     params: of the base's denoiser, by their own names. draws: samples, rounded up to whole groups of `TOGETHER`.
     """
-    texts, parts = list(weights), np.array(list(weights.values()))
     rng, sampled, null = np.random.default_rng(seed), _sampler(tools), tools.encode([""] * TOGETHER)
     for number in range(-(-draws // TOGETHER)):
-        prompt = tools.encode([texts[i] for i in rng.choice(len(texts), TOGETHER, p=parts / parts.sum())])
+        prompt = tools.encode(corpora.drawn(weights, TOGETHER, rng))
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), (TOGETHER, *tools.shape))
         x, t = sampled(prefixed(params, tools.component), prompt, null, noise, jnp.int32(rng.integers(STEPS)))
         yield x, t, prompt
@@ -95,6 +94,11 @@ def _sampler(tools: Tools) -> Any:
     return sampled
 
 
+def kernel_of(name: str) -> str:
+    """The kernel of a layer, by the name of its kernel or of its bias."""
+    return name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+
+
 def bias_of(name: str) -> str:
     """The bias of a layer, by its kernel's name."""
     return name.removesuffix("weight") + "bias"
@@ -103,8 +107,7 @@ def bias_of(name: str) -> str:
 def layers_of(changes: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """The kernels of the layers that any part changes -> whether any changes the bias, too."""
     names = {name for one in changes for name in one}
-    kernels = {name.removesuffix("bias") + "weight" if name.endswith(".bias") else name for name in names}
-    return {name: bias_of(name) in names for name in sorted(kernels)}
+    return {name: bias_of(name) in names for name in sorted(set(map(kernel_of, names)))}
 
 
 def joined(change: Mapping[str, Any], layers: Mapping[str, bool], shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:

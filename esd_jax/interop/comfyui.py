@@ -61,7 +61,7 @@ def of_exports(pipeline: Pipeline, written: Sequence[Written], prompt: str) -> P
 
     A LoRA goes with the base's single file, whose name is the user's: the node says BASE.safetensors.
 
-    Raises ValueError without such a file, and for FLUX.1 and SD3, whose graphs have other nodes.
+    Raises ValueError without such a file, and for FLUX and SD3, whose graphs have other nodes.
     """
     if is_flow(pipeline.configs):
         raise ValueError(f"no ComfyUI workflow is written for {pipeline.family.name}: leave --workflow out")

@@ -80,6 +80,11 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if (family := families.by_pipeline(index)) is None:
         kind = index.get("_class_name")
         raise ValueError(f"{folder} holds a {kind}, which is not implemented (only {families.known()} are)")
+    if wrong := next((name for name, value in family.only.items() if index.get(name, value) != value), None):
+        raise ValueError(
+            f"{folder}/model_index.json has {wrong}={index[wrong]!r}, which is not implemented: of {family.name} "
+            f"{wrong}={family.only[wrong]!r} is"
+        )
     return family
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esd_jax import families, progress, streamed
+from esd_jax import families
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import corrections, flow_file, ldm_file, safetensors, tensors
@@ -21,16 +21,14 @@ from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, t
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
 from esd_jax.io.ldm import EMA, is_open_clip
+from esd_jax.io.networks import Placement, load_component, place, read_network
 from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.params import Network, Params, prefixed
-from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, TensorFile, network
+from esd_jax.params import prefixed
+from esd_jax.pipeline import NetworkConfig, Pipeline, Provenance, network
 from esd_jax.text import Tokenizer
 
 __all__ = ["describe", "export", "load", "load_component", "read_architecture", "read_exact", "source_hash"]
-
-UNPROJECTED = "text_projection.weight"  # a whole CLIP has it, whose text encoder may be used without
-Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] | None
 
 
 def load(
@@ -55,7 +53,7 @@ def load(
       sharding: where the tensors go: None, one sharding for all, or (name "DENOISER/NAME", JAX shape) -> sharding.
       config: of a single file, which carries no configs: a published architecture ("sd14", "sd21", "sd21-base",
         "sdxl"), or a diffusers folder (or hub id) of the same architecture, which also supplies the tokenizers, and the
-        networks that a file of FLUX.1 or SD3 lacks. By default the file's keys and shapes determine the architecture;
+        networks that a file of FLUX or SD3 lacks. By default the file's keys and shapes determine the architecture;
         see `io.ldm_file.scheduler_changes` for what the network predicts.
       ema: of a single file: read the UNet from its moving average (`model_ema.*`).
 
@@ -154,7 +152,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
             continue
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
-        params[name] = _read_network(name, net, places, dtype, sharding)
+        params[name] = read_network(name, net, places, dtype, sharding)
     provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=records)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
@@ -206,44 +204,6 @@ def _file_tokenizer(folder: Path, text_encoder: str, config: NetworkConfig, leng
     return Tokenizer.clip("!" if is_open_clip(config) else clip_bpe.END, config.max_position_embeddings)
 
 
-def load_component(
-    folder: Path,
-    component: str,
-    config: NetworkConfig,
-    *,
-    dtype: Any = jnp.float32,
-    variant: str | None = None,
-    sharding: Placement = None,
-) -> tuple[Params, dict[str, TensorFile], list[Any]]:
-    """Reads one network's weights, one tensor at a time: never more than one of them in the file's dtype.
-
-    Returns:
-      its Params; where each of them lies; and the records of erasures in its files.
-    """
-    net = network(config, jnp.dtype(dtype).name)
-    expected = tensors.torch_shapes(net)
-    headers = [safetensors.read_header(path) for path in files.weight_files(folder / component, variant)]
-    places: dict[str, tuple[safetensors.Header, TensorFile]] = {}
-    for header in headers:
-        for key in header.entries:
-            name = files.tensor_name(component, key)
-            if name in places:
-                raise ValueError(f"{component}: {name!r} is there twice, as {places[name][1].key!r} and {key!r}")
-            if name is not None and (name in expected or name != UNPROJECTED):
-                places[name] = (header, TensorFile(header.path, key))
-    shapes = {name: header.entries[source.key].shape for name, (header, source) in places.items()}
-    files.check_names(component, shapes, expected)
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ValueError(
-                f"{component}: tensor {name!r} has shape {shapes[name]} in {places[name][0].path}, but config.json "
-                f"needs {shape}"
-            )
-    params = _read_network(component, net, places, dtype, sharding)
-    records = [record for header in headers for record in files.read_records(header)]
-    return params, {name: source for name, (_, source) in places.items()}, records
-
-
 def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     """The base with the denoiser of a folder that holds one alone (`unet.save_pretrained` of diffusers) as its own.
 
@@ -267,7 +227,7 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
 
 
 def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
-    """The base with the transformer of a single file of FLUX.1 or SD3 as its own; all else stays the base's.
+    """The base with the transformer of a single file of FLUX or SD3 as its own; all else stays the base's.
 
     Raises FileNotFoundError, ValueError as `load` does, or for a file of another family than the base.
     """
@@ -280,7 +240,7 @@ def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
     _note_eight_bits(header)
     net = network(config, jnp.dtype(base.dtype).name)
     places = {tensor: (header, located[f"{name}/{tensor}"]) for tensor in net.shapes}
-    params = _read_network(name, net, places, base.dtype, None)
+    params = read_network(name, net, places, base.dtype, None)
     others = {key: source for key, source in base.provenance.tensors.items() if not key.startswith(f"{name}/")}
     provenance = replace(
         base.provenance, source=str(path), file=path, config=base.provenance.folder, tensors={**others, **located},
@@ -290,24 +250,6 @@ def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
         base, params={**base.params, name: params}, configs={**base.configs, name: config}, provenance=provenance,
         edits={},
     )  # fmt: skip
-
-
-def _read_network(
-    component: str,
-    net: Network,
-    places: Mapping[str, tuple[safetensors.Header, TensorFile]],
-    dtype: Any,
-    sharding: Placement,
-) -> Params:
-    if streamed.applies(net.shapes):
-        return {name: tensors.map_jax(*places[name], s.shape, net.layouts[name]) for name, s in net.shapes.items()}
-    params = {}
-    with progress.task(f"loading {component}", len(net.shapes), unit="tensors") as task:
-        for name, shape in net.shapes.items():
-            array = tensors.read_jax(*places[name], shape.shape, net.layouts[name], dtype)
-            params[name] = _place(array, f"{component}/{name}", sharding)
-            task.advance()
-    return params
 
 
 def unmodified(pipeline: Pipeline) -> Pipeline:
@@ -360,7 +302,7 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
             array = tensors.read_jax(headers[source.path], source, shape, layout, np.float32)
         else:
             array = pipeline.params[component][tensor].astype(jnp.float32)
-        exact[name] = _place(array, name, sharding)
+        exact[name] = place(array, name, sharding)
     return exact
 
 
@@ -379,12 +321,3 @@ def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     digest = files.sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
     averaged = any(name.startswith(component + "/") and source.key.startswith(EMA) for name, source in sources.items())
     return hashlib.sha256(f"{digest} {EMA}".encode()).hexdigest() if averaged else digest
-
-
-def _place(array: np.ndarray | Array, name: str, sharding: Placement) -> Array:
-    if callable(sharding):
-        sharding = sharding(name, array.shape)
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    # device_put would first compare the array over all hosts; every host has read it from the same file.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

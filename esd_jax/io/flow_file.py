@@ -1,4 +1,4 @@
-"""Single files of FLUX.1 and SD3: what they are, and what architecture their keys and shapes show.
+"""Single files of FLUX.1, FLUX.2 and SD3: what they are, and what architecture their keys and shapes show.
 
 A file holds the transformer, and may hold the VAE and the text encoders. What it lacks, and all configs, come from a
 diffusers folder; but of the transformer's config the file decides what it shows.
@@ -10,18 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.io.ldm import UNET
 from esd_jax.io.safetensors import Header
 from esd_jax.models.flux import FluxConfig
+from esd_jax.models.flux2 import Flux2Config
 from esd_jax.models.sd3 import PATCH, SD3Config
 
 FLUX, SD3 = "double_blocks.0.img_attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight"
 GUIDANCE = "guidance_in.in_layer.weight"
+FLUX2 = "single_stream_modulation.lin.weight"  # beside the key of FLUX
 OTHERS = ("vae.", "first_stage_model.", "text_encoders.")  # beside a transformer without a prefix
 # What only models have that are not implemented.
 REFUSED = {
     "distilled_guidance_layer.": "Chroma",
-    "double_stream_modulation_img.": "FLUX.2",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
     "redux_up.": "FLUX.1 Redux, which takes an image",
     "pos_embed_input.": "a ControlNet of SD3",
@@ -51,18 +53,23 @@ def check(header: Header) -> None:
     what = next((name for key in header.entries if (name := _refused(key))), None)
     prefix, shapes = prefix_of(header), {key: entry.shape for key, entry in header.entries.items()}
     width = shapes.get(f"{prefix}img_in.weight", ())
-    if not what and len(width) == 2 and width[1] in OF_IMAGES:
+    if f"{prefix}{FLUX2}" in shapes:
+        what = what or ("FLUX.2 [dev]" if f"{prefix}{GUIDANCE}" in shapes else None)
+    elif not what and len(width) == 2 and width[1] in OF_IMAGES:
         what = f"{OF_IMAGES[width[1]]}, which takes an image"
-    told = [header.path.name, *(header.metadata.get(key, "") for key in KONTEXT)]
-    if not what and prefix is not None and any("kontext" in text.lower() for text in told):
+    names = [header.path.name, *(header.metadata.get(key, "") for key in KONTEXT)]
+    if not what and prefix is not None and any("kontext" in text.lower() for text in names):
         what = "FLUX.1 Kontext, which takes an image"
     if what:
-        raise ValueError(f"{header.path} is {what}: that is not implemented (FLUX.1 [dev] and [schnell], SD3 are)")
+        known = "FLUX.1 [dev] and [schnell], FLUX.2 [klein], SD3"
+        raise ValueError(f"{header.path} is {what}: that is not implemented ({known} are)")
 
 
 def name_of(header: Header) -> str:
     """The published architecture that a file is nearest to."""
     prefix, keys = prefix_of(header), header.entries
+    if f"{prefix}{FLUX2}" in keys:
+        return "klein-4b"
     if f"{prefix}{FLUX}" in keys:
         return "flux-dev" if f"{prefix}{GUIDANCE}" in keys else "flux-schnell"
     if any(".attn2." in key for key in keys):
@@ -76,18 +83,22 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
     Raises ValueError for configs of the other family, of FLUX.1's other version, or a file that is no such network.
     """
     (component, config), prefix = next(item for item in configs.items() if item[0] == "transformer"), prefix_of(header)
-    flux = f"{prefix}{FLUX}" in header.entries
-    if not isinstance(config, FluxConfig if flux else SD3Config):
+    kinds = {FLUX2: ("FLUX.2", Flux2Config), FLUX: ("FLUX.1", FluxConfig), SD3: ("SD3", SD3Config)}
+    name, kind = next((kind for key, kind in kinds.items() if f"{prefix}{key}" in header.entries), kinds[SD3])
+    if not isinstance(config, kind):
         raise ValueError(
-            f"{header.path} is {'FLUX.1' if flux else 'SD3'}, and its config is of another family: give a folder of "
-            f"{'FLUX.1' if flux else 'SD3'} as config=, or base="
+            f"{header.path} is {name}, and its config is of another family: give a folder of {name} as config=, or "
+            "base="
         )
     keys = _Keys(header, prefix or "")
-    found = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
-    return {**configs, component: found}
+    if isinstance(config, Flux2Config):
+        own = _flux2(keys, config)
+    else:
+        own = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
+    return {**configs, component: own}
 
 
-def changed_json(written: Mapping[str, Any], config: FluxConfig | SD3Config) -> dict[str, Any]:
+def changed_json(written: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
     """A transformer's `config.json` with the fields that a file showed to be others."""
     before = type(config).from_dict(written)
     names = [name for name in vars(before) if getattr(before, name) != getattr(config, name)]
@@ -128,21 +139,30 @@ def _flux(keys: _Keys, config: FluxConfig) -> FluxConfig:
             f"{keys.path} is FLUX.1 {kinds[GUIDANCE in keys.shapes]}, and its config is {kinds[config.guidance_embeds]}"
             "'s, whose noise levels are others: give a folder of its own kind as config=, or base="
         )
+    return replace(config, **_shared(keys, config), pooled_projection_dim=keys.size("vector_in.in_layer.weight", 1))
+
+
+def _flux2(keys: _Keys, config: Flux2Config) -> Flux2Config:
+    width, inner = keys.size("img_in.weight", 0), keys.size("double_blocks.0.img_mlp.2.weight", 1)
+    ratio = config.mlp_ratio if inner == config.inner else inner / width
+    return replace(config, **_shared(keys, config), mlp_ratio=ratio)
+
+
+def _shared(keys: _Keys, config: FluxConfig | Flux2Config) -> dict[str, Any]:
+    """What a file shows of the fields that FLUX.1 and FLUX.2 share."""
     width, inputs = keys.size("img_in.weight", 0), keys.size("img_in.weight", 1)
     norm = "double_blocks.0.img_attn.norm.query_norm."
     head = keys.size(norm + ("scale" if f"{norm}scale" in keys.shapes else "weight"), 0, of=1)
     outputs = keys.size("final_layer.linear.weight", 0)
-    return replace(
-        config,
-        in_channels=inputs,
-        out_channels=config.out_channels if outputs == (config.out_channels or inputs) else outputs,
-        num_layers=keys.blocks("double_blocks"),
-        num_single_layers=keys.blocks("single_blocks"),
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=keys.size("txt_in.weight", 1),
-        pooled_projection_dim=keys.size("vector_in.in_layer.weight", 1),
-    )
+    return {
+        "in_channels": inputs,
+        "out_channels": config.out_channels if outputs == (config.out_channels or inputs) else outputs,
+        "num_layers": keys.blocks("double_blocks"),
+        "num_single_layers": keys.blocks("single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": keys.size("txt_in.weight", 1),
+    }
 
 
 def _sd3(keys: _Keys, config: SD3Config) -> SD3Config:

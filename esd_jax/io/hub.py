@@ -77,7 +77,7 @@ def _download(repo: str, variant: str | None, revision: str | None, weights: boo
 
     where = f"{repo!r}" + (f" (revision {revision!r})" if revision else "")
     small = ["model_index.json", "*/config.json", "*/*_config.json", "*/tokenizer.json", "*/special_tokens_map.json"]
-    small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "LICENSE*", "NOTICE*"]
+    small += ["*/added_tokens.json", "*/vocab.json", "*/merges.txt", "*/chat_template.jinja", "LICENSE*", "NOTICE*"]
     try:
         files = [pattern.removeprefix("*/") for pattern in (weight_patterns(variant) if weights else [])]
         patterns = [*small, *(f"{component}/{file}" for component in components for file in files)]

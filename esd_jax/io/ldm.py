@@ -3,17 +3,19 @@
 A single `.safetensors` file, as A1111 and ComfyUI open it, keeps the layout of the training codes: CompVis's
 latent-diffusion (SD 1), Stability's stablediffusion (SD 2, whose text encoder is open_clip's) and generative-models
 (SDXL). It numbers blocks along the forward pass, where diffusers numbers them by resolution; so the names follow from
-how many blocks a network has. Those of FLUX.1 and SD3 are in `io.flow_names`.
+how many blocks a network has. Those of FLUX.1, FLUX.2 and SD3 are in `io.flow_names`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from esd_jax.io import flow_names
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.io.tensors import Place
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.models.flux import FluxConfig
-from esd_jax.models.sd3 import SD3Config
+from esd_jax.models.flux2_vae import Flux2VAEConfig
+from esd_jax.models.qwen3 import Qwen3Config
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.models.vae import VAEConfig
 from esd_jax.pipeline import NetworkConfig, network
@@ -47,12 +49,16 @@ def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32", prefix:
     Args:
       configs: component -> config, as `Pipeline` has them. With a second text encoder, the names are SDXL's.
       dtype: in which the networks are built to learn their tensors' names; any gives the same.
-      prefix: of the keys of FLUX.1's and SD3's transformers; by default none where the transformer is alone.
+      prefix: of the keys of FLUX's and SD3's transformers; by default none where the transformer is alone.
+
+    Of FLUX.2 only the transformer's: its VAE and text encoder are in files of their own, which are not implemented.
     """
     table: dict[str, Place] = {}
     if is_flow(configs):
         prefix = ("" if len(configs) == 1 else UNET) if prefix is None else prefix
         for component, config in configs.items():
+            if isinstance(config, Qwen3Config | Flux2VAEConfig):
+                continue
             own = _flow_places(component, config, network(config, dtype).shapes, prefix, vae=flow_vae(configs))
             table |= {f"{component}/{name}": place for name, place in own.items()}
         return table
@@ -71,19 +77,19 @@ def places(configs: Mapping[str, NetworkConfig], dtype: str = "float32", prefix:
 
 
 def is_flow(configs: Mapping[str, NetworkConfig]) -> bool:
-    """Whether checkpoints are FLUX.1's or SD3's."""
-    return any(isinstance(config, FluxConfig | SD3Config) for config in configs.values())
+    """Whether checkpoints are FLUX's or SD3's."""
+    return any(isinstance(config, TransformerConfig) for config in configs.values())
 
 
 def flow_vae(configs: Mapping[str, NetworkConfig]) -> str:
-    """The prefix of the VAE's keys in a file of FLUX.1 or SD3."""
+    """The prefix of the VAE's keys in a file of FLUX or SD3."""
     return FLUX_VAE if any(isinstance(config, FluxConfig) for config in configs.values()) else VAE
 
 
 def _flow_places(
     component: str, config: NetworkConfig, names: Iterable[str], prefix: str, vae: str
 ) -> dict[str, Place]:
-    if isinstance(config, FluxConfig | SD3Config):
+    if isinstance(config, TransformerConfig):
         places = flow_names.of_transformer(config, names)
         return {name: replace(place, key=prefix + place.key) for name, place in places.items()}
     if isinstance(config, VAEConfig):

@@ -9,14 +9,13 @@ import numpy as np
 
 from esd_jax.inputs import expanded
 from esd_jax.io import corrections, flow_file, ldm, safetensors, tensors
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.io.hub import resolve
 from esd_jax.io.recognised import LOAD, described
 from esd_jax.io.safetensors import Header
 from esd_jax.models import architectures
 from esd_jax.models.architectures import ARCHITECTURES
 from esd_jax.models.clip import CLIPTextConfig
-from esd_jax.models.flux import FluxConfig
-from esd_jax.models.sd3 import SD3Config
 from esd_jax.models.vae import VAEConfig
 from esd_jax.pipeline import NetworkConfig, TensorFile, network
 
@@ -139,7 +138,7 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
     """Where every tensor of the networks lies in a single file: "unet/NAME" -> its place.
 
     Keys that no network needs (`model_ema.*`, `alphas_cumprod`, SD 2's last text layer, ...) are left alone. A file of
-    FLUX.1 or SD3 may lack any network but the transformer.
+    FLUX or SD3 may lack any network but the transformer.
 
     Args:
       header: of the file.
@@ -221,7 +220,7 @@ def _spellings(key: str) -> tuple[str, ...]:
 def _what(config: NetworkConfig, ema: bool) -> str:
     if isinstance(config, VAEConfig):
         return f"VAE ({ldm.VAE}*)"
-    if isinstance(config, FluxConfig | SD3Config):
+    if isinstance(config, TransformerConfig):
         return "transformer"
     if isinstance(config, CLIPTextConfig):
         return f"text encoder of this kind ({ldm.TEXT}* in SD 1 and SD 2, conditioner.* in SDXL)"

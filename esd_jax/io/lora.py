@@ -270,7 +270,9 @@ def _described(pipeline: Pipeline, report: LoraReport) -> dict[str, str]:
     described = {"residual": report.residual, "left_out": list(report.left_out)}
     described |= {"ranks": {name: rank for name, (rank, _) in report.ranks.items()}}
     if ldm.is_flow(pipeline.configs):
-        version = {"FluxPipeline": "flux1", "StableDiffusion3Pipeline": "sd3"}[pipeline.family.pipeline]
+        version = {"FluxPipeline": "flux1", "StableDiffusion3Pipeline": "sd3", "Flux2KleinPipeline": "flux2"}[
+            pipeline.family.pipeline
+        ]
         return {"esd_jax.lora": json.dumps(described), "ss_base_model_version": version}
     second = ldm.is_open_clip(pipeline.configs["text_encoder"])
     version = f"sd_v{1 + second}" + ("_v" if pipeline.schedule.prediction_type == "v_prediction" else "")

@@ -7,6 +7,7 @@ or SD3 keeps several modules under one key, and so do LoRA files that are named 
 
 from esd_jax.io import flow_names, ldm
 from esd_jax.io.tensors import Place
+from esd_jax.models.qwen3 import Qwen3Config
 from esd_jax.models.t5 import T5Config
 from esd_jax.pipeline import Pipeline
 
@@ -68,9 +69,12 @@ def _of_denoiser(component: str, module: str) -> list[str]:
 
 
 def _of_text_encoder(pipeline: Pipeline, component: str, module: str, projection: bool) -> list[str]:
-    t5 = isinstance(pipeline.configs[component], T5Config)
-    full = module if projection or t5 else f"text_model.{module}"
+    config = pipeline.configs[component]
+    t5, qwen3 = isinstance(config, T5Config), isinstance(config, Qwen3Config)
+    full = module if projection or t5 or qwen3 else f"text_model.{module}"
     names = [f"{prefix}{component}.{known}" for prefix in PEFT_PREFIXES for known in (module, full)]
+    if qwen3:
+        return names
     flat, second = full.replace(".", "_"), component == "text_encoder_2"
     if t5:
         return [*names, f"lora_te3_{flat}", f"{flow_names.TEXT.format(flow_names.T5)}{full}"]
@@ -78,5 +82,5 @@ def _of_text_encoder(pipeline: Pipeline, component: str, module: str, projection
     head, _, last = module.rpartition(".")
     names.append(f"{component}.text_model.{head}.to_{last.removesuffix('_proj')}")
     names += [f"{prefix}{flat}" for prefix in (("lora_te2_",) if second else ("lora_te_", "lora_te1_"))]
-    clip = "clip_g" if second else "clip_h" if ldm.is_open_clip(pipeline.configs[component]) else "clip_l"
+    clip = "clip_g" if second else "clip_h" if ldm.is_open_clip(config) else "clip_l"
     return [*names, f"text_encoders.{clip}.transformer.{full}"]  # ComfyUI's own

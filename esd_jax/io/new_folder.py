@@ -10,11 +10,10 @@ import numpy as np
 from esd_jax.io import flow_file, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import tokenizer_of
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.io.ldm import is_open_clip
-from esd_jax.io.safetensors import DTYPES, Entry
+from esd_jax.io.safetensors import Entry, Header
 from esd_jax.models.architectures import clip_bpe
-from esd_jax.models.flux import FluxConfig
-from esd_jax.models.sd3 import SD3Config
 from esd_jax.pipeline import NetworkConfig, Pipeline
 
 
@@ -36,11 +35,20 @@ def build(
             key = files.text_model_key(component, tensor)
             names[key] = f"{component}/{tensor}"
             specs[key] = (safetensors.wide(tensors.dtype_of(pipeline, headers, names[key])), shape)
+        unread = _unread(pipeline, component)
+        specs |= {key: (header.entries[old].dtype, header.entries[old].shape) for key, (header, old) in unread.items()}
         edited = component == pipeline.denoiser or any(name in pipeline.edits for name in names.values())
         shards = _shards("model" if text else "diffusion_pytorch_model", specs, max_shard_size, variant)
         for file, entries in shards.items():
 
-            def value(key: str, entries: dict[str, Entry] = entries, names: dict[str, str] = names) -> np.ndarray:
+            def value(
+                key: str,
+                entries: dict[str, Entry] = entries,
+                names: dict[str, str] = names,
+                unread: dict[str, tuple[Header, str]] = unread,
+            ) -> np.ndarray:
+                if key in unread:
+                    return safetensors.read_bytes(*unread[key])
                 return tensors.export_value(pipeline, headers, names[key], entries[key].dtype)
 
             safetensors.write(target / component / file, entries, value, metadata if edited else {})
@@ -54,9 +62,29 @@ def build(
                 clip_bpe.write_files(target / folder, "!" if is_open_clip(config) else clip_bpe.END)
 
 
+def _unread(pipeline: Pipeline, component: str) -> dict[str, tuple[Header, str]]:
+    """Key -> where it lies, of the tensors of a component's folder that its network does not need, but others do."""
+    source, ignores = pipeline.provenance.folder, getattr(pipeline.configs[component], "ignores", None)
+    read = {place.path for name, place in pipeline.provenance.tensors.items() if name.startswith(f"{component}/")}
+    if source is None or ignores is None or any(path.parent != source / component for path in read):
+        return {}
+    variants = {files.variant_of(path.name) for path in read}
+    headers = [
+        safetensors.read_header(path)
+        for variant in variants
+        for path in files.weight_files(source / component, variant)
+    ]
+    return {
+        files.text_model_key(component, key): (header, key)
+        for header in headers
+        for key in header.entries
+        if (name := files.tensor_name(component, key)) is not None and ignores(name)
+    }
+
+
 def _write_config(source: Path, target: Path, config: NetworkConfig) -> None:
     """Copies a network's config, of which the file may have shown some of a transformer's fields to be others."""
-    if isinstance(config, FluxConfig | SD3Config):
+    if isinstance(config, TransformerConfig):
         written = files.read_json(source)
         if (changed := flow_file.changed_json(written, config)) != written:
             return _write_json(target, changed)
@@ -67,12 +95,12 @@ def _shards(
     stem: str, specs: Mapping[str, tuple[str, tuple[int, ...]]], limit: int | None, variant: str | None
 ) -> dict[str, dict[str, Entry]]:
     """File name -> what it holds, each at most `limit` bytes of tensors, unless a single one is larger."""
-    order = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
+    order = sorted(specs, key=lambda key: (-safetensors.itemsize(specs[key][0]), key))
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     size = 0
     for key in order:
         code, shape = specs[key]
-        more = int(np.prod(shape, dtype=np.int64)) * DTYPES[code].itemsize
+        more = int(np.prod(shape, dtype=np.int64)) * safetensors.itemsize(code)
         if limit and shards[-1] and size + more > limit:
             shards.append({})
             size = 0

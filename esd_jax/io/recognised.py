@@ -17,12 +17,15 @@ UNET = (
 )
 NETWORK = ("encoder.", "text_model.", "decoder.", "quant_conv.", "post_quant_conv.")
 BARE = ("input_blocks.", "output_blocks.", "diffusion_model.")
-# Names at the top of FLUX.1's and SD3's transformers, as diffusers has them; then in single files.
+# Names at the top of FLUX's and SD3's transformers, as diffusers has them; then in single files.
 FLOW = (
     "transformer_blocks.",
     "single_transformer_blocks.",
     "context_embedder.",
     "time_text_embed.",
+    "time_guidance_embed.",
+    "double_stream_modulation_",
+    "single_stream_modulation.",
     "x_embedder.",
     "norm_out.",
     "proj_out.",

@@ -35,6 +35,8 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 DTYPES = {code: np.dtype(dtype) for code, dtype in {**DTYPES, **EIGHT_BITS}.items()}
+# Bytes of a number of the others, which no weight has: copied as they are.
+WHOLE_NUMBERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 # How a pickle becomes safetensors: a whole pipeline, or a file of tensors (a delta, a LoRA).
 OF_PIPELINE = "in diffusers: pipe.save_pretrained(folder, safe_serialization=True)"
 OF_TENSORS = "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
@@ -239,7 +241,7 @@ def lay_out(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entry
     """name -> (dtype code, torch shape) becomes name -> `Entry`, one after the other."""
     entries, start = {}, 0
     for name, (dtype, shape) in specs.items():
-        stop = start + int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        stop = start + int(np.prod(shape, dtype=np.int64)) * itemsize(dtype)
         entries[name] = Entry(dtype, tuple(shape), start, stop)
         start = stop
     return entries
@@ -263,6 +265,11 @@ def laid_out_anew(entries: Mapping[str, Entry], codes: Mapping[str, str]) -> dic
         moved[key] = Entry(dtype, entries[key].shape, start, start + size)
         start += size
     return {key: moved[key] for key in entries}
+
+
+def itemsize(code: str) -> int:
+    """Bytes of a number of a dtype."""
+    return WHOLE_NUMBERS.get(code) or DTYPES[code].itemsize
 
 
 def wide(code: str) -> str:

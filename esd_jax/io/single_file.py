@@ -15,6 +15,7 @@ from esd_jax.io import folder as files
 from esd_jax.io import ldm, ldm_file, safetensors, tensors
 from esd_jax.io.safetensors import CODES, DTYPES, Entry, Header
 from esd_jax.models.flux import FluxConfig
+from esd_jax.models.flux2 import Flux2Config
 from esd_jax.pipeline import NetworkConfig, Pipeline, TensorFile
 from esd_jax.results import writing
 
@@ -46,9 +47,9 @@ def export_single(
       into: the single file that a folder was made from. It must be the same model: all tensors that are not edited
         are compared with it, up to rounding where the dtypes differ, which reads both once.
       dtype: of all weights in the file; by default those that the source has.
-      alone: of FLUX.1 and SD3, to write the transformer alone, under keys without a prefix, as ComfyUI's "Load
-        Diffusion Model" opens it. By default that is done for FLUX.1, which is published so; SD3's file holds the VAE
-        and the text encoders, too. With a file to start from, it holds what that has.
+      alone: of FLUX and SD3, to write the transformer alone, under keys without a prefix, as ComfyUI's "Load
+        Diffusion Model" opens it. By default that is done for FLUX, which is published so; SD3's file holds the VAE
+        and the text encoders, too. FLUX.2's never does. With a file to start from, it holds what that has.
       overwrite: lets a file at `path` be replaced.
       metadata: more metadata than the records of what was erased.
 
@@ -70,6 +71,8 @@ def export_single(
     if alone is not None and (base is not None or not ldm.is_flow(pipeline.configs)):
         why = "the file that it is written into" if base else f"{pipeline.family.name}, whose file is always whole"
         raise ValueError(f"alone={alone} is not for {why}: leave it out")
+    if alone is False and isinstance(pipeline.configs[pipeline.denoiser], Flux2Config):
+        raise ValueError(f"alone=False is not implemented for {pipeline.family.name}: leave it out")
     if base is None:
         _build(pipeline, headers, path, code, records, _held(pipeline, alone))
     else:
@@ -164,7 +167,7 @@ def _build(
 def _held(pipeline: Pipeline, alone: bool | None) -> Mapping[str, NetworkConfig]:
     """The networks that a new file holds. Raises ValueError for an edit of another."""
     own = {pipeline.denoiser: pipeline.configs[pipeline.denoiser]}
-    if not (isinstance(own[pipeline.denoiser], FluxConfig) if alone is None else alone):
+    if not (isinstance(own[pipeline.denoiser], FluxConfig | Flux2Config) if alone is None else alone):
         return pipeline.configs
     _check_held(pipeline.edits, ldm.places(own), "a file of the transformer alone (alone=False writes all)")
     return own

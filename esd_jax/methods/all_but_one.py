@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from esd_jax.diffusion import rules, samplers
-from esd_jax.erasing import contexts, replay, rounds, trajectories
+from esd_jax.erasing import contexts, galleries, replay, rounds, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank, reader
 from esd_jax.erasing.method import Models, Tools, choose, denoise, evaluate, project
@@ -146,14 +146,14 @@ class AllButOne(RoundsSettings):
             kept = jnp.asarray([[1 - c.strength * (1 - self.token_scale)] for c in concepts])
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
         becomes = {"student": lambda c: c.from_ or c.text, "anchor": lambda c: next(iter(c.replace_with), "")}
-        named = rounds.prompts_of(concepts, contexts.parse(self.contexts), becomes) if self.rounds_every else []
+        named = galleries.prompts_of(concepts, contexts.parse(self.contexts), becomes) if self.rounds_every else []
         trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))
         method, kept = Method(self, tools.denoiser, trajectory), replay.of(self, trajectory, predictions=2)
         if kept is not None:
             method = Replaying(method, kept)
         inputs, sampling = Inputs(bank, *numbers, token_scale=token_scale), {"steps": self.sampling_steps}
-        return rounds.adding(self, method, inputs, tools, named, guidance_scale=self.gamma_1, **sampling)
+        return rounds.adding(self, method, inputs, tools, named, {**sampling, "guidance_scale": self.gamma_1})
 
 
 def active_steps(settings: AllButOne) -> Bool[np.ndarray, " step"]:

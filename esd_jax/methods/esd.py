@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts, replay, rounds, trajectories
+from esd_jax.erasing import contexts, galleries, replay, rounds, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
 from esd_jax.erasing.contexts import Context
@@ -146,7 +146,7 @@ class ESD(RoundsSettings):
         if tools.guide is None and self.train_guidance != 1:
             raise ValueError(f"train_guidance={self.train_guidance} is for guidance-distilled models: leave it out")
         roles, trajectory = self.roles(), make_trajectory(self, tools.schedule)
-        named = rounds.prompts_of(concepts, self.sentences, roles) if self.rounds_every else []
+        named = galleries.prompts_of(concepts, self.sentences, roles) if self.rounds_every else []
         concepts = contexts.expanded(concepts, self.sentences)
         separate = any(roles["anchor"](c) not in ("", c.text) for c in concepts)
         method: Any = Method(self, tools.denoiser, tools.schedule, trajectory, separate, tools.null, tools.guide)
@@ -163,7 +163,7 @@ class ESD(RoundsSettings):
         bank = make_bank(tools.encode, concepts, roles)
         inputs = Inputs(bank, jnp.asarray(eta, jnp.float32), jnp.float32(self.sampling_guidance), tools.images)
         sampling = {"steps": self.sampling_steps, "guidance_scale": self.sampling_guidance}
-        return rounds.adding(self, method, inputs, tools, named, **sampling)
+        return rounds.adding(self, method, inputs, tools, named, sampling)
 
     def predicts(self, trajectory: Trajectory) -> bool:
         """Whether the sampler evaluates the teacher just where the loss does."""

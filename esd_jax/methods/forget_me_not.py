@@ -167,7 +167,7 @@ class ForgetMeNot:
             selected = selected[jnp.arange(max(least, len(selected))) % len(selected)]
             return jnp.broadcast_to(selected, (len(concepts), *selected.shape))
         number = max(least, self.drawn_images)
-        latents = drawn(tools, [own[i % least] for own in prompts for i in range(number)], self)
+        latents = drawn(tools, [own[i % least] for own in prompts for i in range(number)], self)[:, 0]
         return latents.reshape(len(concepts), number, *latents.shape[1:])
 
     def _learned(self, tools: Tools, starts: list[Array], ids: np.ndarray, images: Array) -> Bank:

@@ -9,17 +9,21 @@ that image is in it, here for a network that predicts eps. v is drawn anew for e
 
     v = a c(p) + (1 - a) c(r) + s std(c) xi,    a ~ U(-.5, 1.5), s ~ U(0, redirect_spread), xi ~ N(0, 1)
 
-of another prompt r; std is over all other prompts. So the network learns to leave the concept by what it sees, and an
-embedding that is found by a search, and begins an image of the concept, does not finish it: other methods teach what to
-answer to a name, and a search finds another name. One example in five is asked c(r), and its target is what the base
-says of r at x_t: other prompts keep their meaning also where an image resembles the concept.
+of another prompt r; std is over all other prompts. So the network leaves the concept by what it sees, where other
+methods teach what to answer to a name. Some examples are asked c(r), and their target is what the base says of r at
+x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) or c(n) at x'_t, t
+in [0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
+
+At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
+adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
+has the same x_t and target.
 
 Since all that is trained depends on the image, most of the network should be trained (`subset`), and other prompts,
 above all similar ones, be preserved on images of their own (`preserve_images`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -28,28 +32,35 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
-from esd_jax.diffusion.path import VARIANCE_PRESERVING
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing import contexts, corpora
+from esd_jax.erasing import contexts, corpora, rounds
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Concept
-from esd_jax.erasing.images import in_batches, true_output
+from esd_jax.erasing.galleries import Prompts
+from esd_jax.erasing.images import carried, drawn, in_batches
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, squared_error
+from esd_jax.erasing.retention import mostly_early
+from esd_jax.erasing.round_settings import DEFAULTS, RoundsSettings
+from esd_jax.erasing.textual_inversion import NAME
 from esd_jax.params import Conditioning, Network, Params
 
-AT_ONCE = 8  # images, or prompts, encoded
+AT_ONCE = 8  # prompts encoded
 OTHERS = 512  # prompts of a corpus
-HIGH = 0.85  # part of the schedule from which half of the timesteps are drawn: there a prompt decides most
-OTHER, NAMED, ANCHOR, MIXED = range(4)
-SHARES = (0.2, 0.17, 0.12, 0.51)  # of the examples: what their v is
+# What an example's v is. FOLLOWED, LEFT: c(p) and c(n), at x'_t.
+OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT = range(6)
+SHARES = (0.15, 0.25, 0.05, 0.25, 0.2, 0.1)  # of the examples
 MIX = (-0.5, 1.5)  # the range of a
 
 
 @dataclass(frozen=True)
-class Redirect:
+class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
-    The other prompts are those of `retain` and those that are preserved; without any, the anchors.
+    Without `replace_with`, an anchor may show the concept ("a dog" has no style of its own), so its images are drawn
+    with all concepts that have none as negative prompt.
+
+    The other prompts are those of `retain` and those that are preserved; without any, the anchors. Inversion rounds
+    take the same images, so `rounds_images` is refused.
 
     contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, from which it is erased too,
       and the same without it, where {} stands for the anchor ("{} in ink style: {} in ink style").
@@ -62,6 +73,8 @@ class Redirect:
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
+    rounds_skip: an adversary whose gauge in the base is above this is not added. By default none is left out: it counts
+      what the student makes of it, whatever it means to the base.
     """
 
     contexts: str | None = None
@@ -73,10 +86,11 @@ class Redirect:
     drawing_steps: int = 50
     drawing_guidance: float = 7.5
     drawing_seed: int = 0
+    rounds_skip: float = 100.0
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
-    needs: ClassVar = frozenset()
+    needs: ClassVar = frozenset({"classifier_free"})
     ema: ClassVar = None
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "full": {
@@ -86,6 +100,9 @@ class Redirect:
     }  # fmt: skip
 
     def __post_init__(self):
+        self.check_rounds()
+        if self.rounds_images != DEFAULTS["rounds_images"]:
+            raise ValueError(f"rounds_images={self.rounds_images}: rounds take redirection's own, see drawn_images")
         if self.drawing_sampler is not None:
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
@@ -95,48 +112,66 @@ class Redirect:
                 raise ValueError(f"{field}={value} must be at least {least}")
         contexts.parse(self.contexts, guided=True)
 
-    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """Redirection of the concepts. Raises ValueError for images of the user's, and a network that is not guided."""
+    def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
+        """Redirection of the concepts.
+
+        Raises ValueError for images of the user's, several replacements of a concept, unguided images of a concept
+        without one, and as `rounds.check` does.
+        """
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
-        if tools.guide is not None:
-            raise ValueError("method 'redirect' is for models with classifier-free guidance, not for distilled ones")
+        for concept in concepts:
+            if len(concept.replace_with) > 1:
+                raise ValueError(f"method 'redirect' takes one replacement of {concept.text!r}, not several")
+        away = ", ".join(concept.text for concept in concepts if not concept.replace_with) or None
+        if away and self.drawing_guidance <= 1:
+            what = f"drawing_guidance={self.drawing_guidance}"
+            raise ValueError(
+                f"{what}: without replace_with, images are drawn away from {away!r}, which takes more than 1"
+            )
+        searched = [self.searched(concept) for concept in concepts]
+        rounds.check(self, tools, searched)
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
         kept = self.others(concepts) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
-        images, without = (self._drawn(tools, prompts) for prompts in (named, anchors))
+        each = [self._drawn(tools, concept, away) for concept in concepts]
+        images, without = map(jnp.concatenate, zip(*each, strict=True))
         inputs = Inputs(encoded, replaced, others, spread, images, without)
-        return Method(self, tools.denoiser, tools.schedule), inputs
+        method = Method(self, tools.denoiser, tools.schedule)
+        shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
+        low = self.redirect_from
+        return rounds.adding(self, method, inputs, tools, searched, images=shown, anchors=anchored, low=low)
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
         guide = concept.replace_with[0] if concept.replace_with else ""
         return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
 
+    def searched(self, concept: Concept) -> Prompts:
+        """`prompts` for inversion rounds."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        return Prompts([template for template, _ in self.prompts(replace(concept, text=NAME))], named, anchors)
+
     def others(self, concepts: Sequence[Concept]) -> list[str]:
         """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
         kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
         if self.retain is None:
             return kept
-        weights = corpora.retained(self.retain, concepts)
-        parts = np.fromiter(weights.values(), float)
-        drawn = np.random.default_rng(self.drawing_seed).choice(len(parts), OTHERS, p=parts / parts.sum())
-        texts = list(weights)
-        return [*kept, *(texts[i] for i in drawn)]
+        rng = np.random.default_rng(self.drawing_seed)
+        return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
-    def _drawn(self, tools: Tools, prompts: Sequence[str]) -> Float[Array, "prompts images height width channel"]:
-        """Latents of the base's images; those of another list of as many prompts start from the same noise."""
-        images = tools.sample(
-            [prompt for prompt in prompts for _ in range(self.drawn_images)],
-            seed=self.drawing_seed,
-            steps=self.drawing_steps,
-            guidance_scale=self.drawing_guidance,
-            sampler=self.drawing_sampler,
-        )
-        latents = in_batches(tools.to_latents, images, AT_ONCE)
-        return latents.reshape(len(prompts), self.drawn_images, *latents.shape[1:])
+    def _drawn(
+        self, tools: Tools, concept: Concept, away: str | None
+    ) -> list[Float[Array, "prompts images height width channel"]]:
+        """Latents of a concept's images, and of its anchors', from the same noise. away: these' negative prompt."""
+        named, anchors = zip(*self.prompts(concept), strict=True)
+        negative = None if concept.replace_with else away
+        return [
+            drawn(tools, named, self, self.drawn_images),
+            drawn(tools, anchors, self, self.drawn_images, negative),
+        ]
 
 
 class Draws(NamedTuple):
@@ -184,18 +219,18 @@ class Method(base.Method):
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step, each example's from its own key."""
         rows, images = inputs.images.shape[:2]
-        total, low = self.schedule.num_train_timesteps, self.settings.redirect_from
 
         def example(key: Array) -> Draws:
             t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
-            least = jnp.where(jax.random.bernoulli(high), int(max(HIGH, low) * total), int(low * total))
+            kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
+            early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
-                self.schedule.timestep(jax.random.randint(t, (), least, total)),
+                jnp.where(kind >= FOLLOWED, any_t, early),
                 jax.random.randint(row, (), 0, rows),
                 jax.random.randint(image, (), 0, images),
                 jax.random.normal(noise, shape),
                 jax.random.randint(other, (), 0, len(jax.tree.leaves(inputs.others)[0])),
-                jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES)),
+                kind,
                 jax.random.uniform(mix, minval=MIX[0], maxval=MIX[1]),
                 jax.random.uniform(scale),
                 own,
@@ -210,25 +245,19 @@ class Method(base.Method):
             for rows, where in ((inputs.named, draws.row), (inputs.anchor, draws.row), (inputs.others, draws.other))
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
-        asked = chosen(draws.kind, other, named, anchor, mixed)
-        x, seen = (
+        asked = chosen(draws.kind, other, named, anchor, mixed, named, anchor)
+        x, anchored = (
             add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
             for images in (inputs.images, inputs.anchors)
         )
-        as_base = draws.kind == OTHER
-        seen = jnp.where(as_base[:, None, None, None], x, seen)
-        shown = chosen(as_base.astype(jnp.int32), anchor, other)
-        output = denoise(self.denoiser, models.base, seen, draws.t, shown)
-        target = jnp.where(as_base[:, None, None, None], output, self.carried(seen, output, x, draws.t))
+        as_base, followed = draws.kind == OTHER, draws.kind >= FOLLOWED
+        x = jnp.where(followed[:, None, None, None], anchored, x)
+        anchored = jnp.where(as_base[:, None, None, None], x, anchored)
+        prompt = chosen(as_base.astype(jnp.int32), anchor, other)
+        output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)
+        redirected = carried(self.schedule, output, anchored, x, draws.t)
+        target = jnp.where(as_base[:, None, None, None], output, redirected)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
-
-    def carried(self, seen: Array, output: Array, x: Array, t: Array) -> Float[Array, "batch height width channel"]:
-        """The output at x that means the clean image which `output` means at `seen`, both at t."""
-        discrete = self.schedule.path is VARIANCE_PRESERVING
-        level = jnp.asarray(self.schedule.levels, x.dtype)[t] if discrete else t / self.schedule.num_train_timesteps
-        clean, noise = self.schedule.to_x0_eps(level[:, None, None, None], seen, output)
-        sigma = add_noise(self.schedule, jnp.zeros_like(x), jnp.ones_like(x), t)
-        return true_output(self.schedule, clean, noise + (x - seen) / sigma, t)
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)

@@ -171,7 +171,7 @@ class STEREO:
         number = np.arange(np.prod(shape)) % len(self.templates)
         names = [c.text for _ in range(self.search_rounds) for c in concepts for _ in range(each)]
         prompts = [self.templates[i].replace(NAME, text) for i, text in zip(number, names, strict=True)]
-        latents = drawn(tools, prompts, self)
+        latents = drawn(tools, prompts, self)[:, 0]
         return latents.reshape(*shape, *latents.shape[1:])
 
 

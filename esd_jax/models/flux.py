@@ -188,17 +188,14 @@ class FluxTransformer2DModel(nnx.Module):
     def _time(self, t: Real[Array, " batch"], conditioning: FlowConditioning) -> Float[Array, "batch width"]:
         guidance = conditioning.guidance
         if self.embedding_rounding:
-            t = self._rounded(mmdit.TIMESTEPS * self._rounded(t / mmdit.TIMESTEPS))
+            t = mmdit.rounded_times(t / mmdit.TIMESTEPS, self.dtype)
         if guidance is not None:
             guidance = jnp.asarray(guidance)
-            rounding = self._rounded if self.embedding_rounding else lambda value: value
-            guidance = rounding(mmdit.TIMESTEPS * rounding(guidance))
+            if self.embedding_rounding:
+                guidance = mmdit.rounded_times(guidance, self.dtype)
+            else:
+                guidance = mmdit.TIMESTEPS * guidance
         return self.time_text_embed(t, conditioning.pooled, guidance)
-
-    def _rounded(self, value: Array) -> Array:
-        """Rounded to the compute dtype; XLA may leave out a conversion there and back."""
-        info = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(value.astype(layers.statistics_dtype(self.dtype)), info.nexp, info.nmant)
 
     def _rotation(self, text: int, rows: int, columns: int) -> Rotation:
         """The angles of all tokens, the text's first, which are not rotated."""

@@ -132,9 +132,9 @@ def timestep_embedding(
 class TimestepEmbedding(nnx.Module):
     """linear, SiLU, linear: of the timestep, and in SDXL also of the pooled text and the image size."""
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: Rngs):
-        self.linear_1 = linear(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.linear_2 = linear(outputs, outputs, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True, dtype: Dtype, rngs: Rngs):
+        self.linear_1 = linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(outputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch outputs"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -1,10 +1,12 @@
-"""What the multimodal diffusion transformers FLUX.1 and SD3 share: two streams of tokens, image and text, that attend
-to each other, and are scaled and shifted by the time and the pooled prompt.
+"""What the multimodal diffusion transformers FLUX.1, FLUX.2 and SD3 share: two streams of tokens, image and text, that
+attend to each other, and are scaled and shifted by the time and, but for FLUX.2, the pooled prompt.
 
 *Scaling Rectified Flow Transformers for High-Resolution Image Synthesis* (Esser et al., 2024).
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,19 @@ class FlowConditioning:
     guidance: Float[Array, " batch"] | None = None
 
 
+def rounded_times(value: Real[Array, " batch"], dtype: Dtype) -> Float[Array, " batch"]:
+    """`TIMESTEPS` times sigma, or the scale of guidance, rounded before and after to a compute dtype.
+
+    XLA may leave out a conversion there and back.
+    """
+    info = jnp.finfo(dtype)
+
+    def rounded(value: Array) -> Array:
+        return jax.lax.reduce_precision(value.astype(layers.statistics_dtype(dtype)), info.nexp, info.nmant)
+
+    return rounded(TIMESTEPS * rounded(value))
+
+
 class GELU(nnx.Module):
     """A projection and the gelu by tanh."""
 
@@ -59,9 +74,9 @@ class Modulation(nnx.Module):
     stream has scale, shift (`AdaLayerNormContinuous` of diffusers).
     """
 
-    def __init__(self, width: int, chunks: int, *, dtype: Dtype, rngs: Rngs):
+    def __init__(self, width: int, chunks: int, *, use_bias: bool = True, dtype: Dtype, rngs: Rngs):
         self.chunks = chunks
-        self.linear = layers.linear(width, chunks * width, dtype=dtype, rngs=rngs)
+        self.linear = layers.linear(width, chunks * width, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, time: Float[Array, "batch width"]) -> list[Float[Array, "batch 1 width"]]:
         return jnp.split(self.linear(jax.nn.silu(time))[:, None], self.chunks, axis=-1)
@@ -92,25 +107,27 @@ class JointAttention(nnx.Module):
         added_out: bool = True,
         qk_norm: bool = True,
         text_first: bool = False,
+        use_bias: bool = True,
         dtype: Dtype,
         rngs: Rngs,
     ):
         self.heads, self.text_first = heads, text_first
-        make = {"dtype": dtype, "rngs": rngs}
-        self.to_q = layers.linear(width, width, **make)
-        self.to_k = layers.linear(width, width, **make)
-        self.to_v = layers.linear(width, width, **make)
+        make: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        project = partial(layers.linear, width, width, use_bias=use_bias, **make)
+        self.to_q = project()
+        self.to_k = project()
+        self.to_v = project()
         if out:
-            self.to_out = nnx.List([layers.linear(width, width, **make)])
+            self.to_out = nnx.List([project()])
         if qk_norm:
             self.norm_q = layers.rms_norm(width // heads, EPSILON, **make)
             self.norm_k = layers.rms_norm(width // heads, EPSILON, **make)
         if added:
-            self.add_q_proj = layers.linear(width, width, **make)
-            self.add_k_proj = layers.linear(width, width, **make)
-            self.add_v_proj = layers.linear(width, width, **make)
+            self.add_q_proj = project()
+            self.add_k_proj = project()
+            self.add_v_proj = project()
             if added_out:
-                self.to_add_out = layers.linear(width, width, **make)
+                self.to_add_out = project()
             if qk_norm:
                 self.norm_added_q = layers.rms_norm(width // heads, EPSILON, **make)
                 self.norm_added_k = layers.rms_norm(width // heads, EPSILON, **make)

@@ -59,7 +59,7 @@ class Plan:
     @property
     def certain(self) -> int:
         """The part of `peak` that is occupied throughout, however the step is compiled."""
-        return self.peak - self.memory.get(STEP, 0)
+        return self.peak - self.memory.get(STEP, 0) - self.memory.get(GATHERED, 0)
 
     def __str__(self) -> str:
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
@@ -103,6 +103,8 @@ def compared(size: Plan, used: int) -> str:
 STUDENT = "the student's forward and backward pass, which are not all of an update"
 # What a step computes and forgets: an estimate, where everything else is counted.
 STEP = "activations, gradients and copies of a step"
+# All at once, as XLA was seen to do where they fit; it may also gather each tensor where it is needed.
+GATHERED = "weights gathered from the other devices"
 
 
 def make_plan(configs: Configs, schedule: Schedule, recipe: Recipe, mesh: Mesh | None = None) -> Plan:
@@ -166,7 +168,7 @@ def _step(
         "prompts, images and stored trajectories": _total((inputs, state.memory)),
     }
     if split > 1:
-        memory["weights gathered from the other devices"] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)
+        memory[GATHERED] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)
     # The new state is written over the old one. In half precision, what is planned on a CPU runs elsewhere.
     in_place = len(jax.tree.leaves(state))
     copies = sharding.on_cpu(mesh) and jnp.dtype(recipe.dtype).itemsize > 2

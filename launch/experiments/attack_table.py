@@ -2,11 +2,11 @@
 
     python -m launch.experiments.attack_table --output=out/attacks
     python -m launch.experiments.attack_table --output=out/attacks --concepts="neon style; a cat" \\
-        --rows="esd; robust; emoji_rounds:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
+        --rows="esd; robust; emoji_robust:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
 
-A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection), or a config's by
-its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a model of random
-weights, are attacked once for all rows.
+A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a
+config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a
+model of random weights, are attacked once for all rows.
 
 Each cell is kept as soon as it is measured, an erasure as a run. The same command goes on where it was stopped, also
 within an erasure, and tries again what failed. The result is attack_table.md, and attack_table.json with intervals.

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from esd_jax import api, recipe
+from esd_jax import api, kinds, recipe
 from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
@@ -61,6 +61,7 @@ ENTRIES = {
     "ablating": both("emoji_ablating", "emoji_ablating_object"),
     "forget_me_not": both("emoji_forget_me_not", "emoji_forget_me_not_object"),
     "stereo": both("emoji_stereo", "emoji_stereo_object"),
+    "redirect": both("emoji_redirect", "emoji_redirect_object"),
     "uce": both("emoji_uce", "emoji_uce_object"),
     "rece": both("emoji_rece", "emoji_rece_object"),
     "speed": both("emoji_speed", "emoji_speed_object"),
@@ -168,10 +169,7 @@ def one_prompt(base: Pipeline, target: Target) -> bool:
 def carried_out(config: str, target: Target) -> dict[str, Any]:
     """A recipe's fields but for the concept; what it preserves, without what is erased here."""
     plan = {name: value for name, value in recipe.read(config).to_dict().items() if name not in ("base", "concept")}
-    if plan["preserve"]:
-        prompts = [prompt.strip() for prompt in plan["preserve"].split("|")]
-        plan["preserve"] = " | ".join(p for p in prompts if not set(target.names) & set(p.split()))
-    return plan
+    return kinds.fitted(plan, target.concepts)
 
 
 def _described(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from launch.experiments import plots
 from launch.experiments.compare_methods import ENTRIES, lost
 from launch.experiments.results import kept, read, write
 
-TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not", "stereo")
+TRAINED = ("esd", "all_but_one", "sdd", "ablating", "forget_me_not", "stereo", "redirect")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 PENALTIES, SUBSETS = (0.0, 0.5, 1.0, 1.5, 5.0), ("xattn", "to_out")
 DRIFTING, PARTS = ("esd", "all_but_one", "sdd"), 6  # methods, and points along each one's updates

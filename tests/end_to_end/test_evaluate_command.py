@@ -40,7 +40,7 @@ def test_evaluate_a_run_and_go_on(models, capsys):
     assert esd("evaluate", run / "model", *options) == 2
     assert "--output is required" in capsys.readouterr().err
     assert esd("evaluate", run / "model", *options, f"--output={folder / 'x'}") == 2
-    assert "give the base" in capsys.readouterr().err
+    assert "name the base, too" in capsys.readouterr().err
     assert esd("evaluate", folder / "base", run / "model", *options, f"--output={folder / 'x'}") == 0
     again = json.loads((folder / "x" / "evaluation-smoke.json").read_text())
     assert again["tables"] == kept["tables"]

@@ -118,7 +118,7 @@ def test_it_is_restored_and_exported(toy, tmp_path):
         written = exports.export(erased, tmp_path / name, format, verify=True, **options)
         assert written.changed == 8 and written.carried == pytest.approx(1, abs=1e-6) and written.levels == 0
     assert exports.possible(erased) == ("folder", "delta", "difference", "orbax")
-    for format, need in (("lora", "UNet"), ("single", "single-file layout")):
+    for format, need in (("lora", "LoRA layout"), ("single", "single-file layout")):
         with pytest.raises(ValueError, match=one_line(f"format '{format}'", need, "the toy flow model")):
             esd_jax.export(erased, tmp_path / "x.safetensors", format=format)
 
@@ -145,13 +145,15 @@ def test_what_it_lacks_is_refused_by_name(toy):
         attacks.attack(base, erased, goal, attacks.preset("concept_inversion"))
     every, lacks, said = attacks.chosen(["all"]), (lambda one: attacks.lacking(one, base, goal)), []
     left = attacks.within(every, ["all"], lacks, said.append)
-    assert {one.NAME for one in left} == {"encoder-output inversion", "stored weights"}
+    assert {one.NAME for one in left} == {
+        "encoder-output inversion", "null-text inversion", "diffusion completion", "stored weights",
+    }  # fmt: skip
     assert len(said) == len(every) - len(left) and all(line.startswith("left out: ") for line in said)
     assert any("P4D needs" in line and "the toy flow model" in line for line in said)
     assert any("composition needs two concepts" in line for line in said)
     assert any("'attn'" in line for line in said) and any("prompts without 'cat'" in line for line in said)
-    with pytest.raises(ValueError, match=one_line("variance-preserving", "the toy flow model")):
-        attacks.within(attacks.chosen(["null_inversion", "all"]), ["null_inversion", "all"], lacks, said.append)
+    with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # it is asked for by name
+        attacks.within(attacks.chosen(["p4d", "all"]), ["p4d", "all"], lacks, said.append)
     with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # before a goal is drawn
         dossier.attack(base, erased, ["p4d"], output_dir="unused", concept="cat")
     own = attacks.attack(base, erased, goal, attacks.preset("random_prompts", count=2, length=3))

@@ -122,6 +122,6 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(base, alone, t
 
 def test_an_error_of_the_first_reaches_all(base, alone):
     for text in ended(start_job(base, alone), 2):
-        assert "exists: resume it, overwrite it, or choose another output_dir" in text
+        assert "--resume continues it, --overwrite replaces it, -o names another" in text
     for text in ended(start_job(base, alone, "--overwrite", batch_size=2), 2):
         assert "batch_size=2 does not give each of the 4 devices" in text

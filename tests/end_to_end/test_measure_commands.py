@@ -129,7 +129,8 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
     for name in ("report.html", "report.json", "ERASURE.md", "before_after.png", "model"):
         assert (output / name).exists() and str(output / name) in printed
     report = json.loads((output / "report.json").read_text())
-    assert [label for label, cells in report["tables"][0]["rows"] if cells][:4] == ["base", "erased", "sham", "seed"]
+    labels = [label for label, cells in report["tables"][0]["rows"] if cells]
+    assert labels[:4] == ["base", "erased", "placebo", "reseeded baseline"]
     assert [moment["step"] for moment in report["timeline"]] == [0, 1, 2] and report["weights"]
     assert report["command"] or report["record"]["recipe"]["steps"] == 2
 

@@ -4,6 +4,7 @@ import dataclasses
 from functools import cache
 
 import factories
+import flow_factories
 import jax
 import numpy as np
 import pytest
@@ -62,6 +63,30 @@ def test_the_gauge_is_0_at_the_concept_and_1_at_the_prompt_without_it(victims):
     assert gauge(base, other, target, neutral, 5) == pytest.approx(found / without, rel=1e-3)
     with pytest.raises(ValueError, match=one_line("no trial")):
         gauge(base, base, target, ())
+
+
+def test_the_gauge_along_a_rectified_flow(tmp_path):
+    """SD 3: x = (1 - sigma) x0 + sigma eps with the shifted sigma, of which the network gets 1,000 times."""
+    flow_factories.make_sd3(tmp_path / "base")
+    flow_factories.make_sd3(tmp_path / "other", seed=1)
+    base, other = (esd_jax.load(tmp_path / name) for name in ("base", "other"))
+    target = goal("cat", ("a cat",), 2)
+    (trial,) = (Trial("a", base.encode_prompts(["a"]), 0),)
+    image, t, noise = jax.random.split(adversaries.case_keys(0, 1)[0], 3)
+    image, t = jax.random.randint(image, (32,), 0, 2), np.asarray(jax.random.randint(t, (32,), 900, 1000))
+    x0 = np.asarray(base.encode(target.images / np.float32(127.5) - 1))[image]
+    plain = (t + 1) / 1000
+    sigma = 3 * plain / (1 + 2 * plain)  # the shift of the factory's scheduler
+    level = sigma[:, None, None, None]
+    x = (1 - level) * x0 + level * np.asarray(jax.random.normal(noise, x0.shape))
+
+    def says(model, text):
+        encoded = base.encode_prompts([text] * 32)
+        return np.asarray(model.denoise(x.astype(np.float32), np.float32(1000 * sigma), encoded), np.float64)
+
+    asked = says(base, "a cat")
+    attacked, without = (np.mean((one - asked) ** 2) for one in (says(other, "a"), says(base, target.neutral[0])))
+    assert gauge(base, other, target, (trial,)) == pytest.approx(attacked / without, rel=1e-3)
 
 
 LIGHT = {"a dog": 140, "the mat": 120}  # what detects these

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch_oracle import AXES
 
 from esd_jax import api, families
@@ -36,6 +37,12 @@ COUNTS |= {
     "sd3-medium": {"transformer": (683, 2_028_328_000 + 56_623_104), **SD3},
     "sd35-medium": {"transformer": (909, 2_243_171_520 + 226_492_416), **SD3},
     "sd35-large": {"transformer": (1227, 8_056_627_520 + 89_653_248), **SD3},
+    # The VAE's include the statistics of its latents, 128 channels; of Qwen3's 36 layers 27 are needed.
+    "klein-4b": {
+        "transformer": (169, 3_875_544_576),
+        "vae": (250, 84_046_115 + 2 * 128),
+        "text_encoder": (1 + 27 * 11, 151_936 * 2560 + 27 * 100_930_816),
+    },
 }
 NETWORKS = [(name, component) for name, components in COUNTS.items() for component in components]
 
@@ -73,6 +80,8 @@ def test_names_and_shapes_are_those_of_torch(name, component):
     original = theirs(config)
     expected = {key.removeprefix("text_model."): tuple(v.shape) for key, v in original.state_dict().items()}
     expected.pop("encoder.embed_tokens.weight", None)  # which is shared.weight
+    ignores = getattr(api.architecture(name)[0][component], "ignores", lambda key: False)
+    expected = {key: shape for key, shape in expected.items() if not ignores(key)}
     # AXES leads from torch's layout to ours; argsort inverts it.
     for key, value in ours.shapes.items():
         # A vector may have several axes, which are the same in torch.
@@ -110,25 +119,26 @@ def test_pipeline_and_scheduler_are_known_to_diffusers(name):
 @pytest.mark.parametrize("name", architectures.TRANSFORMERS)
 def test_pipeline_and_scheduler_of_flows_are_known_to_diffusers(name):
     read, (configs, schedule) = architectures.read(name), api.architecture(name)
-    index, flux = read["model_index"], name.startswith("flux")
+    index, flux, klein = read["model_index"], name.startswith("flux"), name == "klein-4b"
     families.of(configs).check(configs)
     for component in COUNTS[name]:
         library, kind = index[component]
         assert kind in (read[component].get("_class_name"), *read[component].get("architectures", ()))
         assert library == ("transformers" if component.startswith("text") else "diffusers")
     assert families.of(configs).default_size(configs) == (1024, 1024)
-    # The 16-channel VAEs, and the noise levels of a square image of 1024 pixels.
-    scaled = (0.3611, 0.1159) if flux else (1.5305, 0.0609)
+    # The scales of VAEs, and the noise levels of a square image of 1024 pixels.
+    scaled = (1.0, None) if klein else (0.3611, 0.1159) if flux else (1.5305, 0.0609)
     assert (configs["vae"].scaling_factor, configs["vae"].shift_factor) == scaled
     theirs = getattr(diffusers, read["scheduler"]["_class_name"]).from_config(read["scheduler"])
-    levels = {"sigmas": np.linspace(1, 1 / 4, 4), "mu": 1.15} if flux else {"num_inference_steps": 4}
+    mu = compute_empirical_mu(4096, 4) if klein else 1.15
+    levels = {"sigmas": np.linspace(1, 1 / 4, 4), "mu": mu} if flux or klein else {"num_inference_steps": 4}
     theirs.set_timesteps(**levels)
     ours = families.of(configs).at_size(configs, schedule, (1024, 1024)).visited(4)
     np.testing.assert_allclose(ours, theirs.sigmas[:-1].numpy(), rtol=3e-7)
 
 
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="no architecture is named 'sd3': choose one of sd14, .*, sd35-large"):
+    with pytest.raises(ValueError, match="no architecture is named 'sd3': choose one of sd14, .*, klein-4b"):
         architectures.read("sd3")
 
 

@@ -17,6 +17,7 @@ from esd_jax.erasing.textual_inversion import TABLE, Encoder, condition, framed
 from esd_jax.evaluation.attacks import (
     concept_inversion,
     encoder_output,
+    fine_tuning,
     hidden,
     merged,
     p4d,
@@ -248,7 +249,7 @@ def test_healing_is_plain_training_of_what_the_erasure_trained(oracle):
     ids = np.stack([framed(tokens, row) for row in ([2], [3, 4], [5])])
     encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
-    healed, losses = run(theta, hidden.Fixed(frozen, theta), x0, encoded, key)
+    healed, losses = run(theta, fine_tuning.Fixed(frozen, theta), x0, encoded, key)
 
     trained = [p for n, p in unet.named_parameters() if n in names]
     before = [p.detach().clone() for p in trained]
@@ -279,7 +280,7 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
     encoded = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     encoded = jax.tree.map(lambda a: jnp.repeat(a, 3, axis=0), encoded)
     run = hidden.healer(settings, oracle.world.network, SCHEDULE, "float64")
-    healed, losses = run(factors, hidden.Fixed(frozen, first), x0, encoded, key)
+    healed, losses = run(factors, fine_tuning.Fixed(frozen, first), x0, encoded, key)
 
     a, b = (torch.tensor(np.asarray(value)).requires_grad_(True) for value in factors.values())
     student = oracle.world.models.student
@@ -294,7 +295,7 @@ def test_healing_of_low_rank_trains_the_factors(oracle):
         loss.backward()
         adamw.step()
         assert float(ours) == pytest.approx(loss.item(), rel=1e-7)
-    tensor = hidden.effective(settings, healed, first)["text.weight"]
+    tensor = lora.weights(healed, first)["text.weight"]
     np.testing.assert_allclose(tensor, (whole + (a @ b).T).detach().numpy().T, rtol=1e-5, atol=1e-7)
 
 
@@ -307,7 +308,7 @@ def test_a_lora_of_another_erasure_is_trained_towards_the_empty_prompt(oracle):
     rows = textual_inversion.encode(oracle.text, oracle.params, ids, jnp.zeros((1, 16), jnp.float64))
     named, empty = (jax.tree.map(lambda a, i=i: a[i : i + 1], rows) for i in range(2))
     run = merged.trainer(settings, oracle.world.network, SCHEDULE, "float64")
-    trained, losses = run(factors, hidden.Fixed(frozen, first), x0, named, empty, key)
+    trained, losses = run(factors, fine_tuning.Fixed(frozen, first), x0, named, empty, key)
 
     a, b = (torch.tensor(np.asarray(value)).requires_grad_(True) for value in factors.values())
     base = oracle.world.models.teacher

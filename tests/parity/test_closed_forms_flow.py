@@ -1,10 +1,11 @@
-"""UCE and RECE on SD3 and FLUX.1, against their least squares in NumPy, float64."""
+"""UCE and RECE on SD3, FLUX.1 and FLUX.2 [klein], against their least squares in NumPy, float64."""
 
 import dataclasses
 
 import flow_factories
 import jax
 import jax.numpy as jnp
+import klein_factory
 import numpy as np
 import pytest
 from messages import one_line
@@ -14,11 +15,12 @@ import esd_jax
 from esd_jax import recipe
 from esd_jax.runs import setup
 
-MAKE = {"flux": flow_factories.make_flux, "sd3": flow_factories.make_sd3}
+MAKE = {"flux": flow_factories.make_flux, "sd3": flow_factories.make_sd3, "klein": klein_factory.make_klein}
 TOKENS, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
 SIZE = {"height": 16, "width": 24}
 CONCEPT, GUIDE, KEPT = "two cats", "a photo", "a photograph of V"
 CLIP_TOKENS, T5_END = 77, 1
+BEFORE = 3  # tokens of a chat: its start, "user" and a line feed
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,16 @@ def bases(tmp_path_factory):
     return of
 
 
+def layers_of(base):
+    return [name for name in (TOKENS, POOLED) if name in base.params["transformer"]]
+
+
 def parts(base, text):
     """(vectors [tokens, width], ids, place of the last word) of each text encoder whose tokens the network reads."""
     encoded = np.asarray(base.encode_prompts([text]).embeddings[0], float)
+    if len(base.tokenizers) == 1:
+        chat = base.tokenizers[0]
+        return [(encoded, chat([text])[0], BEFORE + len(chat.words(text)) - 1)]
     t5 = base.tokenizers[-1]([text])[0]
     last = max(int(np.flatnonzero(t5 == T5_END)[0]) - 1, 0)
     if len(base.tokenizers) == 2:
@@ -87,7 +96,7 @@ def setting(base, method, **fields):
     flat = recipe.preset(method, "flow", **SIZE, replace_with=GUIDE, preserve=KEPT, **fields).to_dict()
     plan = recipe.make(**flat | {"concept": CONCEPT})
     tools = setup.make_tools(base, plan, jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.local_devices()[:1]))
-    assert set(tools.subset) == {TOKENS, POOLED}
+    assert {*tools.subset} == {*layers_of(base)}
 
     def encode(texts):  # one by one, as the reference does: in a batch float32 rounds otherwise
         return jax.tree.map(lambda *a: jnp.concatenate(a), *(tools.encode([text]) for text in texts))
@@ -105,14 +114,18 @@ def solved(method, inputs, theta):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [("flux", "last"), ("flux", "all"), ("flux", "positions"), ("sd3", "last"), ("sd3", "all")]
+    ("kind", "tokens"),
+    [
+        *(("flux", "last"), ("flux", "all"), ("flux", "positions"), ("sd3", "last"), ("sd3", "all")),
+        *(("klein", "last"), ("klein", "all")),
+    ],
 )
 def test_uce(kind, tokens, bases):
     """Every token vector of the concept becomes the guide's, in the text encoder that it comes from."""
     base = bases(kind)
     method, inputs, theta = setting(base, "uce", tokens=tokens, preserve_scale=0.25)
     ours = solved(method, inputs, theta)
-    for layer in (TOKENS, POOLED):
+    for layer in layers_of(base):
         erased = [(c, guide, 1.0) for c, guide in pairs(base, layer, CONCEPT, GUIDE, tokens)]
         if tokens == "last":
             kept = [(c, 0.25) for c, _ in pairs(base, layer, KEPT, KEPT, "last")]
@@ -136,12 +149,13 @@ def test_uce_retains_prompts(bases, tmp_path):
         assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-3  # the root is float32
 
 
-def test_rece(bases):
+@pytest.mark.parametrize("kind", ["sd3", "klein"])
+def test_rece(kind, bases):
     """An epoch of it: what UCE's weights still take for the concept becomes the guide."""
-    base, r, lam = bases("sd3"), 0.25, 0.5
+    base, r, lam = bases(kind), 0.25, 0.5
     method, inputs, theta = setting(base, "rece", epochs=1, r=r, lam=lam, preserve_scale=0.25)
     ours = solved(method, inputs, theta)
-    for layer in (TOKENS, POOLED):
+    for layer in layers_of(base):
         w0 = theta[layer].T
         kept = [(whole(base, layer, text), 0.25) for text in ("", KEPT)]
         first = edited(w0, [(*both, 1.0) for both in pairs(base, layer, CONCEPT, GUIDE, "all")], kept, lam)

@@ -167,14 +167,14 @@ def test_a_run_erases_and_its_folder_is_what_diffusers_opens(kind, fields, folde
     for name in (base.text_encoders[-1], f"tokenizer_{len(base.tokenizers)}", "vae", "scheduler"):
         for path in (folder / name).iterdir():  # T5's names are none that an export changes
             assert (tmp_path / "out" / name / path.name).read_bytes() == path.read_bytes()
-    assert exports.possible(erased) == ("folder", "delta", "difference", "orbax")
+    assert exports.possible(erased) == ("folder", "single", "delta", "difference", "lora", "orbax")
     delta = exports.export(erased, tmp_path / "delta.safetensors", "delta", verify=verify, dtype="float32").path
     np.testing.assert_array_equal(esd_jax.load(delta, base=base).denoise(x, t, cat), after)
 
 
 def test_kept_trajectories_and_preserved_prompts_serve_a_distilled_model(folders, tmp_path):
     base = folders("dev")[2]
-    fields = {"updates_per_trajectory": 4, "trajectory_buffer": 2, "preserve": "two photos", "steps": 4}
+    fields = {"updates_per_trajectory": 4, "trajectory_buffer": 2, "preserve": "two photos", "steps": 4, "rank": 0}
     erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **RUN | fields)
     assert all(np.isfinite(value).all() for value in erased.edits.values()) and len(erased.edits) == 16
 
@@ -205,7 +205,8 @@ def test_the_other_methods_erase(kind, method, fields, folders, tmp_path):
     small = {"steps": 2, "batch_size": 2, "rank": 2, "height": SIZE[0], "width": SIZE[1], "preserve": "two photos"}
     small |= {"drawing_steps" if method == "ablating" else "sampling_steps": 2, "preserve_images": 1}
     plan = recipe.preset(method, variant, **small | fields).to_dict()
-    erased = esd_jax.erase(base, "cat", output_dir=tmp_path / "run", **plan | {"concept": "cat"})
+    given = {name: value for name, value in plan.items() if name != "base"}
+    erased = esd_jax.erase(base, **given | {"concept": "cat", "output_dir": tmp_path / "run"})
     names = select(plan["subset"], base.network("transformer").layouts, base.family.subsets)
     moved = {name for name, value in erased.edits.items() if np.any(value != base.params["transformer"][name[12:]])}
     weights = {f"transformer/{name}" for name in names if name.endswith("weight")}
@@ -244,10 +245,16 @@ def test_what_does_not_go_with_a_flow_is_refused_by_name(folders):
         ({"method": "all_but_one", "subset": "flow-text"}, "guidance by the empty prompt"),
         ({"method": "ablating", "subset": "flow-text", "replace_with": "photo"}, "cross-attention"),
         (
-            {"method": "ablating", "kind": "nudity", "detach_bos": False, "subset": "flow-text", "replace_with": "cat"},
+            {
+                "method": "ablating",
+                "kind": "nudity",
+                "detach_bos": False,
+                "subset": "flow-text",
+                "replace_with": "photo",
+            },
             "guidance by the empty prompt",
         ),
-        ({"timestep_mode": "compvis", "subset": "flow-text"}, "timestep_mode='grid'"),
+        (FLOW | {"timestep_mode": "compvis"}, "timestep_mode='grid'"),
     ):
         with pytest.raises(ValueError, match=one_line(named)):
             esd_jax.erase(base, "cat", **{"sampler": "flow_euler"} | options if "method" not in options else options)

@@ -83,6 +83,27 @@ def test_transformer(kind, dtype, monkeypatch):
         assert ours.dtype == dtype and error(ours, theirs(original, x, t, conditioning)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.slow
+def test_a_block_of_each_kind_of_true_size():
+    """FLUX.1 [dev] at 512 px, but for its depth: 512 tokens of text and 1,024 of the image."""
+    config = PUBLISHED | {"num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (16, 56, 56)}
+    original = diffusers.FluxTransformer2DModel(**{k: v for k, v in config.items() if k != "_class_name"})
+    original = torch_oracle.random_(original)
+    net = functional(lambda: FluxTransformer2DModel(FluxConfig.from_dict(config)))
+    rng = np.random.default_rng(5)
+    x, embeddings, pooled = (
+        rng.normal(size=(1, *shape)).astype(np.float32) for shape in ((64, 64, 16), (512, 4096), (768,))
+    )
+    inputs = x, np.array([801.25], np.float32), FlowConditioning(embeddings, pooled, np.array([3.5], np.float32))
+    expected = theirs(original, *inputs)
+    params = to_params(original.state_dict(), net)
+    del original
+    with exactly("float32"):
+        ours = jax.jit(net.apply)(params, *inputs)
+    assert ours.shape == x.shape and np.isfinite(ours).all()
+    assert error(ours, expected) <= TOLERANCE["float32"]
+
+
 def test_transformer_takes_one_timestep_for_all():
     with exactly("float64"):
         _, apply, params = network("dev", "float64")

@@ -14,7 +14,7 @@ from esd_jax.diffusion import inversion, programs, samplers
 from esd_jax.diffusion.flow import CLASS, FlowSchedule
 from esd_jax.diffusion.rules import SEGA, SLD, Edit
 from esd_jax.erasing import textual_inversion
-from esd_jax.evaluation.attacks import encoder_output, hidden
+from esd_jax.evaluation.attacks import encoder_output, fine_tuning, hidden
 from esd_jax.evaluation.attacks.encoder_output import EncoderOutput
 from esd_jax.evaluation.attacks.hidden import Resurgence
 from esd_jax.models.unet import Conditioning
@@ -132,7 +132,7 @@ def test_healing_learns_velocities():
         rng, key = np.random.default_rng(5), jax.random.key(6)
         x0, text = jnp.asarray(rng.standard_normal((2, *SHAPE))), jnp.asarray(rng.standard_normal((2, 7, 16)))
         theta = component(w.student, "unet")
-        _, losses = run(theta, hidden.Fixed({}, theta), x0, Conditioning(text), key)
+        _, losses = run(theta, fine_tuning.Fixed({}, theta), x0, Conditioning(text), key)
         image, t, noise = textual_inversion.draw(jax.random.fold_in(key, 0), 1, SCHEDULE, x0)
         t, x0, noise = told(flow.TRAINED[np.asarray(t)]), to_nchw(x0[image]), to_nchw(noise)
         models = w.models.__class__(w.models.student, w.models.teacher, lambda texts: texts)

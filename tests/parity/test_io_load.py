@@ -276,10 +276,10 @@ def test_the_source(sd1, tmp_path, monkeypatch):
 
 def test_weights_of_8_bits_are_refused_before_they_are_read(copy):
     file = copy / UNET
-    tensors = {key: value.to(torch.float8_e5m2) for key, value in safetensors.torch.load_file(file).items()}
+    tensors = {key: value.to(torch.int8) for key, value in safetensors.torch.load_file(file).items()}
     safetensors.torch.save_file(tensors, file)
     for read in (io.load, io.describe):
-        with pytest.raises(ValueError, match=one_line(file, "F8_E5M2", "not implemented", "float16")):
+        with pytest.raises(ValueError, match=one_line(file, "I8", "not implemented", "float16")):
             read(copy)
 
 

@@ -223,7 +223,7 @@ def test_preserved_prompts_and_images():
         for settings in (Retention(0.25), Retention(0.25, images=1, empty=0.5)):
             alone = ESD(**ESD_FLOW).make(checkpoint, concepts)
             method, inputs = retaining(*alone, checkpoint, concepts, settings)
-            keys = jax.random.split(jax.random.key(1), 2)
+            keys = jax.random.split(jax.random.key(1), 4)
             draws = jax.jit(method.draw, static_argnums=3)(0, keys[0], keys, SHAPE, inputs)
             prepare = jax.jit(lambda method, draws, inputs: method.prepare(Models(w.student, w.teacher), draws, inputs),
                               static_argnums=0)  # fmt: skip
@@ -239,12 +239,13 @@ def test_preserved_prompts_and_images():
                 return float(torch.mean((student - teacher) ** 2))
 
             if settings.images:
-                drawn, latents = draws.terms[1], np.asarray(inputs.terms[1].images)
-                assert np.isin(np.asarray(drawn.t), told(flow.TRAINED)).all()
+                latents, (term,) = np.asarray(inputs.terms[0].images), draws.terms
+                drawn, empty = term.at, np.asarray(term.empty)
+                assert np.isin(np.asarray(drawn.t), told(flow.TRAINED)).all() and set(empty.tolist()) == {True, False}
                 prompt, image = np.asarray(drawn.prompt), np.asarray(drawn.image)
                 x = noised(to_nchw(latents[prompt, image]), to_nchw(drawn.noise), np.asarray(drawn.t))
-                expected += 0.25 * distance(x, drawn.t, [kept[i] for i in prompt])
-                expected += 0.5 * distance(to_nchw(own.x), own.t, NOTHING)
+                texts = ["" if none else kept[i] for none, i in zip(empty, prompt, strict=True)]
+                expected += 0.75 * distance(x, drawn.t, texts)
             else:
                 k, texts = int(draws.kept.index), [kept[int(i)] for i in draws.kept.concept]
                 x = flow.sampled(guided(w.models.teacher, w.models, texts, 3.0), to_nchw(draws.kept.noise), k, 20)

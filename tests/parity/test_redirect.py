@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_oracle
 from ablating_world import Studio
-from esd_world import SHAPE, tools, world
-from rounds_world import noised
-from torch_oracle import exactly, to_nchw
+from esd_world import SHAPE, as_ours, tools, world
+from rounds_world import TEXTS, Words, example_keys, noised
+from torch_oracle import error, exactly, to_nchw
 
 from esd_jax import sharding
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.methods import redirect
-from esd_jax.methods.redirect import ANCHOR, MIXED, NAMED, OTHER, Redirect
+from esd_jax.methods.redirect import ANCHOR, FOLLOWED, LEFT, MIXED, NAMED, OTHER, Redirect
+from esd_jax.training.step import blank_memory
 
-BATCH = 12
+BATCH = 24
 CONCEPT = Concept("a cat", replace_with=("a dog",), preserve=("a horse", "a photo"))
 NAMES = ["a cat", "a cat in a photo"]  # of the rows
 ANCHORS = ["a dog", "a dog in a photo"]
@@ -43,18 +45,21 @@ def test_an_update_equals_its_equation(prediction):
             [a for a in ANCHORS for _ in "ab"],
         ]
         assert len({options["seed"] for _, options in studio.asked}) == 1  # of the same noise
+        assert not any("negative_prompt" in options for _, options in studio.asked)
         keys = sharding.per_example_keys(jax.random.key(3), jnp.arange(BATCH))
         draws = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs)
         prepared = jax.jit(method.prepare)(Models(w.student, w.teacher), draws, inputs)
         loss = float(method.loss(w.student, prepared))
         drawn = jax.tree.map(np.asarray, draws._replace(key=jax.random.key_data(draws.key)))
-    assert {OTHER, NAMED, ANCHOR, MIXED} == set(drawn.kind.tolist())
-    assert (drawn.t >= 0.3 * method.schedule.num_train_timesteps).all()
+    assert {OTHER, NAMED, ANCHOR, MIXED, FOLLOWED, LEFT} == set(drawn.kind.tolist())
+    total, followed = method.schedule.num_train_timesteps, drawn.kind >= FOLLOWED
+    assert (drawn.t[~followed] >= 0.3 * total).all() and drawn.t[followed].min() < 0.3 * total
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
     x, seen = (
         noised(np.asarray(z)[drawn.row, drawn.image], drawn.t, drawn.noise) for z in (inputs.images, inputs.anchors)
     )
+    x = torch.where(torch.tensor(followed)[:, None, None, None], seen, x)
     kept = drawn.kind == OTHER
     told = [CONCEPT.preserve[o] if k else ANCHORS[r] for k, o, r in zip(kept, drawn.other, drawn.row, strict=True)]
     where = torch.where(torch.tensor(kept)[:, None, None, None], x, seen)
@@ -70,7 +75,7 @@ def test_an_update_equals_its_equation(prediction):
     np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
     np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
 
-    rows = {NAMED: NAMES, ANCHOR: ANCHORS}
+    rows = {NAMED: NAMES, FOLLOWED: NAMES, ANCHOR: ANCHORS, LEFT: ANCHORS}
     encoded = np.asarray(prepared.conditioning.embeddings)
     for i, kind in enumerate(drawn.kind):
         if kind != MIXED:
@@ -80,6 +85,45 @@ def test_an_update_equals_its_equation(prediction):
     assert loss == pytest.approx(float((error**2).mean()), rel=1e-6)
 
 
+def test_an_adversary_is_led_to_what_the_base_sees_in_the_anchors_images(monkeypatch):
+    torch_oracle.exact_sinusoid(monkeypatch)
+    with exactly("float64"):
+        w, batch = Words("toy"), 4
+        method, inputs = w.make(method=Redirect, rounds_warm=0)
+        term, own, models = method.terms[0], inputs.terms[0], Models(w.world.student, w.world.teacher)
+        state = term.inversion.begin(own.gallery, 0, jax.random.key(0))
+        memory = jax.tree.map(lambda a: a[:, 0], blank_memory(method, SHAPE, batch))
+        members = jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, 2, *a.shape)), state)
+        bank = memory[1][0]._replace(members=members, added=jnp.ones(batch, jnp.int32))
+        keys = example_keys(1, batch)
+        draws = method.draw(keys.step, keys.shared, keys.own, SHAPE, inputs)
+        _, recalled = method.recall(models, draws, (memory[0], (bank,)), keys.step, inputs)
+        prepared = jax.jit(method.prepare)(models, recalled, inputs)
+        ours, grads = jax.jit(jax.value_and_grad(method.loss))(w.world.student, prepared)
+        inner, inner_grads = jax.jit(jax.value_and_grad(method.method.loss))(w.world.student, prepared.inner)
+    np.testing.assert_array_equal(own.gallery.images[0], inputs.inner.images)
+    np.testing.assert_array_equal(own.anchors[0], inputs.inner.anchors)
+    assert not np.array_equal(own.anchors, own.gallery.images)
+
+    at = draws.terms[0].at
+    assert all(600 <= t < 1000 for t in at.t.tolist())
+    where = (0, np.asarray(at.row), np.asarray(at.image))
+    x, seen = (noised(np.asarray(images)[where], at.t, at.noise) for images in (own.gallery.images, own.anchors))
+    output = w.says("teacher", seen, at.t, w.texts([TEXTS[int(row)][1] for row in at.row]))
+    alpha, sigma = (torch.tensor(np.sqrt(part)[at.t, None, None, None]) for part in both(w.tools.schedule.alpha_bar))
+    target = (x - alpha * (seen - sigma * output) / alpha) / sigma
+    hidden = w.hidden(np.asarray(own.gallery.ids)[0, 0, where[1]], [torch.tensor(np.asarray(state.value.tokens))] * 4)
+    student = w.world.models.student.requires_grad_(True)
+    loss = 0.7 * ((w.says("student", x, at.t, hidden) - target) ** 2).mean()
+    names, values = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, values)
+    student.requires_grad_(False)
+    assert float(ours - inner) == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in zip(names, gradients, strict=True):
+        difference = np.asarray(grads[f"unet/{name}"] - inner_grads[f"unet/{name}"])
+        assert error(difference, as_ours(w.world, name, value)) <= 1e-4, name
+
+
 def both(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return alpha_bar, 1 - alpha_bar
 
@@ -87,6 +131,51 @@ def both(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def says(network: Any, x: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(x, torch.tensor(t).double()[:, None, None, None], states).sample
+
+
+def test_each_concept_has_rows_of_its_own_in_the_gallery_of_rounds():
+    w = Words("toy", "float32")
+    concepts = [Concept("clay", replace_with=("cat",)), Concept("cat", replace_with=("clay",))]
+    _, inputs = w.make(concepts, method=Redirect)
+    inner, own = inputs.inner, inputs.terms[0]
+    for images, flat in ((own.gallery.images, inner.images), (own.anchors, inner.anchors)):
+        assert images.shape[:2] == (2, 2)  # concepts, and each alone and in the context
+        for concept in range(2):
+            np.testing.assert_array_equal(images[concept], flat[2 * concept : 2 * concept + 2])
+    named = np.asarray(own.gallery.named.embeddings)
+    np.testing.assert_allclose(named.reshape(4, *named.shape[2:]), inner.named.embeddings, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"rounds_from_t": 1000}, {"rounds_tokens": "70"}])
+def test_rounds_that_do_not_fit_are_refused_before_anything_is_drawn(fields):
+    w, asked = Words("toy", "float32"), []
+    ours = w.tools_with(lambda *a, **k: asked.append(a))
+    with pytest.raises(ValueError):
+        Redirect(rounds_every=3, **fields).make(ours, [Concept("clay")])
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("concept", "fields", "message"),
+    [
+        (Concept("a cat", replace_with=("a dog", "a horse")), {}, "one replacement"),
+        (Concept("a cat"), {"drawing_guidance": 1.0}, "drawing_guidance=1.0"),
+    ],
+)
+def test_what_redirection_cannot_do_is_refused(concept, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Redirect(**fields).make(tools(world("toy", "float32")), [concept])
+
+
+def test_what_replaces_nothing_is_drawn_away_from_the_concept():
+    studio = Studio("float64")
+    ours = tools(world("toy", "float64"), sample=studio.sample, to_latents=studio.to_latents)
+    concepts = [Concept("a cat"), Concept("a dog", replace_with=("a horse",)), Concept("a horse")]
+    Redirect(drawn_images=1, contexts="{} in a photo: a photo").make(ours, concepts)
+    assert [(prompts[0], options.get("negative_prompt")) for prompts, options in studio.asked] == [
+        ("a cat", None), ("", "a cat, a horse"), ("a dog", None), ("a horse", None), ("a horse", None),
+        ("", "a cat, a horse"),
+    ]  # fmt: skip
 
 
 def test_a_mixture_is_what_its_equation_says():
@@ -110,6 +199,8 @@ def test_a_mixture_is_what_its_equation_says():
         ({"redirect_from": 1.0}, "redirect_from=1.0"),
         ({"drawn_images": 0}, "drawn_images=0"),
         ({"contexts": "a"}, "contexts"),
+        ({"rounds_search": 0}, "rounds_search=0"),
+        ({"rounds_images": 2}, "rounds_images"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):

@@ -41,7 +41,8 @@ def says(w: Any, which: str, x: torch.Tensor, t: Any, texts: list[str]) -> torch
         return network(x, t, w.models.encode(texts)).sample
 
 
-TRAINED = [name for name, settings in METHODS.items() if settings.trained]
+# STEREO learns tokens of a text encoder, which these worlds do not have: `test_stereo`.
+TRAINED = [name for name, settings in METHODS.items() if settings.trained and name != "stereo"]
 # Its loss is of attention maps, which the toy does not have.
 SLOW = {"forget_me_not": pytest.mark.slow}
 
@@ -50,7 +51,7 @@ SLOW = {"forget_me_not": pytest.mark.slow}
 def test_an_update_loses_the_methods_own_and_both_terms(name):
     """From a student that is not the base: there both terms would be 0."""
     fields, of_concept = CASES[name]
-    settings, batch = METHODS[name](**fields), 2
+    settings, batch = METHODS[name](**fields), 4
     w = small("float64") if name == "ablating" else world("unet" if name in SLOW else "toy", "float64")
     with exactly("float64"):
         studio = Studio("float64")
@@ -72,16 +73,30 @@ def test_an_update_loses_the_methods_own_and_both_terms(name):
         shared, examples = jax.random.split(jax.random.fold_in(begun.key, 0))
         keys = sharding.per_example_keys(examples, jnp.arange(batch))
         draws = jax.jit(method.draw, static_argnums=3)(0, jax.random.fold_in(shared, 0), keys, SHAPE, inputs)
-        empty, kept, latents = draws.terms[0], draws.terms[1].at, np.asarray(inputs.terms[1].images)
-        seen = [noised(latents[np.asarray(a.prompt), np.asarray(a.image)], a.t, a.noise) for a in (empty, kept)]
+        (term,) = draws.terms
+        at, latents = term.at, np.asarray(inputs.terms[0].images)
+        x_t = noised(latents[np.asarray(at.prompt), np.asarray(at.image)], at.t, at.noise)
 
-    distances = []
-    prompts = [PRESERVED[int(i)] for i in kept.prompt]
-    for x_t, t, texts in ((seen[0], empty.t, [""] * batch), (seen[1], kept.t, prompts)):
-        distances.append(float(((says(w, "student", x_t, t, texts) - says(w, "teacher", x_t, t, texts)) ** 2).mean()))
-    expected = EMPTY * distances[0] + WEIGHT * distances[1]
-    assert min(distances) > 1e-3
+    assert len(set(np.asarray(term.empty).tolist())) == 2  # of both kinds
+    texts = ["" if e else PRESERVED[int(i)] for e, i in zip(term.empty, at.prompt, strict=True)]
+    distance = float(((says(w, "student", x_t, at.t, texts) - says(w, "teacher", x_t, at.t, texts)) ** 2).mean())
+    expected = (EMPTY + WEIGHT) * distance
+    assert distance > 1e-3
     assert float(metrics.loss - own_metrics.loss) == pytest.approx(expected, rel=1e-4)
     assert int(state.step) == 1
     moved = [float(np.abs(state.theta[n] - own.theta[n]).max()) for n in state.theta]
     assert max(moved) > 1e-5  # their gradients, too
+
+
+def test_the_empty_prompt_is_asked_as_often_as_its_weight_says():
+    w = world("toy", "float64")
+    with exactly("float64"):
+        studio = Studio("float64")
+        ours = tools(w, sample=studio.sample, to_latents=studio.to_latents)
+        concepts = [Concept("a cat", preserve=PRESERVED)]
+        method, inputs = retaining(
+            *METHODS["esd"](**CASES["esd"][0]).make(ours, concepts), ours, concepts, Retention(WEIGHT, 1, EMPTY)
+        )
+        keys = jax.random.split(jax.random.key(0), 2000)
+        (term,) = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs).terms
+    assert float(np.mean(term.empty)) == pytest.approx(EMPTY / (EMPTY + WEIGHT), abs=0.04)

@@ -142,7 +142,7 @@ def test_damaged_tokenizers_are_named(folder, tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"], tokenizer["added_tokens"] = tokenizer["model"]["vocab"][3:], []
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=one_line(tmp_path, "no end token")):
+    with pytest.raises(ValueError, match=one_line(tmp_path, "no token '</s>'")):
         text.read(tmp_path, T5Config(), 20)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=one_line(tmp_path, "copy or download tokenizer.json again")):

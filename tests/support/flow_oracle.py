@@ -1,11 +1,12 @@
-"""One update of ESD on a flow-matching transformer in torch, from the equations: the oracle of `test_esd_flow.py`.
+"""One update of ESD on a flow-matching transformer in torch, from the equations: the oracle of `test_esd_flow.py` and
+`test_esd_klein.py`.
 
     x_t after k steps of Euler's method from noise, by the teacher, for the concept
     target = v*(x_t, anchor) - eta [v*(x_t, c) - v*(x_t, "")]
     loss = mean (v_theta(x_t, c) - target)^2
 
-FLUX.1 [dev] samples at one scale of guidance, an input of the network, and is scored at another; SD3 is sampled with
-classifier-free guidance. Everything is NCHW.
+FLUX.1 [dev] samples at one scale of guidance, an input of the network, and is scored at another; SD3 and FLUX.2 [klein]
+are sampled with classifier-free guidance. Everything is NCHW.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +56,24 @@ def sd3(pipe: diffusers.StableDiffusion3Pipeline) -> Velocity:
         with torch.no_grad():
             embeddings, _, pooled, _ = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
         return transformer(x, embeddings, pooled, t.expand(len(x))).sample
+
+    return velocity
+
+
+def klein(pipe: diffusers.Flux2KleinPipeline, layers: Sequence[int]) -> Velocity:
+    """v of FLUX.2 [klein]'s transformer, of hidden states after these layers of its text encoder."""
+
+    def velocity(transformer, x, t, prompts, guidance):
+        with torch.no_grad():
+            embeddings, text_ids = pipe.encode_prompt(list(prompts), text_encoder_out_layers=layers)
+        packed = transformer(
+            pipe._pack_latents(x),
+            encoder_hidden_states=embeddings,
+            timestep=t.expand(len(x)) / 1000,
+            img_ids=pipe._prepare_latent_ids(x),
+            txt_ids=text_ids,
+        ).sample
+        return packed.transpose(1, 2).reshape(x.shape)
 
     return velocity
 

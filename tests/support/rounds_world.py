@@ -1,4 +1,4 @@
-"""ESD with inversion rounds over a tiny network and a text encoder of nine words, here and in torch."""
+"""Methods with inversion rounds over a tiny network and a text encoder of nine words, here and in torch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from esd_jax.erasing.textual_inversion import TABLE
 from esd_jax.families import SD
 from esd_jax.methods.all_but_one import AllButOne
 from esd_jax.methods.esd import ESD
+from esd_jax.methods.redirect import Redirect
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import component, functional
@@ -32,6 +33,7 @@ ROUNDS = {"rounds_every": 3, "rounds_search": 4, "rounds_tokens": "2", "rounds_b
           "rounds_images": 2, "rounds_warm": 2, "rounds_weight": 0.7, "rounds_skip": 1e9}  # fmt: skip
 SHORT = {
     ESD: {"timestep_mode": "grid", "sampling_steps": 4, "contexts": CONTEXTS},
+    Redirect: {"contexts": CONTEXTS, "drawn_images": 2, "redirect_from": 0.6, "rounds_images": 4},
     AllButOne: {"sampling_steps": 4, "delta_warmup": 0, "window_start": 0.0, "contexts": CONTEXTS},
 }
 TEXTS = [("clay", ""), ("photo of clay", "photo")]  # p and n of each row
@@ -68,7 +70,7 @@ class Words:
     ) -> Any:
         """(method, inputs) of a method, of `ROUNDS` and its `SHORT` with some fields changed; kept: of `Retention`."""
         tools = self.tools_with(Studio().sample)  # the same images every time
-        made, inputs = method(**{**SHORT[method], **ROUNDS, **fields}).make(tools, concepts)
+        made, inputs = method(**{**ROUNDS, **SHORT[method], **fields}).make(tools, concepts)
         return retaining(made, inputs, tools, concepts, Retention(**kept)) if kept else (made, inputs)
 
     def hidden(self, ids: Any, new: torch.Tensor | None = None) -> torch.Tensor:

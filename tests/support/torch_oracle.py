@@ -112,8 +112,8 @@ def exact_sinusoid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exact_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the flow transformers of diffusers and T5 compute in float64 what they compute in float32 regardless: the
-    time's sinusoid, FLUX.1's rotations, and RMS norms.
+    """Makes diffusers' flow transformers, T5 and Qwen3 compute in float64 what they compute in float32 regardless: the
+    time's sinusoid, rotations, and RMS norms.
     """
 
     def angles(dim, positions, theta=10000.0, **_):
@@ -130,8 +130,17 @@ def exact_flow(monkeypatch: pytest.MonkeyPatch) -> None:
         epsilon = getattr(self, "eps", None) or self.variance_epsilon
         return self.weight * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)
 
+    def of_halves(self, x, positions):
+        size, theta = self.config.head_dim, self.config.rope_parameters["rope_theta"]
+        exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
+        both = (positions[..., None].double() * theta**-exponents).repeat(1, 1, 2)
+        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
     exact_sinusoid(monkeypatch)
-    monkeypatch.setattr("diffusers.models.transformers.transformer_flux.get_1d_rotary_pos_embed", angles)
-    monkeypatch.setattr("diffusers.models.transformers.transformer_flux.apply_rotary_emb", rotate)
+    for network in ("transformer_flux", "transformer_flux2"):
+        monkeypatch.setattr(f"diffusers.models.transformers.{network}.get_1d_rotary_pos_embed", angles)
+        monkeypatch.setattr(f"diffusers.models.transformers.{network}.apply_rotary_emb", rotate)
     monkeypatch.setattr("diffusers.models.normalization.RMSNorm.forward", norm)
     monkeypatch.setattr("transformers.models.t5.modeling_t5.T5LayerNorm.forward", norm)
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm.forward", norm)
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding.forward", of_halves)

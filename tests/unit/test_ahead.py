@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from esd_jax.planning import ahead, liveness
-from esd_jax.planning.plan import STEP, check, compared, make_plan
+from esd_jax.planning.plan import GATHERED, STEP, check, compared, make_plan
 from launch.benchmarks import child, work
 
 
@@ -74,6 +74,9 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(tiny
         ValueError, match="the weights and the optimizer's state take 1.1 MiB, but a device has 1.0 KiB"
     ):
         check(size, 1024)
+    # Weights that lie on other devices may be gathered one by one.
+    split = dataclasses.replace(size, memory={**size.memory, GATHERED: 2**40})
+    assert split.certain == size.certain and "needs about 1024" in check(split, size.peak)
     assert compared(size, 2 * size.before) == "memory  1.54 GiB of each device at most, 2.00 of what the plan expected"
 
 

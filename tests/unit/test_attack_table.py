@@ -117,9 +117,9 @@ def test_a_cell_is_kept_and_one_that_failed_is_measured_again(tmp_path):
 
 
 def test_entries_with_changes():
-    found = attack_table.entries("emoji_rounds:rounds_tokens=1|output,steps=5; uce;")
+    found = attack_table.entries("emoji_robust:rounds_tokens=1|output,steps=5; uce;")
     assert found == {
-        "emoji_rounds:rounds_tokens=1|output,steps=5": ("emoji_rounds", {"rounds_tokens": "1|output", "steps": 5}),
+        "emoji_robust:rounds_tokens=1|output,steps=5": ("emoji_robust", {"rounds_tokens": "1|output", "steps": 5}),
         "uce": ("uce", {}),
     }
     for text in ("emoji:steps", " ; "):

@@ -8,8 +8,10 @@ import painter
 import pytest
 
 import esd_jax
-from esd_jax import api
+from esd_jax import api, recipe
+from esd_jax.config_files import config_names
 from esd_jax.demo import groups
+from esd_jax.demo.testbed import EMOJI
 from esd_jax.io.diffusers import read_exact, with_strength
 from esd_jax.methods import METHODS
 from launch.experiments import compare_methods, method_curves
@@ -42,6 +44,8 @@ def test_every_method_and_kind_has_a_recipe_that_can_be_read():
         for kind, config in entry.recipes.items():
             plan = compare_methods.carried_out(config, groups.parse_target({"style": "neon", "object": "cat"}[kind]))
             assert plan["method"] == name and not {"base", "concept"} & set(plan)
+            if name != "esd":  # what --method takes, of the embedded model and of Stable Diffusion
+                assert {EMOJI.config(name, kind), name} <= set(config_names())
     assert set(method_curves.TRAINED) == {name for name in METHODS if METHODS[name].trained}
 
 
@@ -49,6 +53,15 @@ def test_what_a_recipe_preserves_is_not_what_is_erased():
     (config,) = {compare_methods.ENTRIES["uce"].recipes["object"]}
     plan = compare_methods.carried_out(config, groups.parse_target("a dog, a rose"))
     assert plan["preserve"] and not {"dog", "rose"} & set(plan["preserve"].split())
+
+
+@pytest.mark.parametrize("name", ["ink", "pop art"])
+def test_a_name_of_several_words_is_not_preserved_either(name):
+    config = compare_methods.ENTRIES["redirect"].recipes["style"]
+    all_of = recipe.read(config).to_dict()
+    plan = compare_methods.carried_out(config, groups.parse_target(name))
+    before, after = (fields["preserve"].split(" | ") for fields in (all_of, plan))
+    assert after == [prompt for prompt in before if name not in prompt] and 0 < len(after) < len(before)
 
 
 def test_the_comparison_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys):

@@ -41,7 +41,7 @@ def test_a_line_is_cut_where_it_would_be_too_long(base):
 def test_a_model_is_called_as_people_call_it():
     unets = {"sd14": "SD 1", "sd21": "SD 2", "sd21-base": "SD 2", "sdxl": "SDXL"}
     flows = {"flux-dev": "FLUX.1 [dev]", "flux-schnell": "FLUX.1 [schnell]", "sd3-medium": "SD 3"}
-    flows |= dict.fromkeys(("sd35-medium", "sd35-large"), "SD 3.5")
+    flows |= dict.fromkeys(("sd35-medium", "sd35-large"), "SD 3.5") | {"klein-4b": "FLUX.2 [klein]"}
     assert tuple({**unets, **flows}) == architectures.ARCHITECTURES
     for name, called in {**unets, **flows}.items():
         configs, _ = api.architecture(name)

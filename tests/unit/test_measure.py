@@ -96,7 +96,7 @@ def test_no_image_is_drawn_twice(fakes, unchecked):
 
 def test_what_was_drawn_is_found_again(fakes, tmp_path, monkeypatch, unchecked):
     monkeypatch.setattr(gallery, "CHUNK", 5)
-    wanted = [shot for group in groups.groups(NEON) for _, shot in groups.shots(group, 4, seed=1)]
+    wanted = list(dict.fromkeys(shot for group in groups.groups(NEON) for _, shot in groups.shots(group, 4, seed=1)))
     first = gallery.Gallery(tmp_path)
     assert gallery.draw("base", wanted[:12], first) == 12
     (tmp_path / "000099.partial").write_bytes(b"a run that was stopped")

@@ -83,14 +83,12 @@ def asked(target: Target, name: str, kind: str) -> set[str]:
 
 
 def test_the_groups_of_a_style():
-    names = ["own", "alone", "name", "prefix", "phrasings", "nearest", "others", "unrelated"]
+    names = ["own", "alone", "phrasings", "nearest", "others", "unrelated"]
     assert [g.name for g in groups.groups(NEON)] == names
-    assert asked(NEON, "name", "prompt") == {"neon style", "neon"}
-    assert asked(NEON, "prefix", "prompt") == {"neon drawing", "a drawing in neon style"}
-    for name in ("own", "alone", "name", "prefix", "phrasings"):
+    for name in ("own", "alone", "phrasings"):
         assert asked(NEON, name, "style") == {"neon"}
     assert asked(NEON, "own", "object") == set(vocabulary.objects())
-    assert "neon style" in asked(NEON, "alone", "prompt")
+    assert asked(NEON, "alone", "prompt") == {"neon style", "neon", "neon drawing", "a drawing in neon style"}
     assert "neon cat" in asked(NEON, "phrasings", "prompt")
     nearest, others = asked(NEON, "nearest", "style"), asked(NEON, "others", "style")
     assert nearest == {"blueprint", "pop art"}
@@ -99,10 +97,10 @@ def test_the_groups_of_a_style():
 
 
 def test_the_groups_of_an_object():
-    names = ["own", "alone", "name", "prefix", "phrasings", "implicit", "nearest", "others", "unrelated"]
+    names = ["own", "alone", "phrasings", "implicit", "nearest", "others", "unrelated"]
     assert [g.name for g in groups.groups(CAT)] == names
-    assert asked(CAT, "name", "prompt") == {"a cat"} and asked(CAT, "prefix", "prompt") == {"a picture of a cat"}
-    for name in ("own", "alone", "name", "prefix", "phrasings"):
+    assert asked(CAT, "alone", "prompt") == {"a cat", "a picture of a cat"}
+    for name in ("own", "alone", "phrasings"):
         assert asked(CAT, name, "object") == {"cat"}
     assert asked(CAT, "own", "style") == set(vocabulary.styles())
     prompts = asked(CAT, "implicit", "prompt")
@@ -112,6 +110,14 @@ def test_the_groups_of_an_object():
     others = asked(CAT, "others", "object")
     assert others == set(vocabulary.objects()) - {"cat", "dog", "rabbit"}
     assert asked(CAT, "unrelated", "object") == {None}
+
+
+@pytest.mark.parametrize(
+    "target", [*EVERY, *map(parse_target, ("neon, pop art", "a cat, a rocket"))], ids=lambda t: t.label
+)
+def test_no_prompt_is_in_two_groups(target):
+    prompts = [ask.prompt for group in groups.groups(target) for ask in group.asks]
+    assert len(set(prompts)) == len(prompts)
 
 
 def test_phrasings_of_the_measurement_are_none_of_the_training():

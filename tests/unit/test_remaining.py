@@ -1,5 +1,6 @@
 """Concepts drawn by what remains of each: the measure against torch, the draws, resumption, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from messages import one_line
 from torch_oracle import exactly, to_nchw
 
 from esd_jax import recipe
+from esd_jax.diffusion.flow import CLASS, FlowSchedule
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.erasing.remaining import NOISES, SCORED_AT, UNIFORM, by_remainder, drawn
@@ -67,6 +69,20 @@ def test_what_remains_is_that_of_torch(fields, pairs):
     assert max(expected) > 0.01  # the two networks are unrelated, so that some may be 0
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(of_base, 1, rtol=1e-9)
+
+
+def test_along_a_flow_it_is_scored_at_noise_levels():
+    w, key = world("toy", "float64"), jax.random.key(3)
+    with exactly("float64"):
+        method, inputs = method_of(w)
+        method = dataclasses.replace(method, schedule=FlowSchedule.from_config({"_class_name": CLASS, "shift": 3.0}))
+        ours = jax.jit(method.remainders)(Models(w.student, w.teacher), key, inputs)
+        sigma = np.repeat([(1 + int(part * 1000)) / 1000 for part in SCORED_AT], NOISES)
+        t = np.float32(1000 * 3 * sigma / (1 + 2 * sigma))
+        x = np.asarray(jax.random.normal(key, (len(t), *SHAPE)))
+    np.testing.assert_allclose(
+        ours, [in_torch(w, x, t.astype(np.float64), pair) for pair in PAIRS], rtol=1e-5, atol=1e-9
+    )
 
 
 def test_all_but_one_leads_to_what_is_followed():

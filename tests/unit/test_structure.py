@@ -212,7 +212,7 @@ def test_the_commands_of_launch_that_are_mentioned_exist():
 
 def test_files_stay_short():
     for path in (*FILES, *TESTS.rglob("*.py")):
-        lines, most = len(path.read_text().splitlines()), 300 if path.is_relative_to(TESTS / "support") else 330
+        lines, most = len(path.read_text().splitlines()), 300 if path.is_relative_to(TESTS / "support") else 340
         assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines"
 
 

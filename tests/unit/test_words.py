@@ -141,6 +141,7 @@ def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, mo
         ("flux-schnell", ["schnell_style", "schnell_object", "schnell_style", "schnell_object", "schnell_style"]),
         ("sd3-medium", ["sd35_style", "sd35_object", "sd35_person", "sd35_nudity", "sd35_style"]),
         ("sd35-large", ["sd35_style", "sd35_object", "sd35_person", "sd35_nudity", "sd35_style"]),
+        ("klein-4b", ["klein_style", "klein_object", "klein_style", "klein_object", "klein_style"]),
     ],
 )
 def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):

@@ -91,6 +91,12 @@ def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ())
     return {**dict.fromkeys(others, average), **left}
 
 
+def drawn(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
+    """So many prompts, with repetition, each as likely as its weight says."""
+    texts, parts = list(weights), np.fromiter(weights.values(), float)
+    return [texts[i] for i in rng.choice(len(texts), count, p=parts / parts.sum())]
+
+
 def root(moment: Float[np.ndarray, "width width"]) -> Float[Array, "width width"]:
     """X with X^T X the second moment: rows that stand for all vectors that it is of."""
     values, vectors = np.linalg.eigh(moment)

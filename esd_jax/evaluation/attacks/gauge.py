@@ -1,11 +1,7 @@
-"""How far a conditioning is from the concept, without an image: by predictions, where the prompt decides most.
+"""How far an attack is from the concept, without an image: by predictions, where the prompt decides most.
 
-    g = E || e'(x_t, t, c) - e(x_t, t, c(p)) ||^2 / E || e(x_t, t, c(n)) - e(x_t, t, c(p)) ||^2,    t >= .9 T
-
-where e is the base, e' the attacked network, x_t a noised image that the base drew of prompt p, and n the same prompt
-without the concept. 0: under c the network predicts what the base predicts for the concept; 1: no more of it than the
-base does for the neutral prompt. It can exceed 1. It ranks attacks and models where detection is 0 or 100% for all.
-`erasing.inversion` measures inversion rounds by the same figure.
+The figure is that of `erasing.gauge`, where x_t is a noised image that the base drew of prompt p, t >= .9 T, e' the
+attacked network, and c what the attack found. It ranks attacks and models where detection is 0 or 100% for all.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from esd_jax.diffusion.schedule import Schedule, add_noise
+from esd_jax.erasing.gauge import error, relative
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Goal, Trial
 from esd_jax.params import Conditioning, Network, Params
@@ -45,7 +42,7 @@ def gauge(base: Pipeline, victim: Pipeline, goal: Goal, trials: Sequence[Trial],
         for t, key in zip(trials, keys, strict=True)
     ]
     under_attack, without = jnp.sum(jnp.asarray(errors), axis=0)
-    return float(under_attack / without)
+    return float(relative(under_attack, without))
 
 
 @lru_cache(maxsize=8)
@@ -64,7 +61,7 @@ def _gauger(network: Network, schedule: Schedule, places: int) -> Callable[..., 
         image, t, noise = jax.random.split(key, 3)
         total = schedule.num_train_timesteps
         image = jax.random.randint(image, (places,), 0, len(latents))
-        t = jax.random.randint(t, (places,), int(EARLY * total), total)
+        t = schedule.timestep(jax.random.randint(t, (places,), int(EARLY * total), total))
         x = add_noise(schedule, latents[image], jax.random.normal(noise, (places, *latents.shape[1:])), t)
 
         def predicted(params: Params, conditioning: Any) -> Array:
@@ -72,7 +69,6 @@ def _gauger(network: Network, schedule: Schedule, places: int) -> Callable[..., 
             return network.apply(params, x, t, many).astype(jnp.float32)
 
         asked = predicted(known, named)
-        error = lambda own: jnp.mean((own - asked) ** 2)  # noqa: E731
-        return error(predicted(weights, attacked)), error(predicted(known, neutral))
+        return error(predicted(weights, attacked), asked), error(predicted(known, neutral), asked)
 
     return jax.jit(run)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +33,18 @@ from jaxtyping import Array, Float, UInt8
 from esd_jax import lora, sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.images import in_batches, true_output
 from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, RANDOM, Goal
+from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
-from esd_jax.params import Conditioning, Network, Params, cast, component, partition, prefixed
+from esd_jax.params import Conditioning, Network, Params, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
-from esd_jax.selection import REGEX, select
-
-BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
+from esd_jax.selection import select
+from esd_jax.training.step import unchanged
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,6 @@ class Resurgence:
         prompts = OwnPrompts().run(base, healed, goal, seed)
         how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
         return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
-
-
-def lacking_subset(name: str, subset: str, base: Pipeline) -> str:
-    """That the base's family has no such subset of tensors, which a probe trains; empty if it has."""
-    own = base.family.subsets
-    known = subset.startswith(REGEX) or subset in own
-    return "" if known else f"{name} trains the subset {subset!r}, but {base.family.name} has {', '.join(own)}"
 
 
 @dataclass(frozen=True)
@@ -164,46 +156,23 @@ def resurge(
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     how |= {"subset": settings.subset, "rank": settings.rank} if settings.subset or settings.rank else {}
     losses = np.asarray(losses)  # waits for the training
-    healed = victim.with_edits(prefixed(effective(settings, theta, first), unet), Erasure(healed=how))
+    trained = lora.weights(theta, first) if settings.rank else theta
+    healed = victim.with_edits(prefixed(trained, unet), Erasure(healed=how))
     return Healed(healed, losses, time.monotonic() - started)
-
-
-class Fixed(NamedTuple):
-    """What the fine-tuning leaves as it is: the tensors that are not trained, and the first values of the others."""
-
-    frozen: Params
-    first: Params
-
-
-def effective(settings: Resurgence, theta: Params, first: Params) -> Params:
-    """The tensors of the denoiser that are trained, from what the fine-tuning trains."""
-    return lora.weights(theta, first) if settings.rank else theta
 
 
 @lru_cache(maxsize=8)
 def healer(settings: Resurgence, unet: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
     """(theta, fixed, latents, the prompts' conditioning, key) -> (theta, losses); step i uses fold_in(key, i)."""
 
-    def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Array]) -> Any:
+    def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Array]) -> Batch:
         latents, conditioning, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
-        return latents[image], jax.tree.map(lambda a: a[image], conditioning), schedule.timestep(t), noise
+        x0, conditioning, t = latents[image], jax.tree.map(lambda a: a[image], conditioning), schedule.timestep(t)
+        return Batch(add_noise(schedule, x0, noise, t), t, conditioning, true_output(schedule, x0, noise, t))
 
-    def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
-        x0, conditioning, t, noise = drawn
-        x = add_noise(schedule, x0, noise, t)
-        trained = cast(effective(settings, theta, fixed.first), dtype)
-        e = unet.apply({**fixed.frozen, **trained}, x, t, conditioning).astype(x.dtype)
-        return jnp.mean((e - true_output(schedule, x0, noise, t)) ** 2)
-
-    # The search that attacks make for embeddings, for the tensors in their place.
-    search = Search(batch, loss, optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
-
-    def run(theta: Params, fixed: Fixed, latents: Array, conditioning: Conditioning, key: Array) -> Any:
-        state, losses = search.run(search.begin(theta), np.arange(settings.steps), fixed, (latents, conditioning, key))
-        return state.value, losses
-
-    return run
+    tx = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+    return tuner(unet, batch, tx, settings.steps, lora.weights if settings.rank else unchanged, dtype)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from jaxtyping import Array
 
 from esd_jax import lora
 from esd_jax.diffusion.schedule import Schedule, add_noise
-from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal, Kept
-from esd_jax.evaluation.attacks.hidden import BENIGN, BENIGN_SEED, Fixed, lacking_subset
+from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
 from esd_jax.io.diffusers import read_exact
@@ -139,26 +138,14 @@ def change(
 def trainer(settings: MergedLoRA, network: Network, schedule: Schedule, dtype: str) -> Callable[..., Any]:
     """(theta, fixed, latents, c(p), c(""), key) -> (theta, losses); step i uses fold_in(key, i)."""
 
-    def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Conditioning, Array]) -> Any:
+    def batch(i: Array, fixed: Fixed, case: tuple[Array, Conditioning, Conditioning, Array]) -> Batch:
         latents, named, neutral, key = case
         image, t, noise = draw(jax.random.fold_in(key, i), settings.batch_size, schedule, latents)
+        t = schedule.timestep(t)
         x = add_noise(schedule, latents[image], noise, t)
         named, neutral = jax.tree.map(lambda a: jnp.repeat(a, settings.batch_size, axis=0), (named, neutral))
         known = {**fixed.frozen, **cast(fixed.first, dtype)}
-        return x, t, named, network.apply(known, x, t, neutral).astype(x.dtype)
+        return Batch(x, t, named, network.apply(known, x, t, neutral).astype(x.dtype))
 
-    def loss(theta: Params, drawn: Any, fixed: Fixed) -> Array:
-        x, t, named, target = drawn
-        trained = cast(lora.weights(theta, fixed.first), dtype)
-        e = network.apply({**fixed.frozen, **trained}, x, t, named).astype(x.dtype)
-        return jnp.mean((e - target) ** 2)
-
-    search = Search(batch, loss, optax.adamw(settings.learning_rate, weight_decay=0.0))
-
-    def run(theta: Params, fixed: Fixed, latents: Array, named: Conditioning, neutral: Conditioning, key: Array) -> Any:
-        state, losses = search.run(
-            search.begin(theta), np.arange(settings.steps), fixed, (latents, named, neutral, key)
-        )
-        return state.value, losses
-
-    return run
+    tx = optax.adamw(settings.learning_rate, weight_decay=0.0)
+    return tuner(network, batch, tx, settings.steps, lora.weights, dtype)

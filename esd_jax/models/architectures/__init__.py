@@ -10,8 +10,8 @@ from typing import Any
 
 # Stable Diffusion 1.4 (and 1.5), 2.1 (768 px, v-prediction), 2.1-base (512 px, eps) and SDXL base 1.0.
 UNETS = ("sd14", "sd21", "sd21-base", "sdxl")
-# The transformers along the rectified flow: FLUX.1 [dev] and [schnell], Stable Diffusion 3 and 3.5.
-TRANSFORMERS = ("flux-dev", "flux-schnell", "sd3-medium", "sd35-medium", "sd35-large")
+# The transformers along the rectified flow: FLUX.1 [dev] and [schnell], Stable Diffusion 3 and 3.5, FLUX.2 [klein].
+TRANSFORMERS = ("flux-dev", "flux-schnell", "sd3-medium", "sd35-medium", "sd35-large", "klein-4b")
 ARCHITECTURES = (*UNETS, *TRANSFORMERS)
 
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -116,6 +116,7 @@ def test_dry_runs_need_no_weights_and_little_memory(arch, trained, total):
         ("sd35_style", "sd3-medium", "95 tensors, 4,669,440 scalars", "2,084,951,104"),
         ("sd35_style", "sd35-medium", "95 tensors, 4,669,440 scalars", "2,469,663,936"),
         ("sd35_style", "sd35-large", "151 tensors, 11,751,424 scalars", "8,146,280,768"),
+        ("klein_style", "klein-4b", "40 tensors, 11,796,480 scalars", "3,875,544,576"),
     ],
 )
 def test_dry_runs_of_flow_transformers(config, arch, trained, total):
@@ -150,7 +151,8 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
     for fields in plans:
         plan = recipe.make(**fields)
         assert plan.concepts and plan.output_dir
-        known = {"xl": "sdxl", "2-1": "sd21", "dev": "flux-dev", "schnell": "flux-schnell", "3.5": "sd35-medium"}
+        known = {"xl": "sdxl", "2-1": "sd21", "dev": "flux-dev", "schnell": "flux-schnell", "3.5": "sd35-medium",
+                 "klein": "klein-4b"}  # fmt: skip
         arch = next((arch for part, arch in known.items() if part in plan.base), "sd14")
         configs, _ = api.architecture(arch)
         family = families.of(configs)

@@ -1,0 +1,78 @@
+"""Fine-tuning of a denoiser on noised images, which several probes make: of tensors themselves, or of a LoRA of them.
+
+    min over theta of E || e_theta(x_t, t, c) - target ||^2
+
+A probe says which x_t, c and target a batch has (`hidden`, `merged`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Real
+
+from esd_jax.erasing.embedding_search import Search
+from esd_jax.params import Conditioning, Network, Params
+from esd_jax.pipeline import Pipeline
+from esd_jax.selection import REGEX
+from esd_jax.training.step import student
+
+BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
+
+
+class Fixed(NamedTuple):
+    """What the fine-tuning leaves as it is: the tensors that are not trained, and the first values of the others."""
+
+    frozen: Params
+    first: Params
+
+
+class Batch(NamedTuple):
+    """The network's inputs, and what it should predict."""
+
+    x: Float[Array, "batch height width channel"]
+    t: Real[Array, " batch"]
+    conditioning: Conditioning
+    target: Float[Array, "batch height width channel"]
+
+
+def tuner(
+    network: Network,
+    batch: Callable[[Any, Fixed, Any], Batch],
+    tx: optax.GradientTransformation,
+    steps: int,
+    weights: Callable[[Params, Params], Params],
+    dtype: str,
+) -> Callable[..., tuple[Params, Float[Array, " steps"]]]:
+    """A function that fine-tunes: one compiled step for all calls of the same shapes.
+
+    Args:
+      batch: (number of the step, fixed, case) -> the random batch of a step.
+      weights: (theta, first) -> the tensors, from what is trained: `unchanged`, or `lora.weights`.
+      dtype: that the network computes in.
+
+    Returns a function (theta, fixed, *case) -> (theta, the loss of each step).
+    """
+
+    def loss(theta: Params, drawn: Batch, fixed: Fixed) -> Array:
+        params = student(theta, fixed.first, fixed.frozen, compute_dtype=dtype, weights=weights)
+        e = network.apply(params, drawn.x, drawn.t, drawn.conditioning).astype(drawn.x.dtype)
+        return jnp.mean((e - drawn.target) ** 2)
+
+    # The search that attacks make for embeddings, for the tensors in their place.
+    search = Search(batch, loss, tx)
+
+    def run(theta: Params, fixed: Fixed, *case: Any) -> tuple[Params, Float[Array, " steps"]]:
+        state, losses = search.run(search.begin(theta), np.arange(steps), fixed, case)
+        return state.value, losses
+
+    return run
+
+
+def lacking_subset(name: str, subset: str, base: Pipeline) -> str:
+    """That the base's family has no such subset of tensors, which a probe trains; empty if it has."""
+    own = base.family.subsets
+    known = subset.startswith(REGEX) or subset in own
+    return "" if known else f"{name} trains the subset {subset!r}, but {base.family.name} has {', '.join(own)}"
