@@ -29,6 +29,9 @@ def main(output: str) -> None:
     from esd_jax.models.mmdit import FlowConditioning
     from esd_jax.models.sd3 import SD3Config, SD3Transformer2DModel
     from esd_jax.params import functional, partition
+    from esd_jax.planning import plan
+    from esd_jax.runs.setup import denoiser_of
+    from launch.benchmarks import work
 
     jax.config.update("jax_default_matmul_precision", "highest")
     sharding.SPLIT_FROM = 64
@@ -73,6 +76,14 @@ def main(output: str) -> None:
                 results[f"{here}/gathers"] = compiled.as_text().count(" all-gather(")
                 lie = sharding.placements(prefixed[1], mesh).values()
                 results[f"{here}/split"] = sum(not p.is_fully_replicated for p in lie)
+    configs, schedule = work.architecture("tiny-flux")
+    mesh = sharding.make_mesh(BATCH, jax.devices(), fsdp=4)
+    for remat in (False, True):
+        recipe = work.plan("tiny-flux", "flow-text", BATCH, rank=2, fsdp=4, remat=remat)
+        results[f"plan/{remat}"] = plan.make_plan(configs, schedule, recipe, mesh).memory[plan.GATHERED]
+    for name, spec in denoiser_of(configs).shapes.items():
+        if not sharding.placement(f"transformer/{name}", spec.shape, mesh).is_fully_replicated:
+            results[f"bytes/{name}"] = 2 * spec.size  # in bfloat16
     np.savez(output, **{name: np.asarray(value) for name, value in results.items()})
 
 
@@ -106,6 +117,16 @@ def test_split_weights_give_the_loss_and_gradients_of_whole_ones(kind, results):
 def test_a_recomputed_block_gathers_its_weights_once_more(kind, results):
     once, twice = (int(results[f"{kind}/{remat}/4/gathers"]) for remat in (False, True))
     assert results[f"{kind}/True/1/gathers"] == 0 and once >= 10 and twice >= 1.5 * once
+
+
+@pytest.mark.slow
+def test_the_plan_counts_one_block_of_a_network_that_recomputes(results):
+    sizes = {name.removeprefix("bytes/"): int(size) for name, size in results.items() if name.startswith("bytes/")}
+    blocks = {".".join(name.split(".")[:2]) for name in sizes if "blocks." in name}
+    of_blocks = [sum(size for name, size in sizes.items() if name.startswith(f"{block}.")) for block in blocks]
+    assert len(blocks) == 4 and sum(of_blocks) < sum(sizes.values())
+    assert results["plan/False"] == sum(sizes.values())
+    assert results["plan/True"] == sum(sizes.values()) - sum(of_blocks) + max(of_blocks)
 
 
 if __name__ == "__main__":
