@@ -36,6 +36,7 @@ class Network:
     project: (params, conditioning) -> the conditioning with what the network makes of it alone, to be computed once for
       many calls of `apply`; by default nothing.
     inputs: (params, names of linear kernels, *args) -> name -> what each is multiplied with in `apply(params, *args)`.
+    in_turn: the tensors of blocks that run one after the other (`models.blocks`).
     """
 
     apply: Callable[..., Any]
@@ -43,6 +44,7 @@ class Network:
     layouts: dict[str, str]
     project: Callable[[Params, Any], Any] = lambda params, conditioning: conditioning
     inputs: "Callable[..., dict[str, Any]] | None" = None
+    in_turn: frozenset[str] = frozenset()
 
 
 def functional(module: Callable[[], nnx.Module]) -> Network:
@@ -51,7 +53,8 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
     Args:
       module: a function that builds the module, e.g. `lambda: UNet2DConditionModel(config)`.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(module))
+    made = nnx.eval_shape(module)
+    graphdef, state = nnx.split(made)
     variables = {_tensor_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in variables.items()}
     layouts = {name: _layout(str(path[-1]), len(v.shape)) for name, (path, v) in variables.items()}
@@ -87,7 +90,8 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
         model(*args)
         return read
 
-    return Network(apply, shapes, layouts, project, inputs)
+    in_turn = frozenset(name for name, (path, _) in variables.items() if path[0] in getattr(made, "IN_TURN", ()))
+    return Network(apply, shapes, layouts, project, inputs, in_turn)
 
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -20,7 +20,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from esd_jax.models import attention
+from esd_jax.models import attention, blocks
 from esd_jax.params import Network
 
 AXES = ("data", "fsdp")
@@ -159,29 +159,38 @@ def fetched(tree: Any, mesh: Mesh) -> Any:
 def gathering(network: Network, mesh: Mesh) -> Network:
     """The same network, whose split tensors are gathered anew in every evaluation.
 
-    In a sampler's loop the tensors do not change, so that XLA would gather all of them before it, and keep them. The
-    backward pass keeps those that its forward pass gathered: to gather them once more saved no memory where it was
-    measured.
+    In a sampler's loop the tensors do not change, so that XLA would gather all of them before it, and keep them. A
+    transformer's block gathers its own when the block before has ended, and in the backward pass once more. Of other
+    networks the backward pass keeps those that its forward pass gathered: to gather them once more saved no memory
+    where it was measured.
     """
     if mesh.shape.get("fsdp", 1) == 1:
         return network
 
-    def gathered(params: Any, x: Any) -> tuple[Any, Any]:
-        split = {name: a for name, a in params.items() if not placement(name, a.shape, mesh).is_fully_replicated}
+    def whole(split: Any, x: Any) -> tuple[Any, Any]:
         # As far as XLA can see, what comes out depends on x, and so changes from one evaluation to the next.
         split, x = jax.lax.optimization_barrier((split, x))
         # Else XLA may take the products of the parts, and add up activations in place of gathering weights.
-        split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec()))
+        return jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec())), x
+
+    def gathered(params: Any, x: Any) -> tuple[Any, Any]:
+        names = params.keys() - network.in_turn
+        split = {n: params[n] for n in names if not placement(n, params[n].shape, mesh).is_fully_replicated}
+        split, x = whole(split, x)
         return {**params, **split}, x
 
     def apply(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         params, x = gathered(params, x)
-        return network.apply(params, x, *args, **kwargs)
+        token = blocks.GATHER.set(whole)
+        try:
+            return network.apply(params, x, *args, **kwargs)
+        finally:
+            blocks.GATHER.reset(token)
 
     def project(params: Any, conditioning: Any) -> Any:
         return network.project(*gathered(params, conditioning))
 
-    return Network(apply, network.shapes, network.layouts, project)
+    return Network(apply, network.shapes, network.layouts, project, in_turn=network.in_turn)
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:

@@ -6,8 +6,7 @@ Tokens are 2 x 2 latents; their places are rotations of queries and keys, and th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from esd_jax.models import layers, mmdit
+from esd_jax.models import blocks, layers, mmdit
 from esd_jax.models.config import read_config
 from esd_jax.models.layers import Dtype, Rngs
 from esd_jax.models.mmdit import FlowConditioning, Rotation
@@ -131,6 +130,8 @@ class FluxTransformer2DModel(nnx.Module):
         beside itself; by default they are exact.
     """
 
+    IN_TURN: ClassVar = ("transformer_blocks", "single_transformer_blocks")
+
     def __init__(
         self,
         config: FluxConfig,
@@ -175,15 +176,12 @@ class FluxTransformer2DModel(nnx.Module):
         rotation = self._rotation(context.shape[1], height // 2, width // 2)
         h = self.x_embedder(mmdit.patches(x).astype(self.dtype))
         for block in self.transformer_blocks:
-            h, context = self._run(partial(block, rotation=rotation), h, context, time)
+            h, context = blocks.run(block, h, context, time, rotation=rotation, remat=self.remat)
         h = jnp.concatenate([context, h], axis=1)
         for block in self.single_transformer_blocks:
-            h = self._run(partial(block, rotation=rotation), h, time)
+            h = blocks.run(block, h, time, rotation=rotation, remat=self.remat)
         scale, shift = self.norm_out(time)
         return mmdit.unpatched(self.proj_out(mmdit.modulated(h[:, context.shape[1] :], shift, scale)), height, width)
-
-    def _run(self, block: Any, *inputs: Array) -> Any:
-        return jax.checkpoint(block)(*inputs) if self.remat else block(*inputs)
 
     def _time(self, t: Real[Array, " batch"], conditioning: FlowConditioning) -> Float[Array, "batch width"]:
         guidance = conditioning.guidance

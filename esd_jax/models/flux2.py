@@ -8,7 +8,7 @@ bias. A token is one latent, and the text's tokens have places of their own, alo
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from esd_jax.models import layers, mmdit
+from esd_jax.models import blocks, layers, mmdit
 from esd_jax.models.attention import dot_product_attention
 from esd_jax.models.config import read_config
 from esd_jax.models.layers import Dtype, Rngs
@@ -182,6 +182,8 @@ class Flux2Transformer2DModel(nnx.Module):
         beside itself in bfloat16. By default it is exact.
     """
 
+    IN_TURN: ClassVar = ("transformer_blocks", "single_transformer_blocks")
+
     def __init__(
         self,
         config: Flux2Config,
@@ -230,15 +232,12 @@ class Flux2Transformer2DModel(nnx.Module):
         rotation = self._rotation(context.shape[1], height, width)
         h = self.x_embedder(x.reshape(n, height * width, channels).astype(self.dtype))
         for block in self.transformer_blocks:
-            h, context = self._run(partial(block, rotation=rotation), h, context, of_x, of_context)
+            h, context = blocks.run(block, h, context, of_x, of_context, rotation=rotation, remat=self.remat)
         h = jnp.concatenate([context, h], axis=1)
         for block in self.single_transformer_blocks:
-            h = self._run(partial(block, rotation=rotation), h, chunks)
+            h = blocks.run(block, h, chunks, rotation=rotation, remat=self.remat)
         scale, shift = self.norm_out(time)
         return self.proj_out(mmdit.modulated(h[:, context.shape[1] :], shift, scale)).reshape(n, height, width, -1)
-
-    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        return jax.checkpoint(block)(*inputs) if self.remat else block(*inputs)
 
     def _time(self, t: Real[Array, " batch"]) -> Float[Array, "batch width"]:
         if self.embedding_rounding:

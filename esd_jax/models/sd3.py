@@ -6,14 +6,13 @@ queries and keys; its medium size also has, in its first blocks, a second attent
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from esd_jax.models import layers, mmdit
+from esd_jax.models import blocks, layers, mmdit
 from esd_jax.models.config import read_config, require
 from esd_jax.models.layers import Dtype, Rngs
 from esd_jax.models.mmdit import FlowConditioning
@@ -134,6 +133,8 @@ class SD3Transformer2DModel(nnx.Module):
       remat: recompute each block in the backward pass instead of storing its activations.
     """
 
+    IN_TURN: ClassVar = ("transformer_blocks",)
+
     def __init__(self, config: SD3Config, *, dtype: Dtype = jnp.float32, remat: bool = False, rngs: Rngs | None = None):
         rngs = rngs or layers.Keys(0)
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -164,8 +165,7 @@ class SD3Transformer2DModel(nnx.Module):
         context = self.context_embedder(conditioning.embeddings.astype(self.dtype))
         h = self.pos_embed(x)
         for block in self.transformer_blocks:
-            run: Any = jax.checkpoint(block) if self.remat else block
-            h, context = run(h, context, time)
+            h, context = blocks.run(block, h, context, time, remat=self.remat)
         scale, shift = self.norm_out(time)
         h = self.proj_out(mmdit.modulated(h, shift, scale))
         # Unlike FLUX.1's, of a token's numbers the channel varies fastest.

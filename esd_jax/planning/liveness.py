@@ -28,6 +28,9 @@ READERS = {
     "argmax", "argmin", "cumsum", "dynamic_slice", "gather", "reduce_and", "reduce_max", "reduce_min", "reduce_or",
     "reduce_sum", "reduce_prod", "dynamic_update_slice",
 }  # fmt: skip
+# A value that several read is computed from no more than so many of its size; one that would take more is written, such
+# as a stream to which each block adds.
+AT_MOST = 2
 SAME = {"reshape", "squeeze", "expand_dims", "optimization_barrier", "sharding_constraint", "reduce_precision"}
 
 
@@ -204,6 +207,8 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
     last: dict[Value, int] = {}
     for i, (node, outputs) in enumerate(program):
         union = frozenset().union(*(lying(value, node) for value in node.reads))
+        if _fusible(node) and len(outputs[0].users) > 1 and sum(v.size >= outputs[0].size for v in union) > AT_MOST:
+            stored.add(outputs[0])
         sources.update(dict.fromkeys(outputs, union))
         reads.append(union)
         if any(value in stored for value in outputs):

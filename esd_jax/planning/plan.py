@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from esd_jax.pipeline import image_size, network
 from esd_jax.planning import flops, liveness
 from esd_jax.planning.shapes import abstract
 from esd_jax.recipe import Recipe
-from esd_jax.runs.setup import Unknown, changed_names, denoiser_of, theta_shapes
+from esd_jax.runs.setup import Unknown, changed_names, denoiser_of, recomputes, theta_shapes
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def compared(size: Plan, used: int) -> str:
 STUDENT = "the student's forward and backward pass, which are not all of an update"
 # What a step computes and forgets: an estimate, where everything else is counted.
 STEP = "activations, gradients and copies of a step"
-# All at once, as XLA was seen to do where they fit; it may also gather each tensor where it is needed.
+# All at once, as XLA was seen to do where they fit; it may also gather each tensor where it is needed. But of a
+# transformer no more than one block's.
 GATHERED = "weights gathered from the other devices"
 
 
@@ -168,12 +169,24 @@ def _step(
         "prompts, images and stored trajectories": _total((inputs, state.memory)),
     }
     if split > 1:
-        memory[GATHERED] = _total(jax.tree.map(_size, arguments[1:3])) - _total(base)
+        memory[GATHERED] = _gathered(configs, recipe, arguments[1:3], mesh)
     # The new state is written over the old one. In half precision, what is planned on a CPU runs elsewhere.
     in_place = len(jax.tree.leaves(state))
     copies = sharding.on_cpu(mesh) and jnp.dtype(recipe.dtype).itemsize > 2
     memory[STEP] = liveness.peak(program, in_place, copies)
     return memory, lambda: sharding.num_parts(mesh) * _mean_flops(program, arguments, recipe), whole
+
+
+def _gathered(configs: Configs, recipe: Recipe, base: Sequence[Mapping[str, Any]], mesh: Mesh) -> int:
+    """Bytes of the split weights that are whole at a time: of blocks that are recomputed, those of the largest."""
+    denoiser, sizes = families.of(configs).denoiser, {"": 0}
+    in_turn = denoiser_of(configs).in_turn if recomputes(recipe, configs[denoiser]) else frozenset()
+    for name, array in (item for tensors in base for item in tensors.items()):
+        if not sharding.placement(name, array.shape, mesh).is_fully_replicated:
+            own = name.removeprefix(f"{denoiser}/")
+            block = ".".join(own.split(".")[:2]) if own in in_turn else ""
+            sizes[block] = sizes.get(block, 0) + _size(array)
+    return sizes.pop("") + max(sizes.values(), default=0)
 
 
 def _mean_flops(program: Any, arguments: tuple[Any, ...], recipe: Recipe) -> float:

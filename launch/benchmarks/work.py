@@ -11,6 +11,7 @@ from esd_jax import api, families, recipe
 from esd_jax.methods.esd import ESD
 from esd_jax.models import architectures
 from esd_jax.models.flux import FluxConfig
+from esd_jax.models.flux2 import Flux2Config
 from esd_jax.models.sd3 import SD3Config
 from esd_jax.models.unet_config import UNetConfig
 from esd_jax.pipeline import NetworkConfig
@@ -18,7 +19,7 @@ from esd_jax.pipeline import NetworkConfig
 # Flow-matching architectures -> this package's preset of ESD for them. They are compiled, not timed.
 FLOWS = {
     "flux-dev": "flux", "flux-schnell": "schnell", "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3",
-    "tiny-flux": "flux", "tiny-sd3": "sd3",
+    "klein-4b": "sd3", "tiny-flux": "flux", "tiny-sd3": "sd3",
 }  # fmt: skip
 # Architecture -> the preset of the ESD paper, or of its authors' later code, that erases from it.
 PRESETS = {"sd14": "paper", "sd21": "paper", "sdxl": "sdxl", "tiny": "paper", **FLOWS}
@@ -109,7 +110,7 @@ def _cut(config: NetworkConfig, blocks: str) -> NetworkConfig:
     """A flow's network with so many blocks: "4+8" of FLUX.1's two kinds, or "6"."""
     counts = [int(count) if count.isdigit() else 0 for count in blocks.split("+")]
     match config, counts:
-        case FluxConfig(), [double, single] if (
+        case FluxConfig() | Flux2Config(), [double, single] if (
             0 < double <= config.num_layers and 0 < single <= config.num_single_layers
         ):
             return dataclasses.replace(config, num_layers=double, num_single_layers=single)

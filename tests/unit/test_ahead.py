@@ -28,6 +28,20 @@ def test_only_what_a_compiler_writes_to_memory_is_counted():
     assert peak(lambda a: (a @ a, a + 1), side, in_place=1) == 2 * n  # a product is made elsewhere
 
 
+def test_a_stream_to_which_blocks_add_does_not_keep_what_they_added():
+    n, side = 4 * 32 * 32, (32, 32)
+
+    def stream(blocks):
+        def run(a, w):
+            for _ in range(blocks):
+                a = a + jnp.sin(a) @ w
+            return jnp.sin(a) @ w
+
+        return peak(run, side, side)
+
+    assert stream(3) == stream(9) <= 4 * n
+
+
 def test_a_kernel_is_transposed_for_the_gradient_where_asked():
     x, w = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 4, 6))
 
