@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         concept="a cat",
         subset="esd-u-flow",
         sample_with="teacher",
+        sampler="flow_euler",
         timestep_mode="grid",
         sampling_steps=20,
         eta=2.0,

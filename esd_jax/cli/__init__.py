@@ -59,7 +59,8 @@ USAGE = "\n".join(
         "  esd-jax report runs/neon                           its report, as one page\n",
         "Verbs:",
         *(verb.usage for verb in VERBS.values()),
-        '\nBASE is "emoji" (the model in the package), a diffusers folder, a .safetensors file, or a hub id.',
+        '\nBASE is "emoji" or "emoji-flow" (the models in the package), a diffusers folder, a .safetensors file, or a',
+        "hub id.",
         "`esd-jax VERB --help` has the flags of a verb, and examples.",
     ]
 )

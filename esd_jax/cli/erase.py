@@ -309,7 +309,7 @@ def _notes() -> str:
 
 
 WORDS = {
-    "BASE": '"emoji" (by default), a diffusers folder, a .safetensors file, or a hub id.',
+    "BASE": '"emoji" (by default), "emoji-flow", a diffusers folder, a .safetensors file, or a hub id.',
     "CONCEPT": 'What is erased; several are separated by ";".',
     "-o, --output_dir": "The run's folder; by default runs/CONCEPT.",
     "--kind": "Of the concept: chooses the config by base and kind.",
