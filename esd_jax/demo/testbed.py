@@ -1,10 +1,9 @@
 """The embedded models as testbeds: their captions, their probe, and budgets that their size allows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -23,24 +22,18 @@ from esd_jax.pipeline import Pipeline
 SUBJECTS = ("cat", "rocket", "house", "rose", "pizza", "owl", "car", "guitar")
 
 
-@dataclass(frozen=True, eq=False)
 class Emoji:
-    """See `evaluation.testbed.Testbed`.
+    """See `evaluation.testbed.Testbed`. recipes: (method, kind) -> a config that the rule of `config` does not name."""
 
-    configs: (method, kind) -> the name of the recipe, where it does not follow the rule of `config`.
-    """
+    images: Mapping[str, int] = MappingProxyType({"smoke": 8, "quick": 24, "emoji": 200})
+    budget = "emoji"
+    sampling: Mapping[str, Any] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
+    commands: Mapping[str, str] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
+    detector_name = "probe"
+    corpus = "emoji"
 
-    source: str = "emoji"
-    folder: Path = MODEL
-    configs: Mapping[tuple[str, str], str] = field(
-        default_factory=lambda: {("esd", "style"): "emoji_contexts", ("esd", "object"): "emoji_object"}
-    )
-    images: ClassVar[Mapping[str, int]] = MappingProxyType({"smoke": 8, "quick": 24, "emoji": 200})
-    budget: ClassVar[str] = "emoji"
-    sampling: ClassVar[Mapping[str, Any]] = MappingProxyType({"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE})
-    commands: ClassVar[Mapping[str, str]] = MappingProxyType({"heat": "esd-jax evaluate RUN --protocol=emoji"})
-    detector_name: ClassVar[str] = "probe"
-    corpus: ClassVar[str] = "emoji"
+    def __init__(self, source: str, folder: Path, recipes: Mapping[tuple[str, str], str]):
+        self.source, self.folder, self.recipes = source, folder, recipes
 
     def kind(self, concepts: Sequence[str]) -> str:
         try:
@@ -51,7 +44,7 @@ class Emoji:
     def config(self, method: str, kind: str) -> str:
         prefix = self.source.replace("-", "_")
         rule = f"{prefix}_{method}" if kind == "style" else f"{prefix}_{method}_object"
-        return self.configs.get((method, kind), rule)
+        return self.recipes.get((method, kind), rule)
 
     def examples(self, concepts: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]] | None:
         try:
@@ -91,10 +84,10 @@ class Emoji:
         return groups.find_target(concepts)
 
 
-EMOJI = register(Emoji())
-EMOJI_FLOW = Emoji("emoji-flow", FLOW, {("esd", "style"): "emoji_flow", ("esd", "object"): "emoji_flow_object"})
-if (FLOW / "model_index.json").is_file():
-    register(EMOJI_FLOW)
+EMOJI = register(Emoji("emoji", MODEL, {("esd", "style"): "emoji_contexts", ("esd", "object"): "emoji_object"}))
+EMOJI_FLOW = register(
+    Emoji("emoji-flow", FLOW, {("esd", "style"): "emoji_flow", ("esd", "object"): "emoji_flow_object"})
+)
 
 
 def probed(target: Target) -> Detect:
