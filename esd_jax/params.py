@@ -53,8 +53,8 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
     Args:
       module: a function that builds the module, e.g. `lambda: UNet2DConditionModel(config)`.
     """
-    made = nnx.eval_shape(module)
-    graphdef, state = nnx.split(made)
+    abstract = nnx.eval_shape(module)
+    graphdef, state = nnx.split(abstract)
     variables = {_tensor_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, (_, v) in variables.items()}
     layouts = {name: _layout(str(path[-1]), len(v.shape)) for name, (path, v) in variables.items()}
@@ -90,7 +90,7 @@ def functional(module: Callable[[], nnx.Module]) -> Network:
         model(*args)
         return read
 
-    in_turn = frozenset(name for name, (path, _) in variables.items() if path[0] in getattr(made, "IN_TURN", ()))
+    in_turn = frozenset(name for name, (path, _) in variables.items() if path[0] in getattr(abstract, "IN_TURN", ()))
     return Network(apply, shapes, layouts, project, inputs, in_turn)
 
 
