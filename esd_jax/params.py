@@ -36,7 +36,7 @@ class Network:
     project: (params, conditioning) -> the conditioning with what the network makes of it alone, to be computed once for
       many calls of `apply`; by default nothing.
     inputs: (params, names of linear kernels, *args) -> name -> what each is multiplied with in `apply(params, *args)`.
-    in_turn: the tensors of blocks that run one after the other (`models.blocks`).
+    in_turn: the tensors of blocks that run one after the other, and gather their own weights (`models.blocks`).
     """
 
     apply: Callable[..., Any]

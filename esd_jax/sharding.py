@@ -160,9 +160,9 @@ def gathering(network: Network, mesh: Mesh) -> Network:
     """The same network, whose split tensors are gathered anew in every evaluation.
 
     In a sampler's loop the tensors do not change, so that XLA would gather all of them before it, and keep them. A
-    transformer's block gathers its own when the block before has ended, and in the backward pass once more. Of other
-    networks the backward pass keeps those that its forward pass gathered: to gather them once more saved no memory
-    where it was measured.
+    transformer's block gathers its own when the block before has ended; where it is recomputed, the backward pass
+    gathers them once more. Else it keeps those that the forward pass gathered: in UNets, to gather them once more saved
+    no memory where it was measured.
     """
     if mesh.shape.get("fsdp", 1) == 1:
         return network

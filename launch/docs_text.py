@@ -19,6 +19,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "esd_jax/demo/model/README.md": "model_card.md",
+    "esd_jax/demo/flow/README.md": "flow_model_card.md",
 }
 OWN_PAGE = "index.md"  # has a text of its own: the README opens the repository, this the site
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")

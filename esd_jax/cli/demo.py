@@ -8,12 +8,12 @@ from absl import flags
 
 from esd_jax import progress
 from esd_jax.cli import words
-from esd_jax.cli.common import Verb, required, say
+from esd_jax.cli.common import Verb, say
 from esd_jax.inputs import expanded
 
 USAGE = """\
   esd-jax demo    ["CONCEPT"] [-o FOLDER]            all of it on the embedded model: erase, measure, attack, report
-                  [--images=60 --attacks=all --random --front]"""
+                  [--base=emoji-flow --images=60 --attacks=all --random --front]"""
 
 MOMENTS = 6  # of the timeline
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -21,7 +21,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 def define(values: flags.FlagValues) -> None:
     at_least_1 = {"lower_bound": 1, "flag_values": values}
-    flags.DEFINE_enum("base", "emoji", words.CARRIED, "The embedded model.", flag_values=values)
+    flags.DEFINE_enum("base", words.EMBEDDED, words.CARRIED, "The embedded model.", flag_values=values)
     flags.DEFINE_string("concept", "neon style", "A style or an object that the model knows.", flag_values=values)
     flags.DEFINE_string("config", None, "The recipe; by default the one for the concept.", flag_values=values)
     flags.DEFINE_integer("images", 20, "Images of each group and model.", **at_least_1)
@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seeds", 4, "Images of each trial of an attack.", **at_least_1)
     flags.DEFINE_bool("random", False, "Also attack random weights, and the placebo.", flag_values=values)
     flags.DEFINE_bool("front", False, "Also measure parts of the weight change.", flag_values=values)
-    flags.DEFINE_string("output", "out/demo", "The folder to write to.", flag_values=values)
+    flags.DEFINE_string("output", None, "The folder; by default out/demo, or out/demo-BASE.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace an existing output; else it is continued.", flag_values=values)
 
 
@@ -53,13 +53,15 @@ def run(values: flags.FlagValues) -> None:
 
     started = time.monotonic()
     target, bed = groups.parse_target(values.concept), testbed.of(values.base)
-    if bed is None:
-        raise ValueError(f"this package carries no {values.base!r}")
-    output = expanded(required(values, "output"))
+    assert bed is not None
+    default = "out/demo" if values.base == words.EMBEDDED else f"out/demo-{values.base}"
+    output = expanded(values.output or default)
     config = values.config or kinds.config(values.base, target.concepts, lambda: {})
     settings = recipe.read(config).to_dict()
     base = api.load(values.base)
-    say(f"erasing {target.concept!r} from the embedded model, by the recipe {config} ...")
+    if (other := settings["base"]) != values.base and other in words.CARRIED:
+        raise ValueError(f"the recipe {config} is one for {other}: give --base={other}, or another --config")
+    say(f"erasing {target.concept!r} from {values.base}, by the recipe {config} ...")
     shown = {
         "preview_prompts": "; ".join(prompts[0] for _, prompts in groups.examples(target)),
         "preview_every": max(1, -(-settings["steps"] // MOMENTS)),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from absl import flags
 
-from esd_jax import prompt_files
+from esd_jax import demo, prompt_files
 from esd_jax.cli import common
 from esd_jax.inputs import expanded
 from esd_jax.training import run_folder
 
 EMBEDDED = "emoji"
-CARRIED = (EMBEDDED, "emoji-flow")  # all models that the package carries
+CARRIED = demo.NAMES  # all models that the package carries
 
 
 @dataclass
@@ -83,8 +83,8 @@ def place(parsed: Words) -> None:
             return
         case [base, concept] if not _may_be_base(base):
             raise ValueError(
-                f"there is no model {base!r}: give a folder, a file, a hub id or {EMBEDDED!r}; if it belongs to the "
-                f'concept, quotes: esd-jax erase "{base} {concept}"'
+                f"there is no model {base!r}: give a folder, a file, a hub id or one of {', '.join(CARRIED)}; if it "
+                f'belongs to the concept, quotes: esd-jax erase "{base} {concept}"'
             )
         case [base, concept]:
             fields = {"base": base, "concept": concept}

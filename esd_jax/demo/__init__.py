@@ -10,3 +10,4 @@ same artwork, with the VAE and CLIP of the first.
 from pathlib import Path
 
 MODEL, FLOW = (Path(__file__).parent / name for name in ("model", "flow"))
+NAMES = ("emoji", "emoji-flow")  # by which they are loaded

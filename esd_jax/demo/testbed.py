@@ -42,8 +42,8 @@ class Emoji:
             return "object"
 
     def config(self, method: str, kind: str) -> str:
-        prefix = self.source.replace("-", "_")
-        rule = f"{prefix}_{method}" if kind == "style" else f"{prefix}_{method}_object"
+        kind = "style" if kind == "style" else "object"
+        rule = f"{self.source.replace('-', '_')}_{method}" + ("" if kind == "style" else "_object")
         return self.recipes.get((method, kind), rule)
 
     def examples(self, concepts: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]] | None:

@@ -80,7 +80,7 @@ def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
     kind, _, which = name.partition(":")
     from esd_jax.evaluation import testbed  # which asks questions itself
 
-    testbeds = {bed.detector_name: bed for bed in reversed(testbed.known())}  # the first of a name
+    testbeds = {bed.detector_name: bed for bed in reversed(testbed.known())}  # of those that share one, the first
     if name in testbeds:
         return testbeds[name].detector(as_texts(concept))
     if kind == "nudenet":

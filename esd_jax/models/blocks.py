@@ -7,20 +7,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-# (a block's weights, its inputs) -> both, for the time in which a network is traced whose weights lie split over
-# devices (`sharding.gathering`).
+# While a network with split weights is traced (`sharding.gathering`): (a block's weights, its inputs) -> the same, the
+# weights whole.
 GATHER: ContextVar[Callable[[Any, Any], tuple[Any, Any]] | None] = ContextVar("GATHER", default=None)
 
 
 def run(block: nnx.Module, *inputs: Any, remat: bool = False, **fixed: Any) -> Any:
     """A block's outputs.
 
-    Where weights are split, they are gathered here and nowhere else: in a backward pass that recomputes, too, so that
-    no more than a block's are whole at a time.
+    Where weights are split, they are gathered here and nowhere else. A backward pass that recomputes the block gathers
+    them again, so that no more than a block's are whole at a time.
 
     Args:
       remat: recompute it in the backward pass, in place of keeping its activations.
-      fixed: inputs that are not recomputed.
+      fixed: inputs that are the same for every block.
     """
     gather = GATHER.get()
     if gather is None:

@@ -104,7 +104,7 @@ STUDENT = "the student's forward and backward pass, which are not all of an upda
 # What a step computes and forgets: an estimate, where everything else is counted.
 STEP = "activations, gradients and copies of a step"
 # All at once, as XLA was seen to do where they fit; it may also gather each tensor where it is needed. But of a
-# transformer no more than one block's.
+# transformer that recomputes no more than one block's.
 GATHERED = "weights gathered from the other devices"
 
 

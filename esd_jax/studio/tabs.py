@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esd_jax import recipe_docs
-from esd_jax.demo import captions, vocabulary
+from esd_jax.demo import NAMES, captions, vocabulary
 from esd_jax.evaluation import testbed
 from esd_jax.exports import FORMATS
 from esd_jax.exports.verifying import DTYPES
@@ -89,8 +89,8 @@ def sampling(page: "Page", place: str, each: int) -> list[Any]:
 def erase(page: "Page") -> None:
     with gr.Row():
         with gr.Column(**FORM):
-            base = gr.Dropdown(list(dict.fromkeys([page.desk.base, "emoji"])), label="Base", allow_custom_value=True,
-                               elem_id="base", info="emoji is in the package; or a folder, a .safetensors, a hub id")
+            base = gr.Dropdown(list(dict.fromkeys([page.desk.base, *NAMES])), label="Base", allow_custom_value=True,
+                               elem_id="base", info="emoji and emoji-flow are in the package; or a folder, a hub id")
             concept = gr.Dropdown(KNOWN, value="neon style", label="Concept", allow_custom_value=True,
                                   elem_id="concept", info="what to erase; several are separated by “;”")
             with gr.Row():

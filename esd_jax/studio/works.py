@@ -115,7 +115,7 @@ def report(desk: Desk, run: Run, protocol: str = "") -> Job:
 def curve(desk: Desk, run: Run, images: int) -> Job:
     """Measures the detection rate and the retention over the strength of the weight change."""
     if not (bed := testbed.of(run.plan.base)):
-        raise ValueError(f"For another model than emoji: esd-jax evaluate {run.folder} --strengths=0,0.5,1")
+        raise ValueError(f"For a model that is not in the package: esd-jax evaluate {run.folder} --strengths=0,0.5,1")
 
     def work(job: Job) -> None:
         metric, evidence = bed.metric(run.record.texts, images), run.folder / dossier.EVIDENCE

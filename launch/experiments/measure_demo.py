@@ -25,7 +25,7 @@ from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
 from esd_jax.demo.measure import BASE, ERASED, PLACEBO, GroupRows, measure
 from esd_jax.demo.testbed import EMOJI
-from esd_jax.evaluation import seen
+from esd_jax.evaluation import seen, testbed
 from esd_jax.io.diffusers import source_hash
 from esd_jax.pipeline import Pipeline
 from launch import command
@@ -38,7 +38,7 @@ TARGETS = "neon style; ink style; pop art style; a cat; a rose; a pizza; a rocke
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("targets", TARGETS, 'Separated by ";", each with "=RECIPE" if it has its own.', flag_values=FLAGS)
-flags.DEFINE_string("base", "emoji", "The model: emoji, or a folder with a model of the same words.", flag_values=FLAGS)
+flags.DEFINE_string("base", "emoji", "emoji, emoji-flow, or a folder with such a model.", flag_values=FLAGS)
 flags.DEFINE_integer("images", 1000, "Per group and model.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("base_images", 2000, "Of the base alone, per group; 0: none.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 1, "Of the images' noise.", lower_bound=0, flag_values=FLAGS)
@@ -79,7 +79,7 @@ def parse(text: str) -> list[tuple[Target, str]]:
     for part in filter(None, (p.strip() for p in text.split(";"))):
         concept, _, config = (p.strip() for p in part.partition("="))
         target = groups.parse_target(concept)
-        recipe.read(config := config or EMOJI.config("esd", target.kind))
+        recipe.read(config := config or (testbed.of(FLAGS["base"].value) or EMOJI).config("esd", target.kind))
         wanted.append((target, config))
     names = [target.label for target, _ in wanted]
     if twice := {name for name in names if names.count(name) > 1}:

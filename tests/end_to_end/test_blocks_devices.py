@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from esd_jax import sharding
+from esd_jax.models import blocks
+from esd_jax.params import Network
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20}
 FLUX = TINY | {"num_layers": 1, "num_single_layers": 2, "axes_dims_rope": (4, 6, 6), "in_channels": 16}
@@ -16,16 +21,20 @@ SD3 = TINY | {
     "num_layers": 2, "caption_projection_dim": 32, "pos_embed_max_size": 8, "sample_size": 8, "in_channels": 4,
     "out_channels": 4, "dual_attention_layers": (),
 }  # fmt: skip
+KLEIN = {
+    "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4,
+    "joint_attention_dim": 24, "mlp_ratio": 2.0, "axes_dims_rope": (4, 4, 4, 4),
+}  # fmt: skip
 BATCH = 4
 
 
 def main(output: str) -> None:
     """Losses, gradients and programs of both networks, on one device and on four."""
-    import jax
     import jax.numpy as jnp
 
-    from esd_jax import lora, sharding
+    from esd_jax import lora
     from esd_jax.models.flux import FluxConfig, FluxTransformer2DModel
+    from esd_jax.models.flux2 import Flux2Config, Flux2Transformer2DModel, TextConditioning
     from esd_jax.models.mmdit import FlowConditioning
     from esd_jax.models.sd3 import SD3Config, SD3Transformer2DModel
     from esd_jax.params import functional, partition
@@ -42,6 +51,7 @@ def main(output: str) -> None:
 
     kinds = {
         "flux": (FluxTransformer2DModel, FluxConfig.from_dict(FLUX)),
+        "klein": (Flux2Transformer2DModel, Flux2Config(**KLEIN)),
         "sd3": (SD3Transformer2DModel, SD3Config.from_dict(SD3)),
     }
     for kind, (module, config) in kinds.items():
@@ -51,7 +61,8 @@ def main(output: str) -> None:
             names = [n for n in network.shapes if n.endswith(("to_q.weight", "proj_out.weight")) and "blocks" in n]
             first, frozen = partition(params, names)
             theta = jax.tree.map(lambda a: normal(*a.shape) * 0.1, lora.initial(first, 2, jax.random.key(0)))
-            embeddings = FlowConditioning(normal(BATCH, 5, 24), normal(BATCH, 20))
+            tokens = normal(BATCH, 5, 24)
+            embeddings = TextConditioning(tokens) if kind == "klein" else FlowConditioning(tokens, normal(BATCH, 20))
             x, target = normal(BATCH, 8, 8, 4), normal(BATCH, 8, 8, 4)
             t = jnp.linspace(100.0, 900.0, BATCH)
             for devices in (1, 4):
@@ -98,7 +109,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("kind", ["flux", "klein", "sd3"])
 def test_split_weights_give_the_loss_and_gradients_of_whole_ones(kind, results):
     for remat in (False, True):
         here, alone = f"{kind}/{remat}/4", f"{kind}/{remat}/1"
@@ -113,10 +124,22 @@ def test_split_weights_give_the_loss_and_gradients_of_whole_ones(kind, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("kind", ["flux", "klein", "sd3"])
 def test_a_recomputed_block_gathers_its_weights_once_more(kind, results):
     once, twice = (int(results[f"{kind}/{remat}/4/gathers"]) for remat in (False, True))
     assert results[f"{kind}/True/1/gathers"] == 0 and once >= 10 and twice >= 1.5 * once
+
+
+def test_after_an_error_no_network_gathers():
+    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
+
+    def apply(params, x):
+        assert blocks.GATHER.get() is not None
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sharding.gathering(Network(apply, {}, {}), mesh).apply({}, jax.numpy.zeros(1))
+    assert blocks.GATHER.get() is None
 
 
 @pytest.mark.slow

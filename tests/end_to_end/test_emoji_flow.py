@@ -8,11 +8,13 @@ import torch
 from diffusers import FluxPipeline
 
 import esd_jax
-from esd_jax import cli
-from esd_jax.demo import FLOW, captions, groups, probe, vocabulary
+from esd_jax import cli, demo
+from esd_jax.config_files import config_names
+from esd_jax.demo import FLOW, captions, probe, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS
 from esd_jax.demo.pretrain.architecture import TOKENS
 from esd_jax.evaluation import testbed
+from esd_jax.kinds import KINDS
 
 SHORT = {"steps": 4, "batch_size": 1, "contexts": None, "preserve": None, "preserve_images": 0, "preserve_empty": 0.0,
          "sampling_steps": 4, "checkpoint_every": 2}  # fmt: skip
@@ -65,7 +67,12 @@ def test_the_demo_erases_from_it(tmp_path, capsys):
         f"    config.update({SHORT!r})\n    return config\n"
     )
     output = tmp_path / "out"
-    assert cli.main(["demo", "neon", "--base=emoji-flow", f"--config={config}", "--images=2", "-o", str(output)]) == 0
+    assert (
+        cli.main(
+            ["demo", "neon", "--base=emoji-flow", f"--config={config}", "--images=2", "--attacks=", "-o", str(output)]
+        )
+        == 0
+    )
     assert "emoji-flow" in capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert [label for label, cells in report["tables"][0]["rows"] if cells][:2] == ["base", "erased"]
@@ -75,4 +82,8 @@ def test_the_demo_erases_from_it(tmp_path, capsys):
 def test_its_concepts_are_those_of_the_other_embedded_model():
     bed = testbed.of("emoji-flow")
     assert bed is not None and bed.kind(["a cat"]) == "object" and bed.config("esd", "style") == "emoji_flow"
-    assert bed.examples(["neon style"]) == [(t, p) for t, p in groups.examples(groups.find_target(["neon style"]))]
+    assert set(demo.NAMES) <= {known.source for known in testbed.known()}
+    for name in demo.NAMES:
+        own = testbed.of(name)
+        assert own is not None
+        assert {own.config("esd", kind) for kind in KINDS} <= set(config_names())

@@ -270,6 +270,6 @@ def test_a_run_resumes_bit_identically_and_diffusers_opens_its_folder(tiny, tmp_
 def test_the_testbed_names_recipes_that_exist():
     bed = testbed.EMOJI_FLOW
     assert {bed.config("esd", kind) for kind in ("style", "object")} <= set(config_names())
-    assert bed.config("speed", "object") == "emoji_flow_speed_object" and bed.kind(["a cat"]) == "object"
+    assert bed.kind(["a cat"]) == "object"
     assert testbed.EMOJI.config("esd", "style") == "emoji_contexts"
     assert testbed.EMOJI.config("speed", "style") == "emoji_speed"

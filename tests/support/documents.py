@@ -12,7 +12,8 @@ from markdown_it.token import Token
 from paths import ROOT
 
 MODEL_CARD = ROOT / "esd_jax" / "demo" / "model" / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), MODEL_CARD])
+FLOW_CARD = ROOT / "esd_jax" / "demo" / "flow" / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), MODEL_CARD, FLOW_CARD])
 SHELLS = ("bash", "sh", "console", "shell")
 SEPARATORS = {"&&", "||", ";", "|", "&"}
 REDIRECTIONS = {">", ">>", "<"}

@@ -28,13 +28,14 @@ def test_only_what_a_compiler_writes_to_memory_is_counted():
     assert peak(lambda a: (a @ a, a + 1), side, in_place=1) == 2 * n  # a product is made elsewhere
 
 
-def test_a_stream_to_which_blocks_add_does_not_keep_what_they_added():
+@pytest.mark.parametrize("scaled", [lambda a: a, lambda a: a * 1.5, lambda a: a.astype("bfloat16").astype(a.dtype)])
+def test_a_stream_to_which_blocks_add_does_not_keep_what_they_added(scaled):
     n, side = 4 * 32 * 32, (32, 32)
 
     def stream(blocks):
         def run(a, w):
             for _ in range(blocks):
-                a = a + jnp.sin(a) @ w
+                a = scaled(a + jnp.sin(a) @ w)
             return jnp.sin(a) @ w
 
         return peak(run, side, side)

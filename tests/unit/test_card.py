@@ -88,7 +88,7 @@ def test_only_files_that_exist_are_used():
         "esd_jax: the difference, at any strength",
     ]  # fmt: skip
     assert titles(EXPORTS[3:4]) == ["A1111 and ComfyUI: the LoRA", "diffusers: the LoRA on the base"]
-    assert not any("A1111" in title for title in titles(EXPORTS, embedded=True))
+    assert not any("A1111" in title for title in titles(EXPORTS, embedded="emoji"))
 
 
 def test_the_delta_is_loaded_into_the_network_that_was_erased():
@@ -100,8 +100,9 @@ def test_the_delta_is_loaded_into_the_network_that_was_erased():
 @pytest.mark.parametrize("source", [
     Source('a "cat" in Z\'s style', base="org/base", folder="runs/neon"),
     Source("a cat", repo="me/neon", base="org/base", pipeline="StableDiffusionXLPipeline"),
-    Source("a cat", embedded=True, sampling={"steps": 20, "guidance_scale": 3.0}),
-], ids=["local", "hub", "embedded"])  # fmt: skip
+    Source("a cat", embedded="emoji", sampling={"steps": 20, "guidance_scale": 3.0}),
+    Source("a cat", embedded="emoji-flow", arguments={"negative_prompt": "", "true_cfg_scale": 3.0, "height": 64}),
+], ids=["local", "hub", "embedded", "embedded flow"])  # fmt: skip
 def test_the_code_names_its_files(source):
     uses = snippets.uses(EXPORTS, source)
     python = {use.title: use.code for use in uses if use.language == "python"}
@@ -119,10 +120,17 @@ def test_the_code_names_its_files(source):
         assert 'hf_hub_download("me/neon", "x-delta.safetensors")' in python["diffusers: the delta on the base"]
         assert "hf download me/neon x-kohya.safetensors --local-dir ComfyUI/models/loras/" in uses[4].code
     elif source.embedded:
-        assert all(
-            "num_inference_steps=20, guidance_scale=3)" in code for name, code in python.items() if "esd" not in name
+        flow = source.embedded == "emoji-flow"
+        call = (
+            ', negative_prompt="", true_cfg_scale=3, height=64)'
+            if flow
+            else "num_inference_steps=20, guidance_scale=3)"
         )
-        assert "from_pretrained(MODEL)" in python["diffusers: the delta on the base"]
+        assert all(call in code for name, code in python.items() if "esd" not in name)
+        place = "FLOW" if flow else "MODEL"
+        delta = python["diffusers: the delta on the base"]
+        assert f"from_pretrained({place})" in delta and f"from esd_jax.demo import {place}\n" in delta
+        assert f'esd_jax.load("{source.embedded}")' in python["esd_jax: the difference, at any strength"]
     else:
         assert 'from_pretrained("runs/neon/x-folder")' in python["diffusers: the erased model"]
         assert (

@@ -235,6 +235,6 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     pages = {*re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)}
     assert written <= pages
-    elsewhere = {"contributing.md", "changelog.md", "model_card.md"}
+    elsewhere = {"contributing.md", "changelog.md", "model_card.md", "flow_model_card.md"}
     elsewhere |= {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert pages - written == elsewhere

@@ -17,6 +17,7 @@ PROGRAMS = {
 BASE = "path/to/the/base"  # of a base that is no model of the hub: the report does not say where it lies
 # One dtype for all parts, where transformers 5 leaves each as its file has it.
 DEVICE = 'pipe.to("cuda", torch.float32)  # or "mps", "cpu"; torch.float16 takes half of the memory'
+PLACES = {"emoji": "MODEL", "emoji-flow": "FLOW"}  # the package's own models -> their folders in `esd_jax.demo`
 NOT_OPENED = "A1111 and ComfyUI do not know the architecture of this small model."
 
 
@@ -28,7 +29,8 @@ class Source:
     folder: where the files lie, as seen from where the code runs. repo: the hub's repository that holds them, instead.
     pipeline: the diffusers class of the checkpoint. denoiser: that class's attribute for the network that is erased.
     sampling: steps and guidance_scale, where it needs its own.
-    embedded: whether the base is the package's own model.
+    arguments: of the pipeline's call, where it does not take those two by these names.
+    embedded: the name of the package's own model that is the base, one of `PLACES`.
     """
 
     prompt: str
@@ -38,7 +40,8 @@ class Source:
     pipeline: str = "StableDiffusionPipeline"
     denoiser: str = "unet"
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    embedded: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    embedded: str = ""
 
     def path(self, file: str) -> str:
         """A file of the erased model, seen from where the code runs."""
@@ -47,17 +50,23 @@ class Source:
     @property
     def call(self) -> str:
         """The code that samples from `pipe`."""
-        arguments = {
+        arguments = self.arguments or {
             "num_inference_steps": self.sampling.get("steps"),
             "guidance_scale": self.sampling.get("guidance_scale"),
         }
-        more = "".join(f", {name}={value:g}" for name, value in arguments.items() if value is not None)
+        written = {name: _quoted(value) if isinstance(value, str) else value for name, value in arguments.items()}
+        more = "".join(
+            f", {name}={value if isinstance(value, str) else f'{value:g}'}"
+            for name, value in written.items()
+            if value is not None
+        )
         return f"{DEVICE}\nimage = pipe({_quoted(self.prompt)}{more}).images[0]"
 
     def on_base(self, *changed: str, imports: str = "") -> str:
         """The code that loads the base, changes it, and samples."""
-        mine = "from esd_jax.demo import MODEL\n" if self.embedded else ""
-        base = "MODEL" if self.embedded else _quoted(self.base or BASE)
+        place = PLACES.get(self.embedded)
+        mine = f"from esd_jax.demo import {place}\n" if place else ""
+        base = place or _quoted(self.base or BASE)
         lines = "\n".join((f"pipe = DiffusionPipeline.from_pretrained({base})", *changed, self.call))
         return f"import torch\nfrom diffusers import DiffusionPipeline\n{mine}{imports}\n{lines}"
 
@@ -141,7 +150,7 @@ def _delta(named: Mapping[str, str], source: Source) -> Iterator[Use]:
 
 
 def _difference(named: Mapping[str, str], source: Source) -> Iterator[Use]:
-    base = "emoji" if source.embedded else source.base or BASE
+    base = source.embedded or source.base or BASE
     place, imports = _quoted(source.path(named["difference"])), ""
     if source.repo:
         place = f"hf_hub_download({_quoted(source.repo)}, {_quoted(named['difference'])})"
