@@ -152,7 +152,7 @@ def test_configs_make_a_recipe_and_say_how_to_run_it(name, monkeypatch):
         plan = recipe.make(**fields)
         assert plan.concepts and plan.output_dir
         known = {"xl": "sdxl", "2-1": "sd21", "dev": "flux-dev", "schnell": "flux-schnell", "3.5": "sd35-medium",
-                 "klein": "klein-4b"}  # fmt: skip
+                 "klein": "klein-4b", "emoji-flow": "flux-dev"}  # fmt: skip
         arch = next((arch for part, arch in known.items() if part in plan.base), "sd14")
         configs, _ = api.architecture(arch)
         family = families.of(configs)
