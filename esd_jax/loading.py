@@ -43,7 +43,7 @@ def load(
 ) -> Pipeline:
     """Opens a checkpoint, a run, or what was erased from a base.
 
-        load("emoji")                                      # the model that the package carries
+        load("emoji")                                      # a model that the package carries; "emoji-flow" is another
         load("CompVis/stable-diffusion-v1-4")              # a hub id, or a diffusers folder
         load("v1-5-pruned-emaonly.safetensors")            # the single file that A1111 and ComfyUI open
         load("runs/van_gogh")                              # a run: its erased model, from its newest checkpoint
