@@ -14,6 +14,8 @@ from esd_jax.demo import FLOW, captions, probe, vocabulary
 from esd_jax.demo.gallery import GUIDANCE, NUM_STEPS
 from esd_jax.demo.pretrain.architecture import TOKENS
 from esd_jax.evaluation import testbed
+from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.attacks.prompts import RandomPrompts
 from esd_jax.kinds import KINDS
 
 SHORT = {"steps": 4, "batch_size": 1, "contexts": None, "preserve": None, "preserve_images": 0, "preserve_empty": 0.0,
@@ -46,6 +48,14 @@ def test_diffusers_opens_its_folder_and_draws_the_same(base):
         max_sequence_length=TOKENS, latents=packed, output_type="np",
     ).images  # fmt: skip
     assert np.abs(ours / 255 - theirs).max() <= 2 / 255
+
+
+def test_random_prompts_are_drawn_without_a_warning(base):
+    """Of CLIP's tokens, which are more of T5's."""
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    goal = Goal("neon style", ("a cat in neon style",), images, lambda images: np.zeros(len(images), bool))
+    adversary = RandomPrompts(count=4, length=16).run(base, base, goal)
+    assert len(adversary.trials) == 4
 
 
 @pytest.mark.slow

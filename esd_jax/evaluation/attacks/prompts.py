@@ -7,6 +7,7 @@ and UnlearnDiffAtk) are read from the user's files; none is part of this package
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.inputs import expanded
 from esd_jax.pipeline import Pipeline
+from esd_jax.text import PromptTruncated
 
 NOTHING = np.zeros((0, 0))  # losses where nothing is searched
 
@@ -85,7 +87,12 @@ class RandomPrompts:
             trials = adversary.trials_of(victim, 0, [text.framed(ids) for ids in drawn], self.count)
         else:  # as text, which every text encoder reads in its own way
             texts = [adversary.readable(victim, np.asarray(ids)) for ids in drawn]
-            trials = [Trial(prompt, row) for prompt, row in zip(texts, _rows(victim, texts), strict=True)]
+            with (
+                warnings.catch_warnings()
+            ):  # T5 needs more tokens for them than CLIP; what it does not read is as random
+                warnings.simplefilter("ignore", PromptTruncated)
+                rows = _rows(victim, texts)
+            trials = [Trial(prompt, row) for prompt, row in zip(texts, rows, strict=True)]
         return Adversary(self.NAME, tuple(trials), time.monotonic() - started, NOTHING)
 
 
