@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from esd_jax import exports, families, runs
+from esd_jax import exports, runs
 from esd_jax.evaluation import testbed
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.report import snippets
 from esd_jax.evaluation.report.about import About, File, Use
 from esd_jax.io import hub
-from esd_jax.pipeline import Pipeline, image_size
+from esd_jax.pipeline import Pipeline
 from esd_jax.runs import sessions
 
 # Files of a run that a reader may want, and what they are.
@@ -59,23 +59,10 @@ def uses(files: tuple[File, ...], erased: Pipeline, *, folder: str = "", repo: s
         pipeline=str(erased.index.get("_class_name", "StableDiffusionPipeline")),
         denoiser=erased.denoiser,
         sampling=sampled(bed.sampling) if bed else {},
-        arguments=_arguments(erased),
+        arguments=erased.family.arguments(erased.configs),
         embedded=bed.source if bed else "",
     )
     return snippets.uses(files, source)
-
-
-def _arguments(erased: Pipeline) -> dict[str, Any]:
-    """Of the call of diffusers' pipeline, which knows no defaults for a FLUX.1 that is not distilled."""
-    family, configs = erased.family, erased.configs
-    if family is not families.FLUX_UNDISTILLED:
-        return {}
-    (height, width), own = image_size(configs), family.sampling(configs)
-    tokens = family.lengths(configs)["text_encoder_2"]
-    return {
-        "negative_prompt": "", "num_inference_steps": own.steps, "true_cfg_scale": own.guidance_scale,
-        "height": height, "width": width, "max_sequence_length": tokens,
-    }  # fmt: skip
 
 
 def base_id(erased: Pipeline) -> str | None:

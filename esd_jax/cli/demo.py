@@ -8,7 +8,7 @@ from absl import flags
 
 from esd_jax import progress
 from esd_jax.cli import words
-from esd_jax.cli.common import Verb, say
+from esd_jax.cli.common import Verb, required, say
 from esd_jax.inputs import expanded
 
 USAGE = """\
@@ -55,12 +55,12 @@ def run(values: flags.FlagValues) -> None:
     target, bed = groups.parse_target(values.concept), testbed.of(values.base)
     assert bed is not None
     default = "out/demo" if values.base == words.EMBEDDED else f"out/demo-{values.base}"
-    output = expanded(values.output or default)
+    output = expanded(default if values.output is None else required(values, "output"))
     config = values.config or kinds.config(values.base, target.concepts, lambda: {})
     settings = recipe.read(config).to_dict()
-    base = api.load(values.base)
     if (other := settings["base"]) != values.base and other in words.CARRIED:
         raise ValueError(f"the recipe {config} is one for {other}: give --base={other}, or another --config")
+    base = api.load(values.base)
     say(f"erasing {target.concept!r} from {values.base}, by the recipe {config} ...")
     shown = {
         "preview_prompts": "; ".join(prompts[0] for _, prompts in groups.examples(target)),

@@ -95,6 +95,7 @@ class Family:
     guide: of a guidance-distilled family, (conditioning, scale of guidance) -> the conditioning with the scale as far
       as the network takes it; None for a family that is guided classifier-free.
     sampling: configs -> what images are sampled with by default.
+    arguments: configs -> of the call of diffusers' pipeline, where its own defaults are another model's.
     zeros_for_null: guidance without a negative prompt starts from `null`'s rows rather than from the encoded "", unless
       `model_index.json` overrides it.
     label: configs -> the version of the model in short ("SD 1"); by default the family's name.
@@ -124,6 +125,7 @@ class Family:
     lengths: Callable[[Configs], Mapping[str, int]] = padded_lengths
     guide: Callable[[Conditioning, Any], Conditioning] | None = None
     sampling: Callable[[Configs], Sampling] = lambda configs: Sampling()
+    arguments: Callable[[Configs], Mapping[str, Any]] = lambda configs: {}
     zeros_for_null: bool = False
     label: Callable[[Configs], str] | None = None
     tables: Mapping[str, TokenTable] = field(default_factory=dict)

@@ -111,7 +111,22 @@ def t5_tokens(configs: Configs) -> int:
     return min(DEV_TOKENS, configs["text_encoder_2"].n_positions)
 
 
-# diffusers samples it with `true_cfg_scale`, `max_sequence_length`, `height` and `width`: its pipeline knows no others.
+UNDISTILLED = Sampling(20, 3.0)
+
+
+def undistilled_size(configs: Configs) -> tuple[int, int]:
+    return (configs["vae"].sample_size,) * 2
+
+
+def undistilled_arguments(configs: Configs) -> dict[str, Any]:
+    """Of diffusers' pipeline, whose defaults are those of FLUX.1 [dev]."""
+    height, width = undistilled_size(configs)
+    return {
+        "negative_prompt": "", "num_inference_steps": UNDISTILLED.steps, "true_cfg_scale": UNDISTILLED.guidance_scale,
+        "height": height, "width": width, "max_sequence_length": t5_tokens(configs),
+    }  # fmt: skip
+
+
 FLUX_UNDISTILLED = replace(
     FLUX,
     name="FLUX (undistilled)",
@@ -121,9 +136,10 @@ FLUX_UNDISTILLED = replace(
         shape_of((batch, t5_tokens(configs), configs[flows.DENOISER].joint_attention_dim), dtype),
         shape_of((batch, configs[flows.DENOISER].pooled_projection_dim), dtype),
     ),
-    default_size=lambda configs: (configs["vae"].sample_size,) * 2,
+    default_size=undistilled_size,
     lengths=undistilled_lengths,
     guide=None,
-    sampling=lambda configs: Sampling(20, 3.0),
+    sampling=lambda configs: UNDISTILLED,
+    arguments=undistilled_arguments,
     label=lambda configs: "FLUX, undistilled",
 )

@@ -47,7 +47,7 @@ class Node:
 class Value:
     """One value of the flat program: a node's result, or an argument (then `node` is None).
 
-    kept: it is a result. pinned: it stands before a barrier, so that it is not computed again behind it.
+    kept: it is a result. pinned: it is not computed again, as what stands before a barrier, or would take too much.
     """
 
     __slots__ = ("node", "size", "users", "kept", "pinned")
@@ -195,14 +195,12 @@ def _thin(node: Node) -> bool:
 def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
     """The most bytes that stored values occupy at once, in the order of the program."""
     sources: dict[Value, frozenset[Value]] = {}
-    written: set[Value] = set()
 
     def lying(value: Value, reader: Node | None = None) -> frozenset[Value]:
         """The stored values that must be there to read this one: itself, or what it is computed from."""
         if value.node is None:
             return frozenset()
         again = reader is not None and value in stored and _able(reader) and _thin(value.node) and not value.pinned
-        again = again and value not in written
         return frozenset((value,)) if value in stored and not again else sources[value]
 
     reads: list[frozenset[Value]] = []
@@ -211,7 +209,7 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
         union = frozenset().union(*(lying(value, node) for value in node.reads))
         if _fusible(node) and len(outputs[0].users) > 1 and sum(v.size >= outputs[0].size for v in union) > AT_MOST:
             stored.add(outputs[0])
-            written.add(outputs[0])
+            outputs[0].pinned = True
         sources.update(dict.fromkeys(outputs, union))
         reads.append(union)
         if any(value in stored for value in outputs):

@@ -93,8 +93,7 @@ def architecture(arch: str) -> tuple[Mapping[str, NetworkConfig], Any]:
     """(component -> config, schedule) of a published architecture, or of one of `TINY`.
 
     "flux-dev:4+8" is FLUX.1 [dev] with 4 blocks of two streams and 8 of one (so is "klein-4b:2+4"), "sd35-medium:6"
-    SD 3.5 with its first 6:
-    they compile sooner, and each block needs what it needs in the whole network.
+    SD 3.5 with its first 6: they compile sooner, and each block needs what it needs in the whole network.
 
     Raises ValueError for numbers of blocks that the architecture does not have.
     """

@@ -50,12 +50,36 @@ def test_diffusers_opens_its_folder_and_draws_the_same(base):
     assert np.abs(ours / 255 - theirs).max() <= 2 / 255
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--base=emoji-flow", "--config=emoji"], ["recipe emoji is one for emoji", "--base=emoji,"]),
+        (["--config=emoji_flow"], ["recipe emoji_flow is one for emoji-flow", "--base=emoji-flow,"]),
+        (["--output="], ["--output is required"]),
+    ],
+)
+def test_the_demo_refuses_before_it_loads(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(esd_jax.api, "load", lambda source: pytest.fail(f"{source} was loaded"))
+    assert cli.main(["demo", "neon", *flags]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
 def test_random_prompts_are_drawn_without_a_warning(base):
     """Of CLIP's tokens, which are more of T5's."""
     images = np.zeros((1, 64, 64, 3), np.uint8)
     goal = Goal("neon style", ("a cat in neon style",), images, lambda images: np.zeros(len(images), bool))
     adversary = RandomPrompts(count=4, length=16).run(base, base, goal)
     assert len(adversary.trials) == 4
+
+
+def test_the_report_calls_diffusers_pipeline_as_it_must_be_called(base):
+    arguments = base.family.arguments(base.configs)
+    assert arguments == {
+        "negative_prompt": "", "num_inference_steps": NUM_STEPS, "true_cfg_scale": GUIDANCE, "height": 64, "width": 64,
+        "max_sequence_length": TOKENS,
+    }  # fmt: skip
+    assert esd_jax.load("emoji").family.arguments({}) == {}
 
 
 @pytest.mark.slow

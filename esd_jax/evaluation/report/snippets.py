@@ -54,12 +54,7 @@ class Source:
             "num_inference_steps": self.sampling.get("steps"),
             "guidance_scale": self.sampling.get("guidance_scale"),
         }
-        written = {name: _quoted(value) if isinstance(value, str) else value for name, value in arguments.items()}
-        more = "".join(
-            f", {name}={value if isinstance(value, str) else f'{value:g}'}"
-            for name, value in written.items()
-            if value is not None
-        )
+        more = "".join(f", {name}={_written(value)}" for name, value in arguments.items() if value is not None)
         return f"{DEVICE}\nimage = pipe({_quoted(self.prompt)}{more}).images[0]"
 
     def on_base(self, *changed: str, imports: str = "") -> str:
@@ -161,6 +156,10 @@ def _difference(named: Mapping[str, str], source: Source) -> Iterator[Use]:
         f"image = esd_jax.sample(erased, {_quoted(source.prompt)})[0]"
     )
     yield Use("esd_jax: the difference, at any strength", code)
+
+
+def _written(value: str | float) -> str:
+    return _quoted(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _quoted(text: str) -> str:
