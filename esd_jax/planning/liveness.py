@@ -203,7 +203,6 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
         again = reader is not None and value in stored and _able(reader) and _thin(value.node) and not value.pinned
         return frozenset((value,)) if value in stored and not again else sources[value]
 
-    reads: list[frozenset[Value]] = []
     last: dict[Value, int] = {}
     for i, (node, outputs) in enumerate(program):
         union = frozenset().union(*(lying(value, node) for value in node.reads))
@@ -211,7 +210,6 @@ def _simulate(program: list, stored: set[Value], results: list[Value]) -> int:
             stored.add(outputs[0])
             outputs[0].pinned = True
         sources.update(dict.fromkeys(outputs, union))
-        reads.append(union)
         if any(value in stored for value in outputs):
             last.update(dict.fromkeys(union, i))
             last.update({value: max(last.get(value, i), i) for value in outputs if value in stored})
