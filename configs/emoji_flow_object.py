@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
         sampling_steps=20,
         contexts=" | ".join(f"{{}} in {style}: {style}" for style in styles),
         eta=1.0,
-        context_eta=1.0,
         preserve=" | ".join([*KEPT, *pairs, *styles]),  # but those that name the concept
         preserve_weight=5.0,
         preserve_images=2,

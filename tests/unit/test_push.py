@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from esd_jax import report_files
 from esd_jax.erasure import Concept, Erasure
 from esd_jax.exports import Written
+from esd_jax.families.sd import SD
 from esd_jax.io import hub
 
 
@@ -63,7 +64,7 @@ def erased(base="org/base"):
     record = Erasure(concepts=(Concept("neon style"),), base=base)
     provenance = types.SimpleNamespace(source=base, erased=(record,), folder=None)
     return types.SimpleNamespace(
-        provenance=provenance, denoiser="unet", index={"_class_name": "StableDiffusionPipeline"}
+        provenance=provenance, denoiser="unet", index={"_class_name": "StableDiffusionPipeline"}, family=SD, configs={}
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from esd_jax import exports, run_facts
 from esd_jax.erasure import Concept, Erasure
+from esd_jax.families.sd import SD
 from esd_jax.runs import sessions
 
 
@@ -24,6 +25,8 @@ def model(source="emoji", base="emoji", folder=None, license=None):
         denoiser="unet",
         provenance=types.SimpleNamespace(source=source, erased=(record,), folder=folder),
         index={"_class_name": "StableDiffusionPipeline"},
+        family=SD,
+        configs={},
     )
 
 
