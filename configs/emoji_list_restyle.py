@@ -1,0 +1,32 @@
+"""Erases a list of styles from the embedded emoji model at once with UCE, so that another takes their place; in seconds.
+
+    esd-jax erase --config=emoji_list_restyle --config.output_dir=out/restyled
+
+leaves one style of eight, clay; to leave another, give config.concept all styles but that one, and config.replace_with
+that one. As emoji_list_style, but a style becomes another where it stands alone and with an object, in the same words.
+Where nothing takes a style's place (emoji_list_style), a prompt asks for an object without a style, which this model
+draws in any of the eight. Tuned with clay; what it reaches is in docs/results/lists.md.
+"""
+
+from ml_collections import ConfigDict
+
+from esd_jax import recipe
+
+STYLES = ("cartoon", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
+OBJECTS = ("a cat", "a dog", "a lion", "an owl", "a fish", "a bee", "a rose", "an apple", "a pizza", "a cake", "a car",
+           "a rocket", "a house", "a skull", "a star", "a robot")  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+    return recipe.preset(
+        "uce",
+        "list",
+        base="emoji",
+        concept="; ".join(f"{style} style" for style in STYLES),
+        replace_with="clay style",
+        contexts=" | ".join(f"{name} in {{}}: {name} in {{}}" for name in OBJECTS),
+        retain="emoji",
+        preserve_scale=2.0,
+        preview_prompts="{}; a cat in {}; a cat in clay style; a rocket in clay style",
+        preview_guidance=3.0,
+    )
