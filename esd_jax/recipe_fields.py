@@ -147,6 +147,7 @@ class RecipeFields(TypedDict, total=False):
     # Of `methods.redirect.Redirect`.
     redirect_from: float
     redirect_spread: float
+    redirect_between: float
 
     # Of `methods.oce.OCE`.
     corpus_scale: float
@@ -218,7 +219,8 @@ def completed(
     no_images: bool = ..., search_rounds: int = ..., search_updates: int = ..., search_pace: float = ...,
     scale: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
     r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
-    centres: int = ..., corpus_scale: float = ..., redirect_from: float = ..., redirect_spread: float = ...,
+    centres: int = ..., corpus_scale: float = ..., redirect_from: float = ...,
+    redirect_spread: float = ..., redirect_between: float = ...,
     sample_prompt: str = ..., timestep_mode: str = ..., sampling_steps: int = ..., sampling_guidance: float = ...,
     updates_per_trajectory: int = ..., trajectory_buffer: int = ..., contexts: str | None = ...,
     rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,

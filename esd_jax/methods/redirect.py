@@ -14,6 +14,13 @@ methods teach what to answer to a name. Some examples are asked c(r), and their 
 x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) or c(n) at x'_t, t
 in [0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
 
+Sampling also passes between z and z', from where a concept returns that hardly differs from its anchor (a style on a
+plain ground). With `redirect_between`, those of c(p) are asked at l z + (1 - l) z', l up to min(1, t / (from T)), and
+the target is such that the guided output is the one that the base guides to z', carried to x_t (G):
+
+    target = e_theta(x_t, null) + (G - e_theta(x_t, null)) / g
+    G      from e*(x'_t, null) + g (e*(x'_t, n) - e*(x'_t, null))
+
 At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
 adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
 has the same x_t and target.
@@ -70,6 +77,8 @@ class Redirect(RoundsSettings):
     redirect_from: the part of the schedule from which timesteps are drawn; half of them are at .85 and more. Below it,
       an image shows so much that leaving the concept means another image.
     redirect_spread: the largest s.
+    redirect_between: times the largest l, 0 to 1. Above 0, an update takes two more evaluations, and g is
+      `drawing_guidance`.
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
@@ -81,6 +90,7 @@ class Redirect(RoundsSettings):
     retain: str | None = None
     redirect_from: float = 0.6
     redirect_spread: float = 2.0
+    redirect_between: float = 0.0
     drawn_images: int = 4
     drawing_sampler: str | None = None
     drawing_steps: int = 50
@@ -107,6 +117,11 @@ class Redirect(RoundsSettings):
             choose(self, drawing_sampler=samplers.SAMPLERS)
         if not 0 <= self.redirect_from < 1:
             raise ValueError(f"redirect_from={self.redirect_from} must be at least 0 and below 1")
+        if not 0 <= self.redirect_between <= 1:
+            raise ValueError(f"redirect_between={self.redirect_between} must be from 0 to 1")
+        if self.redirect_between and self.drawing_guidance < 1:
+            what = f"drawing_guidance={self.drawing_guidance}"
+            raise ValueError(f"{what}: redirect_between={self.redirect_between} takes 1 or more")
         for field, least in (("drawn_images", 1), ("drawing_steps", 1), ("redirect_spread", 0)):
             if (value := getattr(self, field)) < least:
                 raise ValueError(f"{field}={value} must be at least {least}")
@@ -138,7 +153,8 @@ class Redirect(RoundsSettings):
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         each = [self._drawn(tools, concept, away) for concept in concepts]
         images, without = map(jnp.concatenate, zip(*each, strict=True))
-        inputs = Inputs(encoded, replaced, others, spread, images, without)
+        empty = stacked(tools, [""])
+        inputs = Inputs(encoded, replaced, others, spread, empty, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
         shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
         low = self.redirect_from
@@ -177,7 +193,7 @@ class Redirect(RoundsSettings):
 class Draws(NamedTuple):
     """Everything random in one step. row: the prompt with the concept. other: r. kind: what v is. mix, scale: a, s.
 
-    key: of xi.
+    between: l as a part of its largest. key: of xi.
     """
 
     t: Real[Array, " batch"]
@@ -188,6 +204,7 @@ class Draws(NamedTuple):
     kind: Int[Array, " batch"]
     mix: Float[Array, " batch"]
     scale: Float[Array, " batch"]
+    between: Float[Array, " batch"]
     key: Array
 
 
@@ -197,6 +214,7 @@ class Inputs:
     """What may change from run to run without compiling again.
 
     named, anchor: prompts with the concept, and what each becomes, leaves [rows, ...]. others: the other prompts.
+    empty: no prompt, leaves [1, ...].
     spread: the largest s times their standard deviation. images, anchors: latents of what the base drew of the rows.
     """
 
@@ -204,6 +222,7 @@ class Inputs:
     anchor: Conditioning
     others: Conditioning
     spread: Conditioning
+    empty: Conditioning
     images: Float[Array, "rows images height width channel"]
     anchors: Float[Array, "rows images height width channel"]
 
@@ -221,7 +240,7 @@ class Method(base.Method):
         rows, images = inputs.images.shape[:2]
 
         def example(key: Array) -> Draws:
-            t, high, row, image, noise, other, kind, mix, scale, own = jax.random.split(key, 10)
+            t, high, row, image, noise, other, kind, mix, scale, own, between = jax.random.split(key, 11)
             kind = jax.random.choice(kind, len(SHARES), p=jnp.asarray(SHARES))
             early, any_t = (mostly_early(self.schedule, t, high, low) for low in (self.settings.redirect_from, 0.0))
             return Draws(
@@ -233,6 +252,7 @@ class Method(base.Method):
                 kind,
                 jax.random.uniform(mix, minval=MIX[0], maxval=MIX[1]),
                 jax.random.uniform(scale),
+                jax.random.uniform(between),
                 own,
             )
 
@@ -246,18 +266,29 @@ class Method(base.Method):
         )
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
         asked = chosen(draws.kind, other, named, anchor, mixed, named, anchor)
-        x, anchored = (
-            add_noise(self.schedule, images[draws.row, draws.image], draws.noise, draws.t)
-            for images in (inputs.images, inputs.anchors)
-        )
-        as_base, followed = draws.kind == OTHER, draws.kind >= FOLLOWED
-        x = jnp.where(followed[:, None, None, None], anchored, x)
+        shown, anchors = (images[draws.row, draws.image] for images in (inputs.images, inputs.anchors))
+        as_base, between = (draws.kind == kind for kind in (OTHER, FOLLOWED))
+        part = jnp.where(draws.kind == LEFT, 0.0, jnp.where(between, self.part(draws), 1.0))
+        image = anchors + part[:, None, None, None] * (shown - anchors)
+        x, anchored = (add_noise(self.schedule, images, draws.noise, draws.t) for images in (image, anchors))
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)
         output = denoise(self.denoiser, models.base, anchored, draws.t, prompt)
         redirected = carried(self.schedule, output, anchored, x, draws.t)
         target = jnp.where(as_base[:, None, None, None], output, redirected)
+        if self.settings.redirect_between:
+            scale = self.settings.drawing_guidance
+            empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), *a.shape[1:])), inputs.empty)
+            unguided = denoise(self.denoiser, models.base, anchored, draws.t, empty)
+            guided = carried(self.schedule, unguided + scale * (output - unguided), anchored, x, draws.t)
+            own = denoise(self.denoiser, models.student, x, draws.t, empty)
+            target = jnp.where(between[:, None, None, None], own + (guided - own) / scale, target)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
+
+    def part(self, draws: Draws) -> Float[Array, " batch"]:
+        """l, of z in the image between."""
+        start = max(1, self.settings.redirect_from * self.schedule.num_train_timesteps)
+        return self.settings.redirect_between * jnp.minimum(1, draws.t / start) * draws.between
 
     def loss(self, student: Params, batch: Scored) -> Float[Array, ""]:
         return squared_error(self.denoiser, student, batch)

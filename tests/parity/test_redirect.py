@@ -22,24 +22,28 @@ from esd_jax.methods.redirect import ANCHOR, FOLLOWED, LEFT, MIXED, NAMED, OTHER
 from esd_jax.training.step import blank_memory
 
 BATCH = 24
+GUIDANCE = 4.0
 CONCEPT = Concept("a cat", replace_with=("a dog",), preserve=("a horse", "a photo"))
 NAMES = ["a cat", "a cat in a photo"]  # of the rows
 ANCHORS = ["a dog", "a dog in a photo"]
 
 
-def made(prediction: str) -> Any:
+def made(prediction: str, between: float = 0.0) -> Any:
     w = world("toy", "float64")
     studio = Studio("float64")
     ours = tools(w, sample=studio.sample, to_latents=studio.to_latents)
     ours = dataclasses.replace(ours, schedule=dataclasses.replace(ours.schedule, prediction_type=prediction))
-    settings = Redirect(drawn_images=2, contexts="{} in a photo: {} in a photo", redirect_from=0.3)
+    fields = {"contexts": "{} in a photo: {} in a photo", "redirect_from": 0.3, "drawing_guidance": GUIDANCE}
+    settings = Redirect(drawn_images=2, redirect_between=between, **fields)
     return w, studio, settings.make(ours, [CONCEPT])
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_an_update_equals_its_equation(prediction):
+@pytest.mark.parametrize(
+    ("prediction", "between"), [("epsilon", 0.0), ("v_prediction", 0.0), ("epsilon", 0.8), ("v_prediction", 1.0)]
+)
+def test_an_update_equals_its_equation(prediction, between):
     with exactly("float64"):
-        w, studio, (method, inputs) = made(prediction)
+        w, studio, (method, inputs) = made(prediction, between)
         assert [prompts for prompts, _ in studio.asked] == [
             [n for n in NAMES for _ in "ab"],
             [a for a in ANCHORS for _ in "ab"],
@@ -56,22 +60,31 @@ def test_an_update_equals_its_equation(prediction):
     assert (drawn.t[~followed] >= 0.3 * total).all() and drawn.t[followed].min() < 0.3 * total
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
-    x, seen = (
-        noised(np.asarray(z)[drawn.row, drawn.image], drawn.t, drawn.noise) for z in (inputs.images, inputs.anchors)
-    )
-    x = torch.where(torch.tensor(followed)[:, None, None, None], seen, x)
+    shown, anchors = (np.asarray(z)[drawn.row, drawn.image] for z in (inputs.images, inputs.anchors))
+    assert drawn.between.min() < 0.2 and drawn.between.max() > 0.8
+    part = between * np.minimum(1, drawn.t / (0.3 * total)) * drawn.between * (drawn.kind == FOLLOWED)
+    part = part[:, None, None, None]
+    x, seen, mixed = (noised(z, drawn.t, drawn.noise) for z in (shown, anchors, part * shown + (1 - part) * anchors))
+    x = torch.where(torch.tensor(followed)[:, None, None, None], mixed, x)
     kept = drawn.kind == OTHER
     told = [CONCEPT.preserve[o] if k else ANCHORS[r] for k, o, r in zip(kept, drawn.other, drawn.row, strict=True)]
     where = torch.where(torch.tensor(kept)[:, None, None, None], x, seen)
     output = says(w.models.teacher, where, drawn.t, w.models.encode(told))
     a, s = (torch.tensor(np.asarray(part)) for part in (alpha, sigma))
-    if prediction == "epsilon":
-        clean = (seen - s * output) / a
-        target = (x - a * clean) / s
-    else:
+
+    def carried(output):
+        if prediction == "epsilon":
+            return (x - a * (seen - s * output) / a) / s
         clean = a * seen - s * output
-        target = a * (x - a * clean) / s - s * clean
-    target = torch.where(torch.tensor(kept)[:, None, None, None], output, target)
+        return a * (x - a * clean) / s - s * clean
+
+    target = torch.where(torch.tensor(kept)[:, None, None, None], output, carried(output))
+    if between:
+        null = w.models.encode([""] * BATCH)
+        guided, own = says(w.models.teacher, where, drawn.t, null), says(w.models.student, x, drawn.t, null)
+        guided = carried(guided + GUIDANCE * (output - guided))
+        there = torch.tensor(drawn.kind == FOLLOWED)[:, None, None, None]
+        target = torch.where(there, own + (guided - own) / GUIDANCE, target)
     np.testing.assert_allclose(to_nchw(prepared.x), x, atol=1e-9)
     np.testing.assert_allclose(to_nchw(prepared.target), target, atol=1e-7)
 
@@ -197,6 +210,8 @@ def test_a_mixture_is_what_its_equation_says():
     ("fields", "message"),
     [
         ({"redirect_from": 1.0}, "redirect_from=1.0"),
+        ({"redirect_between": 1.5}, "redirect_between=1.5"),
+        ({"redirect_between": 0.5, "drawing_guidance": 0.0}, "drawing_guidance=0.0"),
         ({"drawn_images": 0}, "drawn_images=0"),
         ({"contexts": "a"}, "contexts"),
         ({"rounds_search": 0}, "rounds_search=0"),
