@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config.imitation_learning_rate = 3e-3
 
     config.placements = 28  # pictures of each (object, style), encoded once
-    config.steps = 16000
-    config.decay_steps = 4000  # over which the learning rate falls to zero at the end
+    config.steps = 30000
+    config.decay_steps = 8000  # over which the learning rate falls to zero at the end
     config.batch_size = 16
     config.learning_rate = 1.5e-3
     config.warmup_steps = 200
