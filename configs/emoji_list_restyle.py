@@ -1,9 +1,9 @@
-"""Erases a list of styles from the embedded emoji model at once with UCE, so that another takes their place; in seconds.
+"""Erases a list of styles from the embedded emoji model at once with UCE; another takes their place, in seconds.
 
     esd-jax erase --config=emoji_list_restyle --config.output_dir=out/restyled
 
 leaves one style of eight, clay; to leave another, give config.concept all styles but that one, and config.replace_with
-that one. As emoji_list_style, but a style becomes another where it stands alone and with an object, in the same words.
+that one. As emoji_list_style, but "a cat in neon style" becomes "a cat in clay style", and "neon style" "clay style".
 Where nothing takes a style's place (emoji_list_style), a prompt asks for an object without a style, which this model
 draws in any of the eight. Tuned with clay; what it reaches is in docs/results/lists.md.
 """

@@ -14,12 +14,14 @@ methods teach what to answer to a name. Some examples are asked c(r), and their 
 x_t: other prompts keep their meaning also where an image resembles the concept. Some are asked c(p) or c(n) at x'_t, t
 in [0, T), where a prompt with the concept leads once it is erased; their target is what the base says there of n.
 
-Sampling also passes between z and z', from where a concept returns that hardly differs from its anchor (a style on a
-plain ground). With `redirect_between`, those of c(p) are asked at l z + (1 - l) z', l up to min(1, t / (from T)), and
-the target is such that the guided output is the one that the base guides to z', carried to x_t (G):
+Sampling also passes between z and z'. A concept that hardly differs from its anchor (a style on a plain ground) returns
+from there. With `redirect_between`, the examples of c(p) at x'_t are asked at the noised l z + (1 - l) z' instead,
 
+    l      ~ U(0, redirect_between min(1, t / (redirect_from T)))
     target = e_theta(x_t, null) + (G - e_theta(x_t, null)) / g
-    G      from e*(x'_t, null) + g (e*(x'_t, n) - e*(x'_t, null))
+
+where G is the output at x_t that means the clean image of the base's guided output at x'_t, of n against the empty
+prompt at scale g. So with guidance g the student's output there is G.
 
 At early timesteps an image shows too little to be left, and a search over prompts still finds the concept there. So
 adversaries of inversion rounds (`rounds_every`; `erasing.rounds`) may take the place of v in a loss of their own, which
@@ -77,8 +79,9 @@ class Redirect(RoundsSettings):
     redirect_from: the part of the schedule from which timesteps are drawn; half of them are at .85 and more. Below it,
       an image shows so much that leaving the concept means another image.
     redirect_spread: the largest s.
-    redirect_between: times the largest l, 0 to 1. Above 0, an update takes two more evaluations, and g is
-      `drawing_guidance`.
+    redirect_between: the largest part of the concept's image in the images at which prompts with the concept follow the
+      anchor, 0 (none) to 1. Above 0, an update takes two more evaluations, and is for images that are sampled with a
+      guidance of `drawing_guidance`.
     drawn_images: of each prompt with and without the concept.
     drawing_sampler, drawing_steps, drawing_guidance, drawing_seed: how they are drawn; without a sampler, by the
       checkpoint's own.
@@ -267,9 +270,9 @@ class Method(base.Method):
         mixed = jax.vmap(mixture, (0, 0, 0, 0, 0, None))(draws.key, draws.mix, draws.scale, named, other, inputs.spread)
         asked = chosen(draws.kind, other, named, anchor, mixed, named, anchor)
         shown, anchors = (images[draws.row, draws.image] for images in (inputs.images, inputs.anchors))
-        as_base, between = (draws.kind == kind for kind in (OTHER, FOLLOWED))
-        part = jnp.where(draws.kind == LEFT, 0.0, jnp.where(between, self.part(draws), 1.0))
-        image = anchors + part[:, None, None, None] * (shown - anchors)
+        as_base, follows = (draws.kind == kind for kind in (OTHER, FOLLOWED))
+        part = jnp.where(draws.kind == LEFT, 0.0, jnp.where(follows, self.part(draws), 1.0))[:, None, None, None]
+        image = part * shown + (1 - part) * anchors
         x, anchored = (add_noise(self.schedule, images, draws.noise, draws.t) for images in (image, anchors))
         anchored = jnp.where(as_base[:, None, None, None], x, anchored)
         prompt = chosen(as_base.astype(jnp.int32), anchor, other)
@@ -282,7 +285,7 @@ class Method(base.Method):
             unguided = denoise(self.denoiser, models.base, anchored, draws.t, empty)
             guided = carried(self.schedule, unguided + scale * (output - unguided), anchored, x, draws.t)
             own = denoise(self.denoiser, models.student, x, draws.t, empty)
-            target = jnp.where(between[:, None, None, None], own + (guided - own) / scale, target)
+            target = jnp.where(follows[:, None, None, None], own + (guided - own) / scale, target)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
 
     def part(self, draws: Draws) -> Float[Array, " batch"]:

@@ -15,6 +15,7 @@ from rounds_world import TEXTS, Words, example_keys, noised
 from torch_oracle import error, exactly, to_nchw
 
 from esd_jax import sharding
+from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Models
 from esd_jax.methods import redirect
@@ -61,7 +62,6 @@ def test_an_update_equals_its_equation(prediction, between):
 
     alpha, sigma = (np.sqrt(part)[drawn.t, None, None, None] for part in both(method.schedule.alpha_bar))
     shown, anchors = (np.asarray(z)[drawn.row, drawn.image] for z in (inputs.images, inputs.anchors))
-    assert drawn.between.min() < 0.2 and drawn.between.max() > 0.8
     part = between * np.minimum(1, drawn.t / (0.3 * total)) * drawn.between * (drawn.kind == FOLLOWED)
     part = part[:, None, None, None]
     x, seen, mixed = (noised(z, drawn.t, drawn.noise) for z in (shown, anchors, part * shown + (1 - part) * anchors))
@@ -96,6 +96,28 @@ def test_an_update_equals_its_equation(prediction, between):
             np.testing.assert_allclose(encoded[i], np.asarray(w.encode([text]).embeddings[0]), atol=1e-12)
     error = says(w.models.student, x, drawn.t, torch.tensor(encoded)) - target
     assert loss == pytest.approx(float((error**2).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("start", "parts"), [(0.5, (0, 0.2, 0.4, 0.4)), (0.0, (0, 0.4, 0.4, 0.4))])
+def test_the_image_between_is_nearer_to_the_anchors_at_late_timesteps(start, parts):
+    ours = tools(world("toy", "float32"))
+    assert ours.schedule.num_train_timesteps == 1000
+    method = redirect.Method(Redirect(redirect_from=start, redirect_between=0.8), ours.denoiser, ours.schedule)
+    t, none, key = jnp.asarray([0, 250, 500, 999]), jnp.zeros(4, int), jax.random.key(0)
+    image, half = jnp.zeros((4, *SHAPE)), jnp.full(4, 0.5)
+    draws = redirect.Draws(t, none, none, image, none, none, half, half, half, key)
+    np.testing.assert_allclose(method.part(draws), parts, rtol=1e-6)
+
+
+def test_without_it_images_are_noised_to_the_bit():
+    with exactly("float64"):
+        w, _, (method, inputs) = made("epsilon")
+        keys = sharding.per_example_keys(jax.random.key(3), jnp.arange(BATCH))
+        draws = method.draw(0, jax.random.key(1), keys, SHAPE, inputs)
+        x, where = method.prepare(Models(w.student, w.teacher), draws, inputs).x, (draws.row, draws.image)
+        for images, at in ((inputs.images, draws.kind < FOLLOWED), (inputs.anchors, draws.kind >= FOLLOWED)):
+            true = add_noise(method.schedule, images[where], draws.noise, draws.t)
+            np.testing.assert_array_equal(x[at], true[at])
 
 
 def test_an_adversary_is_led_to_what_the_base_sees_in_the_anchors_images(monkeypatch):

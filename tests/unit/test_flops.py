@@ -116,6 +116,8 @@ UPDATES = {
     "all_but_one": (lambda k: 2 * k + 2 + 1, {**ALL, "penalty": 0.0}),
     "all_but_one, told of others": (lambda k: 4 * k + 3, {**ALL, "penalty": 0.0, "instructions": "a:1 | b:2"}),
     "ablating": (lambda k: 1, {"replace_with": "painting", "drawn_images": 2}),
+    "redirect": (lambda k: 1, {"replace_with": "painting", "drawn_images": 2}),
+    "redirect, between": (lambda k: 3, {"replace_with": "painting", "drawn_images": 2, "redirect_between": 1.0}),
     "ablating, to noise": (lambda k: 0, {"replace_with": "painting", "drawn_images": 2, "objective": "noise"}),
 }
 
