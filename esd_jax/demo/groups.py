@@ -170,17 +170,24 @@ def shots(group: Group, num_images: int, seed: int) -> list[tuple[Ask, Shot]]:
 
 
 def examples(target: Target) -> list[tuple[str, list[str]]]:
-    """The prompts of the before/after picture, in titled groups."""
-    if target.kind == "style":
-        subjects, others = ("cat", "rocket", "house", "rose"), _nearest(target.names)
-        near = [captions.prompt(o, s) for o, s in zip(("cat", "house"), others, strict=False)]
-        far = [s for s in vocabulary.styles() if s not in (*target.names, *others)]
-        own = [captions.prompt(o, s) for o, s in zip(subjects, itertools.cycle(target.names), strict=False)]
-        return [
-            (f"target: {target.concept}", own),
-            ("related: other styles", near + [captions.prompt("rocket", far[0]), captions.prompt("rose", far[-1])]),
-            ("unrelated: no style", [captions.prompt(o) for o in ("cat", "pizza", "robot")]),
-        ]
+    """The prompts of the before/after picture, in titled groups, without those for which a long list leaves nothing."""
+    titled = _style_examples(target) if target.kind == "style" else _object_examples(target)
+    return [(title, prompts) for title, prompts in titled if prompts]
+
+
+def _style_examples(target: Target) -> list[tuple[str, list[str]]]:
+    subjects, others = ("cat", "rocket", "house", "rose"), _nearest(target.names)
+    far = [s for s in vocabulary.styles() if s not in (*target.names, *others)] or others
+    own = [captions.prompt(o, s) for o, s in zip(subjects, itertools.cycle(target.names), strict=False)]
+    kept = [*zip(("cat", "house"), others, strict=False), *zip(("rocket", "rose"), far[:1] + far[-1:], strict=False)]
+    return [
+        (f"target: {target.concept}", own),
+        ("related: other styles", [captions.prompt(o, s) for o, s in kept]),
+        ("unrelated: no style", [captions.prompt(o) for o in ("cat", "pizza", "robot")]),
+    ]
+
+
+def _object_examples(target: Target) -> list[tuple[str, list[str]]]:
     four = zip(itertools.cycle(target.names), ("cartoon", "neon", "pixel", None), strict=False)
     categories = _categories(target.names)
     same = [o for category in categories for o in vocabulary.members(category)]
@@ -191,7 +198,7 @@ def examples(target: Target) -> list[tuple[str, list[str]]]:
         ("implicit prompts", [captions.implicit(categories[0])[0]]),
         (
             "related: same category",
-            [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon"))],
+            [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon")) if near],
         ),
         ("unrelated", [captions.prompt(o, s) for o, s in zip(far, ("clay", "ink", "neon", "halftone"), strict=False)]),
     ]

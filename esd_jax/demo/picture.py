@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,7 +25,7 @@ class Column:
 
 
 def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
-    """Draws groups of columns side by side, each under its title."""
+    """Draws groups of columns side by side, each under its title, which is cut where the next group begins."""
     count = sum(len(columns) for _, columns in groups)
     width = MARGIN + count * (CELL + GAP) + (len(groups) - 1) * GROUP_GAP + GAP
     canvas = Image.new("RGB", (width, HEADER + 2 * (CELL + GAP) + CAPTION), "white")
@@ -34,7 +35,8 @@ def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
         draw.text((10, HEADER + row * (CELL + GAP) + CELL // 2), name, INK, text, anchor="lm")
     x = MARGIN
     for name, columns in groups:
-        draw.text((x, HEADER // 2), name, INK, title, anchor="lm")
+        words = cut(name, title, len(columns) * (CELL + GAP) + GROUP_GAP - 2 * GAP)
+        draw.text((x, HEADER // 2), words, INK, title, anchor="lm")
         for column in columns:
             for row, image in enumerate((column.before, column.after)):
                 cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.LANCZOS)
@@ -49,6 +51,15 @@ def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
             x += CELL + GAP
         x += GROUP_GAP
     return canvas
+
+
+def cut(text: str, font: Any, width: float) -> str:
+    """As much of a text as fits a width; "…" stands for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1].rstrip(", ")
+    return f"{text}…"
 
 
 def grid(

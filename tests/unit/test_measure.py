@@ -208,6 +208,16 @@ def test_the_before_after_picture_pairs_the_images():
     assert drawn[above + picture.CELL + picture.GAP, middle].tolist() == [55] * 3
 
 
+def test_a_long_title_ends_before_the_next_group():
+    image = np.full((64, 64, 3), 200, np.uint8)
+    columns = [picture.Column("a cat", image, image)]
+    drawn = np.asarray(picture.before_after([("a title of very many words", columns), ("two", columns)]))
+    second = picture.MARGIN + picture.CELL + picture.GAP + picture.GROUP_GAP
+    title = drawn[: picture.HEADER]
+    assert (title[:, : second - 2 * picture.GAP] < 100).any() and (title[:, second:] < 100).any()
+    assert (title[:, second - picture.GAP : second] == 255).all()
+
+
 def test_the_grid_has_rows_and_columns():
     images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.full((2, 3, 64, 64, 3), 40, np.uint8)
     drawn = np.asarray(picture.grid(images, ["cat", "ice cream"], ["ink", "neon", "pop art"]))

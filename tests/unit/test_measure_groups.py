@@ -143,6 +143,22 @@ def test_the_picture_shows_the_target_first_and_then_not(target):
     assert all(prompt for _, prompts in rest for prompt in prompts)
 
 
+ALL_BUT_ONE = [tuple(s for s in vocabulary.styles() if s != kept) for kept in (*vocabulary.styles(), None)]
+WHOLE_CATEGORIES = [vocabulary.members(category) for category in vocabulary.categories()] + [vocabulary.objects()]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [Target("style", names) for names in ALL_BUT_ONE] + [Target("object", names) for names in WHOLE_CATEGORIES],
+    ids=lambda t: t.label[:20],
+)
+def test_a_list_that_leaves_nothing_near_it_has_a_picture(target):
+    titles, prompts = zip(*groups.examples(target), strict=True)
+    assert titles[0].startswith("target") and all(prompts)
+    for shown in prompts[1:] if target.kind == "style" else ():
+        assert not any(f"in {name} style" in prompt for prompt in shown for name in target.names)
+
+
 # --- noise
 
 
