@@ -105,7 +105,7 @@ def test_an_attack_is_followed_and_shown(desk, run):
         works.attack(desk, run, [], "emoji", 1)
     carried_out(desk, works.attack(desk, run, ["concept_inversion"], "emoji", 1, "2"))
     assert {name: len(losses) for name, losses in desk.job.losses.items()} == {
-        f"concept inversion on {model}": 2 for model in ("base", "erased")
+        f"Concept Inversion on {model}": 2 for model in ("base", "erased")
     }
     page = views.attacked(desk.job, run)
     assert "Searches" in page and "target prompts" in page and page.count("<img") >= 16
