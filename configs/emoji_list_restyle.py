@@ -10,23 +10,19 @@ draws in any of the eight. Tuned with clay; what it reaches is in docs/results/l
 
 from ml_collections import ConfigDict
 
-from esd_jax import recipe
+from esd_jax import config_files
 
 STYLES = ("cartoon", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
-OBJECTS = ("a cat", "a dog", "a lion", "an owl", "a fish", "a bee", "a rose", "an apple", "a pizza", "a cake", "a car",
-           "a rocket", "a house", "a skull", "a star", "a robot")  # fmt: skip
 
 
 def get_config() -> ConfigDict:
-    return recipe.preset(
-        "uce",
-        "list",
-        base="emoji",
-        concept="; ".join(f"{style} style" for style in STYLES),
-        replace_with="clay style",
-        contexts=" | ".join(f"{name} in {{}}: {name} in {{}}" for name in OBJECTS),
-        retain="emoji",
-        preserve_scale=2.0,
-        preview_prompts="{}; a cat in {}; a cat in clay style; a rocket in clay style",
-        preview_guidance=3.0,
-    )
+    config = config_files.read("emoji_list_style")
+    templates = [context.split(": ")[0] for context in config.contexts.split(" | ")]
+    with config.unlocked():
+        config.update(
+            concept="; ".join(f"{style} style" for style in STYLES),
+            replace_with="clay style",
+            contexts=" | ".join(f"{template}: {template}" for template in templates),
+            preview_prompts="{}; a cat in {}; a cat in clay style; a rocket in clay style",
+        )
+    return config

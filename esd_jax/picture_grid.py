@@ -160,10 +160,15 @@ def wrapped(text: str, font: Any, width: int) -> list[str]:
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
             continue
-        while len(word) > 1 and font.getlength(word) > width:
-            word = f"{word.removesuffix('…')[:-1]}…"
-        lines.append(word)
+        lines.append(cut(word, font, width))
     return lines
+
+
+def cut(text: str, font: Any, width: int) -> str:
+    """As much of a text as fits a width; "…" stands for the rest."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = f"{text.removesuffix('…')[:-1]}…"
+    return text
 
 
 def _widest(text: str, font: Any) -> int:

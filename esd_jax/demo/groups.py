@@ -198,7 +198,7 @@ def _object_examples(target: Target) -> list[tuple[str, list[str]]]:
         ("implicit prompts", [captions.implicit(categories[0])[0]]),
         (
             "related: same category",
-            [captions.prompt(near[i % len(near)], s) for i, s in enumerate(("cartoon", "neon")) if near],
+            [captions.prompt(o, s) for o, s in zip(itertools.cycle(near), ("cartoon", "neon"), strict=False)],
         ),
         ("unrelated", [captions.prompt(o, s) for o, s in zip(far, ("clay", "ink", "neon", "halftone"), strict=False)]),
     ]

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from esd_jax.picture_grid import wrapped
+from esd_jax.picture_grid import cut, wrapped
 
 CELL, GAP, GROUP_GAP, MARGIN, HEADER, CAPTION = 128, 6, 26, 72, 34, 40
 INK, FAINT = (30, 30, 35), (120, 120, 128)
@@ -51,15 +50,6 @@ def before_after(groups: Sequence[tuple[str, Sequence[Column]]]) -> Image.Image:
             x += CELL + GAP
         x += GROUP_GAP
     return canvas
-
-
-def cut(text: str, font: Any, width: float) -> str:
-    """As much of a text as fits a width; "…" stands for the rest."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1].rstrip(", ")
-    return f"{text}…"
 
 
 def grid(

@@ -41,6 +41,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from esd_jax.diffusion import samplers
+from esd_jax.diffusion.guidance import cfg
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing import contexts, corpora, rounds
 from esd_jax.erasing import method as base
@@ -156,7 +157,7 @@ class Redirect(RoundsSettings):
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         each = [self._drawn(tools, concept, away) for concept in concepts]
         images, without = map(jnp.concatenate, zip(*each, strict=True))
-        empty = stacked(tools, [""])
+        empty = stacked(tools, [""]) if self.redirect_between else None
         inputs = Inputs(encoded, replaced, others, spread, empty, images, without)
         method = Method(self, tools.denoiser, tools.schedule)
         shown, anchored = (a.reshape(len(concepts), -1, *a.shape[1:]) for a in (images, without))
@@ -217,15 +218,15 @@ class Inputs:
     """What may change from run to run without compiling again.
 
     named, anchor: prompts with the concept, and what each becomes, leaves [rows, ...]. others: the other prompts.
-    empty: no prompt, leaves [1, ...].
-    spread: the largest s times their standard deviation. images, anchors: latents of what the base drew of the rows.
+    spread: the largest s times their standard deviation. empty: no prompt, leaves [1, ...], where it is needed. images,
+    anchors: latents of what the base drew of the rows.
     """
 
     named: Conditioning
     anchor: Conditioning
     others: Conditioning
     spread: Conditioning
-    empty: Conditioning
+    empty: Conditioning | None
     images: Float[Array, "rows images height width channel"]
     anchors: Float[Array, "rows images height width channel"]
 
@@ -283,7 +284,7 @@ class Method(base.Method):
             scale = self.settings.drawing_guidance
             empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x), *a.shape[1:])), inputs.empty)
             unguided = denoise(self.denoiser, models.base, anchored, draws.t, empty)
-            guided = carried(self.schedule, unguided + scale * (output - unguided), anchored, x, draws.t)
+            guided = carried(self.schedule, cfg(unguided, output, scale), anchored, x, draws.t)
             own = denoise(self.denoiser, models.student, x, draws.t, empty)
             target = jnp.where(follows[:, None, None, None], own + (guided - own) / scale, target)
         return Scored(*jax.lax.stop_gradient((x, draws.t, asked, target)))
