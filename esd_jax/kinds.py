@@ -5,12 +5,14 @@ The same choice in Python, on the command line and in the demo. A config that is
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields as fields_of
 from types import MappingProxyType
 from typing import Any
 
 from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
+from esd_jax.families import flows
 from esd_jax.methods import METHODS
 from esd_jax.names import KINDS, check_kind
 
@@ -28,6 +30,9 @@ RECIPES: Mapping[str, Mapping[str, str]] = {
     },
     "FLUX.2 [klein]": {kind: "klein_object" if kind in ("object", "nudity") else "klein_style" for kind in KINDS},
 }
+# What has the recipes of a testbed: this package trains such networks, in the testbed's size, and nobody else does.
+RECIPES_OF: Mapping[str, str] = {"FLUX, undistilled": "emoji-flow"}
+FLOW_PRESETS = ("flow", "sd3")  # what a method's settings along a rectified flow are called
 NUDITY = ("nudity", "nude", "naked", "nsfw", "topless", "sexual")
 BODIES = ("a", "an", "the", "and", "person", "people", "man", "men", "woman", "women", "body", "bodies", "content")
 
@@ -76,26 +81,57 @@ def config(
         raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
     kind, method = kind or kind_of(source, concepts) or "style", method or "esd"
     name, known = named(source, method, kind, configs), config_names()
-    if name not in known:
-        others = [other for other in METHODS if named(source, other, kind, configs) in known]
-        raise ValueError(
-            f"method {method!r} has no recipe for {source} and kind={kind!r} (methods that have one: "
-            f"{', '.join(others) or 'none'}). To use it with its paper's settings, write a file my.py with two lines, "
-            f"`from esd_jax import recipe` and `get_config = lambda: recipe.preset({method!r})`, and name it as the "
-            "config: --config=my.py, or config='my.py' in Python"
+    if name in known:
+        return name
+    family = families.of(configs())
+    if reason := lacking(method, family):
+        raise ValueError(reason)
+    having = [name for name in METHODS if named(source, name, kind, configs) in known and not lacking(name, family)]
+    message = (
+        f"method {method!r} has no recipe for {source} and kind={kind!r} (methods that have one: "
+        f"{', '.join(having) or 'none'})"
+    )
+    if preset := preset_of(method, family):
+        message += (
+            ". To use its preset, write a file my.py with two lines, `from esd_jax import recipe` and "
+            f"`get_config = lambda: recipe.preset({method!r}, {preset!r})`, and name it as the config: "
+            "--config=my.py, or config='my.py' in Python"
         )
-    return name
+    raise ValueError(message)
 
 
 def named(source: Any, method: str, kind: str, configs: Callable[[], families.Configs]) -> str:
     """The name that the config for a base, a method and a kind would have, whether or not it exists; see `config`."""
     if bed := testbed.of(source):
         return bed.config(method, kind)
+    called = model(configs())
+    if called in RECIPES_OF and (bed := testbed.of(RECIPES_OF[called])):
+        return bed.config(method, kind)
+    flow = families.of(configs()).denoiser == flows.DENOISER
     if method != "esd":
-        return own if (own := f"{method}_{kind}") in config_names() else method
-    if recipes := RECIPES.get(model(configs())):
-        return recipes[kind]
-    return "esd_x" if kind == "style" else "esd_u"
+        whole = f"flow_{method}" if flow else method
+        own = f"{whole}_{kind}"
+        return own if own in config_names() or kind not in KINDS else whole
+    if recipes := RECIPES.get(called):
+        return recipes.get(kind, f"esd_{kind}")  # some methods have more kinds
+    return "flow_esd" if flow else "esd_x" if kind == "style" else "esd_u"
+
+
+def preset_of(method: str, family: families.Family) -> str | None:
+    """Which of a method's presets is for a family; None if none is."""
+    presets = METHODS[method].PRESETS
+    if family.denoiser == flows.DENOISER:
+        return next((name for name in FLOW_PRESETS if name in presets), None)
+    return next(iter(presets))
+
+
+def lacking(method: str, family: families.Family) -> str:
+    """What a family lacks for a method's preset, as a sentence; empty if nothing."""
+    settings, name = METHODS[method], preset_of(method, family)
+    own = {field.name for field in fields_of(settings)}
+    values = settings.PRESETS[name] if name else {}
+    needs = settings(**{field: value for field, value in values.items() if field in own}).needs
+    return family.lacks(needs, f"method {method!r}")
 
 
 def as_field(kind: str, method: str) -> None:
