@@ -8,7 +8,7 @@ from esd_jax import progress, several
 from esd_jax.demo.picture import Column, before_after
 from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import store, testbed
-from esd_jax.evaluation.drawing import sampled
+from esd_jax.evaluation.drawing import Drawing, of_family, sampled
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.io.diffusers import unmodified
 from esd_jax.pipeline import Pipeline
@@ -18,7 +18,7 @@ PICTURE = "before_after.png"
 PART = "examples"  # of the evidence of an erasure
 MOST = 6  # prompts, of a model without a testbed
 SEED = 1
-DRAWN_BY = {"steps": 20, "guidance_scale": 7.5, "batch_size": 1}  # what has no testbed
+MOST_STEPS = 20  # of what has no testbed
 
 
 def draw(erased: Pipeline) -> Evidence:
@@ -31,7 +31,8 @@ def draw(erased: Pipeline) -> Evidence:
     record, concepts = (records[-1] if records else Erasure()), texts_of(records)
     base, bed, recipe = unmodified(erased), testbed.of(erased.provenance.source), record.recipe or {}
     groups = prompts_of(erased.provenance.source, concepts, recipe)
-    how: Mapping[str, Any] = sampled(bed.sampling) if bed else _sampling(recipe)
+    own = of_family(Drawing(batch_size=1), erased, MOST_STEPS)
+    how: Mapping[str, Any] = sampled(bed.sampling) if bed else _sampling(recipe, own)
     prompts = [prompt for _, texts in groups for prompt in texts]
     images = []
     with progress.task("before and after", 2 * len(prompts), unit="images", start="compiling, once") as task:
@@ -98,11 +99,13 @@ def _previewed(recipe: Mapping[str, Any], concepts: Sequence[str]) -> list[tuple
     return [(title, texts) for title, texts in titled if texts]
 
 
-def _sampling(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _sampling(recipe: Mapping[str, Any], own: Drawing) -> dict[str, Any]:
+    """Of the recipe's previews, and what it does not say."""
+    drawn_by = {"steps": own.num_steps, "guidance_scale": own.guidance_scale, "batch_size": own.batch_size}
     settings = {
         "steps": recipe.get("preview_steps"),
         "guidance_scale": recipe.get("preview_guidance"),
         "height": recipe.get("height"),
         "width": recipe.get("width"),
     }
-    return DRAWN_BY | {name: value for name, value in settings.items() if value is not None}
+    return drawn_by | {name: value for name, value in settings.items() if value is not None}

@@ -1,7 +1,7 @@
 """Samples a list of prompts with one model, into a folder with a manifest; images that exist are not sampled again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,32 @@ MANIFEST = "manifest.json"
 class Drawing:
     """How images are drawn.
 
+    num_steps, guidance_scale: None: those of the model's family.
     own_guidance: draw those prompts that bring a guidance scale with theirs; else `guidance_scale` is that of all.
     height, width: in pixels; None: those that the model was trained for.
     """
 
-    num_steps: int = 50
-    guidance_scale: float = 7.5
+    num_steps: int | None = None
+    guidance_scale: float | None = None
     own_guidance: bool = False
     sampler: str | None = None
     height: int | None = None
     width: int | None = None
     batch_size: int = 8
+
+
+def of_family(settings: Any, pipeline: Pipeline, most_steps: int | None = None) -> Any:
+    """The same dataclass; where its num_steps or guidance_scale is None, it is the family's, of steps so many at most.
+
+    settings: a `Drawing`, or any other dataclass with these fields.
+    """
+    changes: dict[str, Any] = {}
+    if settings.num_steps is None:
+        steps = pipeline.family.sampling(pipeline.configs).steps
+        changes["num_steps"] = steps if most_steps is None else min(steps, most_steps)
+    if settings.guidance_scale is None:
+        changes["guidance_scale"] = pipeline.family.sampling(pipeline.configs).guidance_scale
+    return replace(settings, **changes)
 
 
 def recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def draw(
 
     Raises ValueError for a folder that was sampled with other settings.
     """
+    drawing = of_family(drawing, pipeline)
     settings = {k: v for k, v in asdict(drawing).items() if k != "batch_size"}
     _claim(folder, cases, model=identity, drawing=settings)
     missing = [case for case in cases if not _file(folder, case).is_file()]

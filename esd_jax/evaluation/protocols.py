@@ -7,7 +7,7 @@ from typing import Any
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import measures, prompts
-from esd_jax.evaluation.drawing import Drawing, draw
+from esd_jax.evaluation.drawing import Drawing, draw, of_family
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
 from esd_jax.io import folder as files
@@ -26,6 +26,7 @@ SHOWN = 8  # pairs of images in the report
 class Protocol:
     """prompts: a list by name (`prompts.load`). limit: how many of it; None, all. measures: of `measures.MEASURES`.
 
+    drawing: numbers that it lacks are those of the model's family. most_steps: at most so many of the family's steps.
     request: further settings of the measures. published: what it follows, and what not.
     """
 
@@ -33,19 +34,21 @@ class Protocol:
     measures: tuple[str, ...]
     limit: int | None = None
     drawing: Drawing = Drawing()
+    most_steps: int | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
     published: str = ""
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    "smoke": Protocol("everyday", ("ssim",), 8, Drawing(num_steps=20)),
-    "quick": Protocol("everyday", ("ssim",), None, Drawing(num_steps=20)),
+    "smoke": Protocol("everyday", ("ssim",), 8, most_steps=20),
+    "quick": Protocol("everyday", ("ssim",), most_steps=20),
     "preservation": Protocol(
         "everyday", ("ssim", "lpips"), published="All but One (Hong et al. 2024): SSIM, window 25, at equal seeds"
     ),
     "i2p": Protocol(
         "i2p",
         ("nudity", "ssim"),
+        drawing=Drawing(guidance_scale=7.5),
         published="ESD (Gandikota et al. 2023) on I2P: 4,703 prompts, one image each, the file's seeds, guidance 7.5. "
         "The noise of a seed is not PyTorch's",
     ),
@@ -107,7 +110,7 @@ def evaluate(
     measures.check(names, asked)
     listed = prompts.load(source)
     cases = prompts.repeated(listed.cases[: limit or plan.limit], samples)
-    how = replace(plan.drawing, **drawing)
+    how = of_family(replace(plan.drawing, **drawing), base, plan.most_steps)
     drawn = []
     for name, model in (("base", base), ("erased", erased)):
         report = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731

@@ -9,6 +9,7 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import prompts
+from esd_jax.evaluation.drawing import of_family
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, mean
@@ -18,6 +19,7 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
 Images = UInt8[np.ndarray, "n height width 3"]
+MOST_STEPS = 20  # of images that are classified, and not looked at
 Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
 
@@ -27,6 +29,7 @@ class Question:
 
     prompts: those that ask for the concept; image i is of prompt i, cyclically, from a seed of its own.
     detect: which images show it. judge: the detector's name.
+    num_steps, guidance_scale: None: those of the model's family, at most 20 steps.
     """
 
     prompts: tuple[str, ...]
@@ -34,20 +37,21 @@ class Question:
     judge: str
     num_images: int = 40
     seed: int = 1
-    num_steps: int = 20
-    guidance_scale: float = 7.5
+    num_steps: int | None = None
+    guidance_scale: float | None = None
     batch_size: int = 32
 
     def draw(self, pipeline: Pipeline) -> Images:
         """A model's images of the prompts."""
         prompts = [self.prompts[i % len(self.prompts)] for i in range(self.num_images)]
+        own = of_family(self, pipeline, MOST_STEPS)
         return sample(
             pipeline,
             prompts,
             seed=[self.seed * 1_000_003 + i & 0xFFFFFFFF for i in range(self.num_images)],
-            steps=self.num_steps,
+            steps=own.num_steps,
             sampler="auto",
-            guidance_scale=self.guidance_scale,
+            guidance_scale=own.guidance_scale,
             batch_size=self.batch_size,
         )
 

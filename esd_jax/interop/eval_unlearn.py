@@ -35,7 +35,7 @@ class Technique:
     base: what the latter were erased from.
     erase_concept: names the concept in eval-unlearn's reports; by default what the record of the erasure says.
     strength: the part of the change that is applied, 1 for all of it.
-    num_inference_steps, guidance_scale: by default those that the model was tuned for, or 50 and 7.5.
+    num_inference_steps, guidance_scale: by default those that the model was tuned for, or its family's.
     batch_size: images per call of the network. dtype: the compute dtype.
 
     Fields that it does not know are passed over, as eval-unlearn's own techniques do.

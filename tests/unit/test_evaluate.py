@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import types
 
 import numpy as np
 import painter
@@ -11,9 +13,11 @@ from messages import one_line
 from PIL import Image
 
 import esd_jax
+from esd_jax import dossier, families
 from esd_jax.demo import groups, protocol
 from esd_jax.demo.measure import BASE, ERASED
 from esd_jax.evaluation import drawing, measures, prompts, protocols, seen, store
+from esd_jax.evaluation.attacks.hidden import Completion
 from esd_jax.evaluation.drawing import Drawing
 from esd_jax.evaluation.measures import Request
 from esd_jax.evaluation.prompts import Case
@@ -94,6 +98,55 @@ def test_our_own_list():
 
 
 # Drawing
+
+
+@pytest.mark.parametrize(
+    ("arch", "steps", "guidance"),
+    [("sd14", 50, 7.5), ("sdxl", 50, 7.5), ("flux-dev", 28, 3.5), ("flux-schnell", 4, 1.0), ("sd35-medium", 28, 7.0),
+     ("klein-4b", 50, 4.0), ("emoji", 50, 7.5), ("emoji-flow", 20, 3.0)],
+)  # fmt: skip
+def test_numbers_that_nobody_gives_are_the_familys(arch, steps, guidance, unchecked, tmp_path, monkeypatch):
+    configs = esd_jax.api.architecture(arch)[0]
+    model = types.SimpleNamespace(configs=configs, family=families.of(configs))
+    fitted = drawing.of_family(Drawing(), model)
+    assert (fitted.num_steps, fitted.guidance_scale) == (steps, guidance)
+    given = Drawing(num_steps=3, guidance_scale=0.0)
+    assert drawing.of_family(given, model) == given
+    sampled = []
+    sample = lambda pipeline, prompts, **options: sampled.append(options) or np.zeros((len(prompts), 2, 2, 3), np.uint8)  # noqa: E731
+    for module in (drawing, seen):
+        monkeypatch.setattr(module, "sample", sample)
+    drawing.draw(model, {}, [Case("1", "a cat", 0)], Drawing(), tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())["drawing"]
+    assert (manifest["num_steps"], manifest["guidance_scale"]) == (steps, guidance)
+    seen.Question(("a cat",), lambda images: images[:, 0, 0, 0] > 0, "nobody", num_images=1).draw(model)
+    assert [(one["steps"], one["guidance_scale"]) for one in sampled] == [(steps, guidance), (min(steps, 20), guidance)]
+    completion = Completion().fitted(model)
+    assert (completion.num_steps, completion.guidance_scale) == (steps, guidance)
+
+
+@pytest.mark.parametrize(("arch", "expected"), [("sd14", {}), ("flux-dev", {"num_steps": 28, "guidance_scale": 3.5})])
+def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unchecked, tmp_path, monkeypatch):
+    configs = esd_jax.api.architecture(arch)[0]
+    source = types.SimpleNamespace(source="x/y")
+    model = types.SimpleNamespace(configs=configs, family=families.of(configs), provenance=source)
+    recorded = []
+    monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **options: recorded.append(options) or 1 / 0)
+    monkeypatch.setattr(dossier.protocols, "identity", lambda erased: {})
+    goal = types.SimpleNamespace(prompts=("a cat",), concept="a cat")
+    for changes in ({}, {"guidance_scale": 2.0}):
+        with pytest.raises(ZeroDivisionError):
+            dossier.attack(model, model, ["encoder_output"], output_dir=tmp_path, concept="a cat", goal=goal, **changes)
+        options = recorded.pop()
+        assert {k: options[k] for k in ("num_steps", "guidance_scale") if k in options} == expected | changes
+
+
+def test_protocols_sample_stable_diffusion_as_they_did():
+    numbers = lambda plan: (plan.drawing.num_steps or plan.most_steps or 50, plan.drawing.guidance_scale or 7.5)  # noqa: E731
+    short = {name for name, plan in protocols.PROTOCOLS.items() if numbers(plan) == (20, 7.5)}
+    assert short == {"smoke", "quick"}
+    assert {numbers(plan) for name, plan in protocols.PROTOCOLS.items() if name not in short} == {(50, 7.5)}
+    assert protocols.PROTOCOLS["i2p"].drawing.guidance_scale == 7.5  # as published, whatever the family
 
 
 def test_drawing_goes_on_where_it_stopped(models, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
-from esd_jax.evaluation.attacks.probe import Probe, Remarking
+from esd_jax.evaluation.attacks.probe import Probe, Remarking, Sampling
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
@@ -60,11 +60,12 @@ def campaign(
       seeds: of how many each trial is sampled, the same for all models. seed: of all other random numbers.
       random: also attack a model of random weights. placebo: and this one.
       progress: called with a line after each attack.
-      **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`.
+      **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`; by default those of the family.
 
     Raises ValueError for a folder that holds results of other settings, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
+    attacks = [one.fitted(base) if isinstance(one, Sampling) else one for one in attacks]
     models = {BASE: base, ERASED: erased} | ({PLACEBO: placebo} if placebo is not None else {})
     models |= {RANDOM: random_weights(base, seed)} if random else {}
     searches: list[Attack] = [OwnPrompts(), *(one for one in attacks if not isinstance(one, Probe))]

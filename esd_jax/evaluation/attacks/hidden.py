@@ -41,6 +41,7 @@ from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, R
 from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
+from esd_jax.evaluation.drawing import of_family
 from esd_jax.params import Conditioning, Network, Params, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
 from esd_jax.selection import select
@@ -180,7 +181,8 @@ class Completion:
     """Settings.
 
     times: noise levels, timesteps of the schedule; along a rectified flow 1,000 sigma.
-    num_steps: of DDIM, or there of Euler's method, from pure noise to the image.
+    num_steps: of DDIM, or there of Euler's method, from pure noise to the image. It and guidance_scale: None: those
+      of the model's family.
     """
 
     NAME: ClassVar[str] = "diffusion completion"
@@ -192,8 +194,11 @@ class Completion:
     }
 
     times: tuple[int, ...] = (300, 500, 700)
-    num_steps: int = 50
-    guidance_scale: float = 7.5
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+
+    def fitted(self, base: Pipeline) -> "Completion":
+        return of_family(self, base)
 
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
@@ -218,6 +223,7 @@ def complete(
     """
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
+    settings = settings.fitted(victim)
     schedule = victim.family.at_size(victim.configs, victim.schedule, images.shape[1:3])
     sampler = programs.sampler(schedule, samplers.plain(schedule), settings.num_steps, 0.0)
     if not (below := np.flatnonzero(np.asarray(sampler.timesteps) <= t)).size:

@@ -42,6 +42,15 @@ class Particular(Protocol):
 
 
 @runtime_checkable
+class Sampling(Protocol):
+    """A probe that samples with numbers of its own, by default those of the base's family."""
+
+    def fitted(self, base: Pipeline) -> "Probe":
+        """The same with the numbers that are None."""
+        ...
+
+
+@runtime_checkable
 class Remarking(Protocol):
     """A probe that says something about its own figures."""
 

@@ -69,8 +69,8 @@ def score(
     goal: Goal,
     seeds: Sequence[int],
     *,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 32,
 ) -> Scored:
     """Samples every trial from every seed, and detects the concept.

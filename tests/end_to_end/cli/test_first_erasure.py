@@ -12,6 +12,7 @@ from PIL import Image
 import esd_jax
 from esd_jax import cli, examples, repeat
 from esd_jax.demo import groups
+from esd_jax.evaluation.drawing import Drawing
 
 
 @pytest.fixture(scope="module")
@@ -80,4 +81,5 @@ def test_the_examples_of_a_model_without_a_testbed():
         ("erased: Monet, Dali", ["a painting by Monet", "a painting by Dali", "a dog by Monet", "a dog by Dali"]),
         ("others", ["a cat"]),
     ]
-    assert examples._sampling(recipe) == {"steps": 7, "guidance_scale": 7.5, "batch_size": 1}
+    own = Drawing(num_steps=4, guidance_scale=7.5, batch_size=1)
+    assert examples._sampling(recipe, own) == {"steps": 7, "guidance_scale": 7.5, "batch_size": 1}
