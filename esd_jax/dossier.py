@@ -18,12 +18,12 @@ from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.report import card, comparison
+from esd_jax.families.family import Sampling
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header
 from esd_jax.loading import is_run
-from esd_jax.names import ATTACK_NAMES
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
@@ -127,7 +127,7 @@ def front(
 def attack(
     base: Pipeline,
     erased: Pipeline,
-    names: Sequence[str] = ATTACK_NAMES,
+    names: Sequence[str] | None = None,
     *,
     output_dir: str | Path,
     concept: ConceptText | None = None,
@@ -142,7 +142,8 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all" of them leaves some out.
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all" of them leaves out those
+        for which base or goal lack something, and so do, by default, the four of `esd_jax.names.ATTACK_NAMES`.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -163,8 +164,11 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
+    own = base.family.sampling(base.configs)
     if bed:
         options = {**bed.sampling, **options}
+    elif own != Sampling():  # results without these numbers are of the usual ones
+        options = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **options}
     evidence = attacks.campaign(
         base,
         erased,

@@ -14,8 +14,11 @@ USAGE = """\
 
 def define(values: flags.FlagValues) -> None:
     common.define_erased(values)
-    more = f'Attacks and probes, separated by commas; more are {", ".join(MORE_ATTACKS)}, prompts; "all".'
-    flags.DEFINE_list("attacks", list(ATTACK_NAMES), more, flag_values=values)
+    more = (
+        f"Attacks and probes, separated by commas; by default {', '.join(ATTACK_NAMES)}, but for those that need what "
+        f'the base lacks; more are {", ".join(MORE_ATTACKS)}, prompts; "all".'
+    )
+    flags.DEFINE_list("attacks", None, more, flag_values=values)
     flags.DEFINE_string("budget", None, "paper, or emoji, the embedded model's.", flag_values=values)
     flags.DEFINE_multi_string("set", [], "A setting of an attack: ATTACK.FIELD=VALUE.", flag_values=values)
     common.define_question(values)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from esd_jax import families, lora, sharding
-from esd_jax.diffusion import programs
+from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing.concepts import Concept, check_concepts
 from esd_jax.erasing.method import Method, Tools, with_guidance
@@ -107,6 +107,8 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     mesh = sharding.make_mesh(training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
     family.require(recipe.settings.needs, f"method {recipe.method!r}")
     tools = make_tools(source, recipe, mesh)
+    if recipe.images is None:
+        check_drawing(recipe.settings, tools.schedule)
     concepts = recipe.concepts if recipe.concepts or isinstance(source, Pipeline) else (Concept("concept"),)
     if isinstance(source, Pipeline):
         check_concepts(tools.tokens, concepts)
@@ -128,6 +130,17 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     names = changed_names(recipe, source.configs)
     whole = jax.jit(partial(student, compute_dtype=compute, weights=lora.weights if recipe.rank else unchanged))
     return Setup(recipe, family.denoiser, names, tools.shape, method, inputs, tx, step, mesh, whole)
+
+
+def check_drawing(settings: Any, schedule: Schedule) -> None:
+    """Raises ValueError, naming the field, if a method that draws images cannot draw them along a schedule."""
+    if (name := getattr(settings, "drawing_sampler", None)) is None:
+        return
+    try:
+        samplers.make_sampler(schedule, name, num_steps=settings.drawing_steps)
+    except ValueError as error:
+        message = str(error).replace(f"sampler {name!r}", f"drawing_sampler={name!r}")
+        raise ValueError(message.replace("num_steps", "drawing_steps")) from error
 
 
 def compute_dtype(source: Source, recipe: Recipe) -> jnp.dtype:

@@ -152,10 +152,15 @@ def test_what_it_lacks_is_refused_by_name(toy):
     assert any("P4D needs" in line and "the toy flow model" in line for line in said)
     assert any("composition needs two concepts" in line for line in said)
     assert any("'attn'" in line for line in said) and any("prompts without 'cat'" in line for line in said)
-    with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # it is asked for by name
+    can = ("possible are encoder_output, null_inversion, completion, stored_weights, or all: --attacks=all",)
+    with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model", *can)):  # it is asked for by name
         attacks.within(attacks.chosen(["p4d", "all"]), ["p4d", "all"], lacks, said.append)
     with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # before a goal is drawn
         dossier.attack(base, erased, ["p4d"], output_dir="unused", concept="cat")
+    said.clear()
+    with pytest.raises(ValueError, match=one_line("none of these attacks can be made", *can)):
+        attacks.within(every[:4], None, lacks, said.append)
+    assert len(said) == 4
     own = attacks.attack(base, erased, goal, attacks.preset("random_prompts", count=2, length=3))
     assert len(own.trials) == 2 and own.trials[0].conditioning["bag"].shape == (1, 32)
 

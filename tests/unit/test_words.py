@@ -8,9 +8,10 @@ from messages import one_line
 from paths import ROOT
 
 import esd_jax
-from esd_jax import api, cli, examples, kinds, recipe, recipe_docs
+from esd_jax import api, cli, examples, families, kinds, recipe, recipe_docs
 from esd_jax.cli import words
 from esd_jax.methods import METHODS
+from esd_jax.runs import setup
 
 NEON = {"base": "emoji", "concept": "neon style"}
 TYPED = {
@@ -151,8 +152,60 @@ def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
     assert [config(kind=kind, fields={"from_": "a man"}) for kind in kinds.KINDS] == expected
     assert config() == expected[0]
     assert set(expected) <= set(recipe.config_names())
-    assert config(fields={"method": "ablating"}, kind="object") == "ablating_object"
-    assert config(fields={"method": "uce"}, kind="object") == "uce"
+    flow = "" if arch in ("sd14", "sd21", "sdxl") else "flow_"
+    assert config(fields={"method": "ablating"}, kind="object") == f"{flow}ablating_object"
+    assert config(fields={"method": "uce"}, kind="object") == f"{flow}uce"
+
+
+@pytest.mark.parametrize("arch", ["flux-dev", "flux-schnell", "sd3-medium", "sd35-medium", "klein-4b"])
+def test_methods_of_a_flow_start_from_recipes_that_it_can_carry_out(arch):
+    configs = api.architecture(arch)[0]
+    family = families.of(configs)
+    possible = []
+    for method in METHODS:
+        for kind in kinds.KINDS:
+            fields = {"method": method, "from_": "a man"}
+            try:
+                plan = recipe.make(**recipe.read(kinds.config("x/y", ["a"], lambda: configs, kind=kind, fields=fields)))
+                family.require(plan.settings.needs, f"method {method!r}")
+            except ValueError as error:
+                assert "\n" not in str(error) and "my.py" not in str(error)
+            else:
+                assert (plan.method, (plan.height, plan.width)) == (method, (512, 512))
+                assert plan.subset in family.subsets and plan.dtype == "bfloat16"
+                possible.append(method)
+    free = "classifier_free" in family.meets
+    expected = ["esd", *(["all_but_one"] if free else []), "sdd", "ablating", "uce", "rece"]
+    assert list(dict.fromkeys(possible)) == expected
+    with pytest.raises(ValueError, match=one_line("'ablating'", "kind='memorised'")):
+        kinds.config("x/y", ["a"], lambda: configs, kind="memorised", fields={"method": "ablating"})
+
+
+def test_the_folder_of_an_embedded_flow_has_its_recipes():
+    def config(**options):
+        return kinds.config("runs/again/model", ["x"], lambda: api.architecture("emoji-flow")[0], **options)
+
+    assert [config(), config(kind="object")] == ["emoji_flow", "emoji_flow_object"]
+    with pytest.raises(ValueError, match=one_line("'uce'", "have one: esd)", "recipe.preset('uce', 'flow')")):
+        config(fields={"method": "uce"})
+
+
+def test_a_flow_of_another_package_gets_no_recipe_of_stable_diffusion(monkeypatch):
+    configs = api.architecture("flux-dev")[0]
+    monkeypatch.setattr(kinds, "RECIPES", {})
+    with pytest.raises(ValueError, match=one_line("'esd'", "recipe.preset('esd', 'sd3')")):
+        kinds.config("x/y", ["x"], lambda: configs)
+
+
+@pytest.mark.parametrize("source", ["emoji-flow", "x/y"])
+def test_what_a_base_lacks_is_said_before_any_advice(source):
+    configs = lambda: api.architecture("emoji-flow")[0]  # noqa: E731
+    with pytest.raises(ValueError, match=one_line("'forget_me_not' needs cross-attention")):
+        kinds.config(source, ["a cat"], configs, fields={"method": "forget_me_not"})
+    with pytest.raises(ValueError, match=r"'redirect' has no recipe [^.]*$"):
+        kinds.config(source, ["a cat"], configs, fields={"method": "redirect"})
+    file_of = recipe.preset("uce", "flow")  # what the message of a closed form says
+    assert file_of.subset in families.of(configs()).subsets
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -178,6 +231,23 @@ def test_a_method_without_a_recipe_names_those_that_have_one_and_the_way_without
     file.write_text("from esd_jax import recipe\nget_config = lambda: recipe.preset('sdd')\n")
     plan = api.planned("emoji", "neon style", config=str(file))
     assert (plan.method, plan.base) == ("sdd", "emoji")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"drawing_sampler": "dpmpp_2m"}, "drawing_sampler='dpmpp_2m' is not implemented along the rectified flow path"),
+     ({"drawing_steps": 2000}, "drawing_steps must be in 1..1000")],
+)  # fmt: skip
+def test_a_plan_refuses_images_that_cannot_be_drawn(fields, expected):
+    settings = recipe.preset("ablating", "flow", concept="a cat", replace_with="a pet", **fields)
+    source = setup.Shapes(*api.architecture("emoji-flow"))
+    with pytest.raises(ValueError, match=one_line(expected)):
+        setup.assemble(source, recipe.make(**settings))
+    drawn = dataclasses.replace(METHODS["ablating"](), drawing_sampler="dpmpp_2m")
+    setup.check_drawing(drawn, api.architecture("emoji")[1])
+    for method in METHODS.values():  # `check_drawing` reads both
+        names = {field.name for field in dataclasses.fields(method)}
+        assert "drawing_sampler" not in names or "drawing_steps" in names
 
 
 def test_words_that_leave_no_doubt():

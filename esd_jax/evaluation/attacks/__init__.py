@@ -121,39 +121,52 @@ def chosen(
 
 def within(
     settings: Sequence[Attack | Probe],
-    texts: Sequence[str],
+    texts: Sequence[str] | None,
     lacks: Callable[[Attack | Probe], str],
     say: Callable[[str], None],
 ) -> list[Attack | Probe]:
     """The attacks and probes that can be made, of those that `chosen` gave for `texts`.
 
+    texts: None: those by default, of which none was named.
     lacks: an attack -> a sentence on what it lacks, or "" (`lacking`).
-    say: is called with a line for each that is left out, which are those of "all" alone.
+    say: is called with a line for each that is left out, which are those of "all" and by default alone.
 
-    Raises ValueError for one that is named and cannot be made.
+    Raises ValueError, with what can be made, for one that is named and cannot be, and if all are left out.
     """
     known = {**ATTACKS, **PROBES, FAMILY: ConceptInversion}
-    named = {known[text] for text in texts if text in known}
+    named = {known[text] for text in texts or () if text in known}
     possible = []
     for one in settings:
         if not (reason := lacks(one)):
             possible.append(one)
         elif type(one) in named:
-            raise ValueError(reason)
+            raise ValueError(f"{reason}; {_others(lacks)}")
         else:
             say(f"left out: {reason}")
+    if settings and not possible:
+        raise ValueError(f"none of these attacks can be made; {_others(lacks)}")
     return possible
+
+
+def _others(lacks: Callable[[Attack | Probe], str]) -> str:
+    """What else can be asked for."""
+    every = [name for name in (*names.ATTACK_NAMES, *names.MORE_ATTACKS) if name != FAMILY]
+    return f"possible are {', '.join(name for name in every if not lacks(preset(name)))}, or all: --attacks=all"
 
 
 def possible(
     base: Pipeline,
-    texts: Sequence[str],
+    texts: Sequence[str] | None,
     variant: str = "paper",
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Attack | Probe]:
-    """What is `chosen`, `within` what the base has: the goal may lack something, too. Raises ValueError as both do."""
-    return within(chosen(texts, variant, changes), texts, lambda one: lacking(one, base), say)
+    """What is `chosen`, by default `ATTACK_NAMES`, `within` what the base has: the goal may lack something, too.
+
+    Raises ValueError as both do.
+    """
+    wanted = names.ATTACK_NAMES if texts is None else texts
+    return within(chosen(wanted, variant, changes), texts, lambda one: lacking(one, base), say)
 
 
 def lacking(settings: Attack | Probe, base: Pipeline, goal: Goal | None = None) -> str:
