@@ -92,9 +92,11 @@ def config(
         f"{', '.join(having) or 'none'})"
     )
     if preset := preset_of(method, family):
+        first = preset == next(iter(METHODS[method].PRESETS))
+        arguments = repr(method) if first else f"{method!r}, {preset!r}"
         message += (
             ". To use its preset, write a file my.py with two lines, `from esd_jax import recipe` and "
-            f"`get_config = lambda: recipe.preset({method!r}, {preset!r})`, and name it as the config: "
+            f"`get_config = lambda: recipe.preset({arguments})`, and name it as the config: "
             "--config=my.py, or config='my.py' in Python"
         )
     raise ValueError(message)
