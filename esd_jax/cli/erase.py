@@ -158,8 +158,8 @@ def run(values: flags.FlagValues) -> None:
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
-    given, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
-    for before, concept in zip(given.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
+    asked, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
+    for before, concept in zip(asked.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
         if concept.replace_with != before.replace_with:
             common.say(f"{concept.text!r} becomes {concept.replace_with[0]!r}, which changes other concepts the least")
         if concept.preserve != before.preserve:
