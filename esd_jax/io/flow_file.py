@@ -82,7 +82,7 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
 
     Raises ValueError for configs of the other family, of FLUX.1's other version, or a file that is no such network.
     """
-    (component, config), prefix = next(item for item in configs.items() if item[0] == "transformer"), prefix_of(header)
+    config, prefix = configs.get("transformer"), prefix_of(header)
     kinds = {FLUX2: ("FLUX.2", Flux2Config), FLUX: ("FLUX.1", FluxConfig), SD3: ("SD3", SD3Config)}
     name, kind = next((kind for key, kind in kinds.items() if f"{prefix}{key}" in header.entries), kinds[SD3])
     if not isinstance(config, kind):
@@ -95,7 +95,7 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
         own = _flux2(keys, config)
     else:
         own = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
-    return {**configs, component: own}
+    return {**configs, "transformer": own}
 
 
 def changed_json(written: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
