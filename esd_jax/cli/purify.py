@@ -18,7 +18,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("image", [], "An image file; also without --image=.", flag_values=values)
     flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint generates the images.", flag_values=values)
     flags.DEFINE_string("base", None, "The checkpoint; with --run: where its base lies now.", flag_values=values)
-    flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], f"What to apply to it: {common.APPLIED}.", flag_values=values)
     flags.DEFINE_string(
         "prompt",
         "",
