@@ -50,7 +50,8 @@ class Recipe:
       concept: the text; several are separated by ";". The others are given once for all concepts, or once for each,
         separated by ";" too.
       from_: erase it only there ("" is everywhere).
-      replace_with: what takes its place; several for one concept are separated by "|".
+      replace_with: what takes its place; several for one concept are separated by "|". "auto": the one of its nearest
+        concepts that changes others the least; "auto | a painting | a photo": one of these.
       preserve: prompts on which the erased model is held to the base, separated by "|"; "auto": the nearest concepts.
       strength: multiplies the method's own strength.
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
@@ -148,7 +149,10 @@ class Recipe:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
         for concept in self.concepts:
             for name in ("replace_with", "preserve"):
-                if any(wording.same(text, concept.text) for text in getattr(concept, name)):
+                chosen = (
+                    concept.replace_with[:1] == ("auto",) and name == "replace_with"
+                )  # from those that are not erased
+                if not chosen and any(wording.same(text, concept.text) for text in getattr(concept, name)):
                     raise ValueError(f"{name} has {concept.text!r}, which is what is erased: give another")
 
     @property

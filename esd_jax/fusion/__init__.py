@@ -217,7 +217,7 @@ def _prompts(retain: str, concepts: Sequence[Concept], sentences: str | None) ->
     left = set(corpora.without(list(weights), [concept.text for concept in concepts]))
     holding = {text: weight for text, weight in weights.items() if text not in left}
     average = sum(holding.values()) / len(holding) if holding else 1.0
-    parsed = contexts.parse(sentences, guided=True)
+    parsed = contexts.parse(sentences)
     texts = [concept.erased_from for concept in concepts]
     texts += [context.prompt.replace(contexts.NAME, concept.text) for concept in concepts for context in parsed]
     return {**dict.fromkeys(texts, average), **holding}

@@ -68,7 +68,7 @@ class SPEED:
 
     def __post_init__(self):
         choose(self, tokens=("last", "positions"))
-        contexts.parse(self.contexts, guided=True)
+        contexts.parse(self.contexts)
         closed_form.check_positive(self, "rho", "threshold")
         closed_form.check_positive(self, "copies", "centres", or_zero=True)
 
@@ -77,7 +77,7 @@ class SPEED:
         concepts that it cannot erase.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
-        sentences = contexts.parse(self.contexts, guided=True)
+        sentences = contexts.parse(self.contexts)
         erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
         kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
         encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
