@@ -86,7 +86,8 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
 
     Raises ValueError for configs of the other family, of FLUX.1's other version, or a file that is no such network.
     """
-    config, prefix = configs.get("transformer"), prefix_of(header)
+    config: Any = configs.get("transformer")
+    prefix = prefix_of(header)
     kinds = {FLUX2: ("FLUX.2", Flux2Config), FLUX: ("FLUX.1", FluxConfig), SD3: ("SD3", SD3Config)}
     name, kind = next((kind for key, kind in kinds.items() if f"{prefix}{key}" in header.entries), kinds[SD3])
     if not isinstance(config, kind):

@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 from flow_files import folder_and_file
 from messages import one_line
+from PIL import Image
 from single_files import raw
 
 import esd_jax
-from esd_jax import cli, conditionings, exports
+from esd_jax import cli, conditionings, exports, sampling
 from esd_jax.io.corrections import Corrected
 from esd_jax.io.lora import export_lora
 from esd_jax.io.single_file import export_single
@@ -76,6 +77,19 @@ def test_a_transformers_file_is_a_delta_of_the_command_line(dev, tmp_path, capsy
     options = (*options, "--format=single", "--workflow=a cat", f"--output={tmp_path / 'out.safetensors'}")
     assert cli.main(["export", *options]) == 2 and "no ComfyUI workflow" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_purify_inverts_with_the_base_of_a_transformers_file(dev, tmp_path, monkeypatch):
+    folder, file = dev
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(tensors | {"img_in.bias": torch.ones(32)}, tmp_path / "x.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
+    inverters = []
+    monkeypatch.setattr(sampling, "purify", lambda _, images, *__, inverter, **___: inverters.append(inverter) or images)
+    options = (f"--base={folder}", f"--delta={tmp_path / 'x.safetensors'}", "--height=32", "--width=32", "--nocompare")
+    assert cli.main(["purify", str(tmp_path / "in.png"), *options, f"--output={tmp_path / 'out.png'}"]) == 0
+    expected = tensors["img_in.bias"].numpy()
+    np.testing.assert_array_equal(inverters[0].params["transformer"]["x_embedder.bias"], expected)
 
 
 def test_exports_are_called_what_they_are(dev, tmp_path):
