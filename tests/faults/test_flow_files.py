@@ -85,7 +85,9 @@ def test_purify_inverts_with_the_base_of_a_transformers_file(dev, tmp_path, monk
     safetensors.torch.save_file(tensors | {"img_in.bias": torch.ones(32)}, tmp_path / "x.safetensors")
     Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
     inverters = []
-    monkeypatch.setattr(sampling, "purify", lambda _, images, *__, inverter, **___: inverters.append(inverter) or images)
+    monkeypatch.setattr(
+        sampling, "purify", lambda _, images, *__, inverter, **___: inverters.append(inverter) or images
+    )
     options = (f"--base={folder}", f"--delta={tmp_path / 'x.safetensors'}", "--height=32", "--width=32", "--nocompare")
     assert cli.main(["purify", str(tmp_path / "in.png"), *options, f"--output={tmp_path / 'out.png'}"]) == 0
     expected = tensors["img_in.bias"].numpy()
