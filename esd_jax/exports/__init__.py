@@ -87,7 +87,7 @@ FORMATS: Mapping[str, Format] = {
 }  # fmt: skip
 
 
-# The same of FLUX and SD3, which A1111 does not open, where it is another.
+# The same of FLUX and SD3: A1111 opens no FLUX, and ComfyUI reads diffusers' LoRA files of both.
 OF_FLOWS = {
     "single": "single file for ComfyUI",
     "lora": "LoRA for diffusers",
