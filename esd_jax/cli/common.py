@@ -229,7 +229,8 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
-    if concepts and testbed.of(before.provenance.source):  # whose concepts have no commas
+    known = testbed.of(before.provenance.source) or ("protocol" in values and testbed.of(values.protocol))
+    if concepts and known:  # whose concepts have no commas
         concepts = groups.parse_target(concepts).concepts
     return before, after, dossier.concepts_of(after, concepts), output
 
