@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, several, suggest
+from esd_jax import compile_cache, conditionings, exports, kinds, loading, recipe, runs, sampling, several, suggest
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
 from esd_jax.loading import architecture, load, opened, restore
@@ -218,8 +218,11 @@ def sample(
         image that comes out as NaN, ...
     """
     compile_cache.use()
+    pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline)
+    if guidance_scale is not None:
+        conditionings.note_unused(pipeline, guidance_scale)
     return sampling.sample(
-        pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
+        pipeline, prompts, seed=seed, steps=steps,
         guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,
         height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight, true_cfg=true_cfg,
     )  # fmt: skip

@@ -45,7 +45,7 @@ class Spelling(NamedTuple):
 class Recipe:
     """What to erase from what, and how.
 
-    base: "emoji" or "emoji-flow", a diffusers folder or a hub id.
+    base: "emoji" or "emoji-flow", a diffusers folder, a .safetensors file or a hub id.
     concepts: what to erase; () in a config that leaves it to its user. Five flat fields say it:
       concept: the text; several are separated by ";". The others are given once for all concepts, or once for each,
         separated by ";" too.
