@@ -2,9 +2,9 @@
 
     esd-jax erase --config=emoji_flow_object --config.concept="a cat" --config.output_dir=out/cat_flow
 
-ESD of the text's projections in the attention, with the object in each style as contextual prompts, and other objects
-held to the base on images of their own. Seven minutes on a CPU core. Tuned on a dog alone; what it reaches is in
-docs/results/embedded.md.
+ESD of the text's projections in the attention: the object becomes another one (replace_with), alone and in each style
+(contextual prompts), and other objects are held to the base on images of their own. Seven minutes on a CPU core. Tuned
+on a dog alone, which becomes a fox; what it reaches is in docs/results/embedded.md.
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,13 @@ def get_config() -> ConfigDict:
         "paper",
         base="emoji-flow",
         concept="a cat",
+        replace_with="a dog",
         subset="flow-text",
         sample_with="teacher",
         sampler="flow_euler",
         timestep_mode="grid",
         sampling_steps=20,
-        contexts=" | ".join(f"{{}} in {style}: {style}" for style in styles),
+        contexts=" | ".join(f"{{}} in {style}: {{}} in {style}" for style in styles),
         eta=1.0,
         preserve=" | ".join([*KEPT, *pairs, *styles]),  # but those that name the concept
         preserve_weight=5.0,

@@ -4,8 +4,7 @@ r"""Erases a list of objects from the embedded emoji model with ESD, in updates 
 
 or, from a file with one a line, --config.concept=@names.txt. Ten objects take 1,000 updates. Not measured. The
 changes to emoji_object are:
-- 100 updates for each object, each of which becomes a dog: alone, and in four styles (contextual prompts, which name
-  the dog, too: change them with replace_with).
+- 100 updates for each object, each of which becomes a dog: alone, and in four styles (contextual prompts).
 - the whole UNet is trained, at a learning rate of 3e-4.
 - every 50 updates the objects, and their contextual prompts, are scored by what remains of them, and drawn by it.
 - the empty prompt, and two images of each of seventeen other prompts, are held to the base; half of these draws are
@@ -32,7 +31,7 @@ def get_config() -> ConfigDict:
         subset="full",
         steps_each=100,
         remaining_every=50,
-        contexts=" | ".join(f"{{}} in {style} style: a dog in {style} style" for style in STYLES),
+        contexts=" | ".join(f"{{}} in {style} style: {{}} in {style} style" for style in STYLES),
         sample_with="teacher",
         timestep_mode="grid",
         sampling_steps=20,

@@ -17,7 +17,7 @@ from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe_fields import RecipeFields, completed
-from esd_jax.runs import neighbours
+from esd_jax.runs import neighbours, replacements
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
@@ -69,8 +69,9 @@ def erase(
         update, give `steps`: a run continues with more of them. What it raises ends training at once. Of several
         processes, the primary one calls it. A method in closed form makes no updates.
       **recipe_fields: any field of `Recipe`: method=, subset=, steps=, learning_rate=, seed=, eta=, from_=,
-        output_dir= ... (`RecipeFields` lists them). preserve="auto" preserves the nearest concepts. With
-        `output_dir`, the run's folder also gets the erased model and its delta.
+        output_dir= ... (`RecipeFields` lists them). preserve="auto" preserves the nearest concepts, and
+        replace_with="auto" chooses what changes other concepts the least. With `output_dir`, the run's folder also gets
+        the erased model and its delta.
 
     Returns:
       The erased pipeline: the base's tensors, with the trained ones in `edits`.
@@ -99,7 +100,7 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    plan = neighbours.resolved(base, plan)
+    plan = replacements.resolved(base, neighbours.resolved(base, plan))
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}

@@ -19,8 +19,9 @@ class Concept:
 
     text: what to erase ("Van Gogh", "neon style").
     from_: erase it only there (an attribute: erase "glasses" from "a person with glasses"); None erases everywhere.
-    replace_with: what takes its place ("painting"; "bikini", "pants").
-    preserve: prompts on which the erased model is held to the base.
+    replace_with: what takes its place ("painting"; "bikini", "pants"). "auto" alone is the one of the nearest concepts,
+      and before others the one of them, that changes other concepts the least.
+    preserve: prompts on which the erased model is held to the base; "auto": the nearest concepts.
     strength: multiplies the method's own strength.
 
     Raises ValueError for an empty text, a value that is no text, a list in place of a tuple, or a strength that is not

@@ -135,7 +135,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
     from esd_jax.erasing.round_settings import DEFAULTS as ROUNDS
     from esd_jax.planning.plan import compared
-    from esd_jax.runs import neighbours, setup
+    from esd_jax.runs import neighbours, replacements, setup
 
     common.check_numbers(values)
     if values.multihost:
@@ -164,9 +164,11 @@ def run(values: flags.FlagValues) -> None:
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
-    if (near := neighbours.resolved(base, plan)) != plan:
-        plan = near
-        for concept in plan.concepts if hosts.is_primary() else ():
+    given, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
+    for before, concept in zip(given.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
+        if concept.replace_with != before.replace_with:
+            common.say(f"{concept.text!r} becomes {concept.replace_with[0]!r}, which changes other concepts the least")
+        if concept.preserve != before.preserve:
             common.say(f"preserved beside {concept.text!r}: {', '.join(concept.preserve)}")
     stop = None
     if values.stop_below is not None:

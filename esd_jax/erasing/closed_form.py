@@ -97,7 +97,7 @@ def encode(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
     Raises ValueError for a concept whose text has no token: its vector would be that of every prompt's start.
     """
     texts = _texts(concepts, prompts)
-    return _parts(tools.vectors(_encoded(tools, texts)), texts, concepts, [tools.tokens])[0]
+    return by_encoder(tools.vectors(_encoded(tools, texts)), texts, concepts, [tools.tokens])[0]
 
 
 class Space(NamedTuple):
@@ -127,7 +127,7 @@ def spaces(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
     for reading in tools.readings or (Reading("", tools.vectors, ("",)),):
         names = [f"{tools.component}/{name}" for name in tools.subset if re.search(reading.layers, name)]
         tokenizers = [tools.tokenizers[name] for name in reading.encoders if name in tools.tokenizers]
-        parts = _parts(reading.vectors(rows), texts, concepts, tokenizers if tools.readings else [tools.tokens])
+        parts = by_encoder(reading.vectors(rows), texts, concepts, tokenizers if tools.readings else [tools.tokens])
         edited.append(Space(tuple(names) if tools.readings else (), reading.vectors, parts))
     return edited
 
@@ -140,13 +140,16 @@ def _encoded(tools: Tools, texts: list[str]) -> Any:
     return in_batches(tools.encode, texts, ENCODED_AT_ONCE)
 
 
-def _parts(
+def by_encoder(
     vectors: Float[Array, "texts tokens context"],
     texts: Sequence[str],
     concepts: Sequence[Concept],
     tokenizers: Sequence[Callable[[Sequence[str]], Any]],
 ) -> tuple[Mapping[str, Encoded], ...]:
-    """The texts' vectors by tokenizer, whose tokens follow one another; without one, a single vector for a text."""
+    """The texts' vectors by tokenizer, whose tokens follow one another; without one, a single vector for a text.
+
+    Raises ValueError for a concept without a token of its own.
+    """
     if not tokenizers:
         ids = np.arange(len(texts))[:, None]  # no two texts are alike
         return ({text: Encoded(v[:1], row, 0) for text, v, row in zip(texts, vectors, ids, strict=True)},)

@@ -14,23 +14,28 @@ NAME = "{}"  # stands for the concept
 
 @dataclass(frozen=True)
 class Context:
-    """prompt: "a dog in {}", in which {} stands for the concept. without: "a dog"; "" is the empty prompt."""
+    """prompt: "a dog in {}", in which {} stands for the concept.
+
+    without: what it becomes, "a dog"; "" is the empty prompt. In it, {} stands for what replaces the concept.
+    """
 
     prompt: str
     without: str
 
+    def becomes(self, guide: str) -> str:
+        """What the prompt becomes; where the guide is empty, {} goes with the spaces beside it."""
+        return " ".join(self.without.replace(NAME, guide).split())
 
-def parse(text: str | None, guided: bool = False) -> tuple[Context, ...]:
-    """The contexts of "a dog in {}: a dog | a car in {}: a car".
 
-    guided: {} may also stand behind the ":", for what replaces the concept: "{} in ink style: {} in ink style".
+def parse(text: str | None) -> tuple[Context, ...]:
+    """The contexts of "a dog in {}: a dog | {} in ink style: {} in ink style".
 
-    Raises ValueError for a part without ":", or in which {} stands anywhere else.
+    Raises ValueError for a part without ":", or without {} before it.
     """
     contexts = []
     for part in filter(None, (part.strip() for part in (text or "").split("|"))):
         prompt, separator, without = (side.strip() for side in part.partition(":"))
-        if not separator or NAME not in prompt or NAME in without and not guided:
+        if not separator or NAME not in prompt:
             raise ValueError(
                 f"contexts has {part!r}: each is a prompt with {NAME} for the concept, ':', and the same without it, "
                 f"as 'a dog in {NAME}: a dog'; several are separated by '|'"
@@ -40,11 +45,8 @@ def parse(text: str | None, guided: bool = False) -> tuple[Context, ...]:
 
 
 def pairs(contexts: Sequence[Context], concept: str, guide: str) -> list[tuple[str, str]]:
-    """The prompts of a concept, and what each becomes. Where the guide is empty, {} goes with the spaces beside it."""
-    return [
-        (context.prompt.replace(NAME, concept), " ".join(context.without.replace(NAME, guide).split()))
-        for context in contexts
-    ]
+    """The prompts of a concept, and what each becomes."""
+    return [(context.prompt.replace(NAME, concept), context.becomes(guide)) for context in contexts]
 
 
 def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[Concept]:
@@ -57,7 +59,8 @@ def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[C
         if contexts and concept.from_ is not None:
             raise ValueError(f"contexts are for concepts that are erased everywhere: {concept.text!r} has from_")
         rows.append(concept)
+        guide = next(iter(concept.replace_with), "")
         for context in contexts:
             prompt = context.prompt.replace(NAME, concept.text)
-            rows.append(replace(concept, from_=prompt, replace_with=(context.without,)))
+            rows.append(replace(concept, from_=prompt, replace_with=(context.becomes(guide),)))
     return rows

@@ -86,8 +86,8 @@ def fuse(
     Returns:
       the fused pipeline, with the records of all parts; and how well they went together.
 
-    Raises ValueError for no parts, or one that is there twice; a part that changes more than linear layers, is of another base, or does not say
-    what it erased; a base with edits or without keys and values of token vectors; a number out of range.
+    Raises ValueError for no parts; one that is there twice, changes more than linear layers, is of another base, or does
+    not say what it erased; a base with edits or without keys and values of token vectors; a number out of range.
     """
     check_finite(preserve_scale=preserve_scale, lam=lam)
     if not parts:
@@ -233,7 +233,7 @@ def _prompts(retain: str, concepts: Sequence[Concept], sentences: str | None) ->
     left = set(corpora.without(list(weights), [concept.text for concept in concepts]))
     holding = {text: weight for text, weight in weights.items() if text not in left}
     average = sum(holding.values()) / len(holding) if holding else 1.0
-    parsed = contexts.parse(sentences, guided=True)
+    parsed = contexts.parse(sentences)
     texts = [concept.erased_from for concept in concepts]
     texts += [context.prompt.replace(contexts.NAME, concept.text) for concept in concepts for context in parsed]
     return {**dict.fromkeys(texts, average), **holding}

@@ -65,8 +65,8 @@ class AllButOne(RoundsSettings):
     token_scale: of the concept's tokens in the maps of the implicit delta.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories are drawn
       every so many updates, and the last few are kept with what the teacher predicted on them (see `replay`).
-    contexts: of inversion rounds (no part of the paper): "a dog in {}: a dog | a car in {}: a car", prompts with {} for
-      the concept, in whose place adversaries stand, and the same without it. The concept alone becomes its first
+    contexts: of inversion rounds (no part of the paper): "a dog in {}: a dog | {} in ink style: {} in ink style",
+      prompts with {} for the concept, in whose place adversaries stand, and what each becomes, with {} for its first
       `replace_with`, by default the empty prompt.
 
     A concept's strength multiplies the scales of its instructions below zero, and the suppression 1 - `token_scale`.

@@ -51,8 +51,9 @@ class ESD(RoundsSettings):
       `from_` is absent; "auto": `replace_with` where it is given, else `from_` where that is given and is not the
       concept itself, else the empty prompt.
     sample_prompt: "concept" or "from": what the trajectory is conditioned on.
-    contexts: "a dog in {}: a dog | a car in {}: a car": prompts with {} for the concept, and the same without it.
-      An update is made on the concept alone or on one of these, all equally often.
+    contexts: "a dog in {}: a dog | {} in ink style: {} in ink style": prompts with {} for the concept, and what each
+      becomes, with {} for its `replace_with`. An update is made on the concept alone or on one of these, all equally
+      often.
     context_eta: strength there. The anchor already says nothing of the concept, so 0 takes it away, too.
     window: x_t is drawn from this first part of the trajectory's points, pure noise among them; 1 is all of it.
     eta: strength. With `anchor="from"` and no `from_`, it is the paper's eta + 1 (the anchor is eps_c, not eps_null).

@@ -130,7 +130,7 @@ class Redirect(RoundsSettings):
         for field, least in (("drawn_images", 1), ("drawing_steps", 1), ("redirect_spread", 0)):
             if (value := getattr(self, field)) < least:
                 raise ValueError(f"{field}={value} must be at least {least}")
-        contexts.parse(self.contexts, guided=True)
+        contexts.parse(self.contexts)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """Redirection of the concepts.
@@ -168,7 +168,7 @@ class Redirect(RoundsSettings):
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
         guide = concept.replace_with[0] if concept.replace_with else ""
-        return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts, guided=True), concept.text, guide)]
+        return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts), concept.text, guide)]
 
     def may_show(self, concept: Concept) -> list[bool]:
         """Whether each anchor of `prompts` may show the concept: it does not name what replaces it."""

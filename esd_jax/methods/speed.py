@@ -68,7 +68,7 @@ class SPEED:
 
     def __post_init__(self):
         choose(self, tokens=("last", "positions"))
-        contexts.parse(self.contexts, guided=True)
+        contexts.parse(self.contexts)
         closed_form.check_positive(self, "rho", "threshold")
         closed_form.check_positive(self, "copies", "centres", or_zero=True)
 
@@ -79,7 +79,7 @@ class SPEED:
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
         if self.centres > (most := np.asarray(tools.tokens([""])).shape[1] - 1):
             raise ValueError(f"centres={self.centres} is more than the empty prompt's {most} vectors behind the first")
-        sentences = contexts.parse(self.contexts, guided=True)
+        sentences = contexts.parse(self.contexts)
         erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
         kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
         encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])

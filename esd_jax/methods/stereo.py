@@ -160,7 +160,8 @@ class STEREO:
 
     def anchors(self, concept: Concept) -> list[str]:
         """What a concept's target starts from."""
-        return [*concept.replace_with, *(context.without for context in contexts.parse(self.contexts))] or [""]
+        guide = next(iter(concept.replace_with), "")
+        return [*concept.replace_with, *(c.becomes(guide) for c in contexts.parse(self.contexts))] or [""]
 
     def _gallery(
         self, tools: Tools, concepts: Sequence[Concept]

@@ -94,7 +94,7 @@ class UCE:
         choose(self, tokens=("last", "all", "positions"), expand=tuple(EXPANSIONS))
         check_positive(self, "lam")
         check_positive(self, "erase_scale", "preserve_scale", "directions", or_zero=True)
-        contexts.parse(self.contexts, guided=True)
+        contexts.parse(self.contexts)
         if self.directions and self.retain is None:
             raise ValueError(f"directions={self.directions} are of what is retained: give retain, too")
 
@@ -106,7 +106,7 @@ class UCE:
         """
         check(tools, concepts)
         kept = ["", *preserved(concepts)] if self.tokens != "last" else preserved(concepts)
-        sentences = contexts.parse(self.contexts, guided=True)
+        sentences = contexts.parse(self.contexts)
         erased = [
             (pair, concept.strength)
             for concept in concepts

@@ -121,7 +121,7 @@ def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Se
     every: dict[str, Entry] = {name: (name, {}) for name in (*ATTACK_NAMES, *MORE_ATTACKS)}
     columns = {}
     for text, (name, changes) in [
-        one for text, entry in named.items() for one in (every if text == "all" else {text: entry}).items()
+        one for key, entry in named.items() for one in (every if key == "all" else {key: entry}).items()
     ]:
         if name == "null_inversion":
             changes = {"images": min(budget.attack_images, IMAGES_EACH * budget.prompts), **changes}

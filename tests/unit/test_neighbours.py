@@ -54,6 +54,8 @@ def test_auto_becomes_the_neighbours_and_nothing_else_changes(base, monkeypatch)
     one, other = neighbours.resolved(base, plan).concepts
     assert one.preserve == ("near cat", "cat", "dog") and other == plan.concepts[1]
     assert neighbours.resolved(base, plan).flat()["preserve"] == "near cat | cat | dog; a house"
+    beside = recipe.make(concept="cat", preserve="a mat | auto | cat in hat")
+    assert neighbours.resolved(base, beside).concepts[0].preserve == ("a mat", "cat in hat", "near cat", "cat")
     without = recipe.make(concept="cat", preserve="a house")
     assert neighbours.resolved(base, without) is without
 

@@ -1,0 +1,98 @@
+"""replace_with="auto": what takes a concept's place is the candidate that changes the rest of the model the least.
+
+Each candidate takes the concept's place in a closed form of this one pair (`erasing.closed_form`),
+
+    E = argmin sum_i |c_i (1 + E) - c*_i|^2 + lam |E|_F^2,    lam = SHRINKAGE mean_i |c_i|^2,
+
+c_i and c*_i the vectors of concept and candidate from the first token in which they differ. No weight is edited: what
+layers read of a prompt is multiplied by 1 + E. The damage is the mean squared change of the base's predictions for the
+concept's neighbours. Adaptive Guided Erasure (Bui et al., ICLR 2025) has the idea that what a concept becomes be chosen
+by what it costs others; it learns a mixture of words while it erases.
+
+Candidates are the neighbours with no more words than the concept, or the user's: "auto | a painting | a photo". Those
+that the base draws almost like the concept (a kitten for a cat) would leave it, and are passed over.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from esd_jax import wording
+from esd_jax.erasing import closed_form
+from esd_jax.erasing.images import in_batches
+from esd_jax.erasure import Concept
+from esd_jax.params import Conditioning
+from esd_jax.pipeline import Pipeline
+from esd_jax.recipe import Recipe
+from esd_jax.runs import neighbours
+
+AUTO = "auto"
+SHRINKAGE = 0.01
+NOISES = 2
+ALIKE = 0.5  # of the candidates' median distance from the concept: what is nearer shows the concept
+
+
+def resolved(base: Pipeline, plan: Recipe) -> Recipe:
+    """The recipe with a candidate in place of "auto"; unchanged without one. Raises ValueError as `damages` does."""
+    if not any(concept.replace_with[:1] == (AUTO,) for concept in plan.concepts):
+        return plan
+    texts = [concept.text for concept in plan.concepts]
+
+    def chosen(concept: Concept) -> Concept:
+        first, *own = concept.replace_with or ("",)
+        if first != AUTO:
+            return concept
+        return dataclasses.replace(concept, replace_with=(next(iter(damages(base, concept.text, texts, own))),))
+
+    return dataclasses.replace(plan, concepts=tuple(map(chosen, plan.concepts)))
+
+
+def damages(
+    base: Pipeline, concept: str, erased: Sequence[str] = (), candidates: Sequence[str] = ()
+) -> dict[str, float]:
+    """Candidates for a concept's place -> the damage of each, the least first.
+
+    erased: all that is erased, which is neither a candidate nor damaged. candidates: the user's.
+
+    Raises ValueError where there is no candidate that is not erased itself.
+    """
+    texts = [*(candidates or neighbours.nearest(base, concept, erased, names=True))]
+    texts = [text for text in texts if not any(wording.same(text, one) for one in (concept, *erased))]
+    if not texts:
+        raise ValueError(f"replace_with='auto' finds nothing that could take the place of {concept!r}: name it")
+    if not candidates:
+        apart = neighbours.predicted_apart(base, concept, texts)
+        texts = [text for text, far in zip(texts, apart, strict=True) if far >= ALIKE * np.median(apart)]
+    kept = neighbours.nearest(base, concept, erased) or texts
+    encoded = in_batches(base.encode_prompts, kept, neighbours.AT_ONCE)
+    read = [encoded, *(changed(encoded, edit) for edit in edits(base, concept, texts))]
+    stacked = _joined(read)
+    before, *after = np.split(neighbours.predictions(base, stacked, NOISES), len(read))
+    damage = [float(np.mean((one - before) ** 2)) for one in after]
+    return dict(sorted(zip(texts, damage, strict=True), key=lambda one: one[1]))
+
+
+def edits(base: Pipeline, concept: str, candidates: Sequence[str]) -> list[Float[Array, "context context"]]:
+    """E of the module's docstring, for each candidate."""
+    parts = neighbours.read(base, [concept, *candidates])
+    solved = []
+    for text in candidates:
+        pairs = [(*closed_form.aligned(part[concept], part[text], "positions"), 1.0) for part in parts]
+        lam = SHRINKAGE * max(float(jnp.mean(jnp.sum(old**2, axis=1))) for old, _, _ in pairs)
+        solved.append(closed_form.change(closed_form.edit(pairs, lam)))
+    return solved
+
+
+def changed(conditioning: Any, edit: Float[Array, "context context"]) -> Conditioning:
+    """What layers read of encoded prompts, times 1 + E."""
+    vectors = conditioning.embeddings
+    return dataclasses.replace(conditioning, embeddings=(vectors + vectors @ edit).astype(vectors.dtype))
+
+
+def _joined(conditionings: Sequence[Conditioning]) -> Conditioning:
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *conditionings)
