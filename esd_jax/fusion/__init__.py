@@ -86,8 +86,8 @@ def fuse(
     Returns:
       the fused pipeline, with the records of all parts; and how well they went together.
 
-    Raises ValueError for no parts; one that is there twice, changes more than linear layers, is of another base, or does
-    not say what it erased; a base with edits or without keys and values of token vectors; a number out of range.
+    Raises ValueError for no parts; one that is there twice, changes more than linear layers, is of another base, or
+    does not say what it erased; a base with edits or without keys and values of token vectors; a number out of range.
     """
     check_finite(preserve_scale=preserve_scale, lam=lam)
     if not parts:
