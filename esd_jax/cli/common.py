@@ -175,8 +175,10 @@ def required(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def literal(text: str) -> int | float | str:
-    """A value within a flag's text: a number if it is a finite one."""
+def literal(text: str) -> bool | int | float | str:
+    """A value within a flag's text: true or false, a number if it is a finite one, or the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if re.fullmatch(r"[+-]?\d+", text):
         return int(text)
     try:
