@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import compile_cache, exports, kinds, loading, recipe, runs, sampling, several, suggest
+from esd_jax import compile_cache, conditionings, exports, kinds, loading, recipe, runs, sampling, several, suggest
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
 from esd_jax.loading import architecture, load, opened, restore
@@ -130,29 +130,32 @@ def planned(
     if beside and any(isinstance(one, Concept) for one in named):
         raise ValueError(f"{beside[0]} is given beside a Concept, which has fields of its own: give it there")
     source = base.provenance.source if isinstance(base, Pipeline) else str(base)
-    settings = _settings(base, source, config, kind, fields)
+    settings, config = _settings(base, source, config, kind, fields)
     several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
-    plan.check_concepts()
+    plan.check_concepts(config, fields)
     return plan
 
 
 def _settings(
     base: Pipeline | str | Path, source: str, config: str | None, kind: str | None, fields: dict[str, Any]
-) -> dict[str, Any]:
-    """The fields of the config that is named, or chosen by base and kind. A method's own `kind` becomes a field."""
+) -> tuple[dict[str, Any], str]:
+    """The fields of the config that is named, or chosen by base and kind, and its name.
+
+    A method's own `kind` becomes a field.
+    """
     if config is None:
         if not (texts := several.texts_of(fields.get("concept"))):
             recipe.make().check_concepts()  # raises: there is none
         configs = lambda: base.configs if isinstance(base, Pipeline) else architecture(base, **_files(fields))[0]  # noqa: E731
         config = kinds.config(source, texts, configs, kind=kind, fields=fields)
-        return kinds.fitted(recipe.read(config).to_dict(), texts)
+        return kinds.fitted(recipe.read(config).to_dict(), texts), config
     settings = recipe.read(config).to_dict()
     settings = kinds.fitted(settings, several.texts_of(fields.get("concept") or settings.get("concept")))
     if kind is not None:
         kinds.as_field(kind, str(fields.get("method", settings.get("method", "esd"))))
         fields["kind"] = kind
-    return settings
+    return settings, config
 
 
 def _files(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,8 +221,11 @@ def sample(
         image that comes out as NaN, ...
     """
     compile_cache.use()
+    pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline)
+    if guidance_scale is not None:
+        conditionings.note_unused(pipeline, guidance_scale)
     return sampling.sample(
-        pipeline if isinstance(pipeline, Pipeline) else load(pipeline), prompts, seed=seed, steps=steps,
+        pipeline, prompts, seed=seed, steps=steps,
         guidance_scale=guidance_scale, negative_prompt=negative_prompt, sampler=sampler, eta=eta, latents=latents,
         height=height, width=width, batch_size=batch_size, rule=rule, reweight=reweight, true_cfg=true_cfg,
     )  # fmt: skip

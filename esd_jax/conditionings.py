@@ -1,6 +1,7 @@
 """The conditionings of each generated image: of the null prompt, the prompt, and a rule's prompts."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,17 @@ def classifier_free(
     if what and (true_cfg is None or true_cfg <= 1):
         raise ValueError(f"{what} needs classifier-free guidance, and {model} is distilled: give true_cfg, above 1")
     return true_cfg is not None and true_cfg > 1
+
+
+def note_unused(pipeline: Pipeline, guidance_scale: float) -> None:
+    """Warns of a guidance scale for a model that was distilled to do without any."""
+    family, configs = pipeline.family, pipeline.configs
+    own = family.sampling(configs).guidance_scale
+    if family.guide is not None and own <= 1 and guidance_scale != own:
+        warnings.warn(
+            f"{family.called(configs)} is sampled without guidance: guidance_scale={guidance_scale:g} changes nothing",
+            stacklevel=4,
+        )
 
 
 def make_conditioning(

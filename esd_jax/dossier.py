@@ -94,8 +94,7 @@ def evaluate(
     Raises ValueError for an unknown name, a detector that is not installed, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
-    bed = testbed.of(base.provenance.source) or testbed.of(protocol)
-    if bed and protocol in bed.images and not options.get("prompt_list"):
+    if bed := testbed_for(base, protocol, options.get("prompt_list")):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
         models = {BASE: base, ERASED: erased} | ({PLACEBO: sham} if sham else {})
         folders = {name: _own(folder / "images" / name, protocols.identity(m)) for name, m in models.items()}
@@ -108,6 +107,15 @@ def evaluate(
     evidence = dataclasses.replace(evidence, record=_record(erased))
     store.save(evidence, folder, f"evaluation-{protocol}")
     return evidence
+
+
+def testbed_for(base: Pipeline, protocol: str, prompt_list: Any = None) -> testbed.Testbed | None:
+    """The testbed that measures with a protocol: the base's own, or that of the protocol's name; None for all others.
+
+    A list of prompts is no testbed's.
+    """
+    bed = testbed.of(base.provenance.source) or testbed.of(protocol)
+    return bed if bed and protocol in bed.images and not prompt_list else None
 
 
 def front(

@@ -1,6 +1,7 @@
 """What is opened: a checkpoint, a run, and what was erased from a base, whatever it lies in."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def load(
         return restore(source, base=base, **reading)
     if not kind:
         if base is not None:
+            architecture(source, variant=variant, revision=revision, config=config)  # raises for what is none
             raise ValueError(f"{source} is a whole checkpoint: load it without base")
         return _checkpoint(source, **reading)
     if kind == ALONE and config is not None and base is None:  # whose folder has the rest
@@ -85,7 +87,8 @@ def load(
     if base is None:
         which = "" if named else ", where base is the checkpoint that it was made from"
         call = f"load({str(source)!r}, base={repr(named) if named else '...'})"
-        raise ValueError(f"{source} is {kind}, not a whole checkpoint: use {call}{which}")
+        command = f"esd-jax export --base={shlex.quote(named or 'BASE')} --delta={shlex.quote(str(source))} -o FOLDER"
+        raise ValueError(f"{source} is {kind}, not a whole checkpoint: use {call}{which}; {command} makes it one")
     return opened(base if isinstance(base, Pipeline) else load(base, **reading), source)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, get_args
 
@@ -45,7 +45,7 @@ class Spelling(NamedTuple):
 class Recipe:
     """What to erase from what, and how.
 
-    base: "emoji" or "emoji-flow", a diffusers folder or a hub id.
+    base: "emoji" or "emoji-flow", a diffusers folder, a .safetensors file or a hub id.
     concepts: what to erase; () in a config that leaves it to its user. Five flat fields say it:
       concept: the text; several are separated by ";". The others are given once for all concepts, or once for each,
         separated by ";" too.
@@ -143,17 +143,20 @@ class Recipe:
         if not 0 <= self.training.seed < 2**32:  # JAX would use its lowest 32 bits alone
             raise ValueError(f"seed={self.training.seed} must be in 0..{2**32 - 1}")
 
-    def check_concepts(self) -> None:
-        """Raises ValueError if there is no concept, or one that is to be replaced by itself, or preserved."""
+    def check_concepts(self, config: str | None = None, typed: Collection[str] = ()) -> None:
+        """Raises ValueError if there is no concept, or one that is to be replaced by itself, or preserved.
+
+        config: the name of the config whose fields all are but those in `typed`; the message names it.
+        """
         if not self.concepts:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
+        erased = [concept.erased_from for concept in self.concepts]
         for concept in self.concepts:
-            for name in ("replace_with", "preserve"):
-                chosen = (
-                    concept.replace_with[:1] == ("auto",) and name == "replace_with"
-                )  # from those that are not erased
-                if not chosen and any(wording.same(text, concept.text) for text in getattr(concept, name)):
-                    raise ValueError(f"{name} has {concept.text!r}, which is what is erased: give another")
+            own = [] if concept.replace_with[:1] == ("auto",) else [concept.text]  # of what is not erased
+            for name, taken in {"replace_with": own, "preserve": [concept.text, *erased]}.items():
+                if wrong := [one for one in taken if any(wording.same(text, one) for text in getattr(concept, name))]:
+                    whose = "" if config is None or name in typed else f", by the recipe {config!r},"
+                    raise ValueError(f"{name}{whose} has {wrong[0]!r}, which is what is erased: give another {name}")
 
     @property
     def retention(self) -> Retention:

@@ -230,8 +230,11 @@ def evidence(
     rows = [("at most", tuple(bound.most for bound in bounds))]
     rows += [(f"{stage.steps} steps", tuple(stage.figures[bound.name] for bound in bounds)) for stage in stages]
     columns = tuple(FIGURES[bound.name][0] for bound in bounds)
-    note = "Training went on while a bound was missed. " + "; ".join(stages[-1].lines(bounds)) + "."
     record = erased.provenance.erased[-1] if erased.provenance.erased else Erasure()
+    how = "Training went on while a bound was missed. " if len(stages) > 1 else ""
+    if not stages[-1].steps:
+        how = "A closed form has no steps to go on with. "
+    note = how + "; ".join(stages[-1].lines(bounds)) + "."
     title, table = ", ".join(texts_of(erased.provenance.erased)), Table("Bounds", columns, tuple(rows), note, shares)
     return Evidence(title, record, measured_with={PART: dict(settings)}, tables=(table,))
 

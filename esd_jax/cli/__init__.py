@@ -73,6 +73,10 @@ OUT_OF_MEMORY = (
     "or (erase) set remat"
 )
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process that Ctrl-C ended
+# How warnings begin that the terminal shows besides those of our own classes.
+SHOWN = (
+    "left out of the export", ".*: written under names that begin", ".* brings the word", ".* is sampled without",
+)  # fmt: skip
 RESUMED = ("erase",)  # the verbs that --resume continues
 AFRESH = ("resume", "overwrite", "start_from")  # the flags of which a run that is resumed has only the first
 
@@ -197,7 +201,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             for kind in (PromptTruncated, DamagedCheckpoint, NotLocked, Corrected, SamplerReplaced):
                 warnings.simplefilter("always", kind)
-            for begins in ("left out of the export", ".*: written under names that begin", ".* brings the word"):
+            for begins in SHOWN:
                 warnings.filterwarnings("always", begins)
             shown = set()  # SDXL's two tokenizers lose the same words
 

@@ -70,14 +70,14 @@ def kept_of(text: str | None) -> dict[str, str]:
 
 
 def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
-    """ATTACK.FIELD=VALUE -> by attack. Numbers are read as such."""
+    """ATTACK.FIELD=VALUE -> by attack."""
     settings: dict[str, dict[str, object]] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
         attack, dot, field = name.partition(".")
         if not equals or not dot:
             raise ValueError(f"--set={text} is not ATTACK.FIELD=VALUE")
-        settings.setdefault(attack, {})[field] = common.literal(value)
+        settings.setdefault(attack, {})[field] = value
     return settings
 
 

@@ -15,6 +15,7 @@ from esd_jax import inputs, suggest
 from esd_jax.inputs import expanded, finite
 from esd_jax.prompt_files import listed
 
+APPLIED = "a delta, a difference, a LoRA, or the transformer of FLUX or SD3 alone"  # by --delta
 DETECTOR = "Detector of the concept: probe, nudenet[:CONVENTION] or imagenet:CLASS."
 WIDEST, NARROWEST, MARGIN = 110, 50, 30  # of --help, in characters: of all, and of the flags' names
 
@@ -174,8 +175,10 @@ def required(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def literal(text: str) -> int | float | str:
-    """A value within a flag's text: a number if it is a finite one."""
+def literal(text: str) -> bool | int | float | str:
+    """A value within a flag's text: true or false, a number if it is a finite one, or the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if re.fullmatch(r"[+-]?\d+", text):
         return int(text)
     try:
@@ -192,11 +195,10 @@ def options(values: flags.FlagValues, names: str) -> dict[str, Any]:
 def model(values: flags.FlagValues, step: int | None = None) -> Any:
     """The pipeline that --run, or --base, with --delta names."""
     from esd_jax import api
-    from esd_jax.io import delta
 
     pipeline = api.restore(values.run, step, base=values.base) if values.run else api.load(values.base)
     for path in values.delta:
-        pipeline = delta.load_delta(pipeline, path)
+        pipeline = api.opened(pipeline, path)
     return pipeline
 
 
@@ -229,7 +231,8 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
-    if concepts and testbed.of(before.provenance.source):  # whose concepts have no commas
+    known = testbed.of(before.provenance.source) or ("protocol" in values and testbed.of(values.protocol))
+    if concepts and known:  # whose concepts have no commas
         concepts = groups.parse_target(concepts).concepts
     return before, after, dossier.concepts_of(after, concepts), output
 

@@ -133,8 +133,9 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
+    from esd_jax.erasing.round_settings import DEFAULTS as ROUNDS
     from esd_jax.planning.plan import compared
-    from esd_jax.runs import neighbours, replacements
+    from esd_jax.runs import neighbours, replacements, setup
 
     common.check_numbers(values)
     if values.multihost:
@@ -147,19 +148,24 @@ def run(values: flags.FlagValues) -> None:
     if "chosen" in values and hosts.is_primary():
         common.say(values.chosen)
     bounds = early.check_until(values)
+    if plan.concepts or not values.dry_run:
+        plan.check_concepts(values.config_name, _typed(values))
+    setup.check_files(plan)
+    idle = [name for name in _typed(values) if name in ROUNDS and name != "rounds_every"]
+    if idle and not getattr(plan.settings, "rounds_every", 0):
+        raise ValueError(f"{idle[0]} means nothing without rounds: give rounds_every, too, or leave it out")
     if hosts.is_primary() and (few := _shared_steps(values, plan)):
         common.say(f"warning: {few}")
     if values.dry_run:
         _dry_run(plan, values.arch, values.compile)
         return
     formats = chosen(values.export, "export")
-    plan.check_concepts()
     size = _planned(plan)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
-    given, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
-    for before, concept in zip(given.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
+    asked, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
+    for before, concept in zip(asked.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
         if concept.replace_with != before.replace_with:
             common.say(f"{concept.text!r} becomes {concept.replace_with[0]!r}, which changes other concepts the least")
         if concept.preserve != before.preserve:
@@ -227,17 +233,24 @@ def _until(base: Any, plan: Any, bounds: Any, values: flags.FlagValues, options:
         settings=common.options(values, "stop_detector stop_prompts stop_images"), extensions=values.until_rounds,
         resume=values.resume, progress=common.say, then=then,
     )  # fmt: skip
-    common.say("\n".join([f"after {stages[-1].steps} steps", *(f"  {line}" for line in stages[-1].lines(bounds))]))
+    steps = stages[-1].steps
+    first = f"after {steps} steps" if steps else "measured once: a closed form has no steps to go on with"
+    common.say("\n".join([first, *(f"  {line}" for line in stages[-1].lines(bounds))]))
 
 
 def _shared_steps(values: flags.FlagValues, plan: Any) -> str | None:
     """A warning for a list that shares the updates of a recipe for one concept."""
     from esd_jax import several
 
-    fields = [word.lstrip("-").partition("=")[0] for word in values.typed]
+    fields = _typed(values)
     if plan.steps_each:  # the config's
         fields.append("steps_each")
     return several.shared_steps(plan.training.steps, len(plan.concepts), fields)
+
+
+def _typed(values: flags.FlagValues) -> list[str]:
+    """The fields on the command line."""
+    return [word.lstrip("-").partition("=")[0] for word in values.typed]
 
 
 def _planned(plan: Any) -> Any:

@@ -53,7 +53,6 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
-    from esd_jax.evaluation import testbed
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
@@ -61,8 +60,7 @@ def run(values: flags.FlagValues) -> None:
     base, erased, concepts, output = common.erased(values)
     options = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
     options = {name: value for name, value in options.items() if value is not None}
-    bed = testbed.of(base.provenance.source)
-    if bed is None or values.protocol not in bed.images or values.prompts:
+    if dossier.testbed_for(base, values.protocol, values.prompts) is None:
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
         request["reference"] = expanded(values.reference) if values.reference else None
         options |= {

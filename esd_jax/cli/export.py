@@ -24,7 +24,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "base", None, "What --delta or --merge changes; with --run: where its base lies now.", flag_values=values
     )
-    flags.DEFINE_multi_string("delta", [], "With --base: an ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], f"What to apply to it: {common.APPLIED}.", flag_values=values)
     flags.DEFINE_multi_string(
         "merge",
         [],
@@ -95,6 +95,8 @@ def run(values: flags.FlagValues) -> None:
         fix = "give a .safetensors file" if to_file else "give a folder, or another format, such as --format=single"
         raise ValueError(f"{output}: that is not where format {first!r} is written: {fix}")
     pipeline = common.model(values, values.step)
+    if values.workflow is not None:  # before a large file is written
+        comfyui.check(pipeline)
     pipeline = _merged(pipeline, values.merge) if values.merge else pipeline
     pipeline = pipeline if values.strength == 1 else with_strength(pipeline, values.strength)
     # What is known of a run is known of its newest checkpoint alone.

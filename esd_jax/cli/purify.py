@@ -18,7 +18,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("image", [], "An image file; also without --image=.", flag_values=values)
     flags.DEFINE_string("run", None, "A run's folder: its newest checkpoint generates the images.", flag_values=values)
     flags.DEFINE_string("base", None, "The checkpoint; with --run: where its base lies now.", flag_values=values)
-    flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], f"What to apply to it: {common.APPLIED}.", flag_values=values)
     flags.DEFINE_string(
         "prompt",
         "",
@@ -51,7 +51,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import sampling
+    from esd_jax import api, sampling
     from esd_jax.io import diffusers, images
 
     output = common.output(values)
@@ -64,13 +64,15 @@ def run(values: flags.FlagValues) -> None:
     size = sampling.image_size(pipeline.configs, values.height, values.width)
     inputs = np.asarray(sampling.to_uint8(images.read_images(values.image, size)))
     options = common.options(values, "steps guidance_scale inversion_guidance_scale timestep batch_size")
-    plain = diffusers.unmodified(pipeline)
+    # A whole transformer in the base's place is no edit.
+    replaced = bool(values.base and values.delta and not pipeline.edits)
+    plain = api.load(values.base) if replaced else diffusers.unmodified(pipeline)
     inverter = plain if values.inverter == "unmodified" else pipeline
     drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}
     images.write_images(drawn["these images"], output)
     print(f"{len(inputs)} images in {output}")
     if values.compare:
-        if pipeline.edits:
+        if pipeline.edits or replaced:
             drawn["by the unmodified weights"] = sampling.purify(plain, inputs, values.prompt, **options)
         drawn["by the autoencoder alone"] = sampling.reconstruct(pipeline, inputs, batch_size=values.batch_size)
     print(_likeness(inputs, drawn))

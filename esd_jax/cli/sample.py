@@ -17,7 +17,7 @@ USAGE = """\
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("base", "emoji", "The checkpoint.", flag_values=values)
-    flags.DEFINE_multi_string("delta", [], "An ESD delta file to apply.", flag_values=values)
+    flags.DEFINE_multi_string("delta", [], f"What to apply to it: {common.APPLIED}.", flag_values=values)
     flags.DEFINE_string(
         "prompts",
         None,
@@ -26,9 +26,15 @@ def define(values: flags.FlagValues) -> None:
     )
     text = "Image i depends on the seed and i alone; a CSV of prompts brings seeds of its own."
     flags.DEFINE_integer("seed", 0, text, 0, 2**32 - 1, flag_values=values)
-    text = "Sampler steps; by default 50, or what the embedded model was tuned for, 20."
+    text = (
+        "Sampler steps; by default the model's own: 50 of Stable Diffusion and FLUX.2 [klein], 28 of FLUX.1 [dev] and "
+        "SD3, 4 of [schnell], 20 of the embedded models."
+    )
     common.define_steps(values, None, text)
-    text = "Of classifier-free guidance, 1: none; by default 7.5, or what the embedded model was tuned for, 3."
+    text = (
+        "Of classifier-free guidance, 1: none; of FLUX.1 [dev] an input. By default the model's own: 7.5 of Stable "
+        "Diffusion, 3.5 of [dev], 7 of SD3, 4 of FLUX.2 [klein], 3 of the embedded models; [schnell] has no guidance."
+    )
     flags.DEFINE_float("guidance_scale", None, text, flag_values=values)
     text = "Of FLUX.1 [dev]: of classifier-free guidance beside its own, with which --negative_prompt and rules act."
     flags.DEFINE_float("true_cfg", None, text, flag_values=values)
@@ -77,7 +83,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api
     from esd_jax.evaluation import testbed
     from esd_jax.evaluation.drawing import sampled
-    from esd_jax.io import delta, images
+    from esd_jax.io import images
 
     common.check_numbers(values)
     output = common.output(values)
@@ -86,7 +92,7 @@ def run(values: flags.FlagValues) -> None:
     rule, reweight = _rule(values), _reweight(values.reweight)
     pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
     for path in values.delta:
-        pipeline = delta.load_delta(pipeline, path)
+        pipeline = api.opened(pipeline, path)
     bed = testbed.of(pipeline.provenance.source)
     asked = common.options(values, "steps guidance_scale true_cfg negative_prompt sampler eta height width batch_size")
     options = sampled(bed.sampling) if bed else {}

@@ -73,7 +73,7 @@ def _steps(text: str | int) -> int:
 
 
 def _grid(text: str) -> dict[str, Sequence[Any]]:
-    """ "eta=0.5,1;subset=esd-x,kv" by field. Numbers are read as such."""
+    """ "eta=0.5,1;subset=esd-x,kv" by field. Numbers, true and false are read as such."""
     fields: dict[str, Sequence[Any]] = {}
     for part in filter(None, (p.strip() for p in text.split(";"))):
         name, equals, listed = part.partition("=")

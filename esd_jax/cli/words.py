@@ -111,11 +111,15 @@ def place(parsed: Words) -> None:
 def fill(parsed: Words) -> None:
     """Puts the names of a file in place of a concept @FILE: one a line, or the column "prompt" of a CSV.
 
+    What begins with "#" is a comment.
+
     Raises ValueError for a file without names, or for a name with ";", and OSError for one that cannot be read.
     """
     concept = parsed.fields.get("concept", "")
     if concept.startswith("@") and len(concept) > 1:
-        names = prompt_files.read(expanded(concept[1:]))
+        names = [name for name in prompt_files.read(expanded(concept[1:])) if not name.startswith("#")]
+        if not names:
+            raise ValueError(f"{concept[1:]} holds comments alone: name a concept")
         if split := next((name for name in names if ";" in name), None):
             raise ValueError(f"{concept[1:]} has the name {split!r}, which ';' would separate: give each its own line")
         parsed.fields["concept"] = "; ".join(names)

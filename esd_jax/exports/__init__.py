@@ -10,9 +10,10 @@ from esd_jax.erasure import texts_of
 from esd_jax.exports import orbax, verifying
 from esd_jax.exports.orbax import is_taken
 from esd_jax.inputs import expanded
-from esd_jax.io import delta, difference, diffusers, leftovers, lora, lora_merge, single_file
+from esd_jax.io import delta, difference, diffusers, flow_file, ldm, leftovers, lora, lora_merge, single_file
 from esd_jax.io import folder as files
 from esd_jax.io.folder import variant_of
+from esd_jax.io.safetensors import read_header
 from esd_jax.pipeline import Pipeline
 from esd_jax.suggest import did_you_mean
 
@@ -86,6 +87,15 @@ FORMATS: Mapping[str, Format] = {
 }  # fmt: skip
 
 
+# The same of FLUX and SD3: A1111 opens no FLUX, and ComfyUI reads diffusers' LoRA files of both.
+OF_FLOWS = {
+    "single": "single file for ComfyUI",
+    "lora": "LoRA for diffusers",
+    "kohya": "LoRA of kohya's keys, for ComfyUI",
+}
+ALONE = "single file of the transformer alone, for ComfyUI's models/diffusion_models"
+
+
 @dataclass(frozen=True)
 class Written:
     """What was written, and the comparison with what is read again.
@@ -95,6 +105,7 @@ class Written:
     changed, others: how many tensors were compared: the trained ones, and those that must be as they were.
     levels: the greatest difference, of 255, between the images that memory and the file draw.
     report: the writer's own words about what it could not carry.
+    what: the format, in words.
     """
 
     format: str
@@ -105,9 +116,10 @@ class Written:
     others: int = 0
     levels: int | None = None
     report: str = ""
+    what: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.path}  {FORMATS[self.format].what}, {_size(self.path)}"]
+        lines = [f"{self.path}  {self.what or FORMATS[self.format].what}, {_size(self.path)}"]
         if self.carried is not None:
             kept = f", {self.others} others as they were" if self.others else ""
             within = f" in {' and '.join(self.dtypes)}" if self.dtypes else ""
@@ -156,7 +168,7 @@ def export(
         return "" if isinstance(message, Path) else str(message)
 
     if not verify:
-        return Written(format, path, report=write())
+        return Written(format, path, report=write(), what=_what(pipeline, format, path))
     leftovers.sweep(path)
     before = leftovers.kept(path) if overwrite and _is_export(path) else None
     try:
@@ -241,7 +253,17 @@ def verified(
     """
     kind = _format(format, pipeline)
     how = {"whole": kind.whole, "exact": kind.exact, "dtype": dtype, "into": into}
-    return Written(format, path, report=report, **verifying.compare(pipeline, path, kind.read, **how))
+    what = _what(pipeline, format, path)
+    return Written(format, path, report=report, what=what, **verifying.compare(pipeline, path, kind.read, **how))
+
+
+def _what(pipeline: Pipeline, format: str, path: Path) -> str:
+    """A format in words, as they are true of a checkpoint's family."""
+    if not ldm.is_flow(pipeline.configs):
+        return FORMATS[format].what
+    if format == "single" and flow_file.is_alone(read_header(path)):
+        return ALONE
+    return OF_FLOWS.get(format, FORMATS[format].what)
 
 
 def _format(name: str, pipeline: Pipeline) -> Format:

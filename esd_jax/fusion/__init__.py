@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from esd_jax import sharding
+from esd_jax import sharding, wording
 from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Tools
@@ -76,8 +76,9 @@ def fuse(
       base: as its files have it.
       parts: erased pipelines of the same base, whose records say what was erased, and in which contexts.
       retain: the corpus that is retained, without what any part erased: "emoji", "general", or a .txt or .csv file (as
-        UCE's `retain`); by default that of the base. A part's own prompts are its concepts alone and in its contexts,
-        and the corpus's prompts that hold them.
+        UCE's `retain`); by default that of the base. With it goes what the parts preserve, but for prompts that name
+        what any of them erased. A part's own prompts are its concepts alone and in its contexts, and the corpus's
+        prompts that hold them.
       preserve_scale: s of the module's docstring. lam: how hard the weights are held to the base's.
       samples: of each erasure's prompts, and four times as many of the retained ones, from which inputs of layers other
         than keys and values are collected. seed: of these.
@@ -85,8 +86,8 @@ def fuse(
     Returns:
       the fused pipeline, with the records of all parts; and how well they went together.
 
-    Raises ValueError for no parts; a part that changes more than linear layers, is of another base, or does not say
-    what it erased; a base with edits or without keys and values of token vectors; a number out of range.
+    Raises ValueError for no parts; one that is there twice, changes more than linear layers, is of another base, or
+    does not say what it erased; a base with edits or without keys and values of token vectors; a number out of range.
     """
     check_finite(preserve_scale=preserve_scale, lam=lam)
     if not parts:
@@ -102,11 +103,15 @@ def fuse(
     retain = retain or (bed.corpus if bed else "general")
     changes = [_changed(base, part) for part in parts]
     concepts = [_concepts(base, part) for part in parts]
+    for i, change in enumerate(changes):
+        if any(_equal(change, other) for other in changes[:i]):
+            texts = ", ".join(repr(concept.text) for concept in concepts[i][0])
+            raise ValueError(f"the erasure of {texts} is there twice: name each one once")
     layers, net = moments.layers_of(changes), base.network(base.denoiser)
     shapes = {f"{base.denoiser}/{name}": shape for name, shape in net.shapes.items()}
     matrices = [moments.joined(change, layers, shapes) for change in changes]
     everything = [concept for of_part, _ in concepts for concept in of_part]
-    kept = corpora.retained(retain, everything, ["", *closed_form.preserved(everything)])
+    kept = corpora.retained(retain, everything, ["", *_preserved(everything)])
     tools, own = make_tools(base, Recipe(), sharding.make_mesh(1)), [_prompts(retain, *one) for one in concepts]
     read = partial(_read, base, tools, layers)
     of_own = [read(part, prompts, samples, seed + i) for i, (part, prompts) in enumerate(zip(parts, own, strict=True))]
@@ -195,6 +200,17 @@ def _changed(base: Pipeline, part: Pipeline) -> dict[str, np.ndarray]:
                 f"be fused is trained with a subset of these, such as {closed_form.SUBSET!r} or 'to_out'"
             )
     return changed
+
+
+def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    """Whether two parts change the same tensors by the same."""
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def _preserved(concepts: Sequence[Concept]) -> list[str]:
+    """What any of the parts preserves, without the prompts that name what another one erased."""
+    texts = closed_form.preserved(concepts)
+    return [text for text in texts if not any(wording.names(concept.erased_from, text) for concept in concepts)]
 
 
 def _concepts(base: Pipeline, part: Pipeline) -> tuple[list[Concept], str | None]:

@@ -56,15 +56,20 @@ def workflow(
     return nodes
 
 
+def check(pipeline: Pipeline) -> None:
+    """Raises ValueError for FLUX and SD3, whose graphs have other nodes."""
+    if is_flow(pipeline.configs):
+        raise ValueError(f"no ComfyUI workflow is written for {pipeline.family.name}: leave --workflow out")
+
+
 def of_exports(pipeline: Pipeline, written: Sequence[Written], prompt: str) -> Path:
     """Writes a workflow of the model's own size beside exported files: of the single file, else of the LoRA.
 
     A LoRA goes with the base's single file, whose name is the user's: the node says BASE.safetensors.
 
-    Raises ValueError without such a file, and for FLUX and SD3, whose graphs have other nodes.
+    Raises ValueError without such a file, and as `check` does.
     """
-    if is_flow(pipeline.configs):
-        raise ValueError(f"no ComfyUI workflow is written for {pipeline.family.name}: leave --workflow out")
+    check(pipeline)
     files = {one.format: one.path for one in written}
     if not (file := files.get("single") or files.get("kohya")):
         raise ValueError("a ComfyUI workflow needs a single file or a LoRA of kohya's names: --format=single, or kohya")

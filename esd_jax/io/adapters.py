@@ -36,10 +36,11 @@ ENDINGS = {
     ".w_norm": "diff",  # LyCORIS's, of a norm: differences, too
     ".b_norm": "diff_bias",
 }
+CONTROL = "query_norm.scale"  # of a control LoRA, beside keys of a LoRA; a transformer has it, too
 # A marker in a key -> the kind that it belongs to, which is not implemented.
 OTHER_KINDS = {
     ".processor.qkv_lora": "XLabs' LoRA of FLUX.1", ".processor.proj_lora": "XLabs' LoRA of FLUX.1",
-    "query_norm.scale": "a control LoRA of FLUX.1 (Depth, Canny), which takes an image",
+    CONTROL: "a control LoRA of FLUX.1 (Depth, Canny), which takes an image",
     "oft_": "OFT or BOFT", ".on_input": "IA3", "ia3_l": "IA3", "vera_lambda": "VeRA", "lllite_": "ControlNet-LLLite",
     "lora_embedding_": "LoRA of the token embeddings", ".a1.weight": "GLoRA", ".a2.weight": "GLoRA",
     ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",

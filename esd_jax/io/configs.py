@@ -45,6 +45,12 @@ def read_config(folder: Path, component: str, kind: str, config_class: Any, pipe
     path = folder / component / "config.json"
     config = files.read_json(path)
     with _naming(path):
+        if quantised := config.get("quantization_config"):
+            kind = quantised.get("quant_method", quantised) if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"the weights are quantised ({kind}), which is not implemented: erase from those in bfloat16, float16 "
+                "or float32 from which they were made; a LoRA of that also fits these"
+            )
         correct = corrections.OF_CONFIG.get(config_class)
         if pipeline and correct:
             config = correct(pipeline, config, path)

@@ -125,6 +125,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
     _check_file(header, configs)
     sources = ldm_file.locate(header, configs, ema=ema)
     _note_eight_bits(header)
+    flow_file.note_unread(header, configs)
     family = families.of(configs)
     if lacking := [name for name in configs if not any(key.startswith(f"{name}/") for key in sources)]:
         folder = _folder_of_the_rest(path, folder, config, lacking)
@@ -213,8 +214,12 @@ def with_denoiser(base: Pipeline, folder: str | Path) -> Pipeline:
     name, own = base.denoiser, base.configs[base.denoiser]
     classes = base.family.components[name]
     kind = next((kind for kind, cls in classes.items() if cls is type(own)), next(iter(classes)))
-    config_class = classes[kind]
-    config = read_config(folder.parent, folder.name, kind, config_class)
+    written = files.read_json(folder / "config.json")
+    class_name = written.get("_class_name", written.get("architectures"))
+    class_name = class_name[0] if isinstance(class_name, list) and class_name else class_name
+    if class_name is not None and str(class_name) not in classes:
+        raise ValueError(f"{folder} holds a {class_name}, and the base's denoiser is a {kind}")
+    config = read_config(folder.parent, folder.name, kind, classes[kind])
     if hasattr(own, "sample_size"):  # the size that is drawn by default is the base's
         config = replace(config, sample_size=own.sample_size)
     if config != own:

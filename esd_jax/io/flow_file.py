@@ -10,16 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esd_jax.io.flow_names import TransformerConfig
+from esd_jax.io import corrections
+from esd_jax.io.flow_names import T5, TEXT, TransformerConfig
 from esd_jax.io.ldm import UNET
 from esd_jax.io.safetensors import Header
 from esd_jax.models.flux import FluxConfig
 from esd_jax.models.flux2 import Flux2Config
 from esd_jax.models.sd3 import PATCH, SD3Config
+from esd_jax.models.t5 import T5Config
 
 FLUX, SD3 = "double_blocks.0.img_attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight"
 GUIDANCE = "guidance_in.in_layer.weight"
 FLUX2 = "single_stream_modulation.lin.weight"  # beside the key of FLUX
+# Before the keys of a transformer: the training codes', none, ComfyUI's, a pipeline's, and those of PyTorch's wrappers.
+PREFIXES = (UNET, "", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
 OTHERS = ("vae.", "first_stage_model.", "text_encoders.")  # beside a transformer without a prefix
 # What only models have that are not implemented.
 REFUSED = {
@@ -35,7 +39,7 @@ KONTEXT = ("modelspec.architecture", "modelspec.title", "general.name")
 
 def prefix_of(header: Header) -> str | None:
     """What comes before the keys of a FLUX.1's or SD3's transformer; None for another file."""
-    return next((p for p in (UNET, "") if any(p + key in header.entries for key in (FLUX, SD3))), None)
+    return next((p for p in PREFIXES if any(p + key in header.entries for key in (FLUX, SD3))), None)
 
 
 def is_flow(header: Header) -> bool:
@@ -82,7 +86,8 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
 
     Raises ValueError for configs of the other family, of FLUX.1's other version, or a file that is no such network.
     """
-    (component, config), prefix = next(item for item in configs.items() if item[0] == "transformer"), prefix_of(header)
+    config: Any = configs.get("transformer")
+    prefix = prefix_of(header)
     kinds = {FLUX2: ("FLUX.2", Flux2Config), FLUX: ("FLUX.1", FluxConfig), SD3: ("SD3", SD3Config)}
     name, kind = next((kind for key, kind in kinds.items() if f"{prefix}{key}" in header.entries), kinds[SD3])
     if not isinstance(config, kind):
@@ -95,7 +100,18 @@ def with_architecture(header: Header, configs: Mapping[str, Any]) -> dict[str, A
         own = _flux2(keys, config)
     else:
         own = _flux(keys, config) if isinstance(config, FluxConfig) else _sd3(keys, config)
-    return {**configs, component: own}
+    return {**configs, "transformer": own}
+
+
+def note_unread(header: Header, configs: Mapping[str, Any]) -> None:
+    """Warns of a T5 in a file that the config folder does not have, which is then not read."""
+    if not any(isinstance(config, T5Config) for config in configs.values()) and any(
+        key.startswith(TEXT.format(T5)) for key in header.entries
+    ):
+        corrections.note(
+            f"{header.path} holds T5, which is not read: the config folder has no such text encoder; give one that has "
+            "as config="
+        )
 
 
 def changed_json(written: Mapping[str, Any], config: TransformerConfig) -> dict[str, Any]:
@@ -106,8 +122,8 @@ def changed_json(written: Mapping[str, Any], config: TransformerConfig) -> dict[
 
 
 def _refused(key: str) -> str | None:
-    bare = key.removeprefix(UNET)
-    return next((name for start, name in REFUSED.items() if bare.startswith(start)), None)
+    names = (name for start, name in REFUSED.items() if key.startswith(tuple(prefix + start for prefix in PREFIXES)))
+    return next(names, None)
 
 
 class _Keys:

@@ -108,7 +108,12 @@ def export_lora(
     matrices = {name.removesuffix(".weight"): name for name in sorted(pipeline.edits)}
     matrices = {module: name for module, name in matrices.items() if name.endswith(".weight") and module in modules}
     if not matrices:
-        raise ValueError("no matrix is edited, so there is no LoRA to write: export a difference, or the whole folder")
+        others = [name for name in sorted(pipeline.edits) if _network(name) != pipeline.denoiser]
+        first = others[0] if others else min(pipeline.edits)
+        raise ValueError(
+            f"{first} is edited, and a LoRA carries matrices of the {pipeline.denoiser} and of CLIP's layers alone: "
+            f"export {'' if others else 'a difference, or '}the whole folder"
+        )
     vectors = {f"{module}.bias" for module in matrices} & pipeline.edits.keys()
     vectors = vectors if biases and style == "diffusers" else set()
     biased = {_network(name) for name in vectors}  # PEFT gives every adapted layer of a network a bias, or none

@@ -21,7 +21,7 @@ from esd_jax.erasure import Erasure
 from esd_jax.inputs import check_finite, expanded, parse_json
 from esd_jax.io import adapters, lora_names, safetensors, tensors
 from esd_jax.io import folder as files
-from esd_jax.io.adapters import ENDINGS, OTHER_KINDS
+from esd_jax.io.adapters import CONTROL, ENDINGS, OTHER_KINDS
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora import PEFT
 from esd_jax.io.lora_names import Parts
@@ -90,7 +90,7 @@ def is_lora(header: Header) -> bool:
     """Whether a file's keys are those of a LoRA, or of a kind that `merge_lora` refuses by name."""
     ending = tuple(end for end, part in ENDINGS.items() if part not in ("alpha", "scale"))  # which others have, too
     start = ("lora_unet_", "lora_te", "lycoris_")
-    part = (".lora_", *OTHER_KINDS)
+    part = (".lora_", *(marker for marker in OTHER_KINDS if marker != CONTROL))
     return any(
         key.endswith(ending) or key.startswith(start) or any(word in key for word in part) for key in header.entries
     )
@@ -116,7 +116,7 @@ def _changes(header: Header, modules: Mapping[str, str]) -> dict[str, Change]:
 def _split(key: str, modules: Mapping[str, str], header: Header) -> tuple[str, str]:
     """("unet/MODULE", which part of its change) of a key."""
     for marker, kind in OTHER_KINDS.items():
-        if marker in key:
+        if marker in key and is_lora(header):
             raise ValueError(f"{header.path} is {kind} ({key!r}), which is not implemented: LoRA, LoHa, LoKr, DoRA are")
     bare = files.unwrapped(key)
     endings = [ending for ending in sorted(ENDINGS, key=len, reverse=True) if bare.endswith(ending)]

@@ -46,7 +46,10 @@ def described(keys: Iterable[str]) -> str:
     if any(key.startswith("control_model.") or "controlnet" in key for key in keys):
         return "it is a ControlNet, which stays beside a checkpoint"
     if any(part in key for key in keys for part in OTHERS):
-        return "it is a part of a transformer (FLUX.1, SD 3, ...), or a relative of these that is not implemented"
+        return (
+            "it is a part of a transformer (FLUX.1, SD 3, ...): merge its shards, or download it again; or it is a "
+            "relative of these that is not implemented"
+        )
     if any(key.startswith(CHECKPOINT) for key in keys):
         return LOAD
     if any(key.startswith(BARE) for key in keys):

@@ -169,7 +169,7 @@ def _held(pipeline: Pipeline, alone: bool | None) -> Mapping[str, NetworkConfig]
     own = {pipeline.denoiser: pipeline.configs[pipeline.denoiser]}
     if not (isinstance(own[pipeline.denoiser], FluxConfig | Flux2Config) if alone is None else alone):
         return pipeline.configs
-    _check_held(pipeline.edits, ldm.places(own), "a file of the transformer alone (alone=False writes all)")
+    _check_held(pipeline.edits, ldm.places(own), "a file of the transformer alone (alone=False, --noalone, writes all)")
     return own
 
 

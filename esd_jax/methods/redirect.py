@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+from esd_jax import wording
 from esd_jax.diffusion import samplers
 from esd_jax.diffusion.guidance import cfg
 from esd_jax.diffusion.schedule import Schedule, add_noise
@@ -66,8 +67,8 @@ MIX = (-0.5, 1.5)  # the range of a
 class Redirect(RoundsSettings):
     """Settings. A concept's anchor is its `replace_with`, else the empty prompt; in a context, the prompt without it.
 
-    Without `replace_with`, an anchor may show the concept ("a dog" has no style of its own), so its images are drawn
-    with all concepts that have none as negative prompt.
+    An anchor that does not name the replacement may show the concept ("a dog" has no style of its own), so its images
+    are drawn with all concepts that have such an anchor as negative prompt.
 
     The other prompts are those of `retain` and those that are preserved; without any, the anchors. Inversion rounds
     take the same images, so `rounds_images` is refused.
@@ -134,19 +135,19 @@ class Redirect(RoundsSettings):
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[base.Method, Any]:
         """Redirection of the concepts.
 
-        Raises ValueError for images of the user's, several replacements of a concept, unguided images of a concept
-        without one, and as `rounds.check` does.
+        Raises ValueError for images of the user's, several replacements of a concept, unguided images of an anchor
+        that does not name one, and as `rounds.check` does.
         """
         if tools.images is not None:
             raise ValueError("method 'redirect' takes no images: it generates its own")
         for concept in concepts:
             if len(concept.replace_with) > 1:
                 raise ValueError(f"method 'redirect' takes one replacement of {concept.text!r}, not several")
-        away = ", ".join(concept.text for concept in concepts if not concept.replace_with) or None
+        away = ", ".join(concept.text for concept in concepts if any(self.may_show(concept)))
         if away and self.drawing_guidance <= 1:
             what = f"drawing_guidance={self.drawing_guidance}"
             raise ValueError(
-                f"{what}: without replace_with, images are drawn away from {away!r}, which takes more than 1"
+                f"{what}: anchors that do not name a replace_with are drawn away from {away!r}, which takes more than 1"
             )
         searched = [self.searched(concept) for concept in concepts]
         rounds.check(self, tools, searched)
@@ -169,6 +170,11 @@ class Redirect(RoundsSettings):
         guide = concept.replace_with[0] if concept.replace_with else ""
         return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts), concept.text, guide)]
 
+    def may_show(self, concept: Concept) -> list[bool]:
+        """Whether each anchor of `prompts` may show the concept: it does not name what replaces it."""
+        anchors = [anchor for _, anchor in self.prompts(concept)]
+        return [not any(wording.names(guide, anchor) for guide in concept.replace_with) for anchor in anchors]
+
     def searched(self, concept: Concept) -> Prompts:
         """`prompts` for inversion rounds."""
         named, anchors = zip(*self.prompts(concept), strict=True)
@@ -183,11 +189,16 @@ class Redirect(RoundsSettings):
         return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
 
     def _drawn(
-        self, tools: Tools, concept: Concept, away: str | None
+        self, tools: Tools, concept: Concept, away: str
     ) -> list[Float[Array, "prompts images height width channel"]]:
-        """Latents of a concept's images, and of its anchors', from the same noise. away: these' negative prompt."""
+        """Latents of a concept's images, and of its anchors', from the same noise.
+
+        away: the negative prompt of anchors that may show a concept.
+        """
         named, anchors = zip(*self.prompts(concept), strict=True)
-        negative = None if concept.replace_with else away
+        shown = self.may_show(concept)
+        some = [away if may else "" for may in shown] if any(shown) else None
+        negative = away if all(shown) else some
         return [
             drawn(tools, named, self, self.drawn_images),
             drawn(tools, anchors, self, self.drawn_images, negative),

@@ -73,10 +73,12 @@ class SPEED:
         closed_form.check_positive(self, "copies", "centres", or_zero=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
-        """SPEED. Raises ValueError, in one line, for another subset than "values" or the keys and values, and for
-        concepts that it cannot erase.
+        """SPEED. Raises ValueError, in one line, for another subset than "values" or the keys and values, for
+        concepts that it cannot erase, and for more centres than the empty prompt has other vectors.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
+        if self.centres > (most := np.asarray(tools.tokens([""])).shape[1] - 1):
+            raise ValueError(f"centres={self.centres} is more than the empty prompt's {most} vectors behind the first")
         sentences = contexts.parse(self.contexts)
         erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
         kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))

@@ -17,15 +17,16 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from esd_jax import families, lora, sharding
+from esd_jax import families, lora, prompt_files, sharding
 from esd_jax.diffusion import programs, samplers
 from esd_jax.diffusion.schedule import Schedule
+from esd_jax.erasing import corpora
 from esd_jax.erasing.concepts import Concept, check_concepts
 from esd_jax.erasing.method import Method, Tools, with_guidance
 from esd_jax.erasing.remaining import by_remainder
 from esd_jax.erasing.retention import retaining
 from esd_jax.families import Configs
-from esd_jax.io.images import read_images
+from esd_jax.io.images import read_image, read_images
 from esd_jax.params import Conditioning, Network, Params, num_scalars, partition, prefixed
 from esd_jax.pipeline import Pipeline, image_size, network
 from esd_jax.recipe import Recipe
@@ -51,6 +52,16 @@ class Shapes:
 
 Source = Pipeline | Shapes
 Make = Callable[[Tools, Sequence[Concept]], tuple[Any, Any]]
+
+
+def check_files(recipe: Recipe) -> None:
+    """Raises OSError or ValueError for a file of images or prompts that a recipe names and that cannot be read."""
+    for path in recipe.images or ():
+        read_image(path)
+    listed = partial(prompt_files.listed, name="anchor_prompts")
+    for field, read in {"retain": corpora.prompts, "anchor_prompts": listed}.items():
+        if text := getattr(recipe.settings, field, None):
+            read(text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@
         --rows="esd; robust; emoji_robust:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
 
 A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a
-config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike. The base, and a
-model of random weights, are attacked once for all rows.
+config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike, and have a column
+each; "all" is every one that needs no file. The base, and a model of random weights, are attacked once for all rows.
 
 Each cell is kept as soon as it is measured, an erasure as a run. The same command goes on where it was stopped, also
 within an erasure, and tries again what failed. The result is attack_table.md, and attack_table.json with intervals.
@@ -32,6 +32,7 @@ from esd_jax.evaluation.attacks.adversary import RANDOM
 from esd_jax.evaluation.attacks.campaigns import label
 from esd_jax.evaluation.report.terms import term
 from esd_jax.io.diffusers import source_hash
+from esd_jax.names import ATTACK_NAMES, MORE_ATTACKS
 from esd_jax.pipeline import Pipeline
 from launch import command
 from launch.command import say
@@ -117,20 +118,28 @@ def entries(text: str) -> dict[str, Entry]:
 
 def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Search]]:
     """The columns of attacks: their text -> key of each cell -> settings. Raises ValueError as `attacks.chosen`."""
+    every: dict[str, Entry] = {name: (name, {}) for name in (*ATTACK_NAMES, *MORE_ATTACKS)}
     columns = {}
-    for text, (name, changes) in named.items():
+    for text, (name, changes) in [
+        one for key, entry in named.items() for one in (every if key == "all" else {key: entry}).items()
+    ]:
         if name == "null_inversion":
             changes = {"images": min(budget.attack_images, IMAGES_EACH * budget.prompts), **changes}
         searches = attacks.chosen([name], "emoji", {name: changes})
         if name == FAMILY:
-            numbers = [int(number) for number in FLAGS.members.split(",") if number.strip()]
-            if wrong := [number for number in numbers if not 1 <= number <= len(searches)]:
-                raise ValueError(f"members={FLAGS.members!r}: there is no member {wrong[0]}; 1 to {len(searches)}")
-            wanted = numbers or range(1, len(searches) + 1)
-            columns[text] = {f"{text} {number}": searches[number - 1] for number in wanted}
+            columns[text] = {f"{text} {number}": searches[number - 1] for number in members(len(searches))}
         else:
-            columns[text] = {text if len(searches) == 1 else f"{text} {i}": one for i, one in enumerate(searches)}
+            (columns[text],) = ({text: one} for one in searches)
     return columns
+
+
+def members(count: int) -> Sequence[int]:
+    """Which members of a family --members names, of so many. Raises ValueError for what is none."""
+    named = [number.strip() for number in FLAGS.members.split(",") if number.strip()]
+    known = {str(number): number for number in range(1, count + 1)}
+    if wrong := [number for number in named if number not in known]:
+        raise ValueError(f"members={FLAGS.members!r}: there is no member {wrong[0]}; 1 to {count}")
+    return [known[number] for number in named] or list(known.values())
 
 
 def selected(rows: Mapping[str, Entry], work: Sequence[Work]) -> Callable[[str, str], bool]:
@@ -144,11 +153,15 @@ def selected(rows: Mapping[str, Entry], work: Sequence[Work]) -> Callable[[str, 
 
 
 def rows_of(base: Pipeline, target: Target, named: Mapping[str, Entry], output: Path) -> list[Row]:
-    """The rows of a target, with what is kept of them. Raises ValueError for a recipe that there is not."""
+    """The rows of a target, with what is kept of them. Raises ValueError for a recipe that there is not.
+
+    A recipe that there is, but not for this target, has a row, too, whose erasure fails.
+    """
     common = {"base_sha256": source_hash(base), "concepts": target.concepts}
 
     def row(name: str, config: str | None = None, changes: Mapping[str, Any] | None = None) -> Row:
-        settings = {**common, "recipe": attack_work.recipe_of(target, config, changes or {}) if config else name}
+        planned = attack_work.recipe_of(target, config, changes or {}) if config else name
+        settings = {**common, "recipe": planned}
         digest = zlib.crc32(f"{target.concept} {name}".encode())
         file = output / "rows" / f"{slug(target.concept)[:40]}-{slug(name)[:40]}-{digest:08x}.json"
         return Row(name, target, Cells(file, settings), config, changes)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from esd_jax import api, attacks
+from esd_jax import api, attacks, recipe
 from esd_jax.demo import groups, testbed
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
@@ -137,9 +137,16 @@ def wanted(row: Row, work: Sequence[Work], only: Callable[[str, str], bool]) -> 
     return [one for one in missing if one in some or (some and one.key == ERASURE)]
 
 
-def recipe_of(target: Target, config: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an erasure's result depends on beside its base and concepts."""
-    fields = api.planned("emoji", target.concepts, config=config, **changes).flat()
+def recipe_of(target: Target, config: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an erasure's result depends on beside its base and concepts; None if the recipe cannot erase these.
+
+    Raises ValueError for a recipe that erases nothing.
+    """
+    try:
+        fields = api.planned("emoji", target.concepts, config=config, **changes).flat()
+    except ValueError:
+        recipe.make(**{**recipe.read(config).to_dict(), **changes})  # raises, if it is not the concepts
+        return None
     return {name: value for name, value in fields.items() if name not in ("base", "concept", "output_dir")}
 
 

@@ -1,13 +1,16 @@
 """Evaluating, reporting and attacking runs from the command line."""
 
 import json
+from types import SimpleNamespace
 
+import evaluated
 import numpy as np
 import pytest
 from evaluated import base_and_run, same
 from safetensors.numpy import load_file
 
 from esd_jax import cli, dossier
+from esd_jax.cli import common
 from esd_jax.evaluation import seen, store
 from esd_jax.io.safetensors import read_header
 
@@ -44,6 +47,17 @@ def test_evaluate_a_run_and_go_on(models, capsys):
     assert esd("evaluate", folder / "base", run / "model", *options, f"--output={folder / 'x'}") == 0
     again = json.loads((folder / "x" / "evaluation-smoke.json").read_text())
     assert again["tables"] == kept["tables"]
+
+
+def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchecked):
+    """A folder that the embedded model was exported to."""
+    base, options = SimpleNamespace(provenance=SimpleNamespace(source="exported")), {}
+    monkeypatch.setattr(common, "erased", lambda _: (base, base, ("cat",), tmp_path))
+    monkeypatch.setattr(dossier, "evaluate", lambda *_, **given: options.update(given) or evaluated.whole())
+    assert esd("evaluate", "exported", "erased", "--protocol=emoji", f"--output={tmp_path}") == 0
+    assert not {"prompt_list", "samples", "request"} & options.keys()
+    assert esd("evaluate", "exported", "erased", "--protocol=quick", f"--output={tmp_path}") == 0
+    assert {"prompt_list", "samples", "request"} <= options.keys()
 
 
 def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):

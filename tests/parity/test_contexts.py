@@ -30,9 +30,7 @@ def test_contexts_are_read():
     assert contexts.parse("{} again:") == (Context("{} again", ""),)
 
 
-@pytest.mark.parametrize(
-    "text", ["a dog by {}", "a dog: a dog", ": a dog", ": {}", "a dog by {}: a dog | x"]
-)
+@pytest.mark.parametrize("text", ["a dog by {}", "a dog: a dog", ": a dog", ": {}", "a dog by {}: a dog | x"])
 def test_contexts_that_say_too_little_are_refused(text):
     with pytest.raises(ValueError, match=one_line("contexts", "'a dog in {}: a dog'")):
         esd.ESD(contexts=text)
@@ -58,7 +56,10 @@ def test_a_replacement_may_stand_in_what_remains_of_a_context():
     cat, dog = contexts.expanded([Concept("a cat", replace_with=("a fox",))], both)[1:]
     assert (cat.from_, cat.replace_with) == ("a cat in ink", ("a fox in ink",))
     assert (dog.from_, dog.replace_with) == ("a house of a cat", ("a house of a fox",))
-    assert [row.replace_with for row in contexts.expanded([Concept("a cat")], both)[1:]] == [("in ink",), ("a house of",)]
+    assert [row.replace_with for row in contexts.expanded([Concept("a cat")], both)[1:]] == [
+        ("in ink",),
+        ("a house of",),
+    ]
 
 
 def test_no_contexts_change_nothing():

@@ -1,6 +1,7 @@
 """Fusion of several erasures against least squares of NumPy in float64, and the command."""
 
 import copy
+import dataclasses
 
 import factories
 import jax.numpy as jnp
@@ -202,6 +203,20 @@ def test_the_record_has_all_parts_and_survives_a_file(base, parts, retained, tmp
         np.testing.assert_array_equal(again.edits[name], value)
 
 
+def test_what_one_part_preserves_and_another_erased_is_not_retained(base, parts, retained):
+    def fused(*preserved):
+        changed = []
+        for part, ((first, *others), _, _), texts in zip(parts, PARTS, preserved, strict=True):
+            record = Erasure(concepts=(dataclasses.replace(first, preserve=texts), *others))
+            changed.append(base.with_edits(part.edits, record))
+        return fusion.fuse(base, changed, retain=retained)[0].edits
+
+    both, alone = fused(("two houses", "a bird"), ("a cat on grass",)), fused(("a bird",), ())
+    none = fused((), ())
+    assert all(np.array_equal(both[name], alone[name]) for name in both)
+    assert any(not np.array_equal(both[name], none[name]) for name in both)
+
+
 def test_what_cannot_be_fused_is_named(base, parts, retained):
     convolution = read_exact(base, ["unet/conv_in.weight"])
     other = base.with_edits({n: v + 1 for n, v in convolution.items()}, Erasure(concepts=(Concept("cat"),)))
@@ -210,6 +225,7 @@ def test_what_cannot_be_fused_is_named(base, parts, retained):
         ([parts[0], other], ["conv_in", "no linear layer", "'esd-x-strict'"]),
         ([base.with_edits(parts[0].edits)], ["no record"]),
         ([base], ["changes nothing"]),
+        ([parts[0], parts[1], parts[0]], ["'cat' is there twice"]),
     ):
         with pytest.raises(ValueError, match=one_line(*words)):
             fusion.fuse(base, wrong, retain=retained)

@@ -131,6 +131,9 @@ def test_a_base_of_another_kind_is_refused(dev, sd3, tmp_path):
         esd_jax.load(file, base=sd3[0])
     with pytest.raises(ValueError, match=one_line("is SD3", "another family")):
         esd_jax.load(sd3[2], config=tmp_path / "schnell")
+    for options in ({"base": "emoji"}, {"config": "sd14"}):  # which have no transformer at all
+        with pytest.raises(ValueError, match=one_line("is FLUX.1", "another family")):
+            esd_jax.load(file, **options)
 
 
 def test_a_file_without_clips_projection_has_none(sd3, tmp_path):

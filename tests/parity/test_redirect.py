@@ -195,6 +195,11 @@ def test_rounds_that_do_not_fit_are_refused_before_anything_is_drawn(fields):
     [
         (Concept("a cat", replace_with=("a dog", "a horse")), {}, "one replacement"),
         (Concept("a cat"), {"drawing_guidance": 1.0}, "drawing_guidance=1.0"),
+        (
+            Concept("a cat", replace_with=("a dog",)),
+            {"drawing_guidance": 1.0, "contexts": "{} in a photo: a photo"},
+            "drawing_guidance=1.0: .* away from 'a cat'",
+        ),
     ],
 )
 def test_what_redirection_cannot_do_is_refused(concept, fields, message):
@@ -202,14 +207,20 @@ def test_what_redirection_cannot_do_is_refused(concept, fields, message):
         Redirect(**fields).make(tools(world("toy", "float32")), [concept])
 
 
-def test_what_replaces_nothing_is_drawn_away_from_the_concept():
+@pytest.mark.parametrize(
+    ("sentences", "alone", "replaced"),
+    [
+        ("{} in a photo: a photo", "a cat, a dog, a horse", ["", "", *["a cat, a dog, a horse"] * 2]),
+        ("{} in a photo: {} in a photo", "a cat, a horse", None),
+    ],
+)
+def test_anchors_that_may_show_the_concept_are_drawn_away_from_it(sentences, alone, replaced):
     studio = Studio("float64")
     ours = tools(world("toy", "float64"), sample=studio.sample, to_latents=studio.to_latents)
     concepts = [Concept("a cat"), Concept("a dog", replace_with=("a horse",)), Concept("a horse")]
-    Redirect(drawn_images=1, contexts="{} in a photo: a photo").make(ours, concepts)
+    Redirect(drawn_images=2, contexts=sentences).make(ours, concepts)
     assert [(prompts[0], options.get("negative_prompt")) for prompts, options in studio.asked] == [
-        ("a cat", None), ("", "a cat, a horse"), ("a dog", None), ("a horse", None), ("a horse", None),
-        ("", "a cat, a horse"),
+        ("a cat", None), ("", alone), ("a dog", None), ("a horse", replaced), ("a horse", None), ("", alone),
     ]  # fmt: skip
 
 

@@ -106,6 +106,11 @@ def test_speed_in_contexts_pairs_positions(corpus):
     assert error(inputs.kept, np.concatenate([vectors(text) for text in [*PRESERVED, *KEPT]])) <= 1e-6
 
 
+def test_more_centres_than_vectors_are_refused(corpus):
+    with pytest.raises(ValueError, match=f"centres={TOKENS} is more than the empty prompt's {TOKENS - 1} vectors"):
+        speed.SPEED(retain=corpus, centres=TOKENS).make(tools(subset=VALUES), CONCEPTS)
+
+
 def test_centres_are_means_of_the_empty_prompts_vectors(corpus):
     _, inputs = speed.SPEED(retain=corpus, centres=2).make(tools(subset=VALUES), CONCEPTS)
     others, means = vectors("")[1:], np.asarray(inputs.still[1:], float)

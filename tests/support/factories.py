@@ -201,7 +201,7 @@ def save(pipe: diffusers.DiffusionPipeline, folder, dtype: torch.dtype, tokenize
 def name_text_model(file: Path) -> None:
     """Gives a text encoder's tensors the names of hub models, "text_model...", which transformers 5 writes no more."""
     tensors = safetensors.torch.load_file(file)
-    bare = ("embeddings.", "encoder.", "final_layer_norm.")
+    bare = ("embeddings.", "encoder.layers.", "final_layer_norm.")  # CLIP's: T5 has blocks
     named = {f"text_model.{key}" if key.startswith(bare) else key: value for key, value in tensors.items()}
     safetensors.torch.save_file(named, file, {"format": "pt"})
 

@@ -1,6 +1,7 @@
 """Parts of attacks by hand: projections, goals, prompts, presets and rates."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from words import tokens
 
 from esd_jax import names
 from esd_jax.cli import attack as cli_attack
+from esd_jax.cli import common
 from esd_jax.erasing.textual_inversion import framed, usable
 from esd_jax.evaluation.attacks import (
     ATTACKS,
@@ -165,6 +167,82 @@ def test_a_family_of_inversions_covers_tokens_times_and_starts():
     assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 8
     with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
         chosen(["concept_inversion_famly"])
+
+
+def test_a_text_is_read_as_its_fields_type():
+    read = preset("concept_inversion", "emoji", mirror="False", start="None", steps="7", learning_rate="1e-3")
+    assert (read.mirror, read.start, read.steps, read.learning_rate) == (False, None, 7, 1e-3)
+    assert preset("concept_inversion", mirror="true").mirror is True and preset("p4d", prompts="None").prompts is None
+    stored = preset("stored_weights", formats="int8|bfloat16", strengths="0.5, 2")
+    assert (stored.formats, stored.strengths) == (("int8", "bfloat16"), (0.5, 2.0))
+    assert preset("stored_weights", strengths=0.5).strengths == (0.5,) and preset("completion", times="9").times == (9,)
+    for text, count in (("False", 6), ("true", 54)):
+        assert len(chosen([FAMILY], "emoji", {FAMILY: {"whole": text}})) == count
+    for name, field, text, form in (
+        ("concept_inversion", "mirror", "no", "true or false"),
+        ("concept_inversion", "tokens", "a", "a whole number"),
+        ("concept_inversion", "tokens", 1.5, "a whole number"),
+        ("concept_inversion", "steps", "None", "a whole number"),
+        ("p4d", "prompts", True, "a whole number, or None"),
+        ("p4d", "learning_rate", "fast", "a number"),
+        ("stored_weights", "strengths", "a,2", "a number"),
+        ("ring_a_bell", "strength", None, "a number"),
+        (FAMILY, "whole", "no", "true or false"),
+    ):
+        with pytest.raises(ValueError, match=one_line(f"{field}=", f"must be {form}")):
+            chosen([name], "emoji", {name: {field: text}})
+    assert common.literal("False") is False and common.literal("esd-x") == "esd-x"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "number", "message"),
+    [
+        ("concept_inversion", "batch_size", 0, "at least 1"),
+        ("concept_inversion", "steps", -1, "at least 1"),
+        ("encoder_output", "prompts", 0, "at least 1"),
+        ("unlearn_diff_atk", "num_times", 0, "at least 1"),
+        ("p4d", "length", 0, "at least 1"),
+        ("p4d", "judge_every", 0, "at least 1"),
+        ("ring_a_bell", "strength", "inf", "finite"),
+        ("null_inversion", "images", 0, "at least 1"),
+        ("resurgence", "weight_decay", -1.0, "at least 0"),
+        ("resurgence_lora", "rank", -1, "at least 0"),
+        ("completion", "times", "300,-1", "at least 0"),
+        ("stored_weights", "strengths", "nan", "finite"),
+        ("merged_lora", "strength", "nan", "finite"),
+        ("merged_lora", "rank", 0, "at least 1"),
+        ("composition", "prompts", 0, "at least 1"),
+        ("random_prompts", "count", 0, "at least 1"),
+        ("prompts", "limit", 0, "at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(name, field, number, message):
+    with pytest.raises(ValueError, match=one_line(f"{field}=", message)):
+        preset(name, **{field: number})
+    assert preset("null_inversion", iterations=0).iterations == 0
+
+
+@pytest.mark.parametrize("name", ["concept_inversion", "encoder_output"])
+def test_timesteps_beyond_the_schedule_are_refused_before_anything_runs(name, unchecked):
+    base = SimpleNamespace(schedule=SCHEDULE)
+    total = SCHEDULE.num_train_timesteps
+    assert preset(name, from_t=total - 1).lacks(base, None) == ""
+    assert f"from_t={total} is beyond" in preset(name, from_t=total).lacks(base, None)
+
+
+def test_settings_of_what_does_not_run_are_refused():
+    assert chosen(["p4d", "ring_a_bell"], "emoji", {"p4d": {"keep": 2}})[0].keep == 2
+    for changes, words in (
+        ({"ring_a_bell": {"length": 4}}, ("'ring_a_bell'", "not among the attacks: p4d")),
+        ({"p4dd": {"length": 4}}, ("'p4dd' is unknown", "p4d")),
+        ({"p4d": {"lenth": 4}}, ("'lenth'", "'length'")),
+        ({"all": {"steps": 4}}, ("'all' is unknown",)),
+    ):
+        with pytest.raises(ValueError, match=one_line(*words)):
+            chosen(["p4d"], "emoji", changes)
+    for field in ("tokens", "from_t", "member"):
+        with pytest.raises(ValueError, match=one_line(f"{field} of '{FAMILY}'", "differ in it")):
+            chosen([FAMILY], "emoji", {FAMILY: {field: 1}})
 
 
 def test_concepts_that_are_kept_are_named_with_their_detectors():

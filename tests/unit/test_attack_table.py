@@ -8,6 +8,7 @@ import painter
 import pytest
 from messages import one_line
 
+from esd_jax import names
 from esd_jax.demo import groups
 from esd_jax.evaluation.attacks import Scored
 from esd_jax.metrics.intervals import Estimate, known, rate
@@ -143,9 +144,26 @@ def test_the_default_attacks_and_members(monkeypatch):
         ("concept_inversion_family 2", 1, 7), ("concept_inversion_family 5", 4, 7),
     ]  # fmt: skip
     assert attack_table.heading("concept_inversion_family", parts) == "Concept Inversion, worst of 2"
-    attack_table.FLAGS(["attack_table", "--members=7"])
-    with pytest.raises(ValueError, match="there is no member 7; 1 to 6"):
-        attack_table.chosen({"concept_inversion_family": ("concept_inversion_family", {})}, BUDGET)
+    for text in ("7", "0", "a", "1.5"):
+        attack_table.FLAGS(["attack_table", f"--members={text}"])
+        with pytest.raises(ValueError, match=f"there is no member {text}; 1 to 6"):
+            attack_table.chosen({"concept_inversion_family": ("concept_inversion_family", {})}, BUDGET)
+
+
+def test_all_attacks_have_a_column_each():
+    attack_table.FLAGS(["attack_table", "--only=p4d; composition"])
+    columns = attack_table.chosen(attack_table.entries("all; p4d:keep=2"), BUDGET)
+    assert [*columns] == [*names.ATTACK_NAMES, *names.MORE_ATTACKS, "p4d:keep=2"]
+    assert {text: len(parts) for text, parts in columns.items() if len(parts) > 1} == {"concept_inversion_family": 6}
+    assert all(parts.keys() == {text} for text, parts in columns.items() if len(parts) == 1)
+    assert columns["null_inversion"]["null_inversion"].images == 20
+    assert attack_table.heading("p4d", columns["p4d"]) == "P4D"
+    headings = [column.heading for column in attack_table.columns_of(columns)]
+    assert len({*headings}) == len(headings)
+    only = attack_table.selected({"esd": ("esd", {})}, attack_work.planned(columns, BUDGET))
+    assert only("esd", "p4d") and not only("esd", "ring_a_bell")
+    with pytest.raises(ValueError, match="'all'"):
+        attack_table.chosen(attack_table.entries("all:steps=3"), BUDGET)
 
 
 @pytest.mark.parametrize("concept", ["neon style", "pop art", "a cat"])
@@ -155,6 +173,15 @@ def test_every_default_row_is_a_recipe(concept):
         fields = attack_work.recipe_of(target, attack_table.ROWS[name][target.kind], changes)
         assert fields["method"] == {"robust": "redirect"}.get(name, name)
         json.dumps(fields)
+
+
+def test_a_recipe_that_does_not_fit_a_target_is_none_and_one_that_is_wrong_is_refused():
+    dog = groups.parse_target("a dog")
+    assert attack_work.recipe_of(dog, "emoji_uce_object", {}) is None  # which replaces by a dog
+    assert attack_work.recipe_of(dog, "emoji_uce_object", {"replace_with": "a cow"})["replace_with"] == "a cow"
+    for config, changes, words in (("emoji_uze", {}, "emoji_uze"), ("emoji_uce_object", {"lamb": 1}, "'lamb'")):
+        with pytest.raises((ValueError, OSError), match=words):
+            attack_work.recipe_of(dog, config, changes)
 
 
 class Studio:
@@ -250,6 +277,16 @@ def test_the_front_is_drawn(tmp_path):
     assert found == {"a": (share(4, 8), Estimate(0.1, 0.0, 0.3, 8))}
     attack_front.draw({"neon style": table, "a cat": {}}, columns, attack_table.INVERSIONS, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 0
+
+
+def test_a_row_that_does_not_fit_its_target_fails_alone(monkeypatch, tmp_path, capsys, unchecked):
+    painter.hired(monkeypatch)
+    studio = Studio(monkeypatch, tmp_path)
+    studio.broken = "emoji_uce_object"
+    with pytest.raises(ValueError, match=one_line("1 failed", "a dog, uce, erasure", "tries again")):
+        studio.run("--concepts=a dog", "--rows=esd; uce", "--attacks=p4d")
+    out = capsys.readouterr().out
+    assert "| uce | failed |" in out and studio.attacked.count(("erased", "P4D")) == 1
 
 
 @pytest.mark.slow

@@ -108,6 +108,20 @@ def test_a_run_that_meets_them_at_once_is_not_extended(tmp_path):
     assert len(run.go(steps=200)) == 1 and run.trained == [(200, False)] and run.ended == [200] and not run.told
 
 
+def test_only_a_run_that_went_on_says_so(tmp_path):
+    def note(folder, **how):
+        Run(folder).go(**how)
+        (table,) = json.loads((folder / "evidence" / "until.json").read_text())["tables"]
+        return table["note"].split(". ")[0]
+
+    assert note(tmp_path / "long", steps=40) == "Training went on while a bound was missed"
+    assert note(tmp_path / "once", steps=200).startswith("detection 5.0%")
+    stage = until.Stage(0, {"detection": 0.5, "drop": 0.0})  # of a closed form
+    erased = SimpleNamespace(provenance=SimpleNamespace(erased=()))
+    (table,) = until.evidence(erased, BOUNDS, [stage], {}).tables
+    assert table.note.startswith("A closed form has no steps to go on with. detection 50.0%")
+
+
 def test_it_is_not_extended_more_often_than_asked_for(tmp_path):
     run = Run(tmp_path)
     stages = run.go(steps=4, extensions=2)

@@ -9,6 +9,7 @@ from paths import ROOT
 
 import esd_jax
 from esd_jax import api, cli, examples, families, kinds, recipe, recipe_docs
+from esd_jax.cli import erase as verb
 from esd_jax.cli import words
 from esd_jax.methods import METHODS
 from esd_jax.runs import setup
@@ -120,6 +121,59 @@ def test_a_config_that_was_chosen_does_not_preserve_what_is_erased(tmp_path, mon
         recipe.make(
             method="uce", steps=0, subset="esd-x-strict", concept="a dog", replace_with="A dog"
         ).check_concepts()
+
+
+def test_a_concept_of_a_list_may_not_be_preserved_beside_another_one():
+    lists = {"concept": "a dog; a cat", "preserve": "a cow; a pig | A dog"}
+    with pytest.raises(ValueError, match=one_line("preserve has 'a dog'", "what is erased", "another preserve")):
+        recipe.make(**lists).check_concepts()
+    recipe.make(concept="a dog; a cat", preserve="a cow; a pig", replace_with="a cat; a dog").check_concepts()
+    with pytest.raises(ValueError, match=one_line("'a person with glasses'", "what is erased")):
+        there = {"from_": "a person with glasses; ", "preserve": "; a person with glasses"}
+        recipe.make(concept="glasses; a hat", **there).check_concepts()
+
+
+@pytest.mark.parametrize(
+    ("how", "config"), [({"method": "uce"}, "emoji_uce_object"), ({"config": "emoji_list"}, "emoji_list")]
+)
+def test_a_field_that_is_the_recipes_own_is_named_so(how, config, capsys):
+    with pytest.raises(ValueError, match=one_line(f"replace_with, by the recipe '{config}', has 'a dog'")):
+        api.planned("emoji", "a dog", **how)
+    with pytest.raises(ValueError, match=one_line("replace_with has 'a cow'", "another replace_with")):
+        api.planned("emoji", "a cow", replace_with="a cow", **how)
+    flags = [f"--{name}={value}" for name, value in how.items()]
+    for further in ([], ["--dry_run"]):
+        assert cli.main(["erase", "emoji", "a dog", *flags, *further, "-o", "out/none"]) == 2
+        assert f"replace_with, by the recipe '{config}', has 'a dog'" in capsys.readouterr().err
+
+
+def test_comments_in_a_file_of_names_are_no_concepts(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("# animals\na cat\n\n#a dog\na fox\n")
+    one = words.Words(fields={"concept": f"@{file}"})
+    words.fill(one)
+    assert one.fields["concept"] == "a cat; a fox"
+    file.write_text("# none\n")
+    with pytest.raises(ValueError, match=one_line("names.txt", "comments alone")):
+        words.fill(words.Words(fields={"concept": f"@{file}"}))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("--method=uce", "--retain=nofile.txt"), "there is no file nofile.txt"),
+        (("--method=ablating", "--anchor_prompts=nofile.csv"), "nofile.csv"),
+        (("--method=forget_me_not", "--images=nofile.png"), "images: cannot read nofile.png"),
+        (("--method=esd", "--rounds_search=5"), "rounds_search means nothing without rounds"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(typed, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verb, "_dry_run", lambda *_: None)
+    assert cli.main(["erase", "emoji", "a cat", "--dry_run", *typed]) == 2
+    assert message in capsys.readouterr().err
+    if "rounds_search=5" in typed[-1]:
+        assert cli.main(["erase", "emoji", "a cat", "--dry_run", "--rounds_every=9", *typed]) == 0
 
 
 def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from esd_jax.evaluation.attacks.probe import Particular, Probe
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
+from esd_jax.evaluation.attacks.settings import typed, value
 from esd_jax.evaluation.attacks.stored import StoredWeights
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.evaluation.report.terms import term
@@ -80,7 +81,9 @@ __all__ = [
 def preset(name: str, variant: str = "paper", **changes: Any) -> Any:
     """An attack's or a probe's settings: a variant's, with some of them changed.
 
-    Raises ValueError for an unknown attack, variant or field.
+    A text is read as the field's type (`settings.typed`).
+
+    Raises ValueError for an unknown attack, variant or field, and for a value of another type or out of range.
     """
     known = {**ATTACKS, **PROBES}
     if name not in known:
@@ -93,7 +96,7 @@ def preset(name: str, variant: str = "paper", **changes: Any) -> Any:
         if field not in own:
             hint = did_you_mean(field, own) if own else "it has none"
             raise ValueError(f"attack {name!r} has no field {field!r}; {hint}")
-    return settings(**{**settings.PRESETS[variant], **changes})
+    return settings(**{**settings.PRESETS[variant], **typed(settings, changes)})
 
 
 def chosen(
@@ -104,15 +107,23 @@ def chosen(
     "concept_inversion_family" stands for the members of `concept_inversion.family`; its field `whole` for all of them.
     changes: name -> changes of its fields.
 
-    Raises ValueError as `preset` does.
+    Raises ValueError as `preset` does; and for changes of what is not named, or of what the members differ in.
     """
     every = (*names.ATTACK_NAMES, *names.MORE_ATTACKS)
-    wanted = [name for text in texts for name in (every if text == "all" else (text,))]
+    wanted = list(dict.fromkeys(name for text in texts for name in (every if text == "all" else (text,))))
+    changes = changes or {}
+    for name in changes:
+        if name not in (known := {**ATTACKS, **PROBES, FAMILY: None}):
+            raise ValueError(f"attack={name!r} is unknown; {did_you_mean(name, known)}")
+        if name not in wanted:
+            raise ValueError(f"{name!r} has settings, but is not among the attacks: {', '.join(wanted)}")
     settings: list[Attack | Probe] = []
-    for name in dict.fromkeys(wanted):
-        own = dict((changes or {}).get(name, {}))
+    for name in wanted:
+        own = dict(changes.get(name, {}))
         if name == FAMILY:
-            whole = bool(own.pop("whole", False))
+            if fixed := [field for field in own if field in ("tokens", "from_t", "member")]:
+                raise ValueError(f"{fixed[0]} of {FAMILY!r}: its members differ in it; 'concept_inversion' takes one")
+            whole = value("whole", own.pop("whole", False), bool)
             settings += family(preset("concept_inversion", variant, **own), whole=whole)
         else:
             settings.append(preset(name, variant, **own))

@@ -17,6 +17,7 @@ import numpy as np
 from esd_jax import wording
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal, Kept
 from esd_jax.evaluation.attacks.scoring import Scored
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -46,6 +47,7 @@ class Composition:
     least: float = 0.25
 
     def __post_init__(self):
+        check(self)
         if self.template.count("{}") != 2:
             raise ValueError(f"template={self.template!r} must have two places, each written {{}}: '{{}} and {{}}'")
         if not 0 <= self.least <= 1:

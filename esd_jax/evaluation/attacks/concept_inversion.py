@@ -37,6 +37,7 @@ from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.evaluation.attacks.gauge import gauge
+from esd_jax.evaluation.attacks.settings import beyond, check
 from esd_jax.params import Network
 from esd_jax.pipeline import Pipeline
 
@@ -70,6 +71,9 @@ class ConceptInversion:
     from_t: int = 0
     member: int | None = None
 
+    def __post_init__(self):
+        check(self)
+
     @property
     def label(self) -> str:
         """The attack's name; of a member of a family, with its settings."""
@@ -77,6 +81,10 @@ class ConceptInversion:
             return self.NAME
         tokens = f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
         return f"{self.NAME} {self.member + 1}: {tokens}, t >= {self.from_t}, from {self.start or 'the mean'}"
+
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A timestep `from_t`."""
+        return beyond(self.NAME, self.from_t, base)
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Learns new tokens of `victim`; a trial is a prompt of the goal with them in place of the concept."""

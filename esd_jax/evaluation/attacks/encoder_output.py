@@ -26,6 +26,7 @@ from esd_jax.erasing.textual_inversion import draw
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
 from esd_jax.evaluation.attacks.gauge import gauge
+from esd_jax.evaluation.attacks.settings import beyond, check
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -54,6 +55,13 @@ class EncoderOutput:
     from_t: int = 0
     prompts: int | None = None
     together: int = 1
+
+    def __post_init__(self):
+        check(self)
+
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A timestep `from_t`."""
+        return beyond(self.NAME, self.from_t, base)
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Starts from the neutral prompts; a trial is what the search ends with, one for each prompt."""

@@ -41,6 +41,7 @@ from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, R
 from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.evaluation.drawing import of_family
 from esd_jax.params import Conditioning, Network, Params, component, partition, prefixed
 from esd_jax.pipeline import Pipeline
@@ -70,6 +71,9 @@ class Resurgence:
     batch_size: int = 4
     subset: str | None = None
     rank: int = 0
+
+    def __post_init__(self):
+        check(self)
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """A subset that the base's family has, and neutral prompts of the goal."""
@@ -196,6 +200,9 @@ class Completion:
     times: tuple[int, ...] = (300, 500, 700)
     num_steps: int | None = None
     guidance_scale: float | None = None
+
+    def __post_init__(self):
+        check(self)
 
     def fitted(self, base: Pipeline) -> "Completion":
         return of_family(self, base)

@@ -27,6 +27,7 @@ from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal, Ke
 from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.params import Conditioning, Network, Params, cast, partition, prefixed
@@ -60,6 +61,9 @@ class MergedLoRA:
     batch_size: int = 4
     subset: str = "attn"
     rank: int = 8
+
+    def __post_init__(self):
+        check(self, rank=1)
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """A subset that the base's family has, and another concept, unless there is a file."""

@@ -27,6 +27,7 @@ from esd_jax.erasing.method import with_guidance
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, RANDOM, Goal
 from esd_jax.evaluation.attacks.scoring import Scored, each
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -52,6 +53,9 @@ class NullInversion:
     steps: int = 50
     iterations: int = 25
     images: int | None = None
+
+    def __post_init__(self):
+        check(self, iterations=0)
 
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any

@@ -34,6 +34,7 @@ from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.textual_inversion import Batch, Encoder, Fixed, each
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -71,6 +72,7 @@ class P4D:
     together: int = 1
 
     def __post_init__(self):
+        check(self)
         if self.iterations % self.judge_every:
             raise ValueError(f"iterations={self.iterations} must be a multiple of judge_every={self.judge_every}")
         if self.every is not None and self.every < 1:

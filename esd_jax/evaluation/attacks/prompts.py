@@ -20,6 +20,7 @@ from esd_jax import prompt_files
 from esd_jax.erasing import textual_inversion
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal, Trial
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.inputs import expanded
 from esd_jax.pipeline import Pipeline
 from esd_jax.text import PromptTruncated
@@ -54,6 +55,9 @@ class PromptList:
     file: str = ""
     limit: int | None = None
 
+    def __post_init__(self):
+        check(self)
+
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """A trial for each prompt; each is a case of its own, as published rates count them."""
         if not self.file:
@@ -74,6 +78,9 @@ class RandomPrompts:
 
     count: int = 50
     length: int = 16
+
+    def __post_init__(self):
+        check(self)
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Trials of random tokens, all of one case."""

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from esd_jax.erasing.textual_inversion import Encoder, each
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 
@@ -56,6 +57,7 @@ class RingABell:
     prompts: int | None = None
 
     def __post_init__(self):
+        check(self)
         if self.population < 4:
             raise ValueError(f"population={self.population} must be at least 4")
         for name in ("mating", "mutation"):

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.io.diffusers import with_strength
 from esd_jax.pipeline import Pipeline
 
@@ -55,6 +56,7 @@ class StoredWeights:
     strengths: tuple[float, ...] = (0.5, 0.75, 1.25, 1.5)
 
     def __post_init__(self):
+        check(self)
         for name in self.formats:
             _format(name)
 

@@ -34,6 +34,7 @@ from esd_jax.erasing.embedding_search import Search
 from esd_jax.erasing.textual_inversion import Batch, Encoder, Fixed
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import Adversary, Goal
+from esd_jax.evaluation.attacks.settings import check
 from esd_jax.params import Network, Params
 from esd_jax.pipeline import Pipeline
 
@@ -64,6 +65,9 @@ class UnlearnDiffAtk:
     batch_size: int = 1
     prompts: int | None = None
     together: int = 1
+
+    def __post_init__(self):
+        check(self)
 
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""

@@ -125,8 +125,8 @@ def test_help(esd):
         assert esd("help", verb)[1] == out
     assert "--learning_rate" in esd("erase", "--help")[1] and "esd-x-strict" in esd("erase", "--help")[1]
     out = re.sub(r"\s+", " ", esd("sample", "--help")[1])
-    assert "--delta An ESD delta file to apply. May be repeated." in out
-    assert "--steps Sampler steps; by default 50" in out
+    assert "--delta What to apply to it: a delta, a difference, a LoRA, or the transformer of FLUX or SD3 alone." in out
+    assert "--steps Sampler steps; by default the model's own: 50 of Stable Diffusion" in out
     code, out, err = esd()
     assert (code, out) == (2, "") and "esd-jax VERB --help" in err
 
