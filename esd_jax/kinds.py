@@ -5,7 +5,6 @@ The same choice in Python, on the command line and in the demo. A config that is
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields as fields_of
 from types import MappingProxyType
 from typing import Any
 
@@ -130,7 +129,7 @@ def preset_of(method: str, family: families.Family) -> str | None:
 def lacking(method: str, family: families.Family) -> str:
     """What a family lacks for a method's preset, as a sentence; empty if nothing."""
     settings, name = METHODS[method], preset_of(method, family)
-    own = {field.name for field in fields_of(settings)}
+    own = inspect.signature(settings).parameters
     values = settings.PRESETS[name] if name else {}
     needs = settings(**{field: value for field, value in values.items() if field in own}).needs
     return family.lacks(needs, f"method {method!r}")

@@ -101,14 +101,14 @@ def draw(
 
     Raises ValueError for a folder that was sampled with other settings.
     """
-    drawing = of_family(drawing, pipeline)
-    settings = {k: v for k, v in asdict(drawing).items() if k != "batch_size"}
+    how = of_family(drawing, pipeline)
+    settings = {k: v for k, v in asdict(how).items() if k != "batch_size"}
     _claim(folder, cases, model=identity, drawing=settings)
     missing = [case for case in cases if not _file(folder, case).is_file()]
     done = len(cases) - len(missing)
     # The guidance scale is one number for a batch.
-    own = lambda case: drawing.own_guidance and case.guidance is not None  # noqa: E731
-    scale = lambda case: case.guidance if own(case) else drawing.guidance_scale  # noqa: E731
+    own = lambda case: how.own_guidance and case.guidance is not None  # noqa: E731
+    scale = lambda case: case.guidance if own(case) else how.guidance_scale  # noqa: E731
     chunks = [
         (guidance, alike[start : start + CHUNK], len(alike))
         for guidance, group in groupby(sorted(missing, key=scale), key=scale)
@@ -121,12 +121,12 @@ def draw(
                 pipeline,
                 [case.prompt for case in chunk],
                 seed=[case.seed for case in chunk],
-                steps=drawing.num_steps,
+                steps=how.num_steps,
                 guidance_scale=guidance,
-                sampler=drawing.sampler or "auto",
-                height=drawing.height,
-                width=drawing.width,
-                batch_size=min(drawing.batch_size, several),
+                sampler=how.sampler or "auto",
+                height=how.height,
+                width=how.width,
+                batch_size=min(how.batch_size, several),
             )
             for case, image in zip(chunk, images, strict=True):
                 with results.replacing(_file(folder, case)) as partial:

@@ -127,9 +127,9 @@ def test_numbers_that_nobody_gives_are_the_familys(arch, steps, guidance, unchec
 
 @pytest.mark.parametrize(("arch", "expected"), [("sd14", {}), ("flux-dev", {"num_steps": 28, "guidance_scale": 3.5})])
 def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unchecked, tmp_path, monkeypatch):
-    configs = esd_jax.api.architecture(arch)[0]
+    configs, schedule = esd_jax.api.architecture(arch)
     source = types.SimpleNamespace(source="x/y")
-    model = types.SimpleNamespace(configs=configs, family=families.of(configs), provenance=source)
+    model = types.SimpleNamespace(configs=configs, schedule=schedule, family=families.of(configs), provenance=source)
     recorded = []
     monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **options: recorded.append(options) or 1 / 0)
     monkeypatch.setattr(dossier.protocols, "identity", lambda erased: {})
