@@ -150,8 +150,7 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all" of them leaves out those
-        for which base or goal lack something, and so do, by default, the four of `esd_jax.names.ATTACK_NAMES`.
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all", or none, leave some out.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
@@ -172,10 +171,11 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
-    own = base.family.sampling(base.configs)
     if bed:
         options = {**bed.sampling, **options}
-    elif own != Sampling():  # results without these numbers are of the usual ones
+    elif (
+        own := base.family.sampling(base.configs)
+    ) != Sampling():  # results without these numbers are of the usual ones
         options = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **options}
     evidence = attacks.campaign(
         base,
