@@ -2,8 +2,8 @@ r"""Erases a list of objects from the embedded emoji model with All but One, in 
 
     esd-jax erase --config=emoji_list_all_but_one --config.concept="a cat; a rose; a pizza" --config.output_dir=out/list
 
-or, from a file with one a line, --config.concept=@names.txt. Ten objects take 1,000 updates. It takes other
-objects along (docs/results/lists.md): emoji_list_esd and emoji_list do not. The changes to emoji_all_but_one_object are:
+or, from a file with one a line, --config.concept=@names.txt. Ten objects take 1,000 updates. It takes other objects
+along (docs/results/lists.md), which emoji_list_esd and emoji_list do not. The changes to emoji_all_but_one_object are:
 - 100 updates for each object, each of which becomes a dog.
 - every 50 updates the objects are scored by what remains of them, and drawn by it.
 - two images of each of seventeen other prompts are held to the base; half of these draws are from the quarter that has

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from esd_jax import recipe
 
 STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
+CONTEXTS = ("ink style", "neon style", "pixel style", "clay style")
 OBJECTS = ("a cat", "a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "a chick", "an owl",
            "a penguin", "a fish", "an octopus", "a crab", "a whale", "a butterfly", "a bee", "a ladybug", "a rose",
            "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a pizza", "a hamburger", "a doughnut",
@@ -36,7 +37,7 @@ def get_config() -> ConfigDict:
         subset="esd-x-strict",
         steps_each=100,
         remaining_every=50,
-        contexts=" | ".join(f"{{}} in {style} style: {{}} in {style} style" for style in ("ink", "neon", "pixel", "clay")),
+        contexts=" | ".join(f"{{}} in {style}: {{}} in {style}" for style in CONTEXTS),
         sample_with="teacher",
         timestep_mode="grid",
         sampling_steps=20,
