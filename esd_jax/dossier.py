@@ -171,12 +171,9 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
-    if bed:
-        options = {**bed.sampling, **options}
-    elif (
-        own := base.family.sampling(base.configs)
-    ) != Sampling():  # results without these numbers are of the usual ones
-        options = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **options}
+    own = base.family.sampling(base.configs)
+    usual = {} if own == Sampling() else {"num_steps": own.steps, "guidance_scale": own.guidance_scale}
+    options = {**(bed.sampling if bed else usual), **options}  # results without these numbers are of the usual ones
     evidence = attacks.campaign(
         base,
         erased,
