@@ -2,7 +2,8 @@
 
     esd-jax erase --config=emoji_redirect --config.concept="neon style" --config.output_dir=out/neon_redirect
 
-emoji_robust (see there) without inversion rounds: faster, but a search at early timesteps may bring the style back.
+emoji_robust (see there) without inversion rounds and without training between the images: faster, but a search at early
+timesteps may bring the style back.
 """
 
 from ml_collections import ConfigDict
@@ -13,5 +14,5 @@ from esd_jax import config_files
 def get_config() -> ConfigDict:
     config = config_files.read("emoji_robust")
     with config.unlocked():
-        del config["rounds_every"]
+        del config["rounds_every"], config["redirect_between"]
     return config

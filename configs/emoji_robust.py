@@ -5,9 +5,10 @@
 Redirection with inversion rounds: noised images in the style are denoised into images without it, whatever the prompt,
 and whatever the searches of the rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of
 it. The whole UNet is trained, and other styles and objects are held to the base on images of their own; half of these
-are the ones that have changed most. About ten minutes on two idle CPU cores. Tuned on blueprint alone; what it reaches
-is in docs/results/robust.md. emoji_redirect is the same without rounds. A style that hardly differs from none, as ink
-on its white ground, also takes --config.redirect_between=1.
+are the ones that have changed most. About ten minutes on two idle CPU cores. Tuned on blueprint; what it reaches is
+in docs/results/robust.md. Prompts are trained between the images, too (redirect_between, tuned on halftone): without,
+styles that hardly differ from none stay in part, and how much a search finds depends on the run. emoji_redirect is the
+same without rounds.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +36,7 @@ def get_config() -> ConfigDict:
         concept="neon style",
         contexts=" | ".join(f"{name} in {{}}: {name}" for name in OBJECTS),
         retain="emoji",
+        redirect_between=1.0,
         drawn_images=3,
         drawing_steps=20,
         drawing_guidance=3.0,

@@ -2,7 +2,8 @@
 
     esd-jax erase --config=flow_rece --config.concept=nudity --config.output_dir=runs/rece_nudity
 
-flow_uce, then three epochs of it on embeddings that still give the concept. Not measured.
+flow_uce, then three epochs of it on embeddings that still give the concept. For FLUX.1 [schnell] give
+--config.preview_steps=4. Not measured.
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe_fields import RecipeFields, completed
-from esd_jax.runs import neighbours, replacements
+from esd_jax.runs import replacements
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
@@ -100,7 +100,7 @@ def erase(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    plan = replacements.resolved(base, neighbours.resolved(base, plan))
+    plan = replacements.resolved(base, plan)
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
@@ -133,7 +133,8 @@ def planned(
     settings, config = _settings(base, source, config, kind, fields)
     several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
-    plan.check_concepts(config, fields)
+    typed = {*fields, *FOR_EACH} if any(isinstance(one, Concept) for one in named) else {*fields}
+    plan.check_concepts(config, typed)
     return plan
 
 

@@ -150,7 +150,8 @@ def attack(
 
     Args:
       base, erased: before and after.
-      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all", or none, leave some out.
+      names: of `esd_jax.attacks.ATTACKS` and `PROBES`, or "concept_inversion_family"; "all", and the default, leave out
+        what the base lacks something for.
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.

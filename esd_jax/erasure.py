@@ -19,8 +19,8 @@ class Concept:
 
     text: what to erase ("Van Gogh", "neon style").
     from_: erase it only there (an attribute: erase "glasses" from "a person with glasses"); None erases everywhere.
-    replace_with: what takes its place ("painting"; "bikini", "pants"). "auto" alone is the one of the nearest concepts,
-      and before others the one of them, that changes other concepts the least.
+    replace_with: what takes its place ("painting"; "bikini", "pants"). "auto": whichever of the nearest concepts
+      changes others the least; "auto", "A", "B": whichever of A and B does.
     preserve: prompts on which the erased model is held to the base; "auto": the nearest concepts.
     strength: multiplies the method's own strength.
 

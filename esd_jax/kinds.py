@@ -11,7 +11,7 @@ from typing import Any
 from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
-from esd_jax.families import flows
+from esd_jax.io.flow_names import TransformerConfig
 from esd_jax.methods import METHODS
 from esd_jax.names import KINDS, check_kind
 
@@ -82,15 +82,14 @@ def config(
     name, known = named(source, method, kind, configs), config_names()
     if name in known:
         return name
-    family = families.of(configs())
-    if reason := lacking(method, family):
+    if reason := lacking(method, configs()):
         raise ValueError(reason)
-    having = [name for name in METHODS if named(source, name, kind, configs) in known and not lacking(name, family)]
+    having = [name for name in METHODS if named(source, name, kind, configs) in known and not lacking(name, configs())]
     message = (
         f"method {method!r} has no recipe for {source} and kind={kind!r} (methods that have one: "
         f"{', '.join(having) or 'none'})"
     )
-    if preset := preset_of(method, family):
+    if preset := preset_of(method, configs()):
         first = preset == next(iter(METHODS[method].PRESETS))
         arguments = repr(method) if first else f"{method!r}, {preset!r}"
         message += (
@@ -108,7 +107,7 @@ def named(source: Any, method: str, kind: str, configs: Callable[[], families.Co
     called = model(configs())
     if called in RECIPES_OF and (bed := testbed.of(RECIPES_OF[called])):
         return bed.config(method, kind)
-    flow = families.of(configs()).denoiser == flows.DENOISER
+    flow = is_flow(configs())
     if method != "esd":
         whole = f"flow_{method}" if flow else method
         own = f"{whole}_{kind}"
@@ -118,21 +117,26 @@ def named(source: Any, method: str, kind: str, configs: Callable[[], families.Co
     return "flow_esd" if flow else "esd_x" if kind == "style" else "esd_u"
 
 
-def preset_of(method: str, family: families.Family) -> str | None:
-    """Which of a method's presets is for a family; None if none is."""
+def is_flow(configs: families.Configs) -> bool:
+    """Whether a base is a flow transformer of this package's; another package's families have recipes of their own."""
+    return any(isinstance(config, TransformerConfig) for config in configs.values())
+
+
+def preset_of(method: str, configs: families.Configs) -> str | None:
+    """Which of a method's presets is for a base; None if none is."""
     presets = METHODS[method].PRESETS
-    if family.denoiser == flows.DENOISER:
+    if is_flow(configs):
         return next((name for name in FLOW_PRESETS if name in presets), None)
     return next(iter(presets))
 
 
-def lacking(method: str, family: families.Family) -> str:
-    """What a family lacks for a method's preset, as a sentence; empty if nothing."""
-    settings, name = METHODS[method], preset_of(method, family)
+def lacking(method: str, configs: families.Configs) -> str:
+    """What a base lacks for a method's preset, as a sentence; empty if nothing."""
+    settings, name = METHODS[method], preset_of(method, configs)
     own = inspect.signature(settings).parameters
     values = settings.PRESETS[name] if name else {}
     needs = settings(**{field: value for field, value in values.items() if field in own}).needs
-    return family.lacks(needs, f"method {method!r}")
+    return families.of(configs).lacks(needs, f"method {method!r}")
 
 
 def as_field(kind: str, method: str) -> None:

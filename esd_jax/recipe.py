@@ -50,8 +50,8 @@ class Recipe:
       concept: the text; several are separated by ";". The others are given once for all concepts, or once for each,
         separated by ";" too.
       from_: erase it only there ("" is everywhere).
-      replace_with: what takes its place; several for one concept are separated by "|". "auto": the one of its nearest
-        concepts that changes others the least; "auto | a painting | a photo": one of these.
+      replace_with: what takes its place; several for one concept are separated by "|". "auto": whichever of its
+        nearest concepts changes others the least; "auto | a painting | a photo": whichever of these does.
       preserve: prompts on which the erased model is held to the base, separated by "|"; "auto": the nearest concepts.
       strength: multiplies the method's own strength.
       All of these may be lists in place of one string with separators. The texts of a list are taken as they are.
@@ -152,7 +152,7 @@ class Recipe:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
         erased = [concept.erased_from for concept in self.concepts]
         for concept in self.concepts:
-            own = [] if concept.replace_with[:1] == ("auto",) else [concept.text]  # of what is not erased
+            own = [] if "auto" in concept.replace_with else [concept.text]  # of what is not erased
             for name, taken in {"replace_with": own, "preserve": [concept.text, *erased]}.items():
                 if wrong := [one for one in taken if any(wording.same(text, one) for text in getattr(concept, name))]:
                     whose = "" if config is None or name in typed else f", by the recipe {config!r},"

@@ -135,7 +135,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
     from esd_jax.erasing.round_settings import DEFAULTS as ROUNDS
     from esd_jax.planning.plan import compared
-    from esd_jax.runs import neighbours, replacements, setup
+    from esd_jax.runs import replacements, setup
 
     common.check_numbers(values)
     if values.multihost:
@@ -157,14 +157,14 @@ def run(values: flags.FlagValues) -> None:
     if hosts.is_primary() and (few := _shared_steps(values, plan)):
         common.say(f"warning: {few}")
     if values.dry_run:
-        _dry_run(plan, values.arch, values.compile)
+        _dry_run(replacements.counted(plan), values.arch, values.compile)
         return
     formats = chosen(values.export, "export")
-    size = _planned(plan)
+    size = _planned(replacements.counted(plan))
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
-    asked, plan = plan, replacements.resolved(base, neighbours.resolved(base, plan))
+    asked, plan = plan, replacements.resolved(base, plan)
     for before, concept in zip(asked.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
         if concept.replace_with != before.replace_with:
             common.say(f"{concept.text!r} becomes {concept.replace_with[0]!r}, which changes other concepts the least")

@@ -4,8 +4,9 @@ Each candidate takes the concept's place in a closed form of this one pair (`era
 
     E = argmin sum_i |c_i (1 + E) - c*_i|^2 + lam |E|_F^2,    lam = SHRINKAGE mean_i |c_i|^2,
 
-c_i and c*_i the vectors of concept and candidate from the first token in which they differ. No weight is edited: what
-layers read of a prompt is multiplied by 1 + E. The damage is the mean squared change of the base's predictions for the
+c_i and c*_i the vectors of concept and candidate from the first token in which they differ (of several text encoders
+whose tokens follow one another, the larger mean). No weight is edited: the token vectors that layers read are
+multiplied by 1 + E; a pooled vector stays. The damage is the mean squared change of the base's predictions for the
 concept's neighbours. Adaptive Guided Erasure (Bui et al., ICLR 2025) has the idea that what a concept becomes be chosen
 by what it costs others; it learns a mixture of words while it erases.
 
@@ -38,18 +39,28 @@ ALIKE = 0.5  # of the candidates' median distance from the concept: what is near
 
 
 def resolved(base: Pipeline, plan: Recipe) -> Recipe:
-    """The recipe with a candidate in place of "auto"; unchanged without one. Raises ValueError as `damages` does."""
-    if not any(concept.replace_with[:1] == (AUTO,) for concept in plan.concepts):
+    """The recipe with what stands for "auto": in `replace_with` a candidate, in `preserve` the neighbours.
+
+    Unchanged without any. Raises ValueError as `damages` does.
+    """
+    plan = neighbours.resolved(base, plan)
+    if not any(AUTO in concept.replace_with for concept in plan.concepts):
         return plan
     texts = [concept.text for concept in plan.concepts]
 
     def chosen(concept: Concept) -> Concept:
-        first, *own = concept.replace_with or ("",)
-        if first != AUTO:
+        if AUTO not in concept.replace_with:
             return concept
+        own = [text for text in concept.replace_with if text != AUTO]
         return dataclasses.replace(concept, replace_with=(next(iter(damages(base, concept.text, texts, own))),))
 
     return dataclasses.replace(plan, concepts=tuple(map(chosen, plan.concepts)))
+
+
+def counted(plan: Recipe) -> Recipe:
+    """The recipe with one text in place of "auto" and its candidates: enough to count memory and updates."""
+    one = lambda c: dataclasses.replace(c, replace_with=c.replace_with[-1:]) if AUTO in c.replace_with else c  # noqa: E731
+    return dataclasses.replace(plan, concepts=tuple(map(one, plan.concepts)))
 
 
 def damages(
@@ -70,6 +81,8 @@ def damages(
         texts = [text for text, far in zip(texts, apart, strict=True) if far >= ALIKE * np.median(apart)]
     kept = neighbours.nearest(base, concept, erased) or texts
     encoded = in_batches(base.encode_prompts, kept, neighbours.AT_ONCE)
+    if not hasattr(encoded, "embeddings"):
+        raise ValueError(f"replace_with='auto' cannot edit what {base.family.name} reads of a prompt: name it")
     read = [encoded, *(changed(encoded, edit) for edit in edits(base, concept, texts))]
     stacked = _joined(read)
     before, *after = np.split(neighbours.predictions(base, stacked, NOISES), len(read))

@@ -11,6 +11,7 @@ from esd_jax import api, dossier, examples, exports, prompt_files, recipe, runs
 from esd_jax.evaluation import attacks, testbed
 from esd_jax.inputs import finite
 from esd_jax.recipe import Recipe
+from esd_jax.runs import replacements
 from esd_jax.runs.listing import Run
 from esd_jax.studio.jobs import MISTAKES, Desk, Job
 from esd_jax.training import run_folder
@@ -62,7 +63,8 @@ def _train(desk: Desk, planned: Recipe, title: str, **how: Any) -> Job:
     def work(job: Job) -> None:
         base = desk.load(planned)
         stopping = lambda step, metrics: job.state == "stopping"  # noqa: E731
-        erased = runs.run(base, recipe.read_previews(planned), on_step=stopping, **how)
+        plan = recipe.read_previews(replacements.resolved(base, planned))
+        erased = runs.run(base, plan, on_step=stopping, **how)
         job.note = examples.doubt(base, [concept.text for concept in planned.concepts]) or "Compare shows the result"
         try:
             dossier.picture(erased, job.folder)

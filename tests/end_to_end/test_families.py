@@ -152,7 +152,7 @@ def test_what_it_lacks_is_refused_by_name(toy):
     assert any("P4D needs" in line and "the toy flow model" in line for line in said)
     assert any("composition needs two concepts" in line for line in said)
     assert any("'attn'" in line for line in said) and any("prompts without 'cat'" in line for line in said)
-    can = ("possible are encoder_output, null_inversion, completion, stored_weights, or all: --attacks=all",)
+    can = ("this base takes: encoder_output, null_inversion, completion, stored_weights",)
     with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model", *can)):  # it is asked for by name
         attacks.within(attacks.chosen(["p4d", "all"]), ["p4d", "all"], lacks, said.append)
     with pytest.raises(ValueError, match=one_line("P4D", "the toy flow model")):  # before a goal is drawn

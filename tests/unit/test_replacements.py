@@ -119,3 +119,9 @@ def test_what_replaces_is_chosen_on_a_flow_transformer(tmp_path, near, guided):
     flow_factories.make_flux(tmp_path / "flux", dev=guided)
     damages = replacements.damages(esd_jax.load(tmp_path / "flux"), "a cat", candidates=["a dog", "a house"])
     assert damages.keys() == {"a dog", "a house"} and all(0 < damage < np.inf for damage in damages.values())
+
+
+def test_a_plan_counts_one_text_in_place_of_auto():
+    plan = recipe.make(concept="cat; dog; owl", replace_with="auto; a house; auto | a bird | a bee", method="ablating")
+    counts = [concept.replace_with for concept in replacements.counted(plan).concepts]
+    assert counts == [("auto",), ("a house",), ("a bee",)]

@@ -162,7 +162,7 @@ def within(
 def _others(lacks: Callable[[Attack | Probe], str]) -> str:
     """What else can be asked for."""
     every = [name for name in (*names.ATTACK_NAMES, *names.MORE_ATTACKS) if name != FAMILY]
-    return f"possible are {', '.join(name for name in every if not lacks(preset(name)))}, or all: --attacks=all"
+    return f"this base takes: {', '.join(name for name in every if not lacks(preset(name))) or 'none'}"
 
 
 def possible(
