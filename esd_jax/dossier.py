@@ -18,7 +18,6 @@ from esd_jax.evaluation.drawing import recorded
 from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.report import card, comparison
-from esd_jax.families.family import Sampling
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
@@ -172,9 +171,7 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
-    own = base.family.sampling(base.configs)
-    usual = {} if own == Sampling() else {"num_steps": own.steps, "guidance_scale": own.guidance_scale}
-    options = {**(bed.sampling if bed else usual), **options}  # results without these numbers are of the usual ones
+    options = {**(bed.sampling if bed else {}), **options}
     evidence = attacks.campaign(
         base,
         erased,

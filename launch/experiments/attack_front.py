@@ -34,8 +34,8 @@ def draw(tables: Mapping[str, Table], columns: Sequence[Column], inversions: Col
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file, dpi=150)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + len(shown), frameon=False)
+    figure.savefig(file, dpi=150, bbox_inches="tight")  # names may be wider than the panels
     plots.pyplot().close(figure)
 
 

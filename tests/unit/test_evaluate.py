@@ -13,7 +13,7 @@ from messages import one_line
 from PIL import Image
 
 import esd_jax
-from esd_jax import dossier, families
+from esd_jax import dossier, families, results
 from esd_jax.demo import groups, protocol
 from esd_jax.demo.measure import BASE, ERASED
 from esd_jax.evaluation import drawing, measures, prompts, protocols, seen, store
@@ -131,14 +131,14 @@ def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unch
     source = types.SimpleNamespace(source="x/y")
     model = types.SimpleNamespace(configs=configs, schedule=schedule, family=families.of(configs), provenance=source)
     recorded = []
-    monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **options: recorded.append(options) or 1 / 0)
+    monkeypatch.setattr(results, "kept", lambda *_, settings: recorded.append(settings["drawing"]) or 1 / 0)
     monkeypatch.setattr(dossier.protocols, "identity", lambda erased: {})
     goal = types.SimpleNamespace(prompts=("a cat",), concept="a cat")
+    options = {"output_dir": tmp_path, "concept": "a cat", "goal": goal, "random": False}
     for changes in ({}, {"guidance_scale": 2.0}):
         with pytest.raises(ZeroDivisionError):
-            dossier.attack(model, model, ["encoder_output"], output_dir=tmp_path, concept="a cat", goal=goal, **changes)
-        options = recorded.pop()
-        assert {k: options[k] for k in ("num_steps", "guidance_scale") if k in options} == expected | changes
+            dossier.attack(model, model, ["encoder_output"], **options, **changes)
+        assert recorded.pop() == expected | changes
 
 
 def test_protocols_sample_stable_diffusion_as_they_did():

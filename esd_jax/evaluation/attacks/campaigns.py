@@ -11,12 +11,13 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
-from esd_jax.evaluation.attacks.probe import Probe, Remarking, Sampling
+from esd_jax.evaluation.attacks.probe import Fitted, Probe, Remarking
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
 from esd_jax.evaluation.report.terms import term
+from esd_jax.families.family import Sampling
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
@@ -65,11 +66,14 @@ def campaign(
     Raises ValueError for a folder that holds results of other settings, and for a model all of whose images are blank.
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
-    attacks = [one.fitted(base) if isinstance(one, Sampling) else one for one in attacks]
+    attacks = [one.fitted(base) if isinstance(one, Fitted) else one for one in attacks]
     models = {BASE: base, ERASED: erased} | ({PLACEBO: placebo} if placebo is not None else {})
     models |= {RANDOM: random_weights(base, seed)} if random else {}
     searches: list[Attack] = [OwnPrompts(), *(one for one in attacks if not isinstance(one, Probe))]
     probes = [one for one in attacks if isinstance(one, Probe)]
+    own = base.family.sampling(base.configs)
+    if own != Sampling():  # results without these numbers are of the usual ones
+        drawing = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **drawing}
     recorded = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
     common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": recorded}
 

@@ -42,7 +42,7 @@ class Particular(Protocol):
 
 
 @runtime_checkable
-class Sampling(Protocol):
+class Fitted(Protocol):
     """A probe that samples with numbers of its own, by default those of the base's family."""
 
     def fitted(self, base: Pipeline) -> "Probe":
