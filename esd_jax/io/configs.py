@@ -104,7 +104,7 @@ def _components(folder: Path, index: Mapping[str, Any], family: Family) -> dict[
         cls = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if cls is None and name in family.optional:
             continue
-        if cls not in allowed:
+        if not isinstance(cls, str) or cls not in allowed:
             raise ValueError(
                 f"{folder}: component {name} is a {cls}, which is not implemented (only {tuple(allowed)} are)"
             )
