@@ -171,7 +171,8 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
-    options = {**(bed.sampling if bed else {}), **options}
+    if bed:
+        options = {**bed.sampling, **options}
     evidence = attacks.campaign(
         base,
         erased,

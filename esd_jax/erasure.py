@@ -10,6 +10,7 @@ from typing import Any
 from esd_jax import display
 from esd_jax.inputs import check_finite, check_text
 
+AUTO = "auto"  # in place of `replace_with` and `preserve`: what is chosen on the base
 ConceptText = str | Sequence[str]  # the text of one concept, or the texts of several
 
 
@@ -46,6 +47,11 @@ class Concept:
             if "\0" in text:
                 raise ValueError(f"concept {text!r} holds a null character, which nothing can be named by: take it out")
         check_finite(strength=self.strength)
+
+    @property
+    def anchor(self) -> str:
+        """What it becomes where that is one prompt: the first `replace_with`, or the empty prompt."""
+        return next(iter(self.replace_with), "")
 
     @property
     def erased_from(self) -> str:

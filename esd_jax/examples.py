@@ -8,7 +8,7 @@ from esd_jax import progress, several
 from esd_jax.demo.picture import Column, before_after
 from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import store, testbed
-from esd_jax.evaluation.drawing import Drawing, of_family, sampled
+from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, of_family, sampled
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.io.diffusers import unmodified
 from esd_jax.pipeline import Pipeline
@@ -18,7 +18,6 @@ PICTURE = "before_after.png"
 PART = "examples"  # of the evidence of an erasure
 MOST = 6  # prompts, of a model without a testbed
 SEED = 1
-MOST_STEPS = 20  # of what has no testbed
 
 
 def draw(erased: Pipeline) -> Evidence:

@@ -5,13 +5,14 @@ The same choice in Python, on the command line and in the demo. A config that is
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
 from esd_jax.evaluation import testbed
-from esd_jax.io.flow_names import TransformerConfig
+from esd_jax.io.ldm import is_flow
 from esd_jax.methods import METHODS
 from esd_jax.names import KINDS, check_kind
 
@@ -78,7 +79,7 @@ def config(
         raise ValueError("kind='attribute' needs from_, the only place that it is erased from: from_='a librarian'")
     if method is not None and method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; {suggest.did_you_mean(method, METHODS)}")
-    kind, method = kind or kind_of(source, concepts) or "style", method or "esd"
+    kind, method, configs = kind or kind_of(source, concepts) or "style", method or "esd", cache(configs)
     name, known = named(source, method, kind, configs), config_names()
     if name in known:
         return name
@@ -107,7 +108,7 @@ def named(source: Any, method: str, kind: str, configs: Callable[[], families.Co
     called = model(configs())
     if called in RECIPES_OF and (bed := testbed.of(RECIPES_OF[called])):
         return bed.config(method, kind)
-    flow = is_flow(configs())
+    flow = is_flow(configs())  # of this package's; other families bring recipes of their own
     if method != "esd":
         whole = f"flow_{method}" if flow else method
         own = f"{whole}_{kind}"
@@ -115,11 +116,6 @@ def named(source: Any, method: str, kind: str, configs: Callable[[], families.Co
     if recipes := RECIPES.get(called):
         return recipes.get(kind, f"esd_{kind}")  # some methods have more kinds
     return "flow_esd" if flow else "esd_x" if kind == "style" else "esd_u"
-
-
-def is_flow(configs: families.Configs) -> bool:
-    """Whether a base is a flow transformer of this package's; another package's families have recipes of their own."""
-    return any(isinstance(config, TransformerConfig) for config in configs.values())
 
 
 def preset_of(method: str, configs: families.Configs) -> str | None:

@@ -19,7 +19,7 @@ from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing import round_settings
 from esd_jax.erasing.method import Settings, check_steps, choose
 from esd_jax.erasing.retention import Retention
-from esd_jax.erasure import Concept
+from esd_jax.erasure import AUTO, Concept
 from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
 from esd_jax.names import method_name, unknown_method
@@ -152,7 +152,7 @@ class Recipe:
             raise ValueError("the concept is empty: name what is to be erased, concept='...'")
         erased = [concept.erased_from for concept in self.concepts]
         for concept in self.concepts:
-            own = [] if "auto" in concept.replace_with else [concept.text]  # of what is not erased
+            own = [] if AUTO in concept.replace_with else [concept.text]  # of what is not erased
             for name, taken in {"replace_with": own, "preserve": [concept.text, *erased]}.items():
                 if wrong := [one for one in taken if any(wording.same(text, one) for text in getattr(concept, name))]:
                     whose = "" if config is None or name in typed else f", by the recipe {config!r},"

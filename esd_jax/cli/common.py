@@ -194,10 +194,21 @@ def options(values: flags.FlagValues, names: str) -> dict[str, Any]:
 
 def model(values: flags.FlagValues, step: int | None = None) -> Any:
     """The pipeline that --run, or --base, with --delta names."""
+    return applied(source(values, step), values.delta)
+
+
+def source(values: flags.FlagValues, step: int | None = None) -> Any:
+    """The pipeline that --run, or --base, names."""
     from esd_jax import api
 
-    pipeline = api.restore(values.run, step, base=values.base) if values.run else api.load(values.base)
-    for path in values.delta:
+    return api.restore(values.run, step, base=values.base) if values.run else api.load(values.base)
+
+
+def applied(pipeline: Any, paths: Sequence[str]) -> Any:
+    """A pipeline with what --delta names."""
+    from esd_jax import api
+
+    for path in paths:
         pipeline = api.opened(pipeline, path)
     return pipeline
 

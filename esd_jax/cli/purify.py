@@ -51,7 +51,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, sampling
+    from esd_jax import sampling
     from esd_jax.io import diffusers, images
 
     output = common.output(values)
@@ -60,19 +60,18 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("purify needs at least one image")
     if not values.run and not values.base:
         raise ValueError("purify needs --run, or --base")
-    pipeline = common.model(values)
+    source = common.source(values)
+    pipeline = common.applied(source, values.delta)
     size = sampling.image_size(pipeline.configs, values.height, values.width)
     inputs = np.asarray(sampling.to_uint8(images.read_images(values.image, size)))
     options = common.options(values, "steps guidance_scale inversion_guidance_scale timestep batch_size")
-    # A whole transformer in the base's place is no edit.
-    replaced = bool(values.base and values.delta and not pipeline.edits)
-    plain = api.load(values.base) if replaced else diffusers.unmodified(pipeline)
+    plain = diffusers.unmodified(source)  # a whole transformer of --delta is no edit
     inverter = plain if values.inverter == "unmodified" else pipeline
     drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}
     images.write_images(drawn["these images"], output)
     print(f"{len(inputs)} images in {output}")
     if values.compare:
-        if pipeline.edits or replaced:
+        if pipeline.edits or values.delta:
             drawn["by the unmodified weights"] = sampling.purify(plain, inputs, values.prompt, **options)
         drawn["by the autoencoder alone"] = sampling.reconstruct(pipeline, inputs, batch_size=values.batch_size)
     print(_likeness(inputs, drawn))

@@ -90,9 +90,7 @@ def run(values: flags.FlagValues) -> None:
     prompts, seed = _prompts(common.required(values, "prompts"), values.seed, values["seed"].present > 0)
     images.check_output(output)
     rule, reweight = _rule(values), _reweight(values.reweight)
-    pipeline = api.load(values.base, dtype=values.dtype, variant=values.variant)
-    for path in values.delta:
-        pipeline = api.opened(pipeline, path)
+    pipeline = common.applied(api.load(values.base, dtype=values.dtype, variant=values.variant), values.delta)
     bed = testbed.of(pipeline.provenance.source)
     asked = common.options(values, "steps guidance_scale true_cfg negative_prompt sampler eta height width batch_size")
     options = sampled(bed.sampling) if bed else {}

@@ -133,7 +133,7 @@ def spaces(tools: Tools, concepts: Sequence[Concept], prompts: Sequence[str] = (
 
 
 def _texts(concepts: Sequence[Concept], prompts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(["", *(c.text for c in concepts), *map(guide, concepts), *prompts]))
+    return list(dict.fromkeys(["", *(c.text for c in concepts), *(c.anchor for c in concepts), *prompts]))
 
 
 def _encoded(tools: Tools, texts: list[str]) -> Any:
@@ -229,15 +229,10 @@ def edit(pairs: Sequence[tuple[Array, Array, float]], lam: float, free: Array | 
     return Edit(jnp.concatenate(old), jnp.concatenate(new), jnp.asarray(weight), jnp.float32(lam), free)
 
 
-def guide(concept: Concept) -> str:
-    """What a concept becomes."""
-    return concept.replace_with[0] if concept.replace_with else ""
-
-
 def prompts(concept: Concept, sentences: Sequence[Context] = (), phrases: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The prompts that a concept is erased from, and what each becomes: alone, in phrases ("art by {}"), contexts."""
-    alone = [(phrase.format(concept.text), guide(concept)) for phrase in ("{}", *phrases)]
-    return [*alone, *contexts.pairs(sentences, concept.text, guide(concept))]
+    alone = [(phrase.format(concept.text), concept.anchor) for phrase in ("{}", *phrases)]
+    return [*alone, *contexts.pairs(sentences, concept.text, concept.anchor)]
 
 
 def preserved(concepts: Sequence[Concept]) -> list[str]:

@@ -59,8 +59,7 @@ def expanded(concepts: Sequence[Concept], contexts: Sequence[Context]) -> list[C
         if contexts and concept.from_ is not None:
             raise ValueError(f"contexts are for concepts that are erased everywhere: {concept.text!r} has from_")
         rows.append(concept)
-        guide = next(iter(concept.replace_with), "")
         for context in contexts:
             prompt = context.prompt.replace(NAME, concept.text)
-            rows.append(replace(concept, from_=prompt, replace_with=(context.becomes(guide),)))
+            rows.append(replace(concept, from_=prompt, replace_with=(context.becomes(concept.anchor),)))
     return rows

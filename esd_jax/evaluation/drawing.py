@@ -19,6 +19,7 @@ from esd_jax.sampling import sample
 
 CHUNK = 64  # images that are lost if the program is stopped
 MANIFEST = "manifest.json"
+MOST_STEPS = 20  # of the family's, for images that are classified or seen at a glance
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import measures, prompts
-from esd_jax.evaluation.drawing import Drawing, draw, of_family
+from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, of_family
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
 from esd_jax.io import folder as files
@@ -40,8 +40,8 @@ class Protocol:
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    "smoke": Protocol("everyday", ("ssim",), 8, most_steps=20),
-    "quick": Protocol("everyday", ("ssim",), most_steps=20),
+    "smoke": Protocol("everyday", ("ssim",), 8, most_steps=MOST_STEPS),
+    "quick": Protocol("everyday", ("ssim",), most_steps=MOST_STEPS),
     "preservation": Protocol(
         "everyday", ("ssim", "lpips"), published="All but One (Hong et al. 2024): SSIM, window 25, at equal seeds"
     ),

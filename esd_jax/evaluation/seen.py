@@ -9,7 +9,7 @@ from jaxtyping import Bool, UInt8
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import prompts
-from esd_jax.evaluation.drawing import of_family
+from esd_jax.evaluation.drawing import MOST_STEPS, of_family
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.judges import detectors
 from esd_jax.metrics.intervals import Estimate, clustered_rate, known, mean
@@ -19,7 +19,6 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
 Images = UInt8[np.ndarray, "n height width 3"]
-MOST_STEPS = 20  # of images that are classified, and not looked at
 Detect = Callable[[Images], Bool[np.ndarray, " n"]]
 
 

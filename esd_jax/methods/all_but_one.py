@@ -145,7 +145,7 @@ class AllButOne(RoundsSettings):
         if self.delta == "implicit":
             kept = jnp.asarray([[1 - c.strength * (1 - self.token_scale)] for c in concepts])
             token_scale = jnp.where(concept_tokens(tools, [c.text for c in concepts]), kept, 1.0)
-        becomes = {"student": lambda c: c.from_ or c.text, "anchor": lambda c: next(iter(c.replace_with), "")}
+        becomes = {"student": lambda c: c.from_ or c.text, "anchor": lambda c: c.anchor}
         named = galleries.prompts_of(concepts, contexts.parse(self.contexts), becomes) if self.rounds_every else []
         trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), self.sampling_steps)
         numbers = map(jnp.float32, (rows, self.gamma_1, self.gamma_2, self.penalty))

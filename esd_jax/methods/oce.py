@@ -79,7 +79,7 @@ class OCE:
         kept = closed_form.preserved(concepts)
         encoded = closed_form.encode(tools, concepts, [*phrases, *kept])
         last = lambda texts: jnp.stack([encoded[text].vectors[encoded[text].last] for text in texts])  # noqa: E731
-        old, guides = last(phrases), list(dict.fromkeys(map(closed_form.guide, concepts)))
+        old, guides = last(phrases), list(dict.fromkeys(c.anchor for c in concepts))
         width = old.shape[1]
         moment = corpora.word_moment(tools, corpora.retained(self.retain, concepts))
         scales = (self.erase_scale, self.corpus_scale, self.preserve_scale, self.lam)

@@ -70,7 +70,7 @@ class RECE:
     def _of_space(
         self, space: closed_form.Space, concepts: Sequence[Concept], kept: Sequence[str], first: closed_form.Edit
     ) -> tuple["Solver", "Inputs"]:
-        prompts = [(c.text, closed_form.guide(c), self.erase_scale * c.strength) for c in concepts]
+        prompts = [(c.text, c.anchor, self.erase_scale * c.strength) for c in concepts]
         prompts += [(text, text, self.preserve_scale) for text in kept]
         again = closed_form.edit(
             [(*both, s) for a, b, s in prompts for both in zip(space.whole(a), space.whole(b), strict=True)], self.lam

@@ -167,8 +167,8 @@ class Redirect(RoundsSettings):
 
     def prompts(self, concept: Concept) -> list[tuple[str, str]]:
         """What is erased of a concept, and what each becomes."""
-        guide = concept.replace_with[0] if concept.replace_with else ""
-        return [(concept.text, guide), *contexts.pairs(contexts.parse(self.contexts), concept.text, guide)]
+        sentences = contexts.parse(self.contexts)
+        return [(concept.text, concept.anchor), *contexts.pairs(sentences, concept.text, concept.anchor)]
 
     def may_show(self, concept: Concept) -> list[bool]:
         """Whether each anchor of `prompts` may show the concept: it does not name what replaces it."""

@@ -118,7 +118,7 @@ class SDD:
             return {"concept": lambda c: joined, "anchor": lambda c: anchor, "sample": lambda c: joined}
         return {
             "concept": lambda c: c.text,
-            "anchor": lambda c: c.replace_with[0] if c.replace_with else "",
+            "anchor": lambda c: c.anchor,
             "sample": lambda c: joined if self.sample_prompt == "all" else c.text,
         }
 

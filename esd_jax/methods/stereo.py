@@ -160,8 +160,7 @@ class STEREO:
 
     def anchors(self, concept: Concept) -> list[str]:
         """What a concept's target starts from."""
-        guide = next(iter(concept.replace_with), "")
-        return [*concept.replace_with, *(c.becomes(guide) for c in contexts.parse(self.contexts))] or [""]
+        return [*concept.replace_with, *(c.becomes(concept.anchor) for c in contexts.parse(self.contexts))] or [""]
 
     def _gallery(
         self, tools: Tools, concepts: Sequence[Concept]

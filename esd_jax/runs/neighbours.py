@@ -17,7 +17,7 @@ from esd_jax import wording
 from esd_jax.erasing import closed_form, corpora
 from esd_jax.erasing.closed_form import Encoded
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasure import Concept
+from esd_jax.erasure import AUTO, Concept
 from esd_jax.evaluation import testbed
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.params import Conditioning, Network
@@ -25,7 +25,6 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.sampling import example_keys, initial_noise
 
-AUTO = "auto"
 NEIGHBOURS = 8  # of each concept
 SHORTLIST = 32  # whose predictions are compared
 NOISES, LEVEL = 4, 0.8  # x_t that they are compared at, pure noise taken for t of this part of the schedule
@@ -35,18 +34,24 @@ TOGETHER = 8  # and predicted for, in one shape
 
 def resolved(base: Pipeline, plan: Recipe) -> Recipe:
     """The recipe with its concepts' neighbours in place of "auto"; unchanged without one."""
-    if not any(AUTO in concept.preserve for concept in plan.concepts):
-        return plan
     texts = [concept.text for concept in plan.concepts]
+    return without_auto(plan, "preserve", lambda text, own: [*dict.fromkeys([*own, *nearest(base, text, texts)])])
 
-    def with_neighbours(concept: Concept) -> Concept:
-        if AUTO not in concept.preserve:
+
+def without_auto(plan: Recipe, field: str, choose: Callable[[str, list[str]], Sequence[str]]) -> Recipe:
+    """The recipe with other texts in a field of those concepts whose texts have "auto" among them.
+
+    choose: a concept, its other texts in the field -> its texts.
+    """
+
+    def chosen(concept: Concept) -> Concept:
+        if AUTO not in (texts := getattr(concept, field)):
             return concept
-        own = [text for text in concept.preserve if text != AUTO]
-        return dataclasses.replace(concept, preserve=(*dict.fromkeys([*own, *nearest(base, concept.text, texts)]),))
+        own = [text for text in texts if text != AUTO]
+        return dataclasses.replace(concept, **{field: (*choose(concept.text, own),)})
 
-    concepts = tuple(map(with_neighbours, plan.concepts))
-    return dataclasses.replace(plan, concepts=concepts)
+    concepts = tuple(map(chosen, plan.concepts))
+    return plan if concepts == plan.concepts else dataclasses.replace(plan, concepts=concepts)
 
 
 def nearest(base: Pipeline, concept: str, erased: Sequence[str] = (), names: bool = False) -> tuple[str, ...]:
@@ -83,7 +88,11 @@ def encoded_alike(base: Pipeline, concept: str, texts: Sequence[str]) -> Float[n
 
 def last_vectors(base: Pipeline, texts: Sequence[str]) -> list[Float[Array, "texts width"]]:
     """The vector of each text's last token that layers read; of each text encoder whose tokens follow one another."""
-    return [jnp.stack([part[t].vectors[part[t].last] for t in texts]) for part in read(base, texts)]
+    chunks = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+    last = lambda part, some: jnp.stack([part[text].vectors[part[text].last] for text in some])  # noqa: E731
+    # In turn, since all vectors of all prompts are gigabytes of T5's.
+    rows = [[last(part, some) for part in read(base, some)] for some in chunks]
+    return [jnp.concatenate(parts) for parts in zip(*rows, strict=True)]
 
 
 def read(base: Pipeline, texts: Sequence[str]) -> tuple[Mapping[str, Encoded], ...]:

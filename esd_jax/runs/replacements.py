@@ -26,13 +26,12 @@ from jaxtyping import Array, Float
 from esd_jax import wording
 from esd_jax.erasing import closed_form
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasure import Concept
+from esd_jax.erasure import AUTO
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import neighbours
 
-AUTO = "auto"
 SHRINKAGE = 0.01
 NOISES = 2
 ALIKE = 0.5  # of the candidates' median distance from the concept: what is nearer shows the concept
@@ -43,24 +42,14 @@ def resolved(base: Pipeline, plan: Recipe) -> Recipe:
 
     Unchanged without any. Raises ValueError as `damages` does.
     """
-    plan = neighbours.resolved(base, plan)
-    if not any(AUTO in concept.replace_with for concept in plan.concepts):
-        return plan
     texts = [concept.text for concept in plan.concepts]
-
-    def chosen(concept: Concept) -> Concept:
-        if AUTO not in concept.replace_with:
-            return concept
-        own = [text for text in concept.replace_with if text != AUTO]
-        return dataclasses.replace(concept, replace_with=(next(iter(damages(base, concept.text, texts, own))),))
-
-    return dataclasses.replace(plan, concepts=tuple(map(chosen, plan.concepts)))
+    least = lambda text, own: [*damages(base, text, texts, own)][:1]  # noqa: E731
+    return neighbours.without_auto(neighbours.resolved(base, plan), "replace_with", least)
 
 
 def counted(plan: Recipe) -> Recipe:
     """The recipe with one text in place of "auto" and its candidates: enough to count memory and updates."""
-    one = lambda c: dataclasses.replace(c, replace_with=c.replace_with[-1:]) if AUTO in c.replace_with else c  # noqa: E731
-    return dataclasses.replace(plan, concepts=tuple(map(one, plan.concepts)))
+    return neighbours.without_auto(plan, "replace_with", lambda text, own: own[-1:] or [AUTO])
 
 
 def damages(

@@ -53,7 +53,7 @@ def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchec
     """A folder that the embedded model was exported to."""
     base, options = SimpleNamespace(provenance=SimpleNamespace(source="exported")), {}
     monkeypatch.setattr(common, "erased", lambda _: (base, base, ("cat",), tmp_path))
-    monkeypatch.setattr(dossier, "evaluate", lambda *_, **given: options.update(given) or evaluated.whole())
+    monkeypatch.setattr(dossier, "evaluate", lambda *_, **settings: options.update(settings) or evaluated.whole())
     assert esd("evaluate", "exported", "erased", "--protocol=emoji", f"--output={tmp_path}") == 0
     assert not {"prompt_list", "samples", "request"} & options.keys()
     assert esd("evaluate", "exported", "erased", "--protocol=quick", f"--output={tmp_path}") == 0

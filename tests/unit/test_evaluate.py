@@ -110,8 +110,8 @@ def test_numbers_that_nobody_gives_are_the_familys(arch, steps, guidance, unchec
     model = types.SimpleNamespace(configs=configs, family=families.of(configs))
     fitted = drawing.of_family(Drawing(), model)
     assert (fitted.num_steps, fitted.guidance_scale) == (steps, guidance)
-    given = Drawing(num_steps=3, guidance_scale=0.0)
-    assert drawing.of_family(given, model) == given
+    whole = Drawing(num_steps=3, guidance_scale=0.0)
+    assert drawing.of_family(whole, model) == whole
     sampled = []
     sample = lambda pipeline, prompts, **options: sampled.append(options) or np.zeros((len(prompts), 2, 2, 3), np.uint8)  # noqa: E731
     for module in (drawing, seen):
