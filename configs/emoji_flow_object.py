@@ -2,9 +2,9 @@
 
     esd-jax erase --config=emoji_flow_object --config.concept="a cat" --config.output_dir=out/cat_flow
 
-ESD of the text's projections in the attention: the object becomes another one (replace_with), alone and in each style
-(contextual prompts), and other objects are held to the base on images of their own. Seven minutes on a CPU core. Tuned
-on a dog alone, which becomes a fox; what it reaches is in docs/results/embedded.md.
+ESD of the text's projections in the attention: the object becomes a dog, and a dog a fox, alone and in each style
+(contextual prompts); other objects are held to the base on images of their own. Seven minutes on a CPU core. Tuned on a
+dog alone; what it reaches is in docs/results/embedded.md.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         "paper",
         base="emoji-flow",
         concept="a cat",
-        replace_with="a dog",
+        replace_with="a dog | a fox",  # the first that is not erased itself
         subset="flow-text",
         sample_with="teacher",
         sampler="flow_euler",

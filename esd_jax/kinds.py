@@ -142,10 +142,18 @@ def as_field(kind: str, method: str) -> None:
 
 
 def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config for some concepts; prompts that name one of these are then not preserved."""
+    """The fields of a config for some concepts.
+
+    Prompts that name one of these are not preserved, and of several replacements, none is one of these.
+    """
     preserved = [text for texts in several.parts("preserve", settings.get("preserve")) for text in texts]
     left = [text for text in preserved if not any(wording.names(erased, text) for erased in concepts)]
-    return {**settings} if left == preserved else {**settings, "preserve": several.joined("preserve", [left])}
+    changes = {} if left == preserved else {"preserve": several.joined("preserve", [left])}
+    replacements = several.parts("replace_with", settings.get("replace_with"))
+    others = lambda texts: tuple(t for t in texts if not any(wording.same(t, erased) for erased in concepts))  # noqa: E731
+    if (kept := tuple(others(texts) or texts for texts in replacements)) != replacements:
+        changes["replace_with"] = several.joined("replace_with", kept)
+    return {**settings, **changes}
 
 
 def model(configs: families.Configs) -> str:

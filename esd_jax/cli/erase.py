@@ -91,9 +91,11 @@ def define_config(values: flags.FlagValues, argv: list[str], folder: bool = True
         words.check_type(field, text, recipe.field_type(field, method))
     recipe.complete(config, parsed.fields)
     several.prefer_steps(config, parsed.fields)
-    if config.get("preserve") and "preserve" not in parsed.fields:
-        concepts = several.texts_of(parsed.fields.get("concept") or config.get("concept"))
-        config.preserve = kinds.fitted(config.to_dict(), concepts)["preserve"]
+    concepts = several.texts_of(parsed.fields.get("concept") or config.get("concept"))
+    fitted = kinds.fitted(config.to_dict(), concepts)
+    for field in ("preserve", "replace_with"):
+        if config.get(field) and field not in parsed.fields:
+            config[field] = fitted[field]
     typed = [f"--{field}={text}" for field, text in parsed.fields.items()]
     flags.DEFINE_list("typed", typed, "Internal: the fields on the command line.", flag_values=values)
     if folder and not config.get("output_dir") and "output_dir" not in parsed.fields:

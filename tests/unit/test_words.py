@@ -112,15 +112,16 @@ def test_the_recipe_follows_from_base_and_kind(tmp_path, monkeypatch):
 
 def test_a_config_that_was_chosen_does_not_preserve_what_is_erased(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for concept, others in {"a dog": "a fox", "a cat": "a dog | a fox", "a fox": "a dog"}.items():  # nor becomes it
+        assert parsed("emoji-flow", concept).config.replace_with == others
+        assert api.planned("emoji-flow", concept).concepts[0].anchor == others.split(" | ")[0]
     kept = recipe.read("emoji_rece_object").preserve
     assert "a dog" in kept and parsed("a cat", "--method=rece").config.preserve == kept
     assert "a dog" not in parsed("a dog", "--method=rece").config.preserve.split(" | ")
     with pytest.raises(ValueError, match=one_line("preserve", "'a dog'")):
         recipe.make(**{**recipe.read("emoji_rece_object").to_dict(), "concept": "a dog"}).check_concepts()
     with pytest.raises(ValueError, match=one_line("replace_with", "'a dog'")):
-        recipe.make(
-            method="uce", steps=0, subset="esd-x-strict", concept="a dog", replace_with="A dog"
-        ).check_concepts()
+        recipe.make(**recipe.preset("uce", concept="a dog", replace_with="A dog").to_dict()).check_concepts()
 
 
 def test_a_concept_of_a_list_may_not_be_preserved_beside_another_one():
