@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,17 @@ from esd_jax import progress
 from esd_jax.erasing import embedding_search
 from esd_jax.evaluation import attacks, store
 from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial, campaigns, scoring
+from esd_jax.families.family import Sampling
 from esd_jax.models.unet import Conditioning
 
 POWER = {"base": 3.0, "erased": 2.0, "random weights": 0.0}
+
+
+class Model(str):
+    """Stands in for a pipeline by its name, and samples as Stable Diffusion does."""
+
+    configs = None
+    family = SimpleNamespace(sampling=lambda configs: Sampling())
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def goal(monkeypatch):
 
 def run(goal, folder, **changes):
     options = {"control": RandomPrompts(), "identity": {"sha": "1"}, "seeds": 4, **changes}
-    return attacks.campaign("base", "erased", goal, [Found()], folder, **options)
+    return attacks.campaign(Model("base"), Model("erased"), goal, [Found()], folder, **options)
 
 
 def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
@@ -115,7 +124,7 @@ def test_probes_have_a_table_of_their_own(goal, tmp_path, monkeypatch, unchecked
     monkeypatch.setitem(POWER, "mock", 1.0)
     for _ in range(2):  # stored, and read again
         evidence = attacks.campaign(
-            "base", "erased", goal, [Weighed(), Found()], tmp_path,
+            Model("base"), Model("erased"), goal, [Weighed(), Found()], tmp_path,
             control=RandomPrompts(), identity={}, seeds=4, placebo="mock",
         )  # fmt: skip
         searched, probed = evidence.attacks
