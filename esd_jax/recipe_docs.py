@@ -47,7 +47,8 @@ def markdown() -> str:
             lines += ["", f"## {f'With method={method}' if method else 'With every method'}", ""]
             lines += ["| field | is a | default | what it means |", "|---|---|---|---|"]
         default = "" if one.default is None else f"`{one.default}`"
-        cells = [f"`{one.name}`", one.kind, default, f"{one.text[:1].upper()}{one.text[1:]}"]
+        symbol = "_" in one.text.partition(" ")[0]  # which a capital would change: x_t
+        cells = [f"`{one.name}`", one.kind, default, one.text if symbol else f"{one.text[:1].upper()}{one.text[1:]}"]
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
         lines.append(f"| {row} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"

@@ -36,7 +36,10 @@ class OCE:
 
     retain: the corpus of C: see `methods.uce.UCE`.
     expand: also erase the concept in five phrases, as UCE does: "art", "object" or "none".
-    erase_scale, corpus_scale, preserve_scale, lam: s_e, s_g, s_c and lam.
+    erase_scale: how strongly values are turned from the concepts' to the guides', s_e.
+    corpus_scale: how hard the corpus is held, s_g.
+    preserve_scale: how hard preserved prompts are held, s_c.
+    lam: how hard all values are held, lam.
     """
 
     retain: str = "general"

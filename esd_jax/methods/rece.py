@@ -36,7 +36,8 @@ class RECE:
     epochs: how often what still works is erased; 0 is UCE alone.
     r: how short c' is held.
     lam: how hard the weights are held to the old ones.
-    erase_scale, preserve_scale: s_i and s_p, the weights of each vector.
+    erase_scale: the weight of each vector that is erased, s_i.
+    preserve_scale: the weight of each vector that is preserved, s_p.
     """
 
     epochs: int = 3

@@ -66,7 +66,8 @@ class UCE:
       not sums.
     directions: how many directions of what is retained, the strongest first, the edit does not touch at all.
     lam: how hard the weights are held to the old ones.
-    erase_scale, preserve_scale: s_i and s_p, the weights of each vector.
+    erase_scale: the weight of each vector that is erased, s_i.
+    preserve_scale: the weight of each vector that is preserved, s_p.
     """
 
     tokens: str = "last"
