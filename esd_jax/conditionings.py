@@ -63,7 +63,7 @@ def note_unused(pipeline: Pipeline, guidance_scale: float) -> None:
     if family.guide is not None and own <= 1 and guidance_scale != own:
         warnings.warn(
             f"{family.called(configs)} is sampled without guidance: guidance_scale={guidance_scale:g} changes nothing",
-            stacklevel=3,  # who called `sample`
+            stacklevel=4,  # who called `sample`, which checks its keywords first
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from esd_jax import families, several, suggest, wording
 from esd_jax.config_files import config_names
+from esd_jax.erasure import AUTO
 from esd_jax.evaluation import testbed
 from esd_jax.io.ldm import is_flow
 from esd_jax.methods import METHODS
@@ -144,16 +145,43 @@ def as_field(kind: str, method: str) -> None:
 def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, Any]:
     """The fields of a config for some concepts.
 
-    Prompts that name one of these are not preserved, and of several replacements, none is one of these.
+    Prompts that name one of these, with whatever article, are not preserved. Of several replacements ("a dog | a fox")
+    those that name their own concept are left out, and a method that leads to one thing takes the first of the others.
+    "auto", and what is no text, stays: the recipe reads it, or refuses it.
     """
-    preserved = [text for texts in several.parts("preserve", settings.get("preserve")) for text in texts]
-    left = [text for text in preserved if not any(wording.names(erased, text) for erased in concepts)]
-    changes = {} if left == preserved else {"preserve": several.joined("preserve", [left])}
-    replacements = several.parts("replace_with", settings.get("replace_with"))
-    others = lambda texts: tuple(t for t in texts if not any(wording.same(t, erased) for erased in concepts))  # noqa: E731
-    if (kept := tuple(others(texts) or texts for texts in replacements)) != replacements:
-        changes["replace_with"] = several.joined("replace_with", kept)
+    changes = {}
+    for field, change in (("preserve", _preserved), ("replace_with", _replacing)):
+        value = settings.get(field)
+        if not isinstance(value, str | list | tuple):
+            continue
+        try:
+            texts = tuple(several.as_item(field, one) for one in several.parts(field, value))
+        except ValueError:
+            continue
+        if (left := change(texts, concepts, settings)) != texts:
+            changes[field] = several.joined(field, left)
     return {**settings, **changes}
+
+
+def _preserved(texts: several.Texts, concepts: Sequence[str], _: Mapping[str, Any]) -> several.Texts:
+    return tuple(tuple(text for text in part if not _names_any(concepts, text)) for part in texts)
+
+
+def _replacing(texts: several.Texts, concepts: Sequence[str], settings: Mapping[str, Any]) -> several.Texts:
+    one = not getattr(METHODS.get(settings.get("method", "esd")), "several", False)
+    own = [[concept] for concept in concepts] if len(texts) == len(concepts) else [concepts] * len(texts)
+
+    def others(part: tuple[str, ...], erased: Sequence[str]) -> tuple[str, ...]:
+        if len(part) < 2 or AUTO in part:
+            return part
+        left = tuple(text for text in part if not _names_any(erased, text)) or part
+        return left[:1] if one else left
+
+    return tuple(map(others, texts, own))
+
+
+def _names_any(concepts: Sequence[str], text: str) -> bool:
+    return any(wording.names(phrase, text) for concept in concepts for phrase in (concept, wording.bare(concept)))
 
 
 def model(configs: families.Configs) -> str:

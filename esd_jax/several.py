@@ -114,7 +114,7 @@ def joined(name: str, items: Sequence[Any]) -> str | Texts:
     """
     if not items:
         return ""
-    texts = tuple(_item(name, item) for item in items)
+    texts = tuple(as_item(name, item) for item in items)
     written = [" | ".join(text) if isinstance(text, tuple) else text for text in texts if not isinstance(text, Concept)]
     if len(written) < len(texts):
         return texts
@@ -135,7 +135,11 @@ def _for_each(name: str, value: str | Texts | None, count: int) -> Texts:
     return values
 
 
-def _item(name: str, item: Any) -> str | tuple[str, ...] | Concept:
+def as_item(name: str, item: Any) -> str | tuple[str, ...] | Concept:
+    """One of the values of a flat field, in the form that `parts` has of a string.
+
+    Raises ValueError for what is no text, and for one that holds several.
+    """
     if isinstance(item, Concept) and name == "concept":
         return item
     if item is None and name in FOR_EACH:

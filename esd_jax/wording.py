@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 
 SIBILANTS = ("s", "x", "z", "ch", "sh")  # after which an English plural ends in "es"
+ARTICLE = re.compile(r"\s*(?:an?|the)\s+", re.IGNORECASE)
 ENDING = re.compile(r"'s|’s|es|s", re.IGNORECASE)  # of a plural or genitive
 
 
@@ -42,6 +43,11 @@ def around(text: str, phrase: str) -> tuple[str, str]:
 def normal(text: str) -> str:
     """A text in Unicode's composed form, as CLIP's tokenizer reads it."""
     return unicodedata.normalize("NFC", text)
+
+
+def bare(phrase: str) -> str:
+    """A phrase without its article: "cat" of "the cat", which names "a cat" no more than "a cat" does."""
+    return ARTICLE.sub("", normal(phrase), count=1) if ARTICLE.match(normal(phrase)) else phrase
 
 
 def same(one: str, other: str) -> bool:

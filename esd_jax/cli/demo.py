@@ -77,7 +77,8 @@ def run(values: flags.FlagValues) -> None:
         again = time.monotonic()
         say(f"the placebo: erasing {', '.join(target.placebo)!r}, which means nothing, by the same recipe ...")
         with progress.labelled("placebo"):
-            placebo = api.erase(base, target.placebo, config=config)
+            becomes = kinds.fitted(settings, target.concepts)["replace_with"]  # as the target does
+            placebo = api.erase(base, target.placebo, config=config, replace_with=becomes)
         say(f"the placebo is erased, in {time.monotonic() - again:.0f} s")
     evidence = output / dossier.EVIDENCE
     say(f"measuring {values.images} images of each group ...")

@@ -224,6 +224,7 @@ class Settings(Protocol):
     needs: what a model family must provide (`families.NEEDS`).
     ema: where it is a number, a moving average of the student is kept, and is the run's result:
       average <- ema average + (1 - ema) student, after every update.
+    several: where it is there and True, all of a concept's replacements count; elsewhere it becomes one of them.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]

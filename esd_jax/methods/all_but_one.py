@@ -93,6 +93,7 @@ class AllButOne(RoundsSettings):
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with", "strength"})
+    several: ClassVar = True  # replacements of a concept all count
     ema: ClassVar = None
     CHOICES: ClassVar = {
         "delta": ("explicit", "implicit"),

@@ -43,7 +43,7 @@ class SDD:
       where x_t is scored at its own timestep.
     fix_k0: x_t after no sampler step is pure noise. In the released code (False) it is a finished image, which is
       scored at the noisiest timesteps all the same: its "stop after k" test never fires for k = 0.
-    ema: m of the moving average.
+    ema: the decay of the moving average, m.
     updates_per_trajectory, trajectory_buffer: 1 and 1 sample afresh in every update; else whole trajectories of the
       average are drawn every so many updates, and the last few are kept (see `replay`).
     """

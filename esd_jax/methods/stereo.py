@@ -97,6 +97,7 @@ class STEREO:
 
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with", "strength"})
+    several: ClassVar = True  # replacements of a concept all count
     needs: ClassVar = frozenset({"variance_preserving"})  # its sampler is DDIM
     ema: ClassVar = None
     ADAMW: ClassVar = {"optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 1e-2, "steps": 1000}

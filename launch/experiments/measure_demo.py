@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from esd_jax import api, recipe
+from esd_jax import api, kinds, recipe
 from esd_jax.demo import captions, groups, picture, protocol, table, vocabulary
 from esd_jax.demo.gallery import Gallery, draw
 from esd_jax.demo.groups import Shot, Target
@@ -148,9 +148,10 @@ def measure_target(
         say(f"\nerased {target.concept!r} with {updates} updates of {config} in {seconds:.0f} s")
         drawn = {BASE: galleries[BASE], ERASED: kept(output, target.concept, identity["base_sha256"], plan)}
         if FLAGS.controls:
-            placebo = f"{', '.join(target.placebo)} by {updates} updates of {config}"
+            becomes = kinds.fitted(plan, target.concepts)["replace_with"]  # the same for the placebo
+            placebo = f"{', '.join(target.placebo)} to {becomes} by {updates} updates of {config}"
             if placebo not in placebos:
-                placebos[placebo] = api.erase(base, target.placebo, config=config, steps=updates)
+                placebos[placebo] = api.erase(base, target.placebo, config=config, steps=updates, replace_with=becomes)
                 galleries[placebo] = kept(output, ", ".join(target.placebo), identity["base_sha256"], plan, updates)
             models[PLACEBO], drawn[PLACEBO] = placebos[placebo], galleries[placebo]
         return Prepared(models, drawn, {}, seconds)

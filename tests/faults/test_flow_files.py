@@ -15,7 +15,7 @@ from PIL import Image
 from single_files import raw
 
 import esd_jax
-from esd_jax import cli, conditionings, exports, sampling
+from esd_jax import cli, exports, sampling
 from esd_jax.io.corrections import Corrected
 from esd_jax.io.lora import export_lora
 from esd_jax.io.single_file import export_single
@@ -84,14 +84,20 @@ def test_purify_inverts_with_the_base_of_a_transformers_file(dev, tmp_path, monk
     tensors = safetensors.torch.load_file(file)
     safetensors.torch.save_file(tensors | {"img_in.bias": torch.ones(32)}, tmp_path / "x.safetensors")
     Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
-    inverters = []
-    monkeypatch.setattr(
-        sampling, "purify", lambda _, images, *__, inverter, **___: inverters.append(inverter) or images
-    )
-    options = (f"--base={folder}", f"--delta={tmp_path / 'x.safetensors'}", "--height=32", "--width=32", "--nocompare")
+    calls = []
+
+    def purify(pipeline, images, *_, inverter=None, **__):
+        calls.append((pipeline, inverter))
+        return images
+
+    monkeypatch.setattr(sampling, "purify", purify)
+    monkeypatch.setattr(sampling, "reconstruct", lambda _, images, **__: images)
+    options = (f"--base={folder}", f"--delta={tmp_path / 'x.safetensors'}", "--height=32", "--width=32")
     assert cli.main(["purify", str(tmp_path / "in.png"), *options, f"--output={tmp_path / 'out.png'}"]) == 0
-    expected = tensors["img_in.bias"].numpy()
-    np.testing.assert_array_equal(inverters[0].params["transformer"]["x_embedder.bias"], expected)
+    (erased, inverter), (compared, _) = calls
+    biases = [one.params["transformer"]["x_embedder.bias"] for one in (erased, inverter, compared)]
+    for bias, expected in zip(biases, [np.ones(32), *[tensors["img_in.bias"].numpy()] * 2], strict=True):
+        np.testing.assert_array_equal(bias, expected)
 
 
 def test_exports_are_called_what_they_are(dev, tmp_path):
@@ -129,9 +135,10 @@ def test_a_t5_that_is_not_read_is_reported(tmp_path):
         assert "text_encoder_3" not in esd_jax.load(file, config=folder).configs
 
 
-def test_a_scale_that_changes_nothing_is_reported(tmp_path):
+def test_a_scale_that_changes_nothing_is_reported(tmp_path, monkeypatch):
     flow_factories.make_flux(tmp_path / "schnell", dev=False)
     pipeline = esd_jax.load(tmp_path / "schnell")
+    monkeypatch.setattr(sampling, "sample", lambda *_, **__: np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.warns(UserWarning, match=one_line("FLUX.1 [schnell]", "guidance_scale=9", "changes nothing")):
-        conditionings.note_unused(pipeline, 9.0)
-    conditionings.note_unused(pipeline, 1.0)
+        esd_jax.sample(pipeline, "a cat", guidance_scale=9.0)
+    esd_jax.sample(pipeline, "a cat", guidance_scale=1.0)
