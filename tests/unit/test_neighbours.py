@@ -20,7 +20,9 @@ def base(tmp_path_factory):
 TEXTS = ["cat", "the cat on a mat", "a dog", "the photo of a dog"]
 
 
-def test_texts_are_alike_by_the_cosine_of_their_last_tokens(base):
+@pytest.mark.parametrize("at_once", [2, 32])
+def test_texts_are_alike_by_the_cosine_of_their_last_tokens(base, at_once, monkeypatch):
+    monkeypatch.setattr(neighbours, "AT_ONCE", at_once)
     alike = neighbours.encoded_alike(base, "a cat", TEXTS)
     every = ["a cat", *TEXTS]
     ids = np.asarray(base.tokenizers[0](every))
