@@ -3,7 +3,8 @@
     esd-jax erase --config=emoji_robust_object --config.concept="a cat" --config.replace_with="a dog" \
         --config.output_dir=out/cat_robust
 
-emoji_robust (see there) for an object, which becomes another one (replace_with), alone and in every style.
+emoji_robust (see there) for an object, which becomes another one (replace_with), alone and in every style. That prompts
+are trained between the images, too, was checked on an octopus that becomes a crab.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +29,7 @@ def get_config() -> ConfigDict:
         contexts=" | ".join(f"{{}} in {style}: {{}} in {style}" for style in styles),
         drawn_images=10,
         retain="emoji",
+        redirect_between=1.0,
         drawing_steps=20,
         drawing_guidance=3.0,
         rounds_every=75,
