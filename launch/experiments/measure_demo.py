@@ -152,7 +152,8 @@ def measure_target(
             placebo = f"{', '.join(target.placebo)} to {becomes} by {updates} updates of {config}"
             if placebo not in placebos:
                 placebos[placebo] = api.erase(base, target.placebo, config=config, steps=updates, replace_with=becomes)
-                galleries[placebo] = kept(output, ", ".join(target.placebo), identity["base_sha256"], plan, updates)
+                erasure = {**plan, "replace_with": becomes}
+                galleries[placebo] = kept(output, ", ".join(target.placebo), identity["base_sha256"], erasure, updates)
             models[PLACEBO], drawn[PLACEBO] = placebos[placebo], galleries[placebo]
         return Prepared(models, drawn, {}, seconds)
 

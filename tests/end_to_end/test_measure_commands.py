@@ -42,8 +42,9 @@ class Made(str):
 def test_measuring_goes_on_where_it_stopped(fakes, monkeypatch, tmp_path, capsys, unchecked):
     erasures = []
 
-    def erase(base, concept, *, config, steps, **stop):
+    def erase(base, concept, *, config, steps, replace_with=None, **stop):
         (concept,) = concept
+        assert replace_with is None  # as the config has it
         assert steps == recipe.read(config).steps
         assert stop.get("stop_when") is None
         erasures.append((concept, config))
@@ -93,7 +94,7 @@ def test_an_erasure_ends_where_its_target_is_gone(rates, updates, fakes, monkeyp
     """Looked at every 25 of at most 75 updates; after the last nobody looks. The sham has as many updates."""
     erasures = []
 
-    def erase(base, concept, *, config, steps, stop_when=None, stop_every=50):
+    def erase(base, concept, *, config, steps, stop_when=None, stop_every=50, replace_with=None):
         evaluations = range(stop_every, steps, stop_every) if stop_when else ()
         ended = next((step for step in evaluations if stop_when("erased")), steps)
         erasures.append((*concept, steps, ended))
