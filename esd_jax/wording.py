@@ -46,8 +46,9 @@ def normal(text: str) -> str:
 
 
 def bare(phrase: str) -> str:
-    """A phrase without its article: "cat" of "the cat", which names "a cat" no more than "a cat" does."""
-    return ARTICLE.sub("", normal(phrase), count=1) if ARTICLE.match(normal(phrase)) else phrase
+    """A phrase without its article: "cat" for "the cat", so that "a cat" names it, too."""
+    article = ARTICLE.match(phrase)
+    return phrase[article.end() :] if article else phrase
 
 
 def same(one: str, other: str) -> bool:

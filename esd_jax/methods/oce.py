@@ -39,7 +39,7 @@ class OCE:
     erase_scale: how strongly values are turned from the concepts' to the guides', s_e.
     corpus_scale: how hard the corpus is held, s_g.
     preserve_scale: how hard preserved prompts are held, s_c.
-    lam: how hard all values are held, lam.
+    lam: how hard all values are held to what they were.
     """
 
     retain: str = "general"

@@ -56,3 +56,11 @@ def test_replaced_and_cut_out():
     assert wording.replaced("two glasses, a glass's rim", "glass", "cup") == "two cups, a cup's rim"
     assert wording.replaced("two cats", "cat", "fox") == "two foxes"
     assert wording.around("two Cats on a cat", "cat") == ("two ", " on a cat")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [("the cat", "cat"), ("An  owl", "owl"), ("a", "a"), ("theatre", "theatre"), ("Van Gogh", "Van Gogh"), ("", "")],
+)
+def test_a_phrase_without_its_article(phrase, expected):
+    assert wording.bare(phrase) == expected
