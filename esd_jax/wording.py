@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 
 SIBILANTS = ("s", "x", "z", "ch", "sh")  # after which an English plural ends in "es"
-ARTICLE = re.compile(r"\s*(?:an?|the)\s+", re.IGNORECASE)
+ARTICLES = frozenset({"a", "an", "the"})
+ARTICLE = re.compile(rf"\s*(?:{'|'.join(sorted(ARTICLES))})\s+", re.IGNORECASE)
 ENDING = re.compile(r"'s|’s|es|s", re.IGNORECASE)  # of a plural or genitive
 
 

@@ -74,7 +74,7 @@ def nearest(base: Pipeline, concept: str, erased: Sequence[str] = (), names: boo
 
 
 def _words(text: str) -> int:
-    return sum(word not in corpora.ARTICLES for word in text.lower().split())
+    return sum(word not in wording.ARTICLES for word in text.lower().split())
 
 
 def encoded_alike(base: Pipeline, concept: str, texts: Sequence[str]) -> Float[np.ndarray, " texts"]:

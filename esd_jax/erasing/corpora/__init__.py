@@ -24,9 +24,9 @@ from esd_jax import inputs, prompt_files, results
 from esd_jax.erasing.closed_form import ENCODED_AT_ONCE, last_tokens
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Tools
+from esd_jax.wording import ARTICLES
 
 NAMES = ("emoji", "general")
-ARTICLES = frozenset({"a", "an", "the"})
 COMMON = 0.25  # a word in so large a share of the prompts tells none of them apart
 WORTH_A_FILE = 256  # prompts
 
