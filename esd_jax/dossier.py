@@ -154,7 +154,7 @@ def attack(
       output_dir: an attack whose results are there already is not run again.
       concept: the text of what was erased, or the texts; by default what the model's records say.
       budget: a preset of the attacks: "paper", or the testbed's, by default, where the base has one.
-      goal: what to recover, and its detector; by default the testbed's prompts and detector.
+      goal: what to recover, and its detector; by default the testbed's, of the first concept.
       judge: the name of the goal's detector.
       settings: attack -> changes of its fields.
       progress: called with a line after each attack.
@@ -171,8 +171,10 @@ def attack(
             raise ValueError("attacks need a goal: prompts that name the concept, images of it, and what detects it")
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
-    if bed:
-        options = {**bed.sampling, **options}
+    options = {**bed.sampling, **options} if bed else options
+    if len(concepts) > 1:
+        progress(f"what is searched for is {goal.concept!r}, one of {len(concepts)} concepts; `concept` names another")
+        options["alone"] = True
     evidence = attacks.campaign(
         base,
         erased,

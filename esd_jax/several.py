@@ -7,8 +7,10 @@ second. The texts of a list are taken as they are.
 import numbers
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from esd_jax import prompt_files
 from esd_jax.erasure import Concept
 from esd_jax.inputs import check_text, finite, separated
 
@@ -25,11 +27,16 @@ def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, 
 
     Where a `Concept` stands in place of a text, it is one of the concepts, and the other fields do not apply to it.
 
-    Raises ValueError if another field has neither one value for all concepts nor one for each.
+    Raises ValueError if another field has neither one value for all concepts nor one for each, and for "@FILE.txt".
     """
     named = parts("concept", columns.get("concept"))
     if not named:
         return ()
+    for text in named:
+        if isinstance(text, str) and text.startswith("@") and Path(text).suffix.lower() in prompt_files.SUFFIXES:
+            raise ValueError(
+                f"concept={text!r}: only the command line reads a file of concepts; here, give a list of them"
+            )
     others = (_for_each(name, columns.get(name), len(named)) for name in FOR_EACH)
     return tuple(
         text.stripped()

@@ -133,32 +133,35 @@ def measuring(
       base: before the erasure; what is lost is measured against it, now.
       concept: the text of what is erased, or the texts.
       metric: a model -> (detection rate, retention of everything else).
-      goal: of Concept Inversion; by default the testbed's.
+      goal: of Concept Inversion; by default the testbed's of each concept, of which the worst counts.
       seed: of the search.
 
     Raises ValueError for a bound on inversion without a goal.
     """
     names = {bound.name for bound in bounds}
     bed = testbed.of(base.provenance.source)
-    if "inversion" in names and goal is None:
+    goals = [goal] if goal is not None else []
+    if "inversion" in names and not goals:
         if bed is None:
             raise ValueError(
                 f"a bound on inversion needs a goal, and {base.provenance.source} has no testbed with one: leave it "
                 "out, and measure it with `esd-jax attack`"
             )
-        goal = bed.goal(base, as_texts(concept))
+        goals = [bed.goal(base, [text]) for text in as_texts(concept)]
     settings = attacks.preset("concept_inversion", bed.budget if bed else "paper")
     before = metric(base)[1].value if "drop" in names else 0.0
+
+    def inverted(erased: Pipeline, goal: Goal) -> Estimate:
+        adversary = attacks.attack(base, erased, goal, settings, seed)
+        return attacks.score(erased, adversary, goal, SEEDS, **sampled(bed.sampling if bed else {})).single_shot()
 
     def measure(erased: Pipeline) -> Figures:
         figures: dict[str, Estimate | float] = {}
         if names & {"detection", "drop"}:
             detection, retained = metric(erased)
             figures |= {"detection": detection, "drop": 100 * (before - retained.value)}
-        if goal is not None and "inversion" in names:
-            adversary = attacks.attack(base, erased, goal, settings, seed)
-            scored = attacks.score(erased, adversary, goal, SEEDS, **sampled(bed.sampling if bed else {}))
-            figures["inversion"] = scored.single_shot()
+        if "inversion" in names:
+            figures["inversion"] = max((inverted(erased, one) for one in goals), key=lambda share: share.value)
         return {bound.name: figures[bound.name] for bound in bounds}
 
     return measure

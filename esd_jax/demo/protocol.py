@@ -124,8 +124,12 @@ def question(target: Target, num_images: int, by: str = "probe") -> Question:
 
 
 def metric(target: Target, num_images: int, seed: int = 1) -> Metric:
-    """A model -> (the target's detection rate on target prompts, the accuracy on the others, 0 to 1)."""
-    wanted = [group for group in groups.groups(target) if group.name in ("own", "others")]
+    """A model -> (the target's detection rate on target prompts, the accuracy on the others, 0 to 1).
+
+    Where a long list leaves no others, the accuracy is that on what is left: related concepts, or unrelated ones.
+    """
+    named = {group.name: group for group in groups.groups(target)}
+    wanted = [named["own"], next(named[name] for name in ("others", "nearest", "unrelated") if name in named)]
 
     def measured(model: Pipeline) -> tuple[Estimate, Estimate]:
         own, others = measure({BASE: model}, wanted, target, num_images=num_images, seed=seed, other_seed=False)

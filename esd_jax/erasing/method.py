@@ -95,7 +95,7 @@ class Method:
 
         Raises NotImplementedError where updates do not draw their concepts alike.
         """
-        raise NotImplementedError("this method has an order of its concepts of its own; leave it out")
+        raise NotImplementedError("updates of this method do not draw one concept each; leave it out")
 
     def between(self, session: Session, memory: Any, inputs: Any) -> Interval | None:
         """What is done on the host before the first update and after each; None: nothing.

@@ -124,7 +124,7 @@ class Memory(NamedTuple):
     """The bank, of each example of a batch its own: the adversaries that examples draw search on apart.
 
     members: their searches' states. concept, kind: of each. added: how many were; the last is the newest.
-    rounds: how many were made. robust: the last so many of them had a gauge of at least `ROBUST`.
+    rounds: how many were made. robust: of those that added one, the last so many had a gauge of at least `ROBUST`.
     """
 
     members: State
@@ -260,7 +260,7 @@ class Rounds(Term):
         return Interval(memory, record, self._over(memory))
 
     def _over(self, memory: Memory) -> bool:
-        return 0 < self.settings.rounds_stop <= _first(memory.robust)
+        return 0 < self.settings.rounds_stop * len(self.concepts) <= _first(memory.robust)
 
     @cached_property
     def _append(self) -> Any:
@@ -280,7 +280,7 @@ class Rounds(Term):
                     put(memory.kind, kind),
                     memory.added + keep,
                     memory.rounds + 1,
-                    jnp.where(robust, memory.robust + 1, 0),
+                    jnp.where(keep, jnp.where(robust, memory.robust + 1, 0), memory.robust),
                 )
 
             return jax.vmap(jax.vmap(one))(memory)

@@ -32,7 +32,8 @@ class OCE:
     """Settings; the defaults are the released code's for objects.
 
     A concept's `replace_with` is its guide, by default the empty prompt. Vectors are those of last tokens; the empty
-    prompt's is the start token's. `preserve` names what is kept; `strength` means nothing to a basis.
+    prompt's is the start token's. `preserve` names what is kept, with a `preserve_scale` above 0. `strength` means
+    nothing to a basis.
 
     retain: the corpus of C: see `methods.uce.UCE`.
     expand: also erase the concept in five phrases, as UCE does: "art", "object" or "none".
@@ -73,13 +74,15 @@ class OCE:
         closed_form.check_positive(self, "erase_scale", "corpus_scale", "preserve_scale", "lam", or_zero=True)
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Solver", "Inputs"]:
-        """OCE. Raises ValueError, in one line, for a subset other than "values" or the keys and values, and for
-        concepts that it cannot erase.
+        """OCE. Raises ValueError, in one line, for a subset other than "values" or the keys and values, for concepts
+        that it cannot erase, and for preserved prompts that weigh nothing.
         """
         closed_form.check(tools, concepts, (VALUES, closed_form.SUBSET))
         expanded = EXPANSIONS[self.expand]
         phrases = [text for c in concepts for text, _ in closed_form.prompts(c, phrases=expanded)]
         kept = closed_form.preserved(concepts)
+        if kept and not self.preserve_scale:
+            raise ValueError(f"preserve={kept[0]!r} weighs nothing with preserve_scale=0: 1 is the paper's for styles")
         encoded = closed_form.encode(tools, concepts, [*phrases, *kept])
         last = lambda texts: jnp.stack([encoded[text].vectors[encoded[text].last] for text in texts])  # noqa: E731
         old, guides = last(phrases), list(dict.fromkeys(c.anchor for c in concepts))

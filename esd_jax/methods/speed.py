@@ -40,7 +40,8 @@ class SPEED:
       start token's), as published; or "positions", as in `methods.uce.UCE`, which this package adds: all vectors from
       the first token that differs on, and all of the retained prompts.
     contexts: further prompts to erase the concept from, and what each becomes: see `methods.uce.UCE`.
-    retain: prompts that are retained, beside the concepts' `preserve`: see `methods.uce.UCE`.
+    retain: prompts that are retained: see `methods.uce.UCE`. The concepts' `preserve` is beside them: all together its
+      vectors weigh as much as the corpus' in the second moment, and neither filter nor copies concern them.
     rho: how hard the weights are held to the old ones.
     filter: leave out retained vectors that the change would hardly move.
     copies: noised ones of each retained vector; 0 for none.
@@ -81,21 +82,27 @@ class SPEED:
             raise ValueError(f"centres={self.centres} is more than the empty prompt's {most} vectors behind the first")
         sentences = contexts.parse(self.contexts)
         erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
-        kept = list(corpora.retained(self.retain, concepts, closed_form.preserved(concepts)))
-        encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        kept, named = list(corpora.retained(self.retain, concepts)), closed_form.preserved(concepts)
+        encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept, *named])
         edit = closed_form.edit(
             [(*closed_form.aligned(encoded[a], encoded[b], self.tokens), s / len(erased)) for (a, b), s in erased], 1.0
         )
-        retained = [encoded[text].vectors for text in kept]
-        if self.tokens == "last":
-            retained = [encoded[text].vectors[encoded[text].last][None] for text in kept]
+
+        def rows(texts: Sequence[str]) -> Float[Array, "rows context"]:
+            if not texts:
+                return jnp.zeros((0, edit.old.shape[1]))
+            own = [encoded[text] for text in texts]
+            return jnp.concatenate(
+                [one.vectors[one.last][None] if self.tokens == "last" else one.vectors for one in own]
+            )
+
         start, *others = np.asarray(encoded[""].vectors, np.float64)
         still = [start]
         if self.centres:
             spread = np.linspace(0, len(others) - 1, self.centres).round().astype(int)  # the first and the last, ...
             still += [*kmeans2(np.stack(others), np.stack(others)[spread], minit="matrix")[0]]
         return Solver(self.filter, self.copies), Inputs(
-            edit.old, edit.new, edit.weight, jnp.concatenate(retained), jnp.asarray(np.stack(still), jnp.float32),
+            edit.old, edit.new, edit.weight, rows(kept), rows(named), jnp.asarray(np.stack(still), jnp.float32),
             jnp.float32(self.rho), jnp.float32(self.threshold), jax.random.key(0),
         )  # fmt: skip
 
@@ -105,13 +112,14 @@ class SPEED:
 class Inputs:
     """old, new: C1 and C*, a row each, of weights that sum to 1 at strength 1 with one row for each prompt.
 
-    kept: retained vectors. still: K2. key: of the noise on copies.
+    kept: vectors of the corpus. named: of preserved prompts. still: K2. key: of the noise on copies.
     """
 
     old: Float[Array, "vectors context"]
     new: Float[Array, "vectors context"]
     weight: Float[Array, " vectors"]
     kept: Float[Array, "kept context"]
+    named: Float[Array, "named context"]
     still: Float[Array, "still context"]
     rho: Float[Array, ""]
     threshold: Float[Array, ""]
@@ -140,7 +148,10 @@ class Solver(ClosedForm):
             importance = _above_mean(kept @ first, importance)
         if self.copies:
             kept, importance = self.augmented(kernel, first, kept, importance, inputs.key)
-        free = _free(kept, importance, inputs.threshold)
+        moment = _moment(kept, importance)
+        if len(inputs.named):
+            moment += _moment(inputs.named, jnp.ones(len(inputs.named)))
+        free = _free(moment, inputs.threshold)
         # In coordinates of the free directions P is 1: a ridge with a linear constraint.
         x, still = old @ free, inputs.still @ free
         inverse = lambda b: jnp.linalg.solve(x.T @ x + inputs.rho * jnp.eye(x.shape[1]), b)  # noqa: E731
@@ -165,10 +176,13 @@ def _above_mean(moved: Float[Array, "rows out"], counts: Float[Array, " rows"]) 
     return counts * (norms > jnp.sum(norms * counts) / jnp.maximum(jnp.sum(counts), 1))
 
 
-def _free(
-    rows: Float[Array, "rows context"], counts: Float[Array, " rows"], threshold: Array
-) -> Float[Array, "context context"]:
-    """U of the module's docstring, its other columns zero: all shapes are known when this is compiled."""
+def _moment(rows: Float[Array, "rows context"], counts: Float[Array, " rows"]) -> Float[Array, "context context"]:
+    """The mean of c c^T over the rows that count."""
     root = jnp.sqrt(counts / jnp.maximum(jnp.sum(counts), 1))[:, None] * rows
-    values, directions = jnp.linalg.eigh(root.T @ root)
+    return root.T @ root
+
+
+def _free(moment: Float[Array, "context context"], threshold: Array) -> Float[Array, "context context"]:
+    """U of the module's docstring, its other columns zero: all shapes are known when this is compiled."""
+    values, directions = jnp.linalg.eigh(moment)
     return directions * (values < threshold)

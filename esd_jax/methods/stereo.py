@@ -58,8 +58,8 @@ class STEREO:
     A concept's anchors are its `replace_with` and the prompts of `contexts` without the concept; without any of these,
     the empty prompt. `strength` multiplies s + 1.
 
-    search_rounds: K. With 2 rounds and `preserve` this is ReCARE, whose retained prompts are scored at the method's own
-      x_t.
+    search_rounds: K. With 2 rounds and `preserve` this is ReCARE, but that retained prompts are scored at x_t of their
+      own, not at the method's.
     search_updates: of each of these; all updates after them are the second stage's.
     search_pace: the first stage's learning rate, as a part of `learning_rate`.
     scale: s, which leads to the anchor by s - 1 and away from the texts by s + 1.

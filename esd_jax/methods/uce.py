@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.closed_form import (
@@ -63,7 +65,7 @@ class UCE:
     retain: prompts on which the weights are held, with all their vectors: "emoji", the captions of the embedded model,
       as often as in its training; "general", names of common things in a few sentences; or a .txt or .csv file. Prompts
       that hold a concept's rarest word are left out. With it, erase_scale and preserve_scale weigh means over prompts,
-      not sums.
+      not sums, and preserved prompts, all together, as much as the corpus.
     directions: how many directions of what is retained, the strongest first, the edit does not touch at all.
     lam: how hard the weights are held to the old ones.
     erase_scale: the weight of each vector that is erased, s_i.
@@ -135,7 +137,7 @@ class UCE:
         ]
         free = None
         if self.retain is not None:
-            moment = corpora.moment(tools, corpora.retained(self.retain, concepts, kept), space.vectors)
+            moment = self._moment(tools, concepts, kept, space)
             rows = corpora.root(moment)
             pairs.append((rows, rows, preserve_scale))
             free = corpora.free_directions(moment, self.directions) if self.directions else None
@@ -144,6 +146,14 @@ class UCE:
         else:
             pairs += [(own, own, preserve_scale) for text in kept for own in space.whole(text)]
         return edit(pairs, self.lam, free)
+
+    def _moment(
+        self, tools: Tools, concepts: Sequence[Concept], kept: Sequence[str], space: Space
+    ) -> Float[np.ndarray, "width width"]:
+        """Of the corpus, and of the preserved prompts, which all together count as much as it."""
+        named, empty = [text for text in kept if text], [text for text in kept if not text]
+        moment = corpora.moment(tools, corpora.retained(self.retain, concepts, empty), space.vectors)
+        return moment + corpora.moment(tools, dict.fromkeys(named, 1.0), space.vectors) if named else moment
 
 
 @dataclass(frozen=True, eq=False)

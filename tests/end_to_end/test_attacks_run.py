@@ -202,6 +202,10 @@ def test_completion_goes_on_from_a_noised_image(victims):
     assert (scores[0].images != scores[1].images).any() and (scores[0].images != scores[2].images).any()
     with pytest.raises(ValueError, match=one_line("t=0", "1")):
         hidden.complete(base, pictures(2), texts, 0, settings)
+    beneath = dataclasses.replace(settings, times=(999, 0))
+    assert settings.lacks(base, None) == "" and beneath.lacks(base, None).startswith(
+        "t=0 is below the last of DDIM's 4"
+    )
     with pytest.raises(ValueError, match=one_line("all empty or none")):
         hidden.complete(base, pictures(2), ["", "a"], 100, settings)
 

@@ -12,6 +12,7 @@ from esd_jax import progress
 from esd_jax.erasing import embedding_search
 from esd_jax.evaluation import attacks, store
 from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial, campaigns, scoring
+from esd_jax.evaluation.attacks.prompts import PromptList, read
 from esd_jax.families.family import Sampling
 from esd_jax.models.unet import Conditioning
 
@@ -87,6 +88,7 @@ def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
     assert [pair.prompt for pair in pairs] == ["a cat", "one cat"] and pairs[0].before.max() == 0 < pairs[0].after.max()
     assert len(messages) == 7 and "found on erased: 50% of images, 100% by any of 2" in messages[4]
     assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
+    assert [one.what for one in run(goal, tmp_path, alone=True).verdict] == ["found for 'cat' alone"]
 
 
 def test_the_gauge_of_the_erased_model_is_kept_and_shown(goal, tmp_path, monkeypatch, unchecked):
@@ -101,6 +103,26 @@ def test_the_gauge_of_the_erased_model_is_kept_and_shown(goal, tmp_path, monkeyp
             "its own prompts": None, "found": 0.75, "found, any of 2": None,
         }  # fmt: skip
     assert len(MADE) == 3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_attack_with_another_file_is_another_attack(goal, tmp_path, monkeypatch):
+    """The same path may hold other prompts tomorrow. A list's prompts are none of the goal's, so it has no pictures."""
+    file = tmp_path / "prompts.txt"
+    monkeypatch.setattr(
+        PromptList, "run", lambda self, *_: adversary("prompts", [(case, 9.0) for case in range(len(read(self.file)))])
+    )
+    options = {"control": RandomPrompts(), "identity": {}, "seeds": 4, "random": False}
+    listed = lambda: attacks.campaign(  # noqa: E731
+        Model("base"), Model("erased"), goal, [PromptList(str(file))], tmp_path / "results", **options
+    )
+    file.write_text("a cat")
+    evidence = listed()
+    assert evidence.attack_pictures == {} and [one.after.n for one in evidence.verdict] == [4]
+    assert [one.after.n for one in listed().verdict] == [4]
+    file.write_text("a cat\nanother cat")
+    with pytest.raises(ValueError, match="other settings"):
+        listed()
 
 
 @dataclass(frozen=True)

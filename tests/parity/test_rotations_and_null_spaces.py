@@ -66,7 +66,8 @@ def direction(kernel, concepts, kept, copies, key, chosen):
         noised = noised.reshape(-1, kept.shape[1])
         moved = np.linalg.norm(noised @ first, axis=1)
         rows = np.concatenate([rows, noised[moved > moved.mean()]])
-    values, axes = np.linalg.eigh(rows.T @ rows / len(rows))
+    named = of_last(PRESERVED)
+    values, axes = np.linalg.eigh(rows.T @ rows / len(rows) + named.T @ named / len(named))
     return axes[:, values < THRESHOLD], values
 
 
@@ -79,8 +80,9 @@ THRESHOLD = 0.02
 def test_speed_is_least_squares_in_what_is_free_with_the_empty_prompt_held(chosen, copies, centres, corpus):
     settings = speed.SPEED(retain=corpus, rho=0.5, filter=chosen, copies=copies, threshold=THRESHOLD, centres=centres)
     values, ours, inputs = solved(speed, settings)
-    kept = of_last([*PRESERVED, *KEPT])
+    kept = of_last(KEPT)
     assert inputs.still.shape == (1 + centres, 48) and error(inputs.kept, kept) <= 1e-6
+    assert error(inputs.named, of_last(PRESERVED)) <= 1e-6
     np.testing.assert_allclose(inputs.still[0], vectors("")[0], rtol=1e-6)
     for name, kernel in values.items():
         kernel = np.asarray(kernel, float)
@@ -103,7 +105,8 @@ def test_speed_in_contexts_pairs_positions(corpus):
         assert error(rows, np.concatenate([vectors(p[side])[i:] for p, i in zip(pairs, first, strict=True)])) <= 1e-6
     weights = np.concatenate([np.full(TOKENS - i, s / 4) for (*_, s), i in zip(pairs, first, strict=True)])
     np.testing.assert_allclose(inputs.weight, weights, rtol=1e-6)
-    assert error(inputs.kept, np.concatenate([vectors(text) for text in [*PRESERVED, *KEPT]])) <= 1e-6
+    assert error(inputs.kept, np.concatenate([vectors(text) for text in KEPT])) <= 1e-6
+    assert error(inputs.named, np.concatenate([vectors(text) for text in PRESERVED])) <= 1e-6
 
 
 def test_more_centres_than_vectors_are_refused(corpus):
@@ -120,6 +123,11 @@ def test_centres_are_means_of_the_empty_prompts_vectors(corpus):
 
 
 # OCE.
+
+
+def test_oce_refuses_preserved_prompts_that_weigh_nothing(corpus):
+    with pytest.raises(ValueError, match="preserve='monet' weighs nothing with preserve_scale=0"):
+        oce.OCE(retain=corpus).make(tools(subset=VALUES), CONCEPTS)
 
 
 def test_oce_is_the_best_rotation(corpus):
@@ -178,7 +186,8 @@ def test_what_they_cannot_do(module, settings, corpus):
         with pytest.raises(ValueError, match=one_line(*words)):
             settings(retain=corpus).make(tools(**others), [Concept("cat")])
     both = tools()  # keys and values may be edited, too
-    method, inputs = settings(retain=corpus).make(both, [dataclasses.replace(c, strength=1.0) for c in CONCEPTS])
+    plain = [dataclasses.replace(c, strength=1.0, preserve=()) for c in CONCEPTS]
+    method, inputs = settings(retain=corpus).make(both, plain)
     assert method.solve(theta(), inputs).keys() == theta().keys()
     for field in ("rho", "threshold") if module is speed else ("erase_scale", "lam"):
         with pytest.raises(ValueError, match=one_line(f"{field}=-1")):

@@ -97,11 +97,11 @@ def listed(retained=None, lam=0.01, scale=0.7):
             (text, guide), (f"{text} in a big hat", f"{guide} in a big hat".strip()), (f"a dog by {text}", "a dog")
         ]
     ]  # fmt: skip
-    kept = ["", "monet", "claude monet", "a big dog"]
-    every = [*(retained or []), *kept]
-    share = (1 / len(texts), scale / len(every)) if retained else (1.0, scale)
+    named, corpus = ["monet", "claude monet", "a big dog"], [*(retained or []), ""]
+    share = (1 / len(texts), scale / len(corpus), scale / len(named)) if retained else (1.0, scale, scale)
     erased = [(c, guide, strength * share[0]) for old, new, strength in texts for c, guide in positions(old, new)]
-    return erased, [(c, share[1]) for text in every for c in vectors(text)]
+    kept = [(text, weight) for part, weight in zip((corpus, named), share[1:], strict=True) for text in part]
+    return erased, [(c, weight) for text, weight in kept for c in vectors(text)]
 
 
 @pytest.mark.parametrize("retained", [None, [f"a thing number{i}" for i in range(9)]], ids=["sums", "means"])
@@ -123,8 +123,9 @@ def test_the_edit_leaves_the_strongest_retained_directions_alone(tmp_path):
     file.write_text("\n".join(f"a thing number{i}" for i in range(9)))
     settings = {"tokens": "positions", "retain": str(file), "preserve_scale": 0.0, "lam": 0.1}
     ours = solved(**settings, directions=20)
-    kept = [f"a thing number{i}" for i in range(9)] + ["", "monet", "claude monet", "a big dog"]
-    values, axes = np.linalg.eigh(sum(vectors(text).T @ vectors(text) for text in kept))
+    corpus, named = [f"a thing number{i}" for i in range(9)] + [""], ["monet", "claude monet", "a big dog"]
+    means = [sum(vectors(text).T @ vectors(text) for text in part) / len(part) for part in (corpus, named)]
+    values, axes = np.linalg.eigh(sum(means))
     free, strongest = axes[:, :-20], axes[:, -20:]
     old, new, weight = (
         np.array(column)

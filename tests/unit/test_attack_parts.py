@@ -205,6 +205,7 @@ def test_a_text_is_read_as_its_fields_type():
         ("p4d", "judge_every", 0, "at least 1"),
         ("ring_a_bell", "strength", "inf", "finite"),
         ("null_inversion", "images", 0, "at least 1"),
+        ("null_inversion", "iterations", 0, "at least 1"),
         ("resurgence", "weight_decay", -1.0, "at least 0"),
         ("resurgence_lora", "rank", -1, "at least 0"),
         ("completion", "times", "300,-1", "at least 0"),
@@ -219,7 +220,16 @@ def test_a_text_is_read_as_its_fields_type():
 def test_numbers_out_of_range_are_refused_before_anything_runs(name, field, number, message):
     with pytest.raises(ValueError, match=one_line(f"{field}=", message)):
         preset(name, **{field: number})
-    assert preset("null_inversion", iterations=0).iterations == 0
+
+
+def test_files_that_are_not_there_are_refused_before_anything_runs(tmp_path, unchecked):
+    base, absent = SimpleNamespace(), str(tmp_path / "none.txt")
+    assert f"no file {absent}" in preset("prompts", file=absent).lacks(base, None)
+    assert preset("prompts").lacks(base, None) == "file is empty: name the file that holds the prompts"
+    assert f"{absent} is none" in preset("merged_lora", file=absent).lacks(base, None)
+    (tmp_path / "some.txt").write_text("a cat")
+    for name in ("prompts", "merged_lora"):
+        assert preset(name, file=str(tmp_path / "some.txt")).lacks(base, None) == ""
 
 
 @pytest.mark.parametrize("name", ["concept_inversion", "encoder_output"])

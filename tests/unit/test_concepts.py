@@ -209,6 +209,21 @@ def test_the_command_line_takes_several_of_the_embedded_models(monkeypatch, tmp_
         assert options["concept"] == concepts
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_attacks_that_search_for_one_of_several_say_so(monkeypatch, tmp_path):
+    for name in ("possible", "within"):
+        monkeypatch.setattr(dossier.attacks, name, lambda *_: [])
+    asked = []
+    monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **how: asked.append(how) or Evidence("a cat"))
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
+    base, messages = SimpleNamespace(provenance=SimpleNamespace(source="x")), []
+    how = {"output_dir": tmp_path, "goal": SimpleNamespace(concept="a cat"), "progress": messages.append}
+    dossier.attack(base, erased("a cat"), **how)
+    assert not messages and "alone" not in asked[0]
+    dossier.attack(base, erased("a cat", "a rose"), **how)
+    assert asked[1]["alone"] and "'a cat', one of 2 concepts" in messages[0]
+
+
 def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch, unchecked):
     monkeypatch.setattr(dossier.seen, "detector", lambda name, concept: (concept, name))
     monkeypatch.setattr(dossier.goals, "drawn", lambda base, concept, prompts, detect, **_: (concept, detect))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import esd_jax
 from esd_jax import dossier, families, results
-from esd_jax.demo import groups, protocol
+from esd_jax.demo import groups, protocol, vocabulary
 from esd_jax.demo.measure import BASE, ERASED
 from esd_jax.evaluation import drawing, measures, prompts, protocols, seen, store
 from esd_jax.evaluation.attacks.hidden import Completion
@@ -276,6 +276,15 @@ def test_the_embedded_models_protocol(monkeypatch, tmp_path):
     assert [len(pairs) for pairs in evidence.pictures.values()] == [4, 4, 3]
     assert [estimate.value for estimate in protocol.metric(target, 16)("erased")] == [0, 15 / 16]
     assert same(store.load(store.save(evidence, tmp_path, "part")), evidence)
+
+
+@pytest.mark.parametrize("keeping", [["clay"], []], ids=["all but one", "all"])
+def test_a_list_that_leaves_no_others_is_measured_by_what_is_left(monkeypatch, keeping, unchecked):
+    painter.hired(monkeypatch)
+    target = groups.Target("style", tuple(name for name in vocabulary.styles() if name not in keeping))
+    assert "others" not in {group.name for group in groups.groups(target)}
+    detection, kept = protocol.metric(target, 16)("base")
+    assert (detection.value, kept.value) == (1, 1)
 
 
 def test_a_question_and_when_to_stop(models):

@@ -176,6 +176,15 @@ def test_training_ends_after_robust_rounds_in_a_row(w, monkeypatch):
     assert int(Run(w, rounds_stop=1, rounds_every=2).train(5).step) == 5
 
 
+def test_a_round_that_is_left_out_ends_nothing_and_each_concept_has_its_own(w, monkeypatch):
+    monkeypatch.setattr(rounds, "ROBUST", -1.0)
+    state = Run(w, rounds_stop=1, rounds_every=2, rounds_skip=0.0).train(3)
+    assert int(state.step) == 3 and bank(state).rounds == 2 and bank(state).robust == 0
+    concepts = (Concept("clay"), Concept("cat"))
+    run = Run(w, concepts, rounds_stop=1, rounds_every=2, contexts=None)
+    assert int(run.train(5).step) == 2 and [r["concept"] for r in run.records.values()] == ["clay", "cat"]
+
+
 def test_lengths_are_read():
     assert inversion.lengths("16") == (16,) and inversion.lengths("1| 4 |output") == (1, 4, 0)
     for text in ("", "0", "-1", "4|x", "4.5"):

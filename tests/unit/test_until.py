@@ -186,6 +186,19 @@ def test_what_is_measured(monkeypatch):
     assert calls[1:] == [(base, erased, goal, 3000, 0)]
 
 
+def test_of_several_concepts_the_worst_inversion_counts(monkeypatch):
+    """Each is searched for on its own: one that does not come back says nothing about the others."""
+    shares = {"a cat": 0.0, "a rose": 0.75, "a bee": 0.25}
+    bed = SimpleNamespace(goal=lambda base, texts: texts[0], budget="emoji", sampling={})
+    monkeypatch.setattr(until.testbed, "of", lambda source: bed)
+    monkeypatch.setattr(until.attacks, "attack", lambda b, e, goal, settings, seed: goal)
+    scored = lambda model, goal, *_, **__: SimpleNamespace(single_shot=lambda: mean([shares[goal]]))  # noqa: E731
+    monkeypatch.setattr(until.attacks, "score", scored)
+    base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
+    measure = until.measuring(base, list(shares), parse("inversion<=0.2"), lambda model: None)
+    assert measure(base)["inversion"].value == 0.75
+
+
 def test_inversion_needs_a_goal_and_other_bases_a_metric(monkeypatch, tmp_path):
     base = SimpleNamespace(provenance=SimpleNamespace(source="runs/x"))
     with pytest.raises(ValueError, match=one_line("inversion needs a goal", "runs/x has no testbed")):

@@ -83,12 +83,13 @@ def _words(text: str) -> list[str]:
 def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ()) -> dict[str, float]:
     """A corpus without the concepts, and other prompts of average weight: prompt -> weight.
 
-    Raises ValueError, or OSError, as `prompts` does.
+    Raises ValueError where nothing of the corpus is left, and ValueError, or OSError, as `prompts` does.
     """
-    weights = prompts(name)
-    left = {text: weights[text] for text in without(list(weights), [concept.text for concept in concepts])}
-    average = sum(left.values()) / len(left) if left else 1.0
-    return {**dict.fromkeys(others, average), **left}
+    weights, erased = prompts(name), [concept.text for concept in concepts]
+    left = {text: weights[text] for text in without(list(weights), erased)}
+    if not left:
+        raise ValueError(f"retain={name!r}: each of its {len(weights)} prompts has a word of {', '.join(erased)!r}")
+    return {**dict.fromkeys(others, sum(left.values()) / len(left)), **left}
 
 
 def drawn(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:

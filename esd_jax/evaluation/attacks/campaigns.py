@@ -12,12 +12,14 @@ from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
 from esd_jax.evaluation.attacks.probe import Fitted, Probe, Remarking
-from esd_jax.evaluation.attacks.prompts import OwnPrompts
+from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
+from esd_jax.evaluation.judges.weights import sha256
 from esd_jax.evaluation.report.terms import term
 from esd_jax.families.family import Sampling
+from esd_jax.inputs import expanded
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
 
@@ -48,6 +50,7 @@ def campaign(
     seed: int = 0,
     random: bool = True,
     placebo: Pipeline | None = None,
+    alone: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     **drawing: Any,
 ) -> Evidence:
@@ -60,6 +63,7 @@ def campaign(
       identity: of the erased model, and of the goal's detector: stored results must have the same.
       seeds: of how many each trial is sampled, the same for all models. seed: of all other random numbers.
       random: also attack a model of random weights. placebo: and this one.
+      alone: the goal is one of several concepts that were erased: each finding says so.
       progress: called with a line after each attack.
       **drawing: guidance_scale, batch_size and, as num_steps, steps of `sample`; by default those of the family.
 
@@ -144,11 +148,21 @@ def campaign(
             **{f"attack: {label(settings)}": _described(settings, goal) for settings in attacks},
         },
         verdict=tuple(
-            Finding("attack", one.name, before.single_shot(), one.single_shot(), chance.single_shot())
+            Finding(
+                "attack",
+                f"{term(one.name)} for {goal.concept!r} alone" if alone else one.name,
+                before.single_shot(),
+                one.single_shot(),
+                chance.single_shot(),
+            )
             for before, one in zip(scores[BASE][1:], attacked_scores, strict=True)
         ),
         attacks=tuple(tables),
-        attack_pictures={one.name: _pairs(goal, plain, one) for one in attacked_scores},
+        attack_pictures={
+            one.name: _pairs(goal, plain, one)
+            for settings, one in zip(searches[1:], attacked_scores, strict=True)
+            if not isinstance(settings, PromptList)  # whose prompts are none of the goal's
+        },
     )
 
 
@@ -174,9 +188,11 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
 
 
 def _described(settings: Attack | Probe, goal: Goal) -> dict[str, Any]:
-    """An attack's name and fields, as stored results must have them; `member` only of a member, and what the goal keeps
-    only of a probe that asks for it.
+    """An attack's name and fields, as stored results must have them; `member` only of a member, what the goal keeps
+    only of a probe that asks for it, and the hash of a file if there is one.
     """
+    file = getattr(settings, "file", "")
+    of_file = {"sha256": sha256(expanded(file))} if file else {}
     kept = {"kept": [one.text for one in goal.kept]} if getattr(settings, "ASKS_KEPT", False) else {}
     own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
-    return {"name": settings.NAME, **own, **kept} if fields(settings) else {"name": settings.NAME}
+    return {"name": settings.NAME, **own, **of_file, **kept} if fields(settings) else {"name": settings.NAME}

@@ -44,7 +44,7 @@ from esd_jax.evaluation.attacks.scoring import Scored, each, score
 from esd_jax.evaluation.attacks.settings import check
 from esd_jax.evaluation.drawing import of_family
 from esd_jax.params import Conditioning, Network, Params, component, partition, prefixed
-from esd_jax.pipeline import Pipeline
+from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.selection import select
 from esd_jax.training.step import unchanged
 
@@ -207,6 +207,11 @@ class Completion:
     def fitted(self, base: Pipeline) -> "Completion":
         return of_family(self, base)
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A step at or below each of the times."""
+        _, sampler = _grid(base, self, image_size(base.configs))
+        return _below(sampler, min(self.times))
+
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:
@@ -231,12 +236,10 @@ def complete(
     if len({bool(prompt) for prompt in prompts}) > 1 or len(prompts) != len(images):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: one for each, all empty or none")
     settings = settings.fitted(victim)
-    schedule = victim.family.at_size(victim.configs, victim.schedule, images.shape[1:3])
-    sampler = programs.sampler(schedule, samplers.plain(schedule), settings.num_steps, 0.0)
-    if not (below := np.flatnonzero(np.asarray(sampler.timesteps) <= t)).size:
-        name = {"ddim": "DDIM"}.get(sampler.name, sampler.name)
-        raise ValueError(f"t={t} is below the last of {name}'s {settings.num_steps} steps, {sampler.timesteps[-1]:g}")
-    start = int(below[0])
+    schedule, sampler = _grid(victim, settings, images.shape[1:3])
+    if reason := _below(sampler, t):
+        raise ValueError(reason)
+    start = int(np.flatnonzero(np.asarray(sampler.timesteps) <= t)[0])
     noise = sampling.initial_noise(victim, sampling.example_keys(seed, len(images)), images.shape[1:3])
     latents = adversary.latents(victim, images)
     noised = add_noise(schedule, latents, noise, sampler.timesteps[start].item())
@@ -269,6 +272,18 @@ def completions(
             drawn = complete(victim, goal.images, prompts, t, settings, seed)
             scores.append(each(f"completed from t = {t}, {kind}", goal, drawn))
     return tuple(scores)
+
+
+def _grid(victim: Pipeline, settings: Completion, size: tuple[int, int]) -> tuple[Schedule, samplers.Sampler]:
+    """For images [height, width]."""
+    schedule = victim.family.at_size(victim.configs, victim.schedule, size)
+    return schedule, programs.sampler(schedule, samplers.plain(schedule), settings.fitted(victim).num_steps, 0.0)
+
+
+def _below(sampler: samplers.Sampler, t: int) -> str:
+    """That no step is at or below t, as a sentence; empty if one is."""
+    last, name = np.asarray(sampler.timesteps)[-1], {"ddim": "DDIM"}.get(sampler.name, sampler.name)
+    return "" if last <= t else f"t={t} is below the last of {name}'s {len(sampler.timesteps)} steps, {last:g}"
 
 
 @lru_cache(maxsize=8)

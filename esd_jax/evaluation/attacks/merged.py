@@ -28,6 +28,7 @@ from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, F
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
 from esd_jax.evaluation.attacks.settings import check
+from esd_jax.inputs import expanded
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.params import Conditioning, Network, Params, cast, partition, prefixed
@@ -66,9 +67,9 @@ class MergedLoRA:
         check(self, rank=1)
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
-        """A subset that the base's family has, and another concept, unless there is a file."""
+        """A file that there is; without one, a subset that the base's family has, and another concept."""
         if self.file:
-            return ""
+            return "" if expanded(self.file).is_file() else f"{self.NAME} needs its file, and {self.file} is none"
         if reason := lacking_subset(self.NAME, self.subset, base):
             return reason
         if goal is None or self.concept or goal.kept:

@@ -55,7 +55,7 @@ class NullInversion:
     images: int | None = None
 
     def __post_init__(self):
-        check(self, iterations=0)
+        check(self)
 
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any

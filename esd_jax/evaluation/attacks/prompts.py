@@ -58,10 +58,18 @@ class PromptList:
     def __post_init__(self):
         check(self)
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A file of prompts."""
+        if not self.file:
+            return "file is empty: name the file that holds the prompts"
+        try:
+            read(self.file)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """A trial for each prompt; each is a case of its own, as published rates count them."""
-        if not self.file:
-            raise ValueError("file is empty: name the file that holds the prompts")
         started, texts = time.monotonic(), read(self.file)[: self.limit]
         rows = _rows(victim, texts)
         trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
