@@ -191,7 +191,7 @@ OMIT_AT_DEFAULT = {
     "null": "empty", "as_released": False, "fsdp": 1, "sample_prompt": "all", "updates_per_trajectory": 1,
     "trajectory_buffer": 1, "contexts": None, "context_eta": 1.0, "window": 1.0, "train_guidance": 1.0,
     "preserve_images": 0, "preserve_empty": 0.0, "preserve_worst_every": 0, "decay_steps": 0, "decay_to": 0.1,
-    "decay": "cosine", "hold": 0.0, "steps_each": 0, "remaining_every": 0, "redirect_between": 0.0,
+    "decay": "cosine", "hold": 0.0, "steps_each": 0, "remaining_every": 0, "redirect_between": 0.0, "project": False,
     **round_settings.DEFAULTS,
 }  # fmt: skip
 

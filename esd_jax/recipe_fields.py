@@ -132,6 +132,7 @@ class RecipeFields(TypedDict, total=False):
     # Of `methods.uce.UCE`.
     tokens: str
     directions: int
+    project: bool
 
     # Of `methods.rece.RECE`.
     epochs: int
@@ -217,7 +218,7 @@ def completed(
     target_from: str = ..., prior_weight: float = ..., detach_bos: bool = ..., resize: bool = ..., flip: bool = ...,
     views: int = ..., anchor_prompts: str | None = ..., eos_positions: str = ...,
     no_images: bool = ..., search_rounds: int = ..., search_updates: int = ..., search_pace: float = ...,
-    scale: float = ..., tokens: str = ..., directions: int = ..., epochs: int = ...,
+    scale: float = ..., tokens: str = ..., directions: int = ..., project: bool = ..., epochs: int = ...,
     r: float = ..., rho: float = ..., filter: bool = ..., copies: int = ..., threshold: float = ...,
     centres: int = ..., corpus_scale: float = ..., redirect_from: float = ...,
     redirect_spread: float = ..., redirect_between: float = ...,

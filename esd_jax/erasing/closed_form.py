@@ -240,10 +240,11 @@ def preserved(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
 
 
-def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (SUBSET,)) -> None:
+def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (SUBSET,), several: bool = False) -> None:
     """Raises ValueError, in one line, for a run that no closed form can make.
 
     subsets: those that the method edits, the first one its own; where the model has `readings`, `READ` in their place.
+    several: a concept may have several replacements.
     """
     layouts, meaning = tools.denoiser.layouts, SUBSETS[subsets[0]].meaning
     edited = [set(select(name, layouts)) for name in subsets] if not tools.readings else []
@@ -264,7 +265,7 @@ def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (S
     for concept in concepts:
         if concept.text in preserved(concepts):
             raise ValueError(f"concept {concept.text!r} is also among the prompts to preserve")
-        if len(concept.replace_with) > 1:
+        if len(concept.replace_with) > 1 and not several:
             raise ValueError(f"concept {concept.text!r} can become one thing, not {len(concept.replace_with)}")
         if concept.strength < 0:
             raise ValueError(f"strength={concept.strength} must not be negative: it weighs an error")

@@ -11,15 +11,23 @@ stay. All layers behind them see the image, too, and have no closed form.
 
 Beyond the paper, a concept can be erased in contexts, each led to the same prompt with the guide in its place, and a
 corpus of prompts can be retained: what is not shown to a closed form is not retained.
+
+The preset "double_projection" is *Double Projection* (CVPR 2026, arXiv 2604.10032): with S the vectors of several safe
+prompts, and U2 a basis of what is orthogonal to what is retained (or to its strongest directions),
+
+    c* = S (S^T S)^+ S^T c,    W = W0 + W0 (C* - C) X^T (X X^T + lam 1)^-1 U2^T,    X = U2^T C
+
+The paper's edit is that of one vector, with lam 0; this one, of many, follows from the same argument.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from esd_jax.erasing import closed_form, contexts, corpora
 from esd_jax.erasing.closed_form import (
@@ -67,6 +75,8 @@ class UCE:
       that hold a concept's rarest word are left out. With it, erase_scale and preserve_scale weigh means over prompts,
       not sums, and preserved prompts, all together, as much as the corpus.
     directions: how many directions of what is retained, the strongest first, the edit does not touch at all.
+    project: a concept's guide is, in place of one prompt, its own vector projected on those of all its `replace_with`
+      (c*); without `retain`, the edit leaves all directions of what is preserved alone.
     lam: how hard the weights are held to the old ones.
     erase_scale: the weight of each vector that is erased, s_i.
     preserve_scale: the weight of each vector that is preserved, s_p.
@@ -77,11 +87,13 @@ class UCE:
     contexts: str | None = None
     retain: str | None = None
     directions: int = 0
+    project: bool = False
     lam: float = 0.5
     erase_scale: float = 1.0
     preserve_scale: float = 1.0
 
     trained: ClassVar = False
+    several: ClassVar = True  # replacements of a concept, with `project`
     uses: ClassVar = frozenset({"replace_with", "strength"})
     needs: ClassVar = frozenset({"prompt_layers"})
     ema: ClassVar = None
@@ -91,7 +103,11 @@ class UCE:
         "2023": {"tokens": "all", "preserve_scale": 0.1, "subset": SUBSET, "steps": 0},
         "flow": {"subset": READ, "steps": 0},
         "list": {"tokens": "positions", "retain": "general", "lam": 0.01, "subset": SUBSET, "steps": 0},
-    }
+        "double_projection": {
+            "project": True, "retain": "general", "directions": 256, "preserve_scale": 0.0, "lam": 0.01,
+            "subset": SUBSET, "steps": 0,
+        },
+    }  # fmt: skip
 
     def __post_init__(self):
         choose(self, tokens=("last", "all", "positions"), expand=tuple(EXPANSIONS))
@@ -100,6 +116,8 @@ class UCE:
         contexts.parse(self.contexts)
         if self.directions and self.retain is None:
             raise ValueError(f"directions={self.directions} are of what is retained: give retain, too")
+        if self.project and self.tokens == "all":
+            raise ValueError("project=True pairs vectors one by one: tokens='last' or 'positions'")
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple[ClosedForm, Any]:
         """UCE, and the one edit that it makes; of layers that read different vectors, one of each.
@@ -107,15 +125,17 @@ class UCE:
         Raises ValueError, in one line, for another subset than `SUBSET` (`READ` on flow transformers) and for concepts
         that it cannot erase.
         """
-        check(tools, concepts)
+        check(tools, concepts, several=self.project)
+        if alone := [concept.text for concept in concepts if self.project and not concept.replace_with]:
+            raise ValueError(f"project=True needs replace_with, what {alone[0]!r} is projected on: 'a dog | a fox'")
         kept = ["", *preserved(concepts)] if self.tokens != "last" else preserved(concepts)
         sentences = contexts.parse(self.contexts)
-        erased = [
-            (pair, concept.strength)
-            for concept in concepts
-            for pair in closed_form.prompts(concept, sentences, EXPANSIONS[self.expand])
-        ]
-        edited = spaces(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept])
+        erased: list[tuple[str, tuple[str, ...], float]] = []
+        for concept in concepts:
+            each = [replace(concept, replace_with=(guide,)) for guide in concept.replace_with] or [concept]
+            pairs = zip(*(closed_form.prompts(one, sentences, EXPANSIONS[self.expand]) for one in each), strict=True)
+            erased += [(some[0][0], tuple(new for _, new in some), concept.strength) for some in pairs]
+        edited = spaces(tools, concepts, [*(text for old, guides, _ in erased for text in (old, *guides)), *kept])
         return over_spaces(edited, lambda space: (Solver(), self._edit(tools, concepts, space, erased, kept)))
 
     def _edit(
@@ -123,29 +143,34 @@ class UCE:
         tools: Tools,
         concepts: Sequence[Concept],
         space: Space,
-        erased: Sequence[tuple[tuple[str, str], float]],
+        erased: Sequence[tuple[str, tuple[str, ...], float]],
         kept: Sequence[str],
     ) -> Edit:
-        """erased: ((old, new), strength), ...; kept: prompts."""
+        """erased: (old, guides, strength), ...; kept: prompts."""
         erase_scale, preserve_scale = self.erase_scale, self.preserve_scale
         if self.retain is not None:
             erase_scale /= len(erased)
         pairs = [
             (*both, erase_scale * strength)
-            for (old, new), strength in erased
-            for both in space.aligned(old, new, self.tokens)
+            for old, guides, strength in erased
+            for both in self._pairs(space, old, guides)
         ]
-        free = None
         if self.retain is not None:
             moment = self._moment(tools, concepts, kept, space)
             rows = corpora.root(moment)
-            pairs.append((rows, rows, preserve_scale))
             free = corpora.free_directions(moment, self.directions) if self.directions else None
-        elif self.tokens == "last":
-            pairs += [(*both, preserve_scale) for text in kept for both in space.aligned(text, text, "last")]
+            return edit([*pairs, (rows, rows, preserve_scale)], self.lam, free)
+        if self.tokens == "last":
+            held = [own for text in kept for own, _ in space.aligned(text, text, "last")]
         else:
-            pairs += [(own, own, preserve_scale) for text in kept for own in space.whole(text)]
-        return edit(pairs, self.lam, free)
+            held = [own for text in kept for own in space.whole(text)]
+        free = orthogonal(held) if self.project and held else None
+        return edit([*pairs, *((own, own, preserve_scale) for own in held)], self.lam, free)
+
+    def _pairs(self, space: Space, old: str, guides: Sequence[str]) -> list[tuple[Array, Array]]:
+        """What becomes of a prompt's vectors, of each part of the space."""
+        each = [space.aligned(old, guide, self.tokens) for guide in guides]
+        return list(map(projected, zip(*each, strict=True))) if self.project else each[0]
 
     def _moment(
         self, tools: Tools, concepts: Sequence[Concept], kept: Sequence[str], space: Space
@@ -154,6 +179,25 @@ class UCE:
         named, empty = [text for text in kept if text], [text for text in kept if not text]
         moment = corpora.moment(tools, corpora.retained(self.retain, concepts, empty), space.vectors)
         return moment + corpora.moment(tools, dict.fromkeys(named, 1.0), space.vectors) if named else moment
+
+
+def projected(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Vectors, and their projections on those of several guides at the same places, in float64.
+
+    pairs: (the prompt's vectors, a guide's), each from the first token on in which the two differ: before it, both have
+      the same vectors.
+    """
+    old = np.asarray(max((old for old, _ in pairs), key=len), np.float64)
+    safe = [np.concatenate([old[: len(old) - len(new)], np.asarray(new, np.float64)]) for _, new in pairs]
+    places = zip(old, np.stack(safe, axis=1), strict=True)
+    new = np.stack([np.linalg.lstsq(rows.T, own)[0] @ rows for own, rows in places])
+    return jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32)
+
+
+def orthogonal(held: Sequence[Array]) -> Float[Array, "width free"]:
+    """An orthonormal basis of what is orthogonal to some vectors. Raises ValueError if nothing is."""
+    rows = np.concatenate([np.asarray(own, np.float64) for own in held])
+    return corpora.free_directions(rows.T @ rows, int(np.linalg.matrix_rank(rows)))
 
 
 @dataclass(frozen=True, eq=False)
