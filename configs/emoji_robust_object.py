@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 from esd_jax import recipe
 
 STYLES = ("cartoon", "clay", "ink", "pixel", "neon", "blueprint", "halftone", "pop art")
-OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "an owl", "a penguin",
-           "a fish", "an octopus", "a crab", "a bee", "a butterfly", "a rose", "a tulip", "an apple", "a strawberry",
-           "a pizza", "a hamburger", "a cake", "a car", "a bus", "a rocket", "an airplane", "a house", "a castle",
-           "a skull", "a robot", "a guitar", "a cat")  # fmt: skip
+OBJECTS = ("a cat", "a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "a chick",
+           "a penguin", "an owl", "a fish", "an octopus", "a crab", "a whale", "a butterfly", "a bee", "a ladybug",
+           "a rose", "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a pizza", "a hamburger",
+           "a doughnut", "an ice cream", "a cake", "a car", "a bus", "a sailboat", "an airplane", "a rocket", "a house",
+           "a castle", "a skull", "a ghost", "a pumpkin", "a sun", "a star", "a robot", "a guitar")  # fmt: skip
 
 
 def get_config() -> ConfigDict:
