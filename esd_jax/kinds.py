@@ -168,14 +168,14 @@ def _preserved(texts: several.Texts, concepts: Sequence[str], _: Mapping[str, An
 
 
 def _replacing(texts: several.Texts, concepts: Sequence[str], settings: Mapping[str, Any]) -> several.Texts:
-    one = not getattr(METHODS.get(settings.get("method", "esd")), "several", False)
+    all_count = getattr(METHODS.get(settings.get("method", "esd")), "several", False) or settings.get("project")
     own = [[concept] for concept in concepts] if len(texts) == len(concepts) else [concepts] * len(texts)
 
     def others(part: tuple[str, ...], erased: Sequence[str]) -> tuple[str, ...]:
         if len(part) < 2 or AUTO in part:
             return part
         left = tuple(text for text in part if not _names_any(erased, text)) or part
-        return left[:1] if one else left
+        return left if all_count else left[:1]
 
     return tuple(map(others, texts, own))
 

@@ -88,23 +88,22 @@ class SPEED:
             [(*closed_form.aligned(encoded[a], encoded[b], self.tokens), s / len(erased)) for (a, b), s in erased], 1.0
         )
 
-        def rows(texts: Sequence[str]) -> Float[Array, "rows context"]:
-            if not texts:
-                return jnp.zeros((0, edit.old.shape[1]))
-            own = [encoded[text] for text in texts]
-            return jnp.concatenate(
-                [one.vectors[one.last][None] if self.tokens == "last" else one.vectors for one in own]
-            )
-
+        of_kept = self._rows([encoded[text] for text in kept])
+        of_named = self._rows([encoded[text] for text in named]) if named else None
         start, *others = np.asarray(encoded[""].vectors, np.float64)
         still = [start]
         if self.centres:
             spread = np.linspace(0, len(others) - 1, self.centres).round().astype(int)  # the first and the last, ...
             still += [*kmeans2(np.stack(others), np.stack(others)[spread], minit="matrix")[0]]
         return Solver(self.filter, self.copies), Inputs(
-            edit.old, edit.new, edit.weight, rows(kept), rows(named), jnp.asarray(np.stack(still), jnp.float32),
+            edit.old, edit.new, edit.weight, of_kept, of_named, jnp.asarray(np.stack(still), jnp.float32),
             jnp.float32(self.rho), jnp.float32(self.threshold), jax.random.key(0),
         )  # fmt: skip
+
+    def _rows(self, prompts: Sequence[closed_form.Encoded]) -> Float[Array, "rows context"]:
+        """Those of their vectors that are retained."""
+        last = self.tokens == "last"
+        return jnp.concatenate([one.vectors[one.last][None] if last else one.vectors for one in prompts])
 
 
 @jax.tree_util.register_dataclass
@@ -112,14 +111,14 @@ class SPEED:
 class Inputs:
     """old, new: C1 and C*, a row each, of weights that sum to 1 at strength 1 with one row for each prompt.
 
-    kept: vectors of the corpus. named: of preserved prompts. still: K2. key: of the noise on copies.
+    kept: vectors of the corpus. named: of preserved prompts, if there are any. still: K2. key: of the noise on copies.
     """
 
     old: Float[Array, "vectors context"]
     new: Float[Array, "vectors context"]
     weight: Float[Array, " vectors"]
     kept: Float[Array, "kept context"]
-    named: Float[Array, "named context"]
+    named: Float[Array, "named context"] | None
     still: Float[Array, "still context"]
     rho: Float[Array, ""]
     threshold: Float[Array, ""]
@@ -149,7 +148,7 @@ class Solver(ClosedForm):
         if self.copies:
             kept, importance = self.augmented(kernel, first, kept, importance, inputs.key)
         moment = _moment(kept, importance)
-        if len(inputs.named):
+        if inputs.named is not None:
             moment += _moment(inputs.named, jnp.ones(len(inputs.named)))
         free = _free(moment, inputs.threshold)
         # In coordinates of the free directions P is 1: a ridge with a linear constraint.

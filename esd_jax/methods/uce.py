@@ -93,7 +93,6 @@ class UCE:
     preserve_scale: float = 1.0
 
     trained: ClassVar = False
-    several: ClassVar = True  # replacements of a concept, with `project`
     uses: ClassVar = frozenset({"replace_with", "strength"})
     needs: ClassVar = frozenset({"prompt_layers"})
     ema: ClassVar = None
@@ -156,7 +155,7 @@ class UCE:
             for both in self._pairs(space, old, guides)
         ]
         if self.retain is not None:
-            moment = self._moment(tools, concepts, kept, space)
+            moment = of_both(tools, self.retain, concepts, kept, space)
             rows = corpora.root(moment)
             free = corpora.free_directions(moment, self.directions) if self.directions else None
             return edit([*pairs, (rows, rows, preserve_scale)], self.lam, free)
@@ -172,13 +171,14 @@ class UCE:
         each = [space.aligned(old, guide, self.tokens) for guide in guides]
         return list(map(projected, zip(*each, strict=True))) if self.project else each[0]
 
-    def _moment(
-        self, tools: Tools, concepts: Sequence[Concept], kept: Sequence[str], space: Space
-    ) -> Float[np.ndarray, "width width"]:
-        """Of the corpus, and of the preserved prompts, which all together count as much as it."""
-        named, empty = [text for text in kept if text], [text for text in kept if not text]
-        moment = corpora.moment(tools, corpora.retained(self.retain, concepts, empty), space.vectors)
-        return moment + corpora.moment(tools, dict.fromkeys(named, 1.0), space.vectors) if named else moment
+
+def of_both(
+    tools: Tools, retain: str, concepts: Sequence[Concept], kept: Sequence[str], space: Space
+) -> Float[np.ndarray, "width width"]:
+    """The second moment of a corpus, and of preserved prompts, which all together count as much as it."""
+    named, empty = [text for text in kept if text], [text for text in kept if not text]
+    moment = corpora.moment(tools, corpora.retained(retain, concepts, empty), space.vectors)
+    return moment + corpora.moment(tools, dict.fromkeys(named, 1.0), space.vectors) if named else moment
 
 
 def projected(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -32,6 +32,12 @@ def test_replacements(replace_with, concepts, method, expected):
     assert fitted["replace_with"] == expected
 
 
+def test_safe_prompts_of_double_projection_all_count():
+    config = {"method": "uce", "project": True, "replace_with": "a dog | a lion | a bee"}
+    assert kinds.fitted(config, ["a dog"])["replace_with"] == "a lion | a bee"
+    assert kinds.fitted(config, ["a cat"]) == config
+
+
 @pytest.mark.parametrize(
     ("preserve", "expected"),
     [

@@ -209,8 +209,11 @@ class Completion:
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """A step at or below each of the times."""
-        _, sampler = _grid(base, self, image_size(base.configs))
-        return _below(sampler, min(self.times))
+        try:
+            size = image_size(base.configs)
+        except ValueError:  # not known before there are images
+            return ""
+        return _below(_grid(base, self, size)[1], min(self.times))
 
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
