@@ -4,8 +4,8 @@
 
 Closed form: no training steps. The concept's last token becomes its projection on those of the prompts in replace_with;
 of 1,500 prompts of common things, the 256 strongest directions of their vectors stay as they are, exactly. Both lists
-and the number are ours: the paper names its kept concepts for each experiment. --config.retain= without a value holds
-those in --config.preserve alone, all of them exactly. Not measured on Stable Diffusion.
+and the number are ours: the paper names its kept concepts for each experiment. What --config.preserve names stays
+exactly as it is, too; --config.retain= (no value) leaves everything else free. Not measured on Stable Diffusion.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,11 @@
 The object becomes its projection on four others. The changes to double_projection are:
 - the object is erased in every style, too, and at all tokens from the first that differs on.
 - the model's captions are retained: the strongest 32 of their 128 directions stay as they are, exactly.
-Tuned on a dog (projected on a cat, a lion, a bee and a rose), before and after: detection rate 100% and 8% (24 images),
-accuracy of related objects 98% and 98%, of the others 98% and 100% (48 images each). With 64 directions 12% are left.
+Tuned on a dog (--config.replace_with="a cat | a lion | a bee | a rose"), before and after: detection rate 100% and 8%
+(24 images), accuracy of related objects 98% and 98%, of the others 98% and 100% (48 images each). With 64 directions
+12% are left.
+Then, on a cat: 98% and 33% (64 images), related 100% and 99%, others 96% and 95% (128 images each): it harms least, and
+leaves more than emoji_uce_object.
 """
 
 from ml_collections import ConfigDict

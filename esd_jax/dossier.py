@@ -172,8 +172,8 @@ def attack(
         goal = bed.goal(base, concepts)
     chosen = attacks.within(chosen, names, lambda one: attacks.lacking(one, base, goal), progress)
     options = {**bed.sampling, **options} if bed else options
-    if len(concepts) > 1:
-        progress(f"what is searched for is {goal.concept!r}, one of {len(concepts)} concepts; `concept` names another")
+    if (count := len(texts_of(erased.provenance.erased) or concepts)) > 1:
+        progress(f"searched for: {goal.concept!r}, one of {count}; for another, give concept and another output")
         options["alone"] = True
     evidence = attacks.campaign(
         base,

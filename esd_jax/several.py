@@ -32,10 +32,11 @@ def parse_concepts(columns: Mapping[str, str | Texts | None]) -> tuple[Concept, 
     named = parts("concept", columns.get("concept"))
     if not named:
         return ()
-    for text in named:
-        if isinstance(text, str) and text.startswith("@") and Path(text).suffix.lower() in prompt_files.SUFFIXES:
+    for text in (one.text if isinstance(one, Concept) else str(one) for one in named):
+        if text.startswith("@") and Path(text).suffix.lower() in prompt_files.SUFFIXES:
             raise ValueError(
-                f"concept={text!r}: only the command line reads a file of concepts; here, give a list of them"
+                f"concept={text!r}: a file of concepts is read on the command line, where it stands alone; "
+                "in Python and in configs, give a list of them"
             )
     others = (_for_each(name, columns.get(name), len(named)) for name in FOR_EACH)
     return tuple(

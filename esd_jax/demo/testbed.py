@@ -104,7 +104,7 @@ def probed(target: Target) -> Detect:
 
 
 def goal(base: Pipeline, target: Target, num_prompts: int = 8, images_each: int = 4, seed: int = 0) -> Goal:
-    """The goal "neon style", or "a cat": prompts of several objects, or styles.
+    """The goal "neon style", or "a cat": prompts of several objects, or styles; of several targets, the first alone.
 
     Raises ValueError for a concept that no prompt brings the model to generate.
     """
@@ -115,8 +115,9 @@ def goal(base: Pipeline, target: Target, num_prompts: int = 8, images_each: int 
     else:
         pairs = [(target.names[0], style) for style in vocabulary.styles()][:num_prompts]
         neutral = [captions.prompt(style=style) for _, style in pairs]
+    searched = probed(Target(target.kind, target.names[:1]))
     return goals.drawn(
-        base, target.concepts[0], [captions.prompt(*pair) for pair in pairs], probed(target),
+        base, target.concepts[0], [captions.prompt(*pair) for pair in pairs], searched,
         neutral=neutral, images_each=images_each, seed=seed, skip=True, batch_size=32, kept=kept(target),
         **EMOJI.sampling,
     )  # fmt: skip

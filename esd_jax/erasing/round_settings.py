@@ -26,8 +26,8 @@ class RoundsSettings:
     rounds_images: images of each prompt with the concept, drawn by the base. rounds_seed: of these.
     rounds_skip: an adversary whose gauge in the base is above this shows something else than the concept, and is not
       added.
-    rounds_stop: training ends after so many rounds of each concept in a row with a gauge of at least 0.9, without those
-      that are left out; 0: it does not.
+    rounds_stop: training ends after so many rounds in a row, times the number of concepts and of kinds of adversaries,
+      with a gauge of at least 0.9; those that are left out do not count. 0: it does not.
     """
 
     rounds_every: int = 0

@@ -260,7 +260,8 @@ class Rounds(Term):
         return Interval(memory, record, self._over(memory))
 
     def _over(self, memory: Memory) -> bool:
-        return 0 < self.settings.rounds_stop * len(self.concepts) <= _first(memory.robust)
+        turns = len(self.concepts) * len(self.inversion.kinds)
+        return 0 < self.settings.rounds_stop * turns <= _first(memory.robust)
 
     @cached_property
     def _append(self) -> Any:

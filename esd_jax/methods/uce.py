@@ -76,7 +76,7 @@ class UCE:
       not sums, and preserved prompts, all together, as much as the corpus.
     directions: how many directions of what is retained, the strongest first, the edit does not touch at all.
     project: a concept's guide is, in place of one prompt, its own vector projected on those of all its `replace_with`
-      (c*); without `retain`, the edit leaves all directions of what is preserved alone.
+      (c*), and the edit also leaves all directions of what is preserved alone: these prompts stay exactly as they are.
     lam: how hard the weights are held to the old ones.
     erase_scale: the weight of each vector that is erased, s_i.
     preserve_scale: the weight of each vector that is preserved, s_p.
@@ -113,7 +113,7 @@ class UCE:
         check_positive(self, "lam")
         check_positive(self, "erase_scale", "preserve_scale", "directions", or_zero=True)
         contexts.parse(self.contexts)
-        if self.directions and self.retain is None:
+        if self.directions and not self.retain and not self.project:
             raise ValueError(f"directions={self.directions} are of what is retained: give retain, too")
         if self.project and self.tokens == "all":
             raise ValueError("project=True pairs vectors one by one: tokens='last' or 'positions'")
@@ -147,24 +147,30 @@ class UCE:
     ) -> Edit:
         """erased: (old, guides, strength), ...; kept: prompts."""
         erase_scale, preserve_scale = self.erase_scale, self.preserve_scale
-        if self.retain is not None:
+        if self.retain:
             erase_scale /= len(erased)
         pairs = [
             (*both, erase_scale * strength)
             for old, guides, strength in erased
             for both in self._pairs(space, old, guides)
         ]
-        if self.retain is not None:
-            moment = of_both(tools, self.retain, concepts, kept, space)
-            rows = corpora.root(moment)
-            free = corpora.free_directions(moment, self.directions) if self.directions else None
-            return edit([*pairs, (rows, rows, preserve_scale)], self.lam, free)
+        if not self.retain:
+            held = self._held(space, kept)
+            free = orthogonal(held) if self.project and held else None
+            return edit([*pairs, *((own, own, preserve_scale) for own in held)], self.lam, free)
+        moment = of_both(tools, self.retain, concepts, kept, space)
+        rows = corpora.root(moment)
+        free = corpora.free_directions(moment, self.directions) if self.directions else None
+        if self.project and (held := self._held(space, list(filter(None, kept)))):
+            strongest = np.linalg.eigh(moment)[1][:, len(moment) - self.directions :].T
+            free = orthogonal([*held, strongest])
+        return edit([*pairs, (rows, rows, preserve_scale)], self.lam, free)
+
+    def _held(self, space: Space, kept: Sequence[str]) -> list[Array]:
+        """The vectors of prompts that are preserved."""
         if self.tokens == "last":
-            held = [own for text in kept for own, _ in space.aligned(text, text, "last")]
-        else:
-            held = [own for text in kept for own in space.whole(text)]
-        free = orthogonal(held) if self.project and held else None
-        return edit([*pairs, *((own, own, preserve_scale) for own in held)], self.lam, free)
+            return [own for text in kept for own, _ in space.aligned(text, text, "last")]
+        return [own for text in kept for own in space.whole(text)]
 
     def _pairs(self, space: Space, old: str, guides: Sequence[str]) -> list[tuple[Array, Array]]:
         """What becomes of a prompt's vectors, of each part of the space."""
@@ -194,10 +200,12 @@ def projected(pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     return jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32)
 
 
-def orthogonal(held: Sequence[Array]) -> Float[Array, "width free"]:
+def orthogonal(held: Sequence[Any]) -> Float[Array, "width free"]:
     """An orthonormal basis of what is orthogonal to some vectors. Raises ValueError if nothing is."""
     rows = np.concatenate([np.asarray(own, np.float64) for own in held])
-    return corpora.free_directions(rows.T @ rows, int(np.linalg.matrix_rank(rows)))
+    if (rank := int(np.linalg.matrix_rank(rows))) == rows.shape[1]:
+        raise ValueError(f"what project=True holds exactly leaves none of {rank} directions: preserve less")
+    return corpora.free_directions(rows.T @ rows, rank)
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,7 @@ def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
     assert [pair.prompt for pair in pairs] == ["a cat", "one cat"] and pairs[0].before.max() == 0 < pairs[0].after.max()
     assert len(messages) == 7 and "found on erased: 50% of images, 100% by any of 2" in messages[4]
     assert store.load(store.save(evidence, tmp_path, "part")).attacks == evidence.attacks
-    assert [one.what for one in run(goal, tmp_path, alone=True).verdict] == ["found for 'cat' alone"]
+    assert [one.what for one in run(goal, tmp_path / "one", alone=True).verdict] == ["found for 'cat' alone"]
 
 
 def test_the_gauge_of_the_erased_model_is_kept_and_shown(goal, tmp_path, monkeypatch, unchecked):

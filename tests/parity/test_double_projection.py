@@ -59,10 +59,26 @@ def test_double_projection_against_its_equation(tokens):
         assert np.abs(kept @ moved).max() <= 1e-4 * np.abs(moved).max() * np.abs(kept).max()
 
 
+def test_what_is_preserved_stays_exactly_beside_a_corpus(tmp_path):
+    (tmp_path / "kept.txt").write_text("\n".join(f"a thing number{i}" for i in range(9)))
+    concepts = [dataclasses.replace(c, replace_with=SAFE) for c in CONCEPTS]
+    settings = {"project": True, "directions": 5, "preserve_scale": 0.0, "lam": 0.1}
+    for retain in (str(tmp_path / "kept.txt"), ""):  # without one, directions are of nothing
+        ours = solved(concepts, retain=retain, **settings)
+        for name, kernel in theta().items():
+            moved = np.asarray(ours[name], float) - np.asarray(kernel, float)
+            for text in ("monet", "claude monet", "a big dog"):
+                assert np.abs(vectors(text)[last(text)] @ moved).max() <= 1e-4 * np.abs(moved).max() * 10
+            assert np.abs(vectors("dali")[last("dali")] @ moved).max() > 1e-2 * np.abs(moved).max()
+
+
 def test_double_projection_needs_safe_prompts():
     with pytest.raises(ValueError, match=one_line("project=True", "replace_with", "'cat'")):
         solved([Concept("cat")], project=True)
     with pytest.raises(ValueError, match=one_line("project=True", "'last' or 'positions'")):
         uce.UCE(project=True, tokens="all")
+    many = tuple(f"a thing number{i}" for i in range(9))
+    with pytest.raises(ValueError, match=one_line("project=True", "none of 48 directions", "preserve less")):
+        solved([Concept("cat", replace_with=SAFE, preserve=many)], project=True, tokens="positions")
     with pytest.raises(ValueError, match=one_line("'cat'", "one thing, not 2")):
         solved([Concept("cat", replace_with=("a dog", "art"))])

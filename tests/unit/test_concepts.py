@@ -221,7 +221,9 @@ def test_attacks_that_search_for_one_of_several_say_so(monkeypatch, tmp_path):
     dossier.attack(base, erased("a cat"), **how)
     assert not messages and "alone" not in asked[0]
     dossier.attack(base, erased("a cat", "a rose"), **how)
-    assert asked[1]["alone"] and "'a cat', one of 2 concepts" in messages[0]
+    dossier.attack(base, erased("a cat", "a rose"), concept="a cat", **how)
+    assert asked[1]["alone"] and asked[2]["alone"] and messages == [messages[0]] * 2
+    assert "'a cat', one of 2" in messages[0]
 
 
 def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch, unchecked):

@@ -74,7 +74,7 @@ def test_a_file_of_prompts_and_what_is_none(tmp_path):
     assert corpora.prompts(str(tmp_path / "kept.txt")) == {"a dog": 1, "a cat": 1}
     concepts = [Concept("a cat")]
     assert corpora.retained(str(tmp_path / "kept.txt"), concepts, ["", "a dog"]) == {"": 1, "a dog": 1}
-    with pytest.raises(ValueError, match=one_line("each of its 2 prompts", "'a cat, a dog'")):
+    with pytest.raises(ValueError, match=one_line("each of its 2 prompts", "'a cat', 'a dog'")):
         corpora.retained(str(tmp_path / "kept.txt"), [*concepts, Concept("a dog")])
     with pytest.raises(ValueError, match=one_line("retain='vocabulary'", "emoji, general", ".txt")):
         corpora.prompts("vocabulary")

@@ -128,7 +128,7 @@ def test_numbers_that_nobody_gives_are_the_familys(arch, steps, guidance, unchec
 @pytest.mark.parametrize(("arch", "expected"), [("sd14", {}), ("flux-dev", {"num_steps": 28, "guidance_scale": 3.5})])
 def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unchecked, tmp_path, monkeypatch):
     configs, schedule = esd_jax.api.architecture(arch)
-    source = types.SimpleNamespace(source="x/y")
+    source = types.SimpleNamespace(source="x/y", erased=())
     model = types.SimpleNamespace(configs=configs, schedule=schedule, family=families.of(configs), provenance=source)
     recorded = []
     monkeypatch.setattr(results, "kept", lambda *_, settings: recorded.append(settings["drawing"]) or 1 / 0)
@@ -283,8 +283,13 @@ def test_a_list_that_leaves_no_others_is_measured_by_what_is_left(monkeypatch, k
     painter.hired(monkeypatch)
     target = groups.Target("style", tuple(name for name in vocabulary.styles() if name not in keeping))
     assert "others" not in {group.name for group in groups.groups(target)}
+    asked, measure = [], protocol.measure
+    monkeypatch.setattr(
+        protocol, "measure", lambda m, wanted, *a, **k: asked.append(wanted) or measure(m, wanted, *a, **k)
+    )
     detection, kept = protocol.metric(target, 16)("base")
     assert (detection.value, kept.value) == (1, 1)
+    assert [group.name for group in asked[0]] == ["own", "nearest" if keeping else "unrelated"]
 
 
 def test_a_question_and_when_to_stop(models):

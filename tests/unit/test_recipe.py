@@ -43,7 +43,7 @@ def test_concepts_are_taken_as_they_are(base, planned, unchecked):
     assert plan.concepts == (Concept("Van Gogh"), Concept("the painter"))
     with pytest.raises(ValueError, match=one_line("the concept is empty")):
         esd_jax.erase(base, **SHORT)
-    with pytest.raises(ValueError, match=one_line("'@names.txt'", "only the command line")):
+    with pytest.raises(ValueError, match=one_line("'@names.txt'", "on the command line")):
         esd_jax.erase(base, "@names.txt", **SHORT)
     assert several.parse_concepts({"concept": "@somebody"}) == (Concept("@somebody"),)
 

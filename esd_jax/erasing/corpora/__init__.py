@@ -88,7 +88,9 @@ def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ())
     weights, erased = prompts(name), [concept.text for concept in concepts]
     left = {text: weights[text] for text in without(list(weights), erased)}
     if not left:
-        raise ValueError(f"retain={name!r}: each of its {len(weights)} prompts has a word of {', '.join(erased)!r}")
+        raise ValueError(
+            f"retain={name!r}: each of its {len(weights)} prompts has a word of {', '.join(map(repr, erased))}"
+        )
     return {**dict.fromkeys(others, sum(left.values()) / len(left)), **left}
 
 

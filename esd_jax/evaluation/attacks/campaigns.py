@@ -12,7 +12,7 @@ from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
 from esd_jax.evaluation.attacks.probe import Fitted, Probe, Remarking
-from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList
+from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding, Pair
@@ -79,7 +79,14 @@ def campaign(
     if own != Sampling():  # results without these numbers are of the usual ones
         drawing = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **drawing}
     recorded = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
-    common = {**identity, "prompts": goal.prompts, "seeds": fresh, "seed": seed, "drawing": recorded}
+    common = {
+        **identity,
+        **({"alone": goal.concept} if alone else {}),
+        "prompts": goal.prompts,
+        "seeds": fresh,
+        "seed": seed,
+        "drawing": recorded,
+    }
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
@@ -150,20 +157,25 @@ def campaign(
         verdict=tuple(
             Finding(
                 "attack",
-                f"{term(one.name)} for {goal.concept!r} alone" if alone else one.name,
+                f"{term(one.name)} for {goal.concept!r} alone" if alone and searching(settings) else one.name,
                 before.single_shot(),
                 one.single_shot(),
                 chance.single_shot(),
             )
-            for before, one in zip(scores[BASE][1:], attacked_scores, strict=True)
+            for settings, before, one in zip(searches[1:], scores[BASE][1:], attacked_scores, strict=True)
         ),
         attacks=tuple(tables),
         attack_pictures={
             one.name: _pairs(goal, plain, one)
             for settings, one in zip(searches[1:], attacked_scores, strict=True)
-            if not isinstance(settings, PromptList)  # whose prompts are none of the goal's
+            if searching(settings)  # else its prompts are none of the goal's
         },
     )
+
+
+def searching(settings: Attack) -> bool:
+    """Whether an attack's prompts are of the goal: neither a list's nor drawn at random."""
+    return not isinstance(settings, PromptList | RandomPrompts)
 
 
 def label(settings: Attack | Probe) -> str:

@@ -57,6 +57,11 @@ class NullInversion:
     def __post_init__(self):
         check(self)
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """A schedule of at least as many steps."""
+        total = base.schedule.num_train_timesteps
+        return f"{self.NAME} takes {self.steps} steps, but the schedule has {total}" if self.steps > total else ""
+
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:

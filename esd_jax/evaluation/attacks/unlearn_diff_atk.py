@@ -69,6 +69,12 @@ class UnlearnDiffAtk:
     def __post_init__(self):
         check(self)
 
+    def lacks(self, base: Pipeline, goal: Goal | None) -> str:
+        """As many timesteps as `num_times`."""
+        total = base.schedule.num_train_timesteps
+        few = f"{self.NAME} uses num_times={self.num_times}, more than the schedule's {total} timesteps"
+        return few if self.num_times > total else ""
+
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
         started, text = time.monotonic(), adversary.text_of(victim)
