@@ -4,7 +4,8 @@
         --config.output_dir=out/cat_robust
 
 emoji_robust (see there) for an object, which becomes another one (replace_with), alone and in every style. That prompts
-are trained between the images, too, was checked on an octopus that becomes a crab.
+are trained between the images, too, was checked on an octopus that becomes a crab. All other objects are preserved:
+with 32 of the 44, a rose took a third of the sunflowers along, which were not among them.
 """
 
 from ml_collections import ConfigDict
