@@ -136,7 +136,7 @@ def test_uce(kind, tokens, bases):
 
 
 def test_uce_retains_prompts(bases, tmp_path):
-    """The second moment of what each layer reads stands for them."""
+    """The second moment of what each layer reads stands for them; a preserved prompt counts as much as all of them."""
     base, texts = bases("flux"), ["a photo of a cat", "V, a photo", "two photographs"]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     fields = {"tokens": "positions", "retain": str(tmp_path / "prompts.txt"), "preserve_scale": 0.25}
@@ -144,8 +144,9 @@ def test_uce_retains_prompts(bases, tmp_path):
     ours = solved(method, inputs, theta)
     for layer in (TOKENS, POOLED):
         erased = [(c, guide, 1.0) for c, guide in pairs(base, layer, CONCEPT, GUIDE, "positions")]
-        rows = [whole(base, layer, text) for text in ("", KEPT, *texts)]
-        expected = edited(theta[layer].T, erased, [(row, 0.25 / len(rows)) for row in rows], 0.5)
+        rows = [whole(base, layer, text) for text in ("", *texts)]
+        kept = [*((row, 0.25 / len(rows)) for row in rows), (whole(base, layer, KEPT), 0.25)]
+        expected = edited(theta[layer].T, erased, kept, 0.5)
         assert error(ours[layer] - theta[layer], expected.T - theta[layer]) <= 1e-3  # the root is float32
 
 

@@ -159,7 +159,7 @@ def test_one_concept_is_drawn_as_ever_and_an_order_is_refused():
     w = world("toy", "float32")
     assert type(method_of(w, CONCEPTS[:1])[0]) is type(settings("paper", **GRID).make(tools(w), CONCEPTS[:1])[0])
     method, inputs = SDD(sampling_steps=4).make(tools(w), CONCEPTS)
-    with pytest.raises(ValueError, match=one_line("remaining_every=5", "order")):
+    with pytest.raises(ValueError, match=one_line("remaining_every=5", "do not draw one concept each")):
         by_remainder(method, inputs, tools(w), 5)
 
 
