@@ -1,5 +1,6 @@
 """All attacks and probes of one erasure, each beside its controls; each result is stored as soon as it is computed."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -88,10 +89,12 @@ def campaign(
         "drawing": recorded,
     }
 
+    described = functools.cache(functools.partial(_described, goal=goal))  # a file is hashed once
+
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
         with tasks.labelled(f"{term(label(settings))} on {model}"):
-            return file, results.kept(file, compute, settings={**common, "attack": _described(settings, goal)})
+            return file, results.kept(file, compute, settings={**common, "attack": described(settings)})
 
     def say(scored: Scored, model: str, how: str = "") -> None:
         shares = f"{scored.single_shot().value:.0%} of images"
@@ -152,7 +155,7 @@ def campaign(
         goal.concept,
         measured_with={
             "attacks": f"seed {seed}; each trial drawn from {seeds} fresh seeds, the same for all models",
-            **{f"attack: {label(settings)}": _described(settings, goal) for settings in attacks},
+            **{f"attack: {label(settings)}": described(settings) for settings in attacks},
         },
         verdict=tuple(
             Finding(
