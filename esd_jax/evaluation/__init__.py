@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from esd_jax import lazy
 
 if TYPE_CHECKING:
-    from esd_jax.evaluation import gather, prompts, protocols, seen, testbed
+    from esd_jax.evaluation import gather, prompts, protocols, seen, testbed, tiers
     from esd_jax.evaluation.evidence import Evidence, Finding, Table
     from esd_jax.evaluation.judges import detectors, lpips
     from esd_jax.evaluation.measures import MEASURES
@@ -44,13 +44,14 @@ __all__ = [
     "seen",
     "testbed",
     "text",
+    "tiers",
 ]
 _PLACES = {
     **dict.fromkeys(("Evidence", "Finding", "Table"), "esd_jax.evaluation.evidence"),
     "MEASURES": "esd_jax.evaluation.measures",
     **dict.fromkeys(("PROTOCOLS", "Protocol"), "esd_jax.evaluation.protocols"),
     **dict.fromkeys(("Question", "below", "detector"), "esd_jax.evaluation.seen"),
-    **{name: f"esd_jax.evaluation.{name}" for name in ("gather", "prompts", "protocols", "seen", "testbed")},
+    **{name: f"esd_jax.evaluation.{name}" for name in ("gather", "prompts", "protocols", "seen", "testbed", "tiers")},
     **{name: f"esd_jax.evaluation.judges.{name}" for name in ("detectors", "lpips")},
     **{name: f"esd_jax.evaluation.report.{name}" for name in ("layers", "text")},
 }

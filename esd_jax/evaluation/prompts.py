@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esd_jax import prompt_files
+from esd_jax.evaluation import tiers
 from esd_jax.inputs import cache, expanded, finite
 from esd_jax.results import replacing
 
@@ -39,6 +40,7 @@ PUBLISHED = {
         "4ab01d9e98b0a23082b9cdbf52815cc639201fe6ba33b6ed8bbab58984c9fb2d",
     ),
 }
+TIERED = "tiers:"  # before a concept
 LONGEST_NUMBER = 200  # bytes of a case's number, which names its image's file
 # What a row is counted under in a table: the first of these columns that the file has.
 GROUPS = ("class", "label_str", "artist", "group", "categories")
@@ -59,19 +61,20 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptList:
-    """A file of prompts. sha256: of the file, so that a report identifies it."""
+    """A file of prompts. sha256: of the file, so that a report identifies it. tiered: these are tiers of a concept."""
 
     name: str
     sha256: str
     cases: tuple[Case, ...]
+    tiered: bool = False
 
 
 def load(source: str | Path) -> PromptList:
     """Reads a list of prompts.
 
     Args:
-      source: a CSV file, one of `PUBLISHED`, or one of ours ("everyday"). A published one is downloaded once, checked,
-        and kept in the cache ($XDG_CACHE_HOME/esd_jax/prompts).
+      source: a CSV file, one of `PUBLISHED`, or one of ours ("everyday"; "tiers:CONCEPT", those of `tiers.of`, counted
+        by tier). A published one is downloaded once, checked, and kept in the cache ($XDG_CACHE_HOME/esd_jax/prompts).
 
     A CSV has a column "prompt", and may have those that the ESD repository's have: "case_number" (by default the row's
     number), "evaluation_seed" (by default one that follows from the prompt), "evaluation_guidance", and "class",
@@ -82,6 +85,8 @@ def load(source: str | Path) -> PromptList:
     """
     path = expanded(source)
     name = str(source)
+    if name.startswith(TIERED):
+        return _tiered(name)
     if path.is_file():
         name = path.name
     elif (ours := OURS / f"{name}.csv").is_file():
@@ -89,11 +94,20 @@ def load(source: str | Path) -> PromptList:
     elif name in PUBLISHED:
         path = _published(name)
     else:
-        known = ", ".join([*(p.stem for p in sorted(OURS.glob("*.csv"))), *PUBLISHED])
+        known = ", ".join([f"{TIERED}CONCEPT", *(p.stem for p in sorted(OURS.glob("*.csv"))), *PUBLISHED])
         raise FileNotFoundError(f"there is no file {name} of prompts; give a CSV, or one of {known}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     published = digest in (known for _, known in PUBLISHED.values())  # I2P's has a row without a prompt
     return PromptList(name, digest, tuple(read(path, empty=published)))
+
+
+def _tiered(name: str) -> PromptList:
+    """The tiers of the concept behind "tiers:"."""
+    every = tiers.of(name.removeprefix(TIERED))
+    asked = [(tiers.TIERS[tier], prompt) for tier, prompts in every.items() for prompt in prompts]
+    cases = [Case(str(i), prompt, zlib.crc32(prompt.encode()), group) for i, (group, prompt) in enumerate(asked)]
+    digest = hashlib.sha256("\n".join(prompt for _, prompt in asked).encode()).hexdigest()
+    return PromptList(name, digest, tuple(cases), tiered=True)
 
 
 def read(path: Path, *, empty: bool = False) -> list[Case]:

@@ -118,6 +118,9 @@ def evaluate(
         check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]
+    findings = [finding for one in results for finding in one.verdict]
+    if listed.tiered:  # what asks for the concept says nothing of others
+        findings = [finding for finding in findings if finding.role != "kept"]
     return Evidence(
         ", ".join(concepts),
         measured_with={
@@ -132,7 +135,7 @@ def evaluate(
                 Pair(case.prompt, drawn[0][i], drawn[1][i]) for i, case in enumerate(cases[:SHOWN])
             )
         },
-        verdict=tuple(finding for one in results for finding in one.verdict),
+        verdict=tuple(findings),
         tables=tuple(table for one in results for table in one.tables),
         heat=next((one.heat for one in results if one.heat), None),
         caveats=CAVEATS,
