@@ -21,8 +21,8 @@ METHOD_NAMES = (
 # of its own.
 ATTACK_NAMES = ("concept_inversion", "unlearn_diff_atk", "p4d", "ring_a_bell")
 MORE_ATTACKS = (
-    "concept_inversion_family", "encoder_output", "null_inversion", "resurgence", "resurgence_lora", "completion",
-    "stored_weights", "merged_lora", "composition",
+    "concept_inversion_family", "encoder_output", "tiers", "null_inversion", "resurgence", "resurgence_lora",
+    "completion", "stored_weights", "merged_lora", "composition",
 )  # fmt: skip
 KINDS = {
     "style": "an artist's hand, or another style",

@@ -50,6 +50,7 @@ DEFAULT_ATTACKS = (
     "p4d; unlearn_diff_atk; ring_a_bell; concept_inversion_family; encoder_output; null_inversion; resurgence; "
     "resurgence_lora"
 )
+ELSEWHERE = ("tiers",)  # whose prompts need more words than the embedded model has
 INVERSIONS = ("concept_inversion", FAMILY)
 
 FLAGS = flags.FlagValues()
@@ -118,7 +119,7 @@ def entries(text: str) -> dict[str, Entry]:
 
 def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Search]]:
     """The columns of attacks: their text -> key of each cell -> settings. Raises ValueError as `attacks.chosen`."""
-    every: dict[str, Entry] = {name: (name, {}) for name in (*ATTACK_NAMES, *MORE_ATTACKS)}
+    every: dict[str, Entry] = {name: (name, {}) for name in (*ATTACK_NAMES, *MORE_ATTACKS) if name not in ELSEWHERE}
     columns = {}
     for text, (name, changes) in [
         one for key, entry in named.items() for one in (every if key == "all" else {key: entry}).items()

@@ -164,7 +164,7 @@ def test_a_family_of_inversions_covers_tokens_times_and_starts():
     whole = chosen([FAMILY], "emoji", {FAMILY: {"whole": True}})
     assert len(whole) == len({one.label for one in whole}) == 54
     every = chosen(["p4d", "all"], "emoji")
-    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 8
+    assert every[0] == preset("p4d", "emoji") and len(every) == 4 + 6 + 9
     with pytest.raises(ValueError, match=one_line("'concept_inversion_famly'", FAMILY)):
         chosen(["concept_inversion_famly"])
 
@@ -215,6 +215,7 @@ def test_a_text_is_read_as_its_fields_type():
         ("composition", "prompts", 0, "at least 1"),
         ("random_prompts", "count", 0, "at least 1"),
         ("prompts", "limit", 0, "at least 1"),
+        ("tiers", "limit", 0, "at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_runs(name, field, number, message):

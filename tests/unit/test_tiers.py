@@ -1,6 +1,7 @@
 """Tiers of prompts: what names the concept and what does not, misspellings, and the lists made of them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from messages import one_line
@@ -8,6 +9,7 @@ from messages import one_line
 from esd_jax import wording
 from esd_jax.erasing.textual_inversion import words
 from esd_jax.evaluation import prompts, tiers
+from esd_jax.evaluation.attacks import preset
 from esd_jax.evaluation.judges import detectors
 from esd_jax.text import Tokenizer
 
@@ -106,3 +108,18 @@ def test_a_list_of_tiers_is_counted_by_tier():
     assert listed == prompts.load("tiers:Claude Monet") and listed.sha256 != prompts.load("tiers:Monet").sha256
     with pytest.raises(FileNotFoundError, match=one_line("tiers:CONCEPT", "everyday")):
         prompts.load("nowhere")
+
+
+def test_the_attack_is_refused_where_its_words_are_not_known(unchecked):
+    config = SimpleNamespace(vocab_size=808)
+    base = SimpleNamespace(text_encoders=("text_encoder",), configs={"text_encoder": config})
+    settings = preset("tiers", tiers="short,long")
+    assert settings.tiers == ("short", "long") and settings.label == "tiers"
+    assert preset("tiers", tiers="short").label == "tier: short descriptions"
+    assert "vocabulary of 808 tokens" in settings.lacks(base, None)
+    config.vocab_size = 49408
+    assert settings.lacks(base, None) == "" == settings.lacks(base, SimpleNamespace(concept="a dog"))
+    assert "not for 'a bicycle'" in settings.lacks(base, SimpleNamespace(concept="a bicycle"))
+    for changes, message in (({"tiers": "shrt"}, "'short'"), ({"tiers": ()}, "name a tier"), ({"kind": "x"}, "kind")):
+        with pytest.raises(ValueError, match=one_line(message)):
+            preset("tiers", **changes)

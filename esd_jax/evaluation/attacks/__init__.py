@@ -27,6 +27,7 @@ from esd_jax.evaluation.attacks.ring_a_bell import RingABell
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.attacks.settings import typed, value
 from esd_jax.evaluation.attacks.stored import StoredWeights
+from esd_jax.evaluation.attacks.tiers import Tiers
 from esd_jax.evaluation.attacks.unlearn_diff_atk import UnlearnDiffAtk
 from esd_jax.evaluation.report.terms import term
 from esd_jax.pipeline import Pipeline
@@ -39,6 +40,7 @@ ATTACKS: Mapping[str, type[Attack]] = {
     "p4d": P4D,
     "ring_a_bell": RingABell,
     "encoder_output": EncoderOutput,
+    "tiers": Tiers,
     "prompts": PromptList,
     "random_prompts": RandomPrompts,
 }

@@ -12,7 +12,7 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
-from esd_jax.evaluation.attacks.probe import Fitted, Probe, Remarking
+from esd_jax.evaluation.attacks.probe import Fitted, Parted, Probe, Remarking
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
@@ -72,6 +72,10 @@ def campaign(
     """
     fresh = [FRESH + 10_000 * seed + i for i in range(seeds)]
     attacks = [one.fitted(base) if isinstance(one, Fitted) else one for one in attacks]
+    missing = [reason for one in attacks if isinstance(one, Parted) and (reason := one.remark(goal))]
+    for reason in missing:
+        progress(reason)
+    attacks = [part for one in attacks for part in (one.parts(goal) if isinstance(one, Parted) else (one,))]
     models = {BASE: base, ERASED: erased} | ({PLACEBO: placebo} if placebo is not None else {})
     models |= {RANDOM: random_weights(base, seed)} if random else {}
     searches: list[Attack] = [OwnPrompts(), *(one for one in attacks if not isinstance(one, Probe))]
@@ -89,7 +93,7 @@ def campaign(
         "drawing": recorded,
     }
 
-    described = functools.cache(functools.partial(_described, goal=goal))  # a file is hashed once
+    described = functools.cache(functools.partial(_described, goal=goal, seed=seed))  # a file is hashed once
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
@@ -147,7 +151,7 @@ def campaign(
         chance = attacked(control, ERASED)
         task.advance()
     plain, *attacked_scores = scores[ERASED]
-    tables = [table(scores, chance, note=NOTE)]
+    tables = [table(scores, chance, note=" ".join([NOTE, *(f"{reason}." for reason in missing)]))]
     if probes:
         note = " ".join([PROBES_NOTE, *remarks])
         tables.append(table(remains, title="Probes: what remains beyond prompts", note=note))
@@ -177,8 +181,8 @@ def campaign(
 
 
 def searching(settings: Attack) -> bool:
-    """Whether an attack's prompts are of the goal: neither a list's nor drawn at random."""
-    return not isinstance(settings, PromptList | RandomPrompts)
+    """Whether an attack's prompts are of the goal: neither a list's or a tier's, nor drawn at random."""
+    return not isinstance(settings, PromptList | RandomPrompts | Parted)
 
 
 def label(settings: Attack | Probe) -> str:
@@ -202,12 +206,14 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
     return tuple(pairs[:SHOWN])
 
 
-def _described(settings: Attack | Probe, goal: Goal) -> dict[str, Any]:
+def _described(settings: Attack | Probe, goal: Goal, seed: int) -> dict[str, Any]:
     """An attack's name and fields, as stored results must have them; `member` only of a member, what the goal keeps
-    only of a probe that asks for it, and the hash of a file if there is one.
+    only of a probe that asks for it, the hash of a file if there is one, and prompts that are not of the goal.
     """
     file = getattr(settings, "file", "")
     of_file = {"sha256": sha256(expanded(file))} if file else {}
     kept = {"kept": [one.text for one in goal.kept]} if getattr(settings, "ASKS_KEPT", False) else {}
+    texts = settings.texts(goal, seed) if isinstance(settings, Parted) else ()
+    asked = {"prompts": {str(number): text for number, text in enumerate(texts, 1)}} if texts else {}
     own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
-    return {"name": settings.NAME, **own, **of_file, **kept} if fields(settings) else {"name": settings.NAME}
+    return {"name": settings.NAME, **own, **of_file, **kept, **asked} if fields(settings) else {"name": settings.NAME}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.attacks.adversary import Attack, Goal
 from esd_jax.evaluation.attacks.scoring import Scored
 from esd_jax.pipeline import Pipeline
 
@@ -47,6 +47,23 @@ class Fitted(Protocol):
 
     def fitted(self, base: Pipeline) -> "Probe":
         """The same with the numbers that are None."""
+        ...
+
+
+@runtime_checkable
+class Parted(Protocol):
+    """An attack with several rows in the table: which, depends on the goal."""
+
+    def parts(self, goal: Goal) -> Sequence[Attack]:
+        """The attacks in its place, a row each."""
+        ...
+
+    def remark(self, goal: Goal) -> str:
+        """What is missing for the goal: a sentence for the table's note, empty if nothing."""
+        ...
+
+    def texts(self, goal: Goal, seed: int) -> Sequence[str]:
+        """Its prompts, none of which is searched for, as results record them."""
         ...
 
 

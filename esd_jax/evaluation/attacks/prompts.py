@@ -39,9 +39,7 @@ class OwnPrompts:
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """A trial for each prompt."""
         started = time.monotonic()
-        rows = _rows(victim, goal.prompts)
-        trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(goal.prompts, rows, strict=True)))
-        return Adversary(self.NAME, trials, time.monotonic() - started, NOTHING)
+        return Adversary(self.NAME, trials_of(victim, goal.prompts), time.monotonic() - started, NOTHING)
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ class PromptList:
     def run(self, base: Pipeline, victim: Pipeline, goal: Goal, seed: int = 0) -> Adversary:
         """A trial for each prompt; each is a case of its own, as published rates count them."""
         started, texts = time.monotonic(), read(self.file)[: self.limit]
-        rows = _rows(victim, texts)
-        trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
+        trials = trials_of(victim, texts)
         return Adversary(f"prompts of {Path(self.file).name}", trials, time.monotonic() - started, NOTHING)
 
 
@@ -117,6 +114,13 @@ def read(file: str | Path) -> tuple[str, ...]:
     Raises FileNotFoundError, or ValueError for a file without prompts, or that is damaged; see `prompt_files`.
     """
     return tuple(" ".join(prompt.split()) for prompt in prompt_files.read(expanded(file)))
+
+
+def trials_of(victim: Pipeline, texts: Sequence[str]) -> tuple[Trial, ...]:
+    """A trial for each text, each a case of its own."""
+    return tuple(
+        Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, _rows(victim, texts), strict=True))
+    )
 
 
 def _rows(pipeline: Pipeline, prompts: Sequence[str]) -> tuple[Any, ...]:
