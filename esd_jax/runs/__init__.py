@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,29 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.erasing.method import Method, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
-from esd_jax.io import delta, diffusers, leftovers
+from esd_jax.io import delta, diffusers
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
-from esd_jax.io.images import read_images
 from esd_jax.io.lora import export_lora
 from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, num_scalars, prefixed
-from esd_jax.pipeline import Pipeline, image_size
+from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
-from esd_jax.runs import intervals, sessions
-from esd_jax.runs.record import describe, read
+from esd_jax.runs import intervals, keeping
+from esd_jax.runs.keeping import EXPORTS as EXPORTS
+from esd_jax.runs.record import describe
+from esd_jax.runs.record import read as read
 from esd_jax.runs.setup import Setup, assemble
-from esd_jax.sampling import sample
 from esd_jax.training import run_folder
-from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.holding import held_from
-from esd_jax.training.log import MetricLog
 from esd_jax.training.loop import OnStep, train
 from esd_jax.training.step import State, result
 
@@ -41,14 +37,7 @@ MODEL = "model"  # the erased checkpoint's folder in a run's
 LORA = "lora.safetensors"  # and its LoRA
 # Scalars of a denoiser beyond which a run writes its change alone: a folder of FLUX.1 would take 34 GB.
 LARGE = 5_000_000_000
-EXPORTS = "exports"  # and that of its other formats
 EVIDENCE = "evidence"  # and that of its evaluation results, in parts
-
-# Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
-NOT_COMPUTED = {
-    "base", "images", "fsdp", "steps", "steps_each", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
-}  # fmt: skip
 
 
 def run(
@@ -108,31 +97,12 @@ def run(
         folder = Path(name) if name else None
         checkpoints = log = preview = None
         if folder:
-            meta = {k: v for k, v in (record.recipe or {}).items() if k not in NOT_COMPUTED}
-            meta["base_sha256"] = record.base_sha256
-            if plan.images:
-                pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
-                meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
-            keep = plan.training.keep_checkpoints
-            # A run's own file, unlike its exports, records paths on this machine.
-            if resume and (started := read(folder)[0].started_from):
-                record = dataclasses.replace(record, started_from=started)
-            private = {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
-            if hosts.is_primary() and not resume:
-                run_folder.write_record(folder, private)
-            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
+            record, checkpoints = keeping.begin(stack, folder, base, plan, record, resume)
             if resume:
-                state = _resume(checkpoints, state, plan)
-            if hosts.is_primary():
-                if resume:
-                    run_folder.write_record(folder, private)
-                if not resume or int(state.step) < plan.training.steps:
-                    sessions.begin(folder, time.monotonic() - began)
-                log = MetricLog(folder, start=int(state.step), tensorboard=plan.training.tensorboard)
-                stack.callback(log.close)
-                for place in (folder, folder / EXPORTS):
-                    leftovers.sweep_folder(place)
-            preview = _preview(base, plan, folder)
+                state = keeping.resumed(checkpoints, state, plan)
+            seconds = time.monotonic() - began
+            log = keeping.log(stack, folder, plan, record, int(state.step), resume, seconds)
+            preview = keeping.previews(base, plan, folder)
         records = intervals.Records(folder, int(state.step), write=hosts.is_primary())
         stack.callback(records.close)
 
@@ -161,8 +131,7 @@ def run(
         final = erased(result(state), record)
         if folder and hosts.is_primary():
             theta = sharding.fetched(result(state), mesh)
-            for kind, name in artefacts(base, plan).items():
-                _write(kind, final, folder / name, theta)
+            write(base, plan, final, folder, theta)
         final = restore_to_device(final) if offload_base else final
         if then:
             then(final)
@@ -205,6 +174,12 @@ def artefacts(base: Pipeline, plan: Recipe) -> dict[str, str]:
         return {"model": MODEL, "delta": delta_name(plan)}
     lora = plan.rank and "lora_names" in base.family.provides
     return {"LoRA": LORA} if lora else {"delta": delta_name(plan)}
+
+
+def write(base: Pipeline, plan: Recipe, final: Pipeline, folder: Path, theta: Params) -> None:
+    """Writes a run's `artefacts` into its folder. theta: what was trained."""
+    for kind, name in artefacts(base, plan).items():
+        _write(kind, final, folder / name, theta)
 
 
 def _write(kind: str, final: Pipeline, path: Path, theta: Params) -> None:
@@ -279,39 +254,6 @@ def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from:
             )
 
 
-def _resume(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
-    """The newest checkpoint's state; `state` itself if a run was killed before its first."""
-    if checkpoints.latest is None:
-        return state
-    state = checkpoints.resume(state)
-    if (done := int(state.step)) > plan.training.steps:
-        raise ValueError(f"steps={plan.training.steps}, but the run has made {done}: give steps={done} or more")
-    return state
-
-
 def _asked(question: Callable[[Pipeline], bool], erased: Pipeline) -> bool:
     """The primary process's answer, on which all processes agree."""
     return hosts.agreed(lambda: bool(question(erased)))
-
-
-def _preview(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
-    """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
-    prompts = plan.previews
-    (folder / "previews").mkdir(exist_ok=True)
-
-    def preview(step: int, erased: Pipeline) -> None:
-        if not hosts.is_primary():
-            return
-        images = sample(
-            erased,
-            prompts,
-            seed=plan.training.seed,
-            steps=plan.preview_steps,
-            guidance_scale=plan.preview_guidance,
-            sampler="auto",
-            height=plan.height,
-            width=plan.width,
-        )
-        Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / "previews" / f"step_{step:06d}.png")
-
-    return preview

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from esd_jax import hosts, progress
 from esd_jax.params import Params
-from esd_jax.training.checkpoint import Checkpoints
-from esd_jax.training.log import MetricLog
 from esd_jax.training.step import Metrics, State, result
 
 # How many steps the host may run ahead of the device before it reads the metrics.
@@ -69,6 +68,29 @@ class NotFinite(FloatingPointError):
     """A loss or gradient that is NaN or infinite; the last good checkpoint is kept."""
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """Where a run's states are kept: `Checkpoints`, or those of several runs as one's."""
+
+    folder: Path
+
+    @property
+    def latest(self) -> int | None: ...
+
+    def save(self, state: State) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def discard(self, step: int) -> None: ...
+
+
+@runtime_checkable
+class Log(Protocol):
+    """Where the metrics of updates are written: `MetricLog`, or those of several runs as one's."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+
 StepFunction = Callable[..., tuple[Any, ...]]  # see `make_step`, `hosts.preemption_consensus`
 OnStep = Callable[[int, dict[str, float]], bool | None]
 # (updates that were made, state) -> what `Method.between` returns, with a state in place of its memory.
@@ -83,8 +105,8 @@ def train(
     inputs: Any,
     settings: Training,
     *,
-    checkpoints: Checkpoints | None = None,
-    log: MetricLog | None = None,
+    checkpoints: Kept | None = None,
+    log: Log | None = None,
     preview: Callable[[int, Params], None] | None = None,
     stop_when: Callable[[Params], bool] | None = None,
     stop_every: int = 50,
@@ -215,11 +237,11 @@ def train(
     return state
 
 
-def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Checkpoints | None) -> str:
+def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Kept | None) -> str:
     return f"loss is {loss} and the gradient's norm {grad_norm} at step {step}; {_last(checkpoints, step)}. {ADVICE}"
 
 
-def _last(checkpoints: Checkpoints | None, failed: int | None = None) -> str:
+def _last(checkpoints: Kept | None, failed: int | None = None) -> str:
     """What is kept of a run whose step `failed` went wrong."""
     kept = checkpoints.latest if checkpoints else None
     if not checkpoints or not kept:

@@ -49,10 +49,10 @@ def main(spec: dict) -> int:
     events: dict[str, int] = {}
     jax.monitoring.register_event_listener(lambda name, **_: events.update({name: events.get(name, 0) + 1}))
     from esd_jax import cli, exports, runs
-    from esd_jax.runs import setup
+    from esd_jax.runs import keeping, setup
     from esd_jax.training.checkpoint import Checkpoints
 
-    make_step, make_preview = setup.make_step, runs._preview
+    make_step, make_preview = setup.make_step, keeping.previews
 
     def steps(*args, **kwargs):
         step = toy_step if spec.get("toy") else make_step(*args, **kwargs)
@@ -67,7 +67,7 @@ def main(spec: dict) -> int:
         return run
 
     setup.make_step = steps
-    runs._preview = lambda *args: marked("preview", make_preview(*args))
+    keeping.previews = lambda *args: marked("preview", make_preview(*args))
     runs.run_folder.write_record = marked("open", runs.run_folder.write_record)
     Checkpoints.save = marked("save", Checkpoints.save)
     runs.export, runs.export_delta = marked("model", runs.export), marked("delta", runs.export_delta)

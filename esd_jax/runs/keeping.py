@@ -1,0 +1,119 @@
+"""What a run keeps in its folder while it trains: its record, checkpoints, log and previews."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from esd_jax import hosts
+from esd_jax.erasure import Erasure
+from esd_jax.io import leftovers
+from esd_jax.io.images import read_images
+from esd_jax.pipeline import Pipeline, image_size
+from esd_jax.recipe import Recipe
+from esd_jax.runs import sessions
+from esd_jax.runs.record import read
+from esd_jax.sampling import sample
+from esd_jax.training import run_folder
+from esd_jax.training.checkpoint import Checkpoints
+from esd_jax.training.log import MetricLog
+from esd_jax.training.step import State
+
+EXPORTS = "exports"  # the folder of the erased model's other formats in a run's
+
+# Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
+NOT_COMPUTED = {
+    "base", "images", "fsdp", "steps", "steps_each", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "preview_every", "preview_prompts", "preview_steps", "preview_guidance",
+}  # fmt: skip
+
+
+def begin(
+    stack: contextlib.ExitStack, folder: Path, base: Pipeline, plan: Recipe, record: Erasure, resume: bool
+) -> tuple[Erasure, Checkpoints]:
+    """Writes the record of a new run, and opens the checkpoints of either; `stack` closes them.
+
+    Returns the record, of a run that is resumed with the weights that it started from, and the checkpoints.
+    """
+    meta = {k: v for k, v in (record.recipe or {}).items() if k not in NOT_COMPUTED}
+    meta["base_sha256"] = record.base_sha256
+    if plan.images:
+        pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
+        meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
+    if resume and (started := read(folder)[0].started_from):
+        record = dataclasses.replace(record, started_from=started)
+    if hosts.is_primary() and not resume:
+        run_folder.write_record(folder, _private(record, plan))
+    keep = plan.training.keep_checkpoints
+    return record, stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
+
+
+def resumed(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
+    """The newest checkpoint's state; `state` itself if a run was killed before its first.
+
+    Raises ValueError for a run that has made more updates than the recipe asks for.
+    """
+    if checkpoints.latest is None:
+        return state
+    state = checkpoints.resume(state)
+    check_steps(int(state.step), plan)
+    return state
+
+
+def check_steps(done: int, plan: Recipe) -> None:
+    """Raises ValueError if a run has made more updates than its recipe asks for."""
+    if done > plan.training.steps:
+        raise ValueError(f"steps={plan.training.steps}, but the run has made {done}: give steps={done} or more")
+
+
+def log(
+    stack: contextlib.ExitStack, folder: Path, plan: Recipe, record: Erasure, step: int, resume: bool, seconds: float
+) -> MetricLog | None:
+    """The log, from a step on; on the primary process alone. It begins a session, and clears what a kill left.
+
+    seconds: from the call of the run to here.
+    """
+    if not hosts.is_primary():
+        return None
+    if resume:
+        run_folder.write_record(folder, _private(record, plan))
+    if not resume or step < plan.training.steps:
+        sessions.begin(folder, seconds)
+    opened = MetricLog(folder, start=step, tensorboard=plan.training.tensorboard)
+    stack.callback(opened.close)
+    for place in (folder, folder / EXPORTS):
+        leftovers.sweep_folder(place)
+    return opened
+
+
+def _private(record: Erasure, plan: Recipe) -> dict[str, Any]:
+    """A run's own file, which unlike its exports records paths on this machine."""
+    return {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
+
+
+def previews(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:
+    """Draws the same prompts and seeds as the run goes on: one strip of images per call, `previews/step_N.png`."""
+    prompts = plan.previews
+    (folder / "previews").mkdir(exist_ok=True)
+
+    def preview(step: int, erased: Pipeline) -> None:
+        if not hosts.is_primary():
+            return
+        images = sample(
+            erased,
+            prompts,
+            seed=plan.training.seed,
+            steps=plan.preview_steps,
+            guidance_scale=plan.preview_guidance,
+            sampler="auto",
+            height=plan.height,
+            width=plan.width,
+        )
+        Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / "previews" / f"step_{step:06d}.png")
+
+    return preview
