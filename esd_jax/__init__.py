@@ -18,7 +18,7 @@ from esd_jax import lazy
 
 if TYPE_CHECKING:
     from esd_jax import attacks, evaluation, formats, guidance
-    from esd_jax.api import erase, export, invert, load, purify, sample
+    from esd_jax.api import erase, erase_each, export, invert, load, purify, sample
     from esd_jax.dossier import attack, evaluate, report
     from esd_jax.erasure import Concept
     from esd_jax.picture_grid import grid
@@ -30,6 +30,7 @@ __all__ = [
     "attack",
     "attacks",
     "erase",
+    "erase_each",
     "evaluate",
     "evaluation",
     "export",
@@ -48,7 +49,7 @@ _PLACES = {
     "Concept": "esd_jax.erasure",
     "grid": "esd_jax.picture_grid",
     "Pipeline": "esd_jax.pipeline",
-    **dict.fromkeys(("erase", "export", "invert", "load", "purify", "sample"), "esd_jax.api"),
+    **dict.fromkeys(("erase", "erase_each", "export", "invert", "load", "purify", "sample"), "esd_jax.api"),
     **dict.fromkeys(("attack", "evaluate", "report"), "esd_jax.dossier"),
     **{name: f"esd_jax.{name}" for name in ("attacks", "evaluation", "formats", "guidance")},
 }

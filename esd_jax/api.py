@@ -17,11 +17,23 @@ from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe_fields import RecipeFields, completed
-from esd_jax.runs import replacements
+from esd_jax.runs import each, replacements
 from esd_jax.sampling import invert, purify
 from esd_jax.several import FOR_EACH
 
-__all__ = ["architecture", "erase", "export", "invert", "load", "opened", "planned", "purify", "restore", "sample"]
+__all__ = [
+    "architecture",
+    "erase",
+    "erase_each",
+    "export",
+    "invert",
+    "load",
+    "opened",
+    "planned",
+    "purify",
+    "restore",
+    "sample",
+]
 
 
 def erase(
@@ -84,28 +96,74 @@ def erase(
     """
     if TYPE_CHECKING:
         completed(**recipe_fields)  # whence Jedi takes their names
-    compile_cache.use()
-    if not isinstance(base, Pipeline) and loading.is_run(base):
-        base = load(base)
-    plan = planned(base, concept, kind=kind, config=config, **recipe_fields)
-    known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller\'s, or the config\'s
+    owned = not isinstance(base, Pipeline) and stop_when is None
+    base, plan = _begun(base, concept, kind, config, recipe_fields)
+    known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller's, or the config's
     if few := several.shared_steps(plan.training.steps, len(plan.concepts), known):
         warnings.warn(few, stacklevel=2)
-    owned = not isinstance(base, Pipeline) and stop_when is None
-    if not isinstance(base, Pipeline):
-        base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
-    elif "dtype" in recipe_fields and jnp.dtype(plan.dtype) != base.dtype:
-        raise ValueError(f"the base computes in {jnp.dtype(base.dtype).name}: load it with dtype={plan.dtype!r}")
-    came = base.provenance
-    plan = dataclasses.replace(
-        plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
-    )  # what `restore` will load again
-    plan = replacements.resolved(base, plan)
     if start_from is not None and not isinstance(start_from, Pipeline):
         start_from = opened(base, start_from)
     options = {"resume": resume, "overwrite": overwrite, "stop_when": stop_when, "stop_every": stop_every}
     options |= {"on_step": on_step}
     return runs.run(base, plan, start_from=start_from, offload_base=owned, **options)
+
+
+def erase_each(
+    base: Pipeline | str | Path,
+    concept: str | Sequence[str | Concept],
+    *,
+    kind: str | None = None,
+    config: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    at_once: int | None = None,
+    **recipe_fields: Unpack[RecipeFields],
+) -> list[Pipeline]:
+    """Erases several concepts, each for itself: a model for each, all trained in one compiled step.
+
+        cat, rose = erase_each("emoji", ["a cat", "a rose"], rank=4, output_dir="runs/each")
+        fused, outcome = esd_jax.fusion.fuse(load("emoji"), [cat, rose])
+
+    Every model is the one that `erase` would make of its concept with the same fields. All of them share the base's
+    weights in memory, the program, and what of an update does not depend on the concept; with `rank`, each adds a LoRA
+    and the activations of its batch.
+
+    Args:
+      base, kind, config, **recipe_fields: as of `erase`. steps and steps_each: the updates of each concept.
+        output_dir: the folder of the runs' folders, which are named after the concepts.
+      concept: the concepts, as of `erase`.
+      resume: the runs go on from the newest checkpoint that all of them have.
+      overwrite: replace existing runs.
+      at_once: how many concepts are computed together; by default all. Fewer need less memory.
+
+    Raises ValueError, beside what `erase` raises, for inversion rounds, and for concepts whose updates are not the same
+    program: with other numbers of replacements, say.
+    """
+    if TYPE_CHECKING:
+        completed(**recipe_fields)
+    owned = not isinstance(base, Pipeline)
+    base, plan = _begun(base, concept, kind, config, recipe_fields)
+    options = {"resume": resume, "overwrite": overwrite, "at_once": at_once}
+    return each.run_each(base, plan, offload_base=owned, **options)
+
+
+def _begun(
+    base: Pipeline | str | Path, concept: Any, kind: str | None, config: str | None, fields: Any
+) -> tuple[Pipeline, recipe.Recipe]:
+    """The loaded base, and the recipe with what is chosen on it."""
+    compile_cache.use()
+    if not isinstance(base, Pipeline) and loading.is_run(base):
+        base = load(base)
+    plan = planned(base, concept, kind=kind, config=config, **fields)
+    if not isinstance(base, Pipeline):
+        base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
+        raise ValueError(f"the base computes in {jnp.dtype(base.dtype).name}: load it with dtype={plan.dtype!r}")
+    came = base.provenance
+    plan = dataclasses.replace(
+        plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
+    )  # what `restore` will load again
+    return base, replacements.resolved(base, plan)
 
 
 def planned(

@@ -71,6 +71,8 @@ def check_recipe(values: flags.FlagValues, argv: list[str], folder: bool = True)
         chosen(values.export, "export")
     if "start_from" in values and values.start_from:
         check_source(values.start_from)
+    if "each" in values:
+        check_each(values)
     prefix = "stop_" if "stop_detector" in values else ""
     measured = check_until(values) if prefix else True
     if measured or values.stop_below is not None:
@@ -87,6 +89,16 @@ def check_until(values: flags.FlagValues) -> tuple[bounds.Bound, ...]:
     if values.multihost:
         raise ValueError("--until measures in one process: leave --multihost out")
     return parsed
+
+
+def check_each(values: flags.FlagValues) -> None:
+    """Raises ValueError for what does not go with --each, or means nothing without it."""
+    if values.each:
+        beside = [name for name in ("until", "stop_below", "start_from", "multihost") if values[name].value]
+        if beside:
+            raise ValueError(f"--{beside[0]} is for one run, and --each makes several: leave one of them out")
+    elif values.at_once is not None:
+        raise ValueError(f"--at_once={values.at_once} means nothing without --each")
 
 
 def check_models(values: flags.FlagValues) -> None:

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from esd_jax import names, selection
-from esd_jax.cli import common, early, words
+from esd_jax.cli import common, dry_run, early, words
 from esd_jax.cli.common import Verb
 from esd_jax.cli.export import FORMATS, chosen
 from esd_jax.inputs import expanded
@@ -18,6 +18,7 @@ from esd_jax.models.architectures import ARCHITECTURES
 USAGE = """\
   esd-jax erase   [BASE] "CONCEPT"|@FILE [-o RUN] [--kind=KIND | --config=NAME] [--FIELD=VALUE ...]   erase, and export
                   [--resume | --overwrite] [--start_from=RUN|DELTA|FOLDER] [--export=single,lora|all]
+                  [--each [--at_once=N]]   a list: a run for each concept, RUN/CONCEPT, all trained in one step
                   [--multihost] [--dry_run [--compile] [--arch=sd14|sdxl|flux-dev|...]]
                   [--stop_below=0.05 | --until="detection<=0.02, inversion<=0.2, drop<=3"]
                   [--stop_detector=nudenet --stop_prompts="A;B"]"""
@@ -39,6 +40,16 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("resume", False, "Continue the run in the folder.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Replace the run in the folder.", flag_values=values)
+    flags.DEFINE_bool(
+        "each",
+        False,
+        "Erase each concept of a list for itself, in a run in the folder, all trained in one compiled step.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "at_once", None, "With --each: how many are computed together; by default all.", lower_bound=1,
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_list(
         "export",
         [],
@@ -137,7 +148,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
     from esd_jax.erasing.round_settings import DEFAULTS as ROUNDS
     from esd_jax.planning.plan import compared
-    from esd_jax.runs import replacements, setup
+    from esd_jax.runs import each, replacements, setup
 
     common.check_numbers(values)
     if values.multihost:
@@ -156,13 +167,19 @@ def run(values: flags.FlagValues) -> None:
     idle = [name for name in _typed(values) if name in ROUNDS and name != "rounds_every"]
     if idle and not getattr(plan.settings, "rounds_every", 0):
         raise ValueError(f"{idle[0]} means nothing without rounds: give rounds_every, too, or leave it out")
-    if hosts.is_primary() and (few := _shared_steps(values, plan)):
+    if values.each:
+        each.check(plan)
+    elif hosts.is_primary() and (few := _shared_steps(values, plan)):
         common.say(f"warning: {few}")
     if values.dry_run:
-        _dry_run(replacements.counted(plan), values.arch, values.compile)
+        counted = replacements.counted(plan)
+        if values.each:
+            print(f"runs      {len(plan.concepts)}, trained together; of each:")
+            counted = each.plans(counted)[0]
+        dry_run.report(counted, values.arch, values.compile)
         return
     formats = chosen(values.export, "export")
-    size = _planned(replacements.counted(plan))
+    size = None if values.each else dry_run.planned(replacements.counted(plan))
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
@@ -182,22 +199,21 @@ def run(values: flags.FlagValues) -> None:
             values.stop_below,
         )
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    folder = expanded(str(plan.output_dir))
 
-    def then(erased: Any) -> None:
+    def then(erased: Any, own: Any = plan) -> None:
         if not hosts.is_primary():
             return
-        texts = ", ".join(repr(concept.text) for concept in plan.concepts)
+        folder, texts = expanded(str(own.output_dir)), ", ".join(repr(concept.text) for concept in own.concepts)
         common.say(
             "\n".join(
                 [
-                    f"erased {texts} from {plan.base}",
-                    *(f"  {kind:5}  {folder / name}" for kind, name in runs.artefacts(base, plan).items()),
+                    f"erased {texts} from {own.base}",
+                    *(f"  {kind:5}  {folder / name}" for kind, name in runs.artefacts(base, own).items()),
                     f"  run    {folder}",
                 ]
             )
         )
-        if size and (used := _memory("peak_bytes_in_use")):
+        if size and (used := dry_run.memory("peak_bytes_in_use")):
             common.say("  " + compared(size, used))
         kinds = exports.possible(erased) if "all" in values.export else formats
         for written in exports.export_all(erased, folder / runs.EXPORTS, kinds, verify=True, overwrite=True):
@@ -207,9 +223,16 @@ def run(values: flags.FlagValues) -> None:
                 common.say(f"  before and after  {dossier.picture(erased, folder)}")
             except Exception as error:  # the erasure itself is complete, and stored
                 common.say(f"  warning: the images before and after failed: {error}")
-        common.say(f"next: esd-jax evaluate {shlex.quote(str(folder))}")
+        if not values.each:
+            common.say(f"next: esd-jax evaluate {shlex.quote(str(folder))}")
 
-    options: dict[str, Any] = {**common.options(values, "resume overwrite stop_every"), "start_from": start_from}
+    options: dict[str, Any] = common.options(values, "resume overwrite")
+    if values.each:
+        each.run_each(base, plan, offload_base=True, at_once=values.at_once, then=then, **options)
+        folders = " ".join(shlex.quote(str(one.output_dir)) for one in each.plans(plan))
+        common.say(f"next, all in one model: esd-jax fuse {folders} -o {shlex.quote(f'{plan.output_dir}/fused')}")
+        return
+    options |= {"stop_every": values.stop_every, "start_from": start_from}
     if bounds:
         _until(base, plan, bounds, values, options, then)
     else:
@@ -253,52 +276,6 @@ def _shared_steps(values: flags.FlagValues, plan: Any) -> str | None:
 def _typed(values: flags.FlagValues) -> list[str]:
     """The fields on the command line."""
     return [word.lstrip("-").partition("=")[0] for word in values.typed]
-
-
-def _planned(plan: Any) -> Any:
-    """The plan of a run, where the device says how much memory it has; checked before anything is loaded.
-
-    Raises ValueError if the run cannot fit.
-    """
-    from esd_jax import api
-    from esd_jax.planning.plan import check, make_plan
-
-    if not (limit := _memory("bytes_limit")):
-        return None
-    configs, schedule = api.architecture(plan.base, variant=plan.variant, revision=plan.revision)
-    size = make_plan(configs, schedule, plan)
-    if warning := check(size, limit):
-        common.say(f"warning: {warning}")
-    return size
-
-
-def _memory(what: str) -> int | None:
-    """A statistic of the first device's memory, in bytes; None on CPUs, which have none."""
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get(what)
-
-
-def _dry_run(plan: Any, arch: str | None, compiling: bool) -> None:
-    from esd_jax import api, examples
-    from esd_jax.planning import ahead, duration
-    from esd_jax.planning.plan import make_plan
-
-    configs, schedule = api.architecture(arch or plan.base, variant=plan.variant, revision=plan.revision)
-    if unknown := examples.unknown(arch or plan.base, [concept.text for concept in plan.concepts]):
-        common.say(f"warning: {unknown}")
-    size = make_plan(configs, schedule, plan)
-    print(f"base      {arch or plan.base}\nsubset    {plan.subset}\n{size}")
-    if (count := len(plan.concepts)) > 1 and (steps := plan.training.steps):
-        print(f"updates   {steps}, about {steps / count:.3g} for each of {count} concepts")
-    if time := duration.estimates(size, plan):
-        print(time)
-    if duration.UNFIT in time and not plan.rank and plan.settings.trained:
-        smaller = make_plan(configs, schedule, dataclasses.replace(plan, rank=8))
-        print(f"          --rank=8 trains a LoRA in {smaller.peak / 2**30:.2f} GiB")
-    if compiling:
-        program = ahead.compiled(configs, schedule, plan)
-        print(f"{program}\n          {size.peak / program.peak:.2f} of it is what the plan expects")
 
 
 def _notes() -> str:

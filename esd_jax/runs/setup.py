@@ -101,14 +101,20 @@ class Setup:
         return init_state(theta, self.tx, self.recipe.training.seed, self.memory() if memory else ())
 
 
-def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Make | None = None) -> Setup:
+def assemble(
+    source: Source,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+    make: Make | None = None,
+    tools: Tools | None = None,
+) -> Setup:
     """Assembles a recipe over a source.
 
     Args:
       source: a base, or shapes.
       recipe: of shapes, its base is not read, and its concept may be empty.
       mesh: where the tensors will lie; by default as many of the devices here as share the batch.
-      make: in place of the method's own `make`.
+      make: in place of the method's own `make`. tools: in place of `make_tools`'.
 
     Raises:
       ValueError: a family that does not meet the method's needs, a concept that is too long, ...
@@ -117,7 +123,7 @@ def assemble(source: Source, recipe: Recipe, mesh: Mesh | None = None, make: Mak
     family, training = families.of(source.configs), recipe.training
     mesh = sharding.make_mesh(training.batch_size, fsdp=recipe.fsdp) if mesh is None else mesh
     family.require(recipe.settings.needs, f"method {recipe.method!r}")
-    tools = make_tools(source, recipe, mesh)
+    tools = tools or make_tools(source, recipe, mesh)
     if recipe.images is None:
         check_drawing(recipe.settings, tools.schedule)
     concepts = recipe.concepts if recipe.concepts or isinstance(source, Pipeline) else (Concept("concept"),)

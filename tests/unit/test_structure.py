@@ -120,8 +120,8 @@ def test_each_library_has_its_room(path):
             assert any(place == allowed or place.startswith(allowed + "/") for allowed in rooms), f"{place}: {name}"
 
 
-def test_the_training_loop_stands_on_step_checkpoint_and_log():
-    order = {"loop": {"step", "checkpoint", "log"}, "checkpoint": {"step"}, "step": {"holding"}}
+def test_the_training_loop_stands_on_the_step_alone():
+    order = {"loop": {"step"}, "together": {"step"}, "checkpoint": {"step"}, "step": {"holding"}}
     order |= {"plan": {"shapes", "liveness", "flops"}, "collectives": {"hlo"}}
     order |= {"ahead": {"shapes", "plan", "collectives", "flops", "hlo"}, "duration": {"plan"}}
     for package in ("training", "planning"):

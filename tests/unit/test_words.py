@@ -9,8 +9,7 @@ from paths import ROOT
 
 import esd_jax
 from esd_jax import api, cli, examples, families, kinds, recipe, recipe_docs
-from esd_jax.cli import erase as verb
-from esd_jax.cli import words
+from esd_jax.cli import dry_run, words
 from esd_jax.methods import METHODS
 from esd_jax.runs import setup
 
@@ -170,7 +169,7 @@ def test_comments_in_a_file_of_names_are_no_concepts(tmp_path):
 )
 def test_a_dry_run_refuses_what_the_run_refuses(typed, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verb, "_dry_run", lambda *_: None)
+    monkeypatch.setattr(dry_run, "report", lambda *_: None)
     assert cli.main(["erase", "emoji", "a cat", "--dry_run", *typed]) == 2
     assert message in capsys.readouterr().err
     if "rounds_search=5" in typed[-1]:
