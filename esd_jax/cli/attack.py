@@ -9,7 +9,7 @@ from esd_jax.prompt_files import listed
 
 USAGE = """\
   esd-jax attack  [BASE] ERASED [--attacks=concept_inversion,p4d,...]   attempt to recover the erased concept
-                  [--prompts="A;B" --detector=nudenet] [--output=FOLDER]"""
+                  [--prompts="A;B" --detector=nudenet] [--placebo=RUN] [--output=FOLDER]"""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -40,7 +40,7 @@ def run(values: flags.FlagValues) -> None:
 
     common.check_numbers(values)
     base, erased, concepts, output = common.erased(values)
-    options = common.options(values, "seeds seed random batch_size")
+    options = common.options(values, "seeds seed random batch_size") | {"placebo": common.placebo(values, base)}
     drawing = {"num_steps": values.steps, "guidance_scale": values.guidance_scale}
     options |= {name: value for name, value in drawing.items() if value is not None}
     goal, metric_model = None, "the embedded probe"

@@ -225,7 +225,20 @@ def define_erased(values: flags.FlagValues) -> None:
         "The erased concept, several of the embedded model separated by ','; by default from the model's records.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "placebo",
+        None,
+        "A control: an erasure of a word that means nothing, by the same recipe. A run, a delta, or a folder.",
+        flag_values=values,
+    )
     flags.DEFINE_string("output", None, "The folder of the results; by default RUN/evidence.", flag_values=values)
+
+
+def placebo(values: flags.FlagValues, base: Any) -> Any:
+    """The model that --placebo names; None without it."""
+    from esd_jax import api
+
+    return api.opened(base, values.placebo) if values.placebo else None
 
 
 def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:

@@ -107,7 +107,7 @@ def check_models(values: flags.FlagValues) -> None:
         common.output(values)
     if "run" in values and values.run and not run_folder.is_run(expanded(values.run)):
         raise FileNotFoundError(f"{expanded(values.run)} is not a run: it has no run.json")
-    for name in ("base", "model", "delta"):
+    for name in ("base", "model", "delta", "placebo"):
         value = values[name].value if name in values else None
         for source in [value] if isinstance(value, str) else value or ():
             check_source(source)

@@ -9,7 +9,7 @@ from esd_jax.inputs import expanded, finite
 STRENGTH_IMAGES = 40
 USAGE = """\
   esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure erasure and retention
-                  [--prompts=CSV] [--measures=ssim,lpips,...] [--output=FOLDER]"""
+                  [--prompts=CSV] [--measures=ssim,lpips,...] [--placebo=RUN] [--output=FOLDER]"""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -61,6 +61,10 @@ def run(values: flags.FlagValues) -> None:
     options = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
     options = {name: value for name, value in options.items() if value is not None}
     if dossier.testbed_for(base, values.protocol, values.prompts) is None:
+        if values.placebo:
+            raise ValueError(
+                f"--placebo is for the embedded model's protocols, and --protocol={values.protocol} is none"
+            )
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
         request["reference"] = expanded(values.reference) if values.reference else None
         options |= {
@@ -72,6 +76,8 @@ def run(values: flags.FlagValues) -> None:
         }
     elif unused := [name for name in ("steps", "guidance_scale", "measures") if values[name].value is not None]:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
+    else:
+        options["sham"] = common.placebo(values, base)
     evidence = dossier.evaluate(
         base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,
         progress=common.say, **options,

@@ -23,6 +23,7 @@ class Model(str):
     """Stands in for a pipeline by its name, and samples as Stable Diffusion does."""
 
     configs = None
+    provenance = SimpleNamespace(erased=())
     family = SimpleNamespace(sampling=lambda configs: Sampling())
 
 
@@ -147,7 +148,7 @@ def test_probes_have_a_table_of_their_own(goal, tmp_path, monkeypatch, unchecked
     for _ in range(2):  # stored, and read again
         evidence = attacks.campaign(
             Model("base"), Model("erased"), goal, [Weighed(), Found()], tmp_path,
-            control=RandomPrompts(), identity={}, seeds=4, placebo="mock",
+            control=RandomPrompts(), identity={}, seeds=4, placebo=Model("mock"),
         )  # fmt: skip
         searched, probed = evidence.attacks
         assert searched.columns == ("base", "erased", "placebo", "random weights", "random prompts")

@@ -49,6 +49,23 @@ def test_evaluate_a_run_and_go_on(models, capsys):
     assert again["tables"] == kept["tables"]
 
 
+def test_a_placebo_is_measured_and_attacked_beside_them(models, monkeypatch, tmp_path, unchecked, capsys):
+    base, _, folder = models
+    options = {}
+    take = lambda *_, **settings: options.update(settings) or evaluated.whole()  # noqa: E731
+    monkeypatch.setattr(dossier, "attack", take)
+    monkeypatch.setattr(dossier, "evaluate", take)
+    placebo = (f"--placebo={folder / 'run'}", f"--output={tmp_path}")
+    assert esd("attack", folder / "run", *placebo) == 0
+    assert options["placebo"].provenance.erased[0].texts == ("cat",)
+    assert esd("evaluate", folder / "run", "--protocol=quick", *placebo) == 2
+    assert "--placebo" in capsys.readouterr().err
+    monkeypatch.setattr(dossier, "testbed_for", lambda *_: "a testbed")
+    assert esd("evaluate", folder / "run", "--protocol=quick", *placebo) == 0
+    assert options["sham"].provenance.erased[0].texts == ("cat",)
+    assert esd("attack", folder / "run", f"--placebo={tmp_path / 'none'}", f"--output={tmp_path}") == 2
+
+
 def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchecked):
     """A folder that the embedded model was exported to."""
     base, options = SimpleNamespace(provenance=SimpleNamespace(source="exported")), {}

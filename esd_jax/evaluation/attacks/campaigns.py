@@ -93,12 +93,14 @@ def campaign(
         "drawing": recorded,
     }
 
+    of_placebo = {"placebo": [one.to_dict() for one in placebo.provenance.erased]} if placebo is not None else {}
     described = functools.cache(functools.partial(_described, goal=goal, seed=seed))  # a file is hashed once
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
         with tasks.labelled(f"{term(label(settings))} on {model}"):
-            return file, results.kept(file, compute, settings={**common, "attack": described(settings)})
+            settings_of = {**common, "attack": described(settings), **(of_placebo if model == PLACEBO else {})}
+            return file, results.kept(file, compute, settings=settings_of)
 
     def say(scored: Scored, model: str, how: str = "") -> None:
         shares = f"{scored.single_shot().value:.0%} of images"
