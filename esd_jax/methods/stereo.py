@@ -19,6 +19,9 @@ What the released code does otherwise:
   which the round began, here the base.
 - The texts and the anchors of the second stage are drawn so that all are drawn equally often.
 - Its latents are drawn from what the VAE's encoder says, here they are its means; and t = 999 is never learned at.
+
+Paper and code have one text encoder. With several (SDXL) a new token has an embedding in each, and a round learns all
+of them at once, as inversion rounds and Concept Inversion do.
 """
 
 import time
@@ -30,15 +33,16 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from esd_jax.diffusion import guidance, samplers
 from esd_jax.erasing import contexts, textual_inversion, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
+from esd_jax.erasing.galleries import text_of
 from esd_jax.erasing.images import drawn
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
-from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, place
+from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, each
 from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Conditioning, Network, Params, bare, shape_of
 
@@ -69,7 +73,7 @@ class STEREO:
     sampling_steps, sampling_guidance: of the trajectory.
     inversion_steps, inversion_learning_rate: of each round's textual inversion, one image a step.
     inversion_tokens: what the new token starts from: a word that is one token, or "<rand-S>", which is S times Gaussian
-      noise. Several tokens are separated by "|"; the paper has one.
+      noise. Several tokens are separated by "|"; the paper has one. With several text encoders it starts so in each.
     template: the prompts of the images, "{concept}" in the place of the concept, separated by ";". A step of the
       inversion takes any of them.
     drawn_images: of each concept, drawn by the base in place of a gallery; each round learns from a part of its own.
@@ -98,7 +102,7 @@ class STEREO:
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with", "strength"})
     several: ClassVar = True  # replacements of a concept all count
-    needs: ClassVar = frozenset({"variance_preserving"})  # its sampler is DDIM
+    needs: ClassVar = frozenset({"variance_preserving", "soft_tokens"})  # its sampler is DDIM
     ema: ClassVar = None
     ADAMW: ClassVar = {"optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 1e-2, "steps": 1000}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -133,27 +137,23 @@ class STEREO:
         return [template.strip() for template in self.template.split(";")]
 
     def make(self, tools: Tools, concepts: Sequence[Concept]) -> tuple["Method", "Inputs"]:
-        """STEREO over the concepts. Raises ValueError for images, and for a checkpoint with several text encoders."""
+        """STEREO over the concepts. Raises ValueError for images, and for new tokens that do not fit a template."""
         if tools.images is not None:
             raise ValueError("method 'stereo' takes no images: it generates its own")
-        if (number := len(tools.text_encoders)) != 1:
-            raise ValueError(f"method 'stereo' is for checkpoints with one text encoder, but this one has {number}")
-        ((name, network),) = tools.text_encoders.items()
-        params = {key: jnp.array(value) for key, value in tools.params[name].items()}  # the run may move its base away
+        text = text_of(tools)
         roles = {"concept": lambda c: c.text, "anchor": self.anchors}
         bank = make_bank(tools.encode, concepts, roles)
-        key = jax.random.key(self.drawing_seed)
-        start = textual_inversion.initial(tools.tokens, params, self.inversion_tokens, key)
-        new = range(first := textual_inversion.vocabulary(params), first + len(start))
-        ids = jnp.stack([place(tools.tokens, template, new) for template in (NAME, *self.templates)])
+        start = text.initial(self.inversion_tokens, jax.random.key(self.drawing_seed))
+        count = len(each(start)[0])
+        ids = jax.tree.map(lambda *a: jnp.stack(a), *[text.place(one, count) for one in (NAME, *self.templates)])
         trajectory = trajectories.of_mode(tools.schedule, self.timestep_mode, "ddim", self.sampling_steps)
-        encoder = Encoder(network, tools.condition)
         row = jax.tree.map(lambda a: shape_of(a.shape[1:], a.dtype), bank.rows)
         search = TextualInversion(self.inversion_steps, self.inversion_learning_rate, weight_decay=1e-2, norm=None)
-        invert = textual_inversion.inverter(search, tools.denoiser, encoder, tools.schedule)
-        method = Method(self, tools.denoiser, trajectory, encoder, invert, row, len(concepts))
+        invert = textual_inversion.inverter(search, tools.denoiser, text.encoder, tools.schedule)
+        method = Method(self, tools.denoiser, trajectory, text.encoder, invert, row, len(concepts))
         anchors, erase = zip(*[(len(self.anchors(c)), c.strength * (self.scale + 1)) for c in concepts], strict=True)
         numbers = map(jnp.float32, (self.scale - 1, erase, self.sampling_guidance))
+        params = jax.tree.map(jnp.array, text.params)  # the run may move its base away
         gallery = self._gallery(tools, concepts)
         return method, Inputs(
             bank, jnp.int32(anchors), *numbers, text_encoder=params, start=start, ids=ids, gallery=gallery
@@ -214,7 +214,8 @@ class Inputs:
 
     anchors: how many each concept has. keep, erase: s - 1, and of each concept s + 1.
     text_encoder: its tensors. start: the embeddings that an inversion starts from.
-    ids: of the new tokens alone, then of the templates. gallery: the concepts' images, as latents.
+    ids: of the new tokens alone, then of the templates. Of several text encoders, each of these is a tuple.
+    gallery: the concepts' images, as latents.
     """
 
     bank: Bank
@@ -222,9 +223,9 @@ class Inputs:
     keep: Float[Array, ""]
     erase: Float[Array, " concepts"]
     sampling_guidance: Float[Array, ""]
-    text_encoder: Params
-    start: Float[Array, "new width"]
-    ids: Int[Array, "prompts tokens"]
+    text_encoder: Any
+    start: PyTree[Float[Array, "new _"]]
+    ids: PyTree[Int[Array, "prompts _"]]
     gallery: Float[Array, "rounds concepts images height width channel"]
 
 
@@ -236,7 +237,7 @@ class Method(base.Method):
     denoiser: Network
     trajectory: Trajectory
     text_encoder: Encoder
-    invert: Callable[..., tuple[Array, Array]]
+    invert: Callable[..., tuple[Any, Array]]
     row: Conditioning
     count: int
 
@@ -298,13 +299,16 @@ class Method(base.Method):
         if rest or not rounds < number <= self.settings.search_rounds:
             return None
         began, learned, losses = time.monotonic(), [], []
-        student, prompts = bare(session.models().student), inputs.ids[1:]
+        student = bare(session.models().student)
+        alone = jax.tree.map(lambda a: a[:1], inputs.ids)
+        prompts = jax.tree.map(lambda a: a[1:], inputs.ids)
+        count = len(self.settings.templates)
         for i, own in enumerate(inputs.gallery[number - 1]):
             key = session.place(jax.random.fold_in(jax.random.fold_in(session.key, SEARCH + session.step), i))
-            images = jnp.repeat(own, len(prompts), axis=0)  # each with every prompt
-            ids = jnp.tile(prompts, (len(own), 1))
+            images = jnp.repeat(own, count, axis=0)  # each with every prompt
+            ids = jax.tree.map(lambda a: jnp.tile(a, (inputs.gallery.shape[2], 1)), prompts)
             new, values = self.invert(student, inputs.text_encoder, images, ids, inputs.start, key)
-            learned.append(self._encode(inputs.text_encoder, inputs.ids[:1], new))
+            learned.append(self._encode(inputs.text_encoder, alone, new))
             losses.append(float(np.asarray(values)[-(1 + len(values) // 10) :].mean()))
         record = {"round": number, "loss": float(np.mean(losses)), "seconds": round(time.monotonic() - began, 3)}
         texts = jax.tree.map(lambda *a: jnp.concatenate(a), *learned)

@@ -1,5 +1,7 @@
 """New tokens of several text encoders: encodings and gradients against torch, whose tables have rows for them."""
 
+import copy
+import dataclasses
 from functools import partial
 
 import factories
@@ -13,11 +15,16 @@ from attacked import goal
 from torch_oracle import error, to_nchw
 
 import esd_jax
+from esd_jax import recipe, sharding
 from esd_jax.erasing import textual_inversion
+from esd_jax.erasing.method import Models, Session
 from esd_jax.erasing.textual_inversion import Fixed, each
 from esd_jax.evaluation.attacks import adversary, attack, preset
+from esd_jax.methods import stereo
 from esd_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from esd_jax.params import functional, initial
+from esd_jax.params import functional, initial, prefixed
+from esd_jax.runs.setup import make_tools
+from esd_jax.training.step import blank_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 
@@ -32,6 +39,25 @@ def grown(encoder, new):
     with torch.no_grad():
         table[-NEW:] = torch.tensor(np.asarray(new))
     return table
+
+
+def encoded(encoders, ids):
+    """What diffusers' SDXL reads of prompts: both embeddings side by side, and the pooled vector."""
+    outputs = [e(i, output_hidden_states=True) for e, i in zip(encoders, torch_ids(ids), strict=True)]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+
+def inversion_loss(pipe, encoders, schedule, ids, latents, t, noise):
+    """The loss of textual inversion in torch."""
+    embeddings, pooled = encoded(encoders, ids)
+    alpha = torch.tensor(schedule.alpha_bar[np.asarray(t)], dtype=torch.float32)[:, None, None, None]
+    clean, noise = (to_nchw(np.asarray(a)) for a in (latents, noise))
+    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(clean))
+    e = pipe.unet(
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, torch.tensor(np.asarray(t)), embeddings,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    ).sample  # fmt: skip
+    return torch.nn.functional.mse_loss(e, noise)
 
 
 def torch_ids(ids):
@@ -57,23 +83,61 @@ def test_the_gradient_reaches_the_tokens_of_both_text_encoders(sdxl):
     objective = lambda new: textual_inversion.loss(network, text.encoder, new, batch, Fixed(weights, text.params))  # noqa: E731
     ours, gradients = jax.jit(jax.value_and_grad(objective))(new)
 
-    encoders = pipe.text_encoder, pipe.text_encoder_2
+    encoders = copy.deepcopy((pipe.text_encoder, pipe.text_encoder_2))
     tables = [grown(encoder, rows) for encoder, rows in zip(encoders, new, strict=True)]
-    outputs = [e(i, output_hidden_states=True) for e, i in zip(encoders, torch_ids(ids), strict=True)]
-    alpha = torch.tensor(base.schedule.alpha_bar[t], dtype=torch.float32)[:, None, None, None]
-    x = alpha.sqrt() * to_nchw(np.asarray(x0)) + (1 - alpha).sqrt() * to_nchw(np.asarray(noise))
-    e = pipe.unet(
-        x, torch.tensor(t), torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
-        added_cond_kwargs={
-            "text_embeds": outputs[1].text_embeds, "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2),
-        },
-    ).sample  # fmt: skip
-    loss = torch.nn.functional.mse_loss(e, to_nchw(np.asarray(noise)))
+    loss = inversion_loss(pipe, encoders, base.schedule, ids, x0, t, noise)
     loss.backward()
     assert float(ours) == pytest.approx(loss.item(), rel=1e-4)
     for gradient, table in zip(gradients, tables, strict=True):
         wanted = table.grad[-NEW:].numpy()
         assert np.abs(wanted).max() > 1e-5 and error(gradient, wanted) <= 1e-3
+
+
+def test_a_round_of_stereo_learns_tokens_of_both_text_encoders(sdxl):
+    """As torch's AdamW does; the texts that are erased next have the tokens' embeddings, and the pooled vector."""
+    pipe, base = sdxl
+    fields = {"search_rounds": 1, "search_updates": 1, "inversion_steps": 3, "inversion_tokens": STARTS,
+              "template": ";".join(TEMPLATES), "drawn_images": 2, "steps": 2}  # fmt: skip
+    plan = recipe.make(method="stereo", concept="cat", dtype="float32", **fields)
+    images = jax.random.normal(jax.random.key(4), (2, 8, 8, 4))
+    tools = dataclasses.replace(
+        make_tools(base, plan, sharding.make_mesh(1)), sample=lambda prompts, **_: prompts, to_latents=lambda _: images
+    )
+    method, inputs = plan.settings.make(tools, plan.concepts)
+    assert [rows.shape for rows in inputs.start] == [(NEW, factories.WIDTH)] * 2
+    unet, key = prefixed(base.params["unet"], "unet"), jax.random.key(5)
+    session = Session(1, key, lambda: Models(unet, unet), lambda tree: tree)
+    memory = blank_memory(method, tools.shape, 1)
+    interval = method.between(session, memory, inputs)
+
+    encoders = copy.deepcopy((pipe.text_encoder, pipe.text_encoder_2))
+    tables = [grown(encoder, rows) for encoder, rows in zip(encoders, inputs.start, strict=True)]
+    alone, prompts = ([rows[part] for rows in inputs.ids] for part in (slice(1), slice(1, None)))
+    with torch.no_grad():
+        before = encoded(encoders, tuple(alone))
+    new = [torch.tensor(np.asarray(rows)) for rows in inputs.start]
+    adamw = torch.optim.AdamW(new, lr=5e-3, weight_decay=1e-2)
+    key = jax.random.fold_in(jax.random.fold_in(key, stereo.SEARCH + 1), 0)
+    latents = jnp.repeat(images, 2, axis=0)  # each with both templates
+    for step in range(3):
+        image, t, noise = textual_inversion.draw(jax.random.fold_in(key, step), 1, base.schedule, latents)
+        ids = tuple(rows[image % 2] for rows in prompts)
+        loss = inversion_loss(pipe, encoders, base.schedule, ids, latents[image], t, noise)
+        loss.backward()
+        for rows, table in zip(new, tables, strict=True):
+            rows.grad, table.grad = table.grad[-NEW:], None
+        adamw.step()
+        with torch.no_grad():
+            for rows, table in zip(new, tables, strict=True):
+                table[-NEW:] = rows
+    assert interval.record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    with torch.no_grad():
+        wanted = encoded(encoders, tuple(alone))
+    texts = interval.memory.texts
+    for ours, theirs, start in zip((texts.embeddings, texts.pooled), wanted, before, strict=True):
+        change = theirs[0] - start[0]
+        assert change.abs().max() > 0.05 and error(np.asarray(ours[0, 0, 0, 0]) - start[0].numpy(), change) <= 1e-4
+    np.testing.assert_array_equal(texts.time_ids[0, 0, 0, 0], [16, 16, 0, 0, 16, 16])
 
 
 def test_a_new_token_is_not_taken_for_the_end_of_a_prompt():

@@ -19,6 +19,7 @@ from esd_jax.erasing.method import Interval, Method, Models, Session
 from esd_jax.erasing.preservation import Preserving
 from esd_jax.erasing.retention import Emptied
 from esd_jax.erasing.terms import Terms
+from esd_jax.families import KLEIN
 from esd_jax.methods.stereo import STEREO
 from esd_jax.runs import intervals
 from esd_jax.runs.setup import Setup
@@ -186,10 +187,8 @@ def test_what_does_not_fit_is_refused(w):
     with pytest.raises(ValueError, match=one_line("steps=800", "at least 801", "first 800")):
         recipe.make(method="stereo", concept="clay", steps=800)
     assert recipe.make(method="stereo", concept="clay", steps=801).settings.discarded == 800
-    for change, word in (
-        ({"images": jnp.zeros((1, *SHAPE))}, "no images"),
-        ({"text_encoders": {}}, "one text encoder"),
-    ):
-        tools = dataclasses.replace(w.tools, **change)
-        with pytest.raises(ValueError, match=one_line("stereo", word)):
-            STEREO().make(tools, ONE)
+    with pytest.raises(ValueError, match=one_line("a photo of the cat", "1 new tokens", "longer than 5")):
+        make(w, template="a photo of the cat {concept}")
+    with pytest.raises(ValueError, match=one_line("stereo", "no images")):
+        STEREO().make(dataclasses.replace(w.tools, images=jnp.zeros((1, *SHAPE))), ONE)
+    assert "new tokens" in KLEIN.lacks(STEREO.needs, "method 'stereo'")
