@@ -208,21 +208,23 @@ def test_prompts_with_tokens_of_their_own_are_encoded_as_each_alone(sdxl):
     assert np.abs(both.pooled[0] - encode(text.params, ids, members[1]).pooled[0]).max() > 1e-3
 
 
+AN_UPDATE = {"steps": 1, "learning_rate": 1e-3, "contexts": "photo of {}: photo"}
+ROUNDS_OF = {
+    "esd2025_sdxl": {"anchor": "auto", "sampling_steps": 4, "sampler": "ddim", "rounds_images": 1, "rounds_warm": 1},
+    "sdxl_robust": {
+        "retain": None, "preserve": "dog", "preserve_images": 1, "drawn_images": 1, "drawing_steps": 2,
+        "drawing_sampler": "ddim", "batch_size": 1, "preserve_worst_every": 0,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_inversion_rounds_of_sdxl(tmp_path):
-    factories.make_sdxl(tmp_path / "base")
-    base = esd_jax.load(tmp_path / "base")
-    fields = {
-        "anchor": "auto",
-        "steps": 1,
-        "sampling_steps": 4,
-        "learning_rate": 1e-3,
-        "sampler": "ddim",
-        "contexts": "photo of {}: photo",
-    }
+@pytest.mark.parametrize("config", ROUNDS_OF)
+def test_inversion_rounds_of_sdxl(config, sdxl):
+    _, base = sdxl
     rounds = {"rounds_every": 2, "rounds_search": 2, "rounds_tokens": "2", "rounds_bank": 2, "rounds_batch": 1,
-              "rounds_images": 1, "rounds_warm": 1, "rounds_skip": 1e9}  # fmt: skip
-    erased = esd_jax.erase(base, "cat", config="esd2025_sdxl", **fields, **rounds)
+              "rounds_skip": 1e9}  # fmt: skip
+    erased = esd_jax.erase(base, "cat", config=config, **AN_UPDATE, **rounds, **ROUNDS_OF[config])
     (made,) = erased.provenance.erased[-1].rounds
     assert made["tokens"] == 2 and np.isfinite(made["gauge"]) and made["gauge"] == made["gauge_base"]
     assert all(np.isfinite(value).all() for value in erased.edits.values())
