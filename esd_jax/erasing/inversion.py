@@ -9,8 +9,8 @@ take
 
     c(n) + delta,    |delta| <= radius E |c(p) - c(n)|
 
-n being the prompt without the concept, which needs no gradient of the text encoder (after RACE, Kim et al. 2024, arXiv
-2405.16341, whose ball has another norm and centre).
+of what the prompt decides in c (of SDXL, not the image's size); n is the prompt without the concept. This needs no
+gradient of the text encoder (after RACE, Kim et al. 2024, arXiv 2405.16341, whose ball has another norm and centre).
 """
 
 from dataclasses import dataclass
@@ -180,7 +180,8 @@ class Inversion:
         vectors = (None if 0 in self.kinds else False) if vectors is None else vectors
         free = named = None
         if vectors is not False:
-            free = jax.tree.map(lambda n, d: n[concept, row].astype(d.dtype) + d, gallery.neutral, member.offset)
+            moved = lambda p, n, d: n[concept, row].astype(d.dtype) + jnp.any(p != n) * d  # noqa: E731
+            free = jax.tree.map(moved, gallery.named, gallery.neutral, member.offset)
         if vectors is not True:
             ids = jax.tree.map(lambda a: a[kind, concept, row], gallery.ids)
             named = encode(self.text_encoder, gallery.text_encoder, ids, member.tokens)

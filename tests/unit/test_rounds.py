@@ -185,6 +185,19 @@ def test_a_round_that_is_left_out_ends_nothing_and_each_concept_has_its_own(w, m
     assert int(run.train(5).step) == 2 and [r["concept"] for r in run.records.values()] == ["clay", "cat"]
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_vectors_move_what_the_prompt_decides_alone():
+    """SDXL's conditioning also holds the image's size, which no prompt can change."""
+    named = {"text": jnp.ones((1, 2, 3, 4)), "size": jnp.full((1, 2, 6), 512.0)}
+    neutral = {**named, "text": jnp.zeros((1, 2, 3, 4))}
+    search = inversion.Inversion(None, None, None, (0,), 4, 1e-2, 0.1, 1, 0)  # type: ignore[arg-type]
+    gallery = inversion.Gallery(jnp.zeros((1, 2, 1, 1, 1, 1)), jnp.zeros((1, 1, 2, 3), int), named, neutral, {}, None)
+    member = inversion.Member(jnp.zeros((1, 1, 4)), jax.tree.map(lambda a: 0 * a[0, :1] + 0.5, neutral))
+    zero = jnp.zeros(1, int)
+    conditioning = search.conditioning(gallery, member, zero, zero, zero, True)
+    assert (conditioning["text"] == 0.5).all() and (conditioning["size"] == 512).all()
+
+
 def test_lengths_are_read():
     assert inversion.lengths("16") == (16,) and inversion.lengths("1| 4 |output") == (1, 4, 0)
     for text in ("", "0", "-1", "4|x", "4.5"):
