@@ -150,7 +150,7 @@ def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, An
     "auto", and what is no text, stays: the recipe reads it, or refuses it.
     """
     changes = {}
-    for field, change in (("preserve", _preserved), ("replace_with", _replacing)):
+    for field in ("preserve", "replace_with"):
         value = settings.get(field)
         if not isinstance(value, str | list | tuple):
             continue
@@ -158,12 +158,13 @@ def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, An
             texts = tuple(several.as_item(field, one) for one in several.parts(field, value))
         except ValueError:
             continue
-        if (left := change(texts, concepts, settings)) != texts:
+        left = _preserved(texts, concepts) if field == "preserve" else _replacing(texts, concepts, settings)
+        if left != texts:
             changes[field] = several.joined(field, left)
     return {**settings, **changes}
 
 
-def _preserved(texts: several.Texts, concepts: Sequence[str], _: Mapping[str, Any]) -> several.Texts:
+def _preserved(texts: several.Texts, concepts: Sequence[str]) -> several.Texts:
     return tuple(tuple(text for text in part if not _names_any(concepts, text)) for part in texts)
 
 

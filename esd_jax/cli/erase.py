@@ -146,7 +146,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
-    from esd_jax.erasing.round_settings import DEFAULTS as ROUNDS
+    from esd_jax.erasing.round_settings import check_idle
     from esd_jax.planning.plan import compared
     from esd_jax.runs import each, replacements, setup
 
@@ -164,9 +164,7 @@ def run(values: flags.FlagValues) -> None:
     if plan.concepts or not values.dry_run:
         plan.check_concepts(values.config_name, _typed(values))
     setup.check_files(plan)
-    idle = [name for name in _typed(values) if name in ROUNDS and name != "rounds_every"]
-    if idle and not getattr(plan.settings, "rounds_every", 0):
-        raise ValueError(f"{idle[0]} means nothing without rounds: give rounds_every, too, or leave it out")
+    check_idle(plan.settings, _typed(values))
     if values.each:
         each.check(plan)
     elif hosts.is_primary() and (few := _shared_steps(values, plan)):

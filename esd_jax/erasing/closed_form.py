@@ -240,6 +240,12 @@ def preserved(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
 
 
+def check_weighed(concepts: Sequence[Concept], preserve_scale: float) -> None:
+    """Raises ValueError for preserved prompts that weigh nothing."""
+    if (kept := preserved(concepts)) and not preserve_scale:
+        raise ValueError(f"preserve={kept[0]!r} weighs nothing with preserve_scale=0: give more, or preserve=''")
+
+
 def check(tools: Tools, concepts: Sequence[Concept], subsets: Sequence[str] = (SUBSET,), several: bool = False) -> None:
     """Raises ValueError, in one line, for a run that no closed form can make.
 

@@ -1,6 +1,6 @@
 """The settings of inversion rounds (`rounds`), which a method's own inherit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,14 @@ class RoundsSettings:
         if self.rounds_fresh > 1:
             raise ValueError(f"rounds_fresh={self.rounds_fresh} must be at most 1")
         inversion.lengths(self.rounds_tokens)
+
+
+def check_idle(settings: Any, fields: Iterable[str]) -> None:
+    """Raises ValueError for a field of rounds, of those that a user gives, where there are no rounds."""
+    if getattr(settings, "rounds_every", 0):
+        return
+    if idle := [name for name in fields if name in DEFAULTS and name != "rounds_every"]:
+        raise ValueError(f"{idle[0]} means nothing without rounds: give rounds_every, too, or leave it out")
 
 
 # The fields, for records that do not name them at their defaults.

@@ -81,8 +81,7 @@ class OCE:
         expanded = EXPANSIONS[self.expand]
         phrases = [text for c in concepts for text, _ in closed_form.prompts(c, phrases=expanded)]
         kept = closed_form.preserved(concepts)
-        if kept and not self.preserve_scale:
-            raise ValueError(f"preserve={kept[0]!r} weighs nothing with preserve_scale=0: 1 is the paper's for styles")
+        closed_form.check_weighed(concepts, self.preserve_scale)
         encoded = closed_form.encode(tools, concepts, [*phrases, *kept])
         last = lambda texts: jnp.stack([encoded[text].vectors[encoded[text].last] for text in texts])  # noqa: E731
         old, guides = last(phrases), list(dict.fromkeys(c.anchor for c in concepts))

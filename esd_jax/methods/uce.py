@@ -125,6 +125,8 @@ class UCE:
         that it cannot erase.
         """
         check(tools, concepts, several=self.project)
+        if not (self.project or self.directions):  # which hold them without a weight
+            closed_form.check_weighed(concepts, self.preserve_scale)
         if alone := [concept.text for concept in concepts if self.project and not concept.replace_with]:
             raise ValueError(f"project=True needs replace_with, what {alone[0]!r} is projected on: 'a dog | a fox'")
         kept = ["", *preserved(concepts)] if self.tokens != "last" else preserved(concepts)

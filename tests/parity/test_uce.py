@@ -19,6 +19,7 @@ from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import ClosedForm
 from esd_jax.io.diffusers import read_exact
 from esd_jax.methods import uce
+from esd_jax.methods.rece import RECE
 from esd_jax.selection import select
 
 EXPANDED = {
@@ -246,6 +247,12 @@ def test_many_concepts_are_encoded_in_parts():
 def test_what_no_closed_form_can_do(concept, others, words):
     with pytest.raises(ValueError, match=one_line(*words)):
         uce.UCE().make(tools(**others), [Concept("cat", **concept)])
+
+
+@pytest.mark.parametrize("method", [uce.UCE, RECE])
+def test_preserved_prompts_that_weigh_nothing_are_refused(method):
+    with pytest.raises(ValueError, match=one_line("preserve='dog'", "preserve_scale=0")):
+        method(preserve_scale=0.0).make(tools(), [Concept("cat", preserve=("dog",))])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from attacked import goal, scored
 from esd_world import SCHEDULE
 from messages import one_line
+from safetensors.numpy import save_file
 from words import tokens
 
 from esd_jax import names
@@ -199,6 +200,7 @@ def test_a_text_is_read_as_its_fields_type():
     [
         ("concept_inversion", "batch_size", 0, "at least 1"),
         ("concept_inversion", "steps", -1, "at least 1"),
+        ("concept_inversion", "start", "cat|dog", "2 words for 1 new tokens"),
         ("encoder_output", "prompts", 0, "at least 1"),
         ("unlearn_diff_atk", "num_times", 0, "at least 1"),
         ("p4d", "length", 0, "at least 1"),
@@ -227,10 +229,12 @@ def test_files_that_are_not_there_are_refused_before_anything_runs(tmp_path, unc
     base, absent = SimpleNamespace(), str(tmp_path / "none.txt")
     assert f"no file {absent}" in preset("prompts", file=absent).lacks(base, None)
     assert preset("prompts").lacks(base, None) == "file is empty: name the file that holds the prompts"
-    assert f"{absent} is none" in preset("merged_lora", file=absent).lacks(base, None)
+    assert f"there is no file {absent}" in preset("merged_lora", file=absent).lacks(base, None)
     (tmp_path / "some.txt").write_text("a cat")
-    for name in ("prompts", "merged_lora"):
-        assert preset(name, file=str(tmp_path / "some.txt")).lacks(base, None) == ""
+    assert preset("prompts", file=str(tmp_path / "some.txt")).lacks(base, None) == ""
+    assert "safetensors" in preset("merged_lora", file=str(tmp_path / "some.txt")).lacks(base, None)
+    save_file({"a": np.zeros(1)}, tmp_path / "lora.safetensors")
+    assert preset("merged_lora", file=str(tmp_path / "lora.safetensors")).lacks(base, None) == ""
 
 
 @pytest.mark.parametrize("name", ["concept_inversion", "encoder_output"])

@@ -9,7 +9,7 @@ import pytest
 from messages import one_line
 
 import esd_jax
-from esd_jax import cli, recipe, runs, several
+from esd_jax import api, cli, recipe, runs, several
 from esd_jax.erasure import Concept
 
 SHORT = {"method": "uce", "config": "uce", "dtype": "float32"}
@@ -125,3 +125,10 @@ def test_a_changed_recipe_has_the_flat_form_of_its_values():
     assert [flat[name] for name in several.COLUMNS] == [("Tom; Jerry", "cat"), None, None, "a | b", "1.0; 0.5"]
     assert flat["preview_prompts"] == ("p; q",) and recipe.make(**as_json(flat)) == changed
     assert recipe.Recipe().flat() == recipe.make().flat()
+
+
+def test_fields_that_mean_nothing_are_refused_in_python_too():
+    with pytest.raises(ValueError, match=one_line("rounds_search", "rounds_every")):
+        api.planned("emoji", "a cat", config="emoji", rounds_search=5)
+    with pytest.raises(ValueError, match=one_line("preserve_weight", "'uce'")):
+        recipe.make(method="uce", concept="a cat", steps=0, preserve_weight=3.0)

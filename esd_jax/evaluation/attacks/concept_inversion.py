@@ -73,6 +73,8 @@ class ConceptInversion:
 
     def __post_init__(self):
         check(self)
+        if self.start and "|" in self.start and (words := self.start.count("|") + 1) != self.tokens:
+            raise ValueError(f"start={self.start!r} has {words} words for {self.tokens} new tokens")
 
     @property
     def label(self) -> str:
@@ -112,8 +114,6 @@ class ConceptInversion:
         if self.start is None:
             return text.mean(self.tokens)
         starts = self.start if "|" in self.start else "|".join([self.start] * self.tokens)
-        if (words := starts.count("|") + 1) != self.tokens:
-            raise ValueError(f"start={self.start!r} has {words} words for {self.tokens} new tokens")
         return text.initial(starts, key)
 
 

@@ -31,6 +31,7 @@ from esd_jax.evaluation.attacks.settings import check
 from esd_jax.inputs import expanded
 from esd_jax.io.diffusers import read_exact
 from esd_jax.io.lora_merge import merge_lora
+from esd_jax.io.safetensors import read_header
 from esd_jax.params import Conditioning, Network, Params, cast, partition, prefixed
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -67,9 +68,13 @@ class MergedLoRA:
         check(self, rank=1)
 
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
-        """A file that there is; without one, a subset that the base's family has, and another concept."""
+        """A file that is one of tensors; without one, a subset that the base's family has, and another concept."""
         if self.file:
-            return "" if expanded(self.file).is_file() else f"{self.NAME} needs its file, and {self.file} is none"
+            try:
+                read_header(expanded(self.file))
+            except (OSError, ValueError) as error:
+                return f"{self.NAME} needs its file: {error}"
+            return ""
         if reason := lacking_subset(self.NAME, self.subset, base):
             return reason
         if goal is None or self.concept or goal.kept:
