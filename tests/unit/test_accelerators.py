@@ -21,6 +21,8 @@ from esd_jax.models import attention
 from esd_jax.models.attention import Device
 from esd_jax.params import prefixed
 from esd_jax.planning import plan
+from esd_jax.runs import each
+from esd_jax.training import together
 from launch.benchmarks import cards, work
 
 HOPPER = Device((9, 0), 91900)
@@ -88,6 +90,19 @@ def test_the_step_of_every_trained_method_lowers(base, method, platform):
     whole = runs.assemble(base, plan, mesh)
     theta_0, frozen = whole.split(base.params["unet"])
     check(lowered(whole.step, platform, whole.begin(theta_0), theta_0, frozen, whole.inputs), platform)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_step_of_several_runs_lowers(base, platform):
+    """LoRAs of two concepts: attention has a further axis, of runs."""
+    preset, fields = METHODS["esd"]
+    config = recipe.preset("esd", preset, dtype="bfloat16", batch_size=1, rank=2, subset="esd-x", **fields)
+    setups = each.assembled(base, each.plans(recipe.make(**{**config.to_dict(), "concept": "a cat; a dog"})))
+    inputs, differ = each.alike(setups, ["a cat", "a dog"])
+    theta_0, frozen = setups[0].split(base.params["unet"])
+    states = [runs.begin(one, base, None)._replace(memory=one.memory()) for one in setups]
+    step = together.make_step(setups[0].step, differ)
+    check(lowered(step, platform, together.stacked(states), theta_0, frozen, inputs), platform)
 
 
 SEARCHES = {
