@@ -125,15 +125,16 @@ def erase_each(
         cat, rose = erase_each("emoji", ["a cat", "a rose"], rank=4, output_dir="runs/each")
         fused, outcome = esd_jax.fusion.fuse(load("emoji"), [cat, rose])
 
-    Every model is the one that `erase` would make of its concept with the same fields. All of them share the base's
-    weights in memory, the program, and what of an update does not depend on the concept; with `rank`, each adds a LoRA
-    and the activations of its batch.
+    Every model is the one that `erase` would make of its concept with the same recipe. The recipe is that of the list:
+    its kind is the list's, and what names any of its concepts is not preserved. All of them share the base's weights in
+    memory, the program, and what of an update does not depend on the concept; with `rank`, each adds a LoRA and the
+    activations of its batch.
 
     Args:
       base, kind, config, **recipe_fields: as of `erase`. steps and steps_each: the updates of each concept.
         output_dir: the folder of the runs' folders, which are named after the concepts.
       concept: the concepts, as of `erase`.
-      resume: the runs go on from the newest checkpoint that all of them have.
+      resume: the runs go on from the newest checkpoint that all of them have; later ones are made again.
       overwrite: replace existing runs.
       at_once: how many concepts are computed together; by default all. Fewer need less memory.
 
@@ -192,7 +193,7 @@ def planned(
     settings, config = _settings(base, source, config, kind, fields)
     several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
-    check_idle(plan.settings, fields)
+    check_idle(plan.method, plan.settings, fields)
     typed = {*fields, *FOR_EACH} if any(isinstance(one, Concept) for one in named) else {*fields}
     plan.check_concepts(config, typed)
     return plan

@@ -182,7 +182,7 @@ def attack(
         chosen,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget),
-        identity={"erased": protocols.identity(erased), "judge": judge},
+        identity=protocols.identities(judge, erased=erased, placebo=options.get("placebo")),
         progress=progress,
         **options,
     )

@@ -128,8 +128,8 @@ class Recipe:
         check_steps(self.settings, self.training.steps)
         if self.rank and (hold := self.optimizer.hold):
             raise ValueError(f"hold={hold} is for the tensors themselves, but rank={self.rank} trains factors")
-        if self.retention != Retention() and not self.settings.trained:
-            those = "preserve_weight, preserve_images, preserve_empty and preserve_worst_every"
+        if self.retention != Retention(self.preserve_weight) and not self.settings.trained:
+            those = "preserve_images, preserve_empty and preserve_worst_every"
             raise ValueError(f"method {self.method!r} solves for its result: leave out {those}")
         if self.fsdp < 1:
             raise ValueError(f"fsdp={self.fsdp} must be at least 1")

@@ -144,6 +144,8 @@ def check_folder(parsed: words.Words) -> None:
     named = parsed.fields.get("output_dir") or (None if parsed.config or not concept else words.folder_of(concept))
     if not named or {"resume", "overwrite", "dry_run"} & {word.lstrip("-").partition("=")[0] for word in parsed.rest}:
         return
+    if "each" in {word.lstrip("-") for word in parsed.rest}:
+        return  # several runs, whose folders are looked at with their recipes
     folder = expanded(named)
     try:
         taken = bool(run_folder.contents(folder))

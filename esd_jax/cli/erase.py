@@ -164,16 +164,18 @@ def run(values: flags.FlagValues) -> None:
     if plan.concepts or not values.dry_run:
         plan.check_concepts(values.config_name, _typed(values))
     setup.check_files(plan)
-    check_idle(plan.settings, _typed(values))
+    check_idle(plan.method, plan.settings, _typed(values))
     if values.each:
         each.check(plan)
+        if not values.dry_run:
+            each.check_folders(plan, None, values.resume, values.overwrite)
     elif hosts.is_primary() and (few := _shared_steps(values, plan)):
         common.say(f"warning: {few}")
     if values.dry_run:
         counted = replacements.counted(plan)
         if values.each:
-            print(f"runs      {len(plan.concepts)}, trained together; of each:")
-            counted = each.plans(counted)[0]
+            print(f"runs      {len(plan.concepts)}, on one copy of the base; of each:")
+            counted = next(iter(each.plans(counted)), counted)
         dry_run.report(counted, values.arch, values.compile)
         return
     formats = chosen(values.export, "export")
@@ -227,8 +229,10 @@ def run(values: flags.FlagValues) -> None:
     options: dict[str, Any] = common.options(values, "resume overwrite")
     if values.each:
         each.run_each(base, plan, offload_base=True, at_once=values.at_once, then=then, **options)
-        folders = " ".join(shlex.quote(str(one.output_dir)) for one in each.plans(plan))
-        common.say(f"next, all in one model: esd-jax fuse {folders} -o {shlex.quote(f'{plan.output_dir}/fused')}")
+        folders = [shlex.quote(str(one.output_dir)) for one in each.plans(plan)]
+        if len(folders) > 1:
+            fused = shlex.quote(f"{plan.output_dir}/fused")
+            common.say(f"next, all in one model: esd-jax fuse {' '.join(folders)} -o {fused}")
         return
     options |= {"stop_every": values.stop_every, "start_from": start_from}
     if bounds:

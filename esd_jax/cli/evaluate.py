@@ -62,9 +62,7 @@ def run(values: flags.FlagValues) -> None:
     options = {name: value for name, value in options.items() if value is not None}
     if dossier.testbed_for(base, values.protocol, values.prompts) is None:
         if values.placebo:
-            raise ValueError(
-                f"--placebo is for the embedded model's protocols, and --protocol={values.protocol} is none"
-            )
+            raise ValueError("--placebo is for the embedded model's own protocols, without --prompts")
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
         request["reference"] = expanded(values.reference) if values.reference else None
         options |= {

@@ -62,8 +62,12 @@ class RoundsSettings:
         inversion.lengths(self.rounds_tokens)
 
 
-def check_idle(settings: Any, fields: Iterable[str]) -> None:
-    """Raises ValueError for a field of rounds, of those that a user gives, where there are no rounds."""
+def check_idle(method: str, settings: Any, fields: Iterable[str]) -> None:
+    """Raises ValueError for a field that a user gives and that means nothing: one of rounds where there are none, or
+    `preserve_weight` of a closed form. Records and configs have all fields.
+    """
+    if "preserve_weight" in (fields := list(fields)) and not settings.trained:
+        raise ValueError(f"preserve_weight: method {method!r} solves for its result; preserve_scale is what weighs")
     if getattr(settings, "rounds_every", 0):
         return
     if idle := [name for name in fields if name in DEFAULTS and name != "rounds_every"]:

@@ -61,12 +61,12 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptList:
-    """A file of prompts. sha256: of the file, so that a report identifies it. tiered: these are tiers of a concept."""
+    """A file of prompts. sha256: of the file, so that a report identifies it. tiered: the concept, of tiers."""
 
     name: str
     sha256: str
     cases: tuple[Case, ...]
-    tiered: bool = False
+    tiered: str = ""
 
 
 def load(source: str | Path) -> PromptList:
@@ -103,11 +103,12 @@ def load(source: str | Path) -> PromptList:
 
 def _tiered(name: str) -> PromptList:
     """The tiers of the concept behind "tiers:"."""
-    every = tiers.of(name.removeprefix(TIERED))
+    concept = name.removeprefix(TIERED)
+    every = tiers.of(concept)
     asked = [(tiers.TIERS[tier], prompt) for tier, prompts in every.items() for prompt in prompts]
     cases = [Case(str(i), prompt, zlib.crc32(prompt.encode()), group) for i, (group, prompt) in enumerate(asked)]
     digest = hashlib.sha256("\n".join(prompt for _, prompt in asked).encode()).hexdigest()
-    return PromptList(name, digest, tuple(cases), tiered=True)
+    return PromptList(name, digest, tuple(cases), tiered=concept)
 
 
 def read(path: Path, *, empty: bool = False) -> list[Case]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax.erasure import ConceptText, as_texts
-from esd_jax.evaluation import measures, prompts
+from esd_jax.evaluation import measures, prompts, tiers
 from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, of_family
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
@@ -119,7 +119,7 @@ def evaluate(
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]
     findings = [finding for one in results for finding in one.verdict]
-    if listed.tiered:  # what asks for the concept says nothing of others
+    if listed.tiered and any(tiers.alike(listed.tiered, text) for text in concepts):  # it says nothing of others
         findings = [finding for finding in findings if finding.role != "kept"]
     return Evidence(
         ", ".join(concepts),
@@ -140,6 +140,11 @@ def evaluate(
         heat=next((one.heat for one in results if one.heat), None),
         caveats=CAVEATS,
     )
+
+
+def identities(detector: str, **models: Pipeline | None) -> dict[str, Any]:
+    """The detector's name, and the `identity` of models by name, without those that there are not."""
+    return {"judge": detector, **{name: identity(model) for name, model in models.items() if model is not None}}
 
 
 def identity(pipeline: Pipeline) -> dict[str, Any]:

@@ -120,12 +120,12 @@ def of(concept: str, kind: str = "", seed: int = 0) -> dict[str, tuple[str, ...]
     return {tier: prompts for tier in TIERS if (prompts := tiers[tier])}
 
 
-def absent(concept: str, wanted: Iterable[str] = tuple(TIERS)) -> str:
+def absent(concept: str, wanted: Iterable[str] = tuple(TIERS), kind: str = "") -> str:
     """Which tiers a concept lacks, as a sentence; empty if none."""
-    every = of(concept)
+    every = of(concept, kind)
     missing = [tier for tier in wanted if tier not in every]
     written, spelt = ([tier for tier in missing if (tier in DESCRIBED) == known] for known in (True, False))
-    reasons = [f"{concept!r} has no letters to misspell ({', '.join(spelt)})"] if spelt else []
+    reasons = [f"{concept!r} has no word of three letters to misspell ({', '.join(spelt)})"] if spelt else []
     if written:
         count = f"for {len(concepts())} concepts (docs/evaluation.md, Tiers) and not for {concept!r}"
         reasons.append(
@@ -154,11 +154,18 @@ def wording_of(concept: str, kind: str = "") -> Wording:
         name = styled["behind"] or styled["before"]
         known = entry if (entry := _entry(name)).get("kind") == STYLE else {}
         kind = kind or STYLE
+    if kind == STYLE and known.get("kind", STYLE) != STYLE:  # what describes a cat says nothing of a style of that name
+        known = {}
     kind = kind or known.get("kind", "")
     bare = wording.bare(name)
     if known and kind == OBJECT and bare == name:
         name = f"{'an' if bare[0].lower() in VOWELS else 'a'} {bare}"
     return Wording(bare, name, kind, known)
+
+
+def alike(concept: str, other: str) -> bool:
+    """Whether two texts are one concept: "Van Gogh" and "the style of Van Gogh"."""
+    return wording.same(wording_of(concept).name, wording_of(other).name)
 
 
 def concepts() -> tuple[str, ...]:

@@ -64,7 +64,6 @@ class RECE:
         once = UCE(tokens="all", lam=self.lam, erase_scale=self.erase_scale, preserve_scale=self.preserve_scale)
         _, edits = once.make(tools, concepts)
         kept = ["", *closed_form.preserved(concepts)]
-        closed_form.check_weighed(concepts, self.preserve_scale)
         edited = closed_form.spaces(tools, concepts, kept)
         first = iter(edits if isinstance(edits, tuple) else [edits])
         return closed_form.over_spaces(edited, lambda space: self._of_space(space, concepts, kept, next(first)))

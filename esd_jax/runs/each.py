@@ -1,23 +1,26 @@
 """Several concepts, each erased for itself: a run for each, all trained in one compiled step.
 
-The runs are those that each concept would have alone, and are resumed, opened, exported and fused as such.
+Each makes the updates that a run of its own would make with the same recipe, which is that of the list: what names any
+of its concepts is not preserved. The runs are opened, exported and fused as any.
 """
 
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from esd_jax import runs, sharding
 from esd_jax.erasing.method import Tools, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
 from esd_jax.io.tensors import check_sources
-from esd_jax.params import Params
+from esd_jax.params import Params, prefixed
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import keeping
@@ -26,20 +29,22 @@ from esd_jax.runs.setup import Setup, assemble, make_tools
 from esd_jax.training import run_folder, together
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
-from esd_jax.training.loop import train
+from esd_jax.training.loop import NotFinite, train
 from esd_jax.training.step import Metrics, State, result
 
 
 def plans(plan: Recipe) -> list[Recipe]:
     """The recipe of each concept of a recipe: what it says of the list holds for each, and `steps_each` is its length.
 
-    Its folder is one in the recipe's, named after the concept. Raises ValueError for two concepts of one name.
+    Its folder is one in the recipe's, named after the concept. Raises ValueError for two concepts of one folder.
     """
-    steps = plan.steps_each or plan.training.steps
-    training = dataclasses.replace(plan.training, steps=steps)
-    texts = [concept.erased_from for concept in plan.concepts]
-    names = [run_folder.name_of(text) for text in texts]
-    if twice := [text for text, name in zip(texts, names, strict=True) if names.count(name) > 1]:
+    training = dataclasses.replace(plan.training, steps=plan.steps_each or plan.training.steps)
+    names = [run_folder.name_of(concept.text) for concept in plan.concepts]
+    names = [
+        run_folder.name_of(f"{concept.text} {concept.from_}") if concept.from_ and names.count(name) > 1 else name
+        for concept, name in zip(plan.concepts, names, strict=True)
+    ]
+    if plan.output_dir and (twice := [c.text for c, n in zip(plan.concepts, names, strict=True) if names.count(n) > 1]):
         raise ValueError(f"the runs of {' and '.join(map(repr, twice))} would have one name: erase them one by one")
     folders = [str(Path(plan.output_dir) / name) if plan.output_dir else None for name in names]
     kept = {name: one for name, one in plan.spelling.items() if name != "concepts"}
@@ -59,6 +64,16 @@ def check(plan: Recipe) -> None:
         raise ValueError("several runs are trained together by one process, and this job has several")
 
 
+def check_folders(plan: Recipe, source: Path | None, resume: bool, overwrite: bool) -> None:
+    """Raises OSError or ValueError, as a run does, for folders that are not as `resume` and `overwrite` require."""
+    if not plan.output_dir:
+        return
+    if run_folder.is_run(folder := expanded(plan.output_dir)):
+        raise FileExistsError(f"{folder} is a run: the folder of several runs is another one")
+    for one in plans(plan):
+        run_folder.check(expanded(str(one.output_dir)), source, resume, overwrite)
+
+
 def run_each(
     base: Pipeline,
     plan: Recipe,
@@ -73,8 +88,8 @@ def run_each(
 
     Args:
       resume, overwrite: as of `runs.run`, for all runs. Those that were stopped go on from the newest checkpoint that
-        all of them have.
-      at_once: how many are computed together; by default all.
+        all of them have; later ones are made again.
+      at_once: how many are computed together; by default all. A closed form is solved for one after the other.
       offload_base: as of `runs.run`.
       then: called with each result and its recipe, while the folders are still the runs' alone.
 
@@ -82,83 +97,114 @@ def run_each(
     do not train alike: with other numbers of replacements or contexts, say.
     """
     each = plans(plan)
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"at_once={at_once} must be at least 1")
+    check_folders(plan, base.provenance.folder, resume, overwrite)
     if not plan.settings.trained:
         return [_solved(base, one, resume, overwrite, then) for one in each]
     check(plan)
     began = time.monotonic()
     if plan.output_dir:
-        expanded(plan.output_dir)
         if base.edits:
-            raise ValueError(
-                "the base has edits that its files lack, so a run could not be restored: export and load it"
-            )
+            raise ValueError("the base has edits that its files lack, so no run could be restored: export and load it")
         check_sources(base)
-    setups = assembled(base, each)
-    inputs, differ = alike(setups, [concept.text for concept in plan.concepts])
-    first = setups[0]
-    setups = [dataclasses.replace(one, inputs=None) for one in setups]
+    setups, texts = assembled(base, each), [concept.text for concept in plan.concepts]
+    inputs, differ = alike(setups, texts)
+    first, names, mesh = dataclasses.replace(setups[0], inputs=None), setups[0].names, setups[0].mesh
+    states = [runs.begin(one, base, one.inputs)._replace(memory=one.memory()) for one in setups]
+    del setups  # whose inputs are there once more
     weights = f"{base.denoiser}/"
     if offload_base:
         base = runs.offload_to_host(base, lambda name, _: not name.startswith(weights))
     theta_0, frozen = first.split(base.params[base.denoiser])
-    states = [runs.begin(one, base, None)._replace(memory=one.memory()) for one in setups]
     records = [describe(base, one) for one in each]
-    names, mesh = first.names, first.mesh
 
     with contextlib.ExitStack() as stack:
         folders = [_opened(stack, base, one, resume, overwrite) for one in each]
-        checkpoints, logs, previews = [], [], []
+        kept = []
         for i, (folder, one) in enumerate(zip(folders, each, strict=True)):
-            if folder:
-                records[i], kept = keeping.begin(stack, folder, base, one, records[i], resume)
-                checkpoints.append(kept)
-        if resume and (done := min(kept.latest or 0 for kept in checkpoints)):
-            keeping.check_steps(done, each[0])
-            states = [kept.restore(state, done) for kept, state in zip(checkpoints, states, strict=True)]
-        start = int(states[0].step)
+            if folder:  # two checkpoints: while the newest is written, all runs have the one before
+                records[i], own = keeping.begin(stack, folder, base, one, records[i], resume, least=2)
+                kept.append(own)
+        if resume:
+            states = resumed(kept, states, each)
+        start, seconds = int(states[0].step), time.monotonic() - began
+        logs, previews = [], []
         for folder, one, record in zip(folders, each, records, strict=True):
             if folder:
-                seconds = (time.monotonic() - began) / len(each)
-                logs.append(keeping.log(stack, folder, one, record, start, resume, seconds))
+                logs.append(keeping.log(stack, folder, one, record, start, resume, seconds, runs=len(each)))
                 previews.append(keeping.previews(base, one, folder))
         whole = (together.stacked(states), theta_0, frozen, inputs)
         del states
         state, theta_0, frozen, inputs = sharding.place(whole, mesh)
         del whole
-        step = _Step(together.make_step(first.step, differ, at_once), Logs(logs, start) if logs else None)
+        if offload_base:  # nothing that was copied to where the step reads it is on the device twice
+            placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
+            base = runs.offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
+        metrics = Logs(logs, start)
+        step = joint(together.make_step(first.step, differ, at_once), metrics)
 
         def erased(theta: Params, i: int, record: Erasure | None = None) -> Pipeline:
-            own = sharding.fetched(jax.tree.map(lambda a: a[i], theta), mesh)
-            return base.with_edits(runs.edits(base, each[i], names, own), record)
+            return base.with_edits(runs.edits(base, each[i], names, _part(theta, i, mesh)), record)
 
         def preview(number: int, theta: Params) -> None:
             for i, draw in enumerate(previews):
                 draw(number, erased(theta, i))
 
-        state = train(
-            step,
-            state,
-            theta_0,
-            frozen,
-            inputs,
-            each[0].training,
-            checkpoints=AllCheckpoints(checkpoints) if checkpoints else None,
-            log=step.logs,
-            preview=preview if previews else None,
-        )
+        try:
+            state = train(
+                step,
+                state,
+                theta_0,
+                frozen,
+                inputs,
+                each[0].training,
+                checkpoints=AllCheckpoints(kept) if kept else None,
+                log=metrics,
+                preview=preview if previews else None,
+            )
+        except NotFinite as error:
+            raise NotFinite(f"{error}{metrics.blamed(texts)}") from None
+        if offload_base:
+            base = runs.restore_to_device(base)  # once, for all results
         theta, finals = result(state), []
         for i, (one, record, folder) in enumerate(zip(each, records, folders, strict=True)):
-            final = erased(theta, i, dataclasses.replace(record, step=int(state.step)))
+            finals.append(erased(theta, i, dataclasses.replace(record, step=int(state.step))))
             if folder:
-                own = sharding.fetched(jax.tree.map(lambda a, i=i: a[i], theta), mesh)
-                runs.write(base, one, final, folder, own)
-            finals.append(final)
-        if offload_base:
-            finals = [runs.restore_to_device(final) for final in finals]
+                runs.write(base, one, finals[i], folder, _part(theta, i, mesh))
         for one, final in zip(each, finals, strict=True):
             if then:
                 then(final, one)
     return finals
+
+
+def _part(theta: Params, i: int, mesh: Any) -> Params:
+    """What one of the runs has trained, whole."""
+    return sharding.fetched(jax.tree.map(lambda a: a[i], theta), mesh)
+
+
+def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence[Recipe]) -> list[State]:
+    """The newest checkpoints that all runs have and that are not damaged; the states themselves where there are none.
+
+    Later checkpoints are removed. Raises ValueError for a run that has made more updates than the recipe asks for.
+    """
+    common = sorted(frozenset.intersection(*[own.steps for own in kept]), reverse=True)
+    newest: list[State] = list(states)
+    for step in common:
+        read = [own.at(step, state) for own, state in zip(kept, states, strict=True)]
+        if all(state is not None for state in read):
+            newest = [state for state in read if state is not None]
+            break
+    keeping.check_steps(done := int(newest[0].step), each[0])
+    if any(step > done for own in kept for step in own.steps):
+        warnings.warn(f"the runs go on from step {done}, the newest that all of them have", LaterSteps, stacklevel=2)
+    for own in kept:
+        own.drop_after(done)
+    return newest
+
+
+class LaterSteps(UserWarning):
+    """Runs that are trained together, of which some have checkpoints that others lack."""
 
 
 def assembled(base: Pipeline, each: Sequence[Recipe]) -> list[Setup]:
@@ -182,7 +228,7 @@ def alike(setups: Sequence[Setup], texts: Sequence[str]) -> tuple[Any, tuple[boo
     for one, text in zip(setups[1:], texts[1:], strict=True):
         try:
             together.check_alike([setups[0].method, one.method])
-            together.shared([setups[0].inputs, one.inputs])
+            together.check_shapes(setups[0].inputs, one.inputs)
         except together.Unlike as error:
             raise ValueError(f"{texts[0]!r} and {text!r} do not train alike, {error}: erase them one by one") from error
     return together.shared([one.inputs for one in setups])
@@ -197,23 +243,21 @@ def _opened(stack: contextlib.ExitStack, base: Pipeline, one: Recipe, resume: bo
     return stack.enter_context(run_folder.opened(one.output_dir, base.provenance.folder, resume, overwrite))
 
 
-class _Step:
+def joint(step: Callable[..., Any], logs: "Logs") -> Callable[..., tuple[State, Metrics]]:
     """The step as the training loop takes it, which sees means; each run's own metrics go to the logs."""
 
-    def __init__(self, step: Callable[..., Any], logs: "Logs | None"):
-        self.step, self.logs = step, logs
-
-    def __call__(self, *arguments: Any) -> tuple[State, Metrics]:
-        state, means, metrics = self.step(*arguments)
-        if self.logs:
-            self.logs.add(metrics)
+    def update(*arguments: Any) -> tuple[State, Metrics]:
+        state, means, metrics = step(*arguments)
+        logs.add(metrics)
         return state, means
+
+    return update
 
 
 class Logs:
     """The logs of runs that are trained together, each with its own metrics.
 
-    start: how many updates were made before the first that is told of.
+    start: how many updates were made before the first of these.
     """
 
     def __init__(self, logs: Sequence[MetricLog | None], start: int):
@@ -231,6 +275,14 @@ class Logs:
         for i, log in enumerate(self._logs):
             if log:
                 log.write(step, {**metrics, **{name: float(value[i]) for name, value in own.items()}})
+
+    def blamed(self, texts: Sequence[str]) -> str:
+        """Whose loss or gradient is not finite, for the end of a message; empty where nobody's is."""
+        for _, metrics in sorted(self._waiting.items()):
+            finite = np.isfinite(np.asarray(metrics.loss)) & np.isfinite(np.asarray(metrics.grad_norm))
+            if not finite.all():
+                return f". Not finite: {', '.join(repr(t) for t, fine in zip(texts, finite, strict=True) if not fine)}"
+        return ""
 
 
 class AllCheckpoints:

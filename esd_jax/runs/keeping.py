@@ -34,9 +34,17 @@ NOT_COMPUTED = {
 
 
 def begin(
-    stack: contextlib.ExitStack, folder: Path, base: Pipeline, plan: Recipe, record: Erasure, resume: bool
+    stack: contextlib.ExitStack,
+    folder: Path,
+    base: Pipeline,
+    plan: Recipe,
+    record: Erasure,
+    resume: bool,
+    least: int = 1,
 ) -> tuple[Erasure, Checkpoints]:
     """Writes the record of a new run, and opens the checkpoints of either; `stack` closes them.
+
+    least: how many of the newest are kept at least.
 
     Returns the record, of a run that is resumed with the weights that it started from, and the checkpoints.
     """
@@ -49,7 +57,7 @@ def begin(
         record = dataclasses.replace(record, started_from=started)
     if hosts.is_primary() and not resume:
         run_folder.write_record(folder, _private(record, plan))
-    keep = plan.training.keep_checkpoints
+    keep = max(least, plan.training.keep_checkpoints)
     return record, stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
 
 
@@ -72,18 +80,25 @@ def check_steps(done: int, plan: Recipe) -> None:
 
 
 def log(
-    stack: contextlib.ExitStack, folder: Path, plan: Recipe, record: Erasure, step: int, resume: bool, seconds: float
+    stack: contextlib.ExitStack,
+    folder: Path,
+    plan: Recipe,
+    record: Erasure,
+    step: int,
+    resume: bool,
+    seconds: float,
+    runs: int = 1,
 ) -> MetricLog | None:
     """The log, from a step on; on the primary process alone. It begins a session, and clears what a kill left.
 
-    seconds: from the call of the run to here.
+    seconds: from the call of the run to here. runs: how many are trained together.
     """
     if not hosts.is_primary():
         return None
     if resume:
         run_folder.write_record(folder, _private(record, plan))
     if not resume or step < plan.training.steps:
-        sessions.begin(folder, seconds)
+        sessions.begin(folder, seconds, runs)
     opened = MetricLog(folder, start=step, tensorboard=plan.training.tensorboard)
     stack.callback(opened.close)
     for place in (folder, folder / EXPORTS):

@@ -12,12 +12,13 @@ import jax
 FILE = "sessions.jsonl"
 
 
-def begin(folder: Path, setup_seconds: float) -> None:
+def begin(folder: Path, setup_seconds: float, runs: int = 1) -> None:
     """Adds the session that begins to train now.
 
     Args:
       folder: the run's.
       setup_seconds: since the run was called: prompts encoded, and of a method in closed form, all of its work.
+      runs: how many are trained together; all times are those of all of them.
     """
     devices = jax.devices()
     session = {
@@ -26,6 +27,7 @@ def begin(folder: Path, setup_seconds: float) -> None:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "cores": os.cpu_count() if devices[0].platform == "cpu" else None,
+        **({"runs": runs} if runs > 1 else {}),
     }
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(session) + "\n")

@@ -77,6 +77,25 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> frozenset[int]:
+        """The steps of all complete checkpoints."""
+        return frozenset(self._manager.all_steps())
+
+    def at(self, step: int, like: State) -> State | None:
+        """The checkpoint of a step, as `restore` gives it; None if it is damaged. Raises as `restore` else."""
+        try:
+            return self._read(step, like, check=True)
+        except _Damaged:
+            return None
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which a run that goes on from here makes again."""
+        self.wait()
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+
     def save(self, state: State) -> None:
         """Saves under `state.step`; returns once the values are copied, so `state` may be donated at once.
 

@@ -50,7 +50,7 @@ def opened(output_dir: str | None, source: Path | None, resume: bool, overwrite:
     replaced = _beside(folder, "replaced")
     with contextlib.ExitStack() as locks:
         try:
-            _check(folder, source, resume, overwrite)
+            check(folder, source, resume, overwrite)
             _prepare(folder, replaced, resume, locks)
         except OSError as error:
             if not error.errno:  # one of ours, which is complete
@@ -199,7 +199,7 @@ def contents(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name not in (LOCK, PARTIAL)] if folder.is_dir() else []
 
 
-def _check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> None:
+def check(folder: Path, source: Path | None, resume: bool, overwrite: bool) -> None:
     ours, theirs = folder.resolve(), source and source.resolve()
     if theirs and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
         raise ValueError(f"output_dir={folder} and the base's folder, {source}, overlap: choose another output_dir")

@@ -41,19 +41,24 @@ def one_of(state: State, i: int) -> State:
 def shared(inputs: Sequence[Any]) -> tuple[Any, tuple[bool, ...]]:
     """The inputs of several trainings as one tree, and which of its leaves differ: these have a first axis of them.
 
-    Raises Unlike where their structures or shapes differ.
+    Raises Unlike as `check_shapes`.
     """
-    trees = [jax.tree.flatten(one) for one in inputs]
-    leaves, structure = trees[0]
-    alike = all(other == structure for _, other in trees)
-    if not alike or any([a.shape for a in ls] != [a.shape for a in leaves] for ls, _ in trees):
-        raise Unlike("they have different numbers of prompts")
+    for other in inputs[1:]:
+        check_shapes(inputs[0], other)
+    structure = jax.tree.structure(inputs[0])
     joined, differ = [], []
-    for parts in zip(*[ls for ls, _ in trees], strict=True):
+    for parts in zip(*map(jax.tree.leaves, inputs), strict=True):
         same = all(part is parts[0] or np.array_equal(part, parts[0]) for part in parts[1:])
         joined.append(parts[0] if same else jnp.stack(parts))
         differ.append(not same)
     return jax.tree.unflatten(structure, joined), tuple(differ)
+
+
+def check_shapes(one: Any, other: Any) -> None:
+    """Raises Unlike for inputs whose trees, shapes or dtypes differ."""
+    kinds = [(jax.tree.structure(tree), [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]) for tree in (one, other)]
+    if kinds[0] != kinds[1]:
+        raise Unlike("what they are trained on differs in shape")
 
 
 def check_alike(methods: Sequence[Any]) -> None:
@@ -83,7 +88,7 @@ def _difference(one: Any, other: Any, name: str = "kind") -> str | None:
         same = len(one) == len(other) and not any(_difference(*pair) for pair in zip(one, other, strict=True))
         return None if same else name
     if isinstance(one, jax.Array | np.ndarray):
-        return None if np.array_equal(one, other) else name
+        return None if one.dtype == other.dtype and np.array_equal(one, other) else name
     return None if one == other else name
 
 

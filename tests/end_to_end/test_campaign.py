@@ -23,7 +23,6 @@ class Model(str):
     """Stands in for a pipeline by its name, and samples as Stable Diffusion does."""
 
     configs = None
-    provenance = SimpleNamespace(erased=())
     family = SimpleNamespace(sampling=lambda configs: Sampling())
 
 

@@ -8,9 +8,10 @@ import pytest
 from messages import one_line
 
 import esd_jax
-from esd_jax import api, cli, fusion
+from esd_jax import api, cli, fusion, recipe
 from esd_jax.methods import METHODS
 from esd_jax.runs import each
+from esd_jax.training.step import Metrics
 
 # Plain gradient descent: where a gradient is all rounding, Adam would make whole updates of it.
 FIELDS = {
@@ -75,13 +76,49 @@ def test_each_has_the_run_that_it_would_have_alone(base, erased, alone):
 
 
 def test_they_go_on_where_they_were_stopped(base, erased, tmp_path):
-    fields = {**FIELDS, "output_dir": tmp_path / "runs", "checkpoint_every": 1}
+    """One was further, and is taken back; the newest checkpoint of the other was damaged."""
+    fields = {**FIELDS, "output_dir": tmp_path / "runs", "checkpoint_every": 1, "keep_checkpoints": 3}
     esd_jax.erase_each(base, CONCEPTS, **{**fields, "steps": 2})
-    esd_jax.erase(base, "dog", resume=True, **{**fields, "output_dir": tmp_path / "runs" / "dog"})  # one was further
-    resumed = esd_jax.erase_each(base, CONCEPTS, resume=True, **fields)
+    esd_jax.erase(base, "dog", resume=True, **{**fields, "output_dir": tmp_path / "runs" / "dog"})
+    for file in (tmp_path / "runs" / "cat" / "checkpoints" / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    with pytest.warns(each.LaterSteps, match="from step 1"):
+        resumed = esd_jax.erase_each(base, CONCEPTS, resume=True, **fields)
     for ours, straight in zip(resumed, erased[1], strict=True):
         for name, value in straight.edits.items():
             np.testing.assert_array_equal(ours.edits[name], value)
+    kept = [sorted(int(path.name) for path in (tmp_path / "runs" / t / "checkpoints").iterdir()) for t in CONCEPTS]
+    assert kept == [[1, 2, 3], [1, 2, 3]]
+
+
+def test_whole_tensors_and_a_folder_that_is_in_the_way(base, tmp_path):
+    """Without a rank, and with what is preserved on trajectories; the text encoders are on the device once."""
+    fields = {**FIELDS, "rank": 0, "preserve_images": 0, "preserve_worst_every": 0, "steps": 0}
+    cat, dog = esd_jax.erase_each(base.provenance.folder, CONCEPTS, output_dir=tmp_path / "runs", **fields)
+    for component in ("text_encoder", "vae"):
+        for name, value in cat.params[component].items():
+            assert value is dog.params[component][name]
+    for options, words in (({}, ["cat", "exists"]), ({"resume": True}, ["fox", "no run to resume"])):
+        with pytest.raises(OSError, match=one_line(*words)):
+            esd_jax.erase_each(base, ["cat", "fox"], output_dir=tmp_path / "runs", **options, **fields)
+    with pytest.raises(FileExistsError, match="is a run"):
+        esd_jax.erase_each(base, CONCEPTS, output_dir=tmp_path / "runs" / "cat", overwrite=True, **fields)
+
+
+def test_the_runs_of_attributes_are_named_after_them():
+    plan = recipe.make(concept="glasses; a hat; glasses", from_="a librarian; a librarian; a nurse", output_dir="runs")
+    folders = [one.output_dir for one in each.plans(plan)]
+    assert folders == ["runs/glasses-a-librarian", "runs/a-hat", "runs/glasses-a-nurse"]
+
+
+def test_whose_loss_is_not_finite_is_said():
+    logs = each.Logs([], 4)
+    for loss in ([1.0, 2.0], [1.0, np.nan]):
+        logs.add(Metrics(np.array(loss), np.ones(2), np.zeros(2)))
+    assert logs.blamed(CONCEPTS) == ". Not finite: 'dog'"
+    logs.write(6, {})
+    assert logs.blamed(CONCEPTS) == ""
 
 
 def test_one_at_a_time_and_without_a_folder(base, erased):
@@ -118,6 +155,7 @@ def test_what_does_not_train_alike_is_refused(base, tmp_path):
         (["cat", "dog"], {"replace_with": ["a bird", ""], "timestep_mode": "grid"}, ["cat", "dog", "alike"]),
         (["cat", "Cat!"], {"output_dir": tmp_path}, ["cat", "name"]),
         (CONCEPTS, {"fsdp": 2}, ["fsdp=2"]),
+        (CONCEPTS, {"at_once": 0}, ["at_once=0"]),
         (CONCEPTS, {"method": "stereo", "steps": 2000}, ["rounds"]),
         (CONCEPTS, {"rounds_every": 2, "contexts": "a bird in {}: a bird"}, ["rounds"]),
     ]

@@ -53,7 +53,7 @@ def test_inputs_of_other_shapes_are_refused():
     with exactly("float64"):
         w = world("toy", "float64")
         inputs = [make(w, "paper", pairs)[1] for pairs in ([("a cat", None)], [("a cat", None), ("a dog", None)])]
-    with pytest.raises(together.Unlike, match="prompts"):
+    with pytest.raises(together.Unlike, match="shape"):
         together.shared(inputs)
 
 

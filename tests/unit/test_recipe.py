@@ -131,4 +131,4 @@ def test_fields_that_mean_nothing_are_refused_in_python_too():
     with pytest.raises(ValueError, match=one_line("rounds_search", "rounds_every")):
         api.planned("emoji", "a cat", config="emoji", rounds_search=5)
     with pytest.raises(ValueError, match=one_line("preserve_weight", "'uce'")):
-        recipe.make(method="uce", concept="a cat", steps=0, preserve_weight=3.0)
+        api.planned("emoji", "a cat", method="uce", preserve_weight=3.0)

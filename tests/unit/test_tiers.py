@@ -81,7 +81,7 @@ def test_what_cannot_be_misspelt_and_what_is_not_described_is_said():
     reason = tiers.absent("a bicycle")
     assert "variant, translation, short, long are written for 21 concepts" in reason and "'a bicycle'" in reason
     assert "prompts of your own" in reason and "misspell" not in reason
-    assert "'猫' has no letters to misspell (misspelt_1)" in tiers.absent("猫", ["name", "misspelt_1"])
+    assert "'猫' has no word of three letters to misspell (misspelt_1)" in tiers.absent("猫", ["name", "misspelt_1"])
 
 
 def test_a_concept_is_worded_by_its_kind():
@@ -123,3 +123,13 @@ def test_the_attack_is_refused_where_its_words_are_not_known(unchecked):
     for changes, message in (({"tiers": "shrt"}, "'short'"), ({"tiers": ()}, "name a tier"), ({"kind": "x"}, "kind")):
         with pytest.raises(ValueError, match=one_line(message)):
             preset("tiers", **changes)
+
+
+def test_what_describes_an_animal_says_nothing_of_a_style_of_its_name():
+    assert "short" in tiers.of("cat") and "short" not in tiers.of("cat", kind="style")
+    assert "short" in tiers.absent("cat", kind="style") and not tiers.absent("cat")
+    assert tiers.alike("Van Gogh", "the style of Van Gogh") and not tiers.alike("Van Gogh", "Claude Monet")
+
+
+def test_a_name_without_a_word_of_three_letters_is_not_misspelt():
+    assert "no word of three letters" in tiers.absent("U2") and "misspelt_1" not in tiers.of("U2")

@@ -61,7 +61,8 @@ def campaign(
       base, erased: before and after. goal: what to recover.
       attacks: their settings, and those of probes. control: the random prompts.
       folder: each attack's result on each model is stored there, and not computed again.
-      identity: of the erased model, and of the goal's detector: stored results must have the same.
+      identity: of the erased model, and of the goal's detector: stored results must have the same. Under `PLACEBO` that
+        of the placebo, which its own results must have.
       seeds: of how many each trial is sampled, the same for all models. seed: of all other random numbers.
       random: also attack a model of random weights. placebo: and this one.
       alone: the goal is one of several concepts that were erased: each finding says so.
@@ -85,7 +86,7 @@ def campaign(
         drawing = {"num_steps": own.steps, "guidance_scale": own.guidance_scale, **drawing}
     recorded = {name: value for name, value in drawing.items() if name != "batch_size"}  # which changes no image
     common = {
-        **identity,
+        **{name: value for name, value in identity.items() if name != PLACEBO},
         **({"alone": goal.concept} if alone else {}),
         "prompts": goal.prompts,
         "seeds": fresh,
@@ -93,7 +94,7 @@ def campaign(
         "drawing": recorded,
     }
 
-    of_placebo = {"placebo": [one.to_dict() for one in placebo.provenance.erased]} if placebo is not None else {}
+    of_placebo = {name: value for name, value in identity.items() if name == PLACEBO}
     described = functools.cache(functools.partial(_described, goal=goal, seed=seed))  # a file is hashed once
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:

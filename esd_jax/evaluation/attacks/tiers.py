@@ -52,7 +52,7 @@ class Tiers:
         if (size := base.configs[base.text_encoders[0]].vocab_size) < LEAST_VOCABULARY:
             return f"{self.NAME} need a text encoder that knows any word: this one has a vocabulary of {size:,} tokens"
         if goal is not None and not self.prompts(goal):
-            return tiers.absent(goal.concept, self.tiers)
+            return tiers.absent(goal.concept, self.tiers, self.kind)
         return ""
 
     def parts(self, goal: Goal) -> "tuple[Tiers, ...]":
@@ -61,7 +61,7 @@ class Tiers:
 
     def remark(self, goal: Goal) -> str:
         """Which tiers the concept lacks, as a sentence; empty if none."""
-        return tiers.absent(goal.concept, self.tiers)
+        return tiers.absent(goal.concept, self.tiers, self.kind)
 
     def prompts(self, goal: Goal, seed: int = 0) -> dict[str, tuple[str, ...]]:
         """Those of each tier that the concept has."""
