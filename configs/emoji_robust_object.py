@@ -5,7 +5,8 @@
 
 emoji_robust (see there) for an object, which becomes another one (replace_with), alone and in every style. That prompts
 are trained between the images, too, was checked on an octopus that becomes a crab. All other objects are preserved:
-with 32 of the 44, a rose took a third of the sunflowers along, which were not among them.
+with 32 of the 44, a rose took a third of the sunflowers along, which were not among them. Choose something that looks
+alike: a robot that becomes a guitar comes back in half of a search's images.
 """
 
 from ml_collections import ConfigDict
