@@ -19,7 +19,8 @@ from messages import one_line
 
 from esd_jax import cli
 from esd_jax.io import leftovers
-from esd_jax.training import loop, run_folder
+from esd_jax.training import run_folder
+from esd_jax.training.log import MetricLog
 from esd_jax.training.run_folder import NotLocked, opened
 
 
@@ -213,6 +214,6 @@ def test_the_log_is_never_lost(tmp_path, monkeypatch):
     """It is cut in place: it is whole, or shorter, at any moment."""
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 9)]
     (tmp_path / "log.jsonl").write_bytes("".join(lines).encode() + b'\xff{"step": 9')
-    log = loop.MetricLog(tmp_path, start=6)
+    log = MetricLog(tmp_path, start=6)
     log.close()
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:6])

@@ -7,7 +7,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, cli, recipe, repeat, runs, several
-from esd_jax.cli import erase as verb
+from esd_jax.cli import dry_run
 from esd_jax.erasure import Erasure
 
 LIST = ["a cat", "a rose", "a pizza", "a bee"]
@@ -65,7 +65,7 @@ def test_python_warns_and_the_command_line_says_it(monkeypatch, capsys, unchecke
     with pytest.warns(UserWarning, match="about 100 for each"):
         esd_jax.erase("emoji", LIST, kind="object")
     assert esd_jax.erase("emoji", LIST, config="emoji_list_esd").training.steps == 400
-    monkeypatch.setattr(verb, "_dry_run", lambda *_: None)
+    monkeypatch.setattr(dry_run, "report", lambda *_: None)
     for flags, warning in (([], True), (["--steps_each=9"], False), (["--config=emoji_list_esd"], False)):
         assert cli.main(["erase", "emoji", "; ".join(LIST), "--dry_run", *flags]) == 0
         assert ("about 100 for each" in capsys.readouterr().out) is warning
@@ -76,7 +76,7 @@ def test_a_dry_run_says_how_many_updates_each_concept_has(monkeypatch, capsys):
 
     monkeypatch.setattr(plan, "make_plan", lambda *_: "the plan")
     monkeypatch.setattr(duration, "estimates", lambda *_: "")
-    verb._dry_run(recipe.make(base="emoji", concept=LIST, steps_each=30), None, False)
+    dry_run.report(recipe.make(base="emoji", concept=LIST, steps_each=30), None, False)
     assert "updates   120, about 30 for each of 4 concepts" in capsys.readouterr().out
 
 
