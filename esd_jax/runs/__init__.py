@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from esd_jax import hosts, lora, sharding
 from esd_jax.erasing.method import Method, discarded
@@ -62,19 +63,14 @@ def run(
     """
     offload_base |= own
     began = time.monotonic()
-    if plan.output_dir:
-        expanded(plan.output_dir)  # refused before anything is written
-    if base.edits and plan.output_dir:
-        raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
-    if plan.output_dir:
-        check_sources(base)
+    check_kept(base, plan)
     if start_from is not None and resume:
         raise ValueError("resume goes on from the run's own checkpoint: leave start_from out")
     setup = assemble(base, plan)
-    names, mesh, inputs, step, weights = setup.names, setup.mesh, setup.inputs, setup.step, f"{base.denoiser}/"
+    names, mesh, inputs, step = setup.names, setup.mesh, setup.inputs, setup.step
     setup = dataclasses.replace(setup, inputs=None)  # they are held once, where the step reads them
     if offload_base:
-        base = offload_to_host(base, lambda name, _: not name.startswith(weights))
+        base = offload_encoders(base)
     if start_from is not None:
         _check_start(base, plan, names, start_from)
     theta_0, frozen = setup.split(base.params[base.denoiser])
@@ -83,9 +79,8 @@ def run(
     # Not bound to a name: the values of theta would then stay in memory twice for the whole run.
     state = begin(setup, base, inputs, start_from)
     state, theta_0, frozen, inputs = sharding.place((state, theta_0, frozen, inputs), mesh)
-    if offload_base:  # nothing that was copied to where the step reads it is on the device twice
-        placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
-        base = offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
+    if offload_base:
+        base = offload_copied(base, mesh)
     state = state._replace(memory=sharding.spread(setup.memory(), mesh))
     record = describe(base, plan, start_from)
     first = lambda: sharding.place(begin(setup, base, inputs), mesh)  # noqa: E731
@@ -137,6 +132,28 @@ def run(
             then(final)
         hosts.wait("the run's files are written")
     return final
+
+
+def check_kept(base: Pipeline, plan: Recipe) -> None:
+    """Raises ValueError, before anything is written, for a run with a folder that could not be restored from it."""
+    if not plan.output_dir:
+        return
+    expanded(plan.output_dir)
+    if base.edits:
+        raise ValueError("the base has edits that its files lack, so a run could not be restored: export and load it")
+    check_sources(base)
+
+
+def offload_encoders(base: Pipeline) -> Pipeline:
+    """`offload_to_host` of everything but the denoiser."""
+    weights = f"{base.denoiser}/"
+    return offload_to_host(base, lambda name, _: not name.startswith(weights))
+
+
+def offload_copied(base: Pipeline, mesh: Mesh) -> Pipeline:
+    """`offload_to_host` of what `sharding.place` copied to where the step reads it, so that it is there once."""
+    placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
+    return offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
 
 
 def offload_to_host(base: Pipeline, which: Callable[[str, tuple[int, ...]], bool]) -> Pipeline:

@@ -19,8 +19,7 @@ from esd_jax import runs, sharding
 from esd_jax.erasing.method import Tools, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
-from esd_jax.io.tensors import check_sources
-from esd_jax.params import Params, prefixed
+from esd_jax.params import Params
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import keeping
@@ -104,18 +103,14 @@ def run_each(
         return [_solved(base, one, resume, overwrite, then) for one in each]
     check(plan)
     began = time.monotonic()
-    if plan.output_dir:
-        if base.edits:
-            raise ValueError("the base has edits that its files lack, so no run could be restored: export and load it")
-        check_sources(base)
+    runs.check_kept(base, plan)
     setups, texts = assembled(base, each), [concept.text for concept in plan.concepts]
     inputs, differ = alike(setups, texts)
     first, names, mesh = dataclasses.replace(setups[0], inputs=None), setups[0].names, setups[0].mesh
     states = [runs.begin(one, base, one.inputs)._replace(memory=one.memory()) for one in setups]
     del setups  # whose inputs are there once more
-    weights = f"{base.denoiser}/"
     if offload_base:
-        base = runs.offload_to_host(base, lambda name, _: not name.startswith(weights))
+        base = runs.offload_encoders(base)
     theta_0, frozen = first.split(base.params[base.denoiser])
     records = [describe(base, one) for one in each]
 
@@ -138,9 +133,8 @@ def run_each(
         del states
         state, theta_0, frozen, inputs = sharding.place(whole, mesh)
         del whole
-        if offload_base:  # nothing that was copied to where the step reads it is on the device twice
-            placed = sharding.placements(prefixed(base.params[base.denoiser], base.denoiser), mesh)
-            base = runs.offload_to_host(base, lambda name, _: name in placed and sharding.copies(placed[name]))
+        if offload_base:
+            base = runs.offload_copied(base, mesh)
         metrics = Logs(logs, start)
         step = joint(together.make_step(first.step, differ, at_once), metrics)
 
@@ -188,9 +182,8 @@ def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence
 
     Later checkpoints are removed. Raises ValueError for a run that has made more updates than the recipe asks for.
     """
-    common = sorted(frozenset.intersection(*[own.steps for own in kept]), reverse=True)
     newest: list[State] = list(states)
-    for step in common:
+    for step in sorted(_common(kept), reverse=True):
         read = [own.at(step, state) for own, state in zip(kept, states, strict=True)]
         if all(state is not None for state in read):
             newest = [state for state in read if state is not None]
@@ -201,6 +194,11 @@ def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence
     for own in kept:
         own.drop_after(done)
     return newest
+
+
+def _common(kept: Sequence[Checkpoints]) -> frozenset[int]:
+    """The steps of which every run has a checkpoint."""
+    return frozenset.intersection(*[own.steps for own in kept])
 
 
 class LaterSteps(UserWarning):
@@ -295,7 +293,7 @@ class AllCheckpoints:
     @property
     def latest(self) -> int | None:
         """The newest step of which every run has a checkpoint."""
-        return min(kept.latest or 0 for kept in self._all) or None
+        return max(_common(self._all), default=None)
 
     def save(self, state: State) -> None:
         for i, kept in enumerate(self._all):
