@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, UInt8
 
 from esd_jax import compile_cache, conditionings, exports, kinds, loading, recipe, runs, sampling, several, suggest
 from esd_jax.diffusion.rules import Rule
-from esd_jax.erasing.round_settings import check_idle
 from esd_jax.erasure import Concept
+from esd_jax.idle import check_idle
 from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
@@ -193,7 +193,7 @@ def planned(
     settings, config = _settings(base, source, config, kind, fields)
     several.prefer_steps(settings, fields)
     plan = recipe.read_previews(recipe.make(**{**settings, **fields, "base": source}))
-    check_idle(plan.method, plan.settings, fields)
+    check_idle(plan, fields)
     typed = {*fields, *FOR_EACH} if any(isinstance(one, Concept) for one in named) else {*fields}
     plan.check_concepts(config, typed)
     return plan

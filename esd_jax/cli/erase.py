@@ -146,7 +146,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
-    from esd_jax.erasing.round_settings import check_idle
+    from esd_jax.idle import check_idle
     from esd_jax.planning.plan import compared
     from esd_jax.runs import each, replacements, setup
 
@@ -164,7 +164,7 @@ def run(values: flags.FlagValues) -> None:
     if plan.concepts or not values.dry_run:
         plan.check_concepts(values.config_name, _typed(values))
     setup.check_files(plan)
-    check_idle(plan.method, plan.settings, _typed(values))
+    check_idle(plan, _typed(values))
     if values.each:
         each.check(plan)
         if not values.dry_run:

@@ -1,6 +1,6 @@
 """The settings of inversion rounds (`rounds`), which a method's own inherit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,18 +60,6 @@ class RoundsSettings:
         if self.rounds_fresh > 1:
             raise ValueError(f"rounds_fresh={self.rounds_fresh} must be at most 1")
         inversion.lengths(self.rounds_tokens)
-
-
-def check_idle(method: str, settings: Any, fields: Iterable[str]) -> None:
-    """Raises ValueError for a field that a user gives and that means nothing: one of rounds where there are none, or
-    `preserve_weight` of a closed form. Records and configs have all fields.
-    """
-    if "preserve_weight" in (fields := list(fields)) and not settings.trained:
-        raise ValueError(f"preserve_weight: method {method!r} solves for its result; preserve_scale is what weighs")
-    if getattr(settings, "rounds_every", 0):
-        return
-    if idle := [name for name in fields if name in DEFAULTS and name != "rounds_every"]:
-        raise ValueError(f"{idle[0]} means nothing without rounds: give rounds_every, too, or leave it out")
 
 
 # The fields, for records that do not name them at their defaults.

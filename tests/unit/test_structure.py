@@ -37,7 +37,7 @@ FLOORS = [
     {"sampling"},
     {"training", "io"},
     {"recipe", "evaluation"},
-    {"demo", "exports", "runs"},
+    {"demo", "exports", "idle", "runs"},
     {"examples", "fusion", "kinds", "loading", "planning"},
     {"run_facts"},
     {"api", "recipe_docs", "repeat", "report_files"},

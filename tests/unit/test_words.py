@@ -165,6 +165,7 @@ def test_comments_in_a_file_of_names_are_no_concepts(tmp_path):
         (("--method=ablating", "--anchor_prompts=nofile.csv"), "nofile.csv"),
         (("--method=forget_me_not", "--images=nofile.png"), "images: cannot read nofile.png"),
         (("--method=esd", "--rounds_search=5"), "rounds_search means nothing without rounds"),
+        (("--method=uce", "--preserve_weight=2"), "preserve_scale is what weighs"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(typed, message, tmp_path, monkeypatch, capsys):
