@@ -5,14 +5,16 @@
         --rows="esd; robust; emoji_robust:rounds_tokens=output,steps=500" --only="robust; p4d" --figure=front
 
 A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a
-config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. Attacks are named alike, and have a column
-each; "all" is every one that needs no file. The base, and a model of random weights, are attacked once for all rows.
+config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. NAME@0.75 is the same erasure with three
+quarters of its weight change. Attacks are named as recipes are, and have a column each; "all" is every one that needs
+no file. The base, and a model of random weights, are attacked once for all rows.
 
 Each cell is kept as soon as it is measured, an erasure as a run. The same command goes on where it was stopped, also
 within an erasure, and tries again what failed. The result is attack_table.md, and attack_table.json with intervals.
 """
 
 import functools
+import math
 import shlex
 import sys
 import zlib
@@ -54,7 +56,9 @@ ELSEWHERE = ("tiers",)  # whose prompts need more words than the embedded model 
 INVERSIONS = ("concept_inversion", FAMILY)
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("rows", DEFAULT_ROWS, 'Recipes, "NAME:FIELD=VALUE,...", separated by ";".', flag_values=FLAGS)
+flags.DEFINE_string(
+    "rows", DEFAULT_ROWS, 'Recipes, "NAME:FIELD=VALUE,...@STRENGTH", separated by ";".', flag_values=FLAGS
+)
 flags.DEFINE_string("concepts", "neon style", 'Separated by ";"; those of a list by ",".', flag_values=FLAGS)
 flags.DEFINE_string(
     "attacks", DEFAULT_ATTACKS, 'Attacks and probes, "NAME:FIELD=VALUE,...", by ";".', flag_values=FLAGS
@@ -78,7 +82,7 @@ def main() -> None:
         plots.pyplot()  # fails now if it is missing, not after the measuring
     output, targets = Path(FLAGS.output), [groups.parse_target(text) for text in listed(FLAGS.concepts)]
     budget = Budget(FLAGS.images, FLAGS.attack_images, FLAGS.seed, FLAGS.attack_seed, FLAGS.batch_size)
-    recipes, searches = entries(FLAGS.rows), chosen(entries(FLAGS.attacks), budget)
+    recipes, searches = row_entries(FLAGS.rows), chosen(entries(FLAGS.attacks), budget)
     work = attack_work.planned(searches, budget)
     only = selected(recipes, work)
     base = api.load("emoji")
@@ -115,6 +119,23 @@ def entries(text: str) -> dict[str, Entry]:
     if not parts:
         raise ValueError(f"{text!r} names nothing")
     return parts
+
+
+def row_entries(text: str) -> dict[str, Entry]:
+    """`entries` of rows, whose text may end in a strength."""
+    return {one: entry for one in listed(text) or [text] for entry in entries(with_strength(one)[0]).values()}
+
+
+def with_strength(row: str) -> tuple[str, float]:
+    """ "NAME@0.75" -> (NAME, 0.75); without a number, 1. Raises ValueError for what is no strength."""
+    name, separator, number = (part.strip() for part in row.partition("@"))
+    try:
+        strength = float(number) if separator else 1.0
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"{row!r}: {number!r} is no part of a weight change, as in {name}@0.75")
+    return name, strength
 
 
 def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Search]]:
@@ -162,10 +183,13 @@ def rows_of(base: Pipeline, target: Target, named: Mapping[str, Entry], output: 
 
     def row(name: str, config: str | None = None, changes: Mapping[str, Any] | None = None) -> Row:
         planned = attack_work.recipe_of(target, config, changes or {}) if config else name
-        settings = {**common, "recipe": planned}
+        whole, strength = with_strength(name)
+        settings = {**common, "recipe": planned, **({} if strength == 1 else {"strength": strength})}
+        return Row(name, target, Cells(file(name), settings), config, changes, strength, file(whole).with_suffix(""))
+
+    def file(name: str) -> Path:
         digest = zlib.crc32(f"{target.concept} {name}".encode())
-        file = output / "rows" / f"{slug(target.concept)[:40]}-{slug(name)[:40]}-{digest:08x}.json"
-        return Row(name, target, Cells(file, settings), config, changes)
+        return output / "rows" / f"{slug(target.concept)[:40]}-{slug(name)[:40]}-{digest:08x}.json"
 
     recipes = [
         row(text, ROWS[name][target.kind] if name in ROWS else name, changes) for text, (name, changes) in named.items()

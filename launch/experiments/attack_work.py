@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from esd_jax import api, attacks, recipe
+from esd_jax import api, attacks, formats, recipe
 from esd_jax.demo import groups, testbed
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
@@ -76,18 +76,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe, a config with some fields changed, or one of the controls `BASE` and `RANDOM`; for one target."""
+    """A recipe, a config with some fields changed, or one of the controls `BASE` and `RANDOM`; for one target.
+
+    strength: how much of the weight change the model has. run: the folder of the erasure, which rows that differ in
+      their strength alone share.
+    """
 
     name: str
     target: Target
     cells: Cells
     config: str | None = None
     changes: Mapping[str, Any] | None = None
-
-    @property
-    def run(self) -> Path:
-        """The folder of the erasure."""
-        return self.cells.file.with_suffix("")
+    strength: float = 1.0
+    run: Path = Path()
 
     @property
     def lost(self) -> bool:
@@ -184,6 +185,11 @@ def model_of(base: Pipeline, row: Row, seed: int) -> Pipeline:
     """The row's model; an erasure is read, or gone on with, where its run is there. seed: of random weights."""
     if row.config is None:
         return base if row.name == BASE else attacks.random_weights(base, seed)
+    erased = _erased(base, row)
+    return erased if row.strength == 1 else formats.with_strength(erased, row.strength)
+
+
+def _erased(base: Pipeline, row: Row) -> Pipeline:
     if is_run(row.run) and row.cells.measured(ERASURE, {}):
         return api.restore(row.run, base=base)
     goes_on = any(path.name.isdigit() for path in row.run.glob("checkpoints/*"))

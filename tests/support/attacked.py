@@ -6,6 +6,7 @@ from esd_jax.evaluation.attacks import (
     Goal,
     Scored,
 )
+from esd_jax.metrics.intervals import known, rate
 
 
 def pictures(n, side=16):
@@ -19,3 +20,8 @@ def goal(concept="neon style", texts=("a cat in neon style", "the dog, Neon Styl
 def scored(name, hits, cases):
     hits = np.asarray(hits, bool)
     return Scored(name, hits, np.zeros((*hits.shape, 1, 1, 3), np.uint8), cases)
+
+
+def share(hits, n):
+    """An estimate of so many hits."""
+    return known(rate([i < hits for i in range(n)]))

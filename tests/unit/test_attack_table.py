@@ -1,21 +1,18 @@
-"""The table of attacks: what its cells show, what is kept of them, and that a command goes on where it stopped."""
+"""The table of attacks: its rows and columns, and that a command goes on where it stopped."""
 
 import json
 import sys
 
-import numpy as np
 import painter
 import pytest
+from attacked import share
 from messages import one_line
 
 from esd_jax import names
 from esd_jax.demo import groups
-from esd_jax.evaluation.attacks import Scored
-from esd_jax.metrics.intervals import Estimate, known, rate
-from esd_jax.training.loop import Stopped
+from esd_jax.metrics.intervals import Estimate
 from launch.experiments import attack_cells, attack_front, attack_table, attack_work
 from launch.experiments.attack_cells import Column, Shown
-from launch.experiments.results import Cells
 
 
 @pytest.fixture(autouse=True)
@@ -24,97 +21,6 @@ def defaults():
     yield
     for name in attack_table.FLAGS:
         attack_table.FLAGS[name].unparse()
-
-
-def share(hits, n):
-    return known(rate([i < hits for i in range(n)]))
-
-
-def cell(**shares):
-    return {"figures": attack_cells.stored({name: share(*counts) for name, counts in shares.items()})}
-
-
-def test_the_interval_of_a_drop_is_newcombes():
-    one = attack_cells.drop(share(56, 70), share(48, 80))  # Newcombe 1998, table II, example (a), method 10
-    assert (round(one.value, 4), round(one.low, 4), round(one.high, 4)) == (0.2, 0.0524, 0.3339)
-    assert attack_cells.drop(share(8, 8), share(0, 8)).high == 1.0
-
-
-def test_the_worst_of_the_members_counts():
-    column = Column("ci", "CI", ("a", "b", "c"))
-    cells = {"a": cell(one=(1, 8)), "b": cell(one=(6, 8), any=(7, 8)), "c": cell(one=(6, 8))}
-    place = attack_cells.shown(cells, column)
-    assert (place.key, place.first, place.text("share")) == ("b", share(6, 8), "75% (88%)")
-    assert attack_cells.shown({"a": cells["a"]}, column).text("share") == "12% (1 of 3)"
-    broken = attack_cells.shown({**cells, "b": {"failed": "ValueError: no"}}, column)
-    assert broken.text("share") == "75% (1 of 3 failed)" and broken.key == "c"
-    assert attack_cells.shown({"a": {"failed": "x"}}, column) == Shown(note="failed")
-    assert attack_cells.shown({}, column) == Shown(note="-")
-    assert attack_cells.worst({}) is None
-
-
-def test_points_that_no_other_beats():
-    points = {"a": (0.1, 9.0), "b": (0.5, 2.0), "c": (0.5, 3.0), "d": (0.9, 0.0), "e": (1.0, 1.0), "twin": (0.9, 0.0)}
-    assert attack_cells.front(points) == ["a", "b", "d", "twin"]
-    assert attack_cells.front({}) == []
-
-
-def test_the_table_as_markdown():
-    columns = [
-        Column("evaluation", "drop", ("e",), ("others",), "points"),
-        Column("m", "minutes", ("e",), None, "minutes"),
-    ]
-
-    def row(drop, minutes):
-        figures = ({"others": Estimate(drop, drop - 0.1, drop + 0.1, 8)}, {"minutes": Estimate(minutes, 0, 0, 1)})
-        return [Shown(one) for one in figures]
-
-    tables = {
-        "a cat": {"esd": row(0.104, 1.25), "x:tokens=1|4": row(-0.001, 2.0)},
-        "a dog": {"esd": row(0.2, 3.0), "x:tokens=1|4": [Shown(note="failed"), Shown(note="-")]},
-    }
-    text = attack_cells.markdown(tables, columns, "The caption.")
-    assert "| esd | 10 | 1.2 |\n| x:tokens=1\\|4 | 0 | 2.0 |" in text
-    assert "### Mean over 2 concepts" in text and "| esd | 15 | 2.1 |\n| x:tokens=1\\|4 | failed | - |" in text
-    assert text.endswith("\n\nThe caption.\n")
-    mean = attack_cells.means(tables)["esd"][0].first
-    np.testing.assert_allclose((mean.value, mean.low, mean.high, mean.n), (0.152, 0.052, 0.252, 16))
-    assert attack_cells.counts(tables, columns) == "drop 8"
-
-
-def test_what_an_attack_achieves():
-    hits = np.array([[1, 0], [1, 1], [0, 0], [0, 0]], bool)
-    figures = attack_cells.attack_figures([Scored("P4D", hits, np.zeros((4, 2, 8, 8, 3), np.uint8), (0, 0, 1, 1))])
-    assert {name: one.value for name, one in figures.items()} == {"P4D": 3 / 8, "P4D, any of 2": 0.5}
-
-
-def test_a_cell_is_kept_and_one_that_failed_is_measured_again(tmp_path):
-    file, made = tmp_path / "rows" / "row.json", []
-
-    def compute():
-        made.append(len(made))
-        if len(made) == 1:
-            raise FloatingPointError("not\nfinite")
-        return {"figures": {"a": 1}}
-
-    cells = Cells(file, {"recipe": (1, 2)})
-    assert cells.measure("p4d", {"seeds": (1,)}, compute)["failed"] == "FloatingPointError: not finite"
-    again = Cells(file, {"recipe": (1, 2)})
-    assert not again.measured("p4d", {"seeds": (2,)})  # of other settings, but there is nothing to lose
-    assert again.measure("p4d", {"seeds": (1,)}, compute)["figures"] == {"a": 1}
-    last = Cells(file, {"recipe": (1, 2)})
-    assert last.measured("p4d", {"seeds": (1,)}) and not last.measured("other", {})
-    with pytest.raises(ValueError, match=one_line("'p4d'", file, "other settings")):
-        last.measured("p4d", {"seeds": (2,)})
-    with pytest.raises(ValueError, match="other settings"):
-        Cells(file, {"recipe": (1, 3)})
-
-    def stopped():
-        raise Stopped("stopped", 2, True)
-
-    with pytest.raises(Stopped):
-        last.measure("other", {}, stopped)
-    assert "other" not in Cells(file, {"recipe": (1, 2)}).cells
 
 
 def test_entries_with_changes():
@@ -126,6 +32,15 @@ def test_entries_with_changes():
     for text in ("emoji:steps", " ; "):
         with pytest.raises(ValueError, match="FIELD=VALUE|names nothing"):
             attack_table.entries(text)
+
+
+def test_rows_with_a_part_of_their_change():
+    found = attack_table.row_entries("uce:lam=2@0.5; uce")
+    assert found == {"uce:lam=2@0.5": ("uce", {"lam": 2}), "uce": ("uce", {})}
+    assert attack_table.with_strength("uce:lam=2@0.5") == ("uce:lam=2", 0.5)
+    for text in ("uce@", "uce@half", "uce@nan"):
+        with pytest.raises(ValueError, match="is no part of a weight change, as in uce@0.75"):
+            attack_table.row_entries(text)
 
 
 BUDGET = attack_work.Budget(images=4, attack_images=20, seed=1, attack_seed=0, batch_size=8)
@@ -196,6 +111,7 @@ class Studio:
         monkeypatch.setattr(attack_table, "source_hash", lambda base: "0" * 64)
         monkeypatch.setattr(attack_work.api, "erase", self.erase)
         monkeypatch.setattr(attack_work.api, "restore", lambda run, base: "erased")
+        monkeypatch.setattr(attack_work.formats, "with_strength", lambda erased, part: f"{part:g} of {erased}")
         monkeypatch.setattr(attack_work.attacks, "random_weights", lambda base, seed: "random weights")
         monkeypatch.setattr(attack_work.testbed, "goal", lambda *_: "goal")
         monkeypatch.setattr(attack_work, "attacked", self.attack)
@@ -250,6 +166,23 @@ def test_the_table_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys, unche
         studio.run("--attack_images=16")
     with pytest.raises(ValueError, match="only='magic' is no row or attack"):
         studio.run("--only=magic")
+
+
+def test_rows_of_one_erasure_share_its_run(monkeypatch, tmp_path, capsys, unchecked):
+    painter.hired(monkeypatch)
+    studio = Studio(monkeypatch, tmp_path)
+    folders = []
+    erase = studio.erase
+
+    def kept(base, concepts, *, output_dir, **fields):
+        folders.append(output_dir)
+        return erase(base, concepts, output_dir=output_dir, **fields)
+
+    monkeypatch.setattr(attack_work.api, "erase", kept)
+    studio.run("--rows=esd; esd@0.5", "--attacks=p4d", "--only=esd; esd@0.5; p4d")
+    assert studio.attacked == [("erased", "P4D"), ("0.5 of erased", "P4D")]
+    assert folders[0] == folders[1]
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 2
 
 
 def test_an_erasure_that_fails_leaves_a_row_without_a_model(monkeypatch, tmp_path, capsys, unchecked):
