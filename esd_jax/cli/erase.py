@@ -171,15 +171,15 @@ def run(values: flags.FlagValues) -> None:
             each.check_folders(plan, None, values.resume, values.overwrite)
     elif hosts.is_primary() and (few := _shared_steps(values, plan)):
         common.say(f"warning: {few}")
+    counted, together = replacements.counted(plan), (1, None)
+    if values.each:
+        together = (len(plan.concepts) if plan.settings.trained else 1, values.at_once)
+        counted = next(iter(each.plans(counted)), counted)
     if values.dry_run:
-        counted = replacements.counted(plan)
-        if values.each:
-            print(f"runs      {len(plan.concepts)}, on one copy of the base; of each:")
-            counted = next(iter(each.plans(counted)), counted)
-        dry_run.report(counted, values.arch, values.compile)
+        dry_run.report(counted, values.arch, values.compile, *together)
         return
     formats = chosen(values.export, "export")
-    size = None if values.each else dry_run.planned(replacements.counted(plan))
+    size = dry_run.planned(counted, *together)
     base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")

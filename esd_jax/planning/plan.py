@@ -34,6 +34,7 @@ class Plan:
     forward_flops: of one evaluation of the denoiser on one example.
     count_step: counts `step_flops`.
     whole: whether the step is the method's; else only the student's part of it is known, which every method's has.
+    runs: how many are trained together.
     """
 
     names: tuple[str, ...]
@@ -45,6 +46,7 @@ class Plan:
     forward_flops: float
     count_step: Callable[[], float] = field(repr=False, compare=False)
     whole: bool = True
+    runs: int = 1
 
     @cached_property
     def step_flops(self) -> float:
@@ -61,11 +63,27 @@ class Plan:
         """The part of `peak` that is occupied throughout, however the step is compiled."""
         return self.peak - self.memory.get(STEP, 0) - self.memory.get(GATHERED, 0)
 
+    def together(self, runs: int, at_once: int | None = None) -> "Plan":
+        """The plan of so many such runs on one copy of the base (`runs.each`), `at_once` of them computed together.
+
+        What they share of inputs, and of what a step computes, is counted once for each.
+        """
+        shared = {self.base, GATHERED}
+        factors = {name: 1 if name in shared else runs for name in self.memory} | {STEP: min(at_once or runs, runs)}
+        memory = {name: factors[name] * size for name, size in self.memory.items()}
+        return dataclasses.replace(self, runs=runs, memory=memory, count_step=lambda: runs * self.step_flops)
+
+    @property
+    def base(self) -> str:
+        """The entry of `memory` that is the base's weights, the first one."""
+        return next(iter(self.memory))
+
     def __str__(self) -> str:
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         lines = [
             f"trained   {len(self.names)} tensors, {self.trained:,} scalars "
-            f"({self.trained / self.total:.2%} of the denoiser's {self.total:,})",
+            f"({self.trained / self.total:.2%} of the denoiser's {self.total:,})"
+            f"{f', in each of {self.runs} runs' if self.runs > 1 else ''}",
             *(f"          {name}" for name in _abridged(self.names)),
             f"memory    about {readable(self.peak)}{each}, and {readable(self.before)} until the first step",
             *(f"          {readable(size):>10}  {what}" for what, size in self.memory.items()),
@@ -81,6 +99,7 @@ def check(size: Plan, limit: int) -> str | None:
     Raises ValueError if it cannot but need more.
     """
     less = "give dtype='bfloat16', remat=True, a smaller subset, rank, batch_size, height or width, or fsdp"
+    less += "; of runs that are trained together, a smaller at_once" if size.runs > 1 else ""
     if size.certain > limit:
         has = f"a device has {readable(limit)}"
         raise ValueError(f"the weights and the optimizer's state take {readable(size.certain)}, but {has}: {less}")

@@ -9,6 +9,7 @@ import esd_jax
 from esd_jax import api, cli, recipe, repeat, runs, several
 from esd_jax.cli import dry_run
 from esd_jax.erasure import Erasure
+from esd_jax.planning import plan as planning
 
 LIST = ["a cat", "a rose", "a pizza", "a bee"]
 
@@ -71,13 +72,34 @@ def test_python_warns_and_the_command_line_says_it(monkeypatch, capsys, unchecke
         assert ("about 100 for each" in capsys.readouterr().out) is warning
 
 
-def test_a_dry_run_says_how_many_updates_each_concept_has(monkeypatch, capsys):
-    from esd_jax.planning import duration, plan
+MEMORY = {"unet, float32": 100, "trained": 10, "state": 20, planning.GATHERED: 5, planning.STEP: 50}
+SIZE = planning.Plan(("a",), 1, 10, 1, MEMORY, 0, 1.0, lambda: 7.0)
 
-    monkeypatch.setattr(plan, "make_plan", lambda *_: "the plan")
-    monkeypatch.setattr(duration, "estimates", lambda *_: "")
+
+def test_a_dry_run_says_how_many_updates_each_concept_has(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "make_plan", lambda *_: SIZE)
     dry_run.report(recipe.make(base="emoji", concept=LIST, steps_each=30), None, False)
     assert "updates   120, about 30 for each of 4 concepts" in capsys.readouterr().out
+
+
+def test_runs_that_are_trained_together_share_the_base():
+    size = SIZE.together(3, 2)
+    assert list(size.memory.values()) == [100, 30, 60, 5, 100] and size.certain == 190 and size.step_flops == 21
+    assert SIZE.together(3).memory[planning.STEP] == SIZE.together(3, 8).memory[planning.STEP] == 150
+    assert SIZE.together(1) == SIZE and "in each of 3 runs" in str(size)
+    assert "a smaller at_once" in planning.check(size, 200) and "at_once" not in planning.check(SIZE, 180)
+    with pytest.raises(ValueError, match="a smaller at_once"):
+        planning.check(size, 189)
+
+
+def test_the_plan_of_joint_runs_is_that_of_all(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(dry_run, "report", lambda plan, arch, compiling, *together: asked.append((plan, together)))
+    names = "; ".join(LIST)
+    for flags in (["--kind=object"], ["--kind=object", "--at_once=2"], ["--config=emoji_uce_object"]):
+        assert cli.main(["erase", "emoji", names, "--each", "--dry_run", *flags]) == 0
+    assert [together for _, together in asked] == [(4, None), (4, 2), (1, None)]
+    assert [len(plan.concepts) for plan, _ in asked] == [1, 1, 1]
 
 
 def test_the_command_that_repeats_it_has_its_length():
