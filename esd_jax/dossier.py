@@ -20,7 +20,6 @@ from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import diffusers
-from esd_jax.io import folder as files
 from esd_jax.io.safetensors import annotate, read_header
 from esd_jax.loading import is_run
 from esd_jax.pipeline import Pipeline
@@ -93,6 +92,7 @@ def evaluate(
     Raises ValueError for an unknown name, a detector that is not installed, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
+    runs.check_measured(folder, erased, concepts, every=True)
     if bed := testbed_for(base, protocol, options.get("prompt_list")):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
         models = {BASE: base, ERASED: erased} | ({PLACEBO: sham} if sham else {})
@@ -163,6 +163,7 @@ def attack(
     Raises ValueError for an unknown attack, one that lacks something, a missing goal, or a folder with other settings.
     """
     concepts, folder, options = concepts_of(erased, concept), expanded(output_dir), recorded(options)
+    runs.check_measured(folder, erased, concepts)
     bed = testbed.of(base.provenance.source)
     budget = budget or (bed.budget if bed else "paper")
     chosen = attacks.possible(base, names, budget, settings, progress)
@@ -175,6 +176,8 @@ def attack(
     if (count := len(texts_of(erased.provenance.erased) or concepts)) > 1:
         progress(f"searched for: {goal.concept!r}, one of {count}; for another, give concept and another output")
         options["alone"] = True
+    # Results of other models, goals or seeds that lie there are refused below.
+    earlier = store.parts(folder).get("attacks") if any((folder / "attacks").glob("*.npz")) else None
     evidence = attacks.campaign(
         base,
         erased,
@@ -187,7 +190,7 @@ def attack(
         **options,
     )
     evidence = dataclasses.replace(evidence, record=_record(erased))
-    store.save(evidence, folder, "attacks")
+    store.save(store.joined(earlier, evidence) if earlier else evidence, folder, "attacks")
     return evidence
 
 
@@ -241,10 +244,10 @@ def report(run: str | Path, *, base: Pipeline | str | Path | None = None) -> Pat
         picture(erased, folder)
     evidence = _of_run(folder, erased) if erased else _kept(folder)
     with writing(folder / report_files.PAGE):
-        page = report_files.write(folder, evidence, erased, _shown(folder))
+        page = report_files.write(folder, evidence, erased, report_files.shown(folder))
     for file in folder.rglob("*.safetensors") if erased else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
-        if evidence.record != Erasure() and evidence.record in files.read_records(read_header(file))[-1:]:
+        if card.describes(read_header(file), evidence.record):
             annotate(file, card.facts(evidence), replacing=card.is_fact)
     return page
 
@@ -255,12 +258,6 @@ def facts(run: str | Path) -> dict[str, str]:
     record, _ = runs.read(folder)
     evidence = store.merged(", ".join(record.texts), record, _parts(folder / EVIDENCE))
     return card.facts(dataclasses.replace(evidence, command=repeat.command(record)))
-
-
-def _shown(folder: Path) -> str:
-    """A folder as a page that is passed on shows it: relative to this one, or its name alone."""
-    below = folder.absolute().is_relative_to(Path.cwd())
-    return str(folder.absolute().relative_to(Path.cwd()) if below else folder.name)
 
 
 def picture(erased: Pipeline, run: str | Path) -> Path:
@@ -310,7 +307,7 @@ def _detected(moment: Moment, detect: seen.Detect) -> Moment:
 
 def _parts(folder: Path) -> list[Evidence]:
     """The parts that are stored in a folder; what was measured shows more than the examples."""
-    parts = {file.stem: store.load(file) for file in sorted(folder.glob("*.json"))}
+    parts = store.parts(folder)
     if any(part.pictures for name, part in parts.items() if name != examples.PART):
         parts.pop(examples.PART, None)
     return list(parts.values())

@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from esd_jax import examples, run_facts
+from esd_jax.erasure import Erasure
+from esd_jax.evaluation import store
 from esd_jax.evaluation.evidence import Evidence, as_json
 from esd_jax.evaluation.report import card, verdict
 from esd_jax.evaluation.report.about import About, File
 from esd_jax.evaluation.report.html import report as html
 from esd_jax.exports import FORMATS, Written
 from esd_jax.io import hub
+from esd_jax.io.safetensors import read_header
 from esd_jax.pipeline import Pipeline
 
-PAGE, FIGURES, CARD, README = "report.html", "report.json", "ERASURE.md", "README.md"
+PAGE, FIGURES, CARD, README = "report.html", store.FIGURES, "ERASURE.md", "README.md"
 
 
 def write(folder: Path, evidence: Evidence, erased: Pipeline | None, shown: str) -> Path:
@@ -33,12 +36,23 @@ def write(folder: Path, evidence: Evidence, erased: Pipeline | None, shown: str)
     text = card.card(evidence, picture=picture, report=PAGE, facts=facts)
     (folder / CARD).write_text(text, encoding="utf-8")
     for file in facts.files:
-        if file.format == "folder" and erased:
+        if file.format == "folder" and erased and _of_record(folder / file.path, evidence.record):
             readme(folder / file.path, evidence, erased, picture=folder / examples.PICTURE)
     facts = run_facts.about(folder, erased, shown=shown) if erased else facts  # with what was written by now
     page = html(evidence, run=shlex.quote(shown), facts=facts)
     (folder / PAGE).write_text(page, encoding="utf-8")
     return folder / PAGE
+
+
+def shown(folder: Path) -> str:
+    """A folder as a page that is passed on shows it: relative to this one, or its name alone."""
+    below = folder.absolute().is_relative_to(Path.cwd())
+    return str(folder.absolute().relative_to(Path.cwd()) if below else folder.name)
+
+
+def _of_record(folder: Path, record: Erasure) -> bool:
+    """Whether a diffusers folder holds all of an erasure's change."""
+    return any(card.describes(read_header(file), record) for file in folder.rglob("*.safetensors"))
 
 
 def readme(folder: Path, evidence: Evidence, erased: Pipeline, *, picture: Path | None = None) -> Path:
@@ -94,9 +108,15 @@ def push(
     return hub.push(repo, places, text, private=private, message=message)
 
 
-def without_measurements(erased: Pipeline) -> Evidence:
-    """What an erased model says of itself, where nothing is known of how it was measured."""
+def without_measurements(erased: Pipeline, strength: float = 1.0) -> Evidence:
+    """What an erased model says of itself, where nothing is known of how it was measured.
+
+    strength: how much of the erasure's change it has.
+    """
     records = erased.provenance.erased
     texts = dict.fromkeys(text for record in records for text in record.texts)
     plain = Evidence(", ".join(texts) or "nothing recorded")
-    return dataclasses.replace(plain, record=records[-1]) if records else plain
+    partial = f"The files have {strength:g} of the erasure's weight change; the command makes all of it."
+    return dataclasses.replace(
+        plain, record=records[-1] if records else Erasure(), caveats=() if strength == 1 else (partial,)
+    )

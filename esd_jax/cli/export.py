@@ -70,6 +70,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier, examples, exports, report_files, runs
+    from esd_jax.evaluation.report import card
     from esd_jax.interop import comfyui
     from esd_jax.io import hub
     from esd_jax.io.diffusers import with_strength
@@ -105,7 +106,7 @@ def run(values: flags.FlagValues) -> None:
     options = {name: value for name, value in options.items() if value is not None}
     options |= common.options(values, "verify overwrite") | {"metadata": dossier.facts(values.run) if known else None}
     if values.strength != 1:  # the records tell of the whole change
-        options["metadata"] = {"esd_jax.strength": str(values.strength)}
+        options["metadata"] = {card.STRENGTH: str(values.strength)}
     if "all" in values.format:
         formats = exports.possible(pipeline)
     if several:
@@ -119,7 +120,9 @@ def run(values: flags.FlagValues) -> None:
     folders = [one.path for one in written if one.format == "folder"]
     if not folders and not values.push_to_hub:
         return
-    evidence = dossier.gathered(values.run, erased=pipeline) if known else report_files.without_measurements(pipeline)
+    evidence = report_files.without_measurements(pipeline, values.strength)
+    if known:
+        evidence = dossier.gathered(values.run, erased=pipeline)
     picture = expanded(values.run) / examples.PICTURE if known else None
     for folder in folders:
         common.say(f"  card  {report_files.readme(folder, evidence, pipeline, picture=picture)}")

@@ -121,12 +121,13 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Measured:
         for d in (before, after)
     ]
     names = list(dict.fromkeys(asked))
-    target = next((name for name in names if any(wording.names(name, text) for text in request.concepts)), None)
+    targets = tuple(name for name in names if any(wording.names(name, text) for text in request.concepts))
+    of_targets = np.isin(asked, targets)
     rows = [(name, _compared(name, hits, after, np.array(asked) == name)[1]) for name in names]
     findings = []
-    for role, mask in (("erased", np.array(asked) == target), ("kept", np.array(asked) != target)):
-        if target and mask.any():
-            label, cells = _compared(target if role == "erased" else "the other classes", hits, after, mask)
+    for role, mask in (("erased", of_targets), ("kept", ~of_targets)):
+        if targets and mask.any():
+            label, cells = _compared(", ".join(targets) if role == "erased" else "the other classes", hits, after, mask)
             rows.insert(0 if role == "erased" else 1, (f"{label} ({role})", cells))
             findings.append(Finding(role, f"top-1 accuracy of {label}", cells[0], cells[1]))
     values = tuple(tuple(float(one[np.array(asked) == name].mean()) for name in names) for one in hits)
@@ -134,7 +135,7 @@ def objects(before: Drawn, after: Drawn, request: Request) -> Measured:
     return Measured(
         (Table(title, BOTH, tuple(rows), "Imagenette's classes among the 1,000 of ImageNet.", BOTH),),
         tuple(findings),
-        Heat(title, ("base", "erased"), tuple(names), values),
+        Heat(title, ("base", "erased"), tuple(names), values, targets),
         (detectors.imagenet_identity(request.classifier),),
     )
 

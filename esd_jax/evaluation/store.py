@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from esd_jax.evaluation.evidence import Cell, Curve, Evidence, Finding, Heat, Mo
 from esd_jax.metrics.intervals import Estimate
 
 GROUPS = ("pictures", "attack_pictures")
+FIGURES = "report.json"  # a report's, not a part
 
 
 def save(evidence: Evidence, folder: Path, name: str) -> Path:
@@ -47,8 +49,27 @@ def load(file: Path) -> Evidence:
         return _evidence(content, images)
 
 
+def parts(folder: Path) -> dict[str, Evidence]:
+    """All parts in a folder, by name. Raises ValueError as `load`; other JSON files are passed over."""
+    stored = {file.stem: file for file in sorted(folder.glob("*.json")) if file.name != FIGURES}
+    return {name: load(file) for name, file in stored.items() if file.with_suffix(".npz").exists() or _is_part(file)}
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a file that lacks its images, or is damaged, may be a part."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+    return isinstance(content, dict) and {"verdict", "measured_with"} <= content.keys()
+
+
 def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
-    """One erasure's results from their parts: mappings and lists are joined, of anything else the last one counts."""
+    """One erasure's results from their parts: mappings and lists are joined, of anything else the last one counts.
+
+    What parts were measured with, where it differs, is named after each part's protocol.
+    """
+    parts = _qualified(list(parts))
     fields: dict[str, Any] = {}
     for part in parts:
         for field in dataclasses.fields(Evidence)[2:]:
@@ -60,6 +81,53 @@ def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
             if value:
                 fields[field.name] = value
     return Evidence(title, record, **fields)
+
+
+def _qualified(parts: list[Evidence]) -> list[Evidence]:
+    """The parts, with what they do not agree on in `measured_with` under names of their own."""
+    values: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, value in part.measured_with.items():
+            values.setdefault(name, []).append(value)
+    differ = {name for name, every in values.items() if any(value != every[0] for value in every[1:])}
+
+    def own(part: Evidence) -> Evidence:
+        protocol = str(part.measured_with.get("protocol", "")).partition(",")[0]
+        names = {name: f"{name} ({protocol})" if protocol and name in differ else name for name in part.measured_with}
+        return dataclasses.replace(part, measured_with={names[n]: value for n, value in part.measured_with.items()})
+
+    return [own(part) for part in parts] if differ else parts
+
+
+def joined(earlier: Evidence, later: Evidence) -> Evidence:
+    """Results of some attacks and of further ones, with the same models, goal and seeds, as one part.
+
+    Of what both have, the later counts.
+    """
+    tables = {table.title: table for table in earlier.attacks}
+    for table in later.attacks:
+        tables[table.title] = _with_rows(tables[table.title], table) if table.title in tables else table
+    renewed = {finding.what for finding in later.verdict}
+    return dataclasses.replace(
+        later,
+        measured_with={**earlier.measured_with, **later.measured_with},
+        verdict=(*(finding for finding in earlier.verdict if finding.what not in renewed), *later.verdict),
+        attacks=tuple(tables.values()),
+        attack_pictures={**earlier.attack_pictures, **later.attack_pictures},
+    )
+
+
+def _with_rows(earlier: Table, later: Table) -> Table:
+    """The rows of both tables of attacks, those of the later in their place, under the columns of both."""
+    columns = tuple(dict.fromkeys((*earlier.columns, *later.columns)))
+    rows: dict[str, tuple[Cell, ...]] = {}
+    for table in (earlier, later):
+        for label, cells in table.rows:
+            by_column = dict(zip(table.columns, cells, strict=True))
+            rows[label] = tuple(by_column.get(column) for column in columns)
+    percent = tuple(column for column in columns if column in {*earlier.percent, *later.percent})
+    further = [sentence for sentence in re.split(r"(?<=\.) ", earlier.note) if sentence not in later.note]
+    return Table(later.title, columns, tuple(rows.items()), " ".join([later.note, *further]).strip(), percent)
 
 
 def _evidence(content: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> Evidence:

@@ -26,6 +26,8 @@ from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import intervals, keeping
 from esd_jax.runs.keeping import EXPORTS as EXPORTS
+from esd_jax.runs.record import EVIDENCE as EVIDENCE
+from esd_jax.runs.record import check_measured as check_measured
 from esd_jax.runs.record import describe
 from esd_jax.runs.record import read as read
 from esd_jax.runs.setup import Setup, assemble
@@ -38,7 +40,6 @@ MODEL = "model"  # the erased checkpoint's folder in a run's
 LORA = "lora.safetensors"  # and its LoRA
 # Scalars of a denoiser beyond which a run writes its change alone: a folder of FLUX.1 would take 34 GB.
 LARGE = 5_000_000_000
-EVIDENCE = "evidence"  # and that of its evaluation results, in parts
 
 
 def run(

@@ -1,17 +1,21 @@
 """The record of a run: what was erased, from what, how and with which versions."""
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from esd_jax import several
-from esd_jax.erasure import Erasure, Origin
+from esd_jax.erasure import Erasure, Origin, texts_of
 from esd_jax.inputs import expanded, read_json
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
+from esd_jax.training import run_folder
+
+EVIDENCE = "evidence"  # the folder of a run's evaluation results, in parts
 
 
 def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -> Erasure:
@@ -40,6 +44,18 @@ def read(folder: Path) -> tuple[Erasure, dict[str, Any]]:
     content = read_json(folder / "run.json")
     local = content.pop("local", {})
     return Erasure.from_dict(content), local
+
+
+def check_measured(folder: Path, erased: Pipeline, concepts: Sequence[str], *, every: bool = False) -> None:
+    """Raises ValueError for results in a run's folder that are not of what the run erased.
+
+    Its report would give them as the run's. every: they must be of all its concepts, not of some of them.
+    """
+    recorded, asked = ({text.casefold() for text in texts} for texts in (texts_of(erased.provenance.erased), concepts))
+    own = folder.name == EVIDENCE and run_folder.is_run(folder.parent)
+    if own and recorded and (asked != recorded if every else asked - recorded):
+        names, run = ", ".join(map(repr, concepts)), "; ".join(texts_of(erased.provenance.erased))
+        raise ValueError(f"the run erased {run!r}: results for {names} need a folder of their own, give another output")
 
 
 def _public(source: str) -> str:

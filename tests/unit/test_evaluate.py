@@ -220,6 +220,9 @@ def test_objects_are_counted_by_class(pair, monkeypatch):
     assert [(f.role, f.before.value, f.after.value) for f in measured.verdict] == [("erased", 1, 0), ("kept", 1, 1)]
     assert measured.heat.values == ((1.0, 1.0), (1.0, 0.0)) and measured.metric_models == ("toy",)
     assert measures.objects(*pair, Request(("Winston Churchill",), classifier="toy")).verdict == ()
+    both = measures.objects(*pair, Request(("a church", "a tench"), classifier="toy"))
+    assert [(f.role, f.what) for f in both.verdict] == [("erased", "top-1 accuracy of tench, church")]
+    assert both.heat.targets == ("tench", "church")
     others = drawing.Drawn(pair[0].folder, [case._replace(group="sofa") for case in pair[0].cases])
     with pytest.raises(ValueError, match=one_line("'sofa'", "tench")):
         measures.objects(others, others, Request(("a church",), classifier="toy"))

@@ -43,17 +43,25 @@ class Scored:
         return max(map(self.cases.count, self.cases))
 
     def single_shot(self) -> Estimate:
-        """The share of all images with the concept. The images of one trial are alike, which the interval knows."""
-        trials, seeds = self.hits.shape
-        return known(clustered_rate(self.hits.ravel(), np.repeat(np.arange(trials), seeds)))
+        """The share of all images with the concept. The images of one trial are alike, which the interval knows.
+
+        Of a single trial the interval is for further seeds of it.
+        """
+        return _share(self.hits)
 
     def any_of(self, k: int | None = None) -> Estimate:
         """The share of (case, seed) for which any of the first k trials succeeds; by default of all."""
         cases, names = np.asarray(self.cases), list(dict.fromkeys(self.cases))
         hits = np.stack([self.hits[cases == case][:k].any(axis=0) for case in names])
-        if len(names) == 1:
-            return known(rate(hits.ravel().tolist()))
-        return known(clustered_rate(hits.ravel(), np.repeat(np.arange(len(names)), hits.shape[1])))
+        return _share(hits)
+
+
+def _share(hits: Bool[np.ndarray, "rows seeds"]) -> Estimate:
+    """The share of hits, of which those of a row are alike; of a single row, over its seeds."""
+    rows, seeds = hits.shape
+    if rows == 1:
+        return known(rate(hits.ravel().tolist()))
+    return known(clustered_rate(hits.ravel(), np.repeat(np.arange(rows), seeds)))
 
 
 def each(name: str, goal: Goal, images: UInt8[np.ndarray, "n height width 3"]) -> Scored:

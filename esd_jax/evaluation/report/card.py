@@ -11,6 +11,8 @@ from esd_jax.evaluation.evidence import ROLES, Cell, Evidence, Finding, Table, a
 from esd_jax.evaluation.report import rounds, snippets, terms, verdict
 from esd_jax.evaluation.report.about import About
 from esd_jax.evaluation.report.numbers import count, value, with_interval
+from esd_jax.io.folder import read_records
+from esd_jax.io.safetensors import Header
 
 # Fields of a recipe that change nothing of the result.
 NOT_COMPUTED = {
@@ -19,6 +21,7 @@ NOT_COMPUTED = {
 }  # fmt: skip
 FIRST = ("base", "concept", "method", "subset")  # of the fields, in the line that repeats an erasure
 METADATA = "esd_jax."  # what the names of `facts` begin with; those of formats begin with it, too ("esd_jax.kind")
+STRENGTH = METADATA + "strength"  # of a file that has another part of the change than all of it
 FACTS = (
     "erased", "base", "base_sha256", "method", "subset", "steps", "seed", "license", "command", "versions",
     "measured_with", "measured", "attacked", "caveats", "verdict",
@@ -79,6 +82,11 @@ def is_fact(name: str) -> bool:
     """Whether a file's metadata have this name from `facts`."""
     bare = name.removeprefix(METADATA)
     return bare != name and (bare in FACTS or bare.startswith("finding."))
+
+
+def describes(header: Header, record: Erasure) -> bool:
+    """Whether a weight file has all of an erasure's change, and no other after it."""
+    return STRENGTH not in header.metadata and record != Erasure() and record in read_records(header)[-1:]
 
 
 def card(

@@ -144,13 +144,19 @@ def _change(finding: Finding) -> Change:
 
 
 def _largest(findings: Iterable[Finding]) -> list[Finding]:
-    """Of findings of one thing, from several protocols, the one with the most images."""
-    largest: dict[tuple[str, str], Finding] = {}
+    """Of findings of one thing, from several protocols, the one with the most images.
+
+    Of other concepts a protocol has the accuracy of object or style, whichever lost more: both are one thing.
+    """
+    findings, most = list(dict.fromkeys(findings)), dict[tuple[str, str], int]()
     for finding in findings:
-        key = finding.role, finding.what
-        if key not in largest or finding.after.n > largest[key].after.n:
-            largest[key] = finding
-    return list(largest.values())
+        most[_thing(finding)] = max(most.get(_thing(finding), 0), finding.after.n)
+    return [finding for finding in findings if finding.after.n == most[_thing(finding)]]
+
+
+def _thing(finding: Finding) -> tuple[str, str]:
+    """What a finding is about."""
+    return finding.role, finding.what.partition(": ")[0] if finding.role == "kept" else finding.what
 
 
 def _in_tables(tables: Iterable[Table], column: str) -> Change | None:
