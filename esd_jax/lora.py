@@ -55,7 +55,7 @@ def weights(theta: Params, theta_0: Mapping[str, Array]) -> Params:
     """The tensors that the factors and the first values make, in float32 or wider."""
 
     def whole(name: str, first: Array) -> Array:
-        change = theta[name + A] @ theta[name + B]
+        change = jnp.matmul(theta[name + A], theta[name + B], precision="highest")  # else TF32 on a GPU
         return first.astype(jnp.promote_types(first.dtype, change.dtype)) + change.reshape(first.shape)
 
     return {name: whole(name, first) for name, first in theta_0.items()}

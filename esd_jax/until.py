@@ -202,6 +202,8 @@ def erase(
     bounds = parse(bounds) if isinstance(bounds, str) else tuple(bounds)
     base = base if isinstance(base, Pipeline) else api.load(base)
     begin = {name: fields.pop(name) for name in ("overwrite", "start_from") if name in fields}
+    if resume and (besides := [name for name, value in begin.items() if value]):
+        raise ValueError(f"resume goes on with the run in the folder: leave {besides[0]} out")
     plan = api.planned(base, concept, **fields)
     texts = [one.text for one in plan.concepts]
     if metric is None:

@@ -50,7 +50,7 @@ class Retention:
     worst_every: int = 0
 
     def __post_init__(self):
-        for name in ("images", "empty", "worst_every"):
+        for name in ("weight", "images", "empty", "worst_every"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"preserve_{name}={value} must be at least 0")
         if self.worst_every and not self.images:
@@ -183,10 +183,10 @@ class Imaged(Term):
         self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: ImagedInputs
     ) -> ImagedDraws:
         def example(own: Array) -> ImagedDraws:
-            at, worst, place = jax.random.split(own, 3)
+            at, worst, place, empty = jax.random.split(own, 4)
             at = noised(at, inputs.images, self.schedule)
             part = inputs.empty_weight / (inputs.weight + inputs.empty_weight) if self.emptied else 0.0
-            empty = jax.random.bernoulli(jax.random.fold_in(own, 1), part)
+            empty = jax.random.bernoulli(empty, part)
             return ImagedDraws(at, jax.random.bernoulli(worst), jax.random.uniform(place), key, empty)
 
         return jax.vmap(example)(example_keys)._replace(scored=key)  # the same for all

@@ -170,9 +170,10 @@ class Solver(ClosedForm):
 
 
 def _above_mean(moved: Float[Array, "rows out"], counts: Float[Array, " rows"]) -> Float[Array, " rows"]:
-    """1 for rows, of those that count, that are longer than the average of these; else 0."""
+    """1 for rows, of those that count, that are longer than the average of these; else 0. Of equal ones all count."""
     norms = jnp.linalg.norm(moved, axis=1)
-    return counts * (norms > jnp.sum(norms * counts) / jnp.maximum(jnp.sum(counts), 1))
+    longer = counts * (norms > jnp.sum(norms * counts) / jnp.maximum(jnp.sum(counts), 1))
+    return jnp.where(jnp.any(longer > 0), longer, counts)
 
 
 def _moment(rows: Float[Array, "rows context"], counts: Float[Array, " rows"]) -> Float[Array, "context context"]:

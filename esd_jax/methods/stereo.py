@@ -47,6 +47,7 @@ from esd_jax.erasing.trajectories import Trajectory
 from esd_jax.params import Conditioning, Network, Params, bare, shape_of
 
 SEARCH = 2**30  # apart from the keys of updates, which are numbered from 0
+CHOICE = 5  # of an example's key; fold_in(key, i) is split(key, n)[i], and the first two are the trajectory's
 STYLE = (
     "a painting in the style of {concept}; a rendering in the style of {concept}; a picture in the style of {concept}; "
 )
@@ -250,7 +251,8 @@ class Method(base.Method):
 
     def draw(self, step: Array, key: Array, example_keys: Array, shape: tuple[int, ...], inputs: Inputs) -> Draws:
         """The random choices of a step: index and t from `key`, the rest of each example from its own key."""
-        text, anchor = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (2,)))(example_keys).T
+        apart = lambda key: jax.random.uniform(jax.random.fold_in(key, CHOICE), (2,))  # noqa: E731
+        text, anchor = jax.vmap(apart)(example_keys).T
         return Draws(*self.trajectory.draw_batch(key, example_keys, shape, self.count), text, anchor)
 
     def recall(

@@ -69,8 +69,15 @@ def check_folders(plan: Recipe, source: Path | None, resume: bool, overwrite: bo
         return
     if run_folder.is_run(folder := expanded(plan.output_dir)):
         raise FileExistsError(f"{folder} is a run: the folder of several runs is another one")
-    for one in plans(plan):
-        run_folder.check(expanded(str(one.output_dir)), source, resume, overwrite)
+    each = plans(plan)
+    begun = [resume and _resumes(one) for one in each]
+    for one, goes_on in zip(each, begun if any(begun) else [resume] * len(each), strict=True):
+        run_folder.check(expanded(str(one.output_dir)), source, goes_on, overwrite)
+
+
+def _resumes(one: Recipe) -> bool:
+    """Whether a run can go on; of closed forms, which are solved for one after the other, some may not have begun."""
+    return one.settings.trained or not one.output_dir or run_folder.is_run(expanded(one.output_dir))
 
 
 def run_each(
@@ -180,7 +187,8 @@ def _part(theta: Params, i: int, mesh: Any) -> Params:
 def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence[Recipe]) -> list[State]:
     """The newest checkpoints that all runs have and that are not damaged; the states themselves where there are none.
 
-    Later checkpoints are removed. Raises ValueError for a run that has made more updates than the recipe asks for.
+    Later checkpoints are removed. Raises ValueError for a run that has made more updates than the recipe asks for, and
+    for runs that have checkpoints, but none that is in all of them and can be read.
     """
     newest: list[State] = list(states)
     for step in sorted(_common(kept), reverse=True):
@@ -188,6 +196,11 @@ def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence
         if all(state is not None for state in read):
             newest = [state for state in read if state is not None]
             break
+    else:
+        # A kill while the first one was written leaves some runs without, and nothing is lost.
+        if not all(len(own.steps) < 2 for own in kept) or (kept and all(own.steps for own in kept)):
+            have = "; ".join(f"{own.folder.parent.name}: {sorted(own.steps)}" for own in kept)
+            raise ValueError(f"no checkpoint is in all runs and can be read ({have}): overwrite them to begin anew")
     keeping.check_steps(done := int(newest[0].step), each[0])
     if any(step > done for own in kept for step in own.steps):
         warnings.warn(f"the runs go on from step {done}, the newest that all of them have", LaterSteps, stacklevel=2)
@@ -234,6 +247,7 @@ def alike(setups: Sequence[Setup], texts: Sequence[str]) -> tuple[Any, tuple[boo
 
 def _solved(base: Pipeline, one: Recipe, resume: bool, overwrite: bool, then: Any) -> Pipeline:
     """The run of a closed form, which has no step to share."""
+    resume = resume and _resumes(one)
     return runs.run(base, one, resume=resume, overwrite=overwrite, then=then and (lambda final: then(final, one)))
 
 

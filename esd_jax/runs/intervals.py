@@ -68,13 +68,18 @@ class Records:
     def __init__(self, folder: Path | None, start: int, write: bool = True):
         self.rows: list[Mapping[str, Any]] = []
         self._log: MetricLog | None = None
-        self._folder, self._start = folder if write else None, start or -1  # a run at its beginning has made none
+        self._folder, self._start = folder if write else None, start
         if folder and (folder / FILE).exists():
             self._open()
             rows = [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
             self.rows = [_timeless(row) for row in rows if row["step"] <= self._start]
 
     def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Adds a record, in the place of one of the same step: a run that was stopped there may make it again."""
+        if any(row["step"] >= step for row in self.rows):
+            self.rows = [row for row in self.rows if row["step"] < step]
+            self.close()
+            self._log, self._start = None, step - 1
         self.rows.append(_timeless({"step": step, **record}))
         self._open()
         if self._log:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esd_jax import hosts
+from esd_jax import hosts, prompt_files
 from esd_jax.erasure import Erasure
+from esd_jax.inputs import expanded
 from esd_jax.io import leftovers
 from esd_jax.io.images import read_images
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import sessions
-from esd_jax.runs.record import read
+from esd_jax.runs.record import files_of, read
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
@@ -53,6 +54,9 @@ def begin(
     if plan.images:
         pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
         meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
+    for field in files_of(plan):
+        prompts = "\n".join(prompt_files.read(expanded(getattr(plan.settings, field))))
+        meta[f"{field}_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
     if resume and (started := read(folder)[0].started_from):
         record = dataclasses.replace(record, started_from=started)
     if hosts.is_primary() and not resume:
@@ -108,7 +112,8 @@ def log(
 
 def _private(record: Erasure, plan: Recipe) -> dict[str, Any]:
     """A run's own file, which unlike its exports records paths on this machine."""
-    return {**record.to_dict(), "local": {"base": plan.base, "images": plan.flat()["images"]}}
+    fields = plan.flat()
+    return {**record.to_dict(), "local": {name: fields[name] for name in ("base", "images", *files_of(plan))}}
 
 
 def previews(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:

@@ -86,7 +86,8 @@ def edits(base: Pipeline, concept: str, candidates: Sequence[str]) -> list[Float
     for text in candidates:
         pairs = [(*closed_form.aligned(part[concept], part[text], "positions"), 1.0) for part in parts]
         lam = SHRINKAGE * max(float(jnp.mean(jnp.sum(old**2, axis=1))) for old, _, _ in pairs)
-        solved.append(closed_form.change(closed_form.edit(pairs, lam)))
+        with jax.default_matmul_precision("highest"):
+            solved.append(closed_form.change(closed_form.edit(pairs, lam)))
     return solved
 
 

@@ -87,6 +87,16 @@ class Optimizer:
             raise ValueError(f"decay_steps={self.decay_steps} must be at least 0, and decay_to={self.decay_to} in 0..1")
         if self.decay not in ("cosine", "linear"):
             raise ValueError(f"decay={self.decay!r} is unknown; choose cosine or linear")
+        for name in ("b1", "b2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 0 and below 1")
+        for name in ("weight_decay", "warmup_steps"):
+            if not (value := getattr(self, name)) >= 0:  # nor NaN
+                raise ValueError(f"{name}={value} must be at least 0")
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps} must be positive")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive; leave it out for none")
         if not 0 <= self.hold <= 1:
             raise ValueError(f"hold={self.hold} must be in 0..1")
 

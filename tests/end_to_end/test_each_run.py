@@ -1,6 +1,8 @@
 """Several concepts, a run for each, trained in one compiled step: what each would be alone."""
 
 import json
+import warnings
+from pathlib import Path
 
 import factories
 import numpy as np
@@ -11,7 +13,7 @@ import esd_jax
 from esd_jax import api, cli, fusion, recipe
 from esd_jax.methods import METHODS
 from esd_jax.runs import each
-from esd_jax.training.step import Metrics
+from esd_jax.training.step import Metrics, State
 
 # Plain gradient descent: where a gradient is all rounding, Adam would make whole updates of it.
 FIELDS = {
@@ -104,6 +106,47 @@ def test_whole_tensors_and_a_folder_that_is_in_the_way(base, tmp_path):
             esd_jax.erase_each(base, ["cat", "fox"], output_dir=tmp_path / "runs", **options, **fields)
     with pytest.raises(FileExistsError, match="is a run"):
         esd_jax.erase_each(base, CONCEPTS, output_dir=tmp_path / "runs" / "cat", overwrite=True, **fields)
+
+
+class Kept:
+    """Checkpoints of a run, of which none is damaged."""
+
+    def __init__(self, name, *steps):
+        self.folder, self.steps, self.dropped = Path(name) / "checkpoints", frozenset(steps), []
+
+    def at(self, step, state):
+        return state._replace(step=step)
+
+    def drop_after(self, step):
+        self.dropped.append(step)
+
+
+@pytest.mark.parametrize(("steps", "start"), [(((), ()), 0), (((50,), ()), 0), (((50, 100), (50,)), 50)])
+def test_runs_go_on_from_what_all_of_them_have(steps, start, unchecked):
+    plan, state = recipe.make(concept="cat; dog", steps=400), State({}, (), 0, None, ())
+    kept = [Kept(name, *own) for name, own in zip(CONCEPTS, steps, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", each.LaterSteps)
+        states = each.resumed(kept, [state, state], [plan, plan])
+    assert [one.step for one in states] == [start, start] and [own.dropped for own in kept] == [[start], [start]]
+
+
+@pytest.mark.parametrize("steps", [((300, 400), (100, 200)), ((100,), (50,)), ((300, 400), ())])
+def test_checkpoints_that_runs_do_not_share_are_never_removed(steps, unchecked):
+    plan, state = recipe.make(concept="cat; dog", steps=400), State({}, (), 0, None, ())
+    kept = [Kept(name, *own) for name, own in zip(CONCEPTS, steps, strict=True)]
+    with pytest.raises(ValueError, match=one_line(f"cat: {sorted(steps[0])}", f"dog: {sorted(steps[1])}", "overwrite")):
+        each.resumed(kept, [state, state], [plan, plan])
+    assert not any(own.dropped for own in kept)
+
+
+def test_a_closed_form_goes_on_with_what_was_not_begun(base, tmp_path):
+    fields = {"method": "uce", "output_dir": tmp_path / "runs"}
+    esd_jax.erase_each(base, ["cat"], **fields)
+    esd_jax.erase_each(base, CONCEPTS, resume=True, **fields)
+    assert all((tmp_path / "runs" / text / "run.json").is_file() for text in CONCEPTS)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        esd_jax.erase_each(base, CONCEPTS, resume=True, method="uce", output_dir=tmp_path / "none")
 
 
 def test_the_runs_of_attributes_are_named_after_them():

@@ -14,7 +14,7 @@ from torch_oracle import to_nchw
 import esd_jax
 from esd_jax import api, cli, fusion, recipe, sharding
 from esd_jax.erasing import trajectories
-from esd_jax.erasure import Concept, Erasure
+from esd_jax.erasure import Concept, Erasure, Part
 from esd_jax.fusion import moments
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import read_exact
@@ -201,6 +201,13 @@ def test_the_record_has_all_parts_and_survives_a_file(base, parts, retained, tmp
     again = api.opened(base, export_delta(fused, tmp_path / "fused.safetensors", dtype="float32"))
     for name, value in fused.edits.items():
         np.testing.assert_array_equal(again.edits[name], value)
+
+
+def test_the_concepts_of_merges_and_fusions_are_known(base, parts):
+    merged = Erasure(merged=(Part(1.0, (Erasure(concepts=(Concept("house"),)),)),))
+    inner = Erasure(erased=(merged, Erasure(concepts=(Concept("tree"),))))
+    part = base.with_edits(parts[0].edits, inner)
+    assert [concept.text for concept in fusion._concepts(base, part)[0]] == ["house", "tree"]
 
 
 def test_what_one_part_preserves_and_another_erased_is_not_retained(base, parts, retained):

@@ -100,3 +100,5 @@ def test_the_empty_prompt_is_asked_as_often_as_its_weight_says():
         keys = jax.random.split(jax.random.key(0), 2000)
         (term,) = jax.jit(method.draw, static_argnums=3)(0, jax.random.key(1), keys, SHAPE, inputs).terms
     assert float(np.mean(term.empty)) == pytest.approx(EMPTY / (EMPTY + WEIGHT), abs=0.04)
+    for empty in (False, True):  # which prompt is drawn does not depend on it
+        assert float(np.mean(term.worst[term.empty == empty])) == pytest.approx(0.5, abs=0.06)

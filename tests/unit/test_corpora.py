@@ -127,3 +127,22 @@ def test_a_moment_is_computed_once_for_its_prompts_and_weights(tmp_path, monkeyp
     np.testing.assert_array_equal(
         corpora.moment(known, {**ONES, "more": 1.0}), corpora.moment(known, {**ONES, "more": 1.0})
     )
+
+
+@pytest.mark.parametrize(
+    ("concept", "left_out"),
+    [("an axolotl", []), ("the Joker", []), ("the neon style", ["neon", "a neon drawing"]), ("an owl", ["an owl"])],
+)
+def test_an_article_is_no_word_of_a_concept(concept, left_out):
+    texts = [
+        "neon",
+        "a neon drawing",
+        "an owl",
+        "an otter",
+        "the moon",
+        "a cat",
+        "a dog",
+        "a bus",
+        "a lion",
+    ]
+    assert [text for text in texts if text not in corpora.without(texts, [concept])] == left_out

@@ -281,10 +281,22 @@ def test_the_learning_rate_falls_to_its_part_after_the_warm_up(decay, middle):
     assert float(update) == pytest.approx(-3e-4 * middle, rel=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"decay_steps": -1}, {"decay_to": 1.5}, {"decay": "step"}])
-def test_decays_out_of_range_are_refused(fields):
-    with pytest.raises(ValueError, match="decay"):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"decay_steps": -1}, {"decay_to": 1.5}, {"decay": "step"}, {"max_grad_norm": 0.0}, {"max_grad_norm": -1.0},
+        {"warmup_steps": -5}, {"b1": -0.1}, {"b2": 1.0}, {"eps": 0.0}, {"weight_decay": -0.1, "optimizer": "adamw"},
+        {"max_grad_norm": float("nan")}, {"b2": float("nan")},
+    ],
+)  # fmt: skip
+def test_numbers_of_an_optimizer_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}="):
         Optimizer(**fields)
+
+
+def test_a_negative_weight_of_preserved_prompts_is_refused():
+    with pytest.raises(ValueError, match="^preserve_weight=-1"):
+        Retention(weight=-1)
 
 
 def test_records_outlast_a_resumption_and_have_no_times(tmp_path):
@@ -300,6 +312,9 @@ def test_records_outlast_a_resumption_and_have_no_times(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert [(line["step"], line["seconds"]) for line in lines] == [(0, 1.0), (3, 1.0), (6, 2.0)]
     anew = Records(tmp_path, 0)  # killed before its first checkpoint
-    assert anew.rows == [] and not (tmp_path / FILE).read_text()
+    assert anew.rows == [{"step": 0, "gauge": 0.0}]
+    anew.add(0, {"gauge": 0.25, "seconds": 3.0})  # it makes its first round again
     anew.close()
-    assert Records(tmp_path, 0, write=False).rows == []
+    assert [json.loads(line)["gauge"] for line in (tmp_path / FILE).read_text().splitlines()] == [0.25]
+    assert anew.rows == [{"step": 0, "gauge": 0.25}]
+    assert Records(tmp_path, 0, write=False).rows == anew.rows

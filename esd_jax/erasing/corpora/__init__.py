@@ -64,13 +64,13 @@ def without(texts: Sequence[str], concepts: Sequence[str]) -> list[str]:
     """The prompts that hold no concept: neither all of its words nor its rarest.
 
     A concept comes in other words, too: "neon style" as "a neon drawing", and "a cat" as "the cat". Rarest: of those
-    that the prompts hold at all. Alone, a word that a quarter of them hold ("a", "style") leaves none of them out.
+    that the prompts hold at all, but no article. Alone, a word that a quarter of them hold ("style") leaves none out.
     """
     words = [frozenset(_words(text)) for text in texts]
     counts = Counter(itertools.chain.from_iterable(words))
     names = [frozenset(_words(concept)) - ARTICLES for concept in concepts]
     for concept in concepts:
-        held = [word for word in _words(concept) if counts[word]]
+        held = [word for word in _words(concept) if counts[word] and word not in ARTICLES]
         if held and counts[word := min(held, key=counts.__getitem__)] <= COMMON * len(texts):
             names.append(frozenset({word}))
     return [text for text, own in zip(texts, words, strict=True) if not any(name and name <= own for name in names)]
