@@ -1,5 +1,8 @@
 """Samples a list of prompts with one model, into a folder with a manifest; images that exist are not sampled again."""
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -12,7 +15,7 @@ from PIL import Image
 
 from esd_jax import progress as tasks
 from esd_jax import results
-from esd_jax.evaluation.prompts import Case
+from esd_jax.evaluation.prompts import Case, PromptList
 from esd_jax.io.images import read_image
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
@@ -103,8 +106,9 @@ def draw(
     Raises ValueError for a folder that was sampled with other settings.
     """
     how = of_family(drawing, pipeline)
-    settings = {k: v for k, v in asdict(how).items() if k != "batch_size"}
-    _claim(folder, cases, model=identity, drawing=settings)
+    settings = _settings(identity, how)
+    known = _recorded(folder, cases, settings)
+    results.write(folder / MANIFEST, {"cases": list(known.values())}, **settings)
     missing = [case for case in cases if not _file(folder, case).is_file()]
     done = len(cases) - len(missing)
     # The guidance scale is one number for a batch.
@@ -138,15 +142,42 @@ def draw(
     return Drawn(folder, cases)
 
 
-def _claim(folder: Path, cases: Sequence[Case], **settings: Any) -> None:
-    """Writes the manifest of a new folder, or checks that of an old one, to which cases may be added."""
+def has_begun(folder: Path, identity: Mapping[str, Any], cases: Sequence[Case], drawing: Drawing) -> bool:
+    """Whether a folder has images of a model that were sampled with the same settings, and none of other prompts.
+
+    identity, cases, drawing: as in `draw`, but with the numbers of the model's family in place.
+    """
+    try:
+        return (folder / MANIFEST).is_file() and bool(_recorded(folder, cases, _settings(identity, drawing)))
+    except ValueError:
+        return False
+
+
+def name_of(prompts: PromptList, drawing: Drawing) -> str:
+    """The name of a folder for the images of a list of prompts: it differs with the list and with the settings."""
+    settings = {name: value for name, value in asdict(drawing).items() if value is not None and name != "batch_size"}
+    digest = hashlib.sha256(json.dumps([prompts.sha256, settings], sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^\w-]+", "-", prompts.name.removesuffix(".csv"), flags=re.ASCII)
+    return f"{name[:60]}-{digest[:8]}"
+
+
+def _settings(identity: Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
+    """What the images of a folder have in common."""
+    return {"model": identity, "drawing": {k: v for k, v in asdict(drawing).items() if k != "batch_size"}}
+
+
+def _recorded(folder: Path, cases: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The cases of a folder's manifest, if there is one, and these, by number.
+
+    Raises ValueError for other settings, and for another case of the same number.
+    """
     old = results.read(folder / MANIFEST, folder, **settings) or {"cases": []}
     with results.intact(folder):
         known = {case["case"]: case for case in old["cases"]}
     new = {case.case: case._asdict() for case in cases}
     if wrong := next((name for name, case in new.items() if known.get(name, case) != case), None):
         raise ValueError(f"{folder} holds another image {wrong}: {results.FIX}")
-    results.write(folder / MANIFEST, {"cases": list({**known, **new}.values())}, **settings)
+    return {**known, **new}
 
 
 def _file(folder: Path, case: Case) -> Path:

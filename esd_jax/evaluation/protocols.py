@@ -7,7 +7,7 @@ from typing import Any
 
 from esd_jax.erasure import ConceptText, as_texts
 from esd_jax.evaluation import measures, prompts, tiers
-from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, of_family
+from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, has_begun, name_of, of_family
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
 from esd_jax.io import folder as files
@@ -88,7 +88,8 @@ def evaluate(
       base, erased: the models.
       concept: the text of what was erased, or the texts.
       protocol: one of `PROTOCOLS`.
-      folder: gets images/base, images/erased: what is there is not drawn again.
+      folder: gets images/LIST-HASH/base and erased, of each list and drawing: what is there is not drawn again. Images
+        of earlier versions, which lie in images/base and images/erased, are used where they are the same ones.
       prompt_list: in place of the protocol's: a CSV file, or a name (`prompts.load`).
       limit: how many prompts, from the start of the list. samples: images of each, from noise of their own.
       measured: in place of the protocol's measures.
@@ -114,7 +115,10 @@ def evaluate(
     drawn = []
     for name, model in (("base", base), ("erased", erased)):
         report = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
-        drawn.append(draw(model, identity(model), cases, how, folder / "images" / name, report))
+        former = folder / "images" / name
+        begun = has_begun(former, identity(model), cases, how)
+        place = former if begun else folder / "images" / name_of(listed, how) / name
+        drawn.append(draw(model, identity(model), cases, how, place, report))
         check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]

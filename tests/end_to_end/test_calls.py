@@ -62,7 +62,7 @@ def test_evaluations_take_the_same_word_and_keep_theirs(base, run, tmp_path):
     (tmp_path / "prompts.csv").write_text("prompt\na cat\n")
     options = {"output_dir": tmp_path / "out", "prompt_list": tmp_path / "prompts.csv"}
     evidence = esd_jax.evaluate(base, run[1], "custom", steps=2, **options)
-    (image,) = (tmp_path / "out" / "images" / "base").glob("*.png")
+    (image,) = (tmp_path / "out" / "images").glob("*/base/*.png")
     drawn = image.stat().st_mtime_ns
     again = esd_jax.evaluate(base, run[1], "custom", num_steps=2, **options)  # as kept results name it
     assert evidence.measured_with == again.measured_with and evidence.measured_with["num_steps"] == 2

@@ -35,7 +35,7 @@ def test_evaluate_a_run_and_go_on(models, capsys):
     assert (
         kept["record"]["concepts"][0]["text"] == "cat" and "3 images of each model" in kept["measured_with"]["protocol"]
     )
-    assert len(list((run / "evidence" / "images" / "erased").glob("*.png"))) == 3
+    assert len(list((run / "evidence" / "images").glob("*/erased/*.png"))) == 3
     assert esd("evaluate", run, *options) == 0 and "3 of 3" not in capsys.readouterr().out  # nothing is drawn again
     assert json.loads((run / "evidence" / "evaluation-smoke.json").read_text()) == kept
     assert same(dossier.gathered(run).tables, store.load(run / "evidence" / "evaluation-smoke.json").tables)

@@ -1,0 +1,54 @@
+"""Where the images of protocols lie: each list of prompts, sampled with the same settings, has a folder."""
+
+import pytest
+from evaluated import base_and_run
+
+from esd_jax import dossier
+from esd_jax.evaluation import drawing, prompts, protocols
+from esd_jax.evaluation.drawing import Drawing
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return base_and_run(tmp_path_factory.mktemp("models"))
+
+
+def test_each_list_and_way_of_drawing_has_images_of_its_own(models, tmp_path, unchecked):
+    base, erased, _ = models
+    (tmp_path / "my own.csv").write_text("prompt\ncat\ndog\n")
+
+    def images(name, **options):
+        how = {"num_steps": 1, "height": 32, "width": 32, "images": 2, "measured": ["ssim"], **options}
+        dossier.evaluate(base, erased, name, output_dir=tmp_path / "out", **how)
+        names = {str(file.relative_to(tmp_path / "out" / "images")) for file in (tmp_path / "out").rglob("*.png")}
+        new, kept[:] = names - set(kept), names
+        return sorted(new)
+
+    kept = []
+    both = ["base/0.png", "base/1.png", "erased/0.png", "erased/1.png"]
+    for used, options in (
+        ("preservation", {}), ("custom", {"prompt_list": tmp_path / "my own.csv"}), ("preservation", {"num_steps": 2}),
+    ):  # fmt: skip
+        new = images(used, **options)
+        (place,) = {name.partition("/")[0] for name in new}
+        assert place.startswith("everyday-" if used == "preservation" else "my-own-")
+        assert new == [f"{place}/{name}" for name in both]
+    assert images("quick") == images("custom", prompt_list=tmp_path / "my own.csv", batch_size=1) == []
+
+
+def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unchecked):
+    base, erased, _ = models
+    how = {"num_steps": 1, "height": 32, "width": 32, "images": 2}
+    former = tmp_path / "out" / "images"
+    first, second = prompts.load("everyday").cases[:2]
+    settings = drawing.of_family(Drawing(num_steps=1, height=32, width=32), base)
+    for name, model in (("base", base), ("erased", erased)):
+        drawing.draw(model, protocols.identity(model), [first], settings, former / name)
+    before = {file: file.read_bytes() for file in former.rglob("*.png")}
+    dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **how)
+    assert {str(file.relative_to(former)) for file in former.rglob("*.png")} == {
+        f"{name}/{case.case}.png" for name in ("base", "erased") for case in (first, second)
+    }
+    dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **{**how, "num_steps": 2})
+    assert len(list(former.rglob("*.png"))) == 8 and len(list(former.glob("*/*.png"))) == 4
+    assert all(file.read_bytes() == content for file, content in before.items())
