@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from esd_jax import compile_cache, recipe, runs
 from esd_jax.diffusion.schedule import Schedule
@@ -191,6 +192,20 @@ def opened(base: Pipeline, path: str | Path) -> Pipeline:
     return load_delta(base, path)
 
 
+def check_base(base: str | Path, fit: str | None = None) -> None:
+    """Raises ValueError for a run where a base belongs, with the base to give: `fit`, or what the run erased from."""
+    if is_run(base):
+        record, local = runs.read(expanded(base))
+        fit = fit or local.get("base") or record.base or "what it was erased from"
+        raise ValueError(f"{base} is a run, whose erasure would count as the other's: give its base, {fit}")
+
+
+def _is_changed(base: Pipeline) -> bool:
+    """Whether a pipeline has other tensors than its files, which `diffusers.unmodified` leaves among the edits."""
+    plain = diffusers.unmodified(base).edits
+    return any(not np.array_equal(value, plain[name]) for name, value in base.edits.items())
+
+
 def restore(
     folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None, **reading: Any
 ) -> Pipeline:
@@ -205,7 +220,7 @@ def restore(
 
     Raises:
       FileNotFoundError: the folder is not a run, or its record's base does not exist.
-      ValueError: a record of another version, or a base with other weights.
+      ValueError: a record of another version, or a base with other weights, or from which something was erased.
     """
     folder = expanded(folder)
     if not is_run(folder):
@@ -218,8 +233,12 @@ def restore(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/run.json was not written by this version: {error}") from error
     if isinstance(base, Pipeline):
+        if _is_changed(base):
+            raise ValueError(f"the base has edits, which would count as those of {folder}: load {plan.base} alone")
         loaded, base = base, base.provenance.source
     else:
+        if base is not None:
+            check_base(base, plan.base)
         recorded = {"dtype": plan.dtype, "variant": plan.variant, "revision": plan.revision}
         try:
             loaded = load(base or plan.base, **(recorded | reading))

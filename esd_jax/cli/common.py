@@ -253,6 +253,8 @@ def erased(values: flags.FlagValues) -> tuple[Any, Any, tuple[str, ...], Path]:
     if not loading.is_run(what) and not values.output:
         raise ValueError(f"--output is required: {what} is no run, whose folder would hold the results")
     output = expanded(values.output or Path(what) / dossier.EVIDENCE)
+    if base and not loading.is_run(what):  # else the run says what its base is
+        loading.check_base(base[0])
     before, after = dossier.opened(what, base[0] if base else None)
     concepts = values.concept
     known = testbed.of(before.provenance.source) or ("protocol" in values and testbed.of(values.protocol))

@@ -1,12 +1,14 @@
 """Evaluating, reporting and attacking runs from the command line."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import evaluated
 import numpy as np
 import pytest
 from evaluated import base_and_run, same
+from messages import one_line
 from safetensors.numpy import load_file
 
 from esd_jax import cli, dossier
@@ -64,6 +66,25 @@ def test_a_placebo_is_measured_and_attacked_beside_them(models, monkeypatch, tmp
     assert esd("evaluate", folder / "run", "--protocol=quick", *placebo) == 0
     assert options["sham"].provenance.erased[0].texts == ("cat",)
     assert esd("attack", folder / "run", f"--placebo={tmp_path / 'none'}", f"--output={tmp_path}") == 2
+
+
+def test_a_run_is_no_base(models, tmp_path, unchecked, capsys):
+    """Its erasure would be measured together with the other one."""
+    _, erased, folder = models
+    first = shutil.copytree(folder / "run", tmp_path / "first")
+    delta = next((folder / "run").glob("*.safetensors"))
+    for verb in ("evaluate", "attack"):
+        for second in (folder / "run", folder / "run" / "model", delta):
+            assert esd(verb, first, second, f"--output={tmp_path / 'out'}") == 2
+            shown = capsys.readouterr().err
+            assert (
+                f"{first} is a run, whose erasure would count as the other's: give its base, {folder / 'base'}" in shown
+            )
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=one_line("the base has edits", str(folder / "base"))):
+        dossier.opened(folder / "run", erased)
+    plain, _ = dossier.opened(folder / "run")
+    assert dossier.opened(folder / "run", plain)[0].edits.keys() == erased.edits.keys()
 
 
 def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchecked):
