@@ -145,7 +145,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, dossier, examples, exports, hosts, recipe, runs
+    from esd_jax import api, dossier, examples, exports, fusion, hosts, recipe, runs
     from esd_jax.idle import check_idle
     from esd_jax.planning.plan import compared
     from esd_jax.runs import each, replacements, setup
@@ -199,10 +199,12 @@ def run(values: flags.FlagValues) -> None:
             values.stop_below,
         )
     start_from = api.opened(base, values.start_from) if values.start_from else None
+    fit: list[bool] = []  # which results can be fused
 
     def then(erased: Any, own: Any = plan) -> None:
         if not hosts.is_primary():
             return
+        fit.append(fusion.can_fuse(erased))
         folder, texts = expanded(str(own.output_dir)), ", ".join(repr(concept.text) for concept in own.concepts)
         common.say(
             "\n".join(
@@ -229,16 +231,23 @@ def run(values: flags.FlagValues) -> None:
     options: dict[str, Any] = common.options(values, "resume overwrite")
     if values.each:
         each.run_each(base, plan, offload_base=True, at_once=values.at_once, then=then, **options)
-        folders = [shlex.quote(str(one.output_dir)) for one in each.plans(plan)]
+        folders = [str(one.output_dir) for one in each.plans(plan)]
         if len(folders) > 1:
-            fused = shlex.quote(f"{plan.output_dir}/fused")
-            common.say(f"next, all in one model: esd-jax fuse {' '.join(folders)} -o {fused}")
+            common.say(f"next, all in one model: {_together(plan, folders, all(fit))}")
         return
     options |= {"stop_every": values.stop_every, "start_from": start_from}
     if bounds:
         _until(base, plan, bounds, values, options, then)
     else:
         runs.run(base, plan, stop_when=stop, offload_base=stop is None, then=then, **options)
+
+
+def _together(plan: Any, folders: list[str], fusible: bool) -> str:
+    """The command that makes one model of several runs."""
+    if fusible:
+        return shlex.join(["esd-jax", "fuse", *folders, "-o", f"{plan.output_dir}/fused"])
+    parts = [f"--merge={folder}" for folder in folders]
+    return shlex.join(["esd-jax", "export", f"--base={plan.base}", *parts, "-o", f"{plan.output_dir}/merged"])
 
 
 def _until(base: Any, plan: Any, bounds: Any, values: flags.FlagValues, options: Any, then: Any) -> None:

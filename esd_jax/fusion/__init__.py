@@ -13,7 +13,7 @@ cross-attention; for other layers it is collected (`fusion.moments`). A sum of t
 does to the others' prompts; training one after the other (`start_from`) lets the last forget the first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -192,14 +192,25 @@ def _keys_and_values(base: Pipeline) -> set[str]:
 
 def _changed(base: Pipeline, part: Pipeline) -> dict[str, np.ndarray]:
     """What a part changed. Raises ValueError if it is more than linear layers of the denoiser."""
-    layouts, changed = base.network(base.denoiser).layouts, merge.change(base, part, 1.0, source_hash(base), False)
-    for name in sorted(changed):
-        if layouts.get(moments.kernel_of(name).removeprefix(f"{base.denoiser}/")) != "linear":
-            raise ValueError(
-                f"{part.provenance.source} changes {name!r}, which is no linear layer of the denoiser: what is to "
-                f"be fused is trained with a subset of these, such as {closed_form.SUBSET!r} or 'to_out'"
-            )
+    changed = merge.change(base, part, 1.0, source_hash(base), False)
+    if name := _other_layer(base, changed):
+        raise ValueError(
+            f"{part.provenance.source} changes {name!r}, which is no linear layer of the denoiser: what is to "
+            f"be fused is trained with a subset of these, such as {closed_form.SUBSET!r} or 'to_out'"
+        )
     return changed
+
+
+def _other_layer(base: Pipeline, names: Iterable[str]) -> str | None:
+    """The first of some tensors that is none of a linear layer of the denoiser."""
+    layouts, prefix = base.network(base.denoiser).layouts, f"{base.denoiser}/"
+    kernels = ((name, moments.kernel_of(name).removeprefix(prefix)) for name in sorted(names))
+    return next((name for name, kernel in kernels if layouts.get(kernel) != "linear"), None)
+
+
+def can_fuse(erased: Pipeline) -> bool:
+    """Whether `fuse` takes an erasure: its family has what that needs, and it changes linear layers alone."""
+    return not erased.family.lacks(NEEDS, "fusing") and _other_layer(erased, erased.edits) is None
 
 
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:

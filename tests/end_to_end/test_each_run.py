@@ -1,6 +1,7 @@
 """Several concepts, a run for each, trained in one compiled step: what each would be alone."""
 
 import json
+import shlex
 import warnings
 from pathlib import Path
 
@@ -222,3 +223,18 @@ def test_the_command(base, erased, tmp_path, capsys):
         assert more.partition("=")[0] in "".join(capsys.readouterr())
     assert cli.main(["erase", str(folder), "cat; dog", "--at_once=2", "-o", str(tmp_path / "no"), *words]) == 2
     assert "--each" in "".join(capsys.readouterr())
+
+
+def test_what_cannot_be_fused_is_merged(base, tmp_path, capsys):
+    fields = {**FIELDS, "subset": "esd-u", "rank": 0, "preserve_images": 0, "preserve_worst_every": 0, "steps": 1}
+    words = [f"--{name}={value}" for name, value in fields.items()]
+    output = tmp_path / "my runs"
+    command = ["erase", str(base.provenance.folder), "cat; dog", "--each", "-o", str(output), "--nopictures", *words]
+    assert cli.main(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next, all in one model: ")]
+    verb, *rest = shlex.split(line.removeprefix("next, all in one model: esd-jax "))
+    assert cli.main(["fuse", *(str(output / text) for text in CONCEPTS), "-o", str(tmp_path / "x")]) == 2
+    assert "no linear layer" in capsys.readouterr().err
+    assert verb == "export" and cli.main([verb, *rest]) == 0
+    merged = esd_jax.load(output / "merged")
+    assert merged.provenance.erased[-1].texts == ("cat", "dog")

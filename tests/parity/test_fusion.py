@@ -227,6 +227,7 @@ def test_what_one_part_preserves_and_another_erased_is_not_retained(base, parts,
 def test_what_cannot_be_fused_is_named(base, parts, retained):
     convolution = read_exact(base, ["unet/conv_in.weight"])
     other = base.with_edits({n: v + 1 for n, v in convolution.items()}, Erasure(concepts=(Concept("cat"),)))
+    assert fusion.can_fuse(parts[0]) and not fusion.can_fuse(other)
     for wrong, words in (
         ([], ["nothing to fuse"]),
         ([parts[0], other], ["conv_in", "no linear layer", "'esd-x-strict'"]),
