@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -77,6 +78,8 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process tha
 SHOWN = (
     "left out of the export", ".*: written under names that begin", ".* brings the word", ".* is sampled without",
 )  # fmt: skip
+# What messages say of arguments in Python -> what they say here; `force` has no flag.
+IN_FLAGS = {r"\bpass overwrite=True\b": "give --overwrite", r" \(force=True [^)]*\)": ""}
 RESUMED = ("erase",)  # the verbs that --resume continues
 AFRESH = ("resume", "overwrite", "start_from")  # the flags of which a run that is resumed has only the first
 
@@ -223,7 +226,10 @@ def _is_garbled(word: str) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+    text = str(error)
+    for ours, here in IN_FLAGS.items():
+        text = re.sub(ours, here, text)
+    return text
 
 
 def _fail(message: str) -> int:

@@ -80,7 +80,8 @@ def run(values: flags.FlagValues) -> None:
         hub.check_push(values.push_to_hub)
     elif values.public:
         raise ValueError("--public is for --push_to_hub")
-    formats = chosen(values.format, "format")
+    if not (formats := chosen(values.format, "format")):
+        raise ValueError(f"--format= names no format; choose from {', '.join(FORMATS)}, or all")
     if values.workflow is not None and not {"single", "kohya", "all"} & {*values.format}:
         raise ValueError("--workflow is for a file that ComfyUI opens: --format=single, or kohya")
     if not values.run and not (values.base and (values.delta or values.merge)):

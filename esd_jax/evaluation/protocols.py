@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_jax.erasure import ConceptText, as_texts
-from esd_jax.evaluation import measures, prompts, tiers
+from esd_jax.evaluation import measures, prompts, testbed, tiers
 from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, has_begun, name_of, of_family
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
@@ -100,6 +100,8 @@ def evaluate(
     Raises ValueError for what is unknown, before sampling for metric models that are missing, and for a model that
     draws blank images alone.
     """
+    if prompt_list and (bed := testbed.of(protocol)) and protocol in bed.images:
+        raise ValueError(f"protocol {protocol} has prompts of its own and takes no list: use custom with the list")
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; {did_you_mean(protocol, (*PROTOCOLS, 'emoji'))}")
     plan = PROTOCOLS[protocol]

@@ -1,8 +1,10 @@
 """The verdict in one sentence: what it says for each combination of what was measured, and of what came out."""
 
 import dataclasses
+import re
 
 import pytest
+from paths import ROOT
 from report_pages import some
 
 from esd_jax.erasure import Concept, Erasure
@@ -219,6 +221,13 @@ def test_the_sentence(case):
     assert verdict.sentence(evidence) == expected
     assert verdict.sentence(terms.current(evidence)) == expected
     assert vars(terms.current(terms.current(evidence))) == vars(terms.current(evidence))
+
+
+def test_the_documented_sentence_can_be_printed():
+    few = [kept(name, n, n, n=n) for name, n in (("nearest", 5), ("others", 10), ("unrelated", 5))]
+    evidence = Evidence("neon style", NEON, verdict=(by_name(0), *few, attack(32)), tables=(price(4),))
+    quoted = re.findall(r"^> ?(.*)$", (ROOT / "docs" / "evaluation.md").read_text(), re.M)
+    assert " ".join(quoted) == verdict.sentence(evidence)
 
 
 def test_it_is_in_every_view():

@@ -98,6 +98,22 @@ def test_outputs_are_replaced_only_when_asked(esd, base, finished, tmp_path):
     assert not (base / "run").exists()
 
 
+def test_messages_name_flags(esd, base, run, tmp_path):
+    """And not the arguments of the Python functions that raise them."""
+    assert_refused(esd("export", f"--run={run}", "--format="), "--format= names no format", "lora")
+    for output in ([], [f"--output={tmp_path / 'all'}"]):
+        command = ["export", f"--run={run}", "--format=delta,difference", *output]
+        assert esd(*command)[0] == 0
+        assert_refused(esd(*command), "exists: give --overwrite to replace it, or choose another name")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = safetensors.torch.load_file(other / UNET)
+    safetensors.torch.save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + 1}, other / UNET)
+    for kind in ("merge", "delta"):
+        (part,) = (tmp_path / "all").glob("*delta.safetensors" if kind == "merge" else "*difference.safetensors")
+        code, _, err = esd("export", f"--base={other}", f"--{kind}={part}", f"--output={tmp_path / 'x'}")
+        assert code == 2 and "another base" in err and "force" not in err and err.endswith("...\n")
+
+
 def test_sampled_images(esd, base, finished, tmp_path):
     (delta,) = finished.glob("*.safetensors")
     sample = ["sample", f"--base={base}", "--num_steps=2", "--seed=3"]
