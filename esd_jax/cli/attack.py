@@ -33,12 +33,22 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", **at_least_1)
 
 
+def check(values: flags.FlagValues) -> None:
+    """Raises ValueError or OSError for models that are none, and for flags that mean nothing beside others."""
+    if not values.prompts:
+        beside = {"kept": values.kept, "detector": values.detector if values.detector != "probe" else None}
+        if unused := next((name for name, value in beside.items() if value), None):
+            raise ValueError(f"--{unused} is for --prompts, which ask for the concept: give both, or neither")
+    early.check_models(values)
+
+
 def run(values: flags.FlagValues) -> None:
     from esd_jax import dossier
     from esd_jax.evaluation import attacks
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
+    check(values)
     base, erased, concepts, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size") | {"placebo": common.placebo(values, base)}
     drawing = {"num_steps": values.steps, "guidance_scale": values.guidance_scale}
@@ -81,4 +91,4 @@ def _settings(assignments: list[str]) -> dict[str, dict[str, object]]:
     return settings
 
 
-VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)
+VERB = Verb(USAGE, define, run, positional="model", check=check)

@@ -7,6 +7,11 @@ from esd_jax.cli.common import Verb
 from esd_jax.inputs import expanded, finite
 
 STRENGTH_IMAGES = 40
+# Flags of protocols that sample a list of prompts.
+OF_LISTS = (
+    "steps", "guidance_scale", "measures", "samples", "own_guidance", "convention", "classifier", "clip", "features",
+    "reference",
+)  # fmt: skip
 USAGE = """\
   esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure erasure and retention
                   [--prompts=CSV] [--measures=ssim,lpips,...] [--placebo=RUN] [--output=FOLDER]"""
@@ -72,8 +77,8 @@ def run(values: flags.FlagValues) -> None:
             "own_guidance": values.own_guidance,
             "request": request,
         }
-    elif unused := [name for name in ("steps", "guidance_scale", "measures") if values[name].value is not None]:
-        raise ValueError(f"--{unused[0]} is not for protocol {values.protocol}, which is fixed")
+    elif unused := [name for name in OF_LISTS if values[name].present or values[name].value != values[name].default]:
+        raise ValueError(f"--{unused[0]} is not for protocol {values.protocol} of the embedded model, which is fixed")
     else:
         options["sham"] = common.placebo(values, base)
     evidence = dossier.evaluate(

@@ -98,6 +98,20 @@ def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchec
     assert {"prompt_list", "samples", "request"} <= options.keys()
 
 
+def test_a_testbeds_protocol_takes_no_flags_of_lists(monkeypatch, tmp_path, unchecked, capsys):
+    base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
+    monkeypatch.setattr(common, "erased", lambda _: (base, base, ("cat",), tmp_path))
+    typed = "steps=3;num_steps=20;guidance_scale=3;measures=ssim;samples=2;own_guidance;convention=mace"
+    typed += ";classifier=efficientnet-lite0;clip=x;features=inception;reference=."
+    for flag in typed.split(";"):
+        assert esd("evaluate", "emoji", "erased", "--protocol=quick", f"--{flag}", f"--output={tmp_path}") == 2
+        name = flag.partition("=")[0].replace("num_", "")
+        assert f"--{name} is not for protocol quick" in capsys.readouterr().err
+    assert esd("evaluate", "emoji", "erased", "--protocol=emoji", "--prompts=everyday", f"--output={tmp_path}") == 2
+    assert "protocol emoji has prompts of its own and takes no list" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
     _, _, folder = models
     run = folder / "run"

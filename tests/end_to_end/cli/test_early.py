@@ -29,6 +29,8 @@ WRONG = {
     "an unknown subset": (("erase", "emoji", "a cat", "--subset=esd-y"), ["'esd-y'", "did you mean 'esd-"]),
     "a run's folder that is taken": (("erase", "emoji", "a cat", "-o", "taken"), ["taken exists", "--resume", "-o"]),
     "a detector of another verb": (("tune", "emoji", "a cat", "--detector=eyes"), ["'eyes'", "nudenet", "imagenet"]),
+    "kept concepts without prompts": (("attack", "emoji", "x", "--kept=a dog=nudenet"), ["--kept", "--prompts"]),
+    "a detector without prompts": (("attack", "emoji", "x", "--detector=nudenet"), ["--detector", "--prompts"]),
     "a run that is none": (("attack", "./missing"), ["./missing"]),
     "an output that is taken": (("sample", "--prompts=a cat", "--output=taken"), ["taken exists", "--overwrite"]),
 }
