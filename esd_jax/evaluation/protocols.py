@@ -27,6 +27,7 @@ class Protocol:
     """prompts: a list by name (`prompts.load`). limit: how many of it; None, all. measures: of `measures.MEASURES`.
 
     drawing: numbers that it lacks are those of the model's family. most_steps: at most so many of the family's steps.
+      A base with a testbed is sampled with the testbed's numbers instead.
     request: further settings of the measures. published: what it follows, and what not.
     """
 
@@ -95,7 +96,7 @@ def evaluate(
       measured: in place of the protocol's measures.
       progress: called with a line now and then.
       request: fields of `Request`: convention, classifier, clip, features, reference.
-      **drawing: fields of `Drawing`: num_steps, guidance_scale, batch_size, ...
+      **drawing: fields of `Drawing`: num_steps, guidance_scale, batch_size, ...; None is the default.
 
     Raises ValueError for what is unknown, before sampling for metric models that are missing, and for a model that
     draws blank images alone.
@@ -113,7 +114,9 @@ def evaluate(
     measures.check(names, asked)
     listed = prompts.load(source)
     cases = prompts.repeated(listed.cases[: limit or plan.limit], samples)
-    how = of_family(replace(plan.drawing, **drawing), base, plan.most_steps)
+    tuned = dict(bed.sampling) if (bed := testbed.of(base.provenance.source)) else {}
+    own = {name: value for name, value in drawing.items() if value is not None}
+    how = of_family(replace(plan.drawing, **{**tuned, **own}), base, plan.most_steps)
     drawn = []
     for name, model in (("base", base), ("erased", erased)):
         report = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731

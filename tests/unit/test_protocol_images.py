@@ -1,9 +1,12 @@
 """Where the images of protocols lie: each list of prompts, sampled with the same settings, has a folder."""
 
+import types
+
 import pytest
 from evaluated import base_and_run
 
-from esd_jax import dossier
+import esd_jax
+from esd_jax import dossier, families
 from esd_jax.evaluation import drawing, prompts, protocols
 from esd_jax.evaluation.drawing import Drawing
 
@@ -52,3 +55,29 @@ def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unc
     dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **{**how, "num_steps": 2})
     assert len(list(former.rglob("*.png"))) == 8 and len(list(former.glob("*/*.png"))) == 4
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("arch", "protocol", "options", "expected"),
+    [
+        ("emoji", "custom", {}, (20, 3.0)),
+        ("emoji", "i2p", {}, (20, 3.0)),
+        ("emoji", "custom", {"num_steps": 50}, (50, 3.0)),
+        ("emoji", "custom", {"num_steps": None, "guidance_scale": 7.5}, (20, 7.5)),
+        ("emoji-flow", "preservation", {}, (20, 3.0)),
+        ("sd14", "custom", {}, (50, 7.5)),
+        ("sd14", "quick", {}, (20, 7.5)),
+    ],
+)
+def test_a_testbeds_model_is_sampled_as_it_was_tuned(
+    arch, protocol, options, expected, monkeypatch, tmp_path, unchecked
+):
+    configs = esd_jax.api.architecture(arch)[0]
+    source = types.SimpleNamespace(source=arch)
+    base = types.SimpleNamespace(configs=configs, family=families.of(configs), provenance=source)
+    monkeypatch.setattr(protocols, "identity", lambda model: {})
+    used = []
+    monkeypatch.setattr(protocols, "draw", lambda model, identity, cases, how, *_: used.append(how) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        protocols.evaluate(base, base, "cat", protocol, tmp_path, prompt_list="everyday", measured=["ssim"], **options)
+    assert [(how.num_steps, how.guidance_scale) for how in used] == [expected]
