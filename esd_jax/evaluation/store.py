@@ -126,7 +126,9 @@ def _with_rows(earlier: Table, later: Table) -> Table:
             by_column = dict(zip(table.columns, cells, strict=True))
             rows[label] = tuple(by_column.get(column) for column in columns)
     percent = tuple(column for column in columns if column in {*earlier.percent, *later.percent})
-    further = [sentence for sentence in re.split(r"(?<=\.) ", earlier.note) if sentence not in later.note]
+    remain = [label for label, _ in earlier.rows if label not in dict(later.rows)]
+    sentences = re.split(r"(?<=\.) ", earlier.note) if remain else []
+    further = [sentence for sentence in sentences if sentence not in later.note]
     return Table(later.title, columns, tuple(rows.items()), " ".join([later.note, *further]).strip(), percent)
 
 

@@ -179,7 +179,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
     kept = json.loads((run / "evidence" / "front.json").read_text())
     assert kept["title"] == "cat, dog, Tom; Jerry" and kept["record"]["concepts"][0]["text"] == "cat, dog"
     assert dossier.facts(run)["esd_jax.erased"] == "cat, dog, Tom; Jerry"
-    assert cli.main(["evaluate", str(run), "--protocol=smoke", "--concept=a, b"]) == 0
+    assert cli.main(["evaluate", str(run), "--protocol=smoke", "--concept=a, b", f"--output={tmp_path}"]) == 0
     assert asked["protocol"] == ("a, b",)
 
 
