@@ -177,7 +177,7 @@ def attack(
         progress(f"searched for: {goal.concept!r}, one of {count}; for another, give concept and another output")
         options["alone"] = True
     # Results of other models, goals or seeds that lie there are refused below.
-    earlier = store.parts(folder).get("attacks") if any((folder / "attacks").glob("*.npz")) else None
+    earlier = store.intact(folder / "attacks.json") if any((folder / "attacks").glob("*.npz")) else None
     evidence = attacks.campaign(
         base,
         erased,

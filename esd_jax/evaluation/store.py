@@ -49,6 +49,14 @@ def load(file: Path) -> Evidence:
         return _evidence(content, images)
 
 
+def intact(file: Path) -> Evidence | None:
+    """What `save` wrote; None of a file that is missing or damaged, which is about to be measured again."""
+    try:
+        return load(file)
+    except (ValueError, OSError):
+        return None
+
+
 def parts(folder: Path) -> dict[str, Evidence]:
     """All parts in a folder, by name. Raises ValueError as `load`; other JSON files are passed over."""
     stored = {file.stem: file for file in sorted(folder.glob("*.json")) if file.name != FIGURES}
