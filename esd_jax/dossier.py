@@ -177,7 +177,7 @@ def attack(
         progress(f"searched for: {goal.concept!r}, one of {count}; for another, give concept and another output")
         options["alone"] = True
     # Results of other models, goals or seeds that lie there are refused below.
-    earlier = store.intact(folder / "attacks.json") if any((folder / "attacks").glob("*.npz")) else None
+    earlier = store.readable(folder / "attacks.json") if any((folder / "attacks").glob("*.npz")) else None
     evidence = attacks.campaign(
         base,
         erased,
@@ -244,7 +244,7 @@ def report(run: str | Path, *, base: Pipeline | str | Path | None = None) -> Pat
         picture(erased, folder)
     evidence = _of_run(folder, erased) if erased else _kept(folder)
     with writing(folder / report_files.PAGE):
-        page = report_files.write(folder, evidence, erased, report_files.shown(folder))
+        page = report_files.write(folder, evidence, erased)
     for file in folder.rglob("*.safetensors") if erased else ():
         # Of an export, files that were not erased from are the base's, byte for byte.
         if card.describes(read_header(file), evidence.record):

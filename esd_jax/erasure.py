@@ -183,8 +183,12 @@ class Erasure:
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts of the concepts, and of those of `erased` and `merged`, each once."""
-        inner = (*(self.erased or ()), *(one for part in self.merged or () for one in part.erased))
-        return tuple(dict.fromkeys((*(concept.text for concept in self.concepts), *texts_of(inner))))
+        return tuple(dict.fromkeys((*(concept.text for concept in self.concepts), *texts_of(self.inner))))
+
+    @property
+    def inner(self) -> tuple["Erasure", ...]:
+        """The records of `erased` and of the parts of `merged`."""
+        return (*(self.erased or ()), *(one for part in self.merged or () for one in part.erased))
 
 
 def texts_of(erasures: Iterable[Erasure]) -> tuple[str, ...]:

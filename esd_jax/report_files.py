@@ -22,13 +22,13 @@ from esd_jax.pipeline import Pipeline
 PAGE, FIGURES, CARD, README = "report.html", store.FIGURES, "ERASURE.md", "README.md"
 
 
-def write(folder: Path, evidence: Evidence, erased: Pipeline | None, shown: str) -> Path:
+def write(folder: Path, evidence: Evidence, erased: Pipeline | None) -> Path:
     """Writes the report of an erasure into a folder, and a card into the diffusers folders there. Returns the page.
 
     Args:
       erased: the erased model of a run; None of a folder of evidence alone.
-      shown: the folder, as the page and the card name it.
     """
+    shown = _shown(folder)
     figures = {"sentence": verdict.sentence(evidence), **as_json(evidence)}
     (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     picture = examples.PICTURE if (folder / examples.PICTURE).is_file() else None
@@ -44,7 +44,7 @@ def write(folder: Path, evidence: Evidence, erased: Pipeline | None, shown: str)
     return folder / PAGE
 
 
-def shown(folder: Path) -> str:
+def _shown(folder: Path) -> str:
     """A folder as a page that is passed on shows it: relative to this one, or its name alone."""
     below = folder.absolute().is_relative_to(Path.cwd())
     return str(folder.absolute().relative_to(Path.cwd()) if below else folder.name)
@@ -116,7 +116,7 @@ def without_measurements(erased: Pipeline, strength: float = 1.0) -> Evidence:
     records = erased.provenance.erased
     texts = dict.fromkeys(text for record in records for text in record.texts)
     plain = Evidence(", ".join(texts) or "nothing recorded")
-    partial = f"The files have {strength:g} of the erasure's weight change; the command makes all of it."
-    return dataclasses.replace(
-        plain, record=records[-1] if records else Erasure(), caveats=() if strength == 1 else (partial,)
-    )
+    if strength != 1:
+        caveat = f"The files have {strength:g} of the erasure's weight change; the command makes all of it."
+        plain = dataclasses.replace(plain, caveats=(caveat,))
+    return dataclasses.replace(plain, record=records[-1]) if records else plain

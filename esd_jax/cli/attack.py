@@ -48,7 +48,6 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax.evaluation.report import text
 
     common.check_numbers(values)
-    check(values)
     base, erased, concepts, output = common.erased(values)
     options = common.options(values, "seeds seed random batch_size") | {"placebo": common.placebo(values, base)}
     drawing = {"num_steps": values.steps, "guidance_scale": values.guidance_scale}

@@ -199,12 +199,10 @@ def run(values: flags.FlagValues) -> None:
             values.stop_below,
         )
     start_from = api.opened(base, values.start_from) if values.start_from else None
-    fit: list[bool] = []  # which results can be fused
 
     def then(erased: Any, own: Any = plan) -> None:
         if not hosts.is_primary():
             return
-        fit.append(fusion.can_fuse(erased))
         folder, texts = expanded(str(own.output_dir)), ", ".join(repr(concept.text) for concept in own.concepts)
         common.say(
             "\n".join(
@@ -230,10 +228,10 @@ def run(values: flags.FlagValues) -> None:
 
     options: dict[str, Any] = common.options(values, "resume overwrite")
     if values.each:
-        each.run_each(base, plan, offload_base=True, at_once=values.at_once, then=then, **options)
+        results = each.run_each(base, plan, offload_base=True, at_once=values.at_once, then=then, **options)
         folders = [str(one.output_dir) for one in each.plans(plan)]
         if len(folders) > 1:
-            common.say(f"next, all in one model: {_together(plan, folders, all(fit))}")
+            common.say(f"next, all in one model: {_together(plan, folders, all(map(fusion.can_fuse, results)))}")
         return
     options |= {"stop_every": values.stop_every, "start_from": start_from}
     if bounds:

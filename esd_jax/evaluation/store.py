@@ -49,7 +49,7 @@ def load(file: Path) -> Evidence:
         return _evidence(content, images)
 
 
-def intact(file: Path) -> Evidence | None:
+def readable(file: Path) -> Evidence | None:
     """What `save` wrote; None of a file that is missing or damaged, which is about to be measured again."""
     try:
         return load(file)

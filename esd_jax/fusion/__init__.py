@@ -228,10 +228,7 @@ def _concepts(base: Pipeline, part: Pipeline) -> tuple[list[Concept], str | None
     """What a part erased, and its contexts, by its records. Raises ValueError if they do not say."""
 
     def within(records: Sequence[Erasure]) -> list[Erasure]:
-        return [one for record in records for one in (*within(inner(record)), record)]
-
-    def inner(record: Erasure) -> list[Erasure]:
-        return [*(record.erased or ()), *(one for part in record.merged or () for one in part.erased)]
+        return [one for record in records for one in (*within(record.inner), record)]
 
     records = within(part.provenance.erased[len(base.provenance.erased) :])
     concepts = list({concept.erased_from: concept for record in records for concept in record.concepts}.values())

@@ -68,15 +68,10 @@ class Plan:
 
         What they share of inputs, and of what a step computes, is counted once for each.
         """
-        shared = {self.base, GATHERED}
+        shared = {next(iter(self.memory)), GATHERED}  # the first entry is the base's weights
         factors = {name: 1 if name in shared else runs for name in self.memory} | {STEP: min(at_once or runs, runs)}
         memory = {name: factors[name] * size for name, size in self.memory.items()}
         return dataclasses.replace(self, runs=runs, memory=memory, count_step=lambda: runs * self.step_flops)
-
-    @property
-    def base(self) -> str:
-        """The entry of `memory` that is the base's weights, the first one."""
-        return next(iter(self.memory))
 
     def __str__(self) -> str:
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""

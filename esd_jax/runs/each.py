@@ -198,7 +198,7 @@ def resumed(kept: Sequence[Checkpoints], states: Sequence[State], each: Sequence
             break
     else:
         # A kill while the first one was written leaves some runs without, and nothing is lost.
-        if not all(len(own.steps) < 2 for own in kept) or (kept and all(own.steps for own in kept)):
+        if any(len(own.steps) > 1 for own in kept) or (kept and all(own.steps for own in kept)):
             have = "; ".join(f"{own.folder.parent.name}: {sorted(own.steps)}" for own in kept)
             raise ValueError(f"no checkpoint is in all runs and can be read ({have}): overwrite them to begin anew")
     keeping.check_steps(done := int(newest[0].step), each[0])

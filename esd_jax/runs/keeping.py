@@ -12,13 +12,13 @@ from PIL import Image
 
 from esd_jax import hosts, prompt_files
 from esd_jax.erasure import Erasure
-from esd_jax.inputs import expanded
 from esd_jax.io import leftovers
 from esd_jax.io.images import read_images
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import sessions
-from esd_jax.runs.record import files_of, read
+from esd_jax.runs.record import read
+from esd_jax.runs.setup import files_of
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
@@ -54,9 +54,8 @@ def begin(
     if plan.images:
         pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
         meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
-    for field in files_of(plan):
-        prompts = "\n".join(prompt_files.read(expanded(getattr(plan.settings, field))))
-        meta[f"{field}_sha256"] = hashlib.sha256(prompts.encode()).hexdigest()
+    for field, file in files_of(plan).items():
+        meta[f"{field}_sha256"] = hashlib.sha256("\n".join(prompt_files.read(file)).encode()).hexdigest()
     if resume and (started := read(folder)[0].started_from):
         record = dataclasses.replace(record, started_from=started)
     if hosts.is_primary() and not resume:

@@ -6,13 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from esd_jax import prompt_files, several
+from esd_jax import several
 from esd_jax.erasure import Erasure, Origin, texts_of
 from esd_jax.inputs import expanded, read_json
 from esd_jax.io import diffusers
 from esd_jax.io import folder as files
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
+from esd_jax.runs.setup import files_of
 from esd_jax.training import run_folder
 
 EVIDENCE = "evidence"  # the folder of a run's evaluation results, in parts
@@ -25,7 +26,7 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
     name = _public(plan.base)
     images = several.joined("images", [Path(path).name for path in plan.images]) if plan.images else None
     recorded = plan.flat() | {"base": name, "images": images}
-    recorded |= {field: _public(str(recorded[field])) for field in files_of(plan)}
+    recorded |= {field: _public(str(file)) for field, file in files_of(plan).items()}
     recorded = json.loads(json.dumps(recorded))  # tuples as lists, which is how JSON gives them back
     return Erasure(
         plan.concepts,
@@ -35,12 +36,6 @@ def describe(base: Pipeline, plan: Recipe, start_from: Pipeline | None = None) -
         versions={package: version(package) for package in packages},
         started_from=_origin(start_from) if start_from else None,
     )
-
-
-def files_of(plan: Recipe) -> tuple[str, ...]:
-    """The fields of a recipe that name files of prompts."""
-    texts = {field: getattr(plan.settings, field, None) for field in ("retain", "anchor_prompts")}
-    return tuple(field for field, text in texts.items() if text and str(text).lower().endswith(prompt_files.SUFFIXES))
 
 
 def read(folder: Path) -> tuple[Erasure, dict[str, Any]]:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,14 +55,27 @@ Source = Pipeline | Shapes
 Make = Callable[[Tools, Sequence[Concept]], tuple[Any, Any]]
 
 
+# The fields of recipes that may name files of prompts, and what reads them.
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "retain": corpora.prompts,
+    "anchor_prompts": partial(prompt_files.listed, name="anchor_prompts"),
+}
+
+
 def check_files(recipe: Recipe) -> None:
     """Raises OSError or ValueError for a file of images or prompts that a recipe names and that cannot be read."""
     for path in recipe.images or ():
         read_image(path)
-    listed = partial(prompt_files.listed, name="anchor_prompts")
-    for field, read in {"retain": corpora.prompts, "anchor_prompts": listed}.items():
+    for field, read in READERS.items():
         if text := getattr(recipe.settings, field, None):
             read(text)
+
+
+def files_of(recipe: Recipe) -> dict[str, Path]:
+    """The files of prompts that a recipe names, by their fields. Raises FileNotFoundError for one that is not there."""
+    texts = {field: getattr(recipe.settings, field, None) for field in READERS}
+    named = {field: prompt_files.file_of(text, field) for field, text in texts.items() if text}
+    return {field: file for field, file in named.items() if file}
 
 
 @dataclass(frozen=True, eq=False)

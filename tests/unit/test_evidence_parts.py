@@ -88,9 +88,9 @@ def test_a_report_is_no_part(tmp_path):
     assert (tmp_path / "report.json").is_file() and store.parts(tmp_path).keys() == {"evaluation-quick"}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X"}))
     assert store.parts(tmp_path).keys() == {"evaluation-quick"}
-    assert store.intact(tmp_path / "evaluation-quick.json") and not store.intact(tmp_path / "attacks.json")
+    assert store.readable(tmp_path / "evaluation-quick.json") and not store.readable(tmp_path / "attacks.json")
     (tmp_path / "evaluation-quick.npz").unlink()
-    assert store.intact(tmp_path / "evaluation-quick.json") is None
+    assert store.readable(tmp_path / "evaluation-quick.json") is None
     with pytest.raises(ValueError, match=one_line("evaluation-quick.json", "measure it again")):
         store.parts(tmp_path)
 

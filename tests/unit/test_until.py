@@ -245,3 +245,9 @@ def test_the_command_line_is_refused_early(words, message):
     erase.define(values)
     with pytest.raises(ValueError, match=one_line(*message)):
         early.check_recipe(values, ["emoji", "neon style", "--output_dir=runs/none", *words])
+
+
+@pytest.mark.parametrize("beside", [{"overwrite": True}, {"start_from": "runs/other"}])
+def test_a_run_that_goes_on_is_neither_replaced_nor_started_elsewhere(beside, tmp_path):
+    with pytest.raises(ValueError, match=f"resume goes on with the run in the folder: leave {next(iter(beside))} out"):
+        until.erase("emoji", "neon style", "drop<=3", output_dir=tmp_path, resume=True, **beside)

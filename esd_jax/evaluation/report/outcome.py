@@ -148,7 +148,8 @@ def _largest(findings: Iterable[Finding]) -> list[Finding]:
 
     Of other concepts a protocol has the accuracy of object or style, whichever lost more: both are one thing.
     """
-    findings, most = list(dict.fromkeys(findings)), dict[tuple[str, str], int]()
+    findings = list(dict.fromkeys(findings))
+    most: dict[tuple[str, str], int] = {}
     for finding in findings:
         most[_thing(finding)] = max(most.get(_thing(finding), 0), finding.after.n)
     return [finding for finding in findings if finding.after.n == most[_thing(finding)]]
