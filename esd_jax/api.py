@@ -98,7 +98,7 @@ def erase(
     if TYPE_CHECKING:
         completed(**recipe_fields)  # whence Jedi takes their names
     owned = not isinstance(base, Pipeline) and stop_when is None
-    base, plan = _begun(base, concept, kind, config, recipe_fields)
+    base, plan = begun(base, concept, kind, config, recipe_fields)
     known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller's, or the config's
     if few := several.shared_steps(plan.training.steps, len(plan.concepts), known):
         warnings.warn(few, stacklevel=2)
@@ -144,12 +144,12 @@ def erase_each(
     if TYPE_CHECKING:
         completed(**recipe_fields)
     owned = not isinstance(base, Pipeline)
-    base, plan = _begun(base, concept, kind, config, recipe_fields)
+    base, plan = begun(base, concept, kind, config, recipe_fields)
     options = {"resume": resume, "overwrite": overwrite, "at_once": at_once}
     return each.run_each(base, plan, offload_base=owned, **options)
 
 
-def _begun(
+def begun(
     base: Pipeline | str | Path, concept: Any, kind: str | None, config: str | None, fields: Any
 ) -> tuple[Pipeline, recipe.Recipe]:
     """The loaded base, and the recipe with what is chosen on it."""

@@ -8,7 +8,7 @@ better than those of other images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from esd_jax.evaluation.gather import Metric
 from esd_jax.inputs import expanded
 from esd_jax.metrics.intervals import Estimate
 from esd_jax.pipeline import Pipeline
+from esd_jax.recipe import Recipe
 from esd_jax.training.checkpoint import Checkpoints
 
 PART = "until"  # of a run's results
@@ -70,7 +71,7 @@ def train_until(
     steps: int,
     *,
     folder: Path,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     extensions: int = EXTENSIONS,
     resume: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -82,7 +83,8 @@ def train_until(
       train, measure: one part of the run; the figures that the bounds name.
       steps: of the recipe.
       folder: the run's; its results get until.json.
-      settings: of the measurement. Figures of a run that goes on are read again if they were measured with the same.
+      settings: of the measurement. Figures of a run that goes on are read again if they were measured with the same;
+        None: nothing says that two measurements are the same.
       resume: the run is there, and goes on from its newest checkpoint.
       progress: called with a line before each extension.
       then: called with the final result while the folder is still the run's.
@@ -92,8 +94,8 @@ def train_until(
     numbers = lengths(steps, extensions)
     done = _checkpoint(folder) if resume else 0
     ahead = [number for number in numbers if number >= done] or [done]  # it may have been trained further already
-    recorded = {"bounds": ", ".join(f"{bound.name}<={bound.most:g}" for bound in bounds), **settings}
-    earlier = _measured(folder, recorded) if resume else []
+    recorded = {"bounds": ", ".join(f"{bound.name}<={bound.most:g}" for bound in bounds), **(settings or {})}
+    earlier = _measured(folder, recorded) if resume and settings is not None else []
     stages = [stage for stage in earlier if stage.steps < ahead[0]]
     for number in ahead:
 
@@ -118,6 +120,20 @@ def _over(stage: Stage, bounds: Sequence[Bound], number: int, last: int) -> bool
     return not stage.missed(bounds) or number == last or stage.steps < number
 
 
+def trainer(base: Pipeline, plan: Recipe, **options: Any) -> Train:
+    """Trains a recipe's run with other numbers of steps.
+
+    options: of `runs.run`, for the part with which the run begins.
+    """
+
+    def train(steps: int, goes_on: bool, finished: Callable[[Pipeline], None]) -> None:
+        longer = replace(plan, training=replace(plan.training, steps=steps))
+        how = options | ({"resume": True, "overwrite": False, "start_from": None} if goes_on else {})
+        runs.run(base, longer, then=finished, **how)
+
+    return train
+
+
 def measuring(
     base: Pipeline,
     concept: ConceptText,
@@ -126,6 +142,7 @@ def measuring(
     *,
     goal: Goal | None = None,
     seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Measure:
     """Measures what bounds name.
 
@@ -135,19 +152,20 @@ def measuring(
       metric: a model -> (detection rate, retention of everything else).
       goal: of Concept Inversion; by default the testbed's of each concept, of which the worst counts.
       seed: of the search.
+      progress: called with a line for each of several concepts that are searched for.
 
     Raises ValueError for a bound on inversion without a goal.
     """
     names = {bound.name for bound in bounds}
     bed = testbed.of(base.provenance.source)
-    goals = [goal] if goal is not None else []
+    goals = {"": goal} if goal is not None else {}
     if "inversion" in names and not goals:
         if bed is None:
             raise ValueError(
                 f"a bound on inversion needs a goal, and {base.provenance.source} has no testbed with one: leave it "
                 "out, and measure it with `esd-jax attack`"
             )
-        goals = [bed.goal(base, [text]) for text in as_texts(concept)]
+        goals = {text: bed.goal(base, [text]) for text in as_texts(concept)}
     settings = attacks.preset("concept_inversion", bed.budget if bed else "paper")
     before = metric(base)[1].value if "drop" in names else 0.0
 
@@ -161,7 +179,10 @@ def measuring(
             detection, retained = metric(erased)
             figures |= {"detection": detection, "drop": 100 * (before - retained.value)}
         if "inversion" in names:
-            figures["inversion"] = max((inverted(erased, one) for one in goals), key=lambda share: share.value)
+            shares = {text: inverted(erased, one) for text, one in goals.items()}
+            figures["inversion"] = max(shares.values(), key=lambda share: share.value)
+            if len(shares) > 1:
+                progress("inversion of each: " + ", ".join(f"{text} {one.value:.0%}" for text, one in shares.items()))
         return {bound.name: figures[bound.name] for bound in bounds}
 
     return measure
@@ -188,7 +209,8 @@ def erase(
       bounds: "detection<=0.02, inversion<=0.2, drop<=3": target detection rate, success rate of Concept Inversion, and
         the drop of other concepts in percentage points; or some of them.
       output_dir: the run's folder.
-      metric, goal: of the measurement, see `measuring`; by default those of the base's testbed.
+      metric, goal: of the measurement, see `measuring`; by default those of the base's testbed. With others, nothing
+        says that a run that goes on was measured with the same, and its figures so far are left out.
       images: of each figure, with the testbed's metric.
       extensions: how often at most the run is extended by half of its steps.
       resume: continue the run in the folder.
@@ -200,29 +222,25 @@ def erase(
     Raises ValueError for bounds that are none, and for a base without a testbed if its metric, or goal, is missing.
     """
     bounds = parse(bounds) if isinstance(bounds, str) else tuple(bounds)
-    base = base if isinstance(base, Pipeline) else api.load(base)
     begin = {name: fields.pop(name) for name in ("overwrite", "start_from") if name in fields}
     if resume and (besides := [name for name, value in begin.items() if value]):
         raise ValueError(f"resume goes on with the run in the folder: leave {besides[0]} out")
-    plan = api.planned(base, concept, **fields)
+    which = {name: fields.pop(name, None) for name in ("kind", "config")}
+    base, plan = api.begun(base, concept, **which, fields={**fields, "output_dir": str(output_dir)})
     texts = [one.text for one in plan.concepts]
+    own = metric is None and goal is None
     if metric is None:
         if (bed := testbed.of(base.provenance.source)) is None:
             raise ValueError(f"{base.provenance.source} has no testbed: give a metric (esd_jax.evaluation.seen.metric)")
         metric = bed.metric(texts, images)
+    measure = measuring(base, texts, bounds, metric, goal=goal, progress=progress)
+    if isinstance(start := begin.get("start_from"), str | Path):
+        begin["start_from"] = api.opened(base, start)
     results: list[Pipeline] = []
-
-    def train(steps: int, goes_on: bool, finished: Callable[[Pipeline], None]) -> None:
-        settings: dict[str, Any] = {**fields, "steps": steps, "output_dir": str(output_dir)}
-        settings.pop("steps_each", None)
-        settings |= {"resume": True} if goes_on else begin
-        results.append(api.erase(base, concept, **settings))
-        finished(results[-1])
-
     stages = train_until(
-        train, measuring(base, texts, bounds, metric, goal=goal), bounds, plan.training.steps,
-        folder=expanded(output_dir), settings={"images": images}, extensions=extensions, resume=resume,
-        progress=progress,
+        trainer(base, plan, resume=resume, **begin), measure, bounds, plan.training.steps,
+        folder=expanded(output_dir), settings={"images": images} if own else None, extensions=extensions, resume=resume,
+        progress=progress, then=results.append,
     )  # fmt: skip
     return results[-1], stages
 

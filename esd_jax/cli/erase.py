@@ -1,6 +1,5 @@
 """`esd-jax erase`: erase a concept, and export the result."""
 
-import dataclasses
 import functools
 import shlex
 from typing import Any
@@ -250,21 +249,15 @@ def _together(plan: Any, folders: list[str], fusible: bool) -> str:
 
 def _until(base: Any, plan: Any, bounds: Any, values: flags.FlagValues, options: Any, then: Any) -> None:
     """Trains until the bounds are met, and prints what became of each."""
-    from esd_jax import runs, until
+    from esd_jax import until
 
     concepts = [concept.text for concept in plan.concepts]
     asked = (values.stop_detector, values.stop_prompts, base, concepts, values.stop_images)
-    measure = until.measuring(base, concepts, bounds, common.metric(*asked))
-
-    def train(steps: int, goes_on: bool, finished: Any) -> None:
-        longer = dataclasses.replace(plan, training=dataclasses.replace(plan.training, steps=steps))
-        begun = goes_on and not values.resume  # by this process
-        how = options | ({"resume": True, "overwrite": False, "start_from": None} if begun else {})
-        runs.run(base, longer, then=finished, **how)
-
+    measure = until.measuring(base, concepts, bounds, common.metric(*asked), progress=common.say)
+    settings = common.options(values, "stop_detector stop_prompts stop_images")
     stages = until.train_until(
-        train, measure, bounds, plan.training.steps, folder=expanded(str(plan.output_dir)),
-        settings=common.options(values, "stop_detector stop_prompts stop_images"), extensions=values.until_rounds,
+        until.trainer(base, plan, **options), measure, bounds, plan.training.steps,
+        folder=expanded(str(plan.output_dir)), settings=settings, extensions=values.until_rounds,
         resume=values.resume, progress=common.say, then=then,
     )  # fmt: skip
     steps = stages[-1].steps

@@ -1,6 +1,7 @@
 """Training until bounds are met: what bounds may be, how often a run is extended, and what is stored and printed."""
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -195,8 +196,10 @@ def test_of_several_concepts_the_worst_inversion_counts(monkeypatch):
     scored = lambda model, goal, *_, **__: SimpleNamespace(single_shot=lambda: mean([shares[goal]]))  # noqa: E731
     monkeypatch.setattr(until.attacks, "score", scored)
     base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
-    measure = until.measuring(base, list(shares), parse("inversion<=0.2"), lambda model: None)
+    lines = []
+    measure = until.measuring(base, list(shares), parse("inversion<=0.2"), lambda model: None, progress=lines.append)
     assert measure(base)["inversion"].value == 0.75
+    assert lines == ["inversion of each: a cat 0%, a rose 75%, a bee 25%"]
 
 
 def test_inversion_needs_a_goal_and_other_bases_a_metric(monkeypatch, tmp_path):
@@ -205,31 +208,66 @@ def test_inversion_needs_a_goal_and_other_bases_a_metric(monkeypatch, tmp_path):
         until.measuring(base, "a cat", parse("inversion<=0.2"), lambda model: None)
     monkeypatch.setattr(until, "Pipeline", SimpleNamespace)
     plan = SimpleNamespace(concepts=(SimpleNamespace(text="a cat"),))
-    monkeypatch.setattr(until.api, "planned", lambda *_, **__: plan)
+    monkeypatch.setattr(until.api, "begun", lambda *_, **__: (base, plan))
     with pytest.raises(ValueError, match=one_line("runs/x has no testbed", "metric")):
         until.erase(base, "a cat", "drop<=3", output_dir=tmp_path)
 
 
-def test_erase_trains_and_extends_one_run(monkeypatch, tmp_path):
+@dataclass(frozen=True)
+class Plan:
+    concepts: tuple
+    training: "Training"
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """`until.erase` on stand-ins, whose detection rate is 10 / steps; the calls of `runs.run`."""
     calls = []
-    base = SimpleNamespace(provenance=SimpleNamespace(source="x"))
+    base = SimpleNamespace(steps=1, provenance=SimpleNamespace(source="x"))
 
-    def trained(base, concept, **fields):
-        calls.append(fields)
-        record = Erasure.from_dict({"concepts": [{"text": "a cat"}], "step": fields["steps"]})
-        return SimpleNamespace(steps=fields["steps"], provenance=SimpleNamespace(erased=(record,)))
+    def run(base, plan, *, then, **how):
+        calls.append({"steps": plan.training.steps, **how})
+        record = Erasure.from_dict({"concepts": [{"text": "a cat"}], "step": plan.training.steps})
+        then(SimpleNamespace(steps=plan.training.steps, provenance=SimpleNamespace(erased=(record,))))
 
-    monkeypatch.setattr(until, "Pipeline", SimpleNamespace)
-    monkeypatch.setattr(until.api, "erase", trained)
+    def begun(base, concept, kind, config, fields):
+        calls.append({"config": config, **fields})
+        return base, Plan((SimpleNamespace(text=concept),), Training(fields["steps"]))
+
+    monkeypatch.setattr(until.runs, "run", run)
+    monkeypatch.setattr(until.api, "begun", begun)
     metric = lambda model: (mean([10 / model.steps]), mean([1.0]))  # noqa: E731
-    options = {"metric": metric, "output_dir": tmp_path, "config": "esd_x", "steps": 80, "overwrite": True}
-    monkeypatch.setattr(until.api, "planned", lambda base, concept, **fields: SimpleNamespace(
-        concepts=(SimpleNamespace(text=concept),), training=SimpleNamespace(steps=fields["steps"])
-    ))  # fmt: skip
-    erased, stages = until.erase(base, "a cat", "detection<=0.1", **options)
+
+    def erase(bounds, **options):
+        calls.clear()
+        return until.erase(base, "a cat", bounds, metric=metric, **options), calls
+
+    return erase
+
+
+def test_erase_trains_and_extends_one_run(trained, tmp_path):
+    options = {"output_dir": tmp_path, "config": "esd_x", "steps": 80, "overwrite": True}
+    (erased, stages), calls = trained("detection<=0.1", **options)
     assert erased.steps == 120 and [stage.steps for stage in stages] == [80, 120]
-    common = {"config": "esd_x", "output_dir": str(tmp_path)}
-    assert calls == [{**common, "steps": 80, "overwrite": True}, {**common, "steps": 120, "resume": True}]
+    assert calls == [
+        {"config": "esd_x", "steps": 80, "output_dir": str(tmp_path)},
+        {"steps": 80, "resume": False, "overwrite": True},
+        {"steps": 120, "resume": True, "overwrite": False, "start_from": None},
+    ]
+
+
+def test_figures_of_a_metric_of_the_callers_are_not_read_again(trained, tmp_path):
+    """Nothing says that it is the one of the run's first part."""
+    (_, stages), _ = trained("detection<=0.01", output_dir=tmp_path, steps=80, extensions=1)
+    assert [stage.steps for stage in stages] == [80, 120]
+    (tmp_path / "checkpoints" / "120").mkdir(parents=True)
+    (_, stages), calls = trained("detection<=0.01", output_dir=tmp_path, steps=80, extensions=2, resume=True)
+    assert [stage.steps for stage in stages] == [120, 180] and [call["steps"] for call in calls[1:]] == [120, 180]
 
 
 @pytest.mark.parametrize(
