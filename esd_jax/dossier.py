@@ -104,7 +104,7 @@ def evaluate(
             base, erased, concepts, protocol, folder, limit=images, progress=progress, **options
         )
     evidence = dataclasses.replace(evidence, record=_record(erased))
-    store.save(evidence, folder, f"evaluation-{protocol}")
+    store.save(evidence, folder, store.free(folder, f"evaluation-{protocol}", evidence))
     return evidence
 
 

@@ -12,6 +12,10 @@ OF_LISTS = (
     "steps", "guidance_scale", "measures", "samples", "own_guidance", "convention", "classifier", "clip", "features",
     "reference",
 )  # fmt: skip
+# Flags of one measure.
+OF_MEASURES = {
+    "convention": "nudity", "classifier": "objects", "clip": "clip", "features": "distances", "reference": "distances",
+}  # fmt: skip
 USAGE = """\
   esd-jax evaluate [BASE] ERASED [--protocol=NAME]   measure erasure and retention
                   [--prompts=CSV] [--measures=ssim,lpips,...] [--placebo=RUN] [--output=FOLDER]"""
@@ -62,12 +66,15 @@ def run(values: flags.FlagValues) -> None:
 
     common.check_numbers(values)
     strengths = [finite(strength, "--strengths") for strength in values.strengths or ()]
+    if values["detector"].present and not strengths:
+        raise ValueError("--detector is for --strengths: give some, or leave it out")
     base, erased, concepts, output = common.erased(values)
     options = {"num_steps": values.steps} | common.options(values, "guidance_scale batch_size")
     options = {name: value for name, value in options.items() if value is not None}
     if dossier.testbed_for(base, values.protocol, values.prompts) is None:
         if values.placebo:
             raise ValueError("--placebo is for the embedded model's own protocols, without --prompts")
+        _check_measures(values)
         request = {name: values[name].value for name in ("convention", "classifier", "clip", "features")}
         request["reference"] = expanded(values.reference) if values.reference else None
         options |= {
@@ -90,6 +97,19 @@ def run(values: flags.FlagValues) -> None:
         dossier.front(erased, metric, strengths, output_dir=output)
     print(f"\n{text.summary(evidence)}\n")
     print(f"results {output}")
+
+
+def _check_measures(values: flags.FlagValues) -> None:
+    """Raises ValueError for a flag of a measure that is not taken."""
+    from esd_jax.evaluation.protocols import PROTOCOLS
+
+    if values.measures is None and values.protocol not in PROTOCOLS:
+        return  # refused where it is looked up
+    taken = values.measures or PROTOCOLS[values.protocol].measures
+    for flag, measure in OF_MEASURES.items():
+        if values[flag].present and measure not in taken:
+            wanted = ",".join([*taken, measure])
+            raise ValueError(f"--{flag} is for the measure {measure}, which is not taken: give --measures={wanted}")
 
 
 VERB = Verb(USAGE, define, run, positional="model", check=early.check_models)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,52 @@ def merged(title: str, record: Erasure, parts: Iterable[Evidence]) -> Evidence:
 
 
 def _qualified(parts: list[Evidence]) -> list[Evidence]:
-    """The parts, with what they do not agree on in `measured_with` under names of their own."""
+    """The parts, with what they do not agree on in `measured_with`, and tables and pictures of one title that differ,
+    under names of their own."""
     values: dict[str, list[Any]] = {}
     for part in parts:
-        for name, value in part.measured_with.items():
+        pictures = {title: [pair.prompt for pair in pairs] for title, pairs in part.pictures.items()}
+        for name, value in {**part.measured_with, **{one.title: one for one in part.tables}, **pictures}.items():
             values.setdefault(name, []).append(value)
-    differ = {name for name, every in values.items() if any(value != every[0] for value in every[1:])}
+    differ = {name for name, every in values.items() if any(one != every[0] for one in every[1:])}
+    labels = [_label(part, parts) for part in parts] if differ else []
 
-    def own(part: Evidence) -> Evidence:
-        protocol = str(part.measured_with.get("protocol", "")).partition(",")[0]
-        names = {name: f"{name} ({protocol})" if protocol and name in differ else name for name in part.measured_with}
-        return dataclasses.replace(part, measured_with={names[n]: value for n, value in part.measured_with.items()})
+    def own(part: Evidence, label: str) -> Evidence:
+        name = lambda one: f"{one} ({label})" if label and one in differ else one  # noqa: E731
+        return dataclasses.replace(
+            part,
+            measured_with={name(one): value for one, value in part.measured_with.items()},
+            tables=tuple(dataclasses.replace(table, title=name(table.title)) for table in part.tables),
+            pictures={name(title): pairs for title, pairs in part.pictures.items()},
+        )
 
-    return [own(part) for part in parts] if differ else parts
+    return [own(part, label) for part, label in zip(parts, labels, strict=True)] if differ else parts
+
+
+def _label(part: Evidence, parts: Sequence[Evidence]) -> str:
+    """The name of a part's protocol; where several parts have it, with its list of prompts or how many images."""
+    name, images = _protocol(part)
+    several = sum(_protocol(other)[0] == name for other in parts) > 1
+    return ", ".join(filter(None, (name, several and (listed(part) or images))))
+
+
+def _protocol(part: Evidence) -> tuple[str, str]:
+    """(its name, how many images) from "emoji, 64 images of each group (...)"."""
+    name, _, rest = str(part.measured_with.get("protocol", "")).partition(", ")
+    return name, re.split(r" \(|\. ", rest)[0]
+
+
+def listed(part: Evidence) -> str:
+    """The name of the list of prompts that a part was measured with; "" without one."""
+    return str(part.measured_with.get("prompts", "")).partition(", sha256")[0]
+
+
+def free(folder: Path, name: str, evidence: Evidence) -> str:
+    """The name of a part that replaces none of another list of prompts: `name`, or one that ends in the list's."""
+    there = readable(folder / f"{name}.json")
+    if there is None or listed(there) == listed(evidence):
+        return name
+    return f"{name}-{re.sub(r'[^a-zA-Z0-9_]+', '-', listed(evidence))[:60].strip('-')}"
 
 
 def joined(earlier: Evidence, later: Evidence) -> Evidence:

@@ -112,6 +112,21 @@ def test_a_testbeds_protocol_takes_no_flags_of_lists(monkeypatch, tmp_path, unch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--detector=probe"], "--detector is for --strengths"),
+        (["--clip=x"], "--clip is for the measure clip, which is not taken: give --measures=ssim,clip"),
+        (["--protocol=i2p", "--reference=."], "--reference is for the measure distances"),
+        (["--measures=ssim,lpips", "--convention=mace"], "--convention is for the measure nudity"),
+    ],
+)
+def test_flags_of_what_is_not_measured_are_refused(flags, message, models, unchecked, tmp_path, capsys):
+    _, _, folder = models
+    assert esd("evaluate", folder / "run", *flags, f"--output={tmp_path}") == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_reports_of_one_run_and_of_two(models, capsys, tmp_path):
     _, _, folder = models
     run = folder / "run"

@@ -13,7 +13,7 @@ from esd_jax import cli, dossier, runs
 from esd_jax.erasure import Concept, Erasure
 from esd_jax.evaluation import store
 from esd_jax.evaluation.attacks.scoring import Scored
-from esd_jax.evaluation.evidence import Evidence, Finding, Table
+from esd_jax.evaluation.evidence import Evidence, Finding, Pair, Table
 from esd_jax.evaluation.report import outcome, verdict
 from esd_jax.io.safetensors import read_header
 
@@ -70,6 +70,44 @@ def test_settings_are_named_after_the_protocols_that_do_not_share_them():
         "detectors": ["b"], "attacks": "seed 0",
     }  # fmt: skip
     assert store.merged("x", Erasure(), [one, attacks]).measured_with["protocol"] == "emoji, 200 images"
+
+
+def custom(name, value, prompts=("a dog",)):
+    blank = np.zeros((8, 8, 3), np.uint8)
+    table = Table("Similarity", ("erased",), (("all", (value,)),))
+    how = {"protocol": "custom, 1 images of each model", "prompts": f"{name}, sha256 0123456789abcdef, 1 x 1"}
+    pictures = {"prompts of the protocol": tuple(Pair(prompt, blank, blank) for prompt in prompts)}
+    return Evidence("x", measured_with=how, tables=(table,), pictures=pictures)
+
+
+def test_results_of_two_lists_are_kept_side_by_side(tmp_path):
+    """Of one list, the newer ones replace the older."""
+    for name, value in (("dogs.csv", 0.5), ("my cats.csv", 0.7), ("dogs.csv", 0.6)):
+        one = custom(name, value, (f"of {name}",))
+        store.save(one, tmp_path, store.free(tmp_path, "evaluation-custom", one))
+    parts = store.parts(tmp_path)
+    assert parts.keys() == {"evaluation-custom", "evaluation-custom-my-cats-csv"}
+    shown = store.merged("x", Erasure(), parts.values())
+    assert {table.title: table.rows[0][1] for table in shown.tables} == {
+        "Similarity (custom, dogs.csv)": (0.6,), "Similarity (custom, my cats.csv)": (0.7,),
+    }  # fmt: skip
+    assert {title: pairs[0].prompt for title, pairs in shown.pictures.items()} == {
+        "prompts of the protocol (custom, dogs.csv)": "of dogs.csv",
+        "prompts of the protocol (custom, my cats.csv)": "of my cats.csv",
+    }
+    assert "protocol" in shown.measured_with  # which they share
+    alone = store.merged("x", Erasure(), [custom("dogs.csv", 0.5)])
+    assert alone.tables[0].title == "Similarity" and set(alone.pictures) == {"prompts of the protocol"}
+
+
+def test_tables_of_one_protocol_with_more_and_fewer_images_are_told_apart():
+    def of(images):
+        table = Table("Groups", ("n",), (("own", (images,)),))
+        how = {"protocol": f"emoji, {images} images of each group (a quarter or half)"}
+        return Evidence("x", measured_with=how, tables=(table,))
+
+    titles = [table.title for table in store.merged("x", Erasure(), [of(8), of(64)]).tables]
+    assert titles == [f"Groups (emoji, {n} images of each group)" for n in (8, 64)]
 
 
 def test_of_other_concepts_the_figures_of_the_most_images_count():
