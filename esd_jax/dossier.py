@@ -273,6 +273,11 @@ def gathered(run: str | Path, *, base: str | Path | None = None, erased: Pipelin
     return _of_run(folder, erased or api.restore(folder, base=base)) if is_run(folder) else _kept(folder)
 
 
+def so_far(evidence: Evidence, folder: str | Path) -> Evidence:
+    """One part's results beside those of the folder that it was stored in."""
+    return store.merged(evidence.title, evidence.record, _parts(expanded(folder)))
+
+
 def _kept(folder: Path) -> Evidence:
     """The results in a folder that is no run's."""
     if not (parts := _parts(folder)):

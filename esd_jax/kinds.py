@@ -112,8 +112,9 @@ def named(source: Any, method: str, kind: str, configs: Callable[[], families.Co
     flow = is_flow(configs())  # of this package's; other families bring recipes of their own
     if method != "esd":
         whole = f"flow_{method}" if flow else method
-        own = f"{whole}_{kind}"
-        return own if own in config_names() or kind not in KINDS else whole
+        family = RECIPES[called]["style"].partition("_")[0] if called in RECIPES else ""
+        own = [f"{family}_{method}_{kind}", f"{family}_{method}", f"{whole}_{kind}"]
+        return next((name for name in own if name in config_names()), whole if kind in KINDS else own[-1])
     if recipes := RECIPES.get(called):
         return recipes.get(kind, f"esd_{kind}")  # some methods have more kinds
     return "flow_esd" if flow else "esd_x" if kind == "style" else "esd_u"

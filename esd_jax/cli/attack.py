@@ -63,7 +63,7 @@ def run(values: flags.FlagValues) -> None:
         base, erased, values.attacks, output_dir=output, concept=concepts, budget=values.budget, goal=goal,
         judge=metric_model, settings=_settings(values.set), progress=common.say, **options,
     )  # fmt: skip
-    print(f"\n{text.summary(evidence)}\n")
+    print(f"\n{text.summary(evidence, dossier.so_far(evidence, output))}\n")
     print(f"results {output}")
 
 

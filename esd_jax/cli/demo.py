@@ -93,7 +93,7 @@ def run(values: flags.FlagValues) -> None:
             base, erased, values.attacks, output_dir=evidence, seeds=values.seeds, random=values.random,
             placebo=placebo if values.random else None, progress=say,
         )  # fmt: skip
-        say(f"\n{text.summary(attacked)}\n")
+        say(f"\n{text.summary(attacked, dossier.so_far(attacked, evidence))}\n")
     if values.front:
         say("measuring parts of the change ...")
         dossier.front(erased, bed.metric(target.concepts, values.images), STRENGTHS, output_dir=evidence)

@@ -95,7 +95,7 @@ def run(values: flags.FlagValues) -> None:
     if strengths:
         metric = common.metric(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
         dossier.front(erased, metric, strengths, output_dir=output)
-    print(f"\n{text.summary(evidence)}\n")
+    print(f"\n{text.summary(evidence, dossier.so_far(evidence, output))}\n")
     print(f"results {output}")
 
 

@@ -7,7 +7,9 @@ import pytest
 from paths import ROOT
 from report_pages import some
 
+from esd_jax import dossier
 from esd_jax.erasure import Concept, Erasure
+from esd_jax.evaluation import store
 from esd_jax.evaluation.evidence import Evidence, Finding, Table
 from esd_jax.evaluation.report import card, outcome, terms, text, verdict
 from esd_jax.evaluation.report.html import report
@@ -238,6 +240,17 @@ def test_it_is_in_every_view():
     assert card.facts(evidence)["esd_jax.verdict"] == expected
     assert " ".join(text.summary(evidence).split()).endswith(expected)
     assert f"<p>{expected}</p>" in evidence._repr_html_()
+
+
+def test_the_sentence_of_one_part_knows_the_others(tmp_path):
+    """An attack that is printed does not say that what was measured before it was not tested."""
+    measured = Evidence("neon style", NEON, verdict=(by_name(0), kept("others", 100, 100)))
+    attacked = Evidence("neon style", NEON, verdict=(attack(32),))
+    for name, part in (("evaluation-emoji", measured), ("attacks", attacked)):
+        store.save(part, tmp_path, name)
+    alone, with_all = text.summary(attacked), text.summary(attacked, dossier.so_far(attacked, tmp_path))
+    assert "other concepts were not tested" in " ".join(alone.split()) and "not tested" not in with_all
+    assert with_all.splitlines()[0] == alone.splitlines()[0] and "came back" in with_all
 
 
 def test_several_concepts_are_many():

@@ -10,13 +10,16 @@ from esd_jax.evaluation.report.numbers import with_interval
 WIDTH = 110  # characters of a note, and of a group's title
 
 
-def summary(evidence: Evidence) -> str:
-    """All tables, then the figures that count most, a line each, and the verdict in a sentence."""
+def summary(evidence: Evidence, every: Evidence | None = None) -> str:
+    """All tables, then the figures that count most, a line each, and the verdict in a sentence.
+
+    every: the results so far, of which the sentence is; by default these alone.
+    """
     evidence = terms.current(evidence)
     parts = [table(one) for one in (*evidence.tables, *evidence.attacks)]
     parts.append("\n".join(sentence(finding) for finding in evidence.verdict))
     if evidence.verdict:
-        parts.append("\n".join(textwrap.wrap(verdict.sentence(evidence), WIDTH)))
+        parts.append("\n".join(textwrap.wrap(verdict.sentence(terms.current(every) if every else evidence), WIDTH)))
     return "\n\n".join(filter(None, parts))
 
 
