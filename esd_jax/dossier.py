@@ -117,13 +117,7 @@ def testbed_for(base: Pipeline, protocol: str, prompt_list: Any = None) -> testb
     return bed if bed and protocol in bed.images and not prompt_list else None
 
 
-def front(
-    erased: Pipeline,
-    metric: Metric,
-    strengths: Sequence[float],
-    *,
-    output_dir: str | Path,
-) -> Evidence:
+def front(erased: Pipeline, metric: Metric, strengths: Sequence[float], *, output_dir: str | Path) -> Evidence:
     """Measures scales of an erasure's weight change, and stores the curve in `output_dir`; see `gather.front`."""
     title = ", ".join(concepts_of(erased))
     evidence = Evidence(title, _record(erased), front=gather.front(metric, erased, strengths))

@@ -11,7 +11,8 @@ concept's neighbours. Adaptive Guided Erasure (Bui et al., ICLR 2025) has the id
 by what it costs others; it learns a mixture of words while it erases.
 
 Candidates are the neighbours with no more words than the concept, or the user's: "auto | a painting | a photo". Those
-that the base draws almost like the concept (a kitten for a cat) would leave it, and are passed over.
+that the base draws almost like the concept (a kitten for a cat) would leave it, and are passed over. Where the base has
+a detector of the concept, so are those of whose images some show it (a flower for a rose).
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from esd_jax import wording
 from esd_jax.erasing import closed_form
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasure import AUTO
+from esd_jax.evaluation import testbed
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
@@ -35,6 +37,7 @@ from esd_jax.runs import neighbours
 SHRINKAGE = 0.01
 NOISES = 2
 ALIKE = 0.5  # of the candidates' median distance from the concept: what is nearer shows the concept
+IMAGES, DETECTED = 16, 0.1  # of a candidate's prompt, and in what part of them the concept may be
 
 
 def resolved(base: Pipeline, plan: Recipe) -> Recipe:
@@ -43,8 +46,24 @@ def resolved(base: Pipeline, plan: Recipe) -> Recipe:
     Unchanged without any. Raises ValueError as `damages` does.
     """
     texts = [concept.text for concept in plan.concepts]
-    least = lambda text, own: [*damages(base, text, texts, own)][:1]  # noqa: E731
+
+    def least(text: str, own: Sequence[str]) -> list[str]:
+        ranked = [*damages(base, text, texts, own)]
+        free = ranked if own else (one for one in ranked if not shows(base, one, text))
+        return [next(iter(free), ranked[0])]
+
     return neighbours.without_auto(neighbours.resolved(base, plan), "replace_with", least)
+
+
+def shows(base: Pipeline, text: str, concept: str) -> bool:
+    """Whether images of a text show the concept, where the base has a testbed that detects it; else False."""
+    if not (bed := testbed.of(base.provenance.source)):
+        return False
+    try:
+        question = bed.question([concept], IMAGES, bed.detector_name)
+    except ValueError:  # it does not know the concept
+        return False
+    return dataclasses.replace(question, prompts=(text,)).rate(base).value > DETECTED
 
 
 def counted(plan: Recipe) -> Recipe:

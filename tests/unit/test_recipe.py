@@ -9,7 +9,7 @@ import pytest
 from messages import one_line
 
 import esd_jax
-from esd_jax import api, cli, recipe, runs, several
+from esd_jax import api, cli, kinds, recipe, runs, several
 from esd_jax.erasure import Concept
 
 SHORT = {"method": "uce", "config": "uce", "dtype": "float32"}
@@ -132,3 +132,11 @@ def test_fields_that_mean_nothing_are_refused_in_python_too():
         api.planned("emoji", "a cat", config="emoji", rounds_search=5)
     with pytest.raises(ValueError, match=one_line("preserve_weight", "'uce'")):
         api.planned("emoji", "a cat", method="uce", preserve_weight=3.0)
+
+
+def test_stereo_starts_from_recipes_of_sdxl_there():
+    def config(kind):
+        return kinds.config("x/y", ["a"], lambda: api.architecture("sdxl")[0], kind=kind, fields={"method": "stereo"})
+
+    by_kind = {kind: config(kind) for kind in ("style", "object", "person", "nudity")}
+    assert by_kind == dict.fromkeys(by_kind, "sdxl_stereo") | {"object": "sdxl_stereo_object"}

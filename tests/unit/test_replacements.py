@@ -1,5 +1,7 @@
 """replace_with="auto": what takes a concept's place is chosen by what it changes elsewhere."""
 
+from types import SimpleNamespace
+
 import factories
 import flow_factories
 import numpy as np
@@ -9,6 +11,8 @@ from messages import one_line
 import esd_jax
 from esd_jax import recipe
 from esd_jax.erasing import corpora
+from esd_jax.evaluation import seen
+from esd_jax.metrics.intervals import mean
 from esd_jax.runs import neighbours, replacements
 
 KEPT = ("the dog", "a photo of a house")
@@ -86,6 +90,20 @@ def test_auto_becomes_the_least_damage_and_nothing_else_changes(base, monkeypatc
     assert asked == [("cat", texts, []), ("owl", texts, ["a bird", "a bee"])]
     without = recipe.make(concept="cat", replace_with="a house")
     assert replacements.resolved(base, without) is without
+
+
+def test_what_shows_the_concept_in_part_does_not_take_its_place(monkeypatch, unchecked):
+    """Half of the images of "a flower" are roses: a rose that becomes a flower would stay."""
+    base = SimpleNamespace(provenance=SimpleNamespace(source="emoji"))
+    parts = {"a flower": 0.5, "a pizza": 0.1, "a bee": 0.0}
+    monkeypatch.setattr(replacements, "damages", lambda *_: dict.fromkeys(parts, 0.1))
+    monkeypatch.setattr(seen.Question, "rate", lambda asked, _: mean([parts[asked.prompts[0]]]))
+    chosen = lambda concept, how: replacements.resolved(base, recipe.make(concept=concept, replace_with=how))  # noqa: E731
+    assert chosen("a rose", "auto").concepts[0].replace_with == ("a pizza",)
+    assert chosen("a rose", "auto | a flower").concepts[0].replace_with == ("a flower",)  # the user's own
+    assert chosen("Van Gogh", "auto").concepts[0].replace_with == ("a flower",)  # which no probe detects
+    monkeypatch.setattr(seen.Question, "rate", lambda *_: mean([1.0]))
+    assert chosen("a rose", "auto").concepts[0].replace_with == ("a flower",)  # if all do, that with the least damage
 
 
 def test_what_cannot_be_chosen_is_refused(base, near, monkeypatch):

@@ -210,10 +210,6 @@ def test_each_architecture_has_a_recipe_for_each_kind(arch, expected):
     flow = "" if arch in ("sd14", "sd21", "sdxl") else "flow_"
     assert config(fields={"method": "ablating"}, kind="object") == f"{flow}ablating_object"
     assert config(fields={"method": "uce"}, kind="object") == f"{flow}uce"
-    if not flow:
-        own = "sdxl_stereo" if arch == "sdxl" else "stereo"
-        stereo = [config(fields={"method": "stereo"}, kind=kind) for kind in ("style", "object", "person")]
-        assert stereo == [own, f"{own}_object", own]
 
 
 @pytest.mark.parametrize("arch", ["flux-dev", "flux-schnell", "sd3-medium", "sd35-medium", "klein-4b"])
