@@ -77,6 +77,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process tha
 # How warnings begin that the terminal shows besides those of our own classes.
 SHOWN = (
     "left out of the export", ".*: written under names that begin", ".* brings the word", ".* is sampled without",
+    "what was measured after",
 )  # fmt: skip
 # What messages say of arguments in Python -> what they say here; `force` has no flag.
 IN_FLAGS = {r"\bpass overwrite=True\b": "give --overwrite", r" \(force=True [^)]*\)": ""}

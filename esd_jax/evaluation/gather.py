@@ -12,7 +12,7 @@ from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
 from esd_jax.inputs import parse_json
 from esd_jax.io.diffusers import read_exact, unmodified, with_strength
-from esd_jax.io.images import read_image
+from esd_jax.io.images import read_strip
 from esd_jax.metrics.intervals import Estimate
 from esd_jax.metrics.likeness import ssim
 from esd_jax.pipeline import Pipeline
@@ -47,14 +47,14 @@ def training(log: Path) -> Plot | None:
 
 
 def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
-    """A moment for each preview strip (step_000100.png: square images side by side)."""
+    """A moment for each preview strip (step_000100.png)."""
     moments: list[Moment] = []
     for file in sorted(folder.glob("step_*.png")):
-        strip = np.asarray(read_image(file))
-        images = np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))
+        images = read_strip(file)
         moment = Moment(int(file.stem.removeprefix("step_")), images)
         first = moments[0].images if moments else images
-        likeness = float(ssim(images, first).mean()) if min(images.shape[1:3]) >= 7 else None
+        alike = images.shape == first.shape and min(images.shape[1:3]) >= 7  # preview_prompts may have changed
+        likeness = float(ssim(images, first).mean()) if alike else None
         moments.append(replace(moment, score=score(images) if score else None, ssim=likeness))
     return tuple(moments)
 

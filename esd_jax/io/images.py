@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from esd_jax.inputs import expanded
 from esd_jax.io import leftovers
 from esd_jax.results import writing
 
+COUNT = "esd_jax.images"  # of a PNG's texts: how many images of one size stand side by side
 WHITE = (255, 255, 255)  # what stands behind a picture that is transparent, as on a page
 # Of PNG: depths at which Pillow does not find the one transparent colour that a file names.
 KEY_DEPTHS = ("L;2", "L;4", "I;16B", "RGB;16B")
@@ -75,6 +76,25 @@ def read_image(path: str | Path) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             reason = "cannot identify it as an image: it is of an unknown kind, or damaged"
         raise ValueError(f"images: cannot read {path}: {' '.join(reason.split())}") from error
+
+
+def write_strip(images: UInt8[np.ndarray, "images height width 3"], path: str | Path) -> None:
+    """Writes images of one size side by side as a PNG that says how many they are."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(COUNT, str(len(images)))
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(path, format="PNG", pnginfo=text)
+
+
+def read_strip(path: str | Path) -> UInt8[np.ndarray, "images height width 3"]:
+    """The images of a strip; of one that does not say how many they are, square ones. Raises ValueError as
+    `read_image` does, and for a width that does not divide."""
+    strip = np.asarray(read_image(path))
+    with Image.open(path) as image:
+        text = str(image.info.get(COUNT, ""))
+    count = int(text) if text.isdecimal() else max(1, strip.shape[1] // strip.shape[0])
+    if not count or strip.shape[1] % count:
+        raise ValueError(f"images: cannot read {path}: {strip.shape[1]} pixels of width are no {count} images")
+    return np.stack(np.split(strip, count, axis=1))
 
 
 def _shown(image: Image.Image) -> Image.Image:

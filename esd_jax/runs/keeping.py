@@ -3,21 +3,20 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from esd_jax import hosts, prompt_files
 from esd_jax.erasure import Erasure
 from esd_jax.io import leftovers
-from esd_jax.io.images import read_images
+from esd_jax.io.images import read_images, write_strip
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import sessions
-from esd_jax.runs.record import read
+from esd_jax.runs.record import EVIDENCE, read
 from esd_jax.runs.setup import files_of
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
@@ -26,6 +25,8 @@ from esd_jax.training.log import MetricLog
 from esd_jax.training.step import State
 
 EXPORTS = "exports"  # the folder of the erased model's other formats in a run's
+OF_ONE_MODEL = ("report.html", "report.json", "ERASURE.md")  # beside the evaluation results of a run
+OF_ALL_STEPS = ("until.json", "until.npz")  # of its evaluation results, those that say themselves of which update
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -102,11 +103,28 @@ def log(
         run_folder.write_record(folder, _private(record, plan))
     if not resume or step < plan.training.steps:
         sessions.begin(folder, seconds, runs)
+        set_results_aside(folder, step)
     opened = MetricLog(folder, start=step, tensorboard=plan.training.tensorboard)
     stack.callback(opened.close)
     for place in (folder, folder / EXPORTS):
         leftovers.sweep_folder(place)
     return opened
+
+
+def set_results_aside(folder: Path, step: int) -> None:
+    """Moves what was measured after so many updates into a folder that says so: the model is about to change."""
+    evidence = folder / EVIDENCE
+    measured = [path for path in evidence.glob("*") if path.name not in OF_ALL_STEPS]
+    if not measured:
+        return
+    names = itertools.chain([f"{EVIDENCE}_after_{step}"], (f"{EVIDENCE}_after_{step}-{i}" for i in itertools.count(2)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    aside.mkdir()
+    for path in [*measured, *(folder / name for name in OF_ONE_MODEL)]:
+        if path.exists():
+            path.rename(aside / path.name)
+    updates = "1 update" if step == 1 else f"{step} updates"
+    warnings.warn(f"what was measured after {updates} is in {aside} now: evaluate again", stacklevel=2)
 
 
 def _private(record: Erasure, plan: Recipe) -> dict[str, Any]:
@@ -133,6 +151,6 @@ def previews(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipel
             height=plan.height,
             width=plan.width,
         )
-        Image.fromarray(np.concatenate(list(images), axis=1)).save(folder / "previews" / f"step_{step:06d}.png")
+        write_strip(images, folder / "previews" / f"step_{step:06d}.png")
 
     return preview

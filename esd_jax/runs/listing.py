@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from esd_jax import recipe
 from esd_jax.erasure import Erasure
-from esd_jax.io.images import read_image
+from esd_jax.io.images import read_strip
 from esd_jax.recipe import Recipe
 from esd_jax.runs import LORA, MODEL, delta_name
 from esd_jax.runs.record import read as read_record
@@ -26,6 +26,12 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def identity(self) -> tuple[Path, int, int, int]:
+        """What a later run in a folder of the same name, or more updates of this one, do not share."""
+        file = (self.folder / "run.json").stat()
+        return self.folder, self.step, file.st_mtime_ns, file.st_ino
 
     @property
     def finished(self) -> bool:
@@ -46,19 +52,19 @@ class Run:
         return sorted((self.folder / "previews").glob("step_*.png"))
 
     def previews(self) -> dict[int, list[UInt8[np.ndarray, "_ _ 3"]]]:
-        """Update -> an image of each of `plan.previews`, square as they are, of the first preview and the newest.
+        """Update -> an image of each of `plan.previews`, of the first preview and the newest.
 
         Raises ValueError for a file that is damaged, or only being written.
         """
         images, files = {}, self.preview_files
         for file in dict.fromkeys([*files[:1], *files[-1:]]):
-            strip = np.asarray(read_image(file))
-            images[int(file.stem.removeprefix("step_"))] = np.split(strip, strip.shape[1] // strip.shape[0], axis=1)
+            images[int(file.stem.removeprefix("step_"))] = list(read_strip(file))
         return images
 
     def thumbnail(self) -> UInt8[np.ndarray, "_ _ 3"]:
         """Its first four preview prompts, the first preview above the newest; grey where it has none."""
         rows = [np.concatenate(images[:4], axis=1) for images in self.previews().values()]
+        rows = [row for row in rows if row.shape == rows[-1].shape]  # preview_prompts may have changed
         return np.concatenate(rows) if rows else np.full((64, 128, 3), 200, np.uint8)
 
 

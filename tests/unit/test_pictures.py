@@ -7,7 +7,7 @@ from paths import DATA
 from PIL import Image, ImageCms
 
 from esd_jax.evaluation import measures
-from esd_jax.io.images import check_output, read_image, read_images
+from esd_jax.io.images import check_output, read_image, read_images, read_strip, write_strip
 
 LEVELS = (0, 85, 170, 255)
 
@@ -44,6 +44,22 @@ def test_the_folder_of_an_evaluation_is_read_alike(tmp_path):
     (tmp_path / "z.png").write_bytes((DATA / "plain.png").read_bytes()[:80])
     with pytest.raises(ValueError, match=one_line("z.png")):
         list(measures._real(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 32, 3), (3, 48, 64, 3), (1, 8, 8, 3)])
+def test_a_strip_says_how_many_images_it_has(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    write_strip(images, tmp_path / "strip.png")
+    np.testing.assert_array_equal(read_strip(tmp_path / "strip.png"), images)
+
+
+def test_a_strip_of_an_earlier_version_has_square_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(tmp_path / "strip.png")
+    np.testing.assert_array_equal(read_strip(tmp_path / "strip.png"), images)
+    Image.fromarray(np.zeros((8, 21, 3), np.uint8)).save(tmp_path / "odd.png")
+    with pytest.raises(ValueError, match=one_line("odd.png", "21 pixels", "2 images")):
+        read_strip(tmp_path / "odd.png")
 
 
 def test_names_that_were_given_apart(tmp_path, monkeypatch):
