@@ -161,7 +161,7 @@ class Desk:
 
     def pair(self, run: Run) -> tuple[Pipeline, Pipeline]:
         """(base, erased) of a run's newest checkpoint; the last pair stays in memory, and shares untrained tensors."""
-        return self._kept("pair", (run.folder, run.step), lambda: dossier.opened(run.folder, self.load(run.plan)))
+        return self._kept("pair", run.identity, lambda: dossier.opened(run.folder, self.load(run.plan)))
 
     def _kept(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
         if self._models.get(what, (None,))[0] != key:
@@ -170,13 +170,15 @@ class Desk:
         return self._models[what][1]
 
     def images(
-        self, run: Run, strength: float, prompts: Sequence[str], seed: int, **how: Any
+        self, run: Run, strength: float, prompts: Sequence[str], seed: int | None, **how: Any
     ) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Images of a run's model with a part of the weight change: 0 is its base, 1 the erased model.
 
         An image depends on its prompt and the seed alone. Earlier images are kept. how: arguments of `sample`.
         """
-        wanted = [(prompt, run.folder, run.step, round(strength, 3), seed, *how.values()) for prompt in prompts]
+        if seed is None:
+            raise ValueError("Seed: give a whole number.")
+        wanted = [(prompt, *run.identity, round(strength, 3), seed, *how.values()) for prompt in prompts]
         if missing := [key for key in dict.fromkeys(wanted) if key not in self._images]:
             base, erased = self.pair(run)
             pipeline = base if strength == 0 else erased if strength == 1 else with_strength(erased, strength)

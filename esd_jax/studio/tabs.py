@@ -183,7 +183,7 @@ def attack(page: "Page") -> None:
         with gr.Column(**FORM):
             names = gr.CheckboxGroup(ATTACK_NAMES, value=[ATTACK_NAMES[0]], label="Attacks", elem_id="attacks")
             with gr.Row():
-                budget = gr.Dropdown(["emoji", "paper"], value="emoji", label="Budget", min_width=110)
+                budget = gr.Dropdown([("the model's", ""), "emoji", "paper"], value="", label="Budget", min_width=110)
                 seeds = gr.Number(4, label="Seeds", precision=0, minimum=1, min_width=90, elem_id="seeds")
                 updates = BOX(label="Updates", placeholder="budget's", min_width=90, elem_id="attack-updates")
             random = gr.Checkbox(False, label="Also attack random weights, as a baseline")

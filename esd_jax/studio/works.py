@@ -17,6 +17,7 @@ from esd_jax.studio.jobs import MISTAKES, Desk, Job
 from esd_jax.training import run_folder
 
 PREVIEWS = 12  # of a run whose preview_every is left to the studio
+OWN = ("base", "concept", "kind", "output_dir")  # fields that the form has, or that the studio chooses
 STRENGTHS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # of the curve
 
 
@@ -28,6 +29,8 @@ def plan(base: str, concept: str, kind: str = "", more: str = "", **fields: Any)
         fields |= tomllib.loads(more or "")
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"Further fields: {error}. Write NAME = VALUE, one per line, and texts in quotes.") from None
+    if taken := [name for name in OWN if name in fields]:
+        raise ValueError(f"Further fields: {taken[0]} is set by the form, or by the studio. Leave it out.")
     types, values = recipe.field_types(), {name: v for name, v in fields.items() if v not in (None, "")}
     values = {name: number(v, name) if types.get(name) in (int, float) else v for name, v in values.items()}
     planned = api.planned(base, concept, kind=kind or None, **values)
@@ -75,12 +78,15 @@ def _train(desk: Desk, planned: Recipe, title: str, **how: Any) -> Job:
 
 
 def attack(
-    desk: Desk, run: Run, names: Sequence[str], budget: str, seeds: int, updates: str = "",
+    desk: Desk, run: Run, names: Sequence[str], budget: str, seeds: int | None, updates: str = "",
     random: bool = False, afresh: bool = False, prompts: str = "", detector: str = "",
 ) -> Job:  # fmt: skip
-    """Attacks a run. updates: of each search, in place of the budget's. afresh: discards earlier results."""
+    """Attacks a run. budget: "" is the one that goes with the base. updates: of each search, in place of the budget's.
+    afresh: discards earlier results."""
     if not names:
         raise ValueError("Choose at least one attack.")
+    if seeds is None:
+        raise ValueError("Seeds: give a whole number.")
     if not testbed.of(run.plan.base) and not prompts.strip():
         raise ValueError(f"{run.plan.base} needs prompts that name the concept, and a detector: see Another model.")
     searches = [name for name in names if "steps" in attacks.ATTACKS[name].__dataclass_fields__]
@@ -95,8 +101,8 @@ def attack(
         if afresh:
             shutil.rmtree(evidence / "attacks", ignore_errors=True)
         dossier.attack(
-            base, erased, names, output_dir=evidence, budget=budget, settings=settings, seeds=seeds, random=random,
-            goal=goal, judge=detector_name,
+            base, erased, names, output_dir=evidence, budget=budget or None, settings=settings, seeds=seeds,
+            random=random, goal=goal, judge=detector_name,
         )  # fmt: skip
 
     return desk.start(Job("attack", f"Attacking {run.name}", run.folder), work)
@@ -114,8 +120,10 @@ def report(desk: Desk, run: Run, protocol: str = "") -> Job:
     return desk.start(Job("report", f"Writing the report on {run.name}", run.folder), work)
 
 
-def curve(desk: Desk, run: Run, images: int) -> Job:
+def curve(desk: Desk, run: Run, images: int | None) -> Job:
     """Measures the detection rate and the retention over the strength of the weight change."""
+    if images is None:
+        raise ValueError("Images: give a whole number.")
     if not (bed := testbed.of(run.plan.base)):
         raise ValueError(f"For a model that is not in the package: esd-jax evaluate {run.folder} --strengths=0,0.5,1")
 

@@ -2,11 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from messages import one_line
 
-from esd_jax import progress
+from esd_jax import progress, recipe
+from esd_jax.erasure import Erasure
+from esd_jax.runs.listing import Run
 from esd_jax.studio import jobs, views, works
 from esd_jax.studio.jobs import Desk, Job
 from esd_jax.training.loop import Stopped
@@ -128,6 +131,25 @@ def test_the_bar_shows_the_state_of_a_job(desk, monkeypatch):
     assert "failed · no space left<" in views.bar(job, None)
 
 
+def test_an_empty_number_is_asked_for(desk):
+    with pytest.raises(ValueError, match=one_line("Seed", "whole number")):
+        desk.images(SimpleNamespace(), 1.0, ["a cat"], None)
+    with pytest.raises(ValueError, match=one_line("Seeds", "whole number")):
+        works.attack(desk, SimpleNamespace(), ["p4d"], "", None)
+    with pytest.raises(ValueError, match=one_line("Images", "whole number")):
+        works.curve(desk, SimpleNamespace(), None)
+
+
+def test_a_later_run_in_a_folder_of_the_same_name_is_another_one(tmp_path):
+    def made():
+        (tmp_path / "run.json.partial").touch()
+        (tmp_path / "run.json.partial").rename(tmp_path / "run.json")
+        return Run(tmp_path, Erasure(), recipe.make(concept="x"), 0)
+
+    first = made()
+    assert first.identity == Run(tmp_path, Erasure(), first.plan, 0).identity != made().identity
+
+
 def test_what_is_empty_says_what_to_do():
     for view in (views.previews, views.attacked, views.report, views.written, views.details):
         assert 'class="empty"' in view(None, None), view
@@ -158,6 +180,9 @@ def test_a_recipe_from_the_forms():
         ({"more": "subset = esd-x"}, ["Further fields", "texts in quotes"]),
         ({"method": "uce", "steps": "5"}, ["steps", "uce"]),
         ({"kind": "attribute"}, ["from_"]),
+        ({"more": 'concept = "a dog"'}, ["Further fields", "concept", "Leave it out"]),
+        ({"more": 'kind = "object"'}, ["Further fields", "kind"]),
+        ({"more": 'output_dir = "x"'}, ["Further fields", "output_dir"]),
     ],
 )
 def test_a_mistake_in_the_forms_ends_in_one_line(given, words):
