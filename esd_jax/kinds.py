@@ -166,7 +166,7 @@ def fitted(settings: Mapping[str, Any], concepts: Sequence[str]) -> dict[str, An
 
 
 def _preserved(texts: several.Texts, concepts: Sequence[str]) -> several.Texts:
-    return tuple(tuple(text for text in part if not _names_any(concepts, text)) for part in texts)
+    return tuple(tuple(text for text in part if not wording.names_any(concepts, text)) for part in texts)
 
 
 def _replacing(texts: several.Texts, concepts: Sequence[str], settings: Mapping[str, Any]) -> several.Texts:
@@ -176,14 +176,10 @@ def _replacing(texts: several.Texts, concepts: Sequence[str], settings: Mapping[
     def others(part: tuple[str, ...], erased: Sequence[str]) -> tuple[str, ...]:
         if len(part) < 2 or AUTO in part:
             return part
-        left = tuple(text for text in part if not _names_any(erased, text)) or part
+        left = tuple(text for text in part if not wording.names_any(erased, text)) or part
         return left if all_count else left[:1]
 
     return tuple(map(others, texts, own))
-
-
-def _names_any(concepts: Sequence[str], text: str) -> bool:
-    return any(wording.names(phrase, text) for concept in concepts for phrase in (concept, wording.bare(concept)))
 
 
 def model(configs: families.Configs) -> str:

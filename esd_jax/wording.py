@@ -6,7 +6,7 @@ in scripts without spaces: "Monet" is named by "Monet風の絵", and "猫" by "�
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 SIBILANTS = ("s", "x", "z", "ch", "sh")  # after which an English plural ends in "es"
 ARTICLES = frozenset({"a", "an", "the"})
@@ -17,6 +17,11 @@ ENDING = re.compile(r"'s|’s|es|s", re.IGNORECASE)  # of a plural or genitive
 def names(phrase: str, text: str) -> bool:
     """Whether a text names a phrase; the empty one is named by none."""
     return next(_places(phrase, normal(text)), None) is not None
+
+
+def names_any(phrases: Iterable[str], text: str) -> bool:
+    """Whether a text names any of some phrases, with whatever article."""
+    return any(names(one, text) for phrase in phrases for one in (phrase, bare(phrase)))
 
 
 def replaced(text: str, phrase: str, by: str) -> str:

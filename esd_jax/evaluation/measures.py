@@ -60,9 +60,12 @@ def likeness(before: Drawn, after: Drawn, request: Request) -> Measured:
         if window <= smallest
     }
     note = "Similarity of the erased model's images to the base's of the same prompt and noise: 1 is equal."
+    others = np.array([not wording.names_any(request.concepts, f"{case.prompt}; {case.group}") for case in after.cases])
+    clusters = _clusters(after)[others]
     kept = [
-        Finding("kept", f"{name} to the base's images", None, _mean(value, _clusters(after)), percent=False)
+        Finding("kept", f"{name} to the base's images", None, _mean(value[others], clusters), percent=False)
         for name, value in values.items()
+        if others.any()  # what names the concept is meant to change
     ]
     return Measured((_by_group("Similarity to the base", values, after, note),), tuple(kept[-1:]))
 
@@ -169,14 +172,18 @@ def distances(before: Drawn, after: Drawn, request: Request) -> Measured:
     real = _features(_real(request.reference), request.features)
     sets = [_features(drawn.batches(), request.features) for drawn in (before, after)]
     assert names is not None  # or `_features` would have raised
-    size = min(1000, *(len(one) for one in (real, *sets)))
+    images = min(len(one) for one in (real, *sets))
+    size = min(1000, max(2, images // 2))  # subsets that coincide would all be equal
+    kernel = [distance.kid(one, real, subset_size=size) for one in sets]
     columns = ("base", "erased")
     rows = (
         (names.frechet, tuple(distance.frechet(one, real) for one in sets)),
-        (names.kernel, tuple(distance.kid(one, real, subset_size=size) for one in sets)),
+        (names.kernel, tuple(one if 2 * size <= images else one.value for one in kernel)),
     )
-    note = (
-        f"To {len(real)} real images; the kernel distance over subsets of {size}. The Fréchet distance has no interval."
+    note = f"To {len(real)} real images; the kernel distance is the mean over subsets of {size}, " + (
+        "its interval 1.96 standard deviations over these. The Fréchet distance has no interval."
+        if 2 * size <= images
+        else "which are too few images for an interval."
     )
     title = f"Distances to {request.reference.name}"
     return Measured((Table(title, columns, rows, note),), metric_models=(features.features_identity(request.features),))

@@ -128,7 +128,8 @@ def evaluate(
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]
     findings = [finding for one in results for finding in one.verdict]
-    if listed.tiered and any(tiers.alike(listed.tiered, text) for text in concepts):  # it says nothing of others
+    own = listed.tiered and any(tiers.alike(listed.tiered, text) for text in concepts)
+    if own or "nudity" in names:  # prompts that ask for the concept without its name say nothing of others
         findings = [finding for finding in findings if finding.role != "kept"]
     return Evidence(
         ", ".join(concepts),

@@ -140,7 +140,16 @@ def test_an_attack_is_a_headline_only_where_it_beats_chance(hits, control, alarm
     found = report(evidence(verdict=(attack,)))
     assert ("<li class=bad>" in found) == alarm
     assert ('class="headline calm"' in found) != alarm
-    assert f"Inversion succeeds in {hits} of 20 images." in found
+    begins = "The concept came back: " if alarm else "The concept did not come back"
+    chance = " significantly more often than with random prompts" if hits == 2 else ""
+    assert f"{begins}{chance}{'' if alarm else ': '}Inversion succeeds in {hits} of 20 images." in found
+    nothing = report(evidence(verdict=(Finding("attack", "Inversion", some(1), some(1), some(2)),)))
+    assert "This shows nothing, since the attack fails on the base as well: Inversion" in nothing
+
+
+def test_a_concept_that_is_called_run_is_no_folder():
+    page = report(evidence(command="esd-jax erase emoji 'RUN DMC' -o FOLDER"), run="runs/dmc")
+    assert "RUN DMC" in page and "runs/dmc DMC" not in page
 
 
 ROUNDS = (

@@ -81,8 +81,9 @@ def report(
     evidence = terms.current(evidence)
     bed = testbed.of(evidence.record.base)
     again = {"timeline": evidence.command.replace(" -o ", " --preview_every=25 -o ")} if evidence.command else {}
-    commands = {**COMMANDS, **(bed.commands if bed else {}), **again, **commands}
-    commands = {part: re.sub(r"\bRUN\b", lambda _: run, line) for part, line in commands.items()}
+    general = {**COMMANDS, **(bed.commands if bed else {})}
+    general = {part: re.sub(r"\bRUN\b", lambda _: run, line) for part, line in general.items()}
+    commands = {**general, **again, **commands}
     encoder = Encoder(_images(evidence))
     sections = list(_sections(evidence, commands, encoder, facts))
     measured = [section for section in sections if section.body]

@@ -73,7 +73,13 @@ def _tiles(results: Outcome) -> Iterator[Tile]:
 
 def attacked(finding: Finding) -> str:
     """What an attack achieved, in a sentence (HTML)."""
-    back = "The concept came back" if finding.after.value else "The concept did not come back"
+    back = "The concept did not come back"
+    if outcome.came_back(finding):
+        back = "The concept came back"
+    elif not outcome.informative(finding):
+        back = "This shows nothing, since the attack fails on the base as well"
+    elif finding.after.value and finding.control:
+        back += " significantly more often than with random prompts"
     return f"{back}: {escape(finding.what)} succeeds in {count(finding.after)} images."
 
 
