@@ -18,6 +18,7 @@ from esd_jax.io.diffusers import source_hash, with_strength
 from esd_jax.pipeline import Pipeline
 
 TRIALS = "trials.json"
+OURS = ("base", "concept", "output_dir", "steps", "steps_each")  # fields that a search sets itself
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def search(
     steps: Sequence[int],
     strengths: Sequence[float] = (1.0,),
     folder: Path,
+    measured_with: Mapping[str, Any] | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
     **fields: Any,
 ) -> list[Trial]:
@@ -65,19 +67,24 @@ def search(
       steps: updates after which to measure.
       strengths: parts of the change to measure; 1 is the erasure itself.
       folder: gets trials.json, and each run as long as it is needed.
+      measured_with: names what distinguishes this metric from others: JSON values.
       progress: called with a line after each trial.
       **fields: those of all trials, for `erase`: config=, method=, ...
 
-    Raises ValueError for an empty grid, or a folder of another search.
+    Raises ValueError for an empty grid, a field of it that a search sets itself, or a folder of another search.
     """
     for strength in strengths:
         check_finite(strength=strength)
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not combinations or not steps or not strengths or min(steps) < 1:
         raise ValueError("a search needs values of every field, steps of 1 or more, and strengths")
+    if own := [field for field in grid if field in OURS]:
+        instead = "give steps" if own[0].startswith("steps") else "make a search for each"
+        raise ValueError(f"grid: {own[0]} is no field to vary: {instead}")
     for field in grid:
         recipe.check_field(field, fields.get("method", "esd"))
     identity = json.loads(json.dumps({"base": source_hash(base), "concept": concept, "fields": fields}))
+    identity |= {"measured_with": dict(measured_with)} if measured_with else {}
     record = results.read(folder / TRIALS, **identity) or {}
     if "kept" not in record:
         record["kept"] = metric(base)[1].value

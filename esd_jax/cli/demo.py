@@ -111,7 +111,8 @@ def run(values: flags.FlagValues) -> None:
 
 def timing(log: Path) -> str:
     """Compilation and step time, from the run's log."""
-    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    if not (seconds := [json.loads(line)["seconds"] for line in log.read_text().splitlines()]):
+        return "in closed form, without steps"
     step = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
     return f"{seconds[0]:.0f} s to compile and make the first step, then {step:.2f} s a step"
 

@@ -51,6 +51,7 @@ def run(values: flags.FlagValues) -> None:
         steps=steps,
         strengths=[finite(s, "--strengths") for s in values.strengths],
         folder=output,
+        measured_with=common.options(values, "images detector prompts"),
         progress=lambda trial: common.say(_line(trial)),
         **{k: v for k, v in changed.items() if v is not None},
     )

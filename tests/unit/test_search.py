@@ -50,11 +50,21 @@ def test_every_combination_is_tried_once_and_the_search_goes_on(made, tmp_path, 
     assert run(tmp_path) == trials and made[4:] == [(2.0, 100, False), (2.0, 200, True)]
     with pytest.raises(ValueError, match=one_line("trials.json", "other settings", "'fields'")):
         run(tmp_path, subset="kv")
+    run(tmp_path / "measured", measured_with={"images": 2})
+    with pytest.raises(ValueError, match=one_line("trials.json", "other settings", "'measured_with'")):
+        run(tmp_path / "measured", measured_with={"images": 200})
 
 
 def test_wrong_searches(made, tmp_path):
     with pytest.raises(ValueError, match=one_line("'etta'", "'eta'")):
         run(tmp_path, grid={"etta": [1.0]})
+    for field, words in (
+        ("concept", "make a search for each"),
+        ("steps", "give steps"),
+        ("output_dir", "no field to vary"),
+    ):
+        with pytest.raises(ValueError, match=one_line(f"grid: {field}", words)):
+            run(tmp_path, grid={field: ["x"]})
     for changes in ({"grid": {"eta": []}}, {"steps": []}, {"steps": [0]}, {"strengths": ()}):
         with pytest.raises(ValueError, match="a search needs"):
             run(tmp_path, **changes)
