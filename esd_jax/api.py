@@ -14,6 +14,7 @@ from esd_jax import compile_cache, conditionings, exports, kinds, loading, recip
 from esd_jax.diffusion.rules import Rule
 from esd_jax.erasure import Concept
 from esd_jax.idle import check_idle
+from esd_jax.inputs import expanded
 from esd_jax.loading import architecture, load, opened, restore
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
@@ -98,7 +99,7 @@ def erase(
     if TYPE_CHECKING:
         completed(**recipe_fields)  # whence Jedi takes their names
     owned = not isinstance(base, Pipeline) and stop_when is None
-    base, plan = begun(base, concept, kind, config, recipe_fields)
+    base, plan = begun(base, concept, kind, config, recipe_fields, resume)
     known = [*recipe_fields, *(["steps_each"] if plan.steps_each else [])]  # the caller's, or the config's
     if few := several.shared_steps(plan.training.steps, len(plan.concepts), known):
         warnings.warn(few, stacklevel=2)
@@ -144,21 +145,21 @@ def erase_each(
     if TYPE_CHECKING:
         completed(**recipe_fields)
     owned = not isinstance(base, Pipeline)
-    base, plan = begun(base, concept, kind, config, recipe_fields)
+    base, plan = begun(base, concept, kind, config, recipe_fields, resume)
     options = {"resume": resume, "overwrite": overwrite, "at_once": at_once}
     return each.run_each(base, plan, offload_base=owned, **options)
 
 
 def begun(
-    base: Pipeline | str | Path, concept: Any, kind: str | None, config: str | None, fields: Any
+    base: Pipeline | str | Path, concept: Any, kind: str | None, config: str | None, fields: Any, resume: bool = False
 ) -> tuple[Pipeline, recipe.Recipe]:
-    """The loaded base, and the recipe with what is chosen on it."""
+    """The loaded base, and the recipe with what is chosen on it. resume: the base is read as the run's record says."""
     compile_cache.use()
     if not isinstance(base, Pipeline) and loading.is_run(base):
         base = load(base)
     plan = planned(base, concept, kind=kind, config=config, **fields)
     if not isinstance(base, Pipeline):
-        base = load(base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+        base = loading.base_of(plan, expanded(plan.output_dir) if resume and plan.output_dir else None, base)
     elif "dtype" in fields and jnp.dtype(plan.dtype) != base.dtype:
         raise ValueError(f"the base computes in {jnp.dtype(base.dtype).name}: load it with dtype={plan.dtype!r}")
     came = base.provenance

@@ -100,6 +100,8 @@ def _checkpoint(source: str | Path, dtype: Any = "float32", **reading: Any) -> P
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(f"dtype={dtype!r} is unknown; choose float32 or bfloat16") from None
+    if dtype == jnp.float16:  # in which activations of SDXL's autoencoder overflow
+        raise ValueError("dtype=float16 is not implemented: choose float32 or bfloat16; the files may have any")
     pipeline = diffusers.load(folder, dtype=dtype, **reading)
     return dataclasses.replace(pipeline, provenance=dataclasses.replace(pipeline.provenance, source=str(source)))
 
@@ -206,6 +208,24 @@ def _is_changed(base: Pipeline) -> bool:
     return any(not np.array_equal(value, plain[name]) for name, value in base.edits.items())
 
 
+def base_of(
+    plan: recipe.Recipe, folder: Path | None = None, base: str | Path | None = None, **reading: Any
+) -> Pipeline:
+    """The base of a recipe.
+
+    Args:
+      folder: of a run, or of runs of one base, whose records say how a single file was read (`config`, `ema`).
+      base: where it lies now, if it has moved.
+      **reading: of `load`, in place of what recipe and record say.
+    """
+    source = base or plan.base
+    recorded = {"dtype": plan.dtype, "variant": plan.variant, "revision": plan.revision}
+    if folder and expanded(source).is_file():
+        there = [place for place in (folder, *(file.parent for file in folder.glob("*/run.json"))) if is_run(place)]
+        recorded |= runs.reading(there[0]) if there else {}
+    return load(source, **(recorded | reading))
+
+
 def restore(
     folder: str | Path, step: int | None = None, *, base: Pipeline | str | Path | None = None, **reading: Any
 ) -> Pipeline:
@@ -239,9 +259,8 @@ def restore(
     else:
         if base is not None:
             check_base(base, plan.base)
-        recorded = {"dtype": plan.dtype, "variant": plan.variant, "revision": plan.revision}
         try:
-            loaded = load(base or plan.base, **(recorded | reading))
+            loaded = base_of(plan, folder, base, **reading)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} (if the base of {folder} has moved, say where it is: base)") from error
     if (actual := diffusers.source_hash(loaded)) != record.base_sha256:

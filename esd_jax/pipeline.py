@@ -47,7 +47,7 @@ class Provenance:
 
     source: what the user named (a folder, a hub id, "emoji", a single file); folder: where its files lie.
     file: the one file that holds all weights, if they came from such a one; `folder` has then the configs alone.
-    config: of `file`, the architecture that `load` was called with.
+    config, ema: of `file`, as `load` was called: its architecture, and whether the moving average was read.
     variant, revision: of the files, as diffusers means them.
     tensors: "DENOISER/NAME" -> its place, so that full precision and untouched bytes can be read again.
     erased: every erasure that it went through (concepts, recipe, versions), oldest first.
@@ -57,6 +57,7 @@ class Provenance:
     folder: Path | None = None
     file: Path | None = None
     config: str | Path | None = None
+    ema: bool = False
     variant: str | None = None
     revision: str | None = None
     tensors: Mapping[str, TensorFile] = field(default_factory=dict, repr=False)

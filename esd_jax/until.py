@@ -226,7 +226,7 @@ def erase(
     if resume and (besides := [name for name, value in begin.items() if value]):
         raise ValueError(f"resume goes on with the run in the folder: leave {besides[0]} out")
     which = {name: fields.pop(name, None) for name in ("kind", "config")}
-    base, plan = api.begun(base, concept, **which, fields={**fields, "output_dir": str(output_dir)})
+    base, plan = api.begun(base, concept, **which, fields={**fields, "output_dir": str(output_dir)}, resume=resume)
     texts = [one.text for one in plan.concepts]
     own = metric is None and goal is None
     if metric is None:

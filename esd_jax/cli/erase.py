@@ -144,7 +144,7 @@ def _chosen(values: flags.FlagValues, parsed: words.Words) -> str:
 
 
 def run(values: flags.FlagValues) -> None:
-    from esd_jax import api, dossier, examples, exports, fusion, hosts, recipe, runs
+    from esd_jax import api, dossier, examples, exports, fusion, hosts, loading, recipe, runs
     from esd_jax.idle import check_idle
     from esd_jax.planning.plan import compared
     from esd_jax.runs import each, replacements, setup
@@ -179,7 +179,7 @@ def run(values: flags.FlagValues) -> None:
         return
     formats = chosen(values.export, "export")
     size = dry_run.planned(counted, *together)
-    base = api.load(plan.base, dtype=plan.dtype, variant=plan.variant, revision=plan.revision)
+    base = loading.base_of(plan, expanded(str(plan.output_dir)) if values.resume else None)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
     asked, plan = plan, replacements.resolved(base, plan)

@@ -62,7 +62,7 @@ def _base(values: flags.FlagValues) -> Any:
         raise ValueError(f"{first} is no run, so it does not say what it was erased from: give --base")
     record, local = runs.read(expanded(first))
     plan = recipe.make(**{**(record.recipe or {}), **local})
-    return api.load(plan.base, variant=plan.variant, revision=plan.revision)
+    return loading.base_of(plan, expanded(first), dtype="float32")
 
 
 EXAMPLES = ("esd-jax fuse runs/cat runs/rose runs/pizza -o runs/three.safetensors --format=delta",)

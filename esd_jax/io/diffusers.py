@@ -154,7 +154,7 @@ def _load_file(path: Path, dtype: np.dtype, sharding: Placement, config: str | P
         net = network(network_config, dtype.name)
         places = {tensor: (header, sources[f"{name}/{tensor}"]) for tensor in net.shapes}
         params[name] = read_network(name, net, places, dtype, sharding)
-    provenance = Provenance(str(path), folder, path, config=config, tensors=sources, erased=records)
+    provenance = Provenance(str(path), folder, path, config, ema, tensors=sources, erased=records)
     return Pipeline(params, configs, tokenizers, schedule, index, dtype, provenance)
 
 

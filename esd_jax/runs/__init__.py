@@ -30,6 +30,7 @@ from esd_jax.runs.record import EVIDENCE as EVIDENCE
 from esd_jax.runs.record import check_measured as check_measured
 from esd_jax.runs.record import describe
 from esd_jax.runs.record import read as read
+from esd_jax.runs.record import reading as reading
 from esd_jax.runs.setup import Setup, assemble
 from esd_jax.training import run_folder
 from esd_jax.training.holding import held_from

@@ -16,7 +16,7 @@ from esd_jax.io.images import read_images, write_strip
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
 from esd_jax.runs import sessions
-from esd_jax.runs.record import EVIDENCE, read
+from esd_jax.runs.record import EVIDENCE, READING, read, reading, reading_of
 from esd_jax.runs.setup import files_of
 from esd_jax.sampling import sample
 from esd_jax.training import run_folder
@@ -52,6 +52,8 @@ def begin(
     """
     meta = {k: v for k, v in (record.recipe or {}).items() if k not in NOT_COMPUTED}
     meta["base_sha256"] = record.base_sha256
+    if how := reading_of(base):  # two readings of one file may predict different things
+        meta["prediction_type"] = base.schedule.prediction_type
     if plan.images:
         pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
         meta["images_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
@@ -60,7 +62,7 @@ def begin(
     if resume and (started := read(folder)[0].started_from):
         record = dataclasses.replace(record, started_from=started)
     if hosts.is_primary() and not resume:
-        run_folder.write_record(folder, _private(record, plan))
+        run_folder.write_record(folder, _private(record, plan, how))
     keep = max(least, plan.training.keep_checkpoints)
     return record, stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
 
@@ -100,7 +102,7 @@ def log(
     if not hosts.is_primary():
         return None
     if resume:
-        run_folder.write_record(folder, _private(record, plan))
+        run_folder.write_record(folder, _private(record, plan, reading(folder)))
     if not resume or step < plan.training.steps:
         sessions.begin(folder, seconds, runs)
         set_results_aside(folder, step)
@@ -127,10 +129,11 @@ def set_results_aside(folder: Path, step: int) -> None:
     warnings.warn(f"what was measured after {updates} is in {aside} now: evaluate again", stacklevel=2)
 
 
-def _private(record: Erasure, plan: Recipe) -> dict[str, Any]:
-    """A run's own file, which unlike its exports records paths on this machine."""
+def _private(record: Erasure, plan: Recipe, how: dict[str, Any]) -> dict[str, Any]:
+    """A run's own file, which unlike its exports records paths on this machine. how: its base is read."""
     fields = plan.flat()
-    return {**record.to_dict(), "local": {name: fields[name] for name in ("base", "images", *files_of(plan))}}
+    local = {name: fields[name] for name in ("base", "images", *files_of(plan))}
+    return {**record.to_dict(), **({READING: how} if how else {}), "local": local}
 
 
 def previews(base: Pipeline, plan: Recipe, folder: Path) -> Callable[[int, Pipeline], None]:

@@ -16,6 +16,7 @@ from esd_jax.recipe import Recipe
 from esd_jax.runs.setup import files_of
 from esd_jax.training import run_folder
 
+READING = "reading"  # beside the record in `run.json`, as "local" is
 EVIDENCE = "evidence"  # the folder of a run's evaluation results, in parts
 
 
@@ -44,8 +45,22 @@ def read(folder: Path) -> tuple[Erasure, dict[str, Any]]:
     Raises FileNotFoundError, or ValueError if it holds no JSON object.
     """
     content = read_json(folder / "run.json")
+    content.pop(READING, None)
     local = content.pop("local", {})
     return Erasure.from_dict(content), local
+
+
+def reading(folder: Path) -> dict[str, Any]:
+    """How a run's base is read, beside what its recipe says: `config` and `ema` of a single file, as arguments of
+    `load`. Raises as `read` does."""
+    return dict(read_json(folder / "run.json").get(READING, {}))
+
+
+def reading_of(base: Pipeline) -> dict[str, Any]:
+    """What `reading` is for a run on a base."""
+    config, ema = base.provenance.config, base.provenance.ema
+    given = {"config": str(expanded(config).absolute()) if config and expanded(config).exists() else config, "ema": ema}
+    return {name: value for name, value in given.items() if value}
 
 
 def check_measured(folder: Path, erased: Pipeline, concepts: Sequence[str], *, every: bool = False) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from esd_jax import api, dossier, progress
+from esd_jax import dossier, progress, runs
 from esd_jax.evaluation import testbed
 from esd_jax.io.diffusers import with_strength
+from esd_jax.loading import base_of, is_run
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs.listing import Run
@@ -155,9 +156,10 @@ class Desk:
             yield
 
     def load(self, plan: Recipe) -> Pipeline:
-        """The base of a recipe; the last one stays in memory."""
-        reading = {"dtype": plan.dtype, "variant": plan.variant, "revision": plan.revision}
-        return self._kept("base", (plan.base, reading), lambda: api.load(plan.base, **reading))
+        """The base of a recipe, read as its run's record says if there is one; the last one stays in memory."""
+        folder = Path(plan.output_dir) if plan.output_dir and is_run(plan.output_dir) else None
+        reading = (plan.base, plan.dtype, plan.variant, plan.revision, runs.reading(folder) if folder else {})
+        return self._kept("base", reading, lambda: base_of(plan, folder))
 
     def pair(self, run: Run) -> tuple[Pipeline, Pipeline]:
         """(base, erased) of a run's newest checkpoint; the last pair stays in memory, and shares untrained tensors."""

@@ -235,7 +235,7 @@ def trained(monkeypatch):
         record = Erasure.from_dict({"concepts": [{"text": "a cat"}], "step": plan.training.steps})
         then(SimpleNamespace(steps=plan.training.steps, provenance=SimpleNamespace(erased=(record,))))
 
-    def begun(base, concept, kind, config, fields):
+    def begun(base, concept, kind, config, fields, resume):
         calls.append({"config": config, **fields})
         return base, Plan((SimpleNamespace(text=concept),), Training(fields["steps"]))
 
