@@ -83,7 +83,7 @@ class Tokenizer:
         A prompt that is too long is cut as diffusers cuts it, with one warning that names the lost words. With
         `strict`, for concepts, it is a ValueError: a concept must be erased as it is written.
         """
-        prompts, most = list(prompts), self.max_length - 2
+        prompts, most = list(prompts), self.room
         words = [self.words(prompt) for prompt in prompts]
         self._check_lengths(prompts, words, most, strict)
         options = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
@@ -93,6 +93,20 @@ class Tokenizer:
             if self.expansions.keys() & set(ids):
                 row[:] = [start, *ids[:most], end, *[pad] * (most - len(ids))]
         return padded
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a prompt are read."""
+        return self.max_length - 2
+
+    def shortened(self, prompt: str) -> str:
+        """A prompt without the words that are not read."""
+        ids = self.words(prompt)
+        for most in range(min(self.room, len(ids)), 0, -1):  # decoded, they may be a token more
+            text = prompt if most == len(ids) else self.backend.decode(ids[:most]).strip()
+            if len(self.words(text)) <= self.room:
+                return text
+        return ""
 
     def words(self, prompt: str) -> list[int]:
         """The token ids of a prompt alone, all of them, without start, end and padding.
@@ -111,7 +125,7 @@ class Tokenizer:
             lost = self.backend.decode(ids[most:]).strip()
             message = f"the text encoder reads {most} tokens, so these words are lost: {lost!r}"
             if strict:
-                raise ValueError(f"concept {prompt!r} is too long: {message}; use a shorter concept")
+                raise ValueError(f"{prompt!r} is too long to be erased, or kept, as it is: {message}; use fewer words")
             warnings.warn(f"prompt {prompt!r} is too long: {message}", PromptTruncated, stacklevel=3)
 
 
@@ -144,13 +158,17 @@ class T5Tokenizer(Tokenizer):
 
     def __call__(self, prompts: Sequence[str], *, strict: bool = False) -> Int[np.ndarray, "batch tokens"]:
         """Token ids, with the end token, padded to `max_length`; `strict` as in `Tokenizer`."""
-        prompts, most = list(prompts), self.max_length - 1
+        prompts, most = list(prompts), self.room
         words = [self.words(prompt) for prompt in prompts]
         self._check_lengths(prompts, words, most, strict)
         padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
         for row, ids in zip(padded, words, strict=True):
             row[: len(ids[:most]) + 1] = [*ids[:most], self.end]
         return padded
+
+    @property
+    def room(self) -> int:
+        return self.max_length - 1
 
     def words(self, prompt: str) -> list[int]:
         """The token ids of a prompt alone, all of them, without the end token and padding."""
@@ -184,6 +202,11 @@ class Qwen3Tokenizer(Tokenizer):
         """How many stand behind them."""
         return len(self.words(BEHIND))
 
+    @property
+    def room(self) -> int:
+        """How many tokens of a prompt are read together with all of the chat."""
+        return max(self.max_length - self.before - self.behind, 0)
+
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> "Qwen3Tokenizer":
         """Reads `tokenizer.json`, whose model_max_length does not matter: diffusers pads to `max_length`, too.
@@ -209,7 +232,7 @@ class Qwen3Tokenizer(Tokenizer):
         that leaves no room for all of it is refused.
         """
         prompts = list(prompts)
-        most = max(self.max_length - self.before - (self.behind if strict else 0), 0)
+        most = self.room if strict else max(self.max_length - self.before, 0)
         self._check_lengths(prompts, [self.words(prompt) for prompt in prompts], most, strict)
         padded = np.full((len(prompts), self.max_length), self.pad, np.int32)
         for row, prompt in zip(padded, prompts, strict=True):

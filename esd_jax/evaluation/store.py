@@ -117,8 +117,8 @@ def _qualified(parts: list[Evidence]) -> list[Evidence]:
 def _label(part: Evidence, parts: Sequence[Evidence]) -> str:
     """The name of a part's protocol; where several parts have it, with its list of prompts or how many images."""
     name, images = _protocol(part)
-    several = sum(_protocol(other)[0] == name for other in parts) > 1
-    return ", ".join(filter(None, (name, several and (listed(part) or images))))
+    alone = sum(_protocol(other)[0] == name for other in parts) < 2
+    return ", ".join(filter(None, (name, "" if alone else listed(part) or images)))
 
 
 def _protocol(part: Evidence) -> tuple[str, str]:

@@ -111,8 +111,9 @@ def fuse(
     shapes = {f"{base.denoiser}/{name}": shape for name, shape in net.shapes.items()}
     matrices = [moments.joined(change, layers, shapes) for change in changes]
     everything = [concept for of_part, _ in concepts for concept in of_part]
-    kept = corpora.retained(retain, everything, ["", *_preserved(everything)])
-    tools, own = make_tools(base, Recipe(), sharding.make_mesh(1)), [_prompts(retain, *one) for one in concepts]
+    tools = make_tools(base, Recipe(), sharding.make_mesh(1))
+    kept = corpora.retained(retain, everything, ["", *_preserved(everything)], tools.tokens)
+    own = [_prompts(retain, *one, tools.tokens) for one in concepts]
     read = partial(_read, base, tools, layers)
     of_own = [read(part, prompts, samples, seed + i) for i, (part, prompts) in enumerate(zip(parts, own, strict=True))]
     of_kept = read(base, kept, RETAINED * samples, seed + len(parts))
@@ -238,7 +239,7 @@ def _concepts(base: Pipeline, part: Pipeline) -> tuple[list[Concept], str | None
     return concepts, " | ".join(sentences) or None
 
 
-def _prompts(retain: str, concepts: Sequence[Concept], sentences: str | None) -> dict[str, float]:
+def _prompts(retain: str, concepts: Sequence[Concept], sentences: str | None, tokens: Any) -> dict[str, float]:
     """The prompts that a part is to be read from as it was trained: prompt -> weight, as in the corpus."""
     weights = corpora.prompts(retain)
     left = set(corpora.without(list(weights), [concept.text for concept in concepts]))
@@ -247,4 +248,4 @@ def _prompts(retain: str, concepts: Sequence[Concept], sentences: str | None) ->
     parsed = contexts.parse(sentences)
     texts = [concept.erased_from for concept in concepts]
     texts += [context.prompt.replace(contexts.NAME, concept.text) for concept in concepts for context in parsed]
-    return {**dict.fromkeys(texts, average), **holding}
+    return {**dict.fromkeys(texts, average), **corpora.cut(holding, tokens)}

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from esd_jax.inputs import check_text, expanded
 from esd_jax.io import safetensors
 from esd_jax.io.recognised import described
+from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.pipeline import Pipeline
 from esd_jax.text import Tokenizer
 
@@ -78,6 +79,8 @@ def _read(pipeline: Pipeline, path: Path) -> tuple[Mapping[str, Float[np.ndarray
             raise ValueError(f"{path}: {_foreign(header, key)}")
         array = safetensors.read(header, key).astype(np.float32)
         embeddings[encoder] = array[None] if array.ndim == 1 else array
+    if others := [name for name in pipeline.text_encoders if not isinstance(pipeline.configs[name], CLIPTextConfig)]:
+        raise ValueError(f"{path}: words are taught to CLIP alone, and this checkpoint also reads by {others[0]}")
     widths = {encoder: pipeline.configs[encoder].hidden_size for encoder in pipeline.text_encoders}
     fits = {encoder: rows.shape[-1] for encoder, rows in embeddings.items() if rows.ndim == 2 and len(rows)} == widths
     if not fits or len({len(rows) for rows in embeddings.values()}) != 1:

@@ -156,6 +156,8 @@ def locate(header: Header, configs: Mapping[str, NetworkConfig], *, ema: bool = 
         shapes = tensors.torch_shapes(network(config, "float32"))
         for name, place in places.items():
             key = next((key for key in _spellings(place.key) if key in entries), None)
+            if key is None and place.transposed and f"{place.key}.weight" in entries:  # a linear layer's, of converters
+                key, place = f"{place.key}.weight", replace(place, transposed=False)
             if key is not None:
                 sources[name] = place.within(path, key)
         missing = [name for name in places if name not in sources]

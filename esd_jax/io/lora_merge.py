@@ -86,8 +86,16 @@ def merge_lora(pipeline: Pipeline, path: str | Path, strength: float = 1.0) -> P
     return pipeline.with_edits(edits, erasure)
 
 
+CHECKPOINT = "model.diffusion_model.input_blocks.0.0.weight"  # a UNet's own tensor
+
+
 def is_lora(header: Header) -> bool:
-    """Whether a file's keys are those of a LoRA, or of a kind that `merge_lora` refuses by name."""
+    """Whether a file's keys are those of a LoRA, or of a kind that `merge_lora` refuses by name.
+
+    A checkpoint in which a trainer left some is none.
+    """
+    if CHECKPOINT in header.entries:
+        return False
     ending = tuple(end for end, part in ENDINGS.items() if part not in ("alpha", "scale"))  # which others have, too
     start = ("lora_unet_", "lora_te", "lycoris_")
     part = (".lora_", *(marker for marker in OTHER_KINDS if marker != CONTROL))

@@ -86,7 +86,7 @@ class OCE:
         last = lambda texts: jnp.stack([encoded[text].vectors[encoded[text].last] for text in texts])  # noqa: E731
         old, guides = last(phrases), list(dict.fromkeys(c.anchor for c in concepts))
         width = old.shape[1]
-        moment = corpora.word_moment(tools, corpora.retained(self.retain, concepts))
+        moment = corpora.word_moment(tools, corpora.retained(self.retain, concepts, tokens=tools.tokens))
         scales = (self.erase_scale, self.corpus_scale, self.preserve_scale, self.lam)
         return Solver(), Inputs(
             old, last(guides), last(kept) if kept else jnp.zeros((0, width)),

@@ -153,7 +153,7 @@ class Redirect(RoundsSettings):
         rounds.check(self, tools, searched)
         pairs = [pair for concept in concepts for pair in self.prompts(concept)]
         named, anchors = zip(*pairs, strict=True)
-        kept = self.others(concepts) or list(anchors)
+        kept = self.others(concepts, tools) or list(anchors)
         encoded, replaced, others = (stacked(tools, prompts) for prompts in (named, anchors, kept))
         spread = jax.tree.map(lambda a: self.redirect_spread * jnp.std(a.astype(jnp.float32), axis=0), others)
         each = [self._drawn(tools, concept, away) for concept in concepts]
@@ -180,13 +180,13 @@ class Redirect(RoundsSettings):
         named, anchors = zip(*self.prompts(concept), strict=True)
         return Prompts([template for template, _ in self.prompts(replace(concept, text=NAME))], named, anchors)
 
-    def others(self, concepts: Sequence[Concept]) -> list[str]:
+    def others(self, concepts: Sequence[Concept], tools: Tools) -> list[str]:
         """The other prompts. Raises ValueError, or OSError, as `corpora.prompts` does."""
         kept = list(dict.fromkeys(text for concept in concepts for text in concept.preserve))
         if self.retain is None:
             return kept
         rng = np.random.default_rng(self.drawing_seed)
-        return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts), OTHERS, rng)]
+        return [*kept, *corpora.drawn(corpora.retained(self.retain, concepts, tokens=tools.tokens), OTHERS, rng)]
 
     def _drawn(
         self, tools: Tools, concept: Concept, away: str

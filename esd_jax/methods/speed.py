@@ -82,7 +82,8 @@ class SPEED:
             raise ValueError(f"centres={self.centres} is more than the empty prompt's {most} vectors behind the first")
         sentences = contexts.parse(self.contexts)
         erased = [(pair, concept.strength) for concept in concepts for pair in closed_form.prompts(concept, sentences)]
-        kept, named = list(corpora.retained(self.retain, concepts)), closed_form.preserved(concepts)
+        kept = list(corpora.retained(self.retain, concepts, tokens=tools.tokens))
+        named = closed_form.preserved(concepts)
         encoded = closed_form.encode(tools, concepts, [*(text for pair, _ in erased for text in pair), *kept, *named])
         edit = closed_form.edit(
             [(*closed_form.aligned(encoded[a], encoded[b], self.tokens), s / len(erased)) for (a, b), s in erased], 1.0

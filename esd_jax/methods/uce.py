@@ -185,7 +185,7 @@ def of_both(
 ) -> Float[np.ndarray, "width width"]:
     """The second moment of a corpus, and of preserved prompts, which all together count as much as it."""
     named, empty = [text for text in kept if text], [text for text in kept if not text]
-    moment = corpora.moment(tools, corpora.retained(retain, concepts, empty), space.vectors)
+    moment = corpora.moment(tools, corpora.retained(retain, concepts, empty, tools.tokens), space.vectors)
     return moment + corpora.moment(tools, dict.fromkeys(named, 1.0), space.vectors) if named else moment
 
 

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from esd_jax import inputs, prompt_files, results
 from esd_jax.erasing.closed_form import ENCODED_AT_ONCE, last_tokens
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.method import Tools
+from esd_jax.text import PromptTruncated, Tokenizer
 from esd_jax.wording import ARTICLES
 
 NAMES = ("emoji", "general")
@@ -80,8 +82,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ()) -> dict[str, float]:
+def retained(
+    name: str, concepts: Sequence[Concept], others: Sequence[str] = (), tokens: Any = None
+) -> dict[str, float]:
     """A corpus without the concepts, and other prompts of average weight: prompt -> weight.
+
+    tokens: the tokenizer. Prompts of the corpus that are longer than what it reads are cut, as they are in sampling.
 
     Raises ValueError where nothing of the corpus is left, and ValueError, or OSError, as `prompts` does.
     """
@@ -91,7 +97,21 @@ def retained(name: str, concepts: Sequence[Concept], others: Sequence[str] = ())
         raise ValueError(
             f"retain={name!r}: each of its {len(weights)} prompts has a word of {', '.join(map(repr, erased))}"
         )
-    return {**dict.fromkeys(others, sum(left.values()) / len(left)), **left}
+    return {**dict.fromkeys(others, sum(left.values()) / len(left)), **cut(left, tokens)}
+
+
+def cut(weights: Mapping[str, float], tokens: Any) -> Mapping[str, float]:
+    """The prompts without what a tokenizer does not read, and with a warning that says of how many it is."""
+    if not isinstance(tokens, Tokenizer):  # of shapes alone there is none
+        return weights
+    shorter: dict[str, float] = {}
+    for text, weight in weights.items():
+        read = tokens.shortened(text)
+        shorter[read] = shorter.get(read, 0) + weight
+    if count := len(weights.keys() - shorter.keys()):
+        message = f"{count} of {len(weights)} retained prompts are cut: the text encoder reads {tokens.room} tokens"
+        warnings.warn(message, PromptTruncated, stacklevel=2)
+    return shorter
 
 
 def drawn(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
