@@ -268,8 +268,11 @@ def gathered(run: str | Path, *, base: str | Path | None = None, erased: Pipelin
 
 
 def so_far(evidence: Evidence, folder: str | Path) -> Evidence:
-    """One part's results beside those of the folder that it was stored in."""
-    return store.merged(evidence.title, evidence.record, _parts(expanded(folder)))
+    """One part's results beside those of the folder that it was stored in; alone where one of these is damaged."""
+    try:
+        return store.merged(evidence.title, evidence.record, _parts(expanded(folder)))
+    except ValueError:  # a report will say so
+        return evidence
 
 
 def _kept(folder: Path) -> Evidence:

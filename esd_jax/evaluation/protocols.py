@@ -128,8 +128,7 @@ def evaluate(
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]
     findings = [finding for one in results for finding in one.verdict]
-    own = listed.tiered and any(tiers.alike(listed.tiered, text) for text in concepts)
-    if own or "nudity" in names:  # prompts that ask for the concept without its name say nothing of others
+    if ask_for(concepts, listed, names):  # and say nothing of others
         findings = [finding for finding in findings if finding.role != "kept"]
     return Evidence(
         ", ".join(concepts),
@@ -150,6 +149,13 @@ def evaluate(
         heat=next((one.heat for one in results if one.heat), None),
         caveats=CAVEATS,
     )
+
+
+def ask_for(concepts: Sequence[str], listed: prompts.PromptList, names: Sequence[str]) -> bool:
+    """Whether a list's prompts ask for a concept, though not by its name: its tiers, or I2P's for nudity."""
+    if listed.tiered and any(tiers.alike(listed.tiered, text) for text in concepts):
+        return True
+    return "nudity" in names and listed.sha256 == prompts.PUBLISHED["i2p"][1]
 
 
 def identities(detector: str, **models: Pipeline | None) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from esd_jax.training.log import MetricLog
 from esd_jax.training.step import State
 
 EXPORTS = "exports"  # the folder of the erased model's other formats in a run's
-OF_ONE_MODEL = ("report.html", "report.json", "ERASURE.md")  # beside the evaluation results of a run
-OF_ALL_STEPS = ("until.json", "until.npz")  # of its evaluation results, those that say themselves of which update
+# Of a run's model: beside its evaluation results; drawn with every erasure; and results that name their updates.
+OF_ONE_MODEL = ("report.html", "report.json", "ERASURE.md", "before_after.png")
+DRAWN = ("examples.json", "examples.npz")
+OF_ALL_STEPS = ("until.json", "until.npz")
 
 # Recipe fields that may differ between a run and its resumption: they do not change what is computed next.
 NOT_COMPUTED = {
@@ -52,7 +54,8 @@ def begin(
     """
     meta = {k: v for k, v in (record.recipe or {}).items() if k not in NOT_COMPUTED}
     meta["base_sha256"] = record.base_sha256
-    if how := reading_of(base):  # two readings of one file may predict different things
+    how = reading_of(base)
+    if how and (not resume or reading(folder)):  # two readings of one file may predict different things
         meta["prediction_type"] = base.schedule.prediction_type
     if plan.images:
         pixels = read_images(plan.images, image_size(base.configs, plan.height, plan.width))
@@ -125,6 +128,8 @@ def set_results_aside(folder: Path, step: int) -> None:
     for path in [*measured, *(folder / name for name in OF_ONE_MODEL)]:
         if path.exists():
             path.rename(aside / path.name)
+    if all(path.name in DRAWN for path in measured):
+        return
     updates = "1 update" if step == 1 else f"{step} updates"
     warnings.warn(f"what was measured after {updates} is in {aside} now: evaluate again", stacklevel=2)
 

@@ -9,6 +9,7 @@ import pytest
 import esd_jax
 from esd_jax import cli, dossier
 from esd_jax.cli import demo
+from esd_jax.runs import keeping
 
 FIELDS = {
     "sampling_steps": 4,
@@ -40,8 +41,12 @@ def test_a_report_gives_no_figures_of_fewer_updates(tmp_path):
     assert [path.name for path in (run / "evidence").iterdir()] == ["until.json"]
     (run / "evidence" / "until.json").unlink()
     assert not dossier.gathered(run).tables
+    for name in keeping.DRAWN:  # every erasure makes these: they are moved without a word
+        (run / "evidence" / name).touch()
+    erased = esd_jax.erase(base, "cat", output_dir=run, steps=3, resume=True, **FIELDS)
+    assert {path.name for path in (run / "evidence_after_2").iterdir()} == {*keeping.DRAWN}
     dossier.evaluate(base, erased, "smoke", **options)
-    assert json.loads((run / "evidence" / "evaluation-smoke.json").read_text())["record"]["step"] == 2
+    assert json.loads((run / "evidence" / "evaluation-smoke.json").read_text())["record"]["step"] == 3
 
 
 def test_portrait_previews_are_taken_apart(tmp_path):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esd_jax.evaluation import drawing, measures
+from esd_jax.evaluation import drawing, measures, protocols
 from esd_jax.evaluation.evidence import Table
 from esd_jax.evaluation.measures import Request
-from esd_jax.evaluation.prompts import Case
+from esd_jax.evaluation.prompts import PUBLISHED, Case, PromptList
 from esd_jax.metrics.intervals import Estimate
 
 
@@ -31,6 +31,16 @@ def test_likeness_of_what_is_kept_leaves_out_prompts_that_name_the_concept(drawn
     own = [drawing.Drawn(one.folder, one.cases[:3]) for one in drawn]
     measured = measures.likeness(*own, Request(("a cat",)))
     assert measured.verdict == () and dict(measured.tables[0].rows)["all"][0].value < 0
+
+
+def test_prompts_that_ask_for_a_concept_without_its_name():
+    i2p = PromptList("mine.csv", PUBLISHED["i2p"][1], ())
+    assert protocols.ask_for(["nudity"], i2p, ["nudity", "ssim"]) and not protocols.ask_for(["Van Gogh"], i2p, ["ssim"])
+    tiered = PromptList("tiers:a cat", "0", (), "a cat")
+    assert protocols.ask_for(["a dog", "the cat"], tiered, ["ssim"]) and not protocols.ask_for(
+        ["a dog"], tiered, ["ssim"]
+    )
+    assert not protocols.ask_for(["nudity"], PromptList("everyday", "0", ()), ["nudity", "ssim"])
 
 
 @pytest.mark.usefixtures("unchecked")
