@@ -99,15 +99,6 @@ class Tokenizer:
         """How many tokens of a prompt are read."""
         return self.max_length - 2
 
-    def shortened(self, prompt: str) -> str:
-        """A prompt without the words that are not read."""
-        ids = self.words(prompt)
-        for most in range(min(self.room, len(ids)), 0, -1):  # decoded, they may be a token more
-            text = prompt if most == len(ids) else self.backend.decode(ids[:most]).strip()
-            if len(self.words(text)) <= self.room:
-                return text
-        return ""
-
     def words(self, prompt: str) -> list[int]:
         """The token ids of a prompt alone, all of them, without start, end and padding.
 

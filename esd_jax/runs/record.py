@@ -59,8 +59,9 @@ def reading(folder: Path) -> dict[str, Any]:
 def reading_of(base: Pipeline) -> dict[str, Any]:
     """What `reading` is for a run on a base."""
     config, ema = base.provenance.config, base.provenance.ema
-    given = {"config": str(expanded(config).absolute()) if config and expanded(config).exists() else config, "ema": ema}
-    return {name: value for name, value in given.items() if value}
+    if config and expanded(config).exists():
+        config = str(expanded(config).absolute())
+    return {name: value for name, value in (("config", config), ("ema", ema)) if value}
 
 
 def check_measured(folder: Path, erased: Pipeline, concepts: Sequence[str], *, every: bool = False) -> None:

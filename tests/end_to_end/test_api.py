@@ -237,7 +237,7 @@ WRONG_ARGUMENTS = [
     ({"concept": ""}, ["concept is empty"]),
     ({"concept": []}, ["concept is empty"]),
     ({"concept": 3}, ["concept=3", "str"]),
-    ({"concept": "cats and dogs " * 30}, ["too long", "shorter concept"]),
+    ({"concept": "cats and dogs " * 30}, ["too long", "fewer words"]),
     ({"images": []}, ["images", "no file"]),
     ({"height": 7}, ["7x16", "multiple of 2"]),
     ({"config": "emojy"}, ["'emojy'", "emoji"]),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import esd_jax
 from esd_jax import formats
+from esd_jax.erasing import corpora
 from esd_jax.io.single_file import export_single
 from esd_jax.text import PromptTruncated
 
@@ -59,7 +60,7 @@ def test_a_word_is_taught_to_clip_alone(tmp_path):
 
 def test_long_prompts_of_a_file_are_retained_as_they_are_read(sd1, tmp_path):
     base, file = esd_jax.load(sd1), tmp_path / "captions.txt"
-    short = base.tokenizers[0].shortened(LONG)
+    short = corpora.shortened(base.tokenizers[0], LONG)
     assert len(base.tokenizers[0].words(short)) == base.tokenizers[0].room < len(base.tokenizers[0].words(LONG))
     fields = {"method": "uce", "config": "uce", "tokens": "positions", "retain": str(file)}
     edits = []

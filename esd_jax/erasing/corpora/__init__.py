@@ -106,12 +106,22 @@ def cut(weights: Mapping[str, float], tokens: Any) -> Mapping[str, float]:
         return weights
     shorter: dict[str, float] = {}
     for text, weight in weights.items():
-        read = tokens.shortened(text)
+        read = shortened(tokens, text)
         shorter[read] = shorter.get(read, 0) + weight
     if count := len(weights.keys() - shorter.keys()):
         message = f"{count} of {len(weights)} retained prompts are cut: the text encoder reads {tokens.room} tokens"
         warnings.warn(message, PromptTruncated, stacklevel=2)
     return shorter
+
+
+def shortened(tokens: Tokenizer, prompt: str) -> str:
+    """A prompt without the words that a tokenizer does not read."""
+    ids = tokens.words(prompt)
+    for most in range(min(tokens.room, len(ids)), 0, -1):  # decoded, they may be a token more
+        text = prompt if most == len(ids) else tokens.backend.decode(ids[:most]).strip()
+        if len(tokens.words(text)) <= tokens.room:
+            return text
+    return ""
 
 
 def drawn(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
