@@ -5,6 +5,7 @@ may be the settings on which the others depend; `read` compares them.
 """
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,11 @@ def write(file: Path, values: Mapping[str, Any], /, **settings: Any) -> None:
                 np.savez_compressed(stream, **{name: json.dumps(value) for name, value in settings.items()}, **values)
         else:
             partial.write_text(json.dumps({**settings, **values}, indent=1) + "\n")
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name, and those to take where it is taken: "x", "x-2", "x-3", ..."""
+    return itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Stores evaluation results in a folder: NAME.json, and NAME.npz for the images; parts come one by one."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,10 +135,12 @@ def listed(part: Evidence) -> str:
 
 def free(folder: Path, name: str, evidence: Evidence) -> str:
     """The name of a part that replaces none of another list of prompts: `name`, or one that ends in the list's."""
-    there = readable(folder / f"{name}.json")
-    if there is None or listed(there) == listed(evidence):
-        return name
-    return f"{name}-{re.sub(r'[^a-zA-Z0-9_]+', '-', listed(evidence))[:60].strip('-')}"
+    own = re.sub(r"\W+", "-", listed(evidence))[:60].strip("-")
+    for one in itertools.chain([name], results.numbered(f"{name}-{own}")):
+        there = readable(folder / f"{one}.json")
+        if there is None or listed(there) == listed(evidence):
+            break
+    return one
 
 
 def joined(earlier: Evidence, later: Evidence) -> Evidence:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from esd_jax.io import leftovers
 from esd_jax.io.images import read_images, write_strip
 from esd_jax.pipeline import Pipeline, image_size
 from esd_jax.recipe import Recipe
+from esd_jax.results import numbered
 from esd_jax.runs import sessions
 from esd_jax.runs.record import EVIDENCE, READING, read, reading, reading_of
 from esd_jax.runs.setup import files_of
@@ -122,7 +122,7 @@ def set_results_aside(folder: Path, step: int) -> None:
     measured = [path for path in evidence.glob("*") if path.name not in OF_ALL_STEPS]
     if not measured:
         return
-    names = itertools.chain([f"{EVIDENCE}_after_{step}"], (f"{EVIDENCE}_after_{step}-{i}" for i in itertools.count(2)))
+    names = numbered(f"{EVIDENCE}_after_{step}")
     aside = next(folder / name for name in names if not (folder / name).exists())
     aside.mkdir()
     for path in [*measured, *(folder / name for name in OF_ONE_MODEL)]:

@@ -49,8 +49,8 @@ def resolved(base: Pipeline, plan: Recipe) -> Recipe:
 
     def least(text: str, own: Sequence[str]) -> list[str]:
         ranked = [*damages(base, text, texts, own)]
-        free = ranked if own else (one for one in ranked if not shows(base, one, text))
-        return [next(iter(free), ranked[0])]
+        free = (one for one in ranked if own or not shows(base, one, text))  # of the user's own, any may be taken
+        return [next(free, ranked[0])]
 
     return neighbours.without_auto(neighbours.resolved(base, plan), "replace_with", least)
 

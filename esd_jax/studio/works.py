@@ -1,6 +1,5 @@
 """The jobs of the page: each function starts one, and raises ValueError for what it cannot do."""
 
-import itertools
 import shutil
 import tomllib
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from esd_jax import api, dossier, examples, exports, prompt_files, recipe, runs
 from esd_jax.evaluation import attacks, testbed
 from esd_jax.inputs import finite
 from esd_jax.recipe import Recipe
+from esd_jax.results import numbered
 from esd_jax.runs import replacements
 from esd_jax.runs.listing import Run
 from esd_jax.studio.jobs import MISTAKES, Desk, Job
@@ -49,8 +49,7 @@ def number(text: Any, name: str) -> Any:
 def erase(desk: Desk, planned: Recipe) -> Job:
     """Carries a recipe out in a new folder, named after its concept."""
     concept = ", ".join(one.text for one in planned.concepts)
-    name = run_folder.name_of(concept)
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    names = numbered(run_folder.name_of(concept))
     folder = next(desk.folder / name for name in names if not (desk.folder / name).exists())
     return _train(desk, recipe.make(**{**planned.flat(), "output_dir": str(folder)}), f"Erasing {concept}")
 

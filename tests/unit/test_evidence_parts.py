@@ -100,6 +100,14 @@ def test_results_of_two_lists_are_kept_side_by_side(tmp_path):
     assert alone.tables[0].title == "Similarity" and set(alone.pictures) == {"prompts of the protocol"}
 
 
+@pytest.mark.parametrize("names", [("a.b.csv", "a-b.csv", "a b.csv"), ("猫.csv", "犬.csv", "鳥.csv")])
+def test_lists_whose_names_are_nearly_the_same_are_kept_apart(names, tmp_path):
+    for name in ("first.csv", *names, *names):
+        store.save(one := custom(name, 0.5), tmp_path, store.free(tmp_path, "evaluation-custom", one))
+    kept = {store.listed(part) for part in store.parts(tmp_path).values()}
+    assert kept == {"first.csv", *names} and len(store.parts(tmp_path)) == 4
+
+
 def test_tables_of_one_protocol_with_more_and_fewer_images_are_told_apart():
     def of(images):
         table = Table("Groups", ("n",), (("own", (images,)),))

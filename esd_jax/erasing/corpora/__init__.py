@@ -116,9 +116,10 @@ def cut(weights: Mapping[str, float], tokens: Any) -> Mapping[str, float]:
 
 def shortened(tokens: Tokenizer, prompt: str) -> str:
     """A prompt without the words that a tokenizer does not read."""
-    ids = tokens.words(prompt)
-    for most in range(min(tokens.room, len(ids)), 0, -1):  # decoded, they may be a token more
-        text = prompt if most == len(ids) else tokens.backend.decode(ids[:most]).strip()
+    if len(ids := tokens.words(prompt)) <= tokens.room:
+        return prompt
+    for most in range(tokens.room, 0, -1):  # decoded, they may be a token more
+        text = tokens.backend.decode(ids[:most]).strip()
         if len(tokens.words(text)) <= tokens.room:
             return text
     return ""
