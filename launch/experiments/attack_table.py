@@ -6,8 +6,9 @@
 
 A row is a recipe: a method's for the embedded model ("uce"; "robust" is redirection with inversion rounds), or a
 config's by its name; with fields changed as NAME:FIELD=VALUE,FIELD=VALUE. NAME@0.75 is the same erasure with three
-quarters of its weight change. Attacks are named as recipes are, and have a column each; "all" is every one that needs
-no file. The base, and a model of random weights, are attacked once for all rows.
+quarters of its weight change; "RECIPE as TITLE" only calls it so in the table. Attacks are named as recipes are, and
+have a column each; "all" is every one that needs no file. The base, and a model of random weights, are attacked once
+for all rows.
 
 Each cell is kept as soon as it is measured, an erasure as a run. The same command goes on where it was stopped, also
 within an erasure, and tries again what failed. The result is attack_table.md, and attack_table.json with intervals.
@@ -18,6 +19,7 @@ import math
 import shlex
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,7 +59,7 @@ INVERSIONS = ("concept_inversion", FAMILY)
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
-    "rows", DEFAULT_ROWS, 'Recipes, "NAME:FIELD=VALUE,...@STRENGTH", separated by ";".', flag_values=FLAGS
+    "rows", DEFAULT_ROWS, 'Recipes, "NAME:FIELD=VALUE,...@STRENGTH as TITLE", separated by ";".', flag_values=FLAGS
 )
 flags.DEFINE_string("concepts", "neon style", 'Separated by ";"; those of a list by ",".', flag_values=FLAGS)
 flags.DEFINE_string(
@@ -122,8 +124,20 @@ def entries(text: str) -> dict[str, Entry]:
 
 
 def row_entries(text: str) -> dict[str, Entry]:
-    """`entries` of rows, whose text may end in a strength."""
-    return {one: entry for one in listed(text) or [text] for entry in entries(with_strength(one)[0]).values()}
+    """`entries` of rows, whose text may end in a strength; without titles."""
+    recipes = list(titles(text)) or [text]
+    return {one: entry for one in recipes for entry in entries(with_strength(one)[0]).values()}
+
+
+def titles(text: str) -> dict[str, str]:
+    """ "RECIPE as TITLE; ..." -> what the table calls each recipe. Raises ValueError for one title of two rows."""
+    named = {}
+    for one in listed(text):
+        recipe, separator, title = (part.strip() for part in one.partition(" as "))
+        named[recipe] = title if separator else recipe
+    if twice := sorted(title for title, count in Counter([*named.values(), BASE, RANDOM]).items() if count > 1):
+        raise ValueError(f"rows={text!r}: {twice[0]!r} is the title of two rows")
+    return named
 
 
 def with_strength(row: str) -> tuple[str, float]:
@@ -222,10 +236,11 @@ def heading(text: str, parts: Mapping[str, Search]) -> str:
 def tabled(rows: Sequence[Row], columns: Sequence[Column], work: Sequence[Work]) -> Mapping[str, Table]:
     """Concept -> row -> what each column shows; nothing where a cell cannot be measured."""
     tables: dict[str, dict[str, list[Shown]]] = {}
+    named = titles(FLAGS.rows)
     for row in rows:
         possible = {one.key for one in work if one.concerns(row)}
         failed = Shown(note=attack_cells.FAILED) if row.lost else None
-        tables.setdefault(row.target.concept, {})[row.name] = [
+        tables.setdefault(row.target.concept, {})[named.get(row.name, row.name)] = [
             failed or (attack_cells.shown(row.cells.cells, column) if possible & {*column.keys} else Shown())
             for column in columns
         ]

@@ -43,6 +43,14 @@ def test_rows_with_a_part_of_their_change():
             attack_table.row_entries(text)
 
 
+def test_rows_with_a_title():
+    text = "uce:lam=2@0.5 as milder UCE; uce"
+    assert attack_table.titles(text) == {"uce:lam=2@0.5": "milder UCE", "uce": "uce"}
+    assert attack_table.row_entries(text) == attack_table.row_entries("uce:lam=2@0.5; uce")
+    with pytest.raises(ValueError, match="'uce' is the title of two rows"):
+        attack_table.titles("speed as uce; uce")
+
+
 BUDGET = attack_work.Budget(images=4, attack_images=20, seed=1, attack_seed=0, batch_size=8)
 
 
@@ -179,7 +187,8 @@ def test_rows_of_one_erasure_share_its_run(monkeypatch, tmp_path, capsys, unchec
         return erase(base, concepts, output_dir=output_dir, **fields)
 
     monkeypatch.setattr(attack_work.api, "erase", kept)
-    studio.run("--rows=esd; esd@0.5", "--attacks=p4d", "--only=esd; esd@0.5; p4d")
+    studio.run("--rows=esd; esd@0.5 as half", "--attacks=p4d", "--only=esd; esd@0.5; p4d")
+    assert "| half |" in capsys.readouterr().out
     assert studio.attacked == [("erased", "P4D"), ("0.5 of erased", "P4D")]
     assert folders[0] == folders[1]
     assert len(list((tmp_path / "rows").glob("*.json"))) == 2
@@ -201,14 +210,21 @@ def test_an_erasure_that_fails_leaves_a_row_without_a_model(monkeypatch, tmp_pat
 def test_the_front_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     columns = [
+        Column("evaluation", "drop, related", ("e",), ("nearest",), "points"),
         Column("evaluation", "drop, others", ("e",), ("others",), "points"),
         Column("concept_inversion_family:steps=2", "CI", ("c",)),
         Column("concept_inversion", "CI", ("d",)),
     ]
-    places = [Shown({"others": Estimate(0.1, 0.0, 0.3, 8)}), Shown({"c": share(2, 8)}), Shown({"d": share(4, 8)})]
-    table = {"a": places, "unmeasured": [places[0], Shown(), Shown(note="-")]}
-    found = attack_front.points(table, columns, attack_table.INVERSIONS)
-    assert found == {"a": (share(4, 8), Estimate(0.1, 0.0, 0.3, 8))}
+    drops = {"nearest": Estimate(0.2, 0.1, 0.3, 8), "others": Estimate(0.1, 0.0, 0.3, 8)}
+    places = [
+        *(Shown({name: one}) for name, one in drops.items()),
+        Shown({"c": share(2, 8)}),
+        Shown({"d": share(4, 8)}),
+    ]
+    table = {"a": places, "unmeasured": [*places[:2], Shown(), Shown(note="-")]}
+    for group, expected in drops.items():
+        found = attack_front.points(table, columns, attack_table.INVERSIONS, group)
+        assert found == {"a": (share(4, 8), expected)}
     attack_front.draw({"neon style": table, "a cat": {}}, columns, attack_table.INVERSIONS, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 0
 
