@@ -318,10 +318,8 @@ def kinds(text: str, from_t: int) -> tuple[Kind, ...]:
     for part in text.split("|"):
         tokens, separator, low = (piece.strip() for piece in part.partition("@"))
         if (tokens != "output" and (not tokens.isdecimal() or int(tokens) < 1)) or (separator and not low.isdecimal()):
-            raise ValueError(
-                f"rounds_tokens={text!r}: each part is a number of tokens, or 'output', and where its searches have a "
-                "least timestep of their own, @ and that; as '16', '1|4|16' or '16@900|4@600'"
-            )
+            wanted = "a number of tokens, or 'output', and a least timestep of its own"
+            raise ValueError(f"rounds_tokens={text!r}: each part is {wanted}; as '16', '1|4|16' or '16@900|4@600'")
         several.append(Kind(0 if tokens == "output" else int(tokens), int(low) if separator else from_t))
     return tuple(several)
 

@@ -59,7 +59,7 @@ INVERSIONS = ("concept_inversion", FAMILY)
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
-    "rows", DEFAULT_ROWS, 'Recipes, "NAME:FIELD=VALUE,...@STRENGTH as TITLE", separated by ";".', flag_values=FLAGS
+    "rows", DEFAULT_ROWS, 'Recipes, "NAME@STRENGTH:FIELD=VALUE,... as TITLE", separated by ";".', flag_values=FLAGS
 )
 flags.DEFINE_string("concepts", "neon style", 'Separated by ";"; those of a list by ",".', flag_values=FLAGS)
 flags.DEFINE_string(
@@ -124,7 +124,7 @@ def entries(text: str) -> dict[str, Entry]:
 
 
 def row_entries(text: str) -> dict[str, Entry]:
-    """`entries` of rows, whose text may end in a strength; without titles."""
+    """`entries` of rows, whose names may end in a strength; without titles."""
     recipes = list(titles(text)) or [text]
     return {one: entry for one in recipes for entry in entries(with_strength(one)[0]).values()}
 
@@ -141,15 +141,16 @@ def titles(text: str) -> dict[str, str]:
 
 
 def with_strength(row: str) -> tuple[str, float]:
-    """ "NAME@0.75" -> (NAME, 0.75); without a number, 1. Raises ValueError for what is no strength."""
-    name, separator, number = (part.strip() for part in row.partition("@"))
+    """ "NAME@0.75:..." -> ("NAME:...", 0.75); without a number, 1. Raises ValueError for what is no strength."""
+    named, colon, changes = row.partition(":")
+    name, separator, number = (part.strip() for part in named.partition("@"))
     try:
         strength = float(number) if separator else 1.0
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
         raise ValueError(f"{row!r}: {number!r} is no part of a weight change, as in {name}@0.75")
-    return name, strength
+    return f"{name}{colon}{changes}", strength
 
 
 def chosen(named: Mapping[str, Entry], budget: Budget) -> dict[str, dict[str, Search]]:

@@ -35,18 +35,20 @@ def test_entries_with_changes():
 
 
 def test_rows_with_a_part_of_their_change():
-    found = attack_table.row_entries("uce:lam=2@0.5; uce")
-    assert found == {"uce:lam=2@0.5": ("uce", {"lam": 2}), "uce": ("uce", {})}
-    assert attack_table.with_strength("uce:lam=2@0.5") == ("uce:lam=2", 0.5)
+    found = attack_table.row_entries("uce@0.5:lam=2; uce")
+    assert found == {"uce@0.5:lam=2": ("uce", {"lam": 2}), "uce": ("uce", {})}
+    assert attack_table.with_strength("uce@0.5:lam=2") == ("uce:lam=2", 0.5)
+    searched = "emoji_robust:rounds_tokens=16@900|4@600"
+    assert attack_table.with_strength(searched) == (searched, 1)
     for text in ("uce@", "uce@half", "uce@nan"):
         with pytest.raises(ValueError, match="is no part of a weight change, as in uce@0.75"):
             attack_table.row_entries(text)
 
 
 def test_rows_with_a_title():
-    text = "uce:lam=2@0.5 as milder UCE; uce"
-    assert attack_table.titles(text) == {"uce:lam=2@0.5": "milder UCE", "uce": "uce"}
-    assert attack_table.row_entries(text) == attack_table.row_entries("uce:lam=2@0.5; uce")
+    text = "uce@0.5:lam=2 as milder UCE; uce"
+    assert attack_table.titles(text) == {"uce@0.5:lam=2": "milder UCE", "uce": "uce"}
+    assert attack_table.row_entries(text) == attack_table.row_entries("uce@0.5:lam=2; uce")
     with pytest.raises(ValueError, match="'uce' is the title of two rows"):
         attack_table.titles("speed as uce; uce")
 
