@@ -143,12 +143,13 @@ class Solver(ClosedForm):
         root = jnp.sqrt(inputs.weight)[:, None]
         old, apart = root * inputs.old, root * (inputs.new - inputs.old)
         first = closed_form.ridge(old, apart, jnp.float32(1)) @ kernel  # D0, with penalty 1
-        kept, importance = inputs.kept, jnp.ones(len(inputs.kept))
+        moved, importance = inputs.kept @ first, jnp.ones(len(inputs.kept))
         if self.filter:
-            importance = _above_mean(kept @ first, importance)
+            importance = _above_mean(jnp.linalg.norm(moved, axis=1), importance)
         if self.copies:
-            kept, importance = self.augmented(kernel, first, kept, importance, inputs.key)
-        moment = _moment(kept, importance)
+            moment = self.augmented(kernel, first, moved, importance, inputs)
+        else:
+            moment = _moment(inputs.kept, importance)
         if inputs.named is not None:
             moment += _moment(inputs.named, jnp.ones(len(inputs.named)))
         free = _free(moment, inputs.threshold)
@@ -160,19 +161,26 @@ class Solver(ClosedForm):
         return free @ (plain - held @ multipliers) @ kernel
 
     def augmented(
-        self, kernel: Array, first: Array, kept: Array, importance: Array, key: Array
-    ) -> tuple[Float[Array, "rows context"], Float[Array, " rows"]]:
-        """The retained vectors, and noised copies of those that count, with what each counts."""
-        u, _, _ = jnp.linalg.svd(kernel, full_matrices=False)
-        noise = jax.random.normal(key, (self.copies, len(kept)))
-        copies = (kept + noise[:, :, None] * u[:, -1]).reshape(-1, kept.shape[1])
-        counts = jnp.tile(importance, self.copies)
-        return jnp.concatenate([kept, copies]), jnp.concatenate([importance, _above_mean(copies @ first, counts)])
+        self, kernel: Array, first: Array, moved: Float[Array, "kept out"], importance: Array, inputs: Inputs
+    ) -> Float[Array, "context context"]:
+        """The second moment of the retained vectors, and of those noised copies c + n u of them that count.
+
+        It is summed without the copies themselves, which of a large corpus are several gigabytes.
+        """
+        direction = jnp.linalg.svd(kernel, full_matrices=False)[0][:, -1]  # u
+        noise = jax.random.normal(inputs.key, (self.copies, len(moved)))
+        further = direction @ first
+        squares = jnp.sum(moved**2, axis=1) + 2 * noise * (moved @ further) + noise**2 * jnp.sum(further**2)
+        counts = _above_mean(jnp.sqrt(jnp.maximum(squares, 0)), jnp.broadcast_to(importance, noise.shape))
+        each = importance + jnp.sum(counts, axis=0)
+        total = jnp.sum(each)
+        crossed = jnp.outer((jnp.sum(counts * noise, axis=0) / total) @ inputs.kept, direction)
+        alone = jnp.sum(counts * noise**2) / total * jnp.outer(direction, direction)
+        return _moment(inputs.kept, each) + crossed + crossed.T + alone
 
 
-def _above_mean(moved: Float[Array, "rows out"], counts: Float[Array, " rows"]) -> Float[Array, " rows"]:
+def _above_mean(norms: Float[Array, "*rows"], counts: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """1 for rows, of those that count, that are longer than the average of these; else 0. Of equal ones all count."""
-    norms = jnp.linalg.norm(moved, axis=1)
     longer = counts * (norms > jnp.sum(norms * counts) / jnp.maximum(jnp.sum(counts), 1))
     return jnp.where(jnp.any(longer > 0), longer, counts)
 
