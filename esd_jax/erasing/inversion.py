@@ -33,13 +33,6 @@ from esd_jax.params import Conditioning, Network, Params
 AT_ONCE = 8  # examples of a gauge in one call
 
 
-class Kind(NamedTuple):
-    """A kind of adversary. tokens: how many new ones; 0: vectors. from_t: the least timestep of its searches."""
-
-    tokens: int
-    from_t: int
-
-
 class Member(NamedTuple):
     """An adversary, of which one part is used and the other stays zero.
 
@@ -125,28 +118,20 @@ class Asked(NamedTuple):
 class Inversion:
     """The search over one denoiser and text encoder, each step compiled once.
 
-    kinds: of adversaries. width: of a token's embedding; of several text encoders, a tuple.
-    start: standard deviation of the noise that tokens start from. batch: examples of a step.
+    kinds: how many new tokens each kind of adversary has; 0: vectors. width: of a token's embedding; of several text
+      encoders, a tuple.
+    start: standard deviation of the noise that tokens start from. batch, from_t: of a step, see above.
     """
 
     denoiser: Network
     text_encoder: Encoder
     schedule: Schedule
-    kinds: tuple[Kind, ...]
+    kinds: tuple[int, ...]
     width: int | tuple[int, ...]
     learning_rate: float
     start: float
     batch: int
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """How many new tokens each kind has; 0: it is vectors."""
-        return tuple(kind.tokens for kind in self.kinds)
-
-    @property
-    def lows(self) -> Int[Array, " kinds"]:
-        """The least timestep of each kind's searches."""
-        return jnp.asarray([kind.from_t for kind in self.kinds])
+    from_t: int
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -155,15 +140,15 @@ class Inversion:
 
     def blank(self, gallery: Gallery) -> Member:
         """A member of zeros."""
-        tokens = jax.tree.map(lambda width: jnp.zeros((max(1, *self.lengths), width)), self.width)
+        tokens = jax.tree.map(lambda width: jnp.zeros((max(1, *self.kinds), width)), self.width)
         return Member(
-            tokens, jax.tree.map(lambda a: jnp.zeros(a.shape[2:]), gallery.neutral) if 0 in self.lengths else ()
+            tokens, jax.tree.map(lambda a: jnp.zeros(a.shape[2:]), gallery.neutral) if 0 in self.kinds else ()
         )
 
     def initial(self, gallery: Gallery, kind: int, key: Array) -> Member:
         """What a search of a kind starts from. Vectors start from zero, where the student says what it says of n."""
         blank = self.blank(gallery)
-        if not (count := self.lengths[kind]):
+        if not (count := self.kinds[kind]):
             return blank
         several = isinstance(blank.tokens, tuple)
         keys = tuple(jax.random.split(key, len(blank.tokens))) if several else key
@@ -192,7 +177,7 @@ class Inversion:
 
         vectors: whether all members are vectors, or none is; None: `kind` decides.
         """
-        vectors = (None if 0 in self.lengths else False) if vectors is None else vectors
+        vectors = (None if 0 in self.kinds else False) if vectors is None else vectors
         free = named = None
         if vectors is not False:
             moved = lambda p, n, d: n[concept, row].astype(d.dtype) + jnp.any(p != n) * d  # noqa: E731
@@ -202,7 +187,7 @@ class Inversion:
             named = encode(self.text_encoder, gallery.text_encoder, ids, member.tokens)
         if free is None or named is None:
             return named if free is None else free
-        of_vectors = jnp.asarray(self.lengths)[kind] == 0
+        of_vectors = jnp.asarray(self.kinds)[kind] == 0
         choose = lambda a, b: jnp.where(of_vectors.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
         return jax.tree.map(choose, free, named)
 
@@ -224,7 +209,7 @@ class Inversion:
 
     def bounded(self, member: Member, radius: Float[Array, ""]) -> Member:
         """The member with its vectors no longer than the radius."""
-        if 0 not in self.lengths:
+        if 0 not in self.kinds:
             return member
         factor = jnp.minimum(1, radius / jnp.maximum(optax.tree.norm(member.offset), 1e-12))
         return member._replace(offset=jax.tree.map(lambda a: a * factor, member.offset))
@@ -233,7 +218,7 @@ class Inversion:
         self, models: Models, gallery: Gallery, case: Case, state: State, steps: int
     ) -> tuple[State, Float[Array, " steps"]]:
         """Makes so many steps of a search. Returns its state and the loss of each."""
-        search = self._searches[self.lengths[int(case.kind)] == 0]
+        search = self._searches[self.kinds[int(case.kind)] == 0]
         return search.run(state, np.arange(steps), Fixed(models, gallery, gallery.radius[case.concept]), case)
 
     @cached_property
@@ -241,9 +226,9 @@ class Inversion:
         """Of soft tokens (False), and of vectors (True)."""
 
         def batch(i: Array, fixed: Fixed, case: Case) -> Asked:
-            low, total = self.lows[case.kind], self.schedule.num_train_timesteps
+            total = self.schedule.num_train_timesteps
             keys = jax.random.split(jax.random.fold_in(case.key, i), self.batch)
-            at = jax.vmap(lambda key: drawn(key, fixed.gallery, low, total))(keys)
+            at = jax.vmap(lambda key: drawn(key, fixed.gallery, self.from_t, total))(keys)
             concept, kind = (jnp.broadcast_to(a, (self.batch,)) for a in (case.concept, case.kind))
             return self.asked(fixed.models, fixed.gallery, concept, kind, at)
 
@@ -309,19 +294,16 @@ class Inversion:
         return float(student), float(base)
 
 
-def kinds(text: str, from_t: int) -> tuple[Kind, ...]:
-    """The kinds of "1|16@900|output": numbers of soft tokens or vectors, and least timesteps; else it is `from_t`.
-
-    Raises ValueError for what is neither.
-    """
-    several = []
-    for part in text.split("|"):
-        tokens, separator, low = (piece.strip() for piece in part.partition("@"))
-        if (tokens != "output" and (not tokens.isdecimal() or int(tokens) < 1)) or (separator and not low.isdecimal()):
-            wanted = "a number of tokens, or 'output', and a least timestep of its own"
-            raise ValueError(f"rounds_tokens={text!r}: each part is {wanted}; as '16', '1|4|16' or '16@900|4@600'")
-        several.append(Kind(0 if tokens == "output" else int(tokens), int(low) if separator else from_t))
-    return tuple(several)
+def lengths(text: str) -> tuple[int, ...]:
+    """The kinds of "1|4|16|output": numbers of soft tokens, and 0 for vectors. Raises ValueError for others."""
+    kinds = []
+    for part in map(str.strip, text.split("|")):
+        if part != "output" and (not part.isdecimal() or int(part) < 1):
+            raise ValueError(
+                f"rounds_tokens={text!r}: each part is a number of tokens, or 'output'; as '16' or '1|4|16'"
+            )
+        kinds.append(0 if part == "output" else int(part))
+    return tuple(kinds)
 
 
 def places(gallery: Gallery, count: int, key: Array, low: int, high: int) -> Place:

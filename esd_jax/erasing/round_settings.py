@@ -16,10 +16,10 @@ class RoundsSettings:
     rounds_rate: their learning rate. rounds_batch: images in a step of a search; of an update's own steps, one.
     rounds_tokens: of an adversary, a number of soft tokens, or "output" for vectors that are added to the text
       encoder's output of the prompt without the concept. Several, which rounds take in turn, are separated by "|":
-      "1|4|16"; "16@900|4@600" also gives the least timestep of each one's searches.
+      "1|4|16".
     rounds_start: standard deviation of the noise that soft tokens start from. rounds_radius: of the vectors, as a part
       of the distance between the outputs of the prompts with the concept and without it.
-    rounds_from_t: the least timestep of a search, of which `rounds_tokens` says none.
+    rounds_from_t: the least timestep of a search.
     rounds_bank: how many adversaries are kept.
     rounds_fresh: the part of the updates that take the newest one; the others take any of them.
     rounds_weight: of the loss on an adversary.
@@ -59,12 +59,7 @@ class RoundsSettings:
                 raise ValueError(f"rounds_{name}={value} must be positive")
         if self.rounds_fresh > 1:
             raise ValueError(f"rounds_fresh={self.rounds_fresh} must be at most 1")
-        _ = self.kinds  # raises
-
-    @property
-    def kinds(self) -> tuple[inversion.Kind, ...]:
-        """Of adversaries, which rounds take in turn."""
-        return inversion.kinds(self.rounds_tokens, self.rounds_from_t)
+        inversion.lengths(self.rounds_tokens)
 
 
 # The fields, for records that do not name them at their defaults.

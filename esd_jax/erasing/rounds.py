@@ -70,9 +70,8 @@ def adding(
         return method, inputs
     check(settings, tools, prompts)
     total, text = tools.schedule.num_train_timesteps, text_of(tools)
-    kinds = settings.kinds
-    lengths = [kind.tokens for kind in kinds]
-    gallery = make_gallery(settings, tools, text, lengths, prompts, images, sampling or {})
+    kinds = inversion.lengths(settings.rounds_tokens)
+    gallery = make_gallery(settings, tools, text, kinds, prompts, images, sampling or {})
     search = Inversion(
         tools.denoiser,
         text.encoder,
@@ -82,6 +81,7 @@ def adding(
         settings.rounds_rate,
         settings.rounds_start,
         settings.rounds_batch,
+        settings.rounds_from_t,
     )
     key = jax.random.fold_in(jax.random.key(settings.rounds_seed), 1)
     gauged = inversion.places(gallery, GAUGED, key, int(0.9 * total), total)
@@ -104,11 +104,9 @@ def check(settings: RoundsSettings, tools: Tools, prompts: Sequence[Prompts]) ->
         raise ValueError(f"{what} needs {NEEDS['soft_tokens']}, which this model family does not have")
     if tools.images is not None:
         raise ValueError(f"{what} needs a concept that a text names, but images are given: leave one of them out")
-    total = tools.schedule.num_train_timesteps
-    if late := [kind.from_t for kind in settings.kinds if kind.from_t >= total]:
-        fields = f"rounds_tokens={settings.rounds_tokens!r} and rounds_from_t={settings.rounds_from_t}"
-        raise ValueError(f"{fields}: the least timestep {late[0]} of a search must be in 0..{total - 1}")
-    placed(text_of(tools), [kind.tokens for kind in settings.kinds], prompts)
+    if settings.rounds_from_t >= (total := tools.schedule.num_train_timesteps):
+        raise ValueError(f"rounds_from_t={settings.rounds_from_t} must be in 0..{total - 1}")
+    placed(text_of(tools), inversion.lengths(settings.rounds_tokens), prompts)
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +138,7 @@ class Memory(NamedTuple):
 class Draws(NamedTuple):
     """fresh: whether the newest adversary is drawn; else the one at `pick` (0 to 1) of the bank.
 
-    warm: where it searches on, [batch, steps]; t is of each kind of adversary, [batch, steps, kinds].
+    warm: where it searches on, [batch, steps].
     """
 
     fresh: Bool[Array, " batch"]
@@ -182,17 +180,15 @@ class Rounds(Term):
         total = self.inversion.schedule.num_train_timesteps
         place = partial(inversion.drawn, gallery=inputs.gallery, high=total)
 
-        def further(key: Array) -> Place:
-            t = jax.vmap(lambda low: place(key, low=low).t)(self.inversion.lows)
-            return place(key, low=0)._replace(t=t)
-
         def example(key: Array) -> Draws:
             fresh, pick, high, at, warm = jax.random.split(key, 5)
             return Draws(
                 jax.random.bernoulli(fresh, self.settings.rounds_fresh),
                 jax.random.uniform(pick),
                 place(at, low=least_of(total, high, self.low)),
-                jax.vmap(further)(jax.random.split(warm, self.settings.rounds_warm)),
+                jax.vmap(lambda key: place(key, low=self.settings.rounds_from_t))(
+                    jax.random.split(warm, self.settings.rounds_warm)
+                ),
             )
 
         return jax.vmap(example)(example_keys)
@@ -209,7 +205,6 @@ class Rounds(Term):
         concept, kind = take(memory.concept, slot), take(memory.kind, slot)
         for i in range(self.settings.rounds_warm):  # not a scan, in which gradients take twice as long on a CPU
             at = jax.tree.map(lambda a, i=i: a[:, i], draws.warm)
-            at = at._replace(t=take(at.t, kind))
             state = self.inversion.warmed(models, inputs.gallery, state, concept, kind, at)
         put = jax.vmap(lambda ring, slot, value: ring.at[slot].set(value))
         members = jax.tree.map(lambda ring, value: put(ring, slot, value), memory.members, state)
@@ -256,8 +251,7 @@ class Rounds(Term):
         record = {
             "gauge": student,
             "gauge_base": base,
-            "tokens": self.inversion.lengths[kind] or "output",
-            "from_t": self.inversion.kinds[kind].from_t,
+            "tokens": self.inversion.kinds[kind] or "output",
             "concept": self.concepts[concept],
             "loss": float(tail.mean()),
             "skipped": skipped,

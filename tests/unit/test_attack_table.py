@@ -38,7 +38,7 @@ def test_rows_with_a_part_of_their_change():
     found = attack_table.row_entries("uce@0.5:lam=2; uce")
     assert found == {"uce@0.5:lam=2": ("uce", {"lam": 2}), "uce": ("uce", {})}
     assert attack_table.with_strength("uce@0.5:lam=2") == ("uce:lam=2", 0.5)
-    searched = "emoji_robust:rounds_tokens=16@900|4@600"
+    searched = "emoji_robust:preserve=user@host"
     assert attack_table.with_strength(searched) == (searched, 1)
     for text in ("uce@", "uce@half", "uce@nan"):
         with pytest.raises(ValueError, match="is no part of a weight change, as in uce@0.75"):

@@ -118,20 +118,6 @@ def test_kinds_and_concepts_are_taken_in_turn(w):
     assert run.step._cache_size() == 1
 
 
-def test_each_kind_searches_from_a_timestep_of_its_own(w):
-    """In its rounds and in the updates in between."""
-    fields = {"rounds_every": 1, "rounds_bank": 3, "rounds_warm": 2, "rounds_fresh": 1.0}
-    late, own, early = (
-        Run(w, **fields, rounds_tokens=tokens, rounds_from_t=low)
-        for tokens, low in (("1|2", 900), ("1@900|2@100", 0), ("1|2", 100))
-    )
-    found = [bank(run.train(1)).members.value.tokens for run in (late, own, early)]
-    assert [record["from_t"] for record in own.records.values()] == [900, 100]
-    np.testing.assert_array_equal(found[0][0], found[1][0])  # of the first round, searched on in the first update
-    assert np.abs(found[1][0] - found[2][0]).max() > 1e-4
-    assert np.abs(found[0][1] - found[1][1]).max() > 1e-4  # of the second
-
-
 def test_a_run_that_is_resumed_is_the_same_to_the_bit(w, tmp_path):
     """Right after a round, and between two; the worst prompts are scored in between."""
     for stop in (3, 5):
@@ -204,7 +190,7 @@ def test_vectors_move_what_the_prompt_decides_alone():
     """SDXL's conditioning also holds the image's size, which no prompt can change."""
     named = {"text": jnp.ones((1, 2, 3, 4)), "size": jnp.full((1, 2, 6), 512.0)}
     neutral = {**named, "text": jnp.zeros((1, 2, 3, 4))}
-    search = inversion.Inversion(None, None, None, (inversion.Kind(0, 0),), 4, 1e-2, 0.1, 1)  # type: ignore[arg-type]
+    search = inversion.Inversion(None, None, None, (0,), 4, 1e-2, 0.1, 1, 0)  # type: ignore[arg-type]
     gallery = inversion.Gallery(jnp.zeros((1, 2, 1, 1, 1, 1)), jnp.zeros((1, 1, 2, 3), int), named, neutral, {}, None)
     member = inversion.Member(jnp.zeros((1, 1, 4)), jax.tree.map(lambda a: 0 * a[0, :1] + 0.5, neutral))
     zero = jnp.zeros(1, int)
@@ -212,12 +198,11 @@ def test_vectors_move_what_the_prompt_decides_alone():
     assert (conditioning["text"] == 0.5).all() and (conditioning["size"] == 512).all()
 
 
-def test_kinds_are_read():
-    assert inversion.kinds("16", 900) == ((16, 900),)
-    assert inversion.kinds("1@600| 4 |output @ 0", 900) == ((1, 600), (4, 900), (0, 0))
-    for text in ("", "0", "-1", "4|x", "4.5", "4@", "4@x", "@900"):
-        with pytest.raises(ValueError, match=one_line("rounds_tokens", "'16', '1|4|16' or '16@900|4@600'")):
-            inversion.kinds(text, 900)
+def test_lengths_are_read():
+    assert inversion.lengths("16") == (16,) and inversion.lengths("1| 4 |output") == (1, 4, 0)
+    for text in ("", "0", "-1", "4|x", "4.5"):
+        with pytest.raises(ValueError, match=one_line("rounds_tokens", "'16' or '1|4|16'")):
+            inversion.lengths(text)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +225,6 @@ def test_settings_out_of_range_are_refused(fields, words):
     "fields, words",
     [
         ({"rounds_from_t": 1000}, ["rounds_from_t=1000", "0..999"]),
-        ({"rounds_tokens": "2|2@1000"}, ["rounds_tokens='2|2@1000'", "1000", "0..999"]),
         ({"rounds_tokens": "5"}, ["{concept}", "5 new tokens"]),
         ({"concepts": (Concept("clay", "a photo of clay"),), "contexts": None}, ["rounds_every", "from_"]),
     ],

@@ -11,7 +11,6 @@ COLUMNS = {
     "gauge": "gauge",
     "gauge_base": "gauge on the base",
     "tokens": "tokens",
-    "from_t": "from t of",
     "concept": "concept",
     "loss": "loss",
 }
@@ -23,8 +22,8 @@ def table(record: Erasure) -> Table | None:
     """A row for each round of a run that made any; in the columns, what its method measured."""
     rows = record.rounds or ()
     names = [name for name in COLUMNS if any(name in row for row in rows)]
-    same = [name for name in ("from_t", "concept") if len({row.get(name) for row in rows}) == 1]
-    names = [name for name in names if name not in same]
+    if len({row.get("concept") for row in rows}) == 1:
+        names = [name for name in names if name != "concept"]
     if not names:
         return None
     columns, skipped = [COLUMNS[name] for name in names], any(row.get("skipped") for row in rows)
