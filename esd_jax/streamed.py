@@ -1,10 +1,10 @@
 """A text encoder applied layer by layer, from tensors that lie in a file: a device holds one layer at a time.
 
 T5's encoder in FLUX.1 and SD3 has 4.8 billion numbers, 9.5 GB in bfloat16. The layers of Qwen3 that FLUX.2 [klein]
-needs have 3.1 billion. No step of training reads any of them.
+needs have 3.1 billion. A step of training reads none of them, but where soft tokens are searched for.
 
-The result is that of the whole encoder. What needs gradients through it, or many calls, can put its tensors on a device
-as any others.
+The result is that of the whole encoder. What needs gradients through it, or many calls, puts its tensors on a device as
+any others: inversion rounds and attacks do.
 """
 
 from collections.abc import Callable, Mapping

@@ -13,6 +13,7 @@ from torch_oracle import error
 
 import esd_jax
 from esd_jax import recipe, runs, streamed
+from esd_jax.evaluation.attacks import adversary as adversaries
 from esd_jax.io import safetensors
 from esd_jax.io.diffusers import export
 from esd_jax.planning.plan import make_plan
@@ -90,6 +91,16 @@ def test_an_erasure_leaves_it_in_its_file(folder, in_file, tmp_path):
     for name, value in written.params[T5].items():
         np.testing.assert_array_equal(value, erased.params[T5][name])
     assert esd_jax.load(tmp_path / "run").edits.keys() == erased.edits.keys()
+
+
+def test_a_search_for_tokens_has_it_on_the_device(folder, in_file):
+    """It needs gradients through the encoder."""
+    base = esd_jax.load(folder)
+    assert all(isinstance(value, jax.Array) for value in adversaries.text_of(base).params[1].values())
+    rows = adversaries.conditionings(base, tuple(tokens(PROMPTS) for tokens in base.tokenizers))
+    expected = base.encode_prompts(PROMPTS)
+    for row, pooled, embeddings in zip(rows, expected.pooled, expected.embeddings, strict=True):
+        assert error(row.pooled[0], pooled) <= 1e-6 and error(row.embeddings[0], embeddings) <= 1e-6
 
 
 def test_a_plan_counts_a_layer(folder, in_file, monkeypatch):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from esd_jax import display, wording
 from esd_jax.diffusion import programs
+from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
 from esd_jax.erasing.images import in_batches
 from esd_jax.erasing.soft_tokens import Text
@@ -145,13 +146,20 @@ def text_of(pipeline: Pipeline) -> Text:
         condition(family.encode, size, tuple(pipeline.configs.items())),
         tuple(table.tensor for table in tables),
     )
-    params = together(_in_place(pipeline.params[name]) for name in names)
+    params = together(_in_place(pipeline.params[name], pipeline.dtype) for name in names)
     return Text(encoder, params, tuple(pipeline.tokenizers), tables)
 
 
 def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
     """The network that denoises, and its weights."""
-    return pipeline.network(pipeline.denoiser), _in_place(pipeline.params[pipeline.denoiser])
+    return pipeline.network(pipeline.denoiser), _in_place(pipeline.params[pipeline.denoiser], pipeline.dtype)
+
+
+def schedule_of(pipeline: Pipeline, latents: Float[Array, "n h w channel"]) -> Schedule:
+    """The schedule for images of these latents, as training and sampling have it: some flows shift it by their size."""
+    factor = pipeline.configs["vae"].factor
+    height, width = (factor * side for side in latents.shape[1:3])
+    return pipeline.family.at_size(pipeline.configs, pipeline.schedule, (height, width))
 
 
 def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -> Float[Array, "n h w channel"]:
@@ -214,9 +222,18 @@ def ids_of(pipeline: Pipeline, goal: Goal) -> list[list[int]]:
     return [words(pipeline.tokenizers[0], prompt) for prompt in goal.prompts]
 
 
-def _in_place(params: Params) -> Params:
-    """The same tensors, bound to their devices: edited ones are, others not, and JAX compiles for each mixture."""
-    return {name: jax.device_put(value, value.sharding) for name, value in params.items()}
+def _in_place(params: Params, dtype: Any) -> Params:
+    """The same tensors, bound to their devices: edited ones are, others not, and JAX compiles for each mixture.
+
+    Those of a text encoder that stays in its file (`streamed`) are read: a search needs gradients through it.
+    """
+
+    def placed(value: Any) -> Array:
+        if isinstance(value, np.memmap):
+            return jax.device_put(np.asarray(value).astype(dtype), jax.devices()[0])
+        return jax.device_put(value, value.sharding)
+
+    return {name: placed(value) for name, value in params.items()}
 
 
 @lru_cache(maxsize=8)

@@ -96,10 +96,11 @@ class ConceptInversion:
         shown = np.tile(np.arange(len(goal.images)) % len(goal.prompts), 2 if self.mirror else 1)
         unet, weights = adversary.denoiser(victim)
         alike = replace(self, tokens=1, start=None, mirror=True, member=None)  # which change nothing that is compiled
-        run = searcher(alike, unet, text.encoder, victim.schedule)
+        latents = adversary.latents(base, images)
+        run = searcher(alike, unet, text.encoder, adversary.schedule_of(victim, latents))
         start_key, key = jax.random.split(jax.random.key(seed + (self.member or 0)))
         new, losses = run(
-            weights, text.params, adversary.latents(base, images),
+            weights, text.params, latents,
             jax.tree.map(lambda rows: jnp.asarray(rows[shown]), ids), self._initial(text, start_key), key,
         )  # fmt: skip
         mark = "<v*>" if self.tokens == 1 else f"<v* of {self.tokens} tokens>"

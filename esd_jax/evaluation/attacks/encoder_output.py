@@ -68,10 +68,10 @@ class EncoderOutput:
         started = time.monotonic()
         texts = goal.prompts[: self.prompts]
         unet, weights = adversary.denoiser(victim)
-        asked, start = (victim.encode_prompts(t) for t in (texts, goal.neutral[: len(texts)]))
+        asked, start = base.encode_prompts(texts), victim.encode_prompts(goal.neutral[: len(texts)])
         free = depend(asked, victim.encode_prompts([""] * len(texts)), start)
-        run = searcher(self, unet, victim.schedule, jax.tree.structure(asked), free)
         latents = adversary.latents(base, np.concatenate([goal.of(case) for case in range(len(texts))]))
+        run = searcher(self, unet, adversary.schedule_of(victim, latents), jax.tree.structure(asked), free)
         alone = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32)[:, None], tree)  # noqa: E731
         cases = (
             latents.reshape(len(texts), -1, *latents.shape[1:]),

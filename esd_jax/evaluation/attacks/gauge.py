@@ -31,10 +31,10 @@ def gauge(base: Pipeline, victim: Pipeline, goal: Goal, trials: Sequence[Trial],
     if not trials:
         raise ValueError("no trial to gauge")
     each = -(-PLACES // len(trials))
-    run = _gauger(victim.network(victim.denoiser), victim.schedule, each)
     weights, known = adversary.denoiser(victim)[1], adversary.denoiser(base)[1]
     named, neutral = (base.encode_prompts(texts) for texts in (goal.prompts, goal.neutral))
     latents = [adversary.latents(base, goal.of(case)) for case in range(len(goal.prompts))]
+    run = _gauger(victim.network(victim.denoiser), adversary.schedule_of(victim, latents[0]), each)
     keys = adversary.case_keys(seed, len(trials))
     row = lambda tree, case: jax.tree.map(lambda a: a[case : case + 1], tree)  # noqa: E731
     errors = [

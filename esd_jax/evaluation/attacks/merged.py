@@ -138,9 +138,10 @@ def change(
     _, frozen = partition(weights, first)
     start, key = jax.random.split(jax.random.key(seed))
     theta = lora.initial(first, settings.rank, start)
-    run = trainer(settings, network, base.schedule, jnp.dtype(base.dtype).name)
+    latents = adversary.latents(base, images)
+    run = trainer(settings, network, adversary.schedule_of(base, latents), jnp.dtype(base.dtype).name)
     named, neutral = (base.encode_prompts([prompt]) for prompt in (text, ""))
-    theta = run(theta, Fixed(frozen, first), adversary.latents(base, images), named, neutral, key)[0]
+    theta = run(theta, Fixed(frozen, first), latents, named, neutral, key)[0]
     return {name: value - first[name] for name, value in lora.weights(theta, first).items()}
 
 

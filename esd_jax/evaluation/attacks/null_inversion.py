@@ -88,10 +88,9 @@ def invert(
 ) -> tuple[Float[np.ndarray, "n height width channel"], Float[np.ndarray, " n"]]:
     """The noise of each image, and how far its steps miss; see `inversion.exact_inverter`."""
     network, weights = adversary.denoiser(victim)
-    family, factor, size = victim.family, victim.configs["vae"].factor, min(BATCH, len(latents))
-    schedule = family.at_size(victim.configs, victim.schedule, tuple(factor * side for side in latents.shape[1:3]))
-    run = _inverter(network, schedule, settings.steps, settings.iterations)
-    empty = with_guidance(victim.encode_prompts([""] * size), family.guide, 1.0)
+    size = min(BATCH, len(latents))
+    run = _inverter(network, adversary.schedule_of(victim, latents), settings.steps, settings.iterations)
+    empty = with_guidance(victim.encode_prompts([""] * size), victim.family.guide, 1.0)
     parts = []
     for first in range(0, len(latents), size):
         index = np.minimum(np.arange(first, first + size), len(latents) - 1)

@@ -82,7 +82,6 @@ class P4D:
         """Finds a prompt of `victim` for each prompt of the goal; its trials are the best that were met on the way."""
         started, text = time.monotonic(), adversary.text_of(victim)
         unet, weights = adversary.denoiser(victim)
-        run = searcher(self, unet, text.encoder, victim.schedule)
         may = text.usable()
         known = len(may)
         own = adversary.ids_of(victim, goal)[: self.prompts]
@@ -92,6 +91,7 @@ class P4D:
         choices, most = np.flatnonzero(may), max(counts)  # one shape for all prompts
         start = jax.vmap(lambda key: jax.random.choice(key, choices, (most,)))(keys[:, 0])
         latents = adversary.latents(base, np.concatenate([goal.of(case) for case in range(len(own))]))
+        run = searcher(self, unet, text.encoder, adversary.schedule_of(victim, latents))
         cases = (
             latents.reshape(len(own), -1, *latents.shape[1:]),
             jax.tree.map(lambda a: a[:, None], base.encode_prompts(goal.prompts[: len(own)])),

@@ -79,12 +79,12 @@ class UnlearnDiffAtk:
         """Finds tokens to put before each prompt; a trial is one iterate of one prompt."""
         started, text = time.monotonic(), adversary.text_of(victim)
         unet, weights = adversary.denoiser(victim)
-        run = searcher(self, unet, text.encoder, victim.schedule)
         may = text.usable()
         new = range(len(may), len(may) + self.tokens)
         own = adversary.ids_of(victim, goal)[: self.prompts]
         ids = adversary.stacked([text.framed([*new, *words]) for words in own])
         latents = adversary.latents(base, np.stack([goal.of(case)[0] for case in range(len(own))]))
+        run = searcher(self, unet, text.encoder, adversary.schedule_of(victim, latents))
         search = partial(run, weights, text.params, may)
         cases = latents[:, None], ids, adversary.case_keys(seed, len(own))
         tokens, losses = adversary.in_turn(search, cases, self.together)
