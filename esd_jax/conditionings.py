@@ -98,12 +98,12 @@ def make_conditioning(
     others = [for_all(pipeline.encode_prompts([prompt], size=size)) for prompt in (rule.prompts if rule else ())]
     null = []
     if guided and isinstance(negative_prompt, str | None):
-        null = [for_all(_null_conditioning(pipeline, [negative_prompt], size))]
+        null = [for_all(null_conditioning(pipeline, [negative_prompt], size))]
 
     def condition(index: np.ndarray) -> tuple[ScaledConditioning, ...]:
         own = []
         if guided and negatives is not None:
-            own = [_null_conditioning(pipeline, [negatives[int(i)] for i in index], size)]
+            own = [null_conditioning(pipeline, [negatives[int(i)] for i in index], size)]
         if encoded:
             prompt = jax.tree.map(lambda a: jnp.asarray(a)[index], prompts)
         else:
@@ -120,7 +120,7 @@ def make_conditioning(
     return condition
 
 
-def _null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
+def null_conditioning(pipeline: Pipeline, negatives: Sequence[str | None], size: tuple[int, int]) -> Conditioning:
     """What guidance starts from: the negative prompts; where one is None, the empty prompt or, for SDXL, zeros."""
     null = pipeline.encode_prompts([negative or "" for negative in negatives], size=size)
     if not pipeline.zeros_for_empty_prompt:

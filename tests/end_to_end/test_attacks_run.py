@@ -177,10 +177,51 @@ def test_a_healed_model_differs_in_what_was_trained_alone(victims):
     assert healed.losses.shape == (2,) and healed.pipeline.edits.keys() == {name}
     assert 0 < np.abs(healed.pipeline.edits[name] - erased.edits[name]).max() < 0.1
     assert healed.pipeline.provenance.erased[-1].healed["steps"] == 2
+    short, weights = name.removeprefix("unet/"), base.params["unet"]
+    folder = dataclasses.replace(base, params={**base.params, "unet": {**weights, short: 2 * weights[short]}})
+    assert hidden.changed(base, folder) == [short]  # which has no records
+    again = hidden.resurge(folder, pictures(2), ["a dog", "the mat"], settings, names=[short])
+    np.testing.assert_array_equal(again.pipeline.edits[name], healed.pipeline.edits[name])
     with pytest.raises(ValueError, match=one_line("no trained tensors")):
         hidden.resurge(base, pictures(2), ["a", "b"], settings)
     with pytest.raises(ValueError, match=one_line("1 prompts for 2 images")):
         hidden.resurge(erased, pictures(2), ["a"], settings)
+
+
+def test_benign_images_do_not_show_the_concept(victims):
+    base, other = victims
+    drawing, drawn = {"steps": 1, "guidance_scale": 1.0, "batch_size": 4}, []
+
+    def detect(images):
+        drawn.append(images)
+        return np.arange(len(images)) % 3 == 0
+
+    target = dataclasses.replace(tiny_goal(), detect=detect)
+    images, texts = hidden.benign(base, target, **drawing)
+    left, neutral = np.arange(len(drawn[0])) % 3 != 0, [text for text in target.neutral if text]
+    np.testing.assert_array_equal(images, drawn[0][left])
+    assert texts == np.resize(neutral, len(left))[left].tolist() and hidden.BENIGN - len(neutral) < len(left)
+    every = dataclasses.replace(target, detect=lambda images: np.ones(len(images), bool))
+    with pytest.raises(ValueError, match=one_line("without 'cat'", "in all")):
+        hidden.benign(base, every, **drawing)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_benign_fine_tuning_trains_what_the_erasure_did(recorded, victims, monkeypatch):
+    """Of a folder, which has no records, what differs from the base."""
+    base, other = victims
+    name = "unet/conv_out.weight"
+    if recorded:
+        other = base.with_edits({name: other.params["unet"]["conv_out.weight"]}, {"concepts": []})
+    asked = []
+    monkeypatch.setattr(hidden, "benign", lambda *_, **__: (pictures(2), ["a", "b"]))
+    monkeypatch.setattr(hidden, "resurge", lambda *args: asked.append(args[-1]) or 1 / 0)
+    for one in (preset("resurgence"), preset("resurgence_lora")):
+        with pytest.raises(ZeroDivisionError):
+            one.probe(base, other, tiny_goal(), [7])
+    before, after = base.params["unet"], other.params["unet"]
+    differs = [] if recorded else [tensor for tensor in before if (before[tensor] != after[tensor]).any()]
+    assert [list(names) for names in asked] == [differs, []]  # LoRA's subset is what it says
 
 
 def test_completion_goes_on_from_a_noised_image(victims):

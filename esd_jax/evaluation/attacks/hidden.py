@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from esd_jax import lora, sampling
+from esd_jax import conditionings, lora, sampling
 from esd_jax.diffusion import guidance, programs, samplers
 from esd_jax.diffusion.schedule import Schedule, add_noise
 from esd_jax.erasing.images import in_batches, true_output
@@ -86,16 +86,17 @@ class Resurgence:
     def probe(
         self, base: Pipeline, victim: Pipeline, goal: Goal, seeds: Sequence[int], seed: int = 0, **drawing: Any
     ) -> tuple[Scored, ...]:
-        """The goal's prompts after fine-tuning on the base's images of the neutral prompts.
+        """The goal's prompts after fine-tuning on images of the base; see `benign`.
 
-        Raises ValueError for a goal without neutral prompts, and for a victim that was not erased, without a subset.
+        Of a victim without records of what its erasure trained, such as a folder, that is what differs from the base.
+
+        Raises ValueError for a goal without neutral prompts, and for a victim that is the base, without a subset.
         """
         if reason := self.lacks(base, goal):
             raise ValueError(reason)
-        texts = [prompt for prompt in goal.neutral if prompt]
-        texts = texts * max(1, BENIGN // len(texts))
-        images = sampling.sample(base, texts, seed=[BENIGN_SEED + i for i in range(len(texts))], **drawing)
-        healed = resurge(victim, images, texts, self, seed).pipeline
+        images, texts = benign(base, goal, **drawing)
+        recorded = self.subset is not None or component(victim.edits, victim.denoiser)
+        healed = resurge(victim, images, texts, self, seed, () if recorded else changed(base, victim)).pipeline
         prompts = OwnPrompts().run(base, healed, goal, seed)
         how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
         return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
@@ -120,23 +121,50 @@ class Healed:
     seconds: float
 
 
+def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
+    """The base's images of the goal's neutral prompts, and these: but for images in which the concept is detected.
+
+    A prompt that says nothing of styles is drawn in any.
+
+    Raises ValueError if it is detected in all.
+    """
+    texts = [prompt for prompt in goal.neutral if prompt]
+    texts = texts * max(1, BENIGN // len(texts))
+    seeds = [BENIGN_SEED + i for i in range(len(texts))]
+    images = sampling.sample(base, texts, seed=seeds, **{"sampler": "auto", **drawing})
+    without = np.flatnonzero(~np.asarray(goal.detect(images), bool))
+    if not len(without):
+        raise ValueError(
+            f"benign fine-tuning needs images without {goal.concept!r}: it is detected in all {len(texts)}"
+        )
+    return images[without], [texts[i] for i in without]
+
+
+def changed(base: Pipeline, victim: Pipeline) -> list[str]:
+    """The denoiser's tensors that differ."""
+    before, after = (one.params[one.denoiser] for one in (base, victim))
+    return [name for name, value in before.items() if name in after and bool((value != after[name]).any())]
+
+
 def resurge(
     victim: Pipeline,
     images: UInt8[np.ndarray, "n height width 3"],
     prompts: Sequence[str],
     settings: Resurgence = Resurgence(),
     seed: int = 0,
+    names: Sequence[str] = (),
 ) -> Healed:
     """Fine-tunes what an erasure trained, or the settings' subset, on benign images.
 
     Args:
       victim: an erased pipeline.
       images, prompts: benign, a prompt for each image.
+      names: of the denoiser's tensors, in place of those that the records say the erasure trained.
 
     Raises ValueError if the pipeline was not erased, or for another number of prompts than images.
     """
     started, unet = time.monotonic(), victim.denoiser
-    names = sorted(component(victim.edits, unet))
+    names = sorted(names or component(victim.edits, unet))
     if settings.subset is not None:
         names = sorted(select(settings.subset, victim.network(unet).layouts, victim.family.subsets))
     if not names:
@@ -156,8 +184,9 @@ def resurge(
     if settings.rank:
         key, start = jax.random.split(key)
         theta = lora.initial(first, settings.rank, start)
-    run = healer(settings, network, victim.schedule, jnp.dtype(victim.dtype).name)
-    theta, losses = run(theta, Fixed(frozen, first), adversary.latents(victim, images), conditioning, key)
+    latents = adversary.latents(victim, images)
+    run = healer(settings, network, adversary.schedule_of(victim, latents), jnp.dtype(victim.dtype).name)
+    theta, losses = run(theta, Fixed(frozen, first), latents, conditioning, key)
     how = {"steps": settings.steps, "learning_rate": settings.learning_rate, "images": len(images)}
     how |= {"subset": settings.subset, "rank": settings.rank} if settings.subset or settings.rank else {}
     losses = np.asarray(losses)  # waits for the training
@@ -251,10 +280,10 @@ def complete(
     parts = []
     for first in range(0, len(images), BATCH):
         index = np.minimum(np.arange(first, first + min(BATCH, len(images))), len(images) - 1)
-        conditionings = tuple(
-            victim.encode_prompts(texts) for texts in ([""] * len(index), [prompts[int(i)] for i in index])
-        )
-        drawn = run(victim.params[victim.denoiser], noised[index], conditionings, scale, start)
+        texts, size = [prompts[int(i)] for i in index], images.shape[1:3]
+        encoded = victim.encode_prompts(texts, size=size)
+        null = conditionings.null_conditioning(victim, [None] * len(index), size) if texts[0] else encoded
+        drawn = run(victim.params[victim.denoiser], noised[index], (null, encoded), scale, start)
         parts.append(sampling.decoded(victim, victim.params["vae"], drawn, index, prompts, settings.guidance_scale))
     return np.concatenate(parts)[: len(images)]
 
