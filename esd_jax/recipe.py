@@ -169,7 +169,7 @@ class Recipe:
         return several.filled(self.preview_prompts or ("{}",), [concept.text for concept in self.concepts])
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flat name; those of `OMIT_AT_DEFAULT` only where they differ from their defaults."""
+        """Every field by its flat name; of `OMIT_AT_DEFAULT` only what differs from there, or from the method's own."""
         values: dict[str, Any] = {}
         for name in (f.name for f in fields(self) if f.name not in (*PARTS, "spelling")):
             value, spelling = getattr(self, name), self.spelling.get(name)
@@ -177,10 +177,10 @@ class Recipe:
                 values |= spelling.flat
             else:
                 values |= several.format_concepts(value) if name == "concepts" else {name: value}
-        for part in PARTS:
-            values |= dataclasses.asdict(getattr(self, part))
+        values |= {name: v for part in PARTS for name, v in dataclasses.asdict(getattr(self, part)).items()}
         values |= {"steps_each": 0} if self.concepts else {}  # `steps` says what it comes to
-        return {name: v for name, v in values.items() if name not in OMIT_AT_DEFAULT or v != OMIT_AT_DEFAULT[name]}
+        omitted = OMIT_AT_DEFAULT | {f.name: f.default for f in fields(_parts(self.method)["settings"])}
+        return {name: v for name, v in values.items() if not v == OMIT_AT_DEFAULT.get(name, ...) == omitted[name]}
 
 
 PARTS = ("settings", "optimizer", "training")

@@ -83,6 +83,14 @@ def test_a_config_is_kept_to_the_letter(name):
     assert json.dumps(recipe.make(**flat).flat()) == json.dumps(flat)
 
 
+def test_what_is_a_default_elsewhere_is_kept():
+    """`rounds_skip` is 0.5 by default of the other methods, and 100 of redirection."""
+    default, other = (recipe.make(concept="cat", method="redirect", **how) for how in ({}, {"rounds_skip": 0.5}))
+    assert default.flat()["rounds_skip"] == 100.0 and other.flat()["rounds_skip"] == 0.5
+    assert recipe.make(**as_json(other.flat())) == other != default
+    assert "rounds_skip" not in recipe.make(concept="cat", method="esd").flat()
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_odd_texts_are_kept_to_the_letter(seed):
     rng = random.Random(seed)
