@@ -101,6 +101,7 @@ def train_until(
 
         def finished(erased: Pipeline, number: int = number) -> None:
             trained = _steps(erased, number)
+            stages[:] = [stage for stage in stages if stage.steps != trained]  # of a run that ended by itself
             stages.append(Stage(trained, measure(erased)))
             store.save(evidence(erased, bounds, stages, recorded), folder / runs.EVIDENCE, PART)
             if _over(stages[-1], bounds, number, ahead[-1]):

@@ -138,6 +138,8 @@ def test_a_run_that_ends_by_itself_is_not_extended(tmp_path):
     run = Run(tmp_path, most=50)
     stages = run.go()
     assert [stage.steps for stage in stages] == [40, 50] and run.ended == [50]
+    again = Run(tmp_path, most=50)
+    assert [stage.steps for stage in again.go(resume=True)] == [40, 50] and again.trained == [(60, True)]
 
 
 def test_results_are_stored_and_a_run_goes_on_from_them(tmp_path):
