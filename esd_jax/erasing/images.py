@@ -34,11 +34,15 @@ def sampled(
 
 
 def drawn(
-    tools: Tools, prompts: Sequence[str], settings: Any, count: int = 1, negative: str | Sequence[str] | None = None
+    tools: Tools,
+    prompts: Sequence[str],
+    settings: Any,
+    count: int = 1,
+    negative: str | Sequence[str | None] | None = None,
 ) -> Float[Array, "prompts images height width channel"]:
     """`sampled`, as the fields drawing_* of a method's settings say.
 
-    negative: a negative prompt for all, or one for each prompt.
+    negative: a negative prompt for all, or one or None for each prompt.
     """
     if not (negative is None or isinstance(negative, str)):
         negative = [text for text in negative for _ in range(count)]

@@ -197,7 +197,7 @@ class Redirect(RoundsSettings):
         """
         named, anchors = zip(*self.prompts(concept), strict=True)
         shown = self.may_show(concept)
-        some = [away if may else "" for may in shown] if any(shown) else None
+        some = [away if may else None for may in shown] if any(shown) else None
         negative = away if all(shown) else some
         return [
             drawn(tools, named, self, self.drawn_images),

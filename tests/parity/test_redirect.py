@@ -210,7 +210,7 @@ def test_what_redirection_cannot_do_is_refused(concept, fields, message):
 @pytest.mark.parametrize(
     ("sentences", "alone", "replaced"),
     [
-        ("{} in a photo: a photo", "a cat, a dog, a horse", ["", "", *["a cat, a dog, a horse"] * 2]),
+        ("{} in a photo: a photo", "a cat, a dog, a horse", [None, None, *["a cat, a dog, a horse"] * 2]),
         ("{} in a photo: {} in a photo", "a cat, a horse", None),
     ],
 )
