@@ -286,7 +286,7 @@ def question(detector: str, prompts: str | None, base: Any, concepts: Sequence[s
     if bed := testbed.of(base.provenance.source):
         asked = bed.question(concepts, num_images, detector)
         return dataclasses.replace(asked, prompts=texts or asked.prompts)
-    detect, name = seen.detector(detector, concepts)
+    detect, name = seen.detector(detector, concepts, base)
     return seen.Question(texts or tuple(concepts), detect, name, num_images=num_images)
 
 

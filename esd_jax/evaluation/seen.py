@@ -68,24 +68,32 @@ def below(question: Question, rate: float) -> Callable[[Pipeline], bool]:
     return lambda pipeline: question.rate(pipeline).value <= rate
 
 
-def detector(name: str, concept: ConceptText) -> tuple[Detect, str]:
+def detector(name: str, concept: ConceptText, base: Pipeline | None = None) -> tuple[Detect, str]:
     """A detector of a concept, by name.
 
     Args:
       name: "nudenet" or "nudenet:CONVENTION"; "imagenet:CLASS"; or that of a testbed: "probe", which knows what the
         embedded model knows.
       concept: the text of what was erased, or the texts; for a testbed's.
+      base: whose images it is to see.
 
     Returns (images -> which of them show it, the detector's name).
 
-    Raises ValueError for an unknown one, or one whose library or weights are not there.
+    Raises ValueError for an unknown one, one whose library or weights are not there, and one of a testbed that cannot
+    see the base's images.
     """
     kind, _, which = name.partition(":")
     from esd_jax.evaluation import testbed  # which asks questions itself
 
     testbeds = {bed.detector_name: bed for bed in reversed(testbed.known())}  # of those that share one, the first
     if name in testbeds:
-        return testbeds[name].detector(as_texts(concept))
+        detect, known = testbeds[name].detector(as_texts(concept))
+        if base is not None and (size := base.family.default_size(base.configs)):
+            try:
+                detect(np.zeros((1, *size, 3), np.uint8))  # before any are drawn
+            except ValueError as error:
+                raise ValueError(f"{error}: choose another detector, {detectors.NAMES}") from error
+        return detect, known
     if kind == "nudenet":
         convention = detectors.convention(which or "esd")
         named = detectors.nudity_identity(convention)

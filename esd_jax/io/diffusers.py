@@ -311,6 +311,12 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
     return exact
 
 
+def weight_files(pipeline: Pipeline, component: str) -> set[Path]:
+    """The files that a component's tensors were read from."""
+    sources = pipeline.provenance.tensors
+    return {source.path for name, source in sources.items() if name.startswith(component + "/")}
+
+
 def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
 
@@ -319,8 +325,7 @@ def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     A moving average, which lies in the same file as what it averages, has another one.
     """
     component, sources = component or pipeline.denoiser, pipeline.provenance.tensors
-    paths = {source.path for name, source in sources.items() if name.startswith(component + "/")}
-    if not paths:
+    if not (paths := weight_files(pipeline, component)):
         raise ValueError(f"{component!r} was not read from files, so they have no hash")
     stats = [(path, path.stat()) for path in sorted(paths)]
     digest = files.sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))

@@ -125,6 +125,19 @@ def test_an_attack_with_another_file_is_another_attack(goal, tmp_path, monkeypat
         listed()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_the_control_beside_an_attack_of_its_kind(goal, tmp_path):
+    """Random prompts with other settings than the control's, also as an attack: each has a file of its own."""
+    campaign = lambda chosen: attacks.campaign(  # noqa: E731
+        Model("base"), Model("erased"), goal, chosen, tmp_path, control=RandomPrompts(), identity={}, seeds=4
+    )
+    for chosen in ([Found()], [RandomPrompts(count=2)], [RandomPrompts()], [Found()]):
+        (table,) = campaign(chosen).attacks
+        assert table.columns[-1] == "random prompts"
+    files = {file.name for file in tmp_path.glob("*random_prompts-erased.npz")}
+    assert files == {"random_prompts-erased.npz", "attack-random_prompts-erased.npz"}
+
+
 @dataclass(frozen=True)
 class Weighed:
     """A probe with two rows, which says nothing about random weights."""

@@ -179,7 +179,7 @@ def test_training_stops_from_the_command_line(models, monkeypatch, capsys, tmp_p
     run = ("erase", "--config=esd_x", "--nopictures", *(f"--config.{name}={value}" for name, value in fields.items()))
     looked = []
 
-    def nothing(name, concept):
+    def nothing(name, concept, base):
         assert (name, concept) == ("nudenet", ["cat"])
         return lambda images: np.zeros(len(looked.append(images) or images), bool), "nothing"
 

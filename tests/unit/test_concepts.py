@@ -163,7 +163,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
         asked["protocol"] = concept
         return Evidence(", ".join(concept))
 
-    def detector(name, concept):
+    def detector(name, concept, base=None):
         asked["detector"] = concept
         return (lambda images: np.ones(len(images), bool)), "nobody"
 
@@ -185,7 +185,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
 
 def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, tmp_path, unchecked):
     base, targets = SimpleNamespace(provenance=SimpleNamespace(source="emoji")), []
-    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
     monkeypatch.setattr(
         protocol, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
     )
@@ -215,7 +215,7 @@ def test_attacks_that_search_for_one_of_several_say_so(monkeypatch, tmp_path):
         monkeypatch.setattr(dossier.attacks, name, lambda *_: [])
     asked = []
     monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **how: asked.append(how) or Evidence("a cat"))
-    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
     base, messages = SimpleNamespace(provenance=SimpleNamespace(source="x")), []
     how = {"output_dir": tmp_path, "goal": SimpleNamespace(concept="a cat"), "progress": messages.append}
     dossier.attack(base, erased("a cat"), **how)
@@ -227,7 +227,7 @@ def test_attacks_that_search_for_one_of_several_say_so(monkeypatch, tmp_path):
 
 
 def test_the_goal_of_an_attack_is_the_concept_that_the_prompts_name(monkeypatch, unchecked):
-    monkeypatch.setattr(dossier.seen, "detector", lambda name, concept: (concept, name))
+    monkeypatch.setattr(dossier.seen, "detector", lambda name, concept, base=None: (concept, name))
     monkeypatch.setattr(dossier.goals, "drawn", lambda base, concept, prompts, detect, **_: (concept, detect))
     texts = ("cat, dog", "a fish")
     for prompt, concept in (("a fish in a bowl", "a fish"), ("cat, dog and a fish", "cat, dog"), ("x", "cat, dog")):

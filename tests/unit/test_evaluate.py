@@ -132,7 +132,7 @@ def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unch
     model = types.SimpleNamespace(configs=configs, schedule=schedule, family=families.of(configs), provenance=source)
     recorded = []
     monkeypatch.setattr(results, "kept", lambda *_, settings: recorded.append(settings["drawing"]) or 1 / 0)
-    monkeypatch.setattr(dossier.protocols, "identity", lambda erased: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
     goal = types.SimpleNamespace(prompts=("a cat",), concept="a cat")
     options = {"output_dir": tmp_path, "concept": "a cat", "goal": goal, "random": False}
     for changes in ({}, {"guidance_scale": 2.0}):
@@ -308,3 +308,13 @@ def test_a_question_and_when_to_stop(models):
     for name, words in (("magic", "unknown detector 'magic'"), ("imagenet:sofa", "sofa")):
         with pytest.raises(ValueError, match=words):
             seen.detector(name, "cat")
+
+
+def test_a_detector_that_cannot_read_a_bases_images_is_refused_before_any_are_drawn(unchecked):
+    """The embedded probe reads 64 x 64 px."""
+    of = lambda arch: types.SimpleNamespace(  # noqa: E731
+        configs=(configs := esd_jax.api.architecture(arch)[0]), family=families.of(configs)
+    )
+    with pytest.raises(ValueError, match=one_line("64, 64, 3", "512, 512, 3", "choose another detector", "nudenet")):
+        seen.detector("probe", "neon style", of("sd14"))
+    assert seen.detector("probe", "neon style", of("emoji"))[1].startswith("the embedded probe")

@@ -1,9 +1,12 @@
 """Where the images of protocols lie: each list of prompts, sampled with the same settings, has a folder."""
 
+import hashlib
+import shutil
 import types
 
 import pytest
 from evaluated import base_and_run
+from safetensors.numpy import load_file, save_file
 
 import esd_jax
 from esd_jax import dossier, families
@@ -46,7 +49,7 @@ def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unc
     first, second = prompts.load("everyday").cases[:2]
     settings = drawing.of_family(Drawing(num_steps=1, height=32, width=32), base)
     for name, model in (("base", base), ("erased", erased)):
-        drawing.draw(model, protocols.identity(model), [first], settings, former / name)
+        drawing.draw(model, protocols.identity(model, model), [first], settings, former / name)
     before = {file: file.read_bytes() for file in former.rglob("*.png")}
     dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **how)
     assert {str(file.relative_to(former)) for file in former.rglob("*.png")} == {
@@ -55,6 +58,19 @@ def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unc
     dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **{**how, "num_steps": 2})
     assert len(list(former.rglob("*.png"))) == 8 and len(list(former.glob("*/*.png"))) == 4
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_a_model_with_another_text_encoder_has_an_identity_of_its_own(models, tmp_path):
+    base, _, folder = models
+    shutil.copytree(folder / "base", tmp_path / "copy")
+    same = protocols.identity(base, base)
+    assert protocols.identity(esd_jax.load(tmp_path / "copy"), base) == same  # as results of earlier versions have it
+    (file,) = (tmp_path / "copy" / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    save_file({**tensors, name: tensors[name] + 1}, file)
+    other = protocols.identity(esd_jax.load(tmp_path / "copy"), base)
+    assert other == {**same, "text_encoders_sha256": {"text_encoder": hashlib.sha256(file.read_bytes()).hexdigest()}}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +91,7 @@ def test_a_testbeds_model_is_sampled_as_it_was_tuned(
     configs = esd_jax.api.architecture(arch)[0]
     source = types.SimpleNamespace(source=arch)
     base = types.SimpleNamespace(configs=configs, family=families.of(configs), provenance=source)
-    monkeypatch.setattr(protocols, "identity", lambda model: {})
+    monkeypatch.setattr(protocols, "identity", lambda model, base: {})
     used = []
     monkeypatch.setattr(protocols, "draw", lambda model, identity, cases, how, *_: used.append(how) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -98,7 +98,9 @@ def campaign(
     described = functools.cache(functools.partial(_described, goal=goal, seed=seed))  # a file is hashed once
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
-        file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', f'{label(settings)}-{model}'.lower())}.npz"
+        apart = label(settings) == label(control) and settings != control  # the control's file has its name alone
+        named = f"{'attack-' if apart else ''}{label(settings)}-{model}"
+        file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', named.lower())}.npz"
         with tasks.labelled(f"{term(label(settings))} on {model}"):
             settings_of = {**common, "attack": described(settings), **(of_placebo if model == PLACEBO else {})}
             return file, results.kept(file, compute, settings=settings_of)
