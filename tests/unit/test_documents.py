@@ -45,6 +45,12 @@ def test_links_lead_to_what_exists(document):
         assert not anchor or anchor in documents.anchors(target), f"{name_of(document)} links to {link}"
 
 
+@texts
+def test_rows_stand_in_tables(document):
+    """After an empty line, a row is no longer one, but a text with bars."""
+    assert not [one.content for one in documents.tokens(document) if one.type == "inline" and one.content[:1] == "|"]
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=name_of)
 def test_files_that_are_named_exist(document):
     """Where a name in capitals stands for the reader's own file, its folder does."""
