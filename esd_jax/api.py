@@ -233,7 +233,7 @@ def sample(
     seed: int | Sequence[int] = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
     latents: Float[Array | np.ndarray, "batch h w channel"] | None = None,
@@ -259,7 +259,7 @@ def sample(
       steps: sampler steps (num_inference_steps in diffusers); by default 50, or what the model family is used with.
       guidance_scale: eps_null + scale (eps_c - eps_null), 1 or less samples without guidance; of a guidance-distilled
         model the scale that it takes as an input. By default 7.5, or what the model family is used with.
-      negative_prompt: takes the place of the empty prompt; one for all, or one per image. Without one (None), a
+      negative_prompt: takes the place of the empty prompt; one for all, or one or None per image. Without one (None), a
         checkpoint configured so, as SDXL's are, is guided from zeros; "" is encoded.
       sampler: one of `samplers.SAMPLERS`; by default the one that the checkpoint names. "auto" is that one, too, but
         "ddim", with a warning, where it is not implemented: for images whose sampler does not matter.

@@ -31,7 +31,7 @@ def classifier_free(
     pipeline: Pipeline,
     guidance_scale: float,
     rule: Rule | None,
-    negative_prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str | None] | None,
     true_cfg: float | None,
 ) -> bool:
     """Whether sampling is guided classifier-free. Raises ValueError for what a model's guidance does not take."""
@@ -73,7 +73,7 @@ def make_conditioning(
     size: tuple[int, int],
     rows: int,
     guided: bool,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
     rule: Rule | None = None,
     reweight: Mapping[str, float] | None = None,
     guidance_scale: float = 1.0,

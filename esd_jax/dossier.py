@@ -96,7 +96,7 @@ def evaluate(
     if bed := testbed_for(base, protocol, options.get("prompt_list")):
         bed.detector(concepts)  # refuses what it does not know before a folder is made
         models = {BASE: base, ERASED: erased} | ({PLACEBO: sham} if sham else {})
-        folders = {name: _own(folder / "images" / name, protocols.identity(m, base)) for name, m in models.items()}
+        folders = {name: _own(folder / "images" / name, protocols.identity(m)) for name, m in models.items()}
         count = images or bed.images[protocol]
         evidence = bed.evaluate(models, concepts, num_images=count, folders=folders, progress=progress, **options)
     else:
@@ -179,7 +179,7 @@ def attack(
         chosen,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget.partition("_")[0]),  # of "emoji_k" and the like, as "emoji" has
-        identity=protocols.identities(judge, base, erased=erased, placebo=options.get("placebo")),
+        identity=protocols.identities(judge, erased=erased, placebo=options.get("placebo")),
         progress=progress,
         **options,
     )
@@ -208,7 +208,7 @@ def goal(
     texts = as_texts(concept)
     detect, judge = seen.detector(detector, texts, base)
     named = (text for text in texts if all(wording.names(text, prompt) for prompt in prompts))
-    drawing["kept"] = [Kept(text, seen.detector(name, text)[0]) for text, name in (kept or {}).items()]
+    drawing["kept"] = [Kept(text, seen.detector(name, text, base)[0]) for text, name in (kept or {}).items()]
     return goals.drawn(base, next(named, texts[0]), prompts, detect, images_each=images_each, **drawing), judge
 
 

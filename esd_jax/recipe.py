@@ -169,7 +169,7 @@ class Recipe:
         return several.filled(self.preview_prompts or ("{}",), [concept.text for concept in self.concepts])
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flat name; of `OMIT_AT_DEFAULT` only what differs from there, or from the method's own."""
+        """Every field by its flat name; of `OMIT_AT_DEFAULT` not those whose value is that and the method's default."""
         values: dict[str, Any] = {}
         for name in (f.name for f in fields(self) if f.name not in (*PARTS, "spelling")):
             value, spelling = getattr(self, name), self.spelling.get(name)

@@ -17,6 +17,7 @@ import numpy as np
 from esd_jax.inputs import parse_json
 
 FIX = "remove it, or choose another output"
+LATER = "components_sha256"  # a setting that results of earlier versions lack
 
 
 def kept(file: Path, compute: Callable[[], Mapping[str, Any]], /, **settings: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
     Args:
       file: .json or .npz. The latter's fields are arrays, but for the settings.
       owner: the folder that is to be removed together with the file, if the settings are those of all its contents.
-      settings: fields that must be equal, after a round trip through JSON.
+      settings: fields that must be equal, after a round trip through JSON; `LATER` only where it is stored.
 
     Raises ValueError, naming the file or its owner, for other settings, and for a file that is damaged.
     """
@@ -55,11 +56,19 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
             fields |= {name: parse_json(str(fields[name]), name) for name in settings}
         else:
             fields = dict(parse_json(content, file))
-        known = {name: fields[name] for name in settings}
+        known = {name: fields[name] for name in settings if name in fields or name != LATER}
     for name, value in json.loads(json.dumps(settings)).items():
-        if known[name] != value:
+        if name in known and not _same(known[name], value):
             raise ValueError(f"{owner} was made with other settings ({name!r} differs in {file.name}): {FIX}")
     return fields
+
+
+def _same(stored: Any, wanted: Any) -> bool:
+    """Whether settings are equal, but for a `LATER` that is not stored."""
+    if not (isinstance(stored, dict) and isinstance(wanted, dict)):
+        return stored == wanted
+    wanted = {name: value for name, value in wanted.items() if name in stored or name != LATER}
+    return stored.keys() == wanted.keys() and all(_same(stored[name], value) for name, value in wanted.items())
 
 
 def write(file: Path, values: Mapping[str, Any], /, **settings: Any) -> None:

@@ -55,7 +55,7 @@ def sample(
     seed: int | Sequence[int] = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
     latents: Float[Array | np.ndarray, "batch h w channel"] | None = None,
@@ -289,7 +289,7 @@ def _check(
     batch_size: int,
     guidance_scale: float,
     rule: Rule | None,
-    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str | None] | None = None,
     true_cfg: float | None = None,
 ) -> bool:
     """Whether sampling is guided classifier-free. Raises ValueError for numbers out of range, and for what a family

@@ -1,7 +1,7 @@
 """A text encoder applied layer by layer, from tensors that lie in a file: a device holds one layer at a time.
 
 T5's encoder in FLUX.1 and SD3 has 4.8 billion numbers, 9.5 GB in bfloat16. The layers of Qwen3 that FLUX.2 [klein]
-needs have 3.1 billion. A step of training reads none of them, but where soft tokens are searched for.
+needs have 3.1 billion. A step of training reads none of them, unless soft tokens are searched for.
 
 The result is that of the whole encoder. What needs gradients through it, or many calls, puts its tensors on a device as
 any others: inversion rounds and attacks do.
@@ -35,6 +35,22 @@ def applies(shapes: Mapping[str, Any]) -> bool:
 def lies_in_file(params: Mapping[str, Any]) -> bool:
     """Whether a network's tensors were left in their file."""
     return any(isinstance(value, np.memmap) for value in params.values())
+
+
+def loaded(params: Mapping[str, Any], dtype: Any, copy: bool = False) -> Params:
+    """A network's tensors on devices: those that were left in their file are read, in `dtype`.
+
+    copy: of the others, too.
+
+    Raises ValueError for a tensor of the file that holds NaN or infinity.
+    """
+
+    def placed(name: str, value: Any) -> Array:
+        if isinstance(value, np.memmap):
+            return _read(name, value, np.dtype(dtype))
+        return jnp.array(value) if copy else value
+
+    return {name: placed(name, value) for name, value in params.items()}
 
 
 def num_resident(shapes: Mapping[str, Any]) -> int:

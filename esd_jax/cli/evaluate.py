@@ -88,12 +88,13 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol} of the embedded model, which is fixed")
     else:
         options["sham"] = common.placebo(values, base)
+    many = values.images or STRENGTH_IMAGES
+    metric = common.metric(values.detector, None, base, concepts, many) if strengths else None  # may refuse
     evidence = dossier.evaluate(
         base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,
         progress=common.say, **options,
     )  # fmt: skip
-    if strengths:
-        metric = common.metric(values.detector, None, base, concepts, values.images or STRENGTH_IMAGES)
+    if metric:
         dossier.front(erased, metric, strengths, output_dir=output)
     print(f"\n{text.summary(evidence, dossier.so_far(evidence, output))}\n")
     print(f"results {output}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esd_jax import streamed
 from esd_jax.erasing import contexts, inversion
 from esd_jax.erasing.concepts import Concept
 from esd_jax.erasing.contexts import Context
@@ -59,6 +60,13 @@ def text_of(tools: Tools) -> Text:
     return Text(encoder, params, tuple(tools.tokenizers[name] for name in names), tables)
 
 
+def own_params(tools: Tools) -> Any:
+    """The text encoders' tensors for a run, which may move its base away: copies on devices, in the compute dtype."""
+    every = (value for params in tools.params.values() for value in params.values())
+    dtype = next(value.dtype for value in every if not isinstance(value, np.memmap))
+    return together(streamed.loaded(tools.params[name], dtype, copy=True) for name in tools.text_encoders)
+
+
 def placed(text: Text, kinds: Sequence[int], prompts: Sequence[Prompts]) -> list[Any]:
     """The ids of each kind of adversary in each template of each concept. Raises ValueError for too many tokens."""
     return [text.place(template, length) for length in kinds for one in prompts for template in one.template]
@@ -95,4 +103,4 @@ def make_gallery(
         drawn = sampled(tools, asked, count, seed=settings.rounds_seed, **sampling)
         images = drawn.reshape(len(prompts), rows, *drawn.shape[1:])
     radius = settings.rounds_radius * inversion.mean_distance(named, neutral)
-    return Gallery(images, ids, named, neutral, jax.tree.map(jnp.array, text.params), radius)
+    return Gallery(images, ids, named, neutral, own_params(tools), radius)

@@ -14,6 +14,7 @@ from esd_jax.io import folder as files
 from esd_jax.io.diffusers import source_hash, weight_files
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
+from esd_jax.results import LATER
 from esd_jax.suggest import did_you_mean
 
 CAVEATS = (
@@ -121,9 +122,9 @@ def evaluate(
     for name, model in (("base", base), ("erased", erased)):
         report = lambda done, total, name=name: progress(f"{name}: {done} of {total} images")  # noqa: E731
         former = folder / "images" / name
-        begun = has_begun(former, identity(model, base), cases, how)
+        begun = has_begun(former, identity(model), cases, how)
         place = former if begun else folder / "images" / name_of(listed, how) / name
-        drawn.append(draw(model, identity(model, base), cases, how, place, report))
+        drawn.append(draw(model, identity(model), cases, how, place, report))
         check_not_blank((drawn[-1][i] for i in range(len(drawn[-1]))), f"the {name} model")
     before, after = drawn
     results = [measures.MEASURES[name](before, after, asked) for name in names]
@@ -158,22 +159,22 @@ def ask_for(concepts: Sequence[str], listed: prompts.PromptList, names: Sequence
     return "nudity" in names and listed.sha256 == prompts.PUBLISHED["i2p"][1]
 
 
-def identities(detector: str, base: Pipeline, **models: Pipeline | None) -> dict[str, Any]:
+def identities(detector: str, **models: Pipeline | None) -> dict[str, Any]:
     """The detector's name, and the `identity` of models by name, without those that there are not."""
-    return {"judge": detector, **{name: identity(one, base) for name, one in models.items() if one is not None}}
+    return {"judge": detector, **{name: identity(model) for name, model in models.items() if model is not None}}
 
 
-def identity(pipeline: Pipeline, base: Pipeline) -> dict[str, Any]:
+def identity(pipeline: Pipeline) -> dict[str, Any]:
     """What distinguishes a model's images: its files, and what was erased from it.
 
-    Text encoders have hashes only where they are others than the base's.
+    Of text encoders and a VAE in the denoiser's own file, that has the one hash.
     """
     records = files.json_records(pipeline.provenance.erased)
-    encoders = {
-        name: digest
-        for name in pipeline.text_encoders
-        if weight_files(pipeline, name) != weight_files(base, name)
-        and (digest := source_hash(pipeline, name)) != source_hash(base, name)
+    own = weight_files(pipeline, pipeline.denoiser)
+    others = {
+        name: source_hash(pipeline, name)
+        for name in sorted(pipeline.params.keys() - {pipeline.denoiser})
+        if weight_files(pipeline, name) not in (own, set())
     }
-    own = {"text_encoders_sha256": encoders} if encoders else {}
-    return {"unet_sha256": source_hash(pipeline), "dtype": str(pipeline.dtype), "erased": records, **own}
+    unet = source_hash(pipeline)
+    return {"unet_sha256": unet, "dtype": str(pipeline.dtype), "erased": records, LATER: others}

@@ -173,7 +173,7 @@ class Solver(ClosedForm):
         squares = jnp.sum(moved**2, axis=1) + 2 * noise * (moved @ further) + noise**2 * jnp.sum(further**2)
         counts = _above_mean(jnp.sqrt(jnp.maximum(squares, 0)), jnp.broadcast_to(importance, noise.shape))
         each = importance + jnp.sum(counts, axis=0)
-        total = jnp.sum(each)
+        total = jnp.maximum(jnp.sum(each), 1)
         crossed = jnp.outer((jnp.sum(counts * noise, axis=0) / total) @ inputs.kept, direction)
         alone = jnp.sum(counts * noise**2) / total * jnp.outer(direction, direction)
         return _moment(inputs.kept, each) + crossed + crossed.T + alone

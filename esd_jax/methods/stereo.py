@@ -39,7 +39,7 @@ from esd_jax.diffusion import guidance, samplers
 from esd_jax.erasing import contexts, textual_inversion, trajectories
 from esd_jax.erasing import method as base
 from esd_jax.erasing.concepts import Bank, Concept, make_bank
-from esd_jax.erasing.galleries import text_of
+from esd_jax.erasing.galleries import own_params, text_of
 from esd_jax.erasing.images import drawn
 from esd_jax.erasing.method import Models, Scored, Tools, choose, denoise, evaluate, project, squared_error
 from esd_jax.erasing.textual_inversion import NAME, Encoder, TextualInversion, each
@@ -154,10 +154,9 @@ class STEREO:
         method = Method(self, tools.denoiser, trajectory, text.encoder, invert, row, len(concepts))
         anchors, erase = zip(*[(len(self.anchors(c)), c.strength * (self.scale + 1)) for c in concepts], strict=True)
         numbers = map(jnp.float32, (self.scale - 1, erase, self.sampling_guidance))
-        params = jax.tree.map(jnp.array, text.params)  # the run may move its base away
         gallery = self._gallery(tools, concepts)
         return method, Inputs(
-            bank, jnp.int32(anchors), *numbers, text_encoder=params, start=start, ids=ids, gallery=gallery
+            bank, jnp.int32(anchors), *numbers, text_encoder=own_params(tools), start=start, ids=ids, gallery=gallery
         )
 
     def anchors(self, concept: Concept) -> list[str]:

@@ -18,6 +18,7 @@ from esd_jax.erasing import textual_inversion
 from esd_jax.evaluation.attacks import adversary as adversaries
 from esd_jax.evaluation.attacks import (
     attack,
+    fine_tuning,
     hidden,
     null_inversion,
     preset,
@@ -27,6 +28,7 @@ from esd_jax.evaluation.attacks import (
 )
 from esd_jax.evaluation.attacks.adversary import Adversary
 from esd_jax.evaluation.attacks.hidden import Completion, Resurgence
+from esd_jax.evaluation.attacks.probe import Unmeasurable
 from esd_jax.sampling import example_keys, initial_noise, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -179,7 +181,7 @@ def test_a_healed_model_differs_in_what_was_trained_alone(victims):
     assert healed.pipeline.provenance.erased[-1].healed["steps"] == 2
     short, weights = name.removeprefix("unet/"), base.params["unet"]
     folder = dataclasses.replace(base, params={**base.params, "unet": {**weights, short: 2 * weights[short]}})
-    assert hidden.changed(base, folder) == [short]  # which has no records
+    assert fine_tuning.changed(base, folder) == [short]  # which has no records
     again = hidden.resurge(folder, pictures(2), ["a dog", "the mat"], settings, names=[short])
     np.testing.assert_array_equal(again.pipeline.edits[name], healed.pipeline.edits[name])
     with pytest.raises(ValueError, match=one_line("no trained tensors")):
@@ -197,13 +199,13 @@ def test_benign_images_do_not_show_the_concept(victims):
         return np.arange(len(images)) % 3 == 0
 
     target = dataclasses.replace(tiny_goal(), detect=detect)
-    images, texts = hidden.benign(base, target, **drawing)
+    images, texts = fine_tuning.benign(base, target, **drawing)
     left, neutral = np.arange(len(drawn[0])) % 3 != 0, [text for text in target.neutral if text]
     np.testing.assert_array_equal(images, drawn[0][left])
-    assert texts == np.resize(neutral, len(left))[left].tolist() and hidden.BENIGN - len(neutral) < len(left)
-    every = dataclasses.replace(target, detect=lambda images: np.ones(len(images), bool))
-    with pytest.raises(ValueError, match=one_line("without 'cat'", "in all")):
-        hidden.benign(base, every, **drawing)
+    assert texts == np.resize(neutral, len(left))[left].tolist() and fine_tuning.BENIGN - len(neutral) < len(left)
+    few = dataclasses.replace(target, detect=lambda images: np.arange(len(images)) >= fine_tuning.LEAST - 1)
+    with pytest.raises(Unmeasurable, match=one_line("'cat' is detected in 25 of 32 images", "too few")):
+        fine_tuning.benign(base, few, **drawing)
 
 
 @pytest.mark.parametrize("recorded", [False, True])

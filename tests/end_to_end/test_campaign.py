@@ -12,6 +12,7 @@ from esd_jax import progress
 from esd_jax.erasing import embedding_search
 from esd_jax.evaluation import attacks, store
 from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial, campaigns, scoring
+from esd_jax.evaluation.attacks.probe import Unmeasurable
 from esd_jax.evaluation.attacks.prompts import PromptList, read
 from esd_jax.families.family import Sampling
 from esd_jax.models.unet import Conditioning
@@ -153,6 +154,35 @@ class Weighed:
         images = np.full((2, 8, 8, 3), light, np.uint8)
         images[:, 0, 0] = 0  # none is blank
         return tuple(scoring.each(f"weighed {i}", goal, images) for i in range(2))
+
+
+def test_a_probe_that_can_do_nothing_with_a_model_leaves_the_others_alone(goal, tmp_path, monkeypatch, unchecked):
+    probe = Weighed.probe
+
+    def refusing(self, base, victim, *rest, **drawing):
+        if victim == "erased":
+            raise Unmeasurable("too few images")
+        return probe(self, base, victim, *rest, **drawing)
+
+    monkeypatch.setattr(Weighed, "probe", refusing)
+    messages = []
+    options = {"control": RandomPrompts(), "identity": {}, "seeds": 4, "progress": messages.append}
+    evidence = attacks.campaign(Model("base"), Model("erased"), goal, [Weighed(), Found()], tmp_path, **options)
+    searched, probed = evidence.attacks
+    assert [name for name, _ in searched.rows][-2:] == ["found", "found, any of 2"]
+    assert all(cells[0] and cells[1] is None for _, cells in probed.rows)
+    reason = "weighed on erased: too few images."
+    assert probed.note.endswith(reason) and reason in messages
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_results_of_a_probe_that_measured_something_else_are_refused(goal, tmp_path, monkeypatch):
+    options = {"control": RandomPrompts(), "identity": {}, "seeds": 4}
+    again = lambda: attacks.campaign(Model("base"), Model("erased"), goal, [Weighed()], tmp_path, **options)  # noqa: E731
+    again()
+    monkeypatch.setattr(Weighed, "REVISION", 2, raising=False)
+    with pytest.raises(ValueError, match="other settings"):
+        again()
 
 
 def test_probes_have_a_table_of_their_own(goal, tmp_path, monkeypatch, unchecked):

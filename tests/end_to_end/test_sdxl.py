@@ -17,13 +17,17 @@ from torch_oracle import to_nchw, to_nhwc
 import esd_jax
 from esd_jax import api, recipe, runs
 from esd_jax.diffusion import guidance, samplers
+from esd_jax.diffusion.schedule import add_noise
 from esd_jax.erasing.method import Tools
+from esd_jax.evaluation.attacks import adversary, hidden
+from esd_jax.evaluation.attacks.hidden import Completion
 from esd_jax.families import unets
 from esd_jax.models.unet import Conditioning
 from esd_jax.params import num_bytes, num_scalars, partition, prefixed
 from esd_jax.pipeline import network
 from esd_jax.planning.plan import make_plan
 from esd_jax.runs.setup import changed_names, recomputes, theta_shapes, transformation
+from esd_jax.sampling import example_keys, initial_noise
 from esd_jax.training.step import init_state, make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -52,6 +56,26 @@ def drawn_by_diffusers(pipe, negative, steps, scale):
         negative_prompt=None if negative is None else [negative] * 2, height=height, width=width,
     ).images  # fmt: skip
     return to_nhwc(pipe.vae.decode(final / pipe.vae.config.scaling_factor).sample)
+
+
+def test_each_image_has_a_negative_prompt_or_none(folder):
+    """None is guided from zeros, "" from what it encodes to; in diffusion completion, too."""
+    base, how = esd_jax.load(folder), {"sampler": "ddim", "steps": 4, "guidance_scale": 5.0, "width": 24}
+    none, empty, mixed = (
+        esd_jax.sample(base, PROMPTS, latents=LATENTS, negative_prompt=negative, **how).astype(int)
+        for negative in (None, "", [None, ""])
+    )
+    assert np.abs(none - empty).max() > 1 and np.abs(mixed - np.stack([none[0], empty[1]])).max() <= 1
+    images, settings = np.random.default_rng(1).integers(0, 256, (2, *SIZE, 3), np.uint8), Completion((999,), 4, 5.0)
+    completed = hidden.complete(base, images, PROMPTS, 999, settings, seed=3)
+    t = hidden._grid(base, settings, SIZE)[1].timesteps[0].item()
+    noise = initial_noise(base, example_keys(3, 2), SIZE)
+    noised = add_noise(base.schedule, adversary.latents(base, images), noise, t)
+    same, other = (
+        esd_jax.sample(base, PROMPTS, latents=noised, negative_prompt=negative, **how).astype(int)
+        for negative in (None, "")
+    )
+    assert np.abs(completed - same).max() <= 1 < np.abs(completed - other).max()
 
 
 @pytest.mark.parametrize("family", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])

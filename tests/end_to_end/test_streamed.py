@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from types import SimpleNamespace
 
 import flow_factories
 import jax
@@ -13,6 +14,7 @@ from torch_oracle import error
 
 import esd_jax
 from esd_jax import recipe, runs, streamed
+from esd_jax.erasing import galleries
 from esd_jax.evaluation.attacks import adversary as adversaries
 from esd_jax.io import safetensors
 from esd_jax.io.diffusers import export
@@ -93,10 +95,14 @@ def test_an_erasure_leaves_it_in_its_file(folder, in_file, tmp_path):
     assert esd_jax.load(tmp_path / "run").edits.keys() == erased.edits.keys()
 
 
-def test_a_search_for_tokens_has_it_on_the_device(folder, in_file):
+def test_a_search_for_tokens_has_it_on_the_device(folder, in_file, unchecked):
     """It needs gradients through the encoder."""
     base = esd_jax.load(folder)
     assert all(isinstance(value, jax.Array) for value in adversaries.text_of(base).params[1].values())
+    half = esd_jax.load(folder, dtype="bfloat16")  # whose file is float32
+    tools = SimpleNamespace(params=half.params, text_encoders=half.text_encoders)
+    own = galleries.own_params(tools)
+    assert {value.dtype for params in own for value in params.values()} == {jnp.dtype("bfloat16")}
     rows = adversaries.conditionings(base, tuple(tokens(PROMPTS) for tokens in base.tokenizers))
     expected = base.encode_prompts(PROMPTS)
     for row, pooled, embeddings in zip(rows, expected.pooled, expected.embeddings, strict=True):

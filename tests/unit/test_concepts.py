@@ -185,7 +185,7 @@ def test_a_concept_with_a_comma_is_evaluated_as_one(base, tmp_path, monkeypatch)
 
 def test_the_embedded_models_target_is_not_read_from_a_joined_text(monkeypatch, tmp_path, unchecked):
     base, targets = SimpleNamespace(provenance=SimpleNamespace(source="emoji")), []
-    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
     monkeypatch.setattr(
         protocol, "evaluate", lambda models, target, **_: targets.append(target) or Evidence(target.concept)
     )
@@ -215,7 +215,7 @@ def test_attacks_that_search_for_one_of_several_say_so(monkeypatch, tmp_path):
         monkeypatch.setattr(dossier.attacks, name, lambda *_: [])
     asked = []
     monkeypatch.setattr(dossier.attacks, "campaign", lambda *_, **how: asked.append(how) or Evidence("a cat"))
-    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
     base, messages = SimpleNamespace(provenance=SimpleNamespace(source="x")), []
     how = {"output_dir": tmp_path, "goal": SimpleNamespace(concept="a cat"), "progress": messages.append}
     dossier.attack(base, erased("a cat"), **how)

@@ -132,7 +132,7 @@ def test_attacks_record_numbers_that_are_not_the_usual_ones(arch, expected, unch
     model = types.SimpleNamespace(configs=configs, schedule=schedule, family=families.of(configs), provenance=source)
     recorded = []
     monkeypatch.setattr(results, "kept", lambda *_, settings: recorded.append(settings["drawing"]) or 1 / 0)
-    monkeypatch.setattr(dossier.protocols, "identity", lambda model, base: {})
+    monkeypatch.setattr(dossier.protocols, "identity", lambda model: {})
     goal = types.SimpleNamespace(prompts=("a cat",), concept="a cat")
     options = {"output_dir": tmp_path, "concept": "a cat", "goal": goal, "random": False}
     for changes in ({}, {"guidance_scale": 2.0}):

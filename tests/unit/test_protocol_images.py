@@ -49,7 +49,7 @@ def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unc
     first, second = prompts.load("everyday").cases[:2]
     settings = drawing.of_family(Drawing(num_steps=1, height=32, width=32), base)
     for name, model in (("base", base), ("erased", erased)):
-        drawing.draw(model, protocols.identity(model, model), [first], settings, former / name)
+        drawing.draw(model, protocols.identity(model), [first], settings, former / name)
     before = {file: file.read_bytes() for file in former.rglob("*.png")}
     dossier.evaluate(base, erased, "smoke", output_dir=tmp_path / "out", **how)
     assert {str(file.relative_to(former)) for file in former.rglob("*.png")} == {
@@ -63,14 +63,24 @@ def test_images_of_earlier_versions_are_used_or_left_alone(models, tmp_path, unc
 def test_a_model_with_another_text_encoder_has_an_identity_of_its_own(models, tmp_path):
     base, _, folder = models
     shutil.copytree(folder / "base", tmp_path / "copy")
-    same = protocols.identity(base, base)
-    assert protocols.identity(esd_jax.load(tmp_path / "copy"), base) == same  # as results of earlier versions have it
+    digest = lambda name: hashlib.sha256(  # noqa: E731
+        next((tmp_path / "copy" / name).glob("*.safetensors")).read_bytes()
+    ).hexdigest()
+    own = protocols.identity(base)
+    assert own["components_sha256"] == {name: digest(name) for name in ("text_encoder", "vae")}
+    assert protocols.identity(esd_jax.load(tmp_path / "copy")) == own
     (file,) = (tmp_path / "copy" / "text_encoder").glob("*.safetensors")
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("token_embedding.weight"))
     save_file({**tensors, name: tensors[name] + 1}, file)
-    other = protocols.identity(esd_jax.load(tmp_path / "copy"), base)
-    assert other == {**same, "text_encoders_sha256": {"text_encoder": hashlib.sha256(file.read_bytes()).hexdigest()}}
+    other = protocols.identity(esd_jax.load(tmp_path / "copy"))
+    assert other == {**own, "components_sha256": {**own["components_sha256"], "text_encoder": digest("text_encoder")}}
+    cases, how = prompts.load("everyday").cases[:1], Drawing(num_steps=1, height=32, width=32)
+    former = {name: value for name, value in own.items() if name != "components_sha256"}
+    drawing.draw(base, former, cases, how, tmp_path / "images")  # as earlier versions recorded it
+    drawing.draw(base, own, cases, how, tmp_path / "images")
+    with pytest.raises(ValueError, match="'model' differs"):
+        drawing.draw(base, other, cases, how, tmp_path / "images")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ def test_a_testbeds_model_is_sampled_as_it_was_tuned(
     configs = esd_jax.api.architecture(arch)[0]
     source = types.SimpleNamespace(source=arch)
     base = types.SimpleNamespace(configs=configs, family=families.of(configs), provenance=source)
-    monkeypatch.setattr(protocols, "identity", lambda model, base: {})
+    monkeypatch.setattr(protocols, "identity", lambda model: {})
     used = []
     monkeypatch.setattr(protocols, "draw", lambda model, identity, cases, how, *_: used.append(how) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from esd_jax import display, wording
+from esd_jax import display, streamed, wording
 from esd_jax.diffusion import programs
 from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasing import textual_inversion
@@ -169,13 +169,16 @@ def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -
 
 
 def conditionings(
-    pipeline: Pipeline, ids: PyTree[Int[Any, "n _"]], new: PyTree[Float[Array, "new _"]] | None = None
+    pipeline: Pipeline,
+    ids: PyTree[Int[Any, "n _"]],
+    new: PyTree[Float[Array, "new _"]] | None = None,
+    text: Text | None = None,
 ) -> tuple[Conditioning, ...]:
     """The conditionings of rows of token ids, one row each; `new` are the embeddings of tokens beyond the table.
 
-    Of several text encoders, ids and embeddings are tuples.
+    Of several text encoders, ids and embeddings are tuples. text: `text_of` the pipeline, where that is known.
     """
-    text = text_of(pipeline)
+    text = text or text_of(pipeline)
     encoded = _encode(text.encoder)(text.params, jax.tree.map(jnp.asarray, ids), text.blank() if new is None else new)
     return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], encoded) for i in range(len(each(ids)[0])))
 
@@ -228,12 +231,8 @@ def _in_place(params: Params, dtype: Any) -> Params:
     Those of a text encoder that stays in its file (`streamed`) are read: a search needs gradients through it.
     """
 
-    def placed(value: Any) -> Array:
-        if isinstance(value, np.memmap):
-            return jax.device_put(np.asarray(value).astype(dtype), jax.devices()[0])
-        return jax.device_put(value, value.sharding)
-
-    return {name: placed(value) for name, value in params.items()}
+    read = streamed.loaded(params, dtype)
+    return {name: jax.device_put(value, value.sharding) for name, value in read.items()}
 
 
 @lru_cache(maxsize=8)

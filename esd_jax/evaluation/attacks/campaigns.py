@@ -12,7 +12,7 @@ import numpy as np
 from esd_jax import progress as tasks
 from esd_jax import results
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, RANDOM, Attack, Goal
-from esd_jax.evaluation.attacks.probe import Fitted, Parted, Probe, Remarking
+from esd_jax.evaluation.attacks.probe import Fitted, Parted, Probe, Remarking, Unmeasurable
 from esd_jax.evaluation.attacks.prompts import OwnPrompts, PromptList, RandomPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, random_weights, score, table
 from esd_jax.evaluation.drawing import sampled
@@ -134,7 +134,12 @@ def campaign(
             columns = {name: np.stack([vars(one)[name] for one in scores]) for name in ("hits", "images", "cases")}
             return {"name": [one.name for one in scores], **columns}
 
-        file, stored = kept(settings, model, compute)
+        try:
+            file, stored = kept(settings, model, compute)
+        except Unmeasurable as error:  # the others go on
+            remarks.append(f"{term(label(settings))} on {model}: {error}.")
+            progress(remarks[-1])
+            return []
         with results.intact(file):
             rows = zip(*(stored[name] for name in ("name", "hits", "images", "cases")), strict=True)
             return [_shown(Scored(str(n), hits, images, tuple(map(int, c))), model) for n, hits, images, c in rows]
@@ -213,7 +218,8 @@ def _pairs(goal: Goal, plain: Scored, attacked: Scored) -> tuple[Pair, ...]:
 
 def _described(settings: Attack | Probe, goal: Goal, seed: int) -> dict[str, Any]:
     """An attack's name and fields, as stored results must have them; `member` only of a member, what the goal keeps
-    only of a probe that asks for it, the hash of a file if there is one, and prompts that are not of the goal.
+    only of a probe that asks for it, the hash of a file if there is one, prompts that are not of the goal, and which
+    revision of a probe it is, if it is not the first.
     """
     file = getattr(settings, "file", "")
     of_file = {"sha256": sha256(expanded(file))} if file else {}
@@ -221,4 +227,6 @@ def _described(settings: Attack | Probe, goal: Goal, seed: int) -> dict[str, Any
     texts = settings.texts(goal, seed) if isinstance(settings, Parted) else ()
     asked = {"prompts": {str(number): text for number, text in enumerate(texts, 1)}} if texts else {}
     own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
-    return {"name": settings.NAME, **own, **of_file, **kept, **asked} if fields(settings) else {"name": settings.NAME}
+    number = getattr(settings, "REVISION", None)
+    named = {"name": settings.NAME, **({"revision": number} if number else {})}
+    return {**named, **own, **of_file, **kept, **asked} if fields(settings) else named

@@ -105,7 +105,7 @@ class ConceptInversion:
         )  # fmt: skip
         mark = "<v*>" if self.tokens == 1 else f"<v* of {self.tokens} tokens>"
         texts = [template.replace(NAME, mark) for template in goal.templates]
-        rows = adversary.conditionings(victim, ids, new)
+        rows = adversary.conditionings(victim, ids, new, text)
         trials = tuple(Trial(text, row, case) for case, (text, row) in enumerate(zip(texts, rows, strict=True)))
         losses = np.asarray(losses)[None]  # waits for the search
         seconds = time.monotonic() - started

@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Real, UInt8
 
 from esd_jax.erasing.embedding_search import Search
+from esd_jax.evaluation.attacks.adversary import Goal
+from esd_jax.evaluation.attacks.probe import Unmeasurable
 from esd_jax.params import Conditioning, Network, Params
 from esd_jax.pipeline import Pipeline
+from esd_jax.sampling import sample
 from esd_jax.selection import REGEX
 from esd_jax.training.step import student
 
 BENIGN, BENIGN_SEED = 32, 2_000_000  # how many images to fine-tune on, and the seed of the first
+LEAST = 8  # of benign images
 
 
 class Fixed(NamedTuple):
@@ -69,6 +73,30 @@ def tuner(
         return state.value, losses
 
     return run
+
+
+def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
+    """Images that the base draws of the goal's neutral prompts, and their prompts, without those that show the concept.
+
+    A prompt that names no style may be drawn in any style.
+
+    Raises Unmeasurable if that leaves fewer than `LEAST`.
+    """
+    texts = [prompt for prompt in goal.neutral if prompt]
+    texts = texts * max(1, BENIGN // len(texts))
+    seeds = [BENIGN_SEED + i for i in range(len(texts))]
+    images = sample(base, texts, seed=seeds, **{"sampler": "auto", **drawing})
+    without = np.flatnonzero(~np.asarray(goal.detect(images), bool))
+    if len(without) < LEAST:
+        shown = f"{len(texts) - len(without)} of {len(texts)} images of neutral prompts"
+        raise Unmeasurable(f"{goal.concept!r} is detected in {shown}, which leaves too few to train on")
+    return images[without], [texts[i] for i in without]
+
+
+def changed(base: Pipeline, victim: Pipeline) -> list[str]:
+    """The denoiser's tensors that differ."""
+    before, after = (one.params[one.denoiser] for one in (base, victim))
+    return [name for name, value in before.items() if name in after and bool((value != after[name]).any())]
 
 
 def lacking_subset(name: str, subset: str, base: Pipeline) -> str:

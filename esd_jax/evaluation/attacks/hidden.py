@@ -38,7 +38,8 @@ from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, BATCH, ERASED, PLACEBO, RANDOM, Goal
-from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
+from esd_jax.evaluation.attacks.fine_tuning import Batch, Fixed, benign, changed, lacking_subset, tuner
+from esd_jax.evaluation.attacks.probe import Unmeasurable
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, each, score
 from esd_jax.evaluation.attacks.settings import check
@@ -64,6 +65,7 @@ class Resurgence:
         "emoji": {"steps": 200, "learning_rate": 3e-4},
     }
     MODELS: ClassVar[frozenset[str]] = frozenset({ERASED, PLACEBO})
+    REVISION: ClassVar[int] = 2  # the first one's images might show the concept
 
     steps: int = 1000
     learning_rate: float = 1e-5
@@ -90,7 +92,8 @@ class Resurgence:
 
         Of a victim without records of what its erasure trained, such as a folder, that is what differs from the base.
 
-        Raises ValueError for a goal without neutral prompts, and for a victim that is the base, without a subset.
+        Raises ValueError for a goal without neutral prompts; Unmeasurable for too few images, and, without a subset,
+        for a victim whose denoiser is the base's.
         """
         if reason := self.lacks(base, goal):
             raise ValueError(reason)
@@ -121,31 +124,6 @@ class Healed:
     seconds: float
 
 
-def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
-    """The base's images of the goal's neutral prompts, and these: but for images in which the concept is detected.
-
-    A prompt that says nothing of styles is drawn in any.
-
-    Raises ValueError if it is detected in all.
-    """
-    texts = [prompt for prompt in goal.neutral if prompt]
-    texts = texts * max(1, BENIGN // len(texts))
-    seeds = [BENIGN_SEED + i for i in range(len(texts))]
-    images = sampling.sample(base, texts, seed=seeds, **{"sampler": "auto", **drawing})
-    without = np.flatnonzero(~np.asarray(goal.detect(images), bool))
-    if not len(without):
-        raise ValueError(
-            f"benign fine-tuning needs images without {goal.concept!r}: it is detected in all {len(texts)}"
-        )
-    return images[without], [texts[i] for i in without]
-
-
-def changed(base: Pipeline, victim: Pipeline) -> list[str]:
-    """The denoiser's tensors that differ."""
-    before, after = (one.params[one.denoiser] for one in (base, victim))
-    return [name for name, value in before.items() if name in after and bool((value != after[name]).any())]
-
-
 def resurge(
     victim: Pipeline,
     images: UInt8[np.ndarray, "n height width 3"],
@@ -161,14 +139,14 @@ def resurge(
       images, prompts: benign, a prompt for each image.
       names: of the denoiser's tensors, in place of those that the records say the erasure trained.
 
-    Raises ValueError if the pipeline was not erased, or for another number of prompts than images.
+    Raises Unmeasurable if the pipeline was not erased, and ValueError for another number of prompts than images.
     """
     started, unet = time.monotonic(), victim.denoiser
     names = sorted(names or component(victim.edits, unet))
     if settings.subset is not None:
         names = sorted(select(settings.subset, victim.network(unet).layouts, victim.family.subsets))
     if not names:
-        raise ValueError(
+        raise Unmeasurable(
             "this pipeline has no trained tensors of the denoiser to heal: give an erased one, or a subset"
         )
     if len(prompts) != len(images):

@@ -8,11 +8,16 @@ from esd_jax.evaluation.attacks.scoring import Scored
 from esd_jax.pipeline import Pipeline
 
 
+class Unmeasurable(ValueError):
+    """A model, or its images, with which a probe can do nothing: a campaign leaves its rows out, and says why."""
+
+
 @runtime_checkable
 class Probe(Protocol):
     """A probe's settings: a frozen dataclass, as those of an `Attack`, and the probe itself.
 
-    NAME, PRESETS, needs: as an attack's. MODELS: which models of a campaign it says something about.
+    NAME, PRESETS, needs: as an attack's. MODELS: which models of a campaign it says something about. One that measures
+    something else than it did has a REVISION, so that stored results of before are refused.
     """
 
     NAME: ClassVar[str]
