@@ -51,6 +51,14 @@ def test_evaluate_a_run_and_go_on(models, capsys):
     assert again["tables"] == kept["tables"]
 
 
+def test_strengths_are_refused_before_anything_is_sampled(models, tmp_path, capsys):
+    """The embedded probe reads 64 x 64 px, and these are smaller."""
+    _, _, folder = models
+    output = tmp_path / "x"
+    assert esd("evaluate", folder / "run", "--protocol=smoke", "--strengths=0.5", f"--output={output}") == 2
+    assert "choose another detector" in capsys.readouterr().err and not list(output.rglob("*.png"))
+
+
 def test_a_placebo_is_measured_and_attacked_beside_them(models, monkeypatch, tmp_path, unchecked, capsys):
     base, _, folder = models
     options = {}
