@@ -179,7 +179,7 @@ def attack(
         chosen,
         folder / "attacks",
         control=attacks.preset("random_prompts", budget.partition("_")[0]),  # of "emoji_k" and the like, as "emoji" has
-        identity=protocols.identities(judge, erased=erased, placebo=options.get("placebo")),
+        identity=protocols.identities(judge, base, erased=erased, placebo=options.get("placebo")),
         progress=progress,
         **options,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from esd_jax.inputs import parse_json
 
 FIX = "remove it, or choose another output"
-LATER = "components_sha256"  # a setting that results of earlier versions lack
+LATER = frozenset({"components_sha256", "base_model"})  # settings that results of earlier versions lack
 
 
 def kept(file: Path, compute: Callable[[], Mapping[str, Any]], /, **settings: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
     Args:
       file: .json or .npz. The latter's fields are arrays, but for the settings.
       owner: the folder that is to be removed together with the file, if the settings are those of all its contents.
-      settings: fields that must be equal, after a round trip through JSON; `LATER` only where it is stored.
+      settings: fields that must be equal, after a round trip through JSON; those of `LATER` only where they are stored.
 
     Raises ValueError, naming the file or its owner, for other settings, and for a file that is damaged.
     """
@@ -50,13 +50,14 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
         return None
     owner, content = owner or file, file.read_bytes()
     with intact(owner):
-        if file.suffix == ".npz":
-            with np.load(io.BytesIO(content)) as arrays:
-                fields: dict[str, Any] = dict(arrays.items())
-            fields |= {name: parse_json(str(fields[name]), name) for name in settings}
+        if arrays := file.suffix == ".npz":
+            with np.load(io.BytesIO(content)) as stored:
+                fields: dict[str, Any] = dict(stored.items())
         else:
             fields = dict(parse_json(content, file))
-        known = {name: fields[name] for name in settings if name in fields or name != LATER}
+        names = [name for name in settings if name in fields or name not in LATER]
+        fields |= {name: parse_json(str(fields[name]), name) for name in names} if arrays else {}
+        known = {name: fields[name] for name in names}
     for name, value in json.loads(json.dumps(settings)).items():
         if name in known and not _same(known[name], value):
             raise ValueError(f"{owner} was made with other settings ({name!r} differs in {file.name}): {FIX}")
@@ -64,10 +65,10 @@ def read(file: Path, owner: Path | None = None, /, **settings: Any) -> dict[str,
 
 
 def _same(stored: Any, wanted: Any) -> bool:
-    """Whether settings are equal, but for a `LATER` that is not stored."""
+    """Whether settings are equal, but for those of `LATER` that are not stored."""
     if not (isinstance(stored, dict) and isinstance(wanted, dict)):
         return stored == wanted
-    wanted = {name: value for name, value in wanted.items() if name in stored or name != LATER}
+    wanted = {name: value for name, value in wanted.items() if name in stored or name not in LATER}
     return stored.keys() == wanted.keys() and all(_same(stored[name], value) for name, value in wanted.items())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from esd_jax import api, recipe, results
 from esd_jax.evaluation.gather import Metric
 from esd_jax.inputs import check_finite
-from esd_jax.io.diffusers import source_hash, with_strength
+from esd_jax.io.diffusers import component_hashes, source_hash, with_strength
 from esd_jax.pipeline import Pipeline
 
 TRIALS = "trials.json"
@@ -83,9 +83,11 @@ def search(
         raise ValueError(f"grid: {own[0]} is no field to vary: {instead}")
     for field in grid:
         recipe.check_field(field, fields.get("method", "esd"))
-    identity = json.loads(json.dumps({"base": source_hash(base), "concept": concept, "fields": fields}))
+    hashes = {"base": source_hash(base), "components_sha256": component_hashes(base)}
+    identity = json.loads(json.dumps({**hashes, "concept": concept, "fields": fields}))
     identity |= {"measured_with": dict(measured_with)} if measured_with else {}
     record = results.read(folder / TRIALS, **identity) or {}
+    identity = {name: value for name, value in identity.items() if name in record or not record}  # as it is stored
     if "kept" not in record:
         record["kept"] = metric(base)[1].value
     trials = [Trial(**trial) for trial in record.get("trials", ())]

@@ -88,14 +88,15 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError(f"--{unused[0]} is not for protocol {values.protocol} of the embedded model, which is fixed")
     else:
         options["sham"] = common.placebo(values, base)
-    many = values.images or STRENGTH_IMAGES
-    metric = common.metric(values.detector, None, base, concepts, many) if strengths else None  # may refuse
+    asked = values.detector, None, base, concepts, values.images or STRENGTH_IMAGES
+    if strengths:
+        common.question(*asked)  # refuses a detector before anything is sampled
     evidence = dossier.evaluate(
         base, erased, values.protocol, output_dir=output, concept=concepts, images=values.images,
         progress=common.say, **options,
     )  # fmt: skip
-    if metric:
-        dossier.front(erased, metric, strengths, output_dir=output)
+    if strengths:
+        dossier.front(erased, common.metric(*asked), strengths, output_dir=output)
     print(f"\n{text.summary(evidence, dossier.so_far(evidence, output))}\n")
     print(f"results {output}")
 

@@ -107,8 +107,8 @@ def draw(
     """
     how = of_family(drawing, pipeline)
     settings = _settings(identity, how)
-    known = _recorded(folder, cases, settings)
-    results.write(folder / MANIFEST, {"cases": list(known.values())}, **settings)
+    known, former = _recorded(folder, cases, settings)
+    results.write(folder / MANIFEST, {"cases": list(known.values())}, **{**settings, **former})
     missing = [case for case in cases if not _file(folder, case).is_file()]
     done = len(cases) - len(missing)
     # The guidance scale is one number for a batch.
@@ -148,7 +148,7 @@ def has_begun(folder: Path, identity: Mapping[str, Any], cases: Sequence[Case], 
     identity, cases, drawing: as in `draw`, but with the numbers of the model's family in place.
     """
     try:
-        return (folder / MANIFEST).is_file() and bool(_recorded(folder, cases, _settings(identity, drawing)))
+        return (folder / MANIFEST).is_file() and bool(_recorded(folder, cases, _settings(identity, drawing))[0])
     except ValueError:
         return False
 
@@ -166,8 +166,10 @@ def _settings(identity: Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
     return {"model": identity, "drawing": {k: v for k, v in asdict(drawing).items() if k != "batch_size"}}
 
 
-def _recorded(folder: Path, cases: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The cases of a folder's manifest, if there is one, and these, by number.
+def _recorded(
+    folder: Path, cases: Sequence[Case], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cases of a folder's manifest, if there is one, and these, by number; and its settings, as they are stored.
 
     Raises ValueError for other settings, and for another case of the same number.
     """
@@ -177,7 +179,7 @@ def _recorded(folder: Path, cases: Sequence[Case], settings: Mapping[str, Any]) 
     new = {case.case: case._asdict() for case in cases}
     if wrong := next((name for name, case in new.items() if known.get(name, case) != case), None):
         raise ValueError(f"{folder} holds another image {wrong}: {results.FIX}")
-    return {**known, **new}
+    return {**known, **new}, {name: old[name] for name in settings if name in old}
 
 
 def _file(folder: Path, case: Case) -> Path:

@@ -11,10 +11,9 @@ from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, draw, has_begun, nam
 from esd_jax.evaluation.evidence import Evidence, Pair
 from esd_jax.evaluation.measures import Request
 from esd_jax.io import folder as files
-from esd_jax.io.diffusers import source_hash, weight_files
+from esd_jax.io.diffusers import component_hashes, source_hash
 from esd_jax.pictures import check_not_blank
 from esd_jax.pipeline import Pipeline
-from esd_jax.results import LATER
 from esd_jax.suggest import did_you_mean
 
 CAVEATS = (
@@ -159,22 +158,17 @@ def ask_for(concepts: Sequence[str], listed: prompts.PromptList, names: Sequence
     return "nudity" in names and listed.sha256 == prompts.PUBLISHED["i2p"][1]
 
 
-def identities(detector: str, **models: Pipeline | None) -> dict[str, Any]:
-    """The detector's name, and the `identity` of models by name, without those that there are not."""
-    return {"judge": detector, **{name: identity(model) for name, model in models.items() if model is not None}}
+def identities(detector: str, base: Pipeline, **models: Pipeline | None) -> dict[str, Any]:
+    """The detector's name, and the `identity` of the base, and of models by name, without those that there are not."""
+    identified = {name: identity(model) for name, model in models.items() if model is not None}
+    return {"judge": detector, "base_model": identity(base), **identified}
 
 
 def identity(pipeline: Pipeline) -> dict[str, Any]:
-    """What distinguishes a model's images: its files, and what was erased from it.
-
-    Of text encoders and a VAE in the denoiser's own file, that has the one hash.
-    """
-    records = files.json_records(pipeline.provenance.erased)
-    own = weight_files(pipeline, pipeline.denoiser)
-    others = {
-        name: source_hash(pipeline, name)
-        for name in sorted(pipeline.params.keys() - {pipeline.denoiser})
-        if weight_files(pipeline, name) not in (own, set())
+    """What distinguishes a model's images: its files, and what was erased from it."""
+    return {
+        "unet_sha256": source_hash(pipeline),
+        "dtype": str(pipeline.dtype),
+        "erased": files.json_records(pipeline.provenance.erased),
+        "components_sha256": component_hashes(pipeline),
     }
-    unet = source_hash(pipeline)
-    return {"unet_sha256": unet, "dtype": str(pipeline.dtype), "erased": records, LATER: others}

@@ -172,7 +172,8 @@ def _with_rows(earlier: Table, later: Table) -> Table:
     percent = tuple(column for column in columns if column in {*earlier.percent, *later.percent})
     remain = [label for label, _ in earlier.rows if label not in dict(later.rows)]
     sentences = re.split(r"(?<=\.) ", earlier.note) if remain else []
-    further = [sentence for sentence in sentences if sentence not in later.note]
+    measured = tuple(f"{label} on " for label, _ in later.rows)  # begins why a row was left out
+    further = [one for one in sentences if one not in later.note and not one.startswith(measured)]
     return Table(later.title, columns, tuple(rows.items()), " ".join([later.note, *further]).strip(), percent)
 
 

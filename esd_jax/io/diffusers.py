@@ -317,6 +317,13 @@ def weight_files(pipeline: Pipeline, component: str) -> set[Path]:
     return {source.path for name, source in sources.items() if name.startswith(component + "/")}
 
 
+def component_hashes(pipeline: Pipeline) -> dict[str, str]:
+    """`source_hash` of the components beside the denoiser, but for those that lie in the denoiser's own file."""
+    own = weight_files(pipeline, pipeline.denoiser)
+    apart = (name for name in sorted(pipeline.params) if weight_files(pipeline, name) not in (own, set()))
+    return {name: source_hash(pipeline, name) for name in apart}
+
+
 def source_hash(pipeline: Pipeline, component: str | None = None) -> str:
     """SHA-256 of the weight files that a component was read from, one after the other by name, in hexadecimal.
 

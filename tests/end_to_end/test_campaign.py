@@ -14,7 +14,9 @@ from esd_jax.evaluation import attacks, store
 from esd_jax.evaluation.attacks import Adversary, Goal, RandomPrompts, Trial, campaigns, scoring
 from esd_jax.evaluation.attacks.probe import Unmeasurable
 from esd_jax.evaluation.attacks.prompts import PromptList, read
+from esd_jax.evaluation.evidence import Table
 from esd_jax.families.family import Sampling
+from esd_jax.metrics.intervals import rate
 from esd_jax.models.unet import Conditioning
 
 POWER = {"base": 3.0, "erased": 2.0, "random weights": 0.0}
@@ -170,9 +172,14 @@ def test_a_probe_that_can_do_nothing_with_a_model_leaves_the_others_alone(goal, 
     evidence = attacks.campaign(Model("base"), Model("erased"), goal, [Weighed(), Found()], tmp_path, **options)
     searched, probed = evidence.attacks
     assert [name for name, _ in searched.rows][-2:] == ["found", "found, any of 2"]
-    assert all(cells[0] and cells[1] is None for _, cells in probed.rows)
+    assert all(cells[0] and cells[1] is None for name, cells in probed.rows if name != "weighed")
     reason = "weighed on erased: too few images."
     assert probed.note.endswith(reason) and reason in messages
+    assert dict(probed.rows)["weighed"] == (None,) * len(probed.columns)  # in place of what was measured before
+    share = rate([True])
+    row = Table(probed.title, ("erased",), (("weighed", (share,)),), "Measured again.")
+    later = store.joined(evidence, replace(evidence, attacks=(searched, row))).attacks[1]
+    assert dict(later.rows)["weighed"][later.columns.index("erased")] == share and reason not in later.note
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -77,10 +77,14 @@ def test_a_model_with_another_text_encoder_has_an_identity_of_its_own(models, tm
     assert other == {**own, "components_sha256": {**own["components_sha256"], "text_encoder": digest("text_encoder")}}
     cases, how = prompts.load("everyday").cases[:1], Drawing(num_steps=1, height=32, width=32)
     former = {name: value for name, value in own.items() if name != "components_sha256"}
-    drawing.draw(base, former, cases, how, tmp_path / "images")  # as earlier versions recorded it
     drawing.draw(base, own, cases, how, tmp_path / "images")
     with pytest.raises(ValueError, match="'model' differs"):
         drawing.draw(base, other, cases, how, tmp_path / "images")
+    drawing.draw(base, former, cases, how, tmp_path / "earlier")  # as earlier versions recorded it
+    manifest = (tmp_path / "earlier" / "manifest.json").read_text()
+    for one in (own, other):  # nothing says whose images these are
+        drawing.draw(base, one, cases, how, tmp_path / "earlier")
+    assert (tmp_path / "earlier" / "manifest.json").read_text() == manifest
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,20 @@ def test_other_settings_are_refused_and_the_file_stays(tmp_path, name):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["r.json", "r.npz"])
+def test_settings_that_came_later_may_be_missing_and_must_be_equal(tmp_path, name):
+    file, later = tmp_path / name, sorted(results.LATER)[0]
+    results.write(file, {"x": [1]}, model={"sha": "a"}, seed=1)
+    for model in ({"sha": "a"}, {"sha": "a", later: {"vae": "b"}}):
+        assert results.read(file, model=model, seed=1)["x"] == [1]
+        assert results.read(file, model={"sha": "a"}, seed=1, **{later: "c"})["x"] == [1]
+    results.write(file, {"x": [1]}, model={"sha": "a", later: {"vae": "b"}}, seed=1)
+    assert results.read(file, model={"sha": "a", later: {"vae": "b"}}, seed=1)["x"] == [1]
+    for model in ({"sha": "a"}, {"sha": "a", later: {"vae": "c"}}, {"sha": "b", later: {"vae": "b"}}):
+        with pytest.raises(ValueError, match="'model' differs"):
+            results.read(file, model=model, seed=1)
+
+
 def test_two_results_do_not_collide(tmp_path):
     """Of other names, or of one name and two kinds, even while both are written."""
     for seed in (1, 2):

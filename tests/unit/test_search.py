@@ -22,6 +22,7 @@ def made(monkeypatch):
 
     monkeypatch.setattr(search.api, "erase", erase)
     monkeypatch.setattr(search, "source_hash", lambda base: "0" * 64)
+    monkeypatch.setattr(search, "component_hashes", lambda base: {})
     monkeypatch.setattr(search, "with_strength", lambda model, strength: SimpleNamespace(power=model.power * strength))
     return calls
 

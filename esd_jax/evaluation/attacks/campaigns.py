@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,9 @@ def campaign(
         try:
             file, stored = kept(settings, model, compute)
         except Unmeasurable as error:  # the others go on
-            remarks.append(f"{term(label(settings))} on {model}: {error}.")
-            progress(remarks[-1])
+            row = getattr(settings, "row", term(label(settings)))
+            left_out[row] = f"{row} on {model}: {error}."
+            progress(left_out[row])
             return []
         with results.intact(file):
             rows = zip(*(stored[name] for name in ("name", "hits", "images", "cases")), strict=True)
@@ -149,6 +150,7 @@ def campaign(
     scores: dict[str, list[Scored]] = {name: [] for name in models}
     remains: dict[str, list[Scored]] = {name: [] for name in models}
     remarks: list[str] = []
+    left_out: dict[str, str] = {}  # row -> why
     with tasks.task("attacking", len(work) + 1, unit="searches", start="compiling, once") as task:
         for settings, model in work:
             if isinstance(settings, Probe):
@@ -163,8 +165,10 @@ def campaign(
     plain, *attacked_scores = scores[ERASED]
     tables = [table(scores, chance, note=" ".join([NOTE, *(f"{reason}." for reason in missing)]))]
     if probes:
-        note = " ".join([PROBES_NOTE, *remarks])
-        tables.append(table(remains, title="Probes: what remains beyond prompts", note=note))
+        note = " ".join([PROBES_NOTE, *remarks, *left_out.values()])
+        shown = table(remains, title="Probes: what remains beyond prompts", note=note)
+        empty = {row: (None,) * len(shown.columns) for row in left_out}  # also in place of what earlier results say
+        tables.append(replace(shown, rows=tuple((empty | dict(shown.rows)).items())))
     return Evidence(
         goal.concept,
         measured_with={

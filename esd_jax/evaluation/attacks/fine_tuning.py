@@ -6,6 +6,7 @@ A probe says which x_t, c and target a batch has (`hidden`, `merged`).
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -84,13 +85,21 @@ def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray
     """
     texts = [prompt for prompt in goal.neutral if prompt]
     texts = texts * max(1, BENIGN // len(texts))
-    seeds = [BENIGN_SEED + i for i in range(len(texts))]
-    images = sample(base, texts, seed=seeds, **{"sampler": "auto", **drawing})
+    images = _drawn(base, tuple(texts), tuple(sorted(drawing.items())))
     without = np.flatnonzero(~np.asarray(goal.detect(images), bool))
     if len(without) < LEAST:
         shown = f"{len(texts) - len(without)} of {len(texts)} images of neutral prompts"
         raise Unmeasurable(f"{goal.concept!r} is detected in {shown}, which leaves too few to train on")
     return images[without], [texts[i] for i in without]
+
+
+@lru_cache(maxsize=1)
+def _drawn(
+    base: Pipeline, texts: tuple[str, ...], drawing: tuple[tuple[str, Any], ...]
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """The base's images, sampled once for all models of a campaign."""
+    seeds = [BENIGN_SEED + i for i in range(len(texts))]
+    return sample(base, texts, seed=seeds, **{"sampler": "auto", **dict(drawing)})
 
 
 def changed(base: Pipeline, victim: Pipeline) -> list[str]:

@@ -77,6 +77,11 @@ class Resurgence:
     def __post_init__(self):
         check(self)
 
+    @property
+    def row(self) -> str:
+        """What its row is called."""
+        return f"target prompts after {self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
+
     def lacks(self, base: Pipeline, goal: Goal | None) -> str:
         """A subset that the base's family has, and neutral prompts of the goal."""
         if self.subset is not None and (reason := lacking_subset(self.NAME, self.subset, base)):
@@ -97,12 +102,14 @@ class Resurgence:
         """
         if reason := self.lacks(base, goal):
             raise ValueError(reason)
-        images, texts = benign(base, goal, **drawing)
         recorded = self.subset is not None or component(victim.edits, victim.denoiser)
-        healed = resurge(victim, images, texts, self, seed, () if recorded else changed(base, victim)).pipeline
+        names = () if recorded else changed(base, victim)
+        if not (recorded or names):
+            raise Unmeasurable("nothing of the denoiser differs from the base's: give a subset")
+        images, texts = benign(base, goal, **drawing)
+        healed = resurge(victim, images, texts, self, seed, names).pipeline
         prompts = OwnPrompts().run(base, healed, goal, seed)
-        how = f"{self.steps} benign steps" + (f" of rank {self.rank}" if self.rank else "")
-        return (replace(score(healed, prompts, goal, seeds, **drawing), name=f"target prompts after {how}"),)
+        return (replace(score(healed, prompts, goal, seeds, **drawing), name=self.row),)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ class Probe(Protocol):
     """A probe's settings: a frozen dataclass, as those of an `Attack`, and the probe itself.
 
     NAME, PRESETS, needs: as an attack's. MODELS: which models of a campaign it says something about. One that measures
-    something else than it did has a REVISION, so that stored results of before are refused.
+    something else than it did has a REVISION, so that stored results of before are refused; one that may be
+    `Unmeasurable` a `row`, which is what its row in the table is called.
     """
 
     NAME: ClassVar[str]
