@@ -14,7 +14,7 @@ from esd_jax.demo.measure import BASE, ERASED, measure
 from esd_jax.demo.table import as_dict
 from esd_jax.evaluation.attacks import Attack, Goal, Probe
 from esd_jax.evaluation.attacks.adversary import RANDOM
-from esd_jax.evaluation.attacks.campaigns import FRESH
+from esd_jax.evaluation.attacks.campaigns import FRESH, named
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.loading import is_run
 from esd_jax.metrics.intervals import Estimate
@@ -124,7 +124,7 @@ def planned(searches: Mapping[str, Mapping[str, Search]], budget: Budget) -> lis
         Work(ERASURE, ERASURE, {}),
         Work(EVALUATION, EVALUATION, budget.evaluation),
         *(
-            Work(column, key, {**budget.attack, "attack": {"name": one.NAME, **asdict(one)}}, one)
+            Work(column, key, {**budget.attack, "attack": {**named(one), **asdict(one)}}, one)
             for column, parts in searches.items()
             for key, one in parts.items()
         ),

@@ -86,7 +86,10 @@ def test_all_attacks_have_a_column_each():
     assert attack_table.heading("p4d", columns["p4d"]) == "P4D"
     headings = [column.heading for column in attack_table.columns_of(columns)]
     assert len({*headings}) == len(headings)
-    only = attack_table.selected({"esd": ("esd", {})}, attack_work.planned(columns, BUDGET))
+    planned = attack_work.planned(columns, BUDGET)
+    asked = {one.key: one.settings["attack"] for one in planned if one.search}
+    assert asked["resurgence"]["revision"] == 2 and "revision" not in asked["p4d"]  # whose figures mean what they did
+    only = attack_table.selected({"esd": ("esd", {})}, planned)
     assert only("esd", "p4d") and not only("esd", "ring_a_bell")
     with pytest.raises(ValueError, match="'all'"):
         attack_table.chosen(attack_table.entries("all:steps=3"), BUDGET)

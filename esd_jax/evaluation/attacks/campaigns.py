@@ -99,8 +99,8 @@ def campaign(
 
     def kept(settings: Attack | Probe, model: str, compute: Callable[[], dict[str, Any]]) -> tuple[Path, Any]:
         apart = label(settings) == label(control) and settings != control  # the control's file has its name alone
-        named = f"{'attack-' if apart else ''}{label(settings)}-{model}"
-        file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', named.lower())}.npz"
+        stem = f"{'attack-' if apart else ''}{label(settings)}-{model}"
+        file = folder / f"{re.sub(r'[^a-z0-9.-]+', '_', stem.lower())}.npz"
         with tasks.labelled(f"{term(label(settings))} on {model}"):
             settings_of = {**common, "attack": described(settings), **(of_placebo if model == PLACEBO else {})}
             return file, results.kept(file, compute, settings=settings_of)
@@ -204,6 +204,12 @@ def label(settings: Attack | Probe) -> str:
     return getattr(settings, "label", settings.NAME)
 
 
+def named(settings: Attack | Probe) -> dict[str, Any]:
+    """Its name, and of a probe that measures something else than it did its revision, as stored results have them."""
+    number = getattr(settings, "REVISION", None)
+    return {"name": settings.NAME, **({"revision": number} if number else {})}
+
+
 def _shown(scored: Scored, model: str) -> Scored:
     """The same. Raises ValueError if all of its images are blank, but for those of random weights."""
     if model != RANDOM:
@@ -231,6 +237,4 @@ def _described(settings: Attack | Probe, goal: Goal, seed: int) -> dict[str, Any
     texts = settings.texts(goal, seed) if isinstance(settings, Parted) else ()
     asked = {"prompts": {str(number): text for number, text in enumerate(texts, 1)}} if texts else {}
     own = {name: value for name, value in asdict(settings).items() if name != "member" or value is not None}
-    number = getattr(settings, "REVISION", None)
-    named = {"name": settings.NAME, **({"revision": number} if number else {})}
-    return {**named, **own, **of_file, **kept, **asked} if fields(settings) else named
+    return {**named(settings), **own, **of_file, **kept, **asked} if fields(settings) else named(settings)
