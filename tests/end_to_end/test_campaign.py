@@ -72,7 +72,7 @@ def goal(monkeypatch):
 
 def run(goal, folder, **changes):
     options = {"control": RandomPrompts(), "identity": {"sha": "1"}, "seeds": 4, **changes}
-    return attacks.campaign(Model("base"), Model("erased"), goal, [Found()], folder, **options)
+    return attacks.campaign(Model("base"), Model("erased"), goal, options.pop("chosen", [Found()]), folder, **options)
 
 
 def test_every_attack_stands_beside_its_controls(goal, tmp_path, unchecked):
@@ -159,10 +159,11 @@ class Weighed:
 
 
 def test_a_probe_that_can_do_nothing_with_a_model_leaves_the_others_alone(goal, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setitem(POWER, "mock", 1.0)
     probe = Weighed.probe
 
     def refusing(self, base, victim, *rest, **drawing):
-        if victim == "erased":
+        if victim in ("erased", "mock"):
             raise Unmeasurable("too few images")
         return probe(self, base, victim, *rest, **drawing)
 
@@ -175,6 +176,8 @@ def test_a_probe_that_can_do_nothing_with_a_model_leaves_the_others_alone(goal, 
     assert all(cells[0] and cells[1] is None for name, cells in probed.rows if name != "weighed")
     reason = "weighed on erased: too few images."
     assert probed.note.endswith(reason) and reason in messages
+    placebo = run(goal, tmp_path / "placebo", placebo=Model("mock"), chosen=[Weighed()]).attacks[1]
+    assert placebo.note.endswith(f"{reason} weighed on placebo: too few images.")  # each model's reason
     assert dict(probed.rows)["weighed"] == (None,) * len(probed.columns)  # in place of what was measured before
     share = rate([True])
     row = Table(probed.title, ("erased",), (("weighed", (share,)),), "Measured again.")

@@ -136,7 +136,10 @@ class Attack(Protocol):
 
 
 def text_of(pipeline: Pipeline) -> Text:
-    """The text encoders. Raises ValueError for a family whose text encoders take no new tokens."""
+    """The text encoders; one that stays in its file (`streamed`) is read, as a search needs gradients through it.
+
+    Raises ValueError for a family whose text encoders take no new tokens.
+    """
     family, names = pipeline.family, pipeline.text_encoders
     family.require({"soft_tokens"}, "an attack that searches for tokens")
     tables = tuple(family.tables[name] for name in names)
@@ -146,13 +149,13 @@ def text_of(pipeline: Pipeline) -> Text:
         condition(family.encode, size, tuple(pipeline.configs.items())),
         tuple(table.tensor for table in tables),
     )
-    params = together(_in_place(pipeline.params[name], pipeline.dtype) for name in names)
+    params = together(_in_place(streamed.loaded(pipeline.params[name], pipeline.dtype)) for name in names)
     return Text(encoder, params, tuple(pipeline.tokenizers), tables)
 
 
 def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
     """The network that denoises, and its weights."""
-    return pipeline.network(pipeline.denoiser), _in_place(pipeline.params[pipeline.denoiser], pipeline.dtype)
+    return pipeline.network(pipeline.denoiser), _in_place(pipeline.params[pipeline.denoiser])
 
 
 def schedule_of(pipeline: Pipeline, latents: Float[Array, "n h w channel"]) -> Schedule:
@@ -225,14 +228,9 @@ def ids_of(pipeline: Pipeline, goal: Goal) -> list[list[int]]:
     return [words(pipeline.tokenizers[0], prompt) for prompt in goal.prompts]
 
 
-def _in_place(params: Params, dtype: Any) -> Params:
-    """The same tensors, bound to their devices: edited ones are, others not, and JAX compiles for each mixture.
-
-    Those of a text encoder that stays in its file (`streamed`) are read: a search needs gradients through it.
-    """
-
-    read = streamed.loaded(params, dtype)
-    return {name: jax.device_put(value, value.sharding) for name, value in read.items()}
+def _in_place(params: Params) -> Params:
+    """The same tensors, bound to their devices: edited ones are, others not, and JAX compiles for each mixture."""
+    return {name: jax.device_put(value, value.sharding) for name, value in params.items()}
 
 
 @lru_cache(maxsize=8)

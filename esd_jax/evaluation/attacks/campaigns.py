@@ -138,8 +138,9 @@ def campaign(
             file, stored = kept(settings, model, compute)
         except Unmeasurable as error:  # the others go on
             row = getattr(settings, "row", term(label(settings)))
-            left_out[row] = f"{row} on {model}: {error}."
-            progress(left_out[row])
+            reason = f"{row} on {model}: {error}."
+            left_out[reason] = row
+            progress(reason)
             return []
         with results.intact(file):
             rows = zip(*(stored[name] for name in ("name", "hits", "images", "cases")), strict=True)
@@ -150,7 +151,7 @@ def campaign(
     scores: dict[str, list[Scored]] = {name: [] for name in models}
     remains: dict[str, list[Scored]] = {name: [] for name in models}
     remarks: list[str] = []
-    left_out: dict[str, str] = {}  # row -> why
+    left_out: dict[str, str] = {}  # why, of each model -> row
     with tasks.task("attacking", len(work) + 1, unit="searches", start="compiling, once") as task:
         for settings, model in work:
             if isinstance(settings, Probe):
@@ -165,9 +166,9 @@ def campaign(
     plain, *attacked_scores = scores[ERASED]
     tables = [table(scores, chance, note=" ".join([NOTE, *(f"{reason}." for reason in missing)]))]
     if probes:
-        note = " ".join([PROBES_NOTE, *remarks, *left_out.values()])
+        note = " ".join([PROBES_NOTE, *remarks, *left_out])
         shown = table(remains, title="Probes: what remains beyond prompts", note=note)
-        empty = {row: (None,) * len(shown.columns) for row in left_out}  # also in place of what earlier results say
+        empty = {row: (None,) * len(shown.columns) for row in left_out.values()}  # in place of earlier figures
         tables.append(replace(shown, rows=tuple((empty | dict(shown.rows)).items())))
     return Evidence(
         goal.concept,
