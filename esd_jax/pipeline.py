@@ -145,6 +145,10 @@ class Pipeline:
     def network(self, component: str, *, remat: bool = False) -> Network:
         return network(self.configs[component], jnp.dtype(self.dtype).name, remat)
 
+    def schedule_at(self, size: tuple[int, int]) -> Schedule:
+        """The schedule for images of this size, (height, width) in pixels: some flows shift it by the size."""
+        return self.family.at_size(self.configs, self.schedule, size)
+
     def with_edits(self, edits: Mapping[str, Array], record: Erasure | Mapping[str, Any] | None = None) -> "Pipeline":
         """The same pipeline with some tensors replaced ("DENOISER/NAME" -> full-precision values).
 

@@ -79,7 +79,7 @@ def sample(
     # Of a guidance-distilled network its own scale is an input, and this one is classifier-free beside it.
     scale = guidance_scale if true_cfg is None else true_cfg
     size = image_size(pipeline.configs, height, width)
-    schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
+    schedule = pipeline.schedule_at(size)
     if not n:
         return np.zeros((0, *size, 3), np.uint8)
     keys = example_keys(seed, n)
@@ -149,7 +149,7 @@ def invert(
     if not n:
         return np.asarray(initial_noise(pipeline, example_keys(0, 0), size))
     encode = programs.encoder(pipeline.network("vae"), pipeline.configs["vae"])
-    schedule = pipeline.family.at_size(pipeline.configs, pipeline.schedule, size)
+    schedule = pipeline.schedule_at(size)
     down = programs.inverter(schedule, steps, timestep)
     run = programs.steps(pipeline.network(pipeline.denoiser), down)
     condition = conditionings.make_conditioning(

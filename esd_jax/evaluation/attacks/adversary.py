@@ -159,10 +159,10 @@ def denoiser(pipeline: Pipeline) -> tuple[Network, Params]:
 
 
 def schedule_of(pipeline: Pipeline, latents: Float[Array, "n h w channel"]) -> Schedule:
-    """The schedule for images of these latents, as training and sampling have it: some flows shift it by their size."""
+    """The schedule for images of these latents, as training and sampling have it."""
     factor = pipeline.configs["vae"].factor
     height, width = (factor * side for side in latents.shape[1:3])
-    return pipeline.family.at_size(pipeline.configs, pipeline.schedule, (height, width))
+    return pipeline.schedule_at((height, width))
 
 
 def latents(pipeline: Pipeline, images: UInt8[np.ndarray, "n height width 3"]) -> Float[Array, "n h w channel"]:

@@ -85,7 +85,7 @@ def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray
     """
     texts = [prompt for prompt in goal.neutral if prompt]
     texts = texts * max(1, BENIGN // len(texts))
-    images = _drawn(base, tuple(texts), tuple(sorted(drawing.items())))
+    images = sampled_once(base, tuple(texts), tuple(sorted(drawing.items())))
     without = np.flatnonzero(~np.asarray(goal.detect(images), bool))
     if len(without) < LEAST:
         shown = f"{len(texts) - len(without)} of {len(texts)} images of neutral prompts"
@@ -94,7 +94,7 @@ def benign(base: Pipeline, goal: Goal, **drawing: Any) -> tuple[UInt8[np.ndarray
 
 
 @lru_cache(maxsize=1)
-def _drawn(
+def sampled_once(
     base: Pipeline, texts: tuple[str, ...], drawing: tuple[tuple[str, Any], ...]
 ) -> UInt8[np.ndarray, "n height width 3"]:
     """The base's images, sampled once for all models of a campaign."""

@@ -293,7 +293,7 @@ def completions(
 
 def _grid(victim: Pipeline, settings: Completion, size: tuple[int, int]) -> tuple[Schedule, samplers.Sampler]:
     """For images [height, width]."""
-    schedule = victim.family.at_size(victim.configs, victim.schedule, size)
+    schedule = victim.schedule_at(size)
     return schedule, programs.sampler(schedule, samplers.plain(schedule), settings.fitted(victim).num_steps, 0.0)
 
 

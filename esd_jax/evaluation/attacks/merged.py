@@ -24,7 +24,7 @@ from esd_jax.erasing.textual_inversion import draw
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.attacks import adversary
 from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal, Kept
-from esd_jax.evaluation.attacks.fine_tuning import BENIGN, BENIGN_SEED, Batch, Fixed, lacking_subset, tuner
+from esd_jax.evaluation.attacks.fine_tuning import BENIGN, Batch, Fixed, lacking_subset, sampled_once, tuner
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
 from esd_jax.evaluation.attacks.settings import check
@@ -129,9 +129,7 @@ def change(
 
     Trained once for all models that it is merged into.
     """
-    images = sample(
-        base, [text] * BENIGN, seed=[BENIGN_SEED + i for i in range(BENIGN)], sampler="auto", **dict(drawing)
-    )
+    images = sampled_once(base, (text,) * BENIGN, drawing)
     network, weights = adversary.denoiser(base)
     names = select(settings.subset, network.layouts, base.family.subsets)
     first = {name: jnp.asarray(weights[name], jnp.float32) for name in lora.adaptable(names, network.shapes)}
