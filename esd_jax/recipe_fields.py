@@ -173,6 +173,7 @@ class RecipeFields(TypedDict, total=False):
     rounds_bank: int
     rounds_fresh: float
     rounds_weight: float
+    rounds_follow: float
     rounds_images: int
     rounds_seed: int
     rounds_skip: float
@@ -227,7 +228,8 @@ def completed(
     rounds_every: int = ..., rounds_search: int = ..., rounds_warm: int = ..., rounds_rate: float = ...,
     rounds_batch: int = ..., rounds_tokens: str = ..., rounds_start: float = ..., rounds_radius: float = ...,
     rounds_from_t: int = ..., rounds_bank: int = ..., rounds_fresh: float = ..., rounds_weight: float = ...,
-    rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ..., rounds_stop: int = ...,
+    rounds_follow: float = ..., rounds_images: int = ..., rounds_seed: int = ..., rounds_skip: float = ...,
+    rounds_stop: int = ...,
     erase_scale: float = ..., expand: str = ..., retain: str | None = ..., template: str = ...,
     inversion_steps: int = ..., inversion_tokens: str = ..., inversion_learning_rate: float = ...,
     drawn_images: int = ..., drawing_sampler: str | None = ..., drawing_steps: int = ...,

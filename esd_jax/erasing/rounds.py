@@ -6,7 +6,9 @@ Every few hundred updates a round searches a new adversary in the model as erase
 the bank, from which the oldest leaves. In between, an update draws one of the bank and lets it search on for a few
 steps, so that it follows the model. p and n are the method's prompts with the concept and without it, x_t noised images
 that the base drew of p; half of t in [.85 T, T), half in [.3 T, T). Redirection asks the base at x'_t in place of x_t,
-an image of n from the same noise, and carries its answer over (`images.carried`).
+an image of n from the same noise, and carries its answer over (`images.carried`). A part of its examples
+(`rounds_follow`) is asked at x'_t itself, t in [0, T): otherwise an adversary that is led to n by the early timesteps
+paints the concept over that image in the late ones.
 
 After STEREO (Srivatsan et al. 2025, arXiv 2408.16807), whose rounds alternate erasure and inversion in a model that is
 thrown away, and which erases all that was learned in a second run. Here it is one run, the target is the prompt without
@@ -138,11 +140,12 @@ class Memory(NamedTuple):
 class Draws(NamedTuple):
     """fresh: whether the newest adversary is drawn; else the one at `pick` (0 to 1) of the bank.
 
-    warm: where it searches on, [batch, steps].
+    follow: whether it is asked at an image without the concept. warm: where it searches on, [batch, steps].
     """
 
     fresh: Bool[Array, " batch"]
     pick: Float[Array, " batch"]
+    follow: Bool[Array, " batch"]
     at: Place
     warm: Place
 
@@ -150,6 +153,7 @@ class Draws(NamedTuple):
 class Recalled(NamedTuple):
     """An example's adversary, and where its loss is taken. filled: whether there is one."""
 
+    follow: Bool[Array, " batch"]
     at: Place
     member: Member
     concept: Int[Array, " batch"]
@@ -182,10 +186,14 @@ class Rounds(Term):
 
         def example(key: Array) -> Draws:
             fresh, pick, high, at, warm = jax.random.split(key, 5)
+            # A key of its own, so that without it the other draws are what they were.
+            follow = jax.random.bernoulli(jax.random.fold_in(key, 5), self.settings.rounds_follow)
+            low = jnp.where(follow, least_of(total, high, 0.0), least_of(total, high, self.low))
             return Draws(
                 jax.random.bernoulli(fresh, self.settings.rounds_fresh),
                 jax.random.uniform(pick),
-                place(at, low=least_of(total, high, self.low)),
+                follow,
+                place(at, low=low),
                 jax.vmap(lambda key: place(key, low=self.settings.rounds_from_t))(
                     jax.random.split(warm, self.settings.rounds_warm)
                 ),
@@ -208,7 +216,7 @@ class Rounds(Term):
             state = self.inversion.warmed(models, inputs.gallery, state, concept, kind, at)
         put = jax.vmap(lambda ring, slot, value: ring.at[slot].set(value))
         members = jax.tree.map(lambda ring, value: put(ring, slot, value), memory.members, state)
-        recalled = Recalled(draws.at, state.value, concept, kind, filled > 0)
+        recalled = Recalled(draws.follow, draws.at, state.value, concept, kind, filled > 0)
         return memory._replace(members=members), recalled
 
     def point(self, models: Models, draws: Recalled, inputs: Inputs, own: tuple[Array, Array]) -> Point:
@@ -218,7 +226,10 @@ class Rounds(Term):
         def noised(images: Array) -> Array:
             return add_noise(self.inversion.schedule, images[concept, at.row, at.image], at.noise, t)
 
-        x, source = noised(gallery.images), None if inputs.anchors is None else noised(inputs.anchors)
+        x, source = noised(gallery.images), None
+        if inputs.anchors is not None:
+            source = noised(inputs.anchors)
+            x = jnp.where(draws.follow[:, None, None, None], source, x)
         asked = self.inversion.conditioning(gallery, draws.member, draws.kind, concept, at.row)
         neutral = jax.tree.map(lambda a, b: a[concept, at.row].astype(b.dtype), gallery.neutral, asked)
         weight = inputs.weight * jnp.mean(draws.filled.astype(jnp.float32))

@@ -103,6 +103,7 @@ class Redirect(RoundsSettings):
     drawing_seed: int = 0
     rounds_skip: float = 100.0
 
+    has_anchors: ClassVar = True
     trained: ClassVar = True
     uses: ClassVar = frozenset({"replace_with"})
     needs: ClassVar = frozenset({"classifier_free"})

@@ -120,11 +120,12 @@ def test_without_it_images_are_noised_to_the_bit():
             np.testing.assert_array_equal(x[at], true[at])
 
 
-def test_an_adversary_is_led_to_what_the_base_sees_in_the_anchors_images(monkeypatch):
+@pytest.mark.parametrize("follow", [0.0, 0.5])
+def test_an_adversary_is_led_to_what_the_base_sees_in_the_anchors_images(monkeypatch, follow):
     torch_oracle.exact_sinusoid(monkeypatch)
     with exactly("float64"):
-        w, batch = Words("toy"), 4
-        method, inputs = w.make(method=Redirect, rounds_warm=0)
+        w, batch = Words("toy"), 8
+        method, inputs = w.make(method=Redirect, rounds_warm=0, rounds_follow=follow)
         term, own, models = method.terms[0], inputs.terms[0], Models(w.world.student, w.world.teacher)
         state = term.inversion.begin(own.gallery, 0, jax.random.key(0))
         memory = jax.tree.map(lambda a: a[:, 0], blank_memory(method, SHAPE, batch))
@@ -140,14 +141,20 @@ def test_an_adversary_is_led_to_what_the_base_sees_in_the_anchors_images(monkeyp
     np.testing.assert_array_equal(own.anchors[0], inputs.inner.anchors)
     assert not np.array_equal(own.anchors, own.gallery.images)
 
-    at = draws.terms[0].at
-    assert all(600 <= t < 1000 for t in at.t.tolist())
+    at, followed = draws.terms[0].at, np.asarray(draws.terms[0].follow)
+    assert set(followed.tolist()) == ({False, True} if follow else {False})
+    assert all(600 <= t < 1000 for t in at.t[~followed].tolist())
+    assert not follow or any(t < 600 for t in at.t[followed].tolist())  # to the end of sampling
     where = (0, np.asarray(at.row), np.asarray(at.image))
     x, seen = (noised(np.asarray(images)[where], at.t, at.noise) for images in (own.gallery.images, own.anchors))
     output = w.says("teacher", seen, at.t, w.texts([TEXTS[int(row)][1] for row in at.row]))
     alpha, sigma = (torch.tensor(np.sqrt(part)[at.t, None, None, None]) for part in both(w.tools.schedule.alpha_bar))
     target = (x - alpha * (seen - sigma * output) / alpha) / sigma
-    hidden = w.hidden(np.asarray(own.gallery.ids)[0, 0, where[1]], [torch.tensor(np.asarray(state.value.tokens))] * 4)
+    there = torch.tensor(followed[:, None, None, None])
+    x, target = torch.where(there, seen, x), torch.where(there, output, target)  # at the anchors' images
+    hidden = w.hidden(
+        np.asarray(own.gallery.ids)[0, 0, where[1]], [torch.tensor(np.asarray(state.value.tokens))] * batch
+    )
     student = w.world.models.student.requires_grad_(True)
     loss = 0.7 * ((w.says("student", x, at.t, hidden) - target) ** 2).mean()
     names, values = zip(*student.named_parameters(), strict=True)

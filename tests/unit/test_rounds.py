@@ -213,6 +213,8 @@ def test_lengths_are_read():
         ({"rounds_bank": 0}, ["rounds_bank=0", "at least 1"]),
         ({"rounds_rate": 0.0}, ["rounds_rate=0.0", "positive"]),
         ({"rounds_fresh": 1.5}, ["rounds_fresh=1.5", "at most 1"]),
+        ({"rounds_follow": 1.5}, ["rounds_follow=1.5", "at most 1"]),
+        ({"rounds_follow": 0.5}, ["rounds_follow=0.5", "'redirect'"]),
         ({"rounds_tokens": "two"}, ["rounds_tokens='two'"]),
     ],
 )
