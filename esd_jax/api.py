@@ -166,7 +166,7 @@ def begun(
     plan = dataclasses.replace(
         plan, dtype=jnp.dtype(base.dtype).name, variant=came.variant, revision=came.revision
     )  # what `restore` will load again
-    return base, replacements.resolved(base, plan)
+    return base, replacements.resolved(base, plan, resume)
 
 
 def planned(

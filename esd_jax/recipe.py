@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 from ml_collections import ConfigDict, config_dict
 
-from esd_jax import prompt_files, several, suggest, wording
+from esd_jax import prompt_files, several, wording
 from esd_jax.config_files import config_folders, config_names, config_path, read
 from esd_jax.erasing import round_settings
 from esd_jax.erasing.method import Settings, check_steps, choose
@@ -23,7 +23,7 @@ from esd_jax.erasure import AUTO, Concept
 from esd_jax.inputs import check_text
 from esd_jax.methods import METHODS
 from esd_jax.names import method_name, unknown_method
-from esd_jax.recipe_fields import ELSEWHERE
+from esd_jax.recipe_fields import meant
 from esd_jax.several import COLUMNS, FOR_EACH, SEVERAL, Texts
 from esd_jax.training.loop import Training
 from esd_jax.training.step import Optimizer
@@ -244,7 +244,7 @@ def check_field(name: str, method: str = "esd") -> None:
     known = _annotations(method)
     if name not in known:
         others = [other for other in METHODS if other != method and name in _annotations(other)]
-        hint = suggest.did_you_mean(ELSEWHERE.get(name, name), known, "`esd-jax erase --help` lists them")
+        hint = meant(name, known)
         if others:
             hint = f"method {method!r} does not have it, but {', '.join(map(repr, others))}"
         raise ValueError(f"unknown recipe field {name!r}; {hint}")

@@ -4,8 +4,10 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
+
+from esd_jax import suggest
 
 # Several texts in one string have separators; those of a list are taken as they are.
 Texts = str | os.PathLike[str] | Sequence[str | Sequence[str] | None] | None
@@ -20,6 +22,16 @@ ELSEWHERE = {
     "prompt": "concept", "train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
     "mixed_precision": "dtype", "gradient_checkpointing": "remat", "save_path": "output_dir", "path": "output_dir",
 }  # fmt: skip
+# What is not the same number by its other name.
+OTHERWISE = {
+    "negative_guidance": " (in the release of 2025 it is eta + 1 with anchor='null', eta with anchor='from')",
+}
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """The end of a message that refuses a field that is not known: which one it may be."""
+    hint = suggest.did_you_mean(ELSEWHERE.get(name, name), known, "`esd-jax erase --help` lists them")
+    return hint + OTHERWISE.get(name, "")
 
 
 class RecipeFields(TypedDict, total=False):

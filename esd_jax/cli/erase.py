@@ -182,7 +182,7 @@ def run(values: flags.FlagValues) -> None:
     base = loading.base_of(plan, expanded(str(plan.output_dir)) if values.resume else None)
     if hosts.is_primary() and (doubt := examples.doubt(base, [concept.text for concept in plan.concepts])):
         common.say(f"warning: {doubt}; its erasure cannot be measured")
-    asked, plan = plan, replacements.resolved(base, plan)
+    asked, plan = plan, replacements.resolved(base, plan, values.resume)
     for before, concept in zip(asked.concepts, plan.concepts, strict=True) if hosts.is_primary() else ():
         if concept.replace_with != before.replace_with:
             common.say(f"{concept.text!r} becomes {concept.replace_with[0]!r}, which changes other concepts the least")

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from esd_jax.erasure import Concept
 from esd_jax.params import Conditioning
 
+T = TypeVar("T")
 Tokens = Callable[[Sequence[str]], Int[Any, "batch tokens"]]  # prompts -> ids, padded
 
 
@@ -45,14 +46,14 @@ class Bank:
 
 def make_bank(
     encode: Callable[[Sequence[str]], Conditioning],
-    concepts: Sequence[Concept],
-    roles: Mapping[str, Callable[[Concept], str | Sequence[str]]],
+    concepts: Sequence[T],
+    roles: Mapping[str, Callable[[T], str | Sequence[str]]],
 ) -> Bank:
     """Encodes each distinct prompt once.
 
     Args:
       encode: prompts -> Conditioning, refusing prompts that are too long.
-      concepts: at least one.
+      concepts: at least one; of prompts alone, these.
       roles: role -> the prompt that a concept has in it ("" is the empty prompt), or all of them.
     """
     if not concepts:

@@ -96,6 +96,6 @@ def preserving(
     prompts = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.preserve))
     if not prompts:
         return method, inputs
-    bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
+    bank = make_bank(tools.encode, prompts, {"kept": str})
     trajectory = trajectories.on_grid(tools.schedule, samplers.plain(tools.schedule), STEPS)
     return Preserving(method, tools.denoiser, trajectory, tools.guide), Inputs(inputs, bank, jnp.float32(weight))

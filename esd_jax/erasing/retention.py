@@ -72,7 +72,7 @@ def retaining(
     weights = jnp.float32(settings.weight), jnp.float32(settings.empty)
     if settings.images:
         images = sampled(tools, prompts, settings.images, steps=STEPS, guidance_scale=GUIDANCE)
-        bank = make_bank(tools.encode, list(map(Concept, prompts)), {"kept": lambda c: c.text})
+        bank = make_bank(tools.encode, prompts, {"kept": str})
         term = Imaged(tools.denoiser, tools.schedule, settings.worst_every, len(prompts), bool(settings.empty))
         return added(method, inputs, tools.denoiser, term, ImagedInputs(bank, tools.encode([""]), images, *weights))
     if settings.empty:

@@ -142,7 +142,10 @@ def on_grid(schedule: Schedule, sampler: str, steps: int) -> Trajectory:
 
 def deterministic(schedule: Schedule, name: str, steps: int) -> Sampler:
     """A sampler of `samplers.SAMPLERS`. Raises ValueError for one with noise, or several calls, at every step."""
-    result = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
+    try:
+        result = samplers.make_sampler(schedule, name, steps, spacing=_spacing(schedule, name))
+    except ValueError as error:
+        raise ValueError(str(error).replace("num_steps", "sampling_steps")) from error
     if result.stochastic:
         raise ValueError(f"sampler {result.name!r} draws noise at every step, which is not implemented; use 'ddim'")
     if result.name == "heun":  # half of its x are no samples, but what a step tries first

@@ -96,9 +96,12 @@ def run(
         if folder:
             record, checkpoints = keeping.begin(stack, folder, base, plan, record, resume)
             if resume:
-                state = keeping.resumed(checkpoints, state, plan)
+                state = keeping.resumed(checkpoints, state, plan, record)
+            elif start_from is not None:
+                checkpoints.save(state)  # the base's weights are no substitute for these
             seconds = time.monotonic() - began
             log = keeping.log(stack, folder, plan, record, int(state.step), resume, seconds)
+            step = keeping.changing(step, [folder], int(state.step))
             preview = keeping.previews(base, plan, folder)
         records = intervals.Records(folder, int(state.step), write=hosts.is_primary())
         stack.callback(records.close)
@@ -116,7 +119,8 @@ def run(
             checkpoints=checkpoints,
             log=log,
             preview=preview and (lambda step, theta: preview(step, erased(theta))),
-            stop_when=stop_when and (lambda theta: _asked(stop_when, erased(theta))),
+            # Of a copy: the user may keep the pipeline, and the next update gives theta's memory away.
+            stop_when=stop_when and (lambda theta: _asked(stop_when, erased(jax.tree.map(jnp.copy, theta)))),
             stop_every=stop_every,
             stop_after=discarded(plan.settings),
             on_step=on_step,

@@ -144,6 +144,7 @@ def run_each(
             base = runs.offload_copied(base, mesh)
         metrics = Logs(logs, start)
         step = joint(together.make_step(first.step, differ, at_once), metrics)
+        step = keeping.changing(step, [folder for folder in folders if folder], start)
 
         def erased(theta: Params, i: int, record: Erasure | None = None) -> Pipeline:
             return base.with_edits(runs.edits(base, each[i], names, _part(theta, i, mesh)), record)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from esd_jax.sampling import sample
 from esd_jax.training import run_folder
 from esd_jax.training.checkpoint import Checkpoints
 from esd_jax.training.log import MetricLog
+from esd_jax.training.loop import StepFunction
 from esd_jax.training.step import State
 
 EXPORTS = "exports"  # the folder of the erased model's other formats in a run's
@@ -70,12 +71,18 @@ def begin(
     return record, stack.enter_context(Checkpoints(folder / "checkpoints", meta, keep=keep))
 
 
-def resumed(checkpoints: Checkpoints, state: State, plan: Recipe) -> State:
+def resumed(checkpoints: Checkpoints, state: State, plan: Recipe, record: Erasure) -> State:
     """The newest checkpoint's state; `state` itself if a run was killed before its first.
 
-    Raises ValueError for a run that has made more updates than the recipe asks for.
+    Raises ValueError for a run that has made more updates than the recipe asks for, and for one that started from other
+    weights and was killed before it kept them.
     """
     if checkpoints.latest is None:
+        if record.started_from:
+            raise ValueError(
+                "the run was killed before it kept the weights that it started from: start it again, with start_from "
+                "and overwrite"
+            )
         return state
     state = checkpoints.resume(state)
     check_steps(int(state.step), plan)
@@ -100,6 +107,8 @@ def log(
 ) -> MetricLog | None:
     """The log, from a step on; on the primary process alone. It begins a session, and clears what a kill left.
 
+    What was measured of the model is set aside by `changing`, once it changes.
+
     seconds: from the call of the run to here. runs: how many are trained together.
     """
     if not hosts.is_primary():
@@ -107,13 +116,27 @@ def log(
     if resume:
         run_folder.write_record(folder, _private(record, plan, reading(folder)))
     if not resume or step < plan.training.steps:
-        sessions.begin(folder, seconds, runs)
-        set_results_aside(folder, step)
+        sessions.begin(folder, seconds, step, runs)
     opened = MetricLog(folder, start=step, tensorboard=plan.training.tensorboard)
     stack.callback(opened.close)
     for place in (folder, folder / EXPORTS):
         leftovers.sweep_folder(place)
     return opened
+
+
+def changing(step: StepFunction, folders: Sequence[Path], start: int) -> StepFunction:
+    """The step, before whose first update results of runs that have made `start` are set aside.
+
+    A run that ended early, and is resumed, makes none: its results stay.
+    """
+    pending = list(folders) if hosts.is_primary() else []
+
+    def update(*args: Any) -> Any:
+        while pending:
+            set_results_aside(pending.pop(0), start)
+        return step(*args)
+
+    return update
 
 
 def set_results_aside(folder: Path, step: int) -> None:

@@ -27,12 +27,15 @@ from jaxtyping import Array, Float
 from esd_jax import wording
 from esd_jax.erasing import closed_form
 from esd_jax.erasing.images import in_batches
-from esd_jax.erasure import AUTO
+from esd_jax.erasure import AUTO, Concept
 from esd_jax.evaluation import testbed
+from esd_jax.inputs import expanded
 from esd_jax.params import Conditioning
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import neighbours
+from esd_jax.runs.record import read
+from esd_jax.training import run_folder
 
 SHRINKAGE = 0.01
 NOISES = 2
@@ -40,11 +43,12 @@ ALIKE = 0.5  # of the candidates' median distance from the concept: what is near
 IMAGES, DETECTED = 16, 0.1  # of a candidate's prompt, and in what part of them the concept may be
 
 
-def resolved(base: Pipeline, plan: Recipe) -> Recipe:
+def resolved(base: Pipeline, plan: Recipe, resume: bool = False) -> Recipe:
     """The recipe with what stands for "auto": in `replace_with` a candidate, in `preserve` the neighbours.
 
-    Unchanged without any. Raises ValueError as `damages` does.
+    Unchanged without any. resume: what was chosen before is taken, see `recorded`. Raises ValueError as `damages` does.
     """
+    plan = recorded(plan) if resume else plan
     texts = [concept.text for concept in plan.concepts]
 
     def least(text: str, own: Sequence[str]) -> list[str]:
@@ -53,6 +57,31 @@ def resolved(base: Pipeline, plan: Recipe) -> Recipe:
         return [next(free, ranked[0])]
 
     return neighbours.without_auto(neighbours.resolved(base, plan), "replace_with", least)
+
+
+def recorded(plan: Recipe) -> Recipe:
+    """The recipe with what the run in its folder, or the runs there, chose for "auto".
+
+    On another device a near tie would be decided otherwise, and the run refused as another one. Where the texts beside
+    "auto" are no longer those of the run, nothing is taken from it.
+    """
+    if not plan.output_dir:
+        return plan
+    folder = expanded(plan.output_dir)
+    files = [folder / "run.json"] if run_folder.is_run(folder) else sorted(folder.glob("*/run.json"))
+    before = {(one.text, one.from_): one for file in files for one in read(file.parent)[0].concepts}
+
+    def chosen(concept: Concept) -> Concept:
+        former = before.get((concept.text, concept.from_), concept)
+        taken: dict[str, Any] = {}
+        if AUTO in concept.preserve and {*concept.preserve} - {AUTO} <= {*former.preserve}:
+            taken["preserve"] = former.preserve
+        own = {*concept.replace_with} - {AUTO}
+        if AUTO in concept.replace_with and (not own or {*former.replace_with} <= own):
+            taken["replace_with"] = former.replace_with
+        return dataclasses.replace(concept, **taken)
+
+    return dataclasses.replace(plan, concepts=tuple(map(chosen, plan.concepts)))
 
 
 def shows(base: Pipeline, text: str, concept: str) -> bool:

@@ -12,17 +12,19 @@ import jax
 FILE = "sessions.jsonl"
 
 
-def begin(folder: Path, setup_seconds: float, runs: int = 1) -> None:
+def begin(folder: Path, setup_seconds: float, step: int, runs: int = 1) -> None:
     """Adds the session that begins to train now.
 
     Args:
       folder: the run's.
       setup_seconds: since the run was called: prompts encoded, and of a method in closed form, all of its work.
+      step: how many updates were made before.
       runs: how many are trained together; all times are those of all of them.
     """
     devices = jax.devices()
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
         "setup_seconds": round(setup_seconds, 3),
         "device": devices[0].device_kind,
         "devices": len(devices),
@@ -40,13 +42,19 @@ def read(folder: Path) -> list[Mapping[str, Any]]:
 
 def seconds(folder: Path) -> float | None:
     """How long the erasure took, over all sessions that are in the log; None where nothing says so."""
-    training, last = 0.0, 0.0
+    begun = read(folder)
+    starts: list[int] = []
+    for session in begun:
+        if "step" in session:  # what later sessions had made was made again
+            starts = [*(start for start in starts if start < session["step"]), session["step"]]
+    training, last, before = 0.0, 0.0, 0
     for row in _lines(folder / "log.jsonl"):
-        now = row.get("seconds", 0.0)
-        if now < last:  # resumed: the clock began anew
+        now, step = row.get("seconds", 0.0), row.get("step", 0)
+        # The clock of each session begins anew. Sessions of earlier versions do not say where they begin.
+        if now < last or any(before <= start < step for start in starts):
             training += last
-        last = now
-    setup = sum(session.get("setup_seconds", 0.0) for session in read(folder))
+        last, before = now, step
+    setup = sum(session.get("setup_seconds", 0.0) for session in begun)
     return training + last + setup or None
 
 

@@ -17,7 +17,7 @@ class MetricLog:
         if self.path.exists():
             _cut(self.path, start)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
-        self._writer = _tensorboard(folder) if tensorboard else None
+        self._writer = _tensorboard(folder, start) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -50,9 +50,9 @@ def _step(line: bytes) -> int | None:
         return None
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, start: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("tensorboard=True needs tensorboardX: pip install 'esd-jax[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)

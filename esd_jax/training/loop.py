@@ -244,7 +244,7 @@ def _not_finite(step: int, loss: float, grad_norm: float, checkpoints: Kept | No
 def _last(checkpoints: Kept | None, failed: int | None = None) -> str:
     """What is kept of a run whose step `failed` went wrong."""
     kept = checkpoints.latest if checkpoints else None
-    if not checkpoints or not kept:
+    if not checkpoints or kept is None:
         return "there is no checkpoint yet"
     if failed is not None and kept == failed - 1:
         return f"the only checkpoint, of step {kept} in {checkpoints.folder}, has the weights that gave it"

@@ -4,6 +4,7 @@ import json
 import re
 
 import factories
+import numpy as np
 import pytest
 
 import esd_jax
@@ -47,6 +48,27 @@ def test_a_report_gives_no_figures_of_fewer_updates(tmp_path):
     assert {path.name for path in (run / "evidence_after_2").iterdir()} == {*keeping.DRAWN}
     dossier.evaluate(base, erased, "smoke", **options)
     assert json.loads((run / "evidence" / "evaluation-smoke.json").read_text())["record"]["step"] == 3
+
+
+def test_results_of_a_run_that_ended_early_stay_and_a_pipeline_that_was_shown_can_be_kept(tmp_path):
+    factories.make_sd1(tmp_path / "base")
+    base, run, shown = esd_jax.load(tmp_path / "base"), tmp_path / "run", []
+
+    def enough(erased):
+        shown.append(erased)
+        return len(shown) > 1
+
+    erased = esd_jax.erase(base, "cat", output_dir=run, steps=4, stop_when=enough, stop_every=1, **FIELDS)
+    name = next(iter(erased.edits))
+    assert len({np.asarray(one.edits[name]).tobytes() for one in [base, *shown] if one.edits}) == 2
+    np.testing.assert_array_equal(shown[1].edits[name], erased.edits[name])
+    (run / "evidence").mkdir()
+    (run / "evidence" / "evaluation-smoke.json").write_text("{}")
+    again = esd_jax.erase(
+        base, "cat", output_dir=run, steps=4, stop_when=lambda _: True, stop_every=1, resume=True, **FIELDS
+    )
+    np.testing.assert_array_equal(again.edits[name], erased.edits[name])
+    assert (run / "evidence" / "evaluation-smoke.json").is_file() and not (run / "evidence_after_2").exists()
 
 
 def test_portrait_previews_are_taken_apart(tmp_path):

@@ -1,5 +1,7 @@
 """PyTorch weights as an Orbax checkpoint: runs that go on from what others have trained."""
 
+import shutil
+
 import diffusers
 import factories
 import numpy as np
@@ -71,6 +73,25 @@ def test_every_form_of_what_was_erased(base, foreign, tmp_path):
             np.testing.assert_array_equal(second.edits[name], value)
         (erasure,) = second.provenance.erased  # its own concept; what it began with has records of its own
         assert erasure.texts == ("dog",) and texts_of(erasure.started_from.erased) == ("cat",)
+
+
+def test_a_run_that_fails_at_once_goes_on_from_the_weights_it_started_from(base, foreign, tmp_path):
+    folder, theirs = foreign
+    run, fields = tmp_path / "run", {**FIELDS, "output_dir": tmp_path / "run"}
+
+    def fail(step, metrics):
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        esd_jax.erase(base, "cat", start_from=folder, on_step=fail, **fields)
+    esd_jax.erase(base, "cat", resume=True, **fields)
+    straight, resumed = esd_jax.erase(base, "cat", start_from=folder, **FIELDS), api.restore(run)
+    for name, value in straight.edits.items():
+        np.testing.assert_array_equal(resumed.edits[name], value)
+    for path in (run / "checkpoints").iterdir():  # as if it had been killed before the first
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match=one_line("killed before", "start_from", "overwrite")):
+        esd_jax.erase(base, "cat", resume=True, **fields)
 
 
 def test_what_cannot_be_started_from(base, foreign, tmp_path):

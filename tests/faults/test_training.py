@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorboardX
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -238,6 +239,14 @@ def test_tensorboard_files_are_written_on_request(tmp_path):
     log.write(1, {"loss": 0.5})
     log.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_tensorboard_purges_what_a_resumed_run_writes_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda folder, purge_step: asked.append(purge_step))
+    for start in (0, 3):
+        MetricLog(tmp_path, start=start, tensorboard=True)
+    assert asked == [None, 4]
 
 
 def test_log_every_thins_the_log_but_keeps_the_last_step(tmp_path):

@@ -10,6 +10,7 @@ from messages import one_line
 
 import esd_jax
 from esd_jax import api, cli, kinds, recipe, runs, several
+from esd_jax.erasing import trajectories
 from esd_jax.erasure import Concept
 
 SHORT = {"method": "uce", "config": "uce", "dtype": "float32"}
@@ -148,3 +149,10 @@ def test_stereo_starts_from_recipes_of_sdxl_there():
 
     by_kind = {kind: config(kind) for kind in ("style", "object", "person", "nudity")}
     assert by_kind == dict.fromkeys(by_kind, "sdxl_stereo") | {"object": "sdxl_stereo_object"}
+
+
+def test_names_and_numbers_of_others_are_explained(base):
+    with pytest.raises(ValueError, match=one_line("negative_guidance", "'eta'", "eta + 1 with anchor='null'")):
+        recipe.make(concept="a cat", negative_guidance=2)
+    with pytest.raises(ValueError, match=one_line("sampling_steps must be in 1..1000, not 0")):
+        trajectories.deterministic(base.schedule, "ddim", 0)

@@ -1,5 +1,7 @@
 """replace_with="auto": what takes a concept's place is chosen by what it changes elsewhere."""
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import factories
@@ -11,6 +13,7 @@ from messages import one_line
 import esd_jax
 from esd_jax import recipe
 from esd_jax.erasing import corpora
+from esd_jax.erasure import Concept, Erasure
 from esd_jax.evaluation import seen
 from esd_jax.metrics.intervals import mean
 from esd_jax.runs import neighbours, replacements
@@ -143,3 +146,18 @@ def test_a_plan_counts_one_text_in_place_of_auto():
     plan = recipe.make(concept="cat; dog; owl", replace_with="auto; a house; auto | a bird | a bee", method="ablating")
     counts = [concept.replace_with for concept in replacements.counted(plan).concepts]
     assert counts == [("auto",), ("a house",), ("a bee",)]
+
+
+def test_a_run_that_goes_on_keeps_what_it_chose(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "nearest", lambda *_, **__: pytest.fail("chosen again"))
+    fields = {"replace_with": "auto", "preserve": "auto | a house"}
+    (run := tmp_path / "run").mkdir()
+    record = Erasure((Concept("a cat", replace_with=("a dog",), preserve=("a house", "a fox")),), base="base")
+    (run / "run.json").write_text(json.dumps(record.to_dict()))
+    for folder in (run, tmp_path):  # of one run, and of several
+        plan = recipe.make(base="base", concept="a cat", output_dir=str(folder), **fields)
+        assert replacements.resolved(base, plan, resume=True).concepts == record.concepts
+    others = {"replace_with": "auto | a pony", "preserve": "auto | a tree"}
+    plan = recipe.make(base="base", concept="a cat", output_dir=str(run), **others)
+    assert replacements.recorded(plan).concepts == plan.concepts  # no longer what the run was asked
+    assert replacements.recorded(dataclasses.replace(plan, output_dir=None)).concepts == plan.concepts

@@ -254,6 +254,15 @@ def test_images_of_no_prompt_are_refused(w):
         w.make((Concept("clay"),), {"images": 2}, rounds_every=0)
 
 
+@pytest.mark.parametrize(
+    ("images", "where"), [(0, lambda inputs: inputs.kept), (1, lambda inputs: inputs.terms[0].bank)]
+)
+def test_the_empty_prompt_is_preserved_as_others_are(w, images, where):
+    concepts = (Concept("clay", preserve=("", "cat")),)
+    bank = where(w.make(concepts, {"images": images}, rounds_every=0)[1])
+    assert bank.roles["kept"].tolist() == [0, 1]  # the empty prompt is the first row of each bank
+
+
 def test_recipes_of_before_do_not_name_the_new_fields():
     flat = recipe.make(concept="a cat").flat()
     new = {

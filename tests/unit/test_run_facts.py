@@ -15,7 +15,7 @@ from esd_jax.runs import sessions
 
 
 def log(folder, *seconds):
-    lines = (json.dumps({"step": i, "seconds": s}) + "\n" for i, s in enumerate(seconds))
+    lines = (json.dumps({"step": i, "seconds": s}) + "\n" for i, s in enumerate(seconds, 1))
     (folder / "log.jsonl").write_text("".join(lines))
 
 
@@ -32,11 +32,12 @@ def model(source="emoji", base="emoji", folder=None, license=None):
 
 def test_a_session_says_when_and_on_what(tmp_path):
     before = datetime.now(UTC).replace(microsecond=0)
-    sessions.begin(tmp_path, 1.25)
-    sessions.begin(tmp_path, 0.75)
+    sessions.begin(tmp_path, 1.25, 0)
+    sessions.begin(tmp_path, 0.75, 3, runs=2)
     first, second = sessions.read(tmp_path)
     assert before <= datetime.fromisoformat(first["started"]) <= datetime.now(UTC)
     assert (first["setup_seconds"], second["setup_seconds"]) == (1.25, 0.75)
+    assert (first["step"], second["step"], second["runs"]) == (0, 3, 2) and "runs" not in first
     assert first["device"] == jax.devices()[0].device_kind and first["devices"] == jax.device_count()
 
 
@@ -44,11 +45,18 @@ def test_the_duration_is_that_of_all_sessions(tmp_path):
     assert sessions.seconds(tmp_path) is None
     log(tmp_path, 10.0, 12.0, 14.0, 5.0, 6.5)  # resumed after 14 s: the clock began anew
     assert sessions.seconds(tmp_path) == 20.5
-    sessions.begin(tmp_path, 1.5)
+    sessions.begin(tmp_path, 1.5, 0)
     assert sessions.seconds(tmp_path) == 22.0
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "sec')  # cut short by a kill
     assert sessions.seconds(tmp_path) == 22.0
+
+
+def test_a_session_that_is_slower_than_the_one_before_adds_its_whole_time(tmp_path):
+    log(tmp_path, 50.0, 61.0, 62.5, 70.0)  # the clock began anew after the second, on a slower machine
+    for setup, step in ((1.0, 0), (1.0, 3), (1.0, 2)):  # the checkpoint of step 3 was damaged
+        sessions.begin(tmp_path, setup, step)
+    assert sessions.seconds(tmp_path) == 61.0 + 70.0 + 3.0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from paths import ROOT
 
 import esd_jax
 from esd_jax import api, cli, examples, families, kinds, recipe, recipe_docs
-from esd_jax.cli import dry_run, words
+from esd_jax.cli import words
 from esd_jax.methods import METHODS
 from esd_jax.runs import setup
 
@@ -156,25 +156,6 @@ def test_comments_in_a_file_of_names_are_no_concepts(tmp_path):
     file.write_text("# none\n")
     with pytest.raises(ValueError, match=one_line("names.txt", "comments alone")):
         words.fill(words.Words(fields={"concept": f"@{file}"}))
-
-
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        (("--method=uce", "--retain=nofile.txt"), "there is no file nofile.txt"),
-        (("--method=ablating", "--anchor_prompts=nofile.csv"), "nofile.csv"),
-        (("--method=forget_me_not", "--images=nofile.png"), "images: cannot read nofile.png"),
-        (("--method=esd", "--rounds_search=5"), "rounds_search means nothing without rounds"),
-        (("--method=uce", "--preserve_weight=2"), "preserve_scale is what weighs"),
-    ],
-)
-def test_a_dry_run_refuses_what_the_run_refuses(typed, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dry_run, "report", lambda *_: None)
-    assert cli.main(["erase", "emoji", "a cat", "--dry_run", *typed]) == 2
-    assert message in capsys.readouterr().err
-    if "rounds_search=5" in typed[-1]:
-        assert cli.main(["erase", "emoji", "a cat", "--dry_run", "--rounds_every=9", *typed]) == 0
 
 
 def test_a_folder_that_is_there_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
