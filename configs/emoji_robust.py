@@ -4,8 +4,8 @@
 
 Redirection with inversion rounds: noised images in the style are denoised into images without it, whatever the prompt,
 and whatever the searches of the rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of
-it. The whole UNet is trained, and other styles and objects are held to the base on images of their own; half of these
-are the ones that have changed most. 14 minutes of one idle CPU core. Tuned on blueprint; what it reaches is
+it. The whole UNet is trained, and all objects in the other styles are held to the base on images of their own; half of
+these are the ones that have changed most. About 15 minutes of a CPU core. Tuned on blueprint; what it reaches is
 in docs/results/robust.md. Prompts are trained between the images, too (redirect_between, tuned on halftone): without,
 styles that hardly differ from none stay in part, and how much a search finds depends on the run. emoji_redirect is the
 same without rounds.
@@ -22,9 +22,11 @@ OBJECTS = ("a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow",
            "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a hamburger", "a doughnut",
            "an ice cream", "a cake", "a bus", "a sailboat", "an airplane", "a castle", "a skull", "a ghost",
            "a pumpkin", "a sun", "a star", "a robot")  # fmt: skip
-KEPT = ("a cat", "a rabbit", "a lion", "a frog", "a pig", "an owl", "a fish", "an octopus", "a bee", "a rose",
-        "a tulip", "a pizza", "a banana", "a cake", "a car", "a rocket", "a house", "a guitar", "a skull",
-        "a star")  # fmt: skip
+KEPT = ("a cat", "a dog", "a rabbit", "a lion", "a panda", "a fox", "a frog", "a cow", "a pig", "a chick",
+           "a penguin", "an owl", "a fish", "an octopus", "a crab", "a whale", "a butterfly", "a bee", "a ladybug",
+           "a rose", "a tulip", "a sunflower", "an apple", "a banana", "a strawberry", "a pizza", "a hamburger",
+           "a doughnut", "an ice cream", "a cake", "a car", "a bus", "a sailboat", "an airplane", "a rocket", "a house",
+           "a castle", "a skull", "a ghost", "a pumpkin", "a sun", "a star", "a robot", "a guitar")  # fmt: skip
 
 
 def get_config() -> ConfigDict:
