@@ -24,7 +24,8 @@ def count(prompts: Sequence[str] | Conditioning) -> int:
 def is_encoded(prompts: Sequence[str] | Conditioning) -> bool:
     """Whether prompts are already encoded: conditionings in place of texts."""
     leaves = jax.tree.leaves(prompts)
-    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype.kind == "f" for leaf in leaves)
+    arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    return bool(leaves) and arrays and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
 
 
 def classifier_free(

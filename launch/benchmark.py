@@ -63,14 +63,18 @@ def main() -> None:
             raise ValueError(f"--{what}={unknown[0]} is unknown: choose of {', '.join(known)}")
     if (flows := [arch for arch in archs if arch in FLOWS]) and not (FLAGS.compile_only or FLAGS.devices):
         raise ValueError(f"--arch={flows[0]} is compiled and not timed: give --compile_only")
+    compiles = FLAGS.compile_only or FLAGS.devices
+    if not compiles and (alone := [name for name in ("rank", "fsdp") if FLAGS[name].present]):
+        raise ValueError(f"--{alone[0]} is of what is compiled and not timed: give --compile_only, too")
     if FLAGS.emoji:
         emoji()
-    elif FLAGS.compile_only or FLAGS.devices:
+    elif compiles:
         where = {"fake": FLAGS.devices} if FLAGS.devices else {"topologies": FLAGS.topology}
         ranks = [int(rank) or None for rank in FLAGS.rank] or [None]
         rows = compiling.rows(
-            FLAGS.arch, FLAGS.method, batches(0), FLAGS.dtype, FLAGS.fsdp, ranks, output=FLAGS.output, **where
-        )
+            FLAGS.arch, FLAGS.method, batches(0), FLAGS.dtype, FLAGS.fsdp, ranks,
+            output=FLAGS.output, timeout=FLAGS.timeout, **where,
+        )  # fmt: skip
         tables.write(FLAGS.output, "compiled", compiling.table(rows), rows)
     elif FLAGS.all:
         steps({arch: list(sizes) for arch, sizes in EVERYTHING.items()}, reference=True)

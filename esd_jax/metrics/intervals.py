@@ -50,10 +50,14 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float] | Float[np.ndarray, " n"]) -> Estimate:
-    """A mean with its normal 95% interval; of a single value the interval is all that SSIM can be, -1 to 1."""
+    """A mean with its normal 95% interval; of a single value the interval is all that SSIM can be, -1 to 1.
+
+    Where a value is above 1, as LPIPS may be, the interval has no upper bound.
+    """
     value, n = float(np.mean(values)), len(values)
     half = Z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Estimate(value, max(value - half, -1.0), min(value + half, 1.0), n)
+    most = 1.0 if np.max(values) <= 1 else math.inf
+    return Estimate(value, max(value - half, -1.0), min(value + half, most), n)
 
 
 def clustered_rate(

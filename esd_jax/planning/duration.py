@@ -1,6 +1,7 @@
 """About how long a run takes on devices that people have, from its FLOP and what their makers state."""
 
 import math
+import re
 
 import jax.numpy as jnp
 
@@ -14,7 +15,7 @@ UNFIT = "does not fit"
 USABLE = 0.92  # of a device's memory: the rest is the driver's, and lost between arrays
 
 
-# Dense bfloat16 TFLOP/s of one chip, as its maker states them. The first whose name is part of a device's counts.
+# Dense bfloat16 TFLOP/s of one chip, as its maker states them. The first that is among a device's words counts.
 PEAKS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121,
     "A10G": 70, "RTX 4090": 165, "RTX 3060": 51, "V100": 125, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459,
@@ -26,7 +27,9 @@ DEVICES = {"H100": 80, "A100": 80, "RTX 4090": 24, "L4": 24, "RTX 3060": 12, "TP
 
 def peak_flops(kind: str) -> float | None:
     """Of a device's kind, bfloat16 FLOP/s; None where they are not known, as of CPUs."""
-    return next((tera * 1e12 for name, tera in PEAKS.items() if name.lower() in kind.lower()), None)
+    # "NVIDIA L40" is no L4, nor "RTX A1000" an A100; "GH200" is an H200.
+    alike = (tera for name, tera in PEAKS.items() if re.search(rf"\bG?{name}(?!\d)", kind, re.IGNORECASE))
+    return next((1e12 * tera for tera in alike), None)
 
 
 def estimates(size: Plan, recipe: Recipe) -> str:

@@ -121,10 +121,12 @@ def rows(
     topologies: Sequence[str | None] = (None,),
     fake: int | None = None,
     output: str | None = None,
+    timeout: float | None = None,
 ) -> list[dict]:
     """`compile_step` in a process for each row, for topologies or on a number of fake devices.
 
-    output: a folder to which the results so far are written after each row.
+    output: a folder to which the results so far are written after each row. timeout: seconds after which a row is given
+      up.
     """
     results = []
     for topology in topologies:
@@ -135,7 +137,7 @@ def rows(
                     for batch in batches:
                         options = {"arch": arch, "method": method, "batch_size": batch, "topology": topology}
                         options |= {"rank": rank} if rank else {}
-                        result = child.result("compile", env, dtype=dtype, fsdp=fsdp, **options)
+                        result = child.result("compile", env, timeout, dtype=dtype, fsdp=fsdp, **options)
                         results.append(options | result)
                         tables.progress(table([results[-1]]).splitlines()[-1])
                         tables.write(output, "compiled", table(results), results, quiet=True)

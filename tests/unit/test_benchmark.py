@@ -25,6 +25,8 @@ def test_peaks_are_told_by_a_devices_name():
     assert step.peak_flops("NVIDIA H100 PCIe") == 756e12 and step.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert [step.peak_flops(f"TPU {kind}") for kind in ("v5 lite", "v5p", "v4")] == [197e12, 459e12, 275e12]
     assert step.peak_flops("cpu") is None
+    assert step.peak_flops("NVIDIA L40") is None and step.peak_flops("NVIDIA RTX A1000 Laptop GPU") is None
+    assert step.peak_flops("NVIDIA GH200 480GB") == 989e12 and step.peak_flops("NVIDIA L40S") == 362e12
 
 
 @pytest.mark.parametrize(("arch", "rounds"), [("sd14", 25), ("sd21", 25), ("sdxl", 24)])

@@ -190,6 +190,8 @@ def test_the_mean_has_its_normal_interval():
     estimate = intervals.mean(np.array([0.2, 0.4, 0.6, 0.8]))
     half = 1.959964 * np.sqrt(0.2 / 3) / 2  # squares about the mean of 0.5 sum to 0.2
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    above = intervals.mean(np.array([1.2, 1.4, 1.3]))  # LPIPS may be above 1, where SSIM ends
+    assert above.low < above.value < above.high
     one = intervals.mean(np.array([0.3]))
     assert (one.low, one.high, one.n) == (-1, 1, 1)
 
