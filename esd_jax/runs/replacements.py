@@ -74,10 +74,10 @@ def recorded(plan: Recipe) -> Recipe:
     def chosen(concept: Concept) -> Concept:
         former = before.get((concept.text, concept.from_), concept)
         taken: dict[str, Any] = {}
-        if AUTO in concept.preserve and {*concept.preserve} - {AUTO} <= {*former.preserve}:
+        if AUTO in concept.preserve and former.preserve and {*concept.preserve} - {AUTO} <= {*former.preserve}:
             taken["preserve"] = former.preserve
         own = {*concept.replace_with} - {AUTO}
-        if AUTO in concept.replace_with and (not own or {*former.replace_with} <= own):
+        if AUTO in concept.replace_with and former.replace_with and (not own or {*former.replace_with} <= own):
             taken["replace_with"] = former.replace_with
         return dataclasses.replace(concept, **taken)
 

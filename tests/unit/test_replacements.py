@@ -161,3 +161,6 @@ def test_a_run_that_goes_on_keeps_what_it_chose(base, tmp_path, monkeypatch):
     plan = recipe.make(base="base", concept="a cat", output_dir=str(run), **others)
     assert replacements.recorded(plan).concepts == plan.concepts  # no longer what the run was asked
     assert replacements.recorded(dataclasses.replace(plan, output_dir=None)).concepts == plan.concepts
+    (run / "run.json").write_text(json.dumps(Erasure((Concept("a cat"),), base="base").to_dict()))
+    plan = recipe.make(base="base", concept="a cat", output_dir=str(run), **fields)
+    assert replacements.recorded(plan).concepts == plan.concepts  # the run was asked neither
