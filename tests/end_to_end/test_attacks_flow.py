@@ -64,7 +64,7 @@ def gauged(base):
 def test_noise_is_that_of_the_images_size(module, compiled, measure, base, monkeypatch):
     schedules = []
     monkeypatch.setattr(hidden, "benign", lambda *_, **__: (pictures(2), ["a", "b"]))
-    monkeypatch.setattr(merged, "sample", lambda base, texts, **_: pictures(len(texts)))
+    monkeypatch.setattr(merged, "sampled_once", lambda base, texts, drawing: pictures(len(texts)))
 
     def stop(*args):
         schedules.extend(one for one in args if isinstance(one, Schedule))
