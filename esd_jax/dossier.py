@@ -19,7 +19,7 @@ from esd_jax.evaluation.evidence import Evidence, Moment
 from esd_jax.evaluation.gather import Metric
 from esd_jax.evaluation.report import card, comparison
 from esd_jax.inputs import check_text, expanded
-from esd_jax.io import diffusers
+from esd_jax.io import exact
 from esd_jax.io.safetensors import annotate, read_header
 from esd_jax.loading import is_run
 from esd_jax.pipeline import Pipeline
@@ -45,7 +45,7 @@ def opened(erased: str | Path, base: Pipeline | str | Path | None = None) -> tup
     path = expanded(erased)
     if is_run(path):
         restored = api.restore(path, base=base)
-        return diffusers.unmodified(restored), restored
+        return exact.unmodified(restored), restored
     if base is None:
         raise ValueError(f"{erased} is no run, so it does not say what it was erased from: name the base, too")
     before = base if isinstance(base, Pipeline) else api.load(base)

@@ -10,7 +10,7 @@ from esd_jax.erasure import Erasure, texts_of
 from esd_jax.evaluation import store, testbed
 from esd_jax.evaluation.drawing import MOST_STEPS, Drawing, of_family, sampled
 from esd_jax.evaluation.evidence import Evidence, Pair
-from esd_jax.io.diffusers import unmodified
+from esd_jax.io.exact import unmodified
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 

@@ -14,8 +14,8 @@ from esd_jax.api import opened
 from esd_jax.exports import FORMATS, Format, Written, export_all
 from esd_jax.io.delta import export_delta, load_delta
 from esd_jax.io.difference import apply_difference, export_difference
-from esd_jax.io.diffusers import with_strength
 from esd_jax.io.embeddings import add_embedding
+from esd_jax.io.exact import with_strength
 from esd_jax.io.lora import export_lora
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.io.merge import Conflicts, merge

@@ -14,7 +14,7 @@ from esd_jax.diffusion.schedule import Schedule
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation import testbed
 from esd_jax.inputs import expanded
-from esd_jax.io import diffusers, flow_file, recognised
+from esd_jax.io import diffusers, exact, flow_file, recognised
 from esd_jax.io import folder as files
 from esd_jax.io.delta import load_delta
 from esd_jax.io.difference import apply_difference, is_difference
@@ -203,9 +203,8 @@ def check_base(base: str | Path, fit: str | None = None) -> None:
 
 
 def _is_changed(base: Pipeline) -> bool:
-    """Whether a pipeline has other tensors than its files, which `diffusers.unmodified` leaves among the edits."""
-    plain = diffusers.unmodified(base).edits
-    return any(not np.array_equal(value, plain[name]) for name, value in base.edits.items())
+    """Whether a pipeline has other tensors than its files."""
+    return any(not np.array_equal(base.edits[name], value) for name, value in exact.before(base))
 
 
 def base_of(

@@ -1,6 +1,6 @@
 """`Pipeline`: a text-to-image checkpoint as data, and the pure functions that run it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from esd_jax.models import vae
 from esd_jax.params import Conditioning, Network, Params, functional
 
 NetworkConfig = Any  # one of those that a family names
+Edits = Mapping[str, Array | np.ndarray] | Iterator[tuple[str, Array | np.ndarray]]
 LARGEST = 2**16  # pixels of a side, which no device's memory holds
 
 
@@ -75,8 +76,8 @@ class Pipeline:
     schedule: the checkpoint's noise schedule.
     index: the contents of `model_index.json`.
     dtype: compute dtype.
-    edits: "DENOISER/NAME" -> trained values in full precision (float32, JAX layout). They are what export writes; the
-      same tensors in `params` are their copies in the compute dtype.
+    edits: "DENOISER/NAME" -> trained values in full precision (float32, JAX layout), in the host's memory. They are
+      what export writes; the same tensors in `params` are their copies in the compute dtype.
     """
 
     params: Mapping[str, Params]
@@ -86,7 +87,7 @@ class Pipeline:
     index: Mapping[str, Any]
     dtype: Any
     provenance: Provenance
-    edits: Mapping[str, Array] = field(default_factory=dict)
+    edits: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         self.family.check(self.configs)
@@ -149,15 +150,18 @@ class Pipeline:
         """The schedule for images of this size, (height, width) in pixels: some flows shift it by the size."""
         return self.family.at_size(self.configs, self.schedule, size)
 
-    def with_edits(self, edits: Mapping[str, Array], record: Erasure | Mapping[str, Any] | None = None) -> "Pipeline":
-        """The same pipeline with some tensors replaced ("DENOISER/NAME" -> full-precision values).
+    def with_edits(self, edits: Edits, record: Erasure | Mapping[str, Any] | None = None) -> "Pipeline":
+        """The same pipeline with some tensors replaced.
 
-        record: the erasure that replaced them, or its JSON.
+        Args:
+          edits: "DENOISER/NAME" -> full-precision values, or pairs of these, which are taken one after the other: the
+            device then holds one of them at a time.
+          record: the erasure that replaced them, or its JSON.
 
         Raises ValueError for a name that does not exist, or another shape.
         """
-        params = {component: dict(tensors) for component, tensors in self.params.items()}
-        for name, value in edits.items():
+        params, kept = {component: dict(tensors) for component, tensors in self.params.items()}, dict(self.edits)
+        for name, value in edits if isinstance(edits, Iterator) else edits.items():
             component, _, tensor = name.partition("/")
             if (old := params.get(component, {}).get(tensor)) is None:
                 raise ValueError(f"the checkpoint has no tensor {name!r}")
@@ -165,11 +169,12 @@ class Pipeline:
                 raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
             # A tensor offloaded to the host (`runs.offload_to_host`) has no place on a device yet.
             params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), getattr(old, "sharding", None))
+            kept[name] = np.asarray(value)
         if not isinstance(record, Erasure):
             record = Erasure.from_dict(record) if record else None
         erased = self.provenance.erased + ((record,) if record else ())
         provenance = replace(self.provenance, erased=erased)
-        return replace(self, params=params, edits={**self.edits, **edits}, provenance=provenance)
+        return replace(self, params=params, edits=kept, provenance=provenance)
 
     def encode_prompts(
         self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, strict: bool = False

@@ -14,7 +14,8 @@ from typing import Any
 from esd_jax import api, recipe, results
 from esd_jax.evaluation.gather import Metric
 from esd_jax.inputs import check_finite
-from esd_jax.io.diffusers import component_hashes, source_hash, with_strength
+from esd_jax.io.diffusers import component_hashes, source_hash
+from esd_jax.io.exact import with_strength
 from esd_jax.pipeline import Pipeline
 
 TRIALS = "trials.json"

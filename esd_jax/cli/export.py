@@ -73,7 +73,7 @@ def run(values: flags.FlagValues) -> None:
     from esd_jax.evaluation.report import card
     from esd_jax.interop import comfyui
     from esd_jax.io import hub
-    from esd_jax.io.diffusers import with_strength
+    from esd_jax.io.exact import with_strength
 
     common.check_numbers(values)
     if values.push_to_hub:

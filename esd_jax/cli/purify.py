@@ -52,7 +52,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     from esd_jax import sampling
-    from esd_jax.io import diffusers, images
+    from esd_jax.io import exact, images
 
     output = common.output(values)
     images.check_output(output)
@@ -65,7 +65,7 @@ def run(values: flags.FlagValues) -> None:
     size = sampling.image_size(pipeline.configs, values.height, values.width)
     inputs = np.asarray(sampling.to_uint8(images.read_images(values.image, size)))
     options = common.options(values, "steps guidance_scale inversion_guidance_scale timestep batch_size")
-    plain = diffusers.unmodified(source)  # a whole transformer of --delta is no edit
+    plain = exact.unmodified(source)  # a whole transformer of --delta is no edit
     inverter = plain if values.inverter == "unmodified" else pipeline
     drawn = {"these images": sampling.purify(pipeline, inputs, values.prompt, inverter=inverter, **options)}
     images.write_images(drawn["these images"], output)

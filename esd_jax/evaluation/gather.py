@@ -11,7 +11,8 @@ from esd_jax import progress
 from esd_jax.erasure import Erasure
 from esd_jax.evaluation.evidence import Curve, Evidence, Moment, Plot
 from esd_jax.inputs import parse_json
-from esd_jax.io.diffusers import read_exact, unmodified, with_strength
+from esd_jax.io import exact
+from esd_jax.io.exact import with_strength
 from esd_jax.io.images import read_strip
 from esd_jax.metrics.intervals import Estimate
 from esd_jax.metrics.likeness import ssim
@@ -61,10 +62,9 @@ def timeline(folder: Path, score: Score | None) -> tuple[Moment, ...]:
 
 def weight_changes(erased: Pipeline) -> dict[str, float]:
     """||after - before|| / ||before|| of each tensor that was trained, by its diffusers name; 1 where it was zero."""
-    before = read_exact(unmodified(erased), erased.edits)
     changes = {}
-    for name, after in erased.edits.items():
-        old, new = (np.asarray(value, np.float64) for value in (before[name], after))
+    for name, before in exact.before(erased):
+        old, new = (np.asarray(value, np.float64) for value in (before, erased.edits[name]))
         size, change = np.linalg.norm(old), np.linalg.norm(new - old)
         changes[name] = float(change / size) if size else float(change > 0)
     return changes

@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.erasure import Erasure
 from esd_jax.io import diffusers, leftovers, safetensors, tensors
 from esd_jax.io import folder as files
-from esd_jax.io.diffusers import read_exact
+from esd_jax.io.exact import each
 from esd_jax.io.export import move_into_place
 from esd_jax.params import prefixed
 from esd_jax.pipeline import Pipeline
@@ -28,7 +27,7 @@ def write(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[
         raise ValueError(
             f"this holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the whole folder"
         )
-    tree = {name: np.asarray(value) for name, value in read_exact(pipeline, names).items()}
+    tree = {name: np.asarray(value) for name, value in each(pipeline, names)}
     headers = tensors.headers_of(pipeline)
     for name in names:
         if name not in pipeline.edits:  # exact: it came from there
@@ -49,7 +48,7 @@ def read(base: Pipeline, path: Path) -> Pipeline:
     tree, meta = checkpoint.load_tree(path)
     if (actual := diffusers.source_hash(base)) != (expected := meta.get("base_sha256")):
         raise ValueError(f"{path} was made of another base: its denoiser has sha256 {expected}, not {actual}")
-    erased = base.with_edits({name: jnp.asarray(tree[name], jnp.float32) for name in meta["edited"]})
+    erased = base.with_edits({name: np.asarray(tree[name], np.float32) for name in meta["edited"]})
     provenance = dataclasses.replace(base.provenance, erased=tuple(map(Erasure.from_dict, meta["erased"])))
     return dataclasses.replace(erased, provenance=provenance)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from esd_jax import sharding, wording
@@ -31,7 +30,8 @@ from esd_jax.fusion import moments
 from esd_jax.fusion.moments import Moment
 from esd_jax.inputs import check_finite
 from esd_jax.io import merge
-from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.io.diffusers import source_hash
+from esd_jax.io.exact import each
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs.setup import make_tools
@@ -119,8 +119,7 @@ def fuse(
     of_kept = read(base, kept, RETAINED * samples, seed + len(parts))
     fused, lost, retained = solve(matrices, of_own, of_kept, preserve_scale, lam)
     new = moments.parted(fused, layers)
-    first = read_exact(base, list(new))
-    edits = {name: jnp.asarray(np.asarray(first[name], np.float64) + new[name], jnp.float32) for name in new}
+    edits = {name: (np.asarray(first, np.float64) + new[name]).astype(np.float32) for name, first in each(base, new)}
     settings = {"retain": retain, "preserve_scale": preserve_scale, "lam": lam}
     records = tuple(Part(1.0, part.provenance.erased[len(base.provenance.erased) :]) for part in parts)
     texts = tuple(tuple(concept.text for concept in of_part) for of_part, _ in concepts)

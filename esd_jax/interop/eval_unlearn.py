@@ -21,7 +21,7 @@ from esd_jax.erasure import texts_of
 from esd_jax.evaluation import testbed
 from esd_jax.evaluation.drawing import sampled
 from esd_jax.evaluation.evidence import Evidence, Finding
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.sampling import sample
 
 NAME = "esd_jax"

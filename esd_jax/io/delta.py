@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.erasure import Erasure
@@ -107,7 +106,7 @@ def load_delta(pipeline: Pipeline, path: str | Path) -> Pipeline:
         if entry.shape != expected:
             raise ValueError(f"{path}: {key!r} has shape {entry.shape}, but the denoiser needs {expected}")
         array = safetensors.from_file(safetensors.read(header, key), net.layouts[name])
-        edits[f"{pipeline.denoiser}/{name}"] = jnp.asarray(array, jnp.float32)
+        edits[f"{pipeline.denoiser}/{name}"] = np.asarray(array, np.float32)
     return pipeline.with_edits(edits, Erasure(delta=path.name, erased=files.read_records(header)))
 
 

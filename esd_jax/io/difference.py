@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import check_finite, expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors, tensors
-from esd_jax.io.diffusers import read_exact, source_hash, unmodified
+from esd_jax.io.diffusers import source_hash
+from esd_jax.io.exact import of_files, read_exact
 from esd_jax.io.safetensors import Header
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
@@ -55,7 +55,7 @@ def export_difference(
     if not pipeline.edits:
         raise ValueError(f"no {pipeline.denoiser} tensor is edited, so there is no difference to write")
     tensors.check_edits(pipeline)
-    layouts, base = pipeline.network(pipeline.denoiser).layouts, unmodified(pipeline)
+    layouts, base = pipeline.network(pipeline.denoiser).layouts, of_files(pipeline)
     keys = sorted(name.removeprefix(prefix) for name in pipeline.edits)
 
     def tensor(key: str) -> np.ndarray:
@@ -104,7 +104,7 @@ def apply_difference(base: Pipeline, path: str | Path, strength: float = 1.0, *,
             )
         change = safetensors.from_file(safetensors.read(header, key), net.layouts[key]).astype(np.float32)
         first = np.asarray(read_exact(base, [prefix + key])[prefix + key])
-        edits[prefix + key] = jnp.asarray(tensors.plus(prefix + key, first, change, strength))
+        edits[prefix + key] = tensors.plus(prefix + key, first, change, strength)
     erasure = Erasure(difference=path.name, strength=strength, erased=files.read_records(header))
     return base.with_edits(edits, erasure)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from esd_jax import families
 from esd_jax.diffusion.schedule import Schedule
-from esd_jax.inputs import check_finite, expanded
-from esd_jax.io import corrections, flow_file, ldm_file, safetensors, tensors
+from esd_jax.inputs import expanded
+from esd_jax.io import corrections, flow_file, ldm_file, safetensors
 from esd_jax.io import folder as files
 from esd_jax.io.configs import read_architecture, read_config, read_tokenizer, tokenizer_of
+from esd_jax.io.exact import read_exact
 from esd_jax.io.export import export
 from esd_jax.io.hub import resolve
 from esd_jax.io.ldm import EMA, is_open_clip
-from esd_jax.io.networks import Placement, load_component, place, read_network
+from esd_jax.io.networks import Placement, load_component, read_network
 from esd_jax.models.architectures import ARCHITECTURES, clip_bpe
 from esd_jax.models.clip import CLIPTextConfig
 from esd_jax.params import prefixed
@@ -255,60 +255,6 @@ def with_denoiser_file(base: Pipeline, path: str | Path) -> Pipeline:
         base, params={**base.params, name: params}, configs={**base.configs, name: config}, provenance=provenance,
         edits={},
     )  # fmt: skip
-
-
-def unmodified(pipeline: Pipeline) -> Pipeline:
-    """The checkpoint as its files have it; it shares all tensors that were not trained.
-
-    Raises ValueError if it was not read from files.
-    """
-    if gone := next((name for name in pipeline.edits if name not in pipeline.provenance.tensors), None):
-        raise ValueError(f"{gone} was trained, and no file has it as it was")
-    return pipeline.with_edits(read_exact(replace(pipeline, edits={}), pipeline.edits))
-
-
-def with_strength(erased: Pipeline, strength: float) -> Pipeline:
-    """The checkpoint with so much of the change that its erasure made: 0 is the base, 1 the erased one.
-
-    Raises ValueError for a strength that is not finite, or leads out of float32's range.
-    """
-    check_finite(strength=strength)
-    before = read_exact(unmodified(erased), erased.edits)
-    parts = {name: before[name] + strength * (after - before[name]) for name, after in erased.edits.items()}
-    if lost := next((name for name, value in parts.items() if not jnp.isfinite(value).all()), None):
-        raise ValueError(f"strength={strength} takes {lost} beyond the range of float32: give a number such as 1")
-    return erased.with_edits(parts)
-
-
-def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> dict[str, Array]:
-    """Tensors at full precision: what training starts from.
-
-    Args:
-      pipeline: its `edits` come first, then its source files, then (if it was not read from files) its `params`.
-      names: "DENOISER/NAME", ...
-      sharding: as in `load`.
-
-    Returns:
-      name -> float32, JAX layout.
-    """
-    exact: dict[str, Array] = {}
-    headers: dict[Path, safetensors.Header] = {}
-    for name in names:
-        component, _, tensor = name.partition("/")
-        if tensor not in pipeline.params.get(component, {}):
-            raise ValueError(f"the checkpoint has no tensor {name!r}")
-        if name in pipeline.edits:
-            array = jnp.asarray(pipeline.edits[name], jnp.float32)
-        elif source := pipeline.provenance.tensors.get(name):
-            if source.path not in headers:
-                headers[source.path] = safetensors.read_header(source.path)
-            net = pipeline.network(component)
-            shape, layout = net.shapes[tensor].shape, net.layouts[tensor]
-            array = tensors.read_jax(headers[source.path], source, shape, layout, np.float32)
-        else:
-            array = pipeline.params[component][tensor].astype(jnp.float32)
-        exact[name] = place(array, name, sharding)
-    return exact
 
 
 def weight_files(pipeline: Pipeline, component: str) -> set[Path]:

@@ -30,7 +30,7 @@ from esd_jax import lora
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import ldm, lora_kohya, safetensors, tensors
-from esd_jax.io.diffusers import read_exact, unmodified
+from esd_jax.io.exact import of_files, read_exact
 from esd_jax.pipeline import Pipeline
 from esd_jax.results import writing
 
@@ -104,7 +104,7 @@ def export_lora(
     """
     path, code = expanded(path), safetensors.CODES[safetensors.read_dtype(dtype)]
     _check(pipeline, path, rank, energy, style, overwrite)
-    base, modules = unmodified(pipeline), _module_names(pipeline, style)
+    base, modules = of_files(pipeline), _module_names(pipeline, style)
     matrices = {name.removesuffix(".weight"): name for name in sorted(pipeline.edits)}
     matrices = {module: name for module, name in matrices.items() if name.endswith(".weight") and module in modules}
     if not matrices:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from esd_jax.erasure import Erasure
@@ -22,7 +21,7 @@ from esd_jax.inputs import check_finite, expanded, parse_json
 from esd_jax.io import adapters, lora_names, safetensors, tensors
 from esd_jax.io import folder as files
 from esd_jax.io.adapters import CONTROL, ENDINGS, OTHER_KINDS
-from esd_jax.io.diffusers import read_exact
+from esd_jax.io.exact import read_exact
 from esd_jax.io.lora import PEFT
 from esd_jax.io.lora_names import Parts
 from esd_jax.io.recognised import described
@@ -260,11 +259,11 @@ def _before(pipeline: Pipeline, name: str) -> np.ndarray:
     )
 
 
-def _sum(pipeline: Pipeline, name: str, added: np.ndarray, strength: float) -> jnp.ndarray:
+def _sum(pipeline: Pipeline, name: str, added: np.ndarray, strength: float) -> np.ndarray:
     """The edited tensor, in JAX layout."""
     component, _, bare = name.partition("/")
     changed = tensors.plus(name, _before(pipeline, name), added, strength)
-    return jnp.asarray(safetensors.from_file(changed, pipeline.network(component).layouts[bare]))
+    return safetensors.from_file(changed, pipeline.network(component).layouts[bare])
 
 
 def _require(fits: bool, key: str, path: Path) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from esd_jax.erasure import Erasure, Part
 from esd_jax.inputs import check_finite
 from esd_jax.io import tensors
-from esd_jax.io.diffusers import read_exact, source_hash
+from esd_jax.io.diffusers import source_hash
+from esd_jax.io.exact import read_exact
 from esd_jax.io.safetensors import DTYPES
 from esd_jax.pipeline import Pipeline
 
@@ -97,7 +97,7 @@ def merge(
         value = first + total.reshape(first.shape)
         if not (np.abs(value) <= np.finfo(np.float32).max).all():
             raise ValueError(f"the strengths take {name} beyond the range of float32: give numbers such as 1")
-        edits[name] = jnp.asarray(value, jnp.float32)
+        edits[name] = value.astype(np.float32)
         for (i, a), (j, b) in itertools.combinations_with_replacement(own.items(), 2):
             dots[i, j] += a @ b
         if len(own) > 1:

@@ -16,13 +16,14 @@ from esd_jax import hosts, lora, sharding
 from esd_jax.erasing.method import Method, discarded
 from esd_jax.erasure import Erasure
 from esd_jax.inputs import expanded
-from esd_jax.io import delta, diffusers
+from esd_jax.io import delta
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
+from esd_jax.io.exact import each, read_exact
 from esd_jax.io.lora import export_lora
 from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, num_scalars, prefixed
-from esd_jax.pipeline import Pipeline
+from esd_jax.pipeline import Edits, Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs import intervals, keeping
 from esd_jax.runs.keeping import EXPORTS as EXPORTS
@@ -237,7 +238,7 @@ def start(
         shapes = base.network(base.denoiser).shapes
         key = jax.random.fold_in(jax.random.key(plan.training.seed), 2**31 - 1)
         return lora.initial({f"{base.denoiser}/{name}": shapes[name] for name in names}, plan.rank, key)
-    exact = diffusers.read_exact(start_from or base, [f"{base.denoiser}/{name}" for name in names])
+    exact = read_exact(start_from or base, [f"{base.denoiser}/{name}" for name in names])
     return method.solve(exact, inputs)
 
 
@@ -246,16 +247,17 @@ def begin(setup: Setup, base: Pipeline, inputs: Any, start_from: Pipeline | None
     plan = setup.recipe
     state = setup.begin(start(base, plan, setup.names, setup.method, inputs, start_from), memory=False)
     if start_from is not None and plan.optimizer.hold:
-        exact = diffusers.read_exact(base, [f"{base.denoiser}/{name}" for name in setup.names])
+        exact = read_exact(base, [f"{base.denoiser}/{name}" for name in setup.names])
         state = state._replace(opt=held_from(state.opt, exact))
     return state
 
 
-def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Params:
-    """The trained tensors at full precision, whatever was trained."""
+def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> Edits:
+    """The trained tensors at full precision, whatever was trained: of factors, one sum after the other."""
     if not plan.rank:
         return theta
-    return lora.weights(theta, diffusers.read_exact(base, [f"{base.denoiser}/{name}" for name in names]))
+    first = each(base, [f"{base.denoiser}/{name}" for name in names])
+    return ((name, lora.weights(theta, {name: value})[name]) for name, value in first)
 
 
 def _check_start(base: Pipeline, plan: Recipe, names: Sequence[str], start_from: Pipeline) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from esd_jax import dossier, progress, runs
 from esd_jax.evaluation import testbed
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.loading import base_of, is_run
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe

@@ -28,7 +28,8 @@ from esd_jax.demo import groups
 from esd_jax.demo.gallery import Gallery
 from esd_jax.demo.groups import Target
 from esd_jax.demo.measure import BASE, ERASED, measure
-from esd_jax.io.diffusers import source_hash, with_strength
+from esd_jax.io.diffusers import source_hash
+from esd_jax.io.exact import with_strength
 from esd_jax.pipeline import Pipeline
 from launch import command
 from launch.command import say

@@ -13,7 +13,7 @@ from messages import one_line
 import esd_jax
 from esd_jax import cli
 from esd_jax.demo import MODEL
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.runs import listing
 from esd_jax.studio import views, works
 from esd_jax.studio.jobs import Desk

@@ -19,7 +19,7 @@ from esd_jax.evaluation.attacks import Goal
 from esd_jax.evaluation.drawing import Drawing, draw
 from esd_jax.evaluation.prompts import Case
 from esd_jax.io import difference, merge
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.pictures import check_not_blank
 from esd_jax.sampling import invert, reconstruct, sample

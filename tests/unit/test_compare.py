@@ -12,7 +12,7 @@ from esd_jax import api, recipe
 from esd_jax.config_files import config_names
 from esd_jax.demo import groups
 from esd_jax.demo.testbed import EMOJI
-from esd_jax.io.diffusers import read_exact, with_strength
+from esd_jax.io.exact import read_exact, with_strength
 from esd_jax.methods import METHODS
 from launch.experiments import compare_methods, method_curves
 

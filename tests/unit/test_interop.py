@@ -11,7 +11,7 @@ import esd_jax
 from esd_jax import exports
 from esd_jax.evaluation.evidence import Evidence, Finding
 from esd_jax.interop import comfyui, eval_unlearn
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.metrics.intervals import rate
 
 

@@ -17,7 +17,7 @@ from esd_jax.evaluation.attacks.adversary import BASE, ERASED, PLACEBO, Goal
 from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
 from esd_jax.evaluation.attacks.settings import check
-from esd_jax.io.diffusers import with_strength
+from esd_jax.io.exact import with_strength
 from esd_jax.pipeline import Pipeline
 
 
