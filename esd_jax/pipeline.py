@@ -169,7 +169,8 @@ class Pipeline:
                 raise ValueError(f"{name} has shape {old.shape}, not {value.shape}")
             # A tensor offloaded to the host (`runs.offload_to_host`) has no place on a device yet.
             params[component][tensor] = jax.device_put(jnp.asarray(value, self.dtype), getattr(old, "sharding", None))
-            kept[name] = np.asarray(value)
+            kept[name] = np.asarray(value).view()
+            kept[name].flags.writeable = False  # `params` would not follow
         if not isinstance(record, Erasure):
             record = Erasure.from_dict(record) if record else None
         erased = self.provenance.erased + ((record,) if record else ())

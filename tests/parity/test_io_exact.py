@@ -47,9 +47,13 @@ def test_edits_lie_on_the_host(sd1):
     pipeline = io.load(sd1[0], dtype="bfloat16")
     edited = pipeline.with_edits({"unet/conv_in.bias": jnp.full(32, 1 + 2**-20)})
     half = exact.with_strength(edited, 0.5)
-    for one in (edited, half):
+    given = np.ones(32, np.float32)
+    for one in (edited, half, pipeline.with_edits({"unet/conv_in.bias": given})):
         assert {name: type(value) for name, value in one.edits.items()} == {"unet/conv_in.bias": np.ndarray}
         assert one.edits["unet/conv_in.bias"].dtype == np.float32
+        with pytest.raises(ValueError, match="read-only"):
+            one.edits["unet/conv_in.bias"][0] = 1
+    given[0] = 2  # still the caller's to change
     first = io.read_exact(pipeline, edited.edits)["unet/conv_in.bias"]
     np.testing.assert_allclose(half.edits["unet/conv_in.bias"], (first + 1 + 2**-20) / 2, rtol=1e-6)
 
