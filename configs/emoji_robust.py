@@ -5,7 +5,7 @@
 Redirection with inversion rounds: noised images in the style are denoised into images without it, whatever the prompt,
 and whatever the searches of the rounds found. Each round's gauge is in rounds.jsonl: 0 is the whole style, 1 none of
 it. The whole UNet is trained, and all objects in the other styles are held to the base on images of their own; half of
-these are the ones that have changed most. About 15 minutes of a CPU core. Tuned on blueprint; what it reaches is
+these are the ones that have changed most. About 14 minutes of two CPU cores. Tuned on blueprint; what it reaches is
 in docs/results/robust.md. Prompts are trained between the images, too (redirect_between, tuned on halftone): without,
 styles that hardly differ from none stay in part, and how much a search finds depends on the run. emoji_redirect is the
 same without rounds.
