@@ -9,7 +9,7 @@ import numpy as np
 from esd_jax.erasure import Erasure
 from esd_jax.io import diffusers, leftovers, safetensors, tensors
 from esd_jax.io import folder as files
-from esd_jax.io.exact import each
+from esd_jax.io.exact import read_each
 from esd_jax.io.export import move_into_place
 from esd_jax.params import prefixed
 from esd_jax.pipeline import Pipeline
@@ -27,7 +27,7 @@ def write(pipeline: Pipeline, path: Path, *, overwrite: bool, metadata: Mapping[
         raise ValueError(
             f"this holds {pipeline.denoiser} tensors alone, but {others[0]!r} is edited: export the whole folder"
         )
-    tree = {name: np.asarray(value) for name, value in each(pipeline, names)}
+    tree = {name: np.asarray(value) for name, value in read_each(pipeline, names)}
     headers = tensors.headers_of(pipeline)
     for name in names:
         if name not in pipeline.edits:  # exact: it came from there

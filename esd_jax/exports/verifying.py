@@ -12,7 +12,7 @@ from esd_jax.erasure import texts_of
 from esd_jax.inputs import expanded
 from esd_jax.io import folder as files
 from esd_jax.io import safetensors
-from esd_jax.io.exact import each, read_exact, unmodified
+from esd_jax.io.exact import read_each, read_exact, unmodified
 from esd_jax.pipeline import Pipeline
 from esd_jax.sampling import sample
 
@@ -54,7 +54,7 @@ def compare(
     if files.json_records(erased) != files.json_records(pipeline.provenance.erased):
         raise ValueError(f"{path} does not verify: its records of what was erased differ from memory's")
     carried = 1 - lost / change if change else 1.0
-    expected = host.with_edits(each(again, names)) if exact and dtype is None else None
+    expected = host.with_edits(read_each(again, names)) if exact and dtype is None else None
     levels = _compare_images(pipeline, again, expected, path)
     return {
         "carried": carried, "dtypes": tuple(sorted(dtypes)), "changed": len(names), "others": others, "levels": levels,

@@ -31,7 +31,7 @@ from esd_jax.fusion.moments import Moment
 from esd_jax.inputs import check_finite
 from esd_jax.io import merge
 from esd_jax.io.diffusers import source_hash
-from esd_jax.io.exact import each
+from esd_jax.io.exact import read_each
 from esd_jax.pipeline import Pipeline
 from esd_jax.recipe import Recipe
 from esd_jax.runs.setup import make_tools
@@ -119,7 +119,9 @@ def fuse(
     of_kept = read(base, kept, RETAINED * samples, seed + len(parts))
     fused, lost, retained = solve(matrices, of_own, of_kept, preserve_scale, lam)
     new = moments.parted(fused, layers)
-    edits = {name: (np.asarray(first, np.float64) + new[name]).astype(np.float32) for name, first in each(base, new)}
+    edits = {
+        name: (np.asarray(first, np.float64) + new[name]).astype(np.float32) for name, first in read_each(base, new)
+    }
     settings = {"retain": retain, "preserve_scale": preserve_scale, "lam": lam}
     records = tuple(Part(1.0, part.provenance.erased[len(base.provenance.erased) :]) for part in parts)
     texts = tuple(tuple(concept.text for concept in of_part) for of_part, _ in concepts)

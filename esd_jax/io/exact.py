@@ -45,7 +45,7 @@ def before(pipeline: Pipeline) -> Iterator[tuple[str, Array]]:
 
     Raises ValueError if the pipeline was not read from files.
     """
-    return each(of_files(pipeline), pipeline.edits)
+    return read_each(of_files(pipeline), pipeline.edits)
 
 
 def of_files(pipeline: Pipeline) -> Pipeline:
@@ -69,10 +69,10 @@ def read_exact(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement 
     Returns:
       name -> float32, JAX layout.
     """
-    return dict(each(pipeline, names, sharding=sharding))
+    return dict(read_each(pipeline, names, sharding=sharding))
 
 
-def each(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> Iterator[tuple[str, Array]]:
+def read_each(pipeline: Pipeline, names: Iterable[str], *, sharding: Placement = None) -> Iterator[tuple[str, Array]]:
     """`read_exact`, one tensor after another: of a large network, all in float32 may be more than a device holds."""
     headers: dict[Path, safetensors.Header] = {}
     for name in names:

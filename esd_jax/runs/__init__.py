@@ -19,7 +19,7 @@ from esd_jax.inputs import expanded
 from esd_jax.io import delta
 from esd_jax.io.delta import export_delta
 from esd_jax.io.diffusers import export
-from esd_jax.io.exact import each, read_exact
+from esd_jax.io.exact import read_each, read_exact
 from esd_jax.io.lora import export_lora
 from esd_jax.io.tensors import check_sources
 from esd_jax.params import Params, num_scalars, prefixed
@@ -256,7 +256,7 @@ def edits(base: Pipeline, plan: Recipe, names: Sequence[str], theta: Params) -> 
     """The trained tensors at full precision, whatever was trained: of factors, one sum after the other."""
     if not plan.rank:
         return theta
-    first = each(base, [f"{base.denoiser}/{name}" for name in names])
+    first = read_each(base, [f"{base.denoiser}/{name}" for name in names])
     return ((name, lora.weights(theta, {name: value})[name]) for name, value in first)
 
 

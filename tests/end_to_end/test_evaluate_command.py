@@ -92,7 +92,8 @@ def test_a_run_is_no_base(models, tmp_path, unchecked, capsys):
     with pytest.raises(ValueError, match=one_line("the base has edits", str(folder / "base"))):
         dossier.opened(folder / "run", erased)
     plain, _ = dossier.opened(folder / "run")
-    assert dossier.opened(folder / "run", plain)[0].edits.keys() == erased.edits.keys()
+    before, after = dossier.opened(folder / "run", plain)
+    assert not plain.edits and not before.edits and after.edits.keys() == erased.edits.keys()
 
 
 def test_a_testbeds_protocol_measures_another_base(monkeypatch, tmp_path, unchecked):

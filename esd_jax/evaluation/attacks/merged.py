@@ -29,7 +29,7 @@ from esd_jax.evaluation.attacks.prompts import OwnPrompts
 from esd_jax.evaluation.attacks.scoring import Scored, score
 from esd_jax.evaluation.attacks.settings import check
 from esd_jax.inputs import expanded
-from esd_jax.io.exact import each
+from esd_jax.io.exact import read_each
 from esd_jax.io.lora_merge import merge_lora
 from esd_jax.io.safetensors import read_header
 from esd_jax.params import Conditioning, Network, Params, cast, partition, prefixed
@@ -117,7 +117,7 @@ class MergedLoRA:
 def _with_change(victim: Pipeline, change: Params, strength: float, text: str) -> Pipeline:
     """The pipeline with a multiple of a change added to its denoiser, at full precision."""
     changes = prefixed(change, victim.denoiser)
-    edits = ((name, first + strength * changes[name]) for name, first in each(victim, changes))
+    edits = ((name, first + strength * changes[name]) for name, first in read_each(victim, changes))
     return victim.with_edits(edits, Erasure(lora=f"trained: erases {text!r}", strength=strength))
 
 
