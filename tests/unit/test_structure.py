@@ -120,6 +120,16 @@ def test_each_library_has_its_room(path):
             assert any(place == allowed or place.startswith(allowed + "/") for allowed in rooms), f"{place}: {name}"
 
 
+@pytest.mark.parametrize("init", [file for file in FILES if file.name == "__init__.py"], ids=lambda f: f.parent.name)
+def test_no_name_of_a_package_hides_a_module_of_it(init):
+    """`runs.each` is a module: a function of that name that `runs` imports would take its place."""
+    modules = {one.stem for one in init.parent.glob("*.py")} | {one.parent.name for one in init.parent.glob("*/*.py")}
+    imported = [node for node in ast.walk(ast.parse(init.read_text())) if isinstance(node, ast.ImportFrom)]
+    package = ".".join(init.parent.relative_to(ROOT).parts)
+    names = {alias.asname or alias.name for node in imported if node.module != package for alias in node.names}
+    assert not names & modules
+
+
 def test_the_training_loop_stands_on_the_step_alone():
     order = {"loop": {"step"}, "together": {"step"}, "checkpoint": {"step"}, "step": {"holding"}}
     order |= {"plan": {"shapes", "liveness", "flops"}, "collectives": {"hlo"}}
